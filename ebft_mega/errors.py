@@ -1,0 +1,61 @@
+"""Every error that this package raises on purpose, and the exit code that each one ends a run with."""
+
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_DAMAGED_DATA = 4
+
+
+class EbftError(Exception):
+    """Base of the package's own errors."""
+
+    exit_code = EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration or an input, in the words a user can act on.
+
+    `where` is `file:line` (or the command-line option), `key` the full dotted key or the path in question,
+    `found` and `expected` say what stands there and what would be valid, `suggestion` the nearest valid spelling.
+    """
+
+    where: str
+    key: str
+    found: str
+    expected: str
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.key}: found {self.found}; expected {self.expected}"
+        return f"{text}. Did you mean {self.suggestion!r}?" if self.suggestion else text
+
+
+class InputProblems(EbftError):
+    """Several problems at once, found before anything has started (exit code 2)."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, problems: "list[Problem] | tuple[Problem, ...]"):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(InputProblems):
+    """The configuration is wrong."""
+
+
+class InputError(InputProblems):
+    """A file that the run needs (data set, tokenizer, model) is missing, damaged or of another kind."""
+
+
+class DamagedDataError(EbftError):
+    """A document failed its checksum while it was read (exit code 4)."""
+
+    exit_code = EXIT_DAMAGED_DATA
+
+
+class NonFiniteStepError(EbftError):
+    """Too many steps in a row had a loss or gradient that is not finite."""

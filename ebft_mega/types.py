@@ -1,0 +1,68 @@
+"""The values that travel between the stages of a training step.
+
+Shape legend of the whole package (a tensor is written `name [B, P]`):
+
+    B  rows of a micro-batch: packed, fixed-length sequences of raw tokens
+    P  tokens in a row                       n  samples per anchor
+    K  blocks (anchors) in a row             G  tokens generated per block
+    R  rollouts of a row in block-major order, R = K * n, index k * n + j
+    L  layers    T  tapped layers    H  hidden size    V  vocabulary    D  feature size
+
+A *row* is what the papers call a document of a step; a *document* is one source text, of which a row may hold
+several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever they leave the model.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of raw text as they leave the loader."""
+
+    tokens: Tensor  # int64 [B, P]
+    document_ids: Tensor  # int64 [B, P], number of the source document in the data set
+    row_indices: Tensor  # int64 [B], index of each row in the global batch of its step
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the policy sampled for the rows of a micro-batch."""
+
+    tokens: Tensor  # int64 [B, n, K, G]
+
+
+@dataclass(frozen=True)
+class BlockRewards:
+    """Reward terms of every rollout; both terms carry the factor 2 of the paper's equation 7."""
+
+    alignment: Tensor  # float64 [B, n, K]
+    diversity: Tensor  # float64 [B, n, K]
+    reward: Tensor  # float64 [B, n, K], alignment_coef * alignment - diversity_coef * diversity
+    cfm: Tensor  # float64 [B, K], squared distance of the mean rollout feature to the target feature
+
+
+@dataclass(frozen=True)
+class PolicyLogprobs:
+    """Log-probabilities under the policy being trained, with gradient."""
+
+    rollout: Tensor | None  # float32 [B, n, K, G] at the sampling temperature; None when rl_coef is 0
+    target: Tensor | None  # float32 [B, P - 1] of tokens[:, 1:] at temperature 1; None when ce_coef is 0
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Denominators of a step's losses, over the global batch, known before the first forward."""
+
+    rollout_tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A micro-batch's share of the step's losses: sums divided by the global counts, so shares add up."""
+
+    rl: Tensor  # float32 [], value of -advantage * logprob
+    ce: Tensor  # float32 []
+    total: Tensor  # float32 [], rl_coef * rl + ce_coef * ce, with gradient
