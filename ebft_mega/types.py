@@ -14,7 +14,10 @@ several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever th
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their names in a configuration
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class TokenBatch:
     tokens: Tensor  # int64 [B, P]
     document_ids: Tensor  # int64 [B, P], number of the source document in the data set
     row_indices: Tensor  # int64 [B], index of each row in the global batch of its step
+
+    def split(self, rows: int) -> "tuple[TokenBatch, ...]":
+        """Cut into batches of this many rows, the last one maybe smaller."""
+        fields = (self.tokens, self.document_ids, self.row_indices)
+        return tuple(TokenBatch(*parts) for parts in zip(*(field.split(rows) for field in fields), strict=True))
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same rows on another device."""
+        return TokenBatch(self.tokens.to(device), self.document_ids.to(device), self.row_indices.to(device))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The policy and the feature network: architecture, layers, weights."""

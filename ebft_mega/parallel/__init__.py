@@ -1,0 +1,1 @@
+"""Process groups and the ZeRO engine: everything that communicates."""

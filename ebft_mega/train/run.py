@@ -1,0 +1,203 @@
+"""One run, from its configuration to its final model: everything is built here and nowhere else."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.validate import RunPlan
+from ebft_mega.data.dataset import Dataset, open_dataset
+from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.stream import RowStream
+from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EbftError
+from ebft_mega.evaluation.heldout import evaluation_settings
+from ebft_mega.features.network import FeatureNetwork, build_feature_network
+from ebft_mega.metrics.run_files import setup_rank_log, write_environment, write_status
+from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.metrics.timers import PhaseTimers
+from ebft_mega.model.architecture import tapped_layers
+from ebft_mega.model.huggingface import (
+    RandomWeights,
+    SafetensorsWeights,
+    WeightSource,
+    hf_tensors,
+    load_weights,
+    write_model,
+)
+from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
+from ebft_mega.report.run_report import write_run_report
+from ebft_mega.rollout.generate import SamplingSettings
+from ebft_mega.train.loop import HeldOut, Observer, train
+from ebft_mega.train.step import Trainer
+from ebft_mega.train.trace import trace_step
+from ebft_mega.types import DTYPES
+
+
+def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None) -> int:
+    """Train, or trace one step.
+
+    Args:
+        plan: what `check_run` made of the configuration for this world size.
+        trace_directory: write the trace of step 0 there and do nothing else.
+    Returns:
+        Exit code of every rank.
+    Communication: every rank of the job calls it.
+    """
+    groups = make_process_groups(connect())
+    dataset = open_dataset(config.data.shards)
+    loader = BatchLoader(
+        RowStream(dataset, config.data.sequence_length, config.seed),
+        config.train.global_batch_size,
+        groups.data_parallel_rank,
+        groups.data_parallel_size,
+    )
+    if trace_directory is not None:
+        trainer = build_trainer(config, plan, groups)
+        trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
+        dist.barrier()
+        return EXIT_DONE
+
+    output = config.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    setup_rank_log(output, dist.get_rank())
+    status: dict[str, Any] = {"state": "failed", "exit_code": EXIT_FAILED}
+    try:
+        _train_and_export(config, plan, groups, loader, dataset)
+        status = {"state": "done", "exit_code": EXIT_DONE}
+    except EbftError as error:
+        status["exit_code"] = error.exit_code
+        raise
+    finally:
+        # Any rank that fails says so; a rank that succeeded leaves the word to the first.
+        if groups.is_first or status["state"] == "failed":
+            write_status(output, **status, step=loader.state.next_row // config.train.global_batch_size, checkpoint=None)
+    dist.barrier()
+    return EXIT_DONE
+
+
+def _train_and_export(
+    config: RunConfig, plan: RunPlan, groups: ProcessGroups, loader: BatchLoader, dataset: Dataset
+) -> None:
+    """The run itself, with what it writes."""
+    output = config.output_dir
+    observer = _observer(config, plan, dataset) if groups.is_first else None
+    try:
+        trainer = build_trainer(config, plan, groups)
+        held_out = _held_out(config, trainer, groups)
+        train(trainer, loader, held_out, plan.total_steps, observer)
+        tensors = hf_tensors(trainer.engine.full_parameters(), plan.architecture)
+        if groups.is_first:
+            dtype = DTYPES[config.train.dtype]
+            write_model(output / "hf", plan.architecture, tensors, dtype, dataset.tokenizer_directory)
+        else:
+            for _ in tensors:  # gathering a parameter is collective
+                pass
+    finally:
+        if observer is not None:
+            observer.writer.close()
+    if groups.is_first:
+        report = write_run_report(output)
+        print(f"report: {report}\nmodel:  {output / 'hf'}", flush=True)
+
+
+def build_trainer(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> Trainer:
+    """Policy, engine and feature network.
+
+    Communication: collective over the data-parallel group (weights are read by its first rank).
+    """
+    dtype = DTYPES[config.train.dtype]
+    source = _policy_weights(config, plan)
+
+    def build_stage() -> Stage:
+        return Stage(
+            plan.architecture,
+            StageShape.whole(plan.architecture),
+            groups,
+            dtype,
+            activation_checkpointing=config.train.activation_checkpointing == "full",
+        )
+
+    def load(
+        stage: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager[Any]], is_reader: bool
+    ) -> None:
+        assert isinstance(stage, Stage)
+        load_weights(stage, source, gathered, is_reader)
+
+    settings = OptimizerSettings(
+        betas=config.train.betas,
+        weight_decay=config.train.weight_decay,
+        grad_clip=config.train.grad_clip,
+        dtype=dtype,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
+    return Trainer(
+        config=config,
+        plan=plan.block_plan,
+        sampling=SamplingSettings.of(config),
+        groups=groups,
+        engine=ZeroEngine(build_stage, load, settings, groups),
+        feature_network=_feature_network(config, plan, source, groups) if config.uses_rollouts else None,
+        timers=PhaseTimers(synchronize),
+    )
+
+
+def _policy_weights(config: RunConfig, plan: RunPlan) -> WeightSource:
+    if config.model.init_from is not None:
+        return SafetensorsWeights(config.model.init_from, plan.architecture)
+    return RandomWeights(plan.architecture, config.seed)
+
+
+def _feature_network(
+    config: RunConfig, plan: RunPlan, initial_policy: WeightSource, groups: ProcessGroups
+) -> FeatureNetwork:
+    """The initial model, or the one that `ebft.feature_model` names, frozen."""
+    ebft, architecture = config.ebft, plan.feature_architecture
+    source = initial_policy
+    if ebft.feature_model is not None:
+        deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+        source = SafetensorsWeights(ebft.feature_model, architecture, deepest)
+    return build_feature_network(
+        architecture,
+        source,
+        ebft.feature_layers,
+        ebft.embed_method,
+        ebft.feature_norm,
+        groups,
+        DTYPES[config.train.dtype],
+    )
+
+
+def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> HeldOut | None:
+    if config.evaluation.shards is None:
+        return None
+    rows = fixed_rows(
+        open_dataset(config.evaluation.shards),
+        config.data.sequence_length,
+        config.evaluation.rows,
+        groups.data_parallel_rank,
+        groups.data_parallel_size,
+    )
+    return HeldOut(rows.to(groups.device), evaluation_settings(config), config.evaluation.interval)
+
+
+def _observer(config: RunConfig, plan: RunPlan, dataset: Dataset) -> Observer:
+    """Open the run directory for writing: the files of an earlier run there are replaced."""
+    output = config.output_dir
+    (output / "config.resolved.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    write_environment(output, {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()})
+    samples = output / "samples.jsonl"
+    samples.unlink(missing_ok=True)
+    writer = MetricsWriter(output, plan.total_steps, console=True)
+    for note in plan.notes:
+        writer.note(f"note: {note}")
+    return Observer(writer, samples, load_tokenizer(dataset.tokenizer_directory))

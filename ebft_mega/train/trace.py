@@ -1,0 +1,91 @@
+"""The step trace: every tensor of one optimizer step, unsharded, for comparison between layouts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.zero import ZeroEngine
+from ebft_mega.train.step import StepResult, Trainer, train_step
+from ebft_mega.train.summary import step_metrics
+from ebft_mega.types import TokenBatch
+
+
+def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
+    """Run optimizer step 0 at the full learning rate and write `step.safetensors` and `step.json`.
+
+    Args:
+        batch: this rank's rows of the first global batch.
+        output: directory for the two files; made if needed.
+    Communication: collective over the data-parallel group; every float32 master weight is gathered twice.
+    """
+    before = [parameter.double().cpu() for _, parameter in trainer.engine.full_parameters()]
+    result = train_step(trainer, batch, step=0, learning_rate=trainer.config.train.lr)
+    checksum_after, squared_update = _parameter_change(trainer.engine, before)
+    metrics = step_metrics(trainer, result, trainer.config.train.lr)
+    tensors = _gather_rows(_local_tensors(result), trainer.groups)
+    if not trainer.groups.is_first:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / "step.safetensors")
+    numbers = {
+        "rl_loss": metrics.get("ebft/rl_loss"),
+        "ce_loss": metrics.get("ebft/ce_loss"),
+        "loss": metrics["train/loss"],
+        "cfm_loss": metrics.get("ebft/cfm_loss"),
+        "grad_norm": metrics["train/grad_norm"],
+        "parameter_checksum_before": sum(float(parameter.abs().sum()) for parameter in before),
+        "parameter_checksum_after": checksum_after,
+        "update_norm": squared_update**0.5,
+        "layout": {
+            "data_parallel": trainer.groups.data_parallel_size,
+            "tensor_parallel": dist.get_world_size(trainer.groups.tensor_parallel),
+            "pipeline_parallel": dist.get_world_size(trainer.groups.pipeline_parallel),
+            "zero_stage": trainer.config.zero.stage,
+        },
+        "config": trainer.config.model_dump(mode="json"),
+    }
+    (output / "step.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _parameter_change(engine: ZeroEngine, before: Sequence[Tensor]) -> tuple[float, float]:
+    """Sum of absolute values now, and squared norm of the change, in float64."""
+    checksum = squared = 0.0
+    for old, (_, parameter) in zip(before, engine.full_parameters(), strict=True):
+        new = parameter.double().cpu()
+        checksum += float(new.abs().sum())
+        squared += float((new - old).square().sum())
+    return checksum, squared
+
+
+def _local_tensors(result: StepResult) -> dict[str, Tensor]:
+    """This rank's rows of every traced tensor."""
+    traced: dict[str, list[Tensor]] = {"tokens": [rows.tokens for rows in result.micro_batches]}
+    for experience in result.experiences:
+        traced.setdefault("rollouts", []).append(experience.rollout.tokens)
+        traced.setdefault("gram", []).append(experience.gram)
+        traced.setdefault("alignment", []).append(experience.rewards.alignment)
+        traced.setdefault("diversity", []).append(experience.rewards.diversity)
+        traced.setdefault("reward", []).append(experience.rewards.reward)
+        traced.setdefault("advantage", []).append(experience.advantages)
+    for learned in result.learned:
+        if learned.logprobs.rollout is not None:
+            traced.setdefault("logprobs", []).append(learned.logprobs.rollout)
+        if learned.logprobs.target is not None:
+            traced.setdefault("target_logprobs", []).append(learned.logprobs.target)
+    return {name: torch.cat(parts) for name, parts in traced.items()}
+
+
+def _gather_rows(tensors: dict[str, Tensor], groups: ProcessGroups) -> dict[str, Tensor]:
+    """Concatenate the ranks' rows in global-batch order (each rank holds a contiguous slice)."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        parts = [torch.empty_like(tensor) for _ in range(groups.data_parallel_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=groups.data_parallel)
+        gathered[name] = torch.cat(parts).cpu()
+    return gathered

@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests: one gloo process group of size one, tiny random models of every architecture."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+TINY_SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+
+
+def tiny_config(model_type: str, tied: bool = True, **changes) -> dict:
+    """A Hugging Face config of a model with a few thousand parameters and far from uniform outputs."""
+    return {"model_type": model_type, **TINY_SIZES, "tie_word_embeddings": tied, **changes}
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """Process groups of a job of one rank."""
+    import torch
+
+    from ebft_mega.parallel.groups import connect, make_process_groups
+
+    torch.set_num_threads(1)
+    return make_process_groups(connect())

@@ -1,0 +1,100 @@
+"""Say where two step traces first differ; exit 1 if they do.
+
+    python tools/compare_traces.py A B [--tolerance 1e-4]
+
+A and B are directories written by `launcher/train.py --trace-step`. Tensors are compared in the order in which a
+step makes them, so the first difference is the place to look.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ORDER = (
+    "tokens",
+    "rollouts",
+    "gram",
+    "alignment",
+    "diversity",
+    "reward",
+    "advantage",
+    "logprobs",
+    "target_logprobs",
+)
+NUMBERS = (
+    "rl_loss",
+    "ce_loss",
+    "cfm_loss",
+    "loss",
+    "grad_norm",
+    "parameter_checksum_before",
+    "parameter_checksum_after",
+    "update_norm",
+)
+
+
+def compare(first: Path, second: Path, tolerance: float) -> list[str]:
+    """Differences between two traces, in the order of the step.
+
+    Args:
+        tolerance: absolute for tensors, relative to the larger magnitude for the numbers; token ids must be equal.
+    Returns:
+        One line per tensor or number that differs.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = [load_file(path / "step.safetensors") for path in (first, second)]
+    numbers = [json.loads((path / "step.json").read_text(encoding="utf-8")) for path in (first, second)]
+    lines = []
+    for name in ORDER:
+        left, right = (trace.get(name) for trace in tensors)
+        if left is None and right is None:
+            continue
+        if left is None or right is None:
+            lines.append(f"{name}: only in {second if left is None else first}")
+        elif left.shape != right.shape:
+            lines.append(f"{name}: shape {tuple(left.shape)} against {tuple(right.shape)}")
+        else:
+            allowed = 0.0 if left.dtype == torch.int64 else tolerance
+            difference = (left.double() - right.double()).abs()
+            wrong = ~(difference <= allowed)  # NaN counts as different
+            if wrong.any():
+                place = tuple(wrong.nonzero()[0].tolist())
+                lines.append(
+                    f"{name}{list(place)}: {left[place].item()} against {right[place].item()}; "
+                    f"{int(wrong.sum())} of {wrong.numel()} differ, at most by {difference.max().item():.3g}"
+                )
+    for name in NUMBERS:
+        left, right = (trace[name] for trace in numbers)
+        if (left is None) != (right is None):
+            lines.append(f"{name}: {left} against {right}")
+        elif left is not None and not abs(left - right) <= tolerance * max(1.0, abs(left), abs(right)):
+            lines.append(f"{name}: {left} against {right}")
+    return lines
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, metavar="A", help="directory of the first trace")
+    parser.add_argument("second", type=Path, metavar="B", help="directory of the second trace")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference (default 1e-4)")
+    arguments = parser.parse_args()
+    missing = [
+        str(path / file)
+        for path in (arguments.first, arguments.second)
+        for file in ("step.safetensors", "step.json")
+        if not (path / file).exists()
+    ]
+    if missing:
+        print("no such file: " + ", ".join(missing), file=sys.stderr)
+        return 2
+    lines = compare(arguments.first, arguments.second, arguments.tolerance)
+    print("\n".join(lines) if lines else "the traces agree")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
