@@ -1,0 +1,105 @@
+"""Evaluating a Hugging Face model directory in one process, without an engine."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.dataset import open_dataset
+from ebft_mega.data.loader import fixed_rows
+from ebft_mega.data.progress import track
+from ebft_mega.data.tokenizer import tokenizer_sha256
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settings, merge
+from ebft_mega.features.network import FeatureNetwork, build_feature_network
+from ebft_mega.model.architecture import Architecture, tapped_layers
+from ebft_mega.model.huggingface import SafetensorsWeights, load_weights
+from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.types import DTYPES, TokenBatch
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """A model, the network that judges it, and the held-out rows."""
+
+    model: Path
+    feature_model: Path  # the frozen network; the same for all models that are compared
+    data: Path
+    rows: int
+    skip_rows: int  # rows at the start of the dataset that are left out
+
+
+def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Path) -> Path:
+    """Write `evaluation.json`: the `eval/*` means, and the same per row for paired comparisons.
+
+    Args:
+        config: geometry, sampling and feature settings, as in training.
+        output: directory for the file; made if needed.
+    Raises:
+        InputError: missing or unfitting files.
+    """
+    groups = make_process_groups(connect())
+    dtype = DTYPES[config.train.dtype]
+    architecture = Architecture.from_directory(request.model)
+    dataset = open_dataset(request.data)
+    _check_tokenizer(request.model, dataset.manifest.tokenizer_sha256, request.data)
+    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype)
+    load_weights(policy, SafetensorsWeights(request.model, architecture))
+    policy.to(groups.device).requires_grad_(False).eval()
+    network = _feature_network(request.feature_model, config, groups, dtype)
+    settings = evaluation_settings(config)
+
+    length = config.data.sequence_length
+    everything = fixed_rows(dataset, length, request.skip_rows + request.rows)
+    rows = TokenBatch(
+        everything.tokens[request.skip_rows :],
+        everything.document_ids[request.skip_rows :],
+        everything.row_indices[request.skip_rows :],
+    )
+    batches = rows.to(groups.device).split(settings.micro_batch_size)
+    parts: list[Evaluation] = [
+        evaluate(policy, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
+    ]
+    evaluation = merge(parts)
+    content = {
+        "model": str(request.model),
+        "feature_model": str(request.feature_model),
+        "data": str(request.data),
+        "rows": request.rows,
+        "skipped_rows": request.skip_rows,
+        "temperature": config.ebft.temperature,
+        **evaluation.means,
+        "per_row": evaluation.per_row,
+        "row_groups": main_documents(rows),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "evaluation.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main_documents(rows: TokenBatch) -> list[str]:
+    """The document with the most tokens in each row: rows of one document are not independent."""
+    return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
+
+
+def _feature_network(
+    directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype
+) -> FeatureNetwork:
+    architecture, ebft = Architecture.from_directory(directory), config.ebft
+    deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    source = SafetensorsWeights(directory, architecture, deepest)
+    return build_feature_network(
+        architecture, source, ebft.feature_layers, ebft.embed_method, ebft.feature_norm, groups, dtype
+    )
+
+
+def _check_tokenizer(model: Path, dataset_sha256: str, data: Path) -> None:
+    found = tokenizer_sha256(model)
+    if found is not None and found != dataset_sha256:
+        problem = Problem(str(data), "tokenizer", f"sha256 {dataset_sha256}", f"sha256 {found}, that of {model}")
+        raise InputError([problem])

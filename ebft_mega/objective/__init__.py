@@ -1,0 +1,1 @@
+"""Advantages, log-probabilities and the loss of a step."""

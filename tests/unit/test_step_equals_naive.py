@@ -1,0 +1,248 @@
+"""The packed, cached step against a naive one: every block of every sample by itself, through transformers, in float64.
+
+The naive side knows nothing of packing, caches, shared documents or Gram matrices: it re-forwards the whole prefix
+for each token it samples, forms the features and whitens them with explicit matrices.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebft_mega.features.network import build_feature_network
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import SafetensorsWeights, hf_tensors, load_weights
+from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.objective.advantage import block_advantages
+from ebft_mega.objective.losses import count_tokens, loss_terms
+from ebft_mega.reward.closed_forms import block_rewards
+from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.noise import noise_keys
+from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.rollout.sampling import sample_tokens
+from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.types import PolicyLogprobs, TokenBatch
+from tests.conftest import tiny_config
+from tests.unit.model.test_against_transformers import random_hf_model
+
+TAPS = (1, 2, 3)
+SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
+RL_COEF, CE_COEF, ALIGNMENT_COEF, DIVERSITY_COEF = 1.0, 0.3, 1.0, 0.7
+NUM_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    plan: BlockPlan
+    embed_method: str = "last_token"
+    feature_norm: str = "joint"
+    whitening: str = "sample"
+    model_type: str = "llama"
+    vocab_size: int = 131
+
+
+CASES = {
+    "stride<G": Case(BlockPlan(24, 2, 4, 4, 4)),
+    "stride=G": Case(BlockPlan(32, 8, 8, 8, 4), model_type="qwen2"),
+    "stride>G": Case(BlockPlan(30, 8, 2, 4, 3), whitening="feature", model_type="qwen3"),
+    "one-block": Case(BlockPlan(16, 8, 8, 8, 4), whitening="none"),
+    "one-token": Case(BlockPlan(12, 1, 3, 1, 3)),
+    "n=1": Case(BlockPlan(20, 4, 4, 4, 1), whitening="none"),
+    "n=2": Case(BlockPlan(20, 4, 4, 4, 2), embed_method="mean_pooling"),
+    "n=5": Case(BlockPlan(20, 4, 4, 4, 5), embed_method="mean_pooling", feature_norm="per_layer", whitening="none"),
+    "per-layer": Case(BlockPlan(20, 4, 4, 4, 4), feature_norm="per_layer"),
+    # Six token ids and one generated token: many groups hold equal rollouts.
+    "duplicates": Case(BlockPlan(16, 1, 2, 1, 4), vocab_size=6),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def setting(request, groups, tmp_path):
+    """A policy, a different feature network, both as transformers models and as stages, and rows of text."""
+    case: Case = request.param
+    config = tiny_config(case.model_type, vocab_size=case.vocab_size)
+    models, stages = [], []
+    for name, shift in (("policy", 0.0), ("feature", 0.05)):
+        model = random_hf_model(config).double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(shift * torch.sin(parameter * 50))
+        model.save_pretrained(tmp_path / name)
+        models.append(model)
+        architecture = Architecture.from_directory(tmp_path / name)
+        source = SafetensorsWeights(tmp_path / name, architecture)
+        stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
+        load_weights(stage, source)
+        stages.append((stage, source))
+    network = build_feature_network(
+        architecture, stages[1][1], (0.25, 0.5, 0.75), case.embed_method, case.feature_norm, groups, torch.float64
+    )
+    assert network.taps == TAPS
+    tokens = torch.randint(
+        0, case.vocab_size, (NUM_ROWS, case.plan.sequence_length), generator=torch.Generator().manual_seed(1)
+    )
+    batch = TokenBatch(tokens, torch.zeros_like(tokens), torch.tensor([5, 9]))
+    return SimpleNamespace(
+        case=case,
+        plan=case.plan,
+        batch=batch,
+        policy=stages[0][0],
+        network=network,
+        hf_policy=models[0],
+        hf_feature=models[1],
+    )
+
+
+def naive_rollouts(s) -> Tensor:
+    """[B, n, K, G]: the whole sequence is forwarded again for every token of every sample."""
+    plan = s.plan
+    rollouts = torch.zeros(NUM_ROWS, plan.num_samples, plan.num_blocks, plan.generate_length, dtype=torch.int64)
+    for row in range(NUM_ROWS):
+        for t in range(plan.generate_length):
+            keys = noise_keys(
+                SAMPLING.seed, 3, s.batch.row_indices[row : row + 1], plan.num_samples, plan.num_blocks, t
+            )
+            for sample in range(plan.num_samples):
+                for block, anchor in enumerate(plan.anchors):
+                    sequence = torch.cat((s.batch.tokens[row, :anchor], rollouts[row, sample, block, :t]))
+                    logits = s.hf_policy(sequence[None]).logits[0, -1]
+                    rollouts[row, sample, block, t] = sample_tokens(
+                        logits, keys[0, sample, block], SAMPLING.temperature, SAMPLING.top_p
+                    )
+    return rollouts
+
+
+def naive_logprobs(s, rollouts: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, n, K, G] at the sampling temperature and [B, P - 1] at temperature 1, with gradient."""
+    plan, tokens = s.plan, s.batch.tokens
+    targets = s.hf_policy(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    scored = torch.zeros(rollouts.shape, dtype=torch.float64)
+    parts = []
+    for row in range(NUM_ROWS):
+        for sample in range(plan.num_samples):
+            for block, anchor in enumerate(plan.anchors):
+                own = rollouts[row, sample, block]
+                sequence = torch.cat((tokens[row, :anchor], own))
+                logits = s.hf_policy(sequence[None]).logits[0, anchor - 1 : -1] / SAMPLING.temperature
+                parts.append(logits.log_softmax(-1).gather(-1, own[:, None])[:, 0])
+    return torch.stack(parts).view(scored.shape), targets
+
+
+def naive_features(s, sequence: Tensor) -> Tensor:
+    """[D]: the feature of the last G tokens of one sequence."""
+    window = s.plan.generate_length
+    hidden = s.hf_feature(sequence[None], output_hidden_states=True).hidden_states
+    layers = torch.stack([hidden[tap][0, -window:] for tap in TAPS], dim=1)  # [G, T, H]
+    if s.case.feature_norm == "joint":
+        features = layers.flatten(1)
+        features = features / features.norm(dim=1, keepdim=True)
+    else:
+        features = (layers / layers.norm(dim=2, keepdim=True)).flatten(1)
+    return features[-1] if s.case.embed_method == "last_token" else features.mean(dim=0)
+
+
+def naive_block(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Alignment [n], diversity [n] (factor 2) and CFM [] of one block from explicit features [n, D], [D]."""
+    n = len(x)
+    if whitening == "none":
+        wx, wy = x, y.expand(n, -1)
+    else:
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        inverse = torch.where(s > 1e-5 * s[0], 1 / (s + 1e-12), 0.0)
+        if whitening == "sample":
+            w = u @ inverse.diag() @ u.T
+            wx, wy = w @ x, w @ y.expand(n, -1)
+        else:
+            w = vt.T @ inverse.diag() @ vt
+            wx, wy = x @ w, (y @ w).expand(n, -1)
+    alignment = 2 * torch.nn.functional.cosine_similarity(wx, wy, dim=1, eps=1e-8)
+    if n == 1:
+        diversity = torch.zeros(1, dtype=x.dtype)
+    else:
+        dots = wx @ wx.T
+        diversity = 2 * (dots.sum(1) - dots.diagonal()) / (n - 1)
+    return alignment, diversity, (wx.mean(0) - wy.mean(0)).square().sum()
+
+
+def naive_advantage(alignment: Tensor, diversity: Tensor) -> Tensor:
+    """[n]: the reward minus the leave-one-out baselines, written out one sample at a time."""
+    n = len(alignment)
+    reward = ALIGNMENT_COEF * alignment - DIVERSITY_COEF * diversity
+    if n == 1:
+        return reward
+    result = []
+    for j in range(n):
+        others = [k for k in range(n) if k != j]
+        baseline = ALIGNMENT_COEF * sum(alignment[k] for k in others) / (n - 1)
+        if n > 2:
+            baseline = baseline - DIVERSITY_COEF * (diversity.sum() - 2 * diversity[j]) / (n - 2)
+        result.append(reward[j] - baseline)
+    return torch.stack(result)
+
+
+def test_packed_step_equals_naive_step(setting):
+    s, plan = setting, setting.plan
+    with torch.no_grad():
+        expected_rollouts = naive_rollouts(s)
+    rollout = generate_rollouts(s.policy, s.batch, plan, SAMPLING, step=3)
+    assert torch.equal(rollout.tokens, expected_rollouts)
+
+    # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
+    gram = s.network.grams(s.batch, rollout, plan)
+    rewards = block_rewards(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
+    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF)
+    naive_advantages = torch.zeros_like(advantages)
+    with torch.no_grad():
+        for row in range(NUM_ROWS):
+            for block, anchor in enumerate(plan.anchors):
+                prefix = s.batch.tokens[row, :anchor]
+                x = torch.stack([naive_features(s, torch.cat((prefix, own))) for own in rollout.tokens[row, :, block]])
+                y = naive_features(s, s.batch.tokens[row, : anchor + plan.generate_length])
+                everything = torch.cat((x, y[None]))
+                assert (gram[row, block] - everything @ everything.T).abs().max() <= 1e-5
+                alignment, diversity, cfm = naive_block(x, y, s.case.whitening)
+                assert (rewards.alignment[row, :, block] - alignment).abs().max() <= 1e-4
+                assert (rewards.diversity[row, :, block] - diversity).abs().max() <= 1e-4
+                assert (rewards.cfm[row, block] - cfm).abs() <= 1e-4 * max(1.0, cfm)
+                naive_advantages[row, :, block] = naive_advantage(alignment, diversity)
+    assert (advantages - naive_advantages).abs().max() <= 1e-3
+
+    # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
+    request = ScoreRequest(s.batch.tokens, rollout.tokens, targets=True, temperature=SAMPLING.temperature)
+    ours = PolicyLogprobs(*score(s.policy, request, plan))
+    expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
+    assert (ours.rollout - expected_logprobs).abs().max() <= 1e-5
+    assert (ours.target - expected_targets).abs().max() <= 1e-5
+
+    counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF)
+    terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF)
+    expected_loss = (
+        RL_COEF * (-advantages[..., None] * expected_logprobs).mean() - CE_COEF * expected_targets.mean()
+    )
+    assert abs(terms.total.item() - expected_loss.item()) <= 1e-5
+    terms.total.backward()
+    expected_loss.backward()
+    gradients = ((name, parameter.grad) for name, parameter in s.policy.named_parameters())
+    compared = dict(hf_tensors(gradients, s.policy.architecture))
+    scale = max(parameter.grad.abs().max() for parameter in s.hf_policy.parameters())
+    for name, parameter in s.hf_policy.named_parameters():
+        assert (compared[name] - parameter.grad).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("setting", [CASES["stride=G"], CASES["one-token"]], indirect=True)
+def test_rollouts_alone_and_targets_alone_score_the_same(setting):
+    s = setting
+    rollouts = generate_rollouts(s.policy, s.batch, s.plan, SAMPLING, step=0).tokens
+    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan)
+    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan)
+    (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan)
+    torch.testing.assert_close(both[0], alone, atol=1e-12, rtol=0)
+    torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)
+
+
+def test_the_duplicates_case_has_duplicates():
+    """Otherwise the case would not test what its name says."""
+    plan = CASES["duplicates"].plan
+    assert plan.num_samples**2 > CASES["duplicates"].vocab_size

@@ -1,0 +1,66 @@
+"""Evaluates a model on held-out rows: cross-entropy, alignment, cosine, feature matching, duplicates."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.config.load import load_config
+from ebft_mega.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ebft_mega.data.command import run_command
+
+DEFAULT_SEQUENCE_LENGTH = 1024
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
+    parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
+    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
+    parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config"
+    )
+    parser.add_argument(
+        "--feature-model", type=Path, help="frozen network that judges (default: ebft.feature_model, or --model)"
+    )
+    parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
+    parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")
+    return parser.parse_args()
+
+
+def settings(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration to evaluate under: the file's, or every default with rows of 1024 tokens."""
+    if arguments.config is not None:
+        return load_config(arguments.config, arguments.set)
+    return RunConfig(
+        output_dir=arguments.output,
+        model=ModelConfig(init_from=arguments.model),
+        data=DataConfig(shards=arguments.data, sequence_length=DEFAULT_SEQUENCE_LENGTH),
+        train=TrainConfig(max_steps=1, dtype="float32"),
+    )
+
+
+def main() -> None:
+    """Evaluates and prints the figures."""
+    arguments = parse_arguments()
+    config = settings(arguments)
+
+    from ebft_mega.evaluation.command import EvaluationRequest, evaluate_directory
+    from ebft_mega.report.evaluation_plot import plot_evaluation
+
+    request = EvaluationRequest(
+        model=arguments.model,
+        feature_model=arguments.feature_model or config.ebft.feature_model or arguments.model,
+        data=arguments.data,
+        rows=arguments.rows or config.evaluation.rows,
+        skip_rows=arguments.skip_rows,
+    )
+    path = evaluate_directory(request, config, arguments.output)
+    print(f"{path}\n{plot_evaluation(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
