@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ebft_mega.model.architecture import Architecture
 
@@ -20,9 +22,6 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
 
 
 def _inverse_frequencies(architecture: Architecture) -> Tensor:
-    from transformers import CONFIG_MAPPING
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     config: Any = CONFIG_MAPPING[architecture.model_type](**architecture.hf_config)
     rope_type = config.rope_parameters["rope_type"]
     if rope_type == "default":

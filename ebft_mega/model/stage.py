@@ -13,6 +13,13 @@ from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.attention import StridedCoreAttention, StridedLayout
 from ebft_mega.model.rotary import inverse_frequencies, rotary_angles
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.megatron import (
+    ColumnParallelLinear,
+    TransformerConfig,
+    TransformerLayer,
+    VocabParallelEmbedding,
+    get_gpt_layer_local_spec,
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,8 @@ class StageShape:
         return cls(depth, has_final_norm=depth == architecture.num_hidden_layers, has_head=False)
 
 
-def transformer_config(architecture: Architecture, dtype: torch.dtype) -> Any:
+def transformer_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of the architecture: RMSNorm, gated SiLU MLP, no dropout, no fusions."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
@@ -62,6 +67,8 @@ def transformer_config(architecture: Architecture, dtype: torch.dtype) -> Any:
         perform_initialization=False,
         # Allocates on the device in force (meta for a view, the CPU for a frozen copy) instead of on the GPU.
         use_cpu_initialization=True,
+        # The default, spelled so that megatron-core does not warn about its own default.
+        cuda_graph_scope=[],
     )
 
 
@@ -87,10 +94,6 @@ class Stage(nn.Module):
             dtype: of the parameters.
             activation_checkpointing: keep only layer inputs and recompute layers in the backward pass.
         """
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-        from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
-        from megatron.core.transformer.transformer_layer import TransformerLayer
-
         super().__init__()
         self.architecture, self.shape = architecture, shape
         self.activation_checkpointing = activation_checkpointing

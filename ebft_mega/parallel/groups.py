@@ -3,13 +3,11 @@
 import datetime
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from megatron.core.process_groups_config import ProcessGroupCollection
+from ebft_mega.parallel.megatron import ProcessGroupCollection
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -42,10 +40,8 @@ class ProcessGroups:
         """Whether this process writes what a job writes once."""
         return dist.get_rank() == 0
 
-    def megatron(self) -> "ProcessGroupCollection":
+    def megatron(self) -> ProcessGroupCollection:
         """The groups in megatron-core's own wrapper, for its layers."""
-        from megatron.core.process_groups_config import ProcessGroupCollection
-
         # A context-parallel group of one: the tensor-parallel group is the only group of size one at hand while
         # context parallelism is refused, and megatron-core asks only for its size.
         return ProcessGroupCollection(tp=self.tensor_parallel, pp=self.pipeline_parallel, cp=self.tensor_parallel)
@@ -70,6 +66,9 @@ def connect() -> torch.device:
     device = local_device()
     if not dist.is_initialized():
         alone = "RANK" not in os.environ
+        if alone:
+            # DeepSpeed reads these itself.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,

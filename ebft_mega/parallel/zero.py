@@ -3,6 +3,8 @@
 Each workaround names what happens without it; `tests/distributed/test_zero.py` shows those that can be shown.
 """
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,10 +60,13 @@ class ZeroEngine:
             load: fills the module given (module, context that makes one parameter whole, whether this rank reads).
             settings, groups: see there.
         """
+        if groups.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares every rank a warning
         import deepspeed
 
         _check_version(deepspeed.__version__)
         _disable_shared_memory_collectives()
+        _quiet_renamed_collectives()
         self._deepspeed = deepspeed
         self._groups = groups
         config = _deepspeed_config(settings, groups)
@@ -150,6 +155,11 @@ def _check_version(version: str) -> None:
     """Refuse a DeepSpeed whose internals were never checked against this module."""
     if not version.startswith(SUPPORTED_DEEPSPEED):
         raise RuntimeError(f"deepspeed {version} found; this engine was checked with {SUPPORTED_DEEPSPEED}*")
+
+
+def _quiet_renamed_collectives() -> None:
+    """DeepSpeed calls collectives that torch has renamed; one warning a call would bury the log."""
+    warnings.filterwarnings("ignore", message=r".* is deprecated\. Please use .*_single", category=FutureWarning)
 
 
 def _disable_shared_memory_collectives() -> None:

@@ -1,0 +1,220 @@
+"""From a YAML file and `--set` overrides to a `RunConfig`, or to all problems at once."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from ebft_mega.config.rules import broken_rules, refusal_reason, yaml_text
+from ebft_mega.config.schema import SECTIONS, RunConfig, Section, all_keys, allowed_text
+from ebft_mega.config.yaml_source import read_yaml
+from ebft_mega.errors import ConfigError, Problem
+
+OVERRIDE = "--set"
+# Values for required keys that are missing or wrong, so that everything else can still be checked.
+_STAND_INS: dict[str, Any] = {"output_dir": "unset", "shards": "unset", "sequence_length": 2}
+# Names that the same thing has in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
+OTHER_NAMES = {
+    "adam_betas": "train.betas",
+    "alignment_rew_coef": "ebft.alignment_coef",
+    "base_model": "model.init_from",
+    "ce_loss_coef": "ebft.ce_coef",
+    "datasets": "data.shards",
+    "diversity_rew_coef": "ebft.diversity_coef",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "gradient_clipping": "train.grad_clip",
+    "learning_rate": "train.lr",
+    "max_grad_norm": "train.grad_clip",
+    "max_seq_length": "data.sequence_length",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "rl_loss_coef": "ebft.rl_coef",
+    "save_steps": "checkpoint.interval",
+    "seq_length": "data.sequence_length",
+    "sequence_len": "data.sequence_length",
+    "train_batch_size": "train.global_batch_size",
+}
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` texts, applied in order; the value is read as YAML.
+    Returns:
+        The configuration; `place(key)` tells where each key was written.
+    Raises:
+        ConfigError: everything that is wrong, each with file and line, key, value and what is allowed.
+    """
+    tree, places, problems = _read_file(Path(path))
+    for text in overrides:
+        problems += _apply_override(tree, places, text)
+    problems += _inherit_defaults(tree, places)
+    config, unplaced = _build(tree)
+    config = config.with_places(places | {"": str(path)})
+    problems += [dataclasses.replace(problem, where=config.place(problem.key)) for problem in unplaced]
+    if problems:
+        raise ConfigError(sorted(problems, key=_line_order))
+    return config
+
+
+def _line_order(problem: Problem) -> tuple[bool, int]:
+    """Problems in the order of the file's lines, those of overrides last."""
+    line = problem.where.rpartition(":")[2]
+    return problem.where == OVERRIDE, int(line) if line.isdigit() else 0
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """The configuration with every key written out, as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def nearest_key(wrong: str, keys: Iterable[str] | None = None) -> str:
+    """The valid dotted key that a wrong one most likely means; empty when nothing is near.
+
+    A key of the same section comes first, then the same name in another section, then a similar name there.
+    """
+    valid = list(all_keys() if keys is None else keys)
+    section, _, leaf = wrong.rpartition(".")
+    if leaf in OTHER_NAMES and OTHER_NAMES[leaf] in valid:
+        return OTHER_NAMES[leaf]
+    siblings = [key for key in valid if key.rpartition(".")[0] == section]
+    leaves = {key.rpartition(".")[2]: key for key in reversed(valid)}
+    names = {key.rpartition(".")[2]: key for key in siblings}
+    if not section:
+        names |= {name: name for name in SECTIONS}
+    for candidates, cutoff in ((names, 0.75), (leaves, 1.0), (names, 0.6), (leaves, 0.75)):
+        near = difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff)
+        if near:
+            return candidates[near[0]]
+    return ""
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+    """The tree of the file, the place of every key, and what is wrong with the text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [Problem(str(path), "(file)", error.strerror or str(error), "a YAML file")]
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            [Problem(str(path), "(file)", f"{error.reason} at byte {error.start}", "UTF-8")]
+        ) from None
+    source = read_yaml(text, str(path))
+    places = {key: f"{path}:{line}" for key, line in source.lines.items()}
+    if source.value is None or isinstance(source.value, dict):
+        if source.problems and source.value is None:  # not YAML at all: nothing else can be said
+            raise ConfigError(source.problems)
+        return source.value or {}, places, source.problems
+    raise ConfigError([Problem(f"{path}:1", "(file)", repr(source.value), "a mapping of sections")])
+
+
+def _apply_override(tree: dict[str, Any], places: dict[str, str], text: str) -> list[Problem]:
+    """Write one `a.b=value` into the tree."""
+    key, equals, value_text = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        return [Problem(OVERRIDE, text, "no key=value", "section.key=value, such as train.lr=1e-5")]
+    source = read_yaml(value_text, OVERRIDE)
+    if source.problems:
+        return [Problem(OVERRIDE, key, problem.found, problem.expected) for problem in source.problems]
+    *parents, leaf = key.split(".")
+    branch = tree
+    for depth, name in enumerate(parents, start=1):
+        if branch.get(name) is None:
+            branch[name] = {}
+            places[".".join(parents[:depth])] = OVERRIDE
+        if not isinstance(branch[name], dict):
+            holder = ".".join(parents[:depth])
+            return [
+                Problem(OVERRIDE, key, f"{holder} holding a value, not a section", "a key inside a section")
+            ]
+        branch = branch[name]
+    branch[leaf] = source.value
+    for old in [known for known in places if known == key or known.startswith(key + ".")]:
+        del places[old]
+    places[key] = OVERRIDE
+    return []
+
+
+def _inherit_defaults(tree: dict[str, Any], places: Mapping[str, str]) -> list[Problem]:
+    """Let an empty section mean its defaults; refuse a section that is no mapping."""
+    problems = []
+    for name, section in SECTIONS.items():
+        if tree.get(name) is None:
+            tree[name] = {}
+        elif not isinstance(tree[name], dict):
+            keys = ", ".join(section.model_fields)
+            found = _describe(tree[name])
+            problems.append(
+                Problem(places.get(name, OVERRIDE), name, found, f"a section with the keys {keys}")
+            )
+            tree[name] = {}
+    return problems
+
+
+def _build(tree: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
+    """The configuration, or as much of it as is valid, with all problems (`where` empty).
+
+    Each section is checked by itself and without its refused keys, so that one mistake hides no other one.
+    """
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        values[name], found = _valid_part(section, tree[name], f"{name}.")
+        problems += found
+    top = {name: value for name, value in tree.items() if name not in SECTIONS} | values
+    config, found = _valid_part(RunConfig, top, "")
+    problems += found
+    refused = frozenset(problem.key for problem in problems)
+    return config, problems + broken_rules(config, refused)
+
+
+def _valid_part(section: type[Section], values: Mapping[str, Any], prefix: str) -> tuple[Any, list[Problem]]:
+    """A section built from its valid keys (others get their default), and a problem for each other key."""
+    try:
+        return section.model_validate(dict(values)), []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    problems = {str(item["loc"][0]): _explain(section, prefix, item, values) for item in reversed(details)}
+    good = {name: value for name, value in values.items() if name not in problems}
+    required = {name: value for name, value in _STAND_INS.items() if name in problems}
+    return section.model_validate(required | good), list(reversed(problems.values()))
+
+
+def _explain(section: type[Section], prefix: str, detail: Any, values: Mapping[str, Any]) -> Problem:
+    """Put one pydantic error into words."""
+    name = str(detail["loc"][0])
+    key = prefix + name
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(section, key, values[name])
+    field = section.model_fields[name]
+    if name not in values:
+        return Problem("", key, "nothing", f"{allowed_text(field)} (this key is required)")
+    choices = [str(choice) for choice in get_args(field.annotation)]
+    near = difflib.get_close_matches(str(values[name]), choices, n=1) if isinstance(values[name], str) else []
+    return Problem("", key, _describe(values[name]), allowed_text(field), near[0] if near else "")
+
+
+def _unknown_key(section: type[Section], key: str, value: Any) -> Problem:
+    reason = refusal_reason(key.rpartition(".")[2])
+    if reason:
+        return Problem("", key, _describe(value), f"no such key: {reason}")
+    holder = "the file" if section is RunConfig else key.partition(".")[0]
+    expected = f"one of the keys of {holder}: {', '.join(section.model_fields)}"
+    return Problem("", key, f"an unknown key (value {_describe(value)})", expected, nearest_key(key))
+
+
+def _describe(value: Any) -> str:
+    """A value and its kind, as the file has it."""
+    if isinstance(value, str):
+        return repr(value)
+    text = yaml_text(value) if value is None or isinstance(value, bool | int | float) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

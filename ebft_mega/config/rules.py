@@ -1,0 +1,219 @@
+"""Rules about values that a schema cannot state: what is not built yet, and what several keys must agree on.
+
+A rule yields problems without a place (`where` is empty); the loader adds file and line. Every rule names the
+keys that it reads, so that it is left out when one of them has already been refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.model.architecture import Architecture
+
+# The values that are built; a later version that builds another one deletes its row.
+NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "data.document_masking": (False,),
+    "data.on_error": ("raise",),
+    "parallel.tensor_parallel_size": (1,),
+    "parallel.pipeline_parallel_size": (1,),
+    "parallel.sequence_parallel": (False,),
+    "train.max_run_minutes": (None,),
+    "zero.stage": (3,),
+    "zero.hold_parameters": ("rollout", "none"),
+    "zero.offload_optimizer": ("none",),
+    "learn.reuse_rollout": ("auto", "off"),
+    "checkpoint.interval": (None,),
+    "checkpoint.keep_last": (None,),
+    "checkpoint.keep_every": (None,),
+    "checkpoint.resume": ("auto", "never"),
+    "profile.start": (None,),
+    "profile.steps": (None,),
+}
+
+_STRUCTURED = (
+    "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
+)
+# Keys of other trainers that a reader may expect here, by the last part of the key, and why there is none.
+REFUSED_NAMES: tuple[tuple[str, str], ...] = (
+    (r"min_completion_prefix|adaptive_max_tokens|gt_length_multiplier", _STRUCTURED),
+    (
+        r"context_parallel\w*|cp_size|ulysses\w*|ring_attn\w*",
+        "context parallelism is not part of this trainer: a row and its rollouts stay in one replica",
+    ),
+    (
+        r"num_(local_)?experts\w*|n_routed_experts|\w*experts_per_tok|expert_parallel\w*|moe\w*|\w+_moe",
+        "mixture of experts is not part of this trainer: only dense Llama, Qwen2 and Qwen3 models are built",
+    ),
+    (
+        r"q?lora\w*|peft\w*|adapter\w*",
+        "LoRA is not part of this trainer: all parameters are trained",
+    ),
+    (
+        r"(qa|question|answer|prompt|completion)_?mask\w*|mask_(question|answer|prompt)\w*|train_on_inputs",
+        "question/answer masks are not part of this trainer: every token of the raw text counts",
+    ),
+)
+
+
+def refusal_reason(name: str) -> str:
+    """Why a key of this name (the last part of a dotted key) is left out on purpose; empty if it is not."""
+    for pattern, reason in REFUSED_NAMES:
+        if re.fullmatch(pattern, name):
+            return reason
+    return ""
+
+
+def _unsupported_values(config: RunConfig) -> Iterator[Problem]:
+    for key, built in NOT_YET_SUPPORTED.items():
+        section, leaf = key.split(".")
+        value = getattr(getattr(config, section), leaf)
+        if value not in built:
+            values = " or ".join("not set" if item is None else yaml_text(item) for item in built)
+            yield Problem("", key, f"{yaml_text(value)}, which is not yet supported", values)
+
+
+def yaml_text(value: Any) -> str:
+    """A value as one would write it in the file."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _one_model(config: RunConfig) -> Iterator[Problem]:
+    given = [name for name in ("init_from", "config") if getattr(config.model, name) is not None]
+    if len(given) != 1:
+        found = (
+            "both model.init_from and model.config" if given else "neither model.init_from nor model.config"
+        )
+        yield Problem("", "model.config" if given else "model", found, "exactly one of the two")
+
+
+def _architecture(config: RunConfig) -> Iterator[Problem]:
+    fields = config.model.config
+    if fields is None:
+        return
+    for name in fields:
+        if reason := refusal_reason(name):
+            yield Problem("", f"model.config.{name}", yaml_text(fields[name]), f"no such key: {reason}")
+    try:
+        Architecture.from_hf(fields, "")
+    except InputError as error:
+        for problem in error.problems:
+            yield Problem("", f"model.config.{problem.key}", problem.found, problem.expected)
+
+
+def _one_length(config: RunConfig) -> Iterator[Problem]:
+    given = [name for name in ("max_steps", "max_tokens") if getattr(config.train, name) is not None]
+    if len(given) != 1:
+        found = "both train.max_steps and train.max_tokens" if given else "neither max_steps nor max_tokens"
+        yield Problem("", "train.max_tokens" if given else "train", found, "exactly one of the two")
+
+
+def _at_least_one_step(config: RunConfig) -> Iterator[Problem]:
+    tokens = config.train.max_tokens
+    if tokens is not None and tokens < config.tokens_per_step:
+        expected = (
+            f"at least the {config.tokens_per_step} tokens of one optimizer step (rows x sequence length)"
+        )
+        yield Problem("", "train.max_tokens", str(tokens), expected)
+
+
+def _blocks_fit(config: RunConfig) -> Iterator[Problem]:
+    length, ebft = config.data.sequence_length, config.ebft
+    needed = ebft.context_length + ebft.generate_max_len
+    room = length - needed
+    terms = f"ebft.context_length {ebft.context_length} + ebft.generate_max_len {ebft.generate_max_len}"
+    if room < 0:
+        yield Problem("", "data.sequence_length", str(length), f"at least {needed} ({terms})")
+    elif room % ebft.stride:
+        below, above = length - room % ebft.stride, length - room % ebft.stride + ebft.stride
+        found = f"{length}: {length} - ({terms}) = {room} is not divisible by ebft.stride {ebft.stride}"
+        expected = (
+            f"a sequence length such as {below} or {above}, or a stride such as {_strides(room, ebft.stride)}"
+        )
+        yield Problem("", "data.sequence_length", found, expected)
+
+
+def _strides(room: int, wanted: int) -> str:
+    """The divisors of `room` next to `wanted`, which is none itself."""
+    divisors = [stride for stride in range(1, room + 1) if room % stride == 0]
+    below = [stride for stride in divisors if stride < wanted][-1:]
+    above = [stride for stride in divisors if stride > wanted][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if rows % micro:
+        yield Problem(
+            "", "train.global_batch_size", str(rows), f"a multiple of train.micro_batch_size {micro}"
+        )
+
+
+def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
+    ebft = config.ebft
+    if ebft.rl_coef == 0 and ebft.ce_coef == 0:
+        yield Problem("", "ebft.rl_coef", "0, and ebft.ce_coef is 0 too", "at least one of the two above 0")
+    elif ebft.rl_coef > 0 and ebft.alignment_coef == 0 and ebft.diversity_coef == 0:
+        yield Problem(
+            "", "ebft.alignment_coef", "0, and ebft.diversity_coef is 0 too", "at least one above 0"
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check and the keys (or sections) that it reads."""
+
+    keys: tuple[str, ...]
+    check: Callable[[RunConfig], Iterable[Problem]]
+
+
+_GEOMETRY = ("data.sequence_length", "ebft.stride", "ebft.context_length", "ebft.generate_max_len")
+RULES = (
+    Rule((), _unsupported_values),
+    Rule(("model.init_from", "model.config"), _one_model),
+    Rule(("model.config",), _architecture),
+    Rule(("train.max_steps", "train.max_tokens"), _one_length),
+    Rule(("train.max_tokens", "train.global_batch_size", "data.sequence_length"), _at_least_one_step),
+    Rule(_GEOMETRY, _blocks_fit),
+    Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
+    Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
+)
+
+
+def broken_rules(config: RunConfig, refused: frozenset[str] = frozenset()) -> list[Problem]:
+    """All broken rules, except those that read a key in `refused`; `where` of the problems is empty.
+
+    Args:
+        config: the configuration; keys in `refused` (and their sections) may be missing from it.
+        refused: dotted keys that have a problem of their own.
+    """
+    return [
+        problem
+        for rule in RULES
+        if not refused.intersection(rule.keys)
+        and not refused.intersection(k.split(".")[0] for k in rule.keys)
+        for problem in rule.check(config)
+        if problem.key not in refused
+    ]
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Settings that work but may surprise, one sentence each."""
+    found = []
+    ebft = config.ebft
+    if config.uses_rollouts and ebft.n_samples_per_prompt == 1:
+        found.append(
+            "ebft.n_samples_per_prompt is 1: the advantage is the reward itself and the diversity is 0."
+        )
+    if config.uses_rollouts and ebft.n_samples_per_prompt == 2:
+        found.append("ebft.n_samples_per_prompt is 2: the diversity term has no baseline.")
+    if config.train.warmup_steps >= config.total_steps:
+        found.append(
+            f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "
+            f"({config.total_steps} steps): the learning rate never gets to train.lr."
+        )
+    return found

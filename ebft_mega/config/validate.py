@@ -1,0 +1,269 @@
+"""Checks against the world: the number of processes, the model directory, the datasets. No torch."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ebft_mega.config.model_files import weight_file_problems
+from ebft_mega.config.rules import notes
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.rollout.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from ebft_mega.data.format import Manifest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How many processes there are of each kind; the three multiply to the world size."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+@dataclass(frozen=True)
+class RowSupply:
+    """The packed rows that a dataset gives."""
+
+    manifest: "Manifest"
+    rows_per_epoch: int
+    tail_tokens: int  # of every epoch, too few for another row
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, worked out from its configuration and its inputs before anything starts."""
+
+    architecture: Architecture
+    feature_architecture: (
+        Architecture  # of the frozen network; may have other sizes, never another vocabulary
+    )
+    block_plan: BlockPlan
+    parallel: ParallelSizes
+    num_micro_batches: int  # per replica and optimizer step
+    total_steps: int
+    train_rows: RowSupply
+    evaluation_rows: RowSupply | None
+    notes: tuple[str, ...]  # settings that work but may surprise
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Model replicas."""
+        return self.parallel.data_parallel
+
+    @property
+    def train_manifest(self) -> "Manifest":
+        """The training dataset's manifest."""
+        return self.train_rows.manifest
+
+    @property
+    def evaluation_manifest(self) -> "Manifest | None":
+        """The held-out dataset's manifest, if there is one."""
+        return self.evaluation_rows.manifest if self.evaluation_rows else None
+
+
+def check_world(config: RunConfig, world_size: int) -> ParallelSizes:
+    """Divide the processes over the parallel degrees.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+    Raises:
+        ConfigError: the degrees do not multiply to the world size, or the batch cannot be divided.
+    """
+    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    data, left_over = divmod(world_size, tensor * pipeline)
+    if left_over or not data:
+        found = f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} processes per replica"
+        place = config.place("parallel")
+        raise ConfigError([Problem(place, "parallel", found, f"a divisor of the world size {world_size}")])
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if rows % (micro * data):
+        key = "train.global_batch_size"
+        expected = (
+            f"a multiple of {micro * data} (train.micro_batch_size {micro} x data-parallel size {data})"
+        )
+        raise ConfigError([Problem(config.place(key), key, str(rows), expected)])
+    return ParallelSizes(tensor, pipeline, data)
+
+
+def check_run(config: RunConfig, world_size: int) -> RunPlan:
+    """Check a run against its inputs and the number of processes.
+
+    Opens the model's and the datasets' small files; the weights' headers and the shards' presence, sizes and
+    index hashes are checked, their contents are not read.
+
+    Args:
+        config: the run, as `load_config` gives it.
+        world_size: number of processes.
+    Raises:
+        InputError: everything that is wrong, at once.
+    """
+    problems: list[Problem] = []
+
+    def attempt(check: Callable[..., T], *arguments: object) -> T | None:
+        """The result of a check, or None after its problems were noted."""
+        try:
+            return check(*arguments)
+        except InputProblems as error:
+            problems.extend(error.problems)
+            return None
+
+    sizes = attempt(check_world, config, world_size)
+    architecture = attempt(_policy_architecture, config)
+    feature_architecture = (
+        attempt(_feature_architecture, config) if config.ebft.feature_model else architecture
+    )
+    train_rows = attempt(_rows, config, "data.shards", config.data.shards, config.seed)
+    held_out = config.evaluation.shards
+    evaluation_rows = attempt(_rows, config, "evaluation.shards", held_out, None) if held_out else None
+
+    if architecture and feature_architecture:
+        problems += _vocabularies_differ(config, architecture, feature_architecture)
+    for key, rows in (("data.shards", train_rows), ("evaluation.shards", evaluation_rows)):
+        if rows:
+            problems += _tokens_unknown_to_model(config, key, rows.manifest, architecture)
+    if train_rows and evaluation_rows:
+        problems += _tokenizers_differ(config, train_rows.manifest, evaluation_rows.manifest)
+    if train_rows:
+        problems += _too_few_rows(config, "data.shards", train_rows, "train.global_batch_size")
+    if evaluation_rows:
+        problems += _too_few_rows(config, "evaluation.shards", evaluation_rows, "evaluation.rows")
+    if problems or not (sizes and architecture and feature_architecture and train_rows):
+        raise InputError(problems)
+    return RunPlan(
+        architecture=architecture,
+        feature_architecture=feature_architecture,
+        block_plan=config.block_plan,
+        parallel=sizes,
+        num_micro_batches=config.train.global_batch_size
+        // (config.train.micro_batch_size * sizes.data_parallel),
+        total_steps=config.total_steps,
+        train_rows=train_rows,
+        evaluation_rows=evaluation_rows,
+        notes=tuple(notes(config) + _input_notes(config, architecture, train_rows, evaluation_rows)),
+    )
+
+
+def _named(config: RunConfig, key: str, problems: tuple[Problem, ...] | list[Problem]) -> list[Problem]:
+    """Problems of a file with the configuration key that led to it."""
+    return [dataclasses.replace(p, where=f"{config.place(key)}: {key}: {p.where}") for p in problems]
+
+
+def _policy_architecture(config: RunConfig) -> Architecture:
+    if config.model.config is not None:
+        return Architecture.from_hf(config.model.config, config.place("model.config"))
+    assert config.model.init_from is not None, "load_config lets no other configuration pass"
+    return _model_directory(config, "model.init_from", config.model.init_from)
+
+
+def _feature_architecture(config: RunConfig) -> Architecture:
+    assert config.ebft.feature_model is not None, "called only with a feature model"
+    return _model_directory(config, "ebft.feature_model", config.ebft.feature_model)
+
+
+def _model_directory(config: RunConfig, key: str, directory: Path) -> Architecture:
+    """The architecture of a model directory whose files are all there."""
+    if not directory.is_dir():
+        expected = "a Hugging Face model directory"
+        raise InputError([Problem(config.place(key), key, f"no directory {directory}", expected)])
+    problems = weight_file_problems(directory)
+    try:
+        architecture = Architecture.from_directory(directory)
+    except InputError as error:
+        raise InputError(_named(config, key, [*error.problems, *problems])) from None
+    if problems:
+        raise InputError(_named(config, key, problems))
+    return architecture
+
+
+def _rows(config: RunConfig, key: str, directory: Path, seed: int | None) -> RowSupply:
+    """The rows of a dataset whose files have been checked."""
+    from ebft_mega.data.dataset import open_dataset
+    from ebft_mega.data.stream import RowStream
+
+    try:
+        dataset = open_dataset(directory)
+        try:
+            stream = RowStream(dataset, config.data.sequence_length, seed)
+            return RowSupply(dataset.manifest, stream.rows_per_epoch, stream.tail_tokens)
+        finally:
+            dataset.close()
+    except InputError as error:
+        raise InputError(_named(config, key, error.problems)) from None
+
+
+def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Architecture) -> list[Problem]:
+    if policy.vocab_size == features.vocab_size:
+        return []
+    key = "ebft.feature_model"
+    found = f"a vocabulary of {features.vocab_size} tokens"
+    return [Problem(config.place(key), key, found, f"{policy.vocab_size} tokens, as the policy has")]
+
+
+def _tokens_unknown_to_model(
+    config: RunConfig, key: str, manifest: "Manifest", architecture: Architecture | None
+) -> list[Problem]:
+    """Token ids that the model may not have, or that another tokenizer gave."""
+    from ebft_mega.data.tokenizer import tokenizer_sha256
+
+    problems = []
+    if architecture and manifest.vocab_size > architecture.vocab_size:
+        found = (
+            f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
+        )
+        expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
+        problems.append(Problem(config.place(key), key, found, expected))
+    model = config.model.init_from
+    wanted = tokenizer_sha256(model) if model and model.is_dir() else None
+    if wanted and wanted != manifest.tokenizer_sha256:
+        found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
+        problems.append(Problem(config.place(key), key, found, f"the tokenizer of {model}, sha256 {wanted}"))
+    return problems
+
+
+def _tokenizers_differ(config: RunConfig, train: "Manifest", held_out: "Manifest") -> list[Problem]:
+    if train.tokenizer_sha256 == held_out.tokenizer_sha256:
+        return []
+    key = "evaluation.shards"
+    found = f"tokens of a tokenizer with sha256 {held_out.tokenizer_sha256}"
+    return [
+        Problem(
+            config.place(key), key, found, f"the tokenizer of data.shards, sha256 {train.tokenizer_sha256}"
+        )
+    ]
+
+
+def _too_few_rows(config: RunConfig, key: str, supply: RowSupply, needs_key: str) -> list[Problem]:
+    section, name = needs_key.split(".")
+    needed = getattr(getattr(config, section), name)
+    if supply.rows_per_epoch >= needed:
+        return []
+    found = f"{supply.rows_per_epoch} rows of {config.data.sequence_length} tokens"
+    return [Problem(config.place(key), key, found, f"at least the {needed} rows of {needs_key}")]
+
+
+def _input_notes(
+    config: RunConfig, architecture: Architecture, train: RowSupply, held_out: RowSupply | None
+) -> list[str]:
+    found = []
+    if config.data.sequence_length > architecture.max_position_embeddings:
+        found.append(
+            f"data.sequence_length {config.data.sequence_length} is longer than the model's "
+            f"max_position_embeddings {architecture.max_position_embeddings}."
+        )
+    if held_out and held_out.manifest.fingerprint == train.manifest.fingerprint:
+        found.append("evaluation.shards is the training dataset itself: nothing is held out.")
+    return found

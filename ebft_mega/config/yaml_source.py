@@ -1,0 +1,111 @@
+"""YAML text as plain values, each with the line it stands on. Nothing in the text can name a Python object.
+
+The scalars are those of YAML 1.2: `1e-5` is a number, and only `true` and `false` are booleans, so that
+`reuse_rollout: off` is a word. Repeated keys, tags, anchors and aliases are refused.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ebft_mega.errors import Problem
+
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
+_CONSTANTS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+}
+_SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+
+
+@dataclass
+class YamlSource:
+    """What was read: a plain value, the line (from 1) of every dotted key, and what is wrong."""
+
+    name: str
+    value: Any = None
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+class _TreeLoader(yaml.SafeLoader):
+    """A loader used only to compose nodes; each node is written out once, without a tag."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor:
+            raise yaml.MarkedYAMLError(problem="an anchor or alias", problem_mark=event.start_mark)
+        if getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag}", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str, name: str) -> YamlSource:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        name: what to call it in problems: the file's path.
+    """
+    source = YamlSource(name)
+    try:
+        loader = _TreeLoader(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        found = getattr(error, "problem", None) or str(error)
+        source.problems.append(
+            Problem(where, "(text)", found, "plain YAML without anchors, aliases and tags")
+        )
+        return source
+    if node is not None:
+        source.value = _plain(node, "", source)
+    return source
+
+
+def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:
+    """The value of a node; lines and problems go to `source`."""
+    source.lines.setdefault(key, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, key, source)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, f"{key}.{index}", source) for index, item in enumerate(node.value)]
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return plain_scalar(node.value) if is_plain else node.value
+
+
+def _mapping(node: yaml.MappingNode, prefix: str, source: YamlSource) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name_node, value_node in node.value:
+        line = name_node.start_mark.line + 1
+        where = f"{source.name}:{line}"
+        if not isinstance(name_node, yaml.ScalarNode):
+            source.problems.append(
+                Problem(where, prefix or "(text)", "a list or mapping as a key", "a word as a key")
+            )
+            continue
+        key = f"{prefix}.{name_node.value}" if prefix else name_node.value
+        if name_node.value in values:
+            found = f"this key a second time (the first is in line {source.lines[key]})"
+            source.problems.append(Problem(where, key, found, "every key once"))
+            continue
+        source.lines[key] = line
+        values[name_node.value] = _plain(value_node, key, source)
+    return values
+
+
+def plain_scalar(text: str) -> str | int | float | bool | None:
+    """The value of an unquoted YAML scalar: a number, true, false, null, or the text itself."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text.replace("_", ""))
+    if _FLOAT.fullmatch(text):
+        return float(text.replace("_", ""))
+    special = _SPECIAL_FLOATS.get(text.lower())
+    return float(special) if special else text

@@ -1,0 +1,342 @@
+"""Reading a configuration: texts of errors, overrides, YAML's traps, axolotl's block."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
+from ebft_mega.config.rules import NOT_YET_SUPPORTED
+from ebft_mega.config.schema import all_keys
+from ebft_mega.config.yaml_source import plain_scalar, read_yaml
+from ebft_mega.errors import ConfigError
+
+BASE = """\
+output_dir: runs/a
+model: {init_from: runs/init}
+data: {shards: data/train, sequence_length: 128}
+train: {max_steps: 5}
+"""
+AXOLOTL_BLOCK = """\
+ebft:
+  mode: strided                       # strided block-parallel generation
+  stride: 8                           # tokens between anchor points
+  context_length: 8
+  generate_max_len: 8
+  n_samples_per_prompt: 4
+  temperature: 0.6
+  top_p: 1.0
+  feature_layers: [0.25, 0.5, 0.75]
+  embed_method: last_token
+  use_whitening: true
+  alignment_coef: 1.0
+  diversity_coef: 1.0
+  rl_coef: 1.0
+  ce_coef: 0.03
+  advantage_estimator: rloo
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a text as `c.yaml`."""
+
+    def load_text(text, *overrides):
+        path = tmp_path / "c.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load_text
+
+
+@pytest.fixture
+def problems(load, tmp_path):
+    """The problems of a text, as lines without the folder."""
+
+    def lines(text, *overrides):
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides)
+        assert caught.value.exit_code == 2
+        return [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+    return lines
+
+
+def test_axolotl_block_is_accepted_as_it_is(load):
+    config = load(BASE + AXOLOTL_BLOCK)
+    assert config.ebft.ce_coef == 0.03
+    assert config.ebft.feature_layers == (0.25, 0.5, 0.75)
+    assert config.block_plan.num_blocks == (128 - 8 - 8) // 8 + 1
+
+
+def test_exponent_without_a_point_is_a_number(load):
+    assert load(BASE + "zero: {}\n", "train.lr=1e-5").train.lr == 1e-5
+    assert load(BASE.replace("max_steps: 5", "max_tokens: 1e6, lr: 3E-4")).train.lr == 3e-4
+
+
+def test_words_that_yaml_1_1_takes_for_booleans(load):
+    assert load(BASE + "learn: {reuse_rollout: off}").learn.reuse_rollout == "off"
+
+
+def test_unknown_key_text(problems):
+    assert problems(BASE + "ebft:\n  strde: 8\n") == [
+        "c.yaml:6: ebft.strde: found an unknown key (value 8); expected one of the keys of ebft: mode, "
+        "stride, context_length, generate_max_len, n_samples_per_prompt, temperature, top_p, feature_layers, "
+        "embed_method, feature_norm, use_whitening, whitening, alignment_coef, diversity_coef, rl_coef, "
+        "ce_coef, advantage_estimator, feature_model. Did you mean 'ebft.stride'?"
+    ]
+
+
+def test_key_in_the_wrong_section_finds_its_own(problems):
+    (line,) = problems("stride: 4\n" + BASE)
+    assert line.startswith("c.yaml:1: stride: ") and line.endswith("Did you mean 'ebft.stride'?")
+
+
+def test_every_problem_is_reported_at_once(problems):
+    text = """\
+output_dir: runs/a
+model: {init_from: a, config: {model_type: gpt2}}
+data:
+  shards: d
+  sequence_length: 131
+train:
+  global_batch_size: 10
+  micro_batch_size: 4
+  lr: fast
+  max_tokens: 50
+ebft:
+  embed_method: last_tokn
+  n_samples_per_prompt: 4.5
+  temperature: 0
+  rl_coef: 0
+trian: {lr: 1}
+"""
+    lines = problems(text, "train.dtype=float16")
+    heads = [line.split(": found")[0] for line in lines]
+    assert heads == [
+        "c.yaml:2: model.config",
+        *[f"c.yaml:2: model.config.{name}" for name in ("model_type", "vocab_size", "hidden_size")],
+        *["c.yaml:2: model.config." + name for name in ("intermediate_size", "num_hidden_layers")],
+        "c.yaml:2: model.config.num_attention_heads",
+        "c.yaml:5: data.sequence_length",
+        "c.yaml:7: train.global_batch_size",
+        "c.yaml:9: train.lr",
+        "c.yaml:10: train.max_tokens",
+        "c.yaml:12: ebft.embed_method",
+        "c.yaml:13: ebft.n_samples_per_prompt",
+        "c.yaml:14: ebft.temperature",
+        "c.yaml:15: ebft.rl_coef",
+        "c.yaml:16: trian",
+        "--set: train.dtype",
+    ]
+    text = "\n".join(lines)
+    assert "found 'fast'; expected a number > 0" in text
+    assert "found 'last_tokn'; expected last_token or mean_pooling. Did you mean 'last_token'?" in text
+    assert "Did you mean 'train'?" in text and "Did you mean 'bfloat16'?" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.document_masking", "true"),
+        ("data.on_error", "skip"),
+        ("parallel.tensor_parallel_size", "2"),
+        ("parallel.pipeline_parallel_size", "2"),
+        ("parallel.sequence_parallel", "true"),
+        ("train.max_run_minutes", "60.0"),
+        ("zero.stage", "2"),
+        ("zero.hold_parameters", "step"),
+        ("zero.offload_optimizer", "cpu"),
+        ("learn.reuse_rollout", "activations"),
+        ("checkpoint.interval", "10"),
+        ("checkpoint.keep_last", "3"),
+        ("checkpoint.keep_every", "100"),
+        ("checkpoint.resume", "runs/b/checkpoints/step-00000010"),
+        ("profile.start", "0"),
+        ("profile.steps", "3"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(problems, key, value):
+    assert key in NOT_YET_SUPPORTED
+    (line,) = problems(BASE, f"{key}={value}")
+    assert line.startswith(f"--set: {key}: found {value}, which is not yet supported; expected ")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("parallel.context_parallel_size", "context parallelism"),
+        ("model.num_experts", "mixture of experts"),
+        ("parallel.expert_parallel_size", "mixture of experts"),
+        ("lora", "LoRA"),
+        ("model.adapter", "LoRA"),
+        ("train.lora_r", "LoRA"),
+        ("ebft.qa_masking", "question/answer masks"),
+        ("data.train_on_inputs", "question/answer masks"),
+        ("ebft.min_completion_prefix", "prompt and completion"),
+    ],
+)
+def test_what_is_left_out_on_purpose_is_refused_with_the_reason(problems, key, words):
+    (line,) = problems(BASE, f"{key}=2")
+    assert line.startswith(f"--set: {key}: found 2; expected no such key: ") and words in line
+
+
+def test_experts_inside_the_model_section(problems):
+    fields = "{model_type: llama, vocab_size: 9, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, "
+    text = BASE.replace("{init_from: runs/init}", "{config: " + fields + "num_attention_heads: 2}}")
+    (line,) = problems(text, "model.config.num_local_experts=8")
+    assert line.startswith("--set: model.config.num_local_experts: ") and "mixture of experts" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ebft.mode=structured", "strided"),
+        ("ebft.top_p=0", "a number > 0 and <= 1"),
+        ("ebft.top_p=1.5", "a number > 0 and <= 1"),
+        ("ebft.temperature=.inf", "a number > 0"),
+        ("ebft.n_samples_per_prompt=0", "an integer >= 1"),
+        ("ebft.stride=8.5", "an integer >= 1, tokens"),
+        ("ebft.stride=true", "an integer >= 1, tokens"),
+        ("ebft.feature_layers=[]", "a list of numbers > 0 and <= 1"),
+        ("ebft.feature_layers=[0.5, 1.5]", "a list of numbers > 0 and <= 1"),
+        ("ebft.use_whitening=yes", "true or false"),
+        ("train.betas=[0.9]", "a list of two numbers >= 0 and < 1"),
+        ("train.lr='1e-5'", "a number > 0"),
+        ("train.max_tokens=1e6", "exactly one of the two"),
+        ("seed=-1", "an integer from 0 to 2**63 - 1"),
+        ("data.shards=pipe:cat x", "a local path (relative paths start at the repository root)"),
+        ("data.shards=https://host/x.tar", "a local path (relative paths start at the repository root)"),
+        ("output_dir=''", "a local path (relative paths start at the repository root)"),
+        ("output_dir=null", "a local path (relative paths start at the repository root)"),
+        ("zero=3", "a section with the keys stage, hold_parameters, offload_optimizer"),
+    ],
+)
+def test_wrong_values(problems, override, expected):
+    (line,) = problems(BASE, override)
+    assert line.startswith("--set: ") and line.endswith(f"; expected {expected}")
+
+
+def test_sequence_too_short_for_context_and_generation(problems):
+    (line,) = problems(BASE, "data.sequence_length=15")
+    assert line == (
+        "--set: data.sequence_length: found 15; expected at least 16 "
+        "(ebft.context_length 8 + ebft.generate_max_len 8)"
+    )
+
+
+def test_sequence_not_divisible_names_neighbours_that_are(problems, load):
+    (line,) = problems(BASE, "data.sequence_length=126", "ebft.stride=20")
+    assert "= 110 is not divisible by ebft.stride 20" in line
+    lengths = re.search(r"a sequence length such as (\d+) or (\d+)", line).groups()
+    strides = re.search(r"a stride such as (\d+) or (\d+)", line).groups()
+    assert (lengths, strides) == (("116", "136"), ("11", "22"))
+    for length in lengths:
+        load(BASE, f"data.sequence_length={length}", "ebft.stride=20")
+    for stride in strides:
+        load(BASE, "data.sequence_length=126", f"ebft.stride={stride}")
+
+
+def test_length_of_the_run_is_required(problems):
+    (line,) = problems(BASE, "train.max_steps=null")
+    assert line == "c.yaml:4: train: found neither max_steps nor max_tokens; expected exactly one of the two"
+
+
+def test_neither_loss_or_no_reward(problems):
+    assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0")[0]
+    assert (
+        "ebft.diversity_coef is 0 too" in problems(BASE, "ebft.alignment_coef=0", "ebft.diversity_coef=0")[0]
+    )
+
+
+def test_missing_file_sections_and_keys(problems, load, tmp_path):
+    lines = problems("seed: 1\n")
+    assert [line.split(": found")[0] for line in lines] == [
+        "c.yaml: data.shards",
+        "c.yaml: data.sequence_length",
+        "c.yaml: output_dir",
+        "c.yaml: model",
+        "c.yaml: train",
+    ]
+    with pytest.raises(ConfigError, match="absent.yaml.*No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: [1\nb: 2", "c.yaml:2: "),
+        ("a: 1\nb: &x 3\nc: *x", "c.yaml:2: (text): found an anchor or alias"),
+        (
+            "a: !!python/object/apply:os.system [id]",
+            "c.yaml:1: (text): found the tag tag:yaml.org,2002:python",
+        ),
+        ("- 1\n- 2", "c.yaml:1: (file): found [1, 2]"),
+    ],
+)
+def test_text_that_is_no_plain_yaml(problems, text, line):
+    (found,) = problems(text)
+    assert found.startswith(line)
+
+
+def test_repeated_key(problems):
+    text = BASE + "ebft:\n  stride: 8\n  stride: 4\n"
+    (line,) = problems(text)
+    assert line.startswith("c.yaml:7: ebft.stride: found this key a second time (the first is in line 6)")
+
+
+def test_overrides_are_applied_in_order_and_checked(load, problems):
+    config = load(BASE, "train.max_steps=7", "train.max_steps=9", "train.betas=[0.8, 0.9]")
+    assert (config.train.max_steps, config.train.betas) == (9, (0.8, 0.9))
+    assert config.place("train.max_steps") == "--set"
+    assert config.place("data.sequence_length").endswith("c.yaml:3")
+    assert problems(BASE, "train.max_steps")[0].startswith("--set: train.max_steps: found no key=value")
+    assert "holding a value, not a section" in problems(BASE, "output_dir.x=3")[0]
+
+
+def test_a_corrected_key_is_blamed_no_more(load):
+    assert load(BASE + "ebft: {stride: 0}\n", "ebft.stride=4").ebft.stride == 4
+
+
+def test_resolved_yaml_reads_back_unchanged(load):
+    config = load(BASE + AXOLOTL_BLOCK + "learn: {reuse_rollout: off}\n", "train.lr=1e-5")
+    again = load(resolved_yaml(config))
+    assert again.model_dump() == config.model_dump()
+    assert set(yaml.safe_load(resolved_yaml(config))) == {key.partition(".")[0] for key in all_keys()}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_any_way_of_writing_a_float(value):
+    for text in (repr(value), f"{value:.17e}", f"{value:+.17E}"):
+        assert plain_scalar(text) == value
+    assert read_yaml(yaml.safe_dump({"x": value}), "f").value == {"x": value}
+
+
+@given(st.integers())
+def test_any_integer(value):
+    assert plain_scalar(str(value)) == value and isinstance(plain_scalar(str(value)), int)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_whatever_yaml_writes_is_read_back(tree):
+    assert read_yaml(yaml.safe_dump(tree), "f").value == tree
+
+
+@given(st.sampled_from(sorted(all_keys())), st.data())
+def test_a_typing_slip_finds_the_key(key, data):
+    """One letter missing in the last part of a key of some length still leads to it."""
+    section, dot, leaf = key.rpartition(".")
+    if len(leaf) < 6:
+        return
+    gap = data.draw(st.integers(1, len(leaf) - 2))
+    wrong = section + dot + leaf[:gap] + leaf[gap + 1 :]
+    assert nearest_key(wrong) == key

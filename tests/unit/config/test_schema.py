@@ -1,0 +1,118 @@
+"""Every key of the interface is known, has its default and is described."""
+
+from pathlib import Path
+
+import pytest
+
+from ebft_mega.config.rules import NOT_YET_SUPPORTED, yaml_text
+from ebft_mega.config.schema import RunConfig, all_keys, allowed_text
+
+INTERFACE_DEFAULTS = {
+    "seed": 0,
+    "model.init_from": None,
+    "model.config": None,
+    "data.document_masking": False,
+    "data.on_error": "raise",
+    "evaluation.shards": None,
+    "evaluation.interval": None,
+    "evaluation.rows": 64,
+    "ebft.mode": "strided",
+    "ebft.stride": 8,
+    "ebft.context_length": 8,
+    "ebft.generate_max_len": 8,
+    "ebft.n_samples_per_prompt": 4,
+    "ebft.temperature": 0.6,
+    "ebft.top_p": 1.0,
+    "ebft.feature_layers": (0.25, 0.5, 0.75),
+    "ebft.embed_method": "last_token",
+    "ebft.feature_norm": "joint",
+    "ebft.use_whitening": True,
+    "ebft.whitening": "sample",
+    "ebft.alignment_coef": 1.0,
+    "ebft.diversity_coef": 1.0,
+    "ebft.rl_coef": 1.0,
+    "ebft.ce_coef": 0.0,
+    "ebft.advantage_estimator": "rloo",
+    "ebft.feature_model": None,
+    "parallel.tensor_parallel_size": 1,
+    "parallel.pipeline_parallel_size": 1,
+    "parallel.sequence_parallel": False,
+    "train.global_batch_size": 16,
+    "train.micro_batch_size": 1,
+    "train.max_steps": None,
+    "train.max_tokens": None,
+    "train.max_run_minutes": None,
+    "train.lr": 1e-6,
+    "train.lr_scheduler": "constant",
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0.0,
+    "train.betas": (0.9, 0.95),
+    "train.grad_clip": 1.0,
+    "train.dtype": "bfloat16",
+    "train.activation_checkpointing": "none",
+    "zero.stage": 3,
+    "zero.hold_parameters": "rollout",
+    "zero.offload_optimizer": "none",
+    "learn.reuse_rollout": "auto",
+    "checkpoint.interval": None,
+    "checkpoint.keep_last": None,
+    "checkpoint.keep_every": None,
+    "checkpoint.resume": "auto",
+    "profile.start": None,
+    "profile.steps": None,
+}
+REQUIRED = {"output_dir", "data.shards", "data.sequence_length"}
+
+
+def test_keys_are_exactly_those_of_the_interface():
+    assert set(all_keys()) == set(INTERFACE_DEFAULTS) | REQUIRED
+
+
+@pytest.mark.parametrize("key", INTERFACE_DEFAULTS)
+def test_default(key):
+    assert all_keys()[key].default == INTERFACE_DEFAULTS[key]
+
+
+@pytest.mark.parametrize("key", INTERFACE_DEFAULTS.keys() | REQUIRED)
+def test_key_is_described(key):
+    field = all_keys()[key]
+    assert field.description and allowed_text(field)
+    assert field.is_required() == (key in REQUIRED)
+
+
+def test_defaults_are_supported():
+    """A default that is refused would make every configuration invalid."""
+    keys = all_keys()
+    assert all(keys[key].default in built for key, built in NOT_YET_SUPPORTED.items())
+
+
+def test_values_cannot_change():
+    config = RunConfig.model_validate(
+        {"output_dir": "runs/a", "model": {}, "data": {"shards": "d", "sequence_length": 64}, "train": {}}
+    )
+    assert config.data.shards == Path("d")
+    with pytest.raises(Exception, match="frozen"):
+        config.data.sequence_length = 3
+
+
+def test_configuration_page_lists_every_key_default_and_allowed_value():
+    """docs/configuration.md has one table row per key, in the words of the schema."""
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for key, field in all_keys().items():
+        rows = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
+        assert len(rows) == 1, key
+        default, allowed, meaning = rows[0].strip("| ").split(" | ", maxsplit=3)[1:]
+        assert (default, allowed) == (default_text(field), allowed_text(field)), key
+        assert meaning.startswith(field.description), key
+        assert ("Built so far" in meaning) == (key in NOT_YET_SUPPORTED), key
+
+
+def default_text(field):
+    """A default as the page shows it."""
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "not set"
+    if isinstance(field.default, tuple):
+        return f"`[{', '.join(map(str, field.default))}]`"
+    return f"`{yaml_text(field.default)}`"
