@@ -1,0 +1,31 @@
+"""How a command-line tool turns this package's errors into messages and exit codes."""
+
+import sys
+from collections.abc import Callable
+
+from ebft_mega.errors import EbftError, InputProblems
+
+MAX_SHOWN_PROBLEMS = 50
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Runs a tool.
+
+    Args:
+        main: the tool; raises `EbftError` for what the user can mend.
+
+    Returns:
+        The process's exit code: 0, or that of the error, whose problems are printed on standard error.
+    """
+    try:
+        main()
+    except InputProblems as error:
+        for problem in error.problems[:MAX_SHOWN_PROBLEMS]:
+            print(f"error: {problem}", file=sys.stderr)
+        if len(error.problems) > MAX_SHOWN_PROBLEMS:
+            print(f"error: and {len(error.problems) - MAX_SHOWN_PROBLEMS} more problems", file=sys.stderr)
+        return error.exit_code
+    except EbftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

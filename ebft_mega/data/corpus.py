@@ -1,0 +1,247 @@
+"""A corpus of real code from a Python standard library, split by top-level package.
+
+Files of one package quote and copy each other, so a split by file would leak held-out text into training.
+"""
+
+import fnmatch
+import hashlib
+import json
+import platform
+import shutil
+import sysconfig
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.output import new_directory
+from ebft_mega.data.progress import track
+
+CORPUS_MANIFEST_NAME = "corpus.json"
+LICENCE = "PSF-2.0"
+LICENCE_FILE_NAME = "LICENSE.txt"
+MIN_FILE_BYTES = 64
+SPLIT_SHARES = {"train": 0.84, "tuning": 0.06, "validation": 0.10}
+
+# Installed software is under other licences; tests repeat the code that they test; the rest is generated
+# tables.
+LEFT_OUT_DIRECTORIES = ("site-packages", "dist-packages", "__pycache__", "lib-dynload", "config-*")
+LEFT_OUT_TABLES = ("encodings", "pydoc_data", "_sysconfigdata*.py")
+LEFT_OUT_TESTS = ("test", "tests", "idle_test")
+
+# Packages that hold near-copies of one another count as one.
+_FAMILIES = (
+    ("asyncore", "asynchat"),
+    ("aifc", "chunk", "imghdr", "sndhdr", "sunau", "wave"),
+    ("_collections_abc", "collections"),
+    ("_pydecimal", "decimal"),
+    ("_pyio", "io"),
+    ("_threading_local", "threading"),
+    ("_weakrefset", "weakref"),
+    ("_bootsubprocess", "subprocess"),
+    ("cProfile", "profile", "pstats"),
+    ("cgitb", "cgi"),
+    ("genericpath", "nturl2path", "ntpath", "posixpath"),
+    ("imp", "importlib", "zipimport"),
+    ("lib2to3", "token", "tokenize"),
+    ("re", "sre_compile", "sre_constants", "sre_parse"),
+)
+FAMILY_OF = {member: family[-1] for family in _FAMILIES for member in family}
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file of the corpus; `path` is relative to the library, and to the split's folder in the corpus."""
+
+    path: str
+    sha256: str
+    bytes: int
+    package: str
+    split: str
+
+
+def standard_library() -> Path:
+    """The standard library of the running interpreter (a virtual environment's base interpreter)."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def build_corpus(
+    source: Path,
+    output: Path,
+    *,
+    seed: int = 0,
+    include_tests: bool = False,
+    max_bytes: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Copies a standard library's Python files into `train`, `tuning` and `validation` below `output`.
+
+    Exact duplicates, files that are not UTF-8 and files under 64 bytes are left out and counted.
+
+    Args:
+        source: the standard library.
+        output: the directory to make.
+        seed: chooses which packages go into which split.
+        include_tests: keep test folders, more than half of the library.
+        max_bytes: stop at about this many bytes of text, for small corpora; files are chosen by a hash of
+            their path.
+        overwrite: replace an existing corpus.
+
+    Returns:
+        The manifest that was written to `corpus.json`.
+
+    Raises:
+        InputError: the library has too few packages to split, or the output may not be written.
+    """
+    left_out = LEFT_OUT_DIRECTORIES + LEFT_OUT_TABLES + (() if include_tests else LEFT_OUT_TESTS)
+    contents, counts = _read_files(source, left_out)
+    chosen = _choose_files(contents, max_bytes)
+    packages = _package_sizes(chosen)
+    if len(packages) < len(SPLIT_SHARES):
+        found, expected = f"{len(packages)} packages", f"at least {len(SPLIT_SHARES)} packages"
+        raise bad_input(str(source), "standard library", found, expected)
+    split_of_package = assign_splits(packages, seed)
+    with new_directory(output, CORPUS_MANIFEST_NAME, overwrite) as directory:
+        files = []
+        for path, content in chosen.items():
+            package = package_of(path)
+            split = split_of_package[package]
+            target = directory / split / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            files.append(CorpusFile(path, hashlib.sha256(content).hexdigest(), len(content), package, split))
+        licence_file = _copy_licence(source, directory)
+        manifest = _manifest(files, counts, left_out, seed, licence_file)
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        (directory / CORPUS_MANIFEST_NAME).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def package_of(path: str) -> str:
+    """Package that a file of the library counts to: its top-level folder or module, or the family of that.
+
+    Args:
+        path: relative to the library, with forward slashes.
+    """
+    top_level = path.split("/")[0].removesuffix(".py")
+    return FAMILY_OF.get(top_level, top_level)
+
+
+def assign_splits(package_bytes: dict[str, int], seed: int) -> dict[str, str]:
+    """Gives every package to one split, so that sizes come close to `SPLIT_SHARES`.
+
+    Packages come in the order of a hash of seed and name; each goes where it leaves the fullest split least
+    full against its share. A package that is large against the held-out shares therefore lands in the
+    training split.
+
+    Args:
+        package_bytes: bytes of each package.
+        seed: part of the hash.
+
+    Returns:
+        The split of each package.
+    """
+    order = sorted(package_bytes, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    filled = dict.fromkeys(SPLIT_SHARES, 0)
+    splits = {}
+    for package in order:
+        size = package_bytes[package]
+        split = min(SPLIT_SHARES, key=lambda name: (filled[name] + size) / SPLIT_SHARES[name])
+        splits[package] = split
+        filled[split] += size
+    return splits
+
+
+def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Contents of the files that are kept, by sorted relative path, and how many were not, by reason."""
+    counts = {"duplicate": 0, "not_utf8": 0, "tiny": 0}
+    contents: dict[str, bytes] = {}
+    seen = set()
+    paths = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.py"))
+    kept = [path for path in paths if not _is_left_out(path, left_out) and (source / path).is_file()]
+    for path in track(kept, len(kept), "reading the standard library"):
+        content = (source / path).read_bytes()
+        digest = hashlib.sha256(content).digest()
+        if len(content) < MIN_FILE_BYTES:
+            counts["tiny"] += 1
+        elif digest in seen:
+            counts["duplicate"] += 1
+        elif not _is_utf8(content):
+            counts["not_utf8"] += 1
+        else:
+            contents[path] = content
+        seen.add(digest)
+    return contents, counts
+
+
+def _is_left_out(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(part, pattern) for part in path.split("/") for pattern in patterns)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _choose_files(contents: dict[str, bytes], max_bytes: int | None) -> dict[str, bytes]:
+    if max_bytes is None:
+        return contents
+    chosen, total = set(), 0
+    for path in sorted(contents, key=lambda path: hashlib.sha256(path.encode()).digest()):
+        if total + len(contents[path]) <= max_bytes:
+            chosen.add(path)
+            total += len(contents[path])
+    return {path: content for path, content in contents.items() if path in chosen}
+
+
+def _package_sizes(contents: dict[str, bytes]) -> dict[str, int]:
+    sizes: defaultdict[str, int] = defaultdict(int)
+    for path, content in contents.items():
+        sizes[package_of(path)] += len(content)
+    return dict(sizes)
+
+
+def _copy_licence(source: Path, directory: Path) -> str | None:
+    """Copies the interpreter's licence beside the corpus; Debian keeps it with the documentation."""
+    version = platform.python_version_tuple()
+    documentation = Path(
+        sysconfig.get_path("data"), "share", "doc", f"python{version[0]}.{version[1]}", "copyright"
+    )
+    for candidate in (source / LICENCE_FILE_NAME, documentation):
+        if candidate.is_file():
+            shutil.copyfile(candidate, directory / LICENCE_FILE_NAME)
+            return LICENCE_FILE_NAME
+    return None
+
+
+def _manifest(
+    files: list[CorpusFile],
+    counts: dict[str, int],
+    left_out: tuple[str, ...],
+    seed: int,
+    licence_file: str | None,
+) -> dict[str, Any]:
+    splits = {}
+    for split in SPLIT_SHARES:
+        members = [file for file in files if file.split == split]
+        splits[split] = {
+            "files": len(members),
+            "bytes": sum(file.bytes for file in members),
+            "packages": sorted({file.package for file in members}),
+        }
+    return {
+        "format": "ebft_mega.corpus",
+        "version": 1,
+        "source": f"{platform.python_implementation()} {platform.python_version()} standard library",
+        "licence": LICENCE,
+        "licence_file": licence_file,
+        "seed": seed,
+        "left_out_files": counts,
+        "left_out_patterns": sorted(left_out),
+        "splits": splits,
+        "files": [asdict(file) for file in files],
+    }

@@ -1,0 +1,120 @@
+"""What a dataset directory is made of: file names, the index record and the manifest.
+
+A dataset directory holds
+
+    dataset.json            the manifest, see `Manifest`
+    index.npy               one `INDEX_DTYPE` record per document, in document order
+    shard-000000.tar ...    webdataset shards: per document `000000123.u16` (or `.u32`) and `000000123.json`
+    tokenizer/              the tokenizer that made the tokens
+
+A payload holds the token ids of a whole document, little endian, without the end-of-document token: that one
+is added when the document is read. Wherever a document's length is counted, its end-of-document token is
+counted too.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_NAME = "ebft_mega.dataset"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+INDEX_NAME = "index.npy"
+TOKENIZER_DIRECTORY = "tokenizer"
+TAR_BLOCK_BYTES = 512
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in Manifest.shards
+        ("crc32", "<u4"),  # of the member's tar header and payload together
+        (
+            "offset",
+            "<u8",
+        ),  # of the member's tar header in the shard, bytes; the payload follows 512 bytes later
+        ("payload_bytes", "<u8"),
+        ("tokens", "<u8"),  # with the end-of-document token
+    ]
+)
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A plain file name: neither a folder, a URL nor a command can be written into a manifest.
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardEntry(_Record):
+    """One shard of a dataset: its size and checksum in bytes, and what it holds."""
+
+    name: ShardName
+    bytes: Count
+    sha256: Sha256
+    documents: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+
+
+class IndexEntry(_Record):
+    """The index file: its size in bytes and its checksum."""
+
+    name: Literal["index.npy"]
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(_Record):
+    """The contents of `dataset.json`.
+
+    `tokens` counts one end-of-document token per document. `fingerprint` covers everything that decides what
+    a reader gets: two datasets with one fingerprint give the same rows.
+    """
+
+    format: Literal["ebft_mega.dataset"]
+    version: Literal[1]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1)]
+    eos_id: Count
+    tokenizer_sha256: Sha256
+    documents: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    max_token_id: Count
+    shards: tuple[ShardEntry, ...]
+    index: IndexEntry
+    fingerprint: Sha256
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """Narrowest of the two token types that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def payload_suffix(dtype: str) -> str:
+    """Member suffix of a token type: `u16` or `u32`."""
+    return {"uint16": "u16", "uint32": "u32"}[dtype]
+
+
+def document_key(number: int) -> str:
+    """Webdataset key of a document: its number in the dataset, never a path of the source."""
+    return f"{number:09d}"
+
+
+def fingerprint(fields: dict[str, object]) -> str:
+    """sha256 over a manifest's fields, all but the fingerprint itself.
+
+    Args:
+        fields: the manifest as JSON values (`Manifest.model_dump(mode="json")`).
+    """
+    contents = {key: value for key, value in fields.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's contents, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

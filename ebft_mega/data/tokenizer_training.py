@@ -1,0 +1,152 @@
+"""Training a sentencepiece tokenizer that gives every byte of its training text back."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.output import new_directory
+from ebft_mega.data.progress import track
+from ebft_mega.data.sources import list_text_files, read_text_file
+from ebft_mega.data.tokenizer import CONFIG_NAME, SENTENCEPIECE_NAME, Tokenizer, load_tokenizer
+from ebft_mega.errors import EbftError, InputError, Problem
+
+CHUNK_CHARACTERS = 3500
+MIN_VOCAB_SIZE = 300  # 256 bytes, the unknown and end-of-document tokens, and some characters
+END_OF_DOCUMENT = "</s>"
+EOS_ID = 1
+
+
+class RoundTripError(EbftError):
+    """Texts that a new tokenizer does not give back exactly (exit code 1)."""
+
+
+def train_tokenizer(
+    source: Path,
+    vocab_size: int,
+    output: Path,
+    *,
+    pattern: str = "*",
+    sample_characters: int = 14_000_000,
+    overwrite: bool = False,
+) -> Tokenizer:
+    """Trains a byte-fallback BPE on the text files of a directory and checks that each of them round-trips.
+
+    The text is not normalised: spaces, tabs, line ends and every Unicode character stay as they are.
+
+    Args:
+        source: a directory of UTF-8 text files.
+        vocab_size: tokens, with the 256 byte tokens.
+        output: the tokenizer directory to make.
+        pattern: shell pattern on the file names.
+        sample_characters: characters to train on, spread evenly over the files; all files are checked.
+        overwrite: replace an existing tokenizer.
+
+    Raises:
+        InputError: the input cannot be used or the vocabulary size does not fit the text.
+        RoundTripError: with every file that does not round-trip; nothing is written then.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise bad_input("--vocab-size", "vocab_size", str(vocab_size), f"at least {MIN_VOCAB_SIZE}")
+    texts = _read_texts(source, pattern)
+    with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
+        chunks = [chunk for text in texts.values() for chunk in split_into_chunks(text)]
+        step = max(1, sum(map(len, chunks)) // sample_characters)
+        (directory / SENTENCEPIECE_NAME).write_bytes(_train_model(chunks[::step], vocab_size, source))
+        config = {
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "eos_token": END_OF_DOCUMENT,
+            "eos_token_id": EOS_ID,
+            "unk_token": "<unk>",
+            # Transformers' own Llama class would put a space before every text.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        _check_round_trips(load_tokenizer(directory), texts)
+    return load_tokenizer(output)
+
+
+def split_into_chunks(text: str) -> Iterator[str]:
+    """Splits a text after line ends into chunks of about 3,500 characters.
+
+    The trainer takes its text in sentences and reads a file line by line; chunks of many lines let it learn
+    pieces that hold line ends and indentation. Joined again, the chunks are the text.
+    """
+    lines = text.splitlines(keepends=True)
+    chunk: list[str] = []
+    length = 0
+    for line in lines:
+        for start in range(0, len(line), CHUNK_CHARACTERS):
+            piece = line[start : start + CHUNK_CHARACTERS]
+            if chunk and length + len(piece) > CHUNK_CHARACTERS:
+                yield "".join(chunk)
+                chunk, length = [], 0
+            chunk.append(piece)
+            length += len(piece)
+    if chunk:
+        yield "".join(chunk)
+
+
+def _read_texts(source: Path, pattern: str) -> dict[str, str]:
+    if not source.is_dir():
+        raise bad_input("--input", str(source), "no such directory", "a directory of text files")
+    problems: list[Problem] = []
+    texts = {}
+    for file in list_text_files(source, pattern):
+        try:
+            document = read_text_file(file, source)
+        except InputError as error:
+            problems += error.problems
+        else:
+            texts[document.path] = document.text
+    if not problems and not any(texts.values()):
+        problems.append(
+            Problem("--input", str(source), f"no text in files that match {pattern!r}", "text files")
+        )
+    if problems:
+        raise InputError(problems)
+    return texts
+
+
+def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
+    """The sentencepiece model as bytes; the same for the same chunks, whatever the machine."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(track(chunks, len(chunks), "reading text for the tokenizer")),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * CHUNK_CHARACTERS,  # bytes
+            unk_id=0,
+            eos_id=EOS_ID,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_DOCUMENT,
+            num_threads=2,  # written into the model file, so it must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        expected = "a vocabulary size that fits the text"
+        raise bad_input(str(source), "--vocab-size", f"{vocab_size} ({error})", expected) from error
+    return model.getvalue()
+
+
+def _check_round_trips(tokenizer: Tokenizer, texts: dict[str, str]) -> None:
+    failed = [
+        path
+        for path, text in track(texts.items(), len(texts), "checking round trips")
+        if tokenizer.decode(tokenizer.encode(text)) != text
+    ]
+    if failed:
+        raise RoundTripError("texts that do not round-trip exactly:\n" + "\n".join(failed))

@@ -1,0 +1,200 @@
+"""Writing a dataset directory. The same documents and tokenizer give the same bytes every time."""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebft_mega.data.format import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    TAR_BLOCK_BYTES,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    document_key,
+    fingerprint,
+    payload_suffix,
+    token_dtype,
+)
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.tokenizer import Tokenizer, copy_tokenizer
+
+
+class DatasetWriter:
+    """Writes documents into webdataset shards, then the index and the manifest.
+
+    Args:
+        directory: an existing, empty directory.
+        tokenizer: made the token ids that will be added; it is copied into the dataset.
+        shard_bytes: a shard is closed once it holds at least this many bytes.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_bytes: int):
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._shard_bytes = shard_bytes
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._stored_type = np.dtype(self._dtype).newbyteorder("<")
+        self._suffix = payload_suffix(self._dtype)
+        self._shards: list[dict[str, Any]] = []
+        self._records: list[np.ndarray] = []
+        self._payload_crcs: list[int] = []  # of the shard being written
+        self._num_documents = 0
+        self._max_token_id = 0
+        self._tar: Any = None
+        self._file: io.BufferedWriter | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return self._num_documents
+
+    def add(self, tokens: Sequence[int], meta: Mapping[str, object]) -> None:
+        """Appends one document.
+
+        Args:
+            tokens: token ids of the whole document, without the end-of-document token.
+            meta: where the document comes from; must not depend on the machine or the time.
+
+        Raises:
+            InputError: a token id lies outside the tokenizer's vocabulary.
+        """
+        ids = np.asarray(tokens, np.int64)
+        if ids.size:
+            smallest, largest = int(ids.min()), int(ids.max())
+            if smallest < 0 or largest >= self._tokenizer.vocab_size:
+                found = str(smallest if smallest < 0 else largest)
+                expected = f"token ids from 0 to {self._tokenizer.vocab_size - 1}"
+                raise bad_input(str(meta.get("path", self._num_documents)), "token id", found, expected)
+            self._max_token_id = max(self._max_token_id, largest)
+        payload = ids.astype(self._stored_type).tobytes()
+        if self._tar is None:
+            self._open_shard()
+        self._tar.write(
+            {
+                "__key__": document_key(self._num_documents),
+                self._suffix: payload,
+                "json": json.dumps(meta, sort_keys=True, separators=(",", ":")).encode(),
+            }
+        )
+        self._payload_crcs.append(zlib.crc32(payload))
+        self._num_documents += 1
+        if self._tar.tarstream.offset >= self._shard_bytes:
+            self._close_shard()
+
+    def finish(self) -> Manifest:
+        """Closes the last shard and writes the index, the tokenizer copy and the manifest.
+
+        Raises:
+            ValueError: no document was added.
+        """
+        if not self._num_documents:
+            raise ValueError("a dataset needs at least one document")
+        self._close_shard()
+        index = np.concatenate(self._records)
+        buffer = io.BytesIO()
+        np.save(buffer, index, allow_pickle=False)
+        (self._directory / INDEX_NAME).write_bytes(buffer.getbuffer())
+        copy_tokenizer(self._tokenizer.files[0].parent, self._directory / TOKENIZER_DIRECTORY)
+        fields = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "dtype": self._dtype,
+            "vocab_size": self._tokenizer.vocab_size,
+            "eos_id": self._tokenizer.eos_id,
+            "tokenizer_sha256": self._tokenizer.sha256,
+            "documents": self._num_documents,
+            "tokens": int(index["tokens"].sum()),
+            # The end-of-document token is read back too.
+            "max_token_id": max(self._max_token_id, self._tokenizer.eos_id),
+            "shards": self._shards,
+            "index": {
+                "name": INDEX_NAME,
+                "bytes": buffer.getbuffer().nbytes,
+                "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+            },
+        }
+        fields["fingerprint"] = fingerprint(fields)
+        text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        (self._directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        return Manifest.model_validate_json(text)
+
+    def close(self) -> None:
+        """Closes files that are still open; needed only when `finish` was not reached."""
+        if self._tar is not None:
+            self._tar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _open_shard(self) -> None:
+        from webdataset import TarWriter
+
+        self._file = (self._directory / f"shard-{len(self._shards):06d}.tar").open("wb")
+        # Without `mtime` the tar headers hold the time, and a rebuild differs.
+        self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
+
+    def _close_shard(self) -> None:
+        if self._tar is None or self._file is None:
+            return
+        path = Path(self._file.name)
+        self._tar.close()
+        self._file.close()
+        self._tar = self._file = None
+        itemsize = self._stored_type.itemsize
+        records, digest = _index_shard(path, len(self._shards), self._suffix, itemsize, self._payload_crcs)
+        self._records.append(records)
+        self._shards.append(
+            {
+                "name": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": digest,
+                "documents": len(records),
+                "tokens": int(records["tokens"].sum()),
+            }
+        )
+        self._payload_crcs = []
+
+
+def _index_shard(
+    path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]
+) -> tuple[np.ndarray, str]:
+    """Reads a finished shard back: the index describes what stands on the disk, not what was meant to.
+
+    Args:
+        path: the shard.
+        shard: its position in the manifest.
+        suffix: suffix of the token members.
+        itemsize: bytes of a stored token.
+        payload_crcs: crc32 of each payload as it was handed to the tar writer.
+
+    Returns:
+        Records INDEX_DTYPE [documents of the shard], and the shard's sha256.
+
+    Raises:
+        OSError: what was read back is not what was written.
+    """
+    records = []
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = [member for member in tar if member.name.endswith("." + suffix)]
+        if len(members) != len(payload_crcs):
+            raise OSError(f"{path}: wrote {len(payload_crcs)} documents, read back {len(members)}")
+        for member, expected in zip(members, payload_crcs, strict=True):
+            file.seek(member.offset)
+            header, payload = file.read(TAR_BLOCK_BYTES), file.read(member.size)
+            if zlib.crc32(payload) != expected:
+                raise OSError(f"{path}: offset {member.offset}: what was read back is not what was written")
+            crc = zlib.crc32(payload, zlib.crc32(header))
+            records.append((shard, crc, member.offset, member.size, member.size // itemsize + 1))
+    return np.array(records, INDEX_DTYPE), digest

@@ -1,0 +1,118 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebft_mega.data.corpus import SPLIT_SHARES, assign_splits, build_corpus, package_of, standard_library
+from ebft_mega.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("corpus") / "corpus"
+    build_corpus(standard_library(), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def manifest(corpus: Path) -> dict[str, Any]:
+    return json.loads((corpus / "corpus.json").read_text())
+
+
+def test_manifest_describes_every_file(corpus: Path, manifest: dict[str, Any]) -> None:
+    on_disk = {path.relative_to(corpus).as_posix() for path in corpus.rglob("*.py")}
+    assert on_disk == {f"{file['split']}/{file['path']}" for file in manifest["files"]}
+    for file in manifest["files"]:
+        content = (corpus / file["split"] / file["path"]).read_bytes()
+        assert content == (standard_library() / file["path"]).read_bytes()
+        assert file["bytes"] == len(content) >= 64
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
+        content.decode("utf-8")
+    assert len({file["sha256"] for file in manifest["files"]}) == len(manifest["files"])
+    assert manifest["licence"] == "PSF-2.0"
+    assert manifest["licence_file"] is None or (corpus / manifest["licence_file"]).is_file()
+
+
+def test_no_package_is_in_two_splits(manifest: dict[str, Any]) -> None:
+    splits_of_package: dict[str, set[str]] = {}
+    for file in manifest["files"]:
+        splits_of_package.setdefault(package_of(file["path"]), set()).add(file["split"])
+        assert file["package"] == package_of(file["path"])
+    assert all(len(splits) == 1 for splits in splits_of_package.values())
+    assert splits_of_package["tokenize"] == splits_of_package[package_of("lib2to3/pgen2/tokenize.py")]
+
+
+def test_splits_are_near_their_shares_and_hold_many_packages(manifest: dict[str, Any]) -> None:
+    total = sum(split["bytes"] for split in manifest["splits"].values())
+    assert total > 3_000_000
+    for name, share in SPLIT_SHARES.items():
+        split = manifest["splits"][name]
+        assert abs(split["bytes"] / total - share) < 0.03
+        assert len(split["packages"]) >= 10
+
+
+def test_tests_tables_and_installed_packages_are_left_out(manifest: dict[str, Any]) -> None:
+    parts = {part for file in manifest["files"] for part in file["path"].split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"}
+    assert {"argparse.py", "asyncio", "email"} <= parts
+
+
+def small_library(directory: Path) -> Path:
+    for number in range(12):
+        package = directory / f"package{number}"
+        package.mkdir(parents=True)
+        (package / "code.py").write_text(f"value = {number}\n" * 30)
+        (package / "copy.py").write_text(f"value = {number % 6}\n" * 30)
+    (directory / "tiny.py").write_text("x = 1\n")
+    (directory / "latin.py").write_bytes(b"# \xe9" * 40)
+    (directory / "notes.txt").write_text("text" * 40)
+    (directory / "test").mkdir()
+    (directory / "test" / "test_it.py").write_text("def test_it(): pass\n" * 10)
+    (directory / "LICENSE.txt").write_text("licence")
+    return directory
+
+
+def test_left_out_files_are_counted(tmp_path: Path) -> None:
+    manifest = build_corpus(small_library(tmp_path / "library"), tmp_path / "out")
+    assert manifest["left_out_files"] == {"duplicate": 12, "not_utf8": 1, "tiny": 1}
+    assert len(manifest["files"]) == 12
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "licence"
+    with_tests = build_corpus(tmp_path / "library", tmp_path / "more", include_tests=True)
+    assert len(with_tests["files"]) == 13
+
+
+def test_the_same_seed_gives_the_same_corpus(tmp_path: Path) -> None:
+    library = small_library(tmp_path / "library")
+    first = build_corpus(library, tmp_path / "first", seed=1)
+    assert build_corpus(library, tmp_path / "second", seed=1) == first
+    assert (tmp_path / "first/corpus.json").read_bytes() == (tmp_path / "second/corpus.json").read_bytes()
+    others = [build_corpus(library, tmp_path / f"seed{seed}", seed=seed)["splits"] for seed in range(2, 6)]
+    assert any(splits != first["splits"] for splits in others)
+
+
+def test_max_bytes_limits_the_corpus(tmp_path: Path) -> None:
+    manifest = build_corpus(small_library(tmp_path / "library"), tmp_path / "out", max_bytes=2000)
+    assert 1500 < sum(file["bytes"] for file in manifest["files"]) <= 2000
+
+
+def test_a_library_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="packages"):
+        build_corpus(tmp_path, tmp_path / "out")
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 100), min_size=60, max_size=90),
+    st.integers(),
+)
+def test_many_small_packages_fill_the_shares(sizes: dict[str, int], seed: int) -> None:
+    splits = assign_splits(sizes, seed)
+    assert splits.keys() == sizes.keys()
+    assert splits == assign_splits(dict(reversed(sizes.items())), seed)
+    for name, share in SPLIT_SHARES.items():
+        filled = sum(size for package, size in sizes.items() if splits[package] == name)
+        assert abs(filled - share * sum(sizes.values())) <= 200

@@ -1,0 +1,177 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebft_mega.data.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizer_training import RoundTripError, split_into_chunks, train_tokenizer
+from ebft_mega.errors import InputError
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "  two leading spaces, two trailing  ",
+    "\n\n\t\tdef f():\r\n\treturn '\\t'\r",
+    "a\0b\0",
+    "<s></s><unk><pad><0x0A><|endoftext|><|fim_prefix|>[MASK]",
+    "\u2581meta\u2581\u2581space \u2581",
+    "\u2585\ufffd\ufeff\u200b\u2028\x85\x0b\x0c",
+    "caf\u00e9 cafe\u0301 \u6f22\u5b57 \U0001f600\u200d\U0001f525 \U0010ffff",
+    "x" * 5000 + "\n" * 50 + " " * 1000,
+]
+
+
+@pytest.fixture(params=["sentencepiece", "hugging_face"])
+def directory(
+    request: pytest.FixtureRequest, tokenizer_directory: Path, hugging_face_directory: Path
+) -> Path:
+    return {"sentencepiece": tokenizer_directory, "hugging_face": hugging_face_directory}[request.param]
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_hard_texts_round_trip_without_special_ids(directory: Path, text: str) -> None:
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id not in ids
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips(tokenizer_directory: Path, hugging_face_directory: Path, text: str) -> None:
+    for directory in (tokenizer_directory, hugging_face_directory):
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_markers_in_text_never_become_their_ids(hugging_face_directory: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face_directory)
+    marker = json.loads((hugging_face_directory / "tokenizer.json").read_text())["added_tokens"][-1]
+    assert (marker["content"], marker["special"]) == ("<|fim_prefix|>", False)
+    assert marker["id"] not in tokenizer.encode("a<|fim_prefix|>b")
+    assert tokenizer.decode([marker["id"]]) == "<|fim_prefix|>"
+    assert tokenizer.vocab_size == marker["id"] + 1
+
+
+def test_special_ids(tokenizer_directory: Path, hugging_face_directory: Path) -> None:
+    assert load_tokenizer(tokenizer_directory).eos_id == 1
+    assert load_tokenizer(hugging_face_directory).eos_id == 0
+    assert json.loads((tokenizer_directory / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_transformers_reads_a_trained_tokenizer_alike(tokenizer_directory: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    copy_tokenizer(tokenizer_directory, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = load_tokenizer(tokenizer_directory)
+    for text in ("def f():\n    return 12\n", "  \ttwo  spaces caf\u00e9\n\n"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == ours.eos_id
+
+
+def test_hash_follows_the_tokenizer_and_not_its_place(directory: Path, tmp_path: Path) -> None:
+    copy_tokenizer(directory, tmp_path / "copy")
+    assert (
+        tokenizer_sha256(tmp_path / "copy") == tokenizer_sha256(directory) == load_tokenizer(directory).sha256
+    )
+    assert load_tokenizer(tmp_path / "copy").encode("def f()") == load_tokenizer(directory).encode("def f()")
+    main_file = next(path for path in (tmp_path / "copy").iterdir() if "config" not in path.name)
+    main_file.write_bytes(main_file.read_bytes() + b" ")
+    assert tokenizer_sha256(tmp_path / "copy") != tokenizer_sha256(directory)
+    assert tokenizer_sha256(tmp_path) is None
+
+
+def test_hash_imports_no_tokenizer_library(tokenizer_directory: Path) -> None:
+    program = (
+        "import sys; from ebft_mega.data.tokenizer import tokenizer_sha256\n"
+        f"print(tokenizer_sha256({str(tokenizer_directory)!r}))\n"
+        "assert not {'torch', 'transformers', 'sentencepiece', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == tokenizer_sha256(tokenizer_directory)
+
+
+def test_directories_without_a_usable_tokenizer_are_refused(
+    tmp_path: Path, hugging_face_directory: Path
+) -> None:
+    with pytest.raises(InputError, match=r"tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such directory"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(InputError):
+        copy_tokenizer(tmp_path, tmp_path / "copy")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="sentencepiece"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    shutil.copyfile(hugging_face_directory / "tokenizer.json", tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
+    with pytest.raises(InputError, match="eos_token.*<none>"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="model"):
+        load_tokenizer(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab \n\r\t\u2028"), max_size=300), st.integers(0, 9000))
+def test_chunks_join_to_the_text(text: str, padding: int) -> None:
+    chunks = list(split_into_chunks(text + "x" * padding + text))
+    assert "".join(chunks) == text + "x" * padding + text
+    assert all(0 < len(chunk) <= 3500 for chunk in chunks)
+
+
+def test_training_is_deterministic_and_learns_pieces(
+    text_directory: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    again = train_tokenizer(text_directory, 340, tmp_path / "again")
+    assert again.sha256 == tokenizer_sha256(tokenizer_directory)
+    assert again.vocab_size == 340
+    text = "    return first + second\n"
+    assert len(again.encode(text)) <= len(text) / 2
+
+
+def test_training_input_that_cannot_be_used_is_refused(tmp_path: Path, text_directory: Path) -> None:
+    with pytest.raises(InputError, match="at least"):
+        train_tokenizer(text_directory, 256, tmp_path / "out")
+    with pytest.raises(InputError, match="--vocab-size"):
+        train_tokenizer(text_directory, 100_000, tmp_path / "out")
+    with pytest.raises(InputError, match="no such directory"):
+        train_tokenizer(tmp_path / "absent", 400, tmp_path / "out")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "one.py").write_bytes(b"ok\n\xff")
+    (bad / "two.py").write_bytes(b"\xfe")
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(bad, 400, tmp_path / "out")
+    assert "one.py:2" in str(caught.value)
+    assert "two.py:1" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_text_that_does_not_round_trip_fails_the_training(
+    text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ebft_mega.data.tokenizer import SentencePieceTokenizer
+
+    decode = SentencePieceTokenizer.decode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "decode", lambda self, ids: decode(self, ids).replace("# 7\n", "# 8\n")
+    )
+    with pytest.raises(RoundTripError, match=r"module_07\.py") as caught:
+        train_tokenizer(text_directory, 340, tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert "module_08" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

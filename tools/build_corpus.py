@@ -1,0 +1,47 @@
+"""Builds a small real code corpus from the running interpreter's standard library."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.data.command import run_command
+from ebft_mega.data.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="corpus directory to make")
+    parser.add_argument(
+        "--source", type=Path, default=standard_library(), help="another Python standard library"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses which packages are held out (default 0)")
+    parser.add_argument("--include-tests", action="store_true", help="keep the library's own tests")
+    parser.add_argument("--max-bytes", type=int, help="stop at about this many bytes of text")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Builds the corpus and prints what it holds."""
+    arguments = parse_arguments()
+    manifest = build_corpus(
+        arguments.source,
+        arguments.output,
+        seed=arguments.seed,
+        include_tests=arguments.include_tests,
+        max_bytes=arguments.max_bytes,
+        overwrite=arguments.overwrite,
+    )
+    for name, split in manifest["splits"].items():
+        print(f"{name}: {split['files']} files, {split['bytes']} bytes, {len(split['packages'])} packages")
+    left_out = ", ".join(f"{count} {reason}" for reason, count in manifest["left_out_files"].items())
+    print(
+        f"left out: {left_out}; licence {manifest['licence']}; see {arguments.output / CORPUS_MANIFEST_NAME}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,39 @@
+"""Trains a sentencepiece BPE tokenizer with byte fallback on the text files of a directory."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.data.command import run_command
+from ebft_mega.data.tokenizer_training import train_tokenizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="directory of UTF-8 text files")
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, with the 256 byte tokens")
+    parser.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
+    parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Trains the tokenizer and prints what it is."""
+    arguments = parse_arguments()
+    tokenizer = train_tokenizer(
+        arguments.input,
+        arguments.vocab_size,
+        arguments.output,
+        pattern=arguments.pattern,
+        overwrite=arguments.overwrite,
+    )
+    size, digest = tokenizer.vocab_size, tokenizer.sha256
+    print(f"{arguments.output}: {size} tokens, every file round-trips, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
