@@ -1,1 +1,1 @@
-"""Advantages, log-probabilities and the loss of a step."""
+"""From rewards to advantages, and from log-probabilities to the loss."""

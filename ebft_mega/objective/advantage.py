@@ -1,53 +1,62 @@
-"""Advantages of rollouts among the samples of their own anchor."""
+"""From rewards to advantages, among the n rollouts of one block."""
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ebft_mega.types import BlockRewards
 
-Estimator = Literal["rloo", "group_norm", "reinforce"]
-GROUP_NORM_EPSILON = 1e-8
+AdvantageEstimator = Literal["rloo", "group_norm", "reinforce"]
+
+STANDARD_DEVIATION_EPSILON = 1e-8
 
 
 def block_advantages(
-    rewards: BlockRewards, estimator: Estimator, alignment_coef: float, diversity_coef: float
+    rewards: BlockRewards, estimator: AdvantageEstimator, alignment_coef: float, diversity_coef: float
 ) -> Tensor:
-    """One advantage per rollout, shared by its G tokens.
+    """Advantage of every rollout; all G tokens of a rollout share it.
+
+    `rloo` subtracts what a rollout's reward would be expected to be without it. For the alignment that is the
+    mean of the others. A rollout's diversity is the mean similarity to the others, so the others' own
+    diversity contains their similarity to this rollout; the baseline leaves those pairs out, or it would
+    depend on what it is the baseline of (and shrink the diversity's advantage to (n - 2) / (n - 1)).
+    `group_norm` is (reward - mean) / (standard deviation + 1e-8), both over the samples of a block. Over the
+    blocks of a sample it would compare continuations of different texts.
+    `reinforce` is the reward itself.
+
+    With one sample there is nothing to compare with and the advantage is the reward; with two, no pair is
+    left to make a diversity baseline of, and that term has none.
 
     Args:
-        estimator: `rloo` subtracts leave-one-out baselines; `group_norm` standardises over the samples of an anchor
-            (not over blocks, as the authors' code does: blocks are different problems); `reinforce` takes the reward.
+        rewards: fields float64 [B, n, K].
+        alignment_coef, diversity_coef: weights of the terms, as in `rewards.reward`.
     Returns:
-        float64 [B, n, K]; no gradient flows through it. With n = 1 every estimator gives the reward.
-    Communication: none; all samples of an anchor live on one rank.
-    Source: EBFT paper (arXiv 2603.12248) and the authors' code.
+        float64 [B, n, K]. Equal rewards of all n >= 3 samples of a block give exactly 0 (`rloo`,
+        `group_norm`).
+    Raises:
+        ValueError: for an unknown estimator.
+    Communication: none.
+    Source: EBFT paper (arXiv 2603.12248), equation 94 and the authors' `compute_baseline` for `rloo`; axolotl
+    for `group_norm`.
     """
-    reward = rewards.reward
-    num_samples = reward.shape[1]
+    num_samples = rewards.reward.shape[1]
+    if estimator not in ("rloo", "group_norm", "reinforce"):
+        raise ValueError(f"advantage_estimator must be rloo, group_norm or reinforce, not {estimator!r}")
     if estimator == "reinforce" or num_samples == 1:
-        return reward
+        return rewards.reward
     if estimator == "group_norm":
-        spread = reward.std(dim=1, keepdim=True) + GROUP_NORM_EPSILON
-        return (reward - reward.mean(dim=1, keepdim=True)) / spread
-    return _leave_one_out(rewards, alignment_coef, diversity_coef)
+        deviation = rewards.reward.std(dim=1, keepdim=True, correction=1)
+        centred = _sum_of_differences(rewards.reward) / num_samples
+        return centred / (deviation + STANDARD_DEVIATION_EPSILON)
+    alignment = _sum_of_differences(rewards.alignment) / (num_samples - 1)
+    if num_samples == 2:
+        diversity = rewards.diversity
+    else:
+        # d_j - (sum_k d_k - 2 d_j) / (n - 2): the baseline is twice the mean similarity among the others.
+        diversity = _sum_of_differences(rewards.diversity) / (num_samples - 2)
+    return alignment_coef * alignment - diversity_coef * diversity
 
 
-def _leave_one_out(rewards: BlockRewards, alignment_coef: float, diversity_coef: float) -> Tensor:
-    """Baselines that do not depend on the own sample, so the gradient stays unbiased.
-
-    Alignment: the mean of the others. Diversity: twice the mean similarity among the others, which is
-    (Σ_k div_k - 2 div_j) / (n - 2), since every div_k contains k's similarity to j once; none for n = 2. Written as
-    differences, so that a group of equal rewards gives exactly zero.
-    """
-    num_samples = rewards.alignment.shape[1]
-
-    def against_others(term: Tensor, others: int) -> Tensor:
-        # (term_j - mean) n / others without rounding when all terms are equal.
-        return (term[:, :, None] - term[:, None, :]).sum(dim=2) / others
-
-    advantage = alignment_coef * against_others(rewards.alignment, num_samples - 1)
-    if num_samples > 2:
-        return advantage - diversity_coef * against_others(rewards.diversity, num_samples - 2)
-    return advantage - diversity_coef * rewards.diversity
+def _sum_of_differences(values: Tensor) -> Tensor:
+    """n * (value - mean over samples), [B, n, K]; exactly 0 for equal samples, which a mean does not give."""
+    return (values[:, :, None] - values[:, None, :]).sum(dim=2)

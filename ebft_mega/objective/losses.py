@@ -1,6 +1,5 @@
-"""The loss of a step: exact global means, whatever the micro-batches and ranks."""
+"""The step's loss, as shares of micro-batches that add up to the exact global mean."""
 
-import torch
 from torch import Tensor
 
 from ebft_mega.rollout.plan import BlockPlan
@@ -8,35 +7,59 @@ from ebft_mega.types import LossTerms, PolicyLogprobs, TokenCounts
 
 
 def count_tokens(plan: BlockPlan, global_batch_size: int, rl_coef: float, ce_coef: float) -> TokenCounts:
-    """Denominators of a step, known before its first forward.
+    """Denominators of a step's losses, over the global batch.
 
-    Every row has the same geometry, so the counts are those of a row times the rows of the global batch.
+    Known before the first forward, so no share has to be rescaled by how a micro-batch or a rank was filled.
+
+    Args:
+        global_batch_size: rows of the step, over all ranks.
+        rl_coef, ce_coef: a term with coefficient 0 is not computed and counts no tokens.
+    Returns:
+        TokenCounts: every generated token, and all P - 1 next-token positions of every row.
     """
     return TokenCounts(
-        rollout_tokens=global_batch_size * plan.generated_per_row if rl_coef > 0 else 0,
-        target_tokens=global_batch_size * (plan.sequence_length - 1) if ce_coef > 0 else 0,
+        rollout_tokens=global_batch_size * plan.generated_per_row if rl_coef else 0,
+        target_tokens=global_batch_size * (plan.sequence_length - 1) if ce_coef else 0,
     )
 
 
 def loss_terms(
     logprobs: PolicyLogprobs, advantages: Tensor | None, counts: TokenCounts, rl_coef: float, ce_coef: float
 ) -> LossTerms:
-    """A micro-batch's share of the step's losses; shares add up over micro-batches and ranks.
+    """A micro-batch's share of the step's losses.
 
-    rl is the mean over generated tokens of -advantage * logprob, ce the mean over all P - 1 next-token positions of
-    -logprob; total = rl_coef * rl + ce_coef * ce.
+    rl = mean over generated tokens of -advantage * logprob; its gradient is that of REINFORCE (one update per
+    rollout, so the policy ratio of the authors' code is 1 and only its gradient matters).
+    ce = mean over next-token positions of -logprob.
 
     Args:
-        advantages: [B, n, K], without gradient; None when rl_coef is 0.
+        logprobs: of the micro-batch; a term whose log-probabilities are None is 0.
+        advantages: float64 [B, n, K]; constants, no gradient flows into them. Needed with `logprobs.rollout`.
+        counts: denominators over the global batch.
+        rl_coef, ce_coef: weights of the two terms.
+    Returns:
+        LossTerms in the log-probabilities' dtype (float32), scalars; `total` has the gradient, `rl` and `ce`
+        are values only. The shares of all micro-batches of all ranks sum to the step's losses.
+    Raises:
+        ValueError: when there is nothing to learn from, or rollouts come without advantages.
     Communication: none.
-    Source: EBFT paper (arXiv 2603.12248); REINFORCE with one update per rollout, so the policy ratio is 1.
+    Source: EBFT paper (arXiv 2603.12248), objective.
     """
-    present = [values for values in (logprobs.rollout, logprobs.target) if values is not None]
-    zero = present[0].new_zeros(())
-    rl = ce = zero
-    if logprobs.rollout is not None and advantages is not None:
+    shares: list[Tensor] = []
+    rl = ce = None
+    if logprobs.rollout is not None:
+        if advantages is None:
+            raise ValueError("log-probabilities of rollouts need the rollouts' advantages")
         weights = advantages.detach().to(logprobs.rollout.dtype)[..., None]
         rl = -(weights * logprobs.rollout).sum() / counts.rollout_tokens
+        shares.append(rl_coef * rl)
     if logprobs.target is not None:
         ce = -logprobs.target.sum() / counts.target_tokens
-    return LossTerms(rl=rl.detach(), ce=ce.detach(), total=torch.add(rl_coef * rl, ce_coef * ce))
+        shares.append(ce_coef * ce)
+    if not shares:
+        raise ValueError("neither rollouts nor targets to learn from")
+    total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
+    zero = total.detach().new_zeros(())
+    return LossTerms(
+        rl=zero if rl is None else rl.detach(), ce=zero if ce is None else ce.detach(), total=total
+    )

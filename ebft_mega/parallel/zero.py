@@ -70,10 +70,10 @@ class ZeroEngine:
         self._deepspeed = deepspeed
         self._groups = groups
         config = _deepspeed_config(settings, groups)
+        # No `dtype` argument: with it, DeepSpeed 0.19.8 makes every parameter bfloat16 on a CPU, whatever it says.
         with deepspeed.zero.Init(
             data_parallel_group=groups.data_parallel,
             config_dict_or_path=config,
-            dtype=settings.dtype,
             mem_efficient_linear=False,  # it replaces torch.nn.functional.linear for the whole process
         ):
             module = build_stage()
@@ -83,12 +83,8 @@ class ZeroEngine:
             _parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas
         )
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        # A view without engine hooks, for passes under a single gathering of all parameters.
-        with torch.device("meta"):
-            view = build_stage()
-        self._view = view.requires_grad_(False).eval()
+        self._view = _empty_view(build_stage, groups.device)
         self._pairs = list(zip(self.module.parameters(), self._view.parameters(), strict=True))
-        self._release_view()
 
     @property
     def module(self) -> nn.Module:
@@ -149,6 +145,21 @@ class ZeroEngine:
 
     def _whole_for_writing(self, parameter: nn.Parameter) -> Any:
         return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def _empty_view(build_stage: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """The stage without engine hooks and without storage, for passes under one gathering of all parameters.
+
+    It is built anew because a stage holds process groups, which cannot be copied; on the meta device because it never
+    owns a weight.
+    """
+    with torch.device("meta"):
+        view = build_stage()
+    for module in view.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(0, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    return view.eval()
 
 
 def _check_version(version: str) -> None:

@@ -1,1 +1,1 @@
-"""Rewards from Gram matrices alone."""
+"""What a rollout is worth, from inner products of features alone."""

@@ -1,7 +1,18 @@
-"""Alignment, diversity and CFM of a block in closed form from the Gram matrix of its features.
+"""Rewards of a block's rollouts in closed form, from the Gram matrix of their features.
 
-With X [n, D] the rollout features, y [D] the target's, G = X Xᵀ, g = X y and γ = y·y, every whitened quantity is a
-function of (G, g, γ); no whitening matrix over D is ever formed. One n×n eigendecomposition serves them all.
+With X [n, D] the features of a block's rollouts and y [D] the target's, whitening and every quantity after it
+are functions of G = X X^T, g = X y and gamma = y . y: no D-sized matrix, no decomposition of X. With
+G = U diag(s^2) U^T and 1/s set to 0 for singular values that count as zero,
+W = U diag(1/s) U^T, P = U U^T (over the kept ones) and beta = W W g:
+
+    whitening   rollouts           target of rollout j     x_j . x_k   x_j . y_j       |y_j|^2
+    none        X                  y                       G_jk        g_j             gamma
+    sample      W X                c_j y, c = W 1          P_jk        c_j (W g)_j     c_j^2 gamma
+    feature     X (X^T X)^(-1/2)   (X^T X)^(-1/2) y        P_jk        beta_j          |beta|^2
+
+Whitened rollouts are the same in both modes; only the target differs. The set that is whitened is the
+rollouts of one block alone, not centred. `sample` is the authors' code, `feature` the paper's and axolotl's
+definition, here without the paper's factor sqrt(n).
 """
 
 from dataclasses import dataclass
@@ -10,125 +21,150 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ebft_mega.reward.duplicates import first_equal
 from ebft_mega.types import BlockRewards
 
 Whitening = Literal["none", "sample", "feature"]
 
-SINGULAR_VALUE_TOLERANCE = 1e-5  # relative to the largest; the authors' code
-SINGULAR_VALUE_EPSILON = 1e-12
-COSINE_EPSILON = 1e-8  # smallest norm in a cosine, as torch's cosine_similarity
+# A singular value of the features counts as zero below this share of the largest: 1e-10 on the Gram matrix's
+# eigenvalues, which is why that must be float64.
+SINGULAR_VALUE_TOLERANCE = 1e-5
+INVERSE_EPSILON = 1e-12  # added to singular values before they are inverted
+NORM_EPSILON = 1e-8  # smallest length that a cosine divides by
 
 
 @dataclass(frozen=True)
-class WhitenedBlock:
-    """Inner products after whitening."""
+class _WhitenedProducts:
+    """Inner products after whitening, of the rollouts x_j and each one's own copy y_j of the target."""
 
-    dots: Tensor  # [B, K, n, n], rollouts among themselves
-    cosine: Tensor  # [B, K, n], each rollout and the target
-    cfm: Tensor  # [B, K], squared distance of the mean rollout to the target
+    rollouts: Tensor  # [B, K, n, n], x_j . x_k
+    cross: Tensor  # [B, K, n], x_j . y_j
+    target: Tensor  # [B, K, n], y_j . y_j
+    cfm: Tensor  # [B, K], squared distance of the means of x and of y
 
 
 def block_rewards(
     gram: Tensor, whitening: Whitening, alignment_coef: float, diversity_coef: float
 ) -> BlockRewards:
-    """Reward terms of every rollout of every block.
+    """Alignment, diversity, reward and CFM of every rollout.
 
-    Alignment is twice the cosine to the target, diversity twice the mean inner product with the other rollouts (0
-    for n = 1); reward = alignment_coef * alignment - diversity_coef * diversity.
+    alignment = 2 cos(x_j, y_j); diversity = 2 / (n - 1) * sum over k != j of x_j . x_k, a plain inner
+    product, 0 for n = 1. Rollouts with the same inner products get the same figures to the last bit; zero
+    features get 0.
 
     Args:
-        gram: float64 [B, K, n + 1, n + 1], target last.
-        whitening: `none`; `sample`, the authors' code; `feature`, the paper's without its factor sqrt(n) (axolotl).
+        gram: float64 [B, K, n + 1, n + 1], symmetric, samples first, the target last; equal rollouts have
+            equal rows (`copy_duplicate_rows`).
+        whitening: of both terms and the CFM.
+        alignment_coef, diversity_coef: weights of the two terms in the reward.
+    Returns:
+        BlockRewards, float64.
     Communication: none.
-    Source: EBFT paper (arXiv 2603.12248), equation 7, and the authors' code.
+    Source: EBFT paper (arXiv 2603.12248), equation 7; the authors' whitening for `sample`.
     """
-    block = {"none": _not_whitened, "sample": _sample_whitened, "feature": _feature_whitened}[whitening](
-        gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1]
-    )
-    num_samples = block.dots.shape[-1]
-    others = block.dots.sum(dim=-1) - block.dots.diagonal(dim1=-2, dim2=-1)
-    alignment = 2.0 * block.cosine.transpose(1, 2)
-    diversity = 2.0 * (others / max(1, num_samples - 1)).transpose(1, 2)
+    products = _products(gram, whitening)
+    lengths = products.rollouts.diagonal(dim1=-2, dim2=-1)
+    alignment = 2 * _cosine(products.cross, lengths, products.target)
+    num_samples = lengths.shape[-1]
+    if num_samples > 1:
+        diversity = 2 * (products.rollouts.sum(dim=-1) - lengths) / (num_samples - 1)
+    else:
+        diversity = torch.zeros_like(alignment)
+    # Rounding of the eigenvectors differs between equal rollouts; their rewards must not.
+    first = first_equal(gram[..., :-1, :])
+    alignment = alignment.gather(-1, first).transpose(-1, -2)
+    diversity = diversity.gather(-1, first).transpose(-1, -2)
     reward = alignment_coef * alignment - diversity_coef * diversity
-    return BlockRewards(alignment, diversity, reward, block.cfm)
+    return BlockRewards(alignment, diversity, reward, products.cfm.clamp(min=0))
 
 
 def raw_cosine(gram: Tensor) -> Tensor:
-    """Cosine of each rollout's feature and the target's, without whitening: float64 [B, n, K]."""
-    block = _not_whitened(gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1])
-    return block.cosine.transpose(1, 2)
+    """Cosine of every rollout's feature with the target's, without whitening and without the factor 2.
+
+    Args:
+        gram: float64 [B, K, n + 1, n + 1].
+    Returns:
+        float64 [B, n, K].
+    Communication: none.
+    """
+    rollouts, cross, target = _blocks_of(gram)
+    cosine = _cosine(cross, rollouts.diagonal(dim1=-2, dim2=-1), target[..., None])
+    return cosine.transpose(-1, -2)
 
 
 def unbiased_feature_matching(gram: Tensor) -> Tensor:
-    """Unbiased (U-statistic) estimate of the squared distance between the model's mean feature and the target.
+    """Unbiased estimate of |E x - y|^2 without whitening: the U-statistic over pairs of different rollouts.
 
-    γ + Σ_{j≠k} G_jk / (n (n - 1)) - 2 Σ_j g_j / n; unlike CFM it has no term that shrinks with n.
+    The plain squared distance of the mean (`block_rewards(...).cfm`) is larger by the variance of a mean of
+    n. May be negative.
 
+    Args:
+        gram: float64 [B, K, n + 1, n + 1], n >= 2.
     Returns:
         float64 [B, K].
     Raises:
-        ValueError: n = 1, which has no pair.
+        ValueError: for n = 1, where there is no pair.
+    Communication: none.
+    Source: EBFT paper (arXiv 2603.12248), feature-matching loss; 1 - the authors' `feature_map_reward`.
     """
-    rollouts, cross, target = gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1]
-    num_samples = cross.shape[-1]
-    if num_samples < 2:
+    rollouts, cross, target = _blocks_of(gram)
+    n = cross.shape[-1]
+    if n < 2:
         raise ValueError("the unbiased feature-matching loss needs at least two samples per anchor")
-    pairs = rollouts.sum(dim=(-2, -1)) - rollouts.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return target + pairs / (num_samples * (num_samples - 1)) - 2.0 * cross.mean(dim=-1)
+    pairs = rollouts.sum(dim=(-1, -2)) - rollouts.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return target + pairs / (n * (n - 1)) - 2 * cross.mean(dim=-1)
 
 
-def _cosine(dot: Tensor, squared_norm: Tensor, other_squared_norm: Tensor) -> Tensor:
-    norms = [value.clamp(min=0).sqrt().clamp(min=COSINE_EPSILON) for value in (squared_norm, other_squared_norm)]
-    return dot / (norms[0] * norms[1])
+def _blocks_of(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G [B, K, n, n], g [B, K, n] and gamma [B, K] of the legend above."""
+    if gram.dtype != torch.float64:
+        raise TypeError(
+            f"Gram matrices must be float64 to tell duplicates from near-duplicates, not {gram.dtype}"
+        )
+    return gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1]
 
 
-def _not_whitened(rollouts: Tensor, cross: Tensor, target: Tensor) -> WhitenedBlock:
-    """Plain features."""
-    num_samples = cross.shape[-1]
-    cosine = _cosine(cross, rollouts.diagonal(dim1=-2, dim2=-1), target[..., None])
-    cfm = rollouts.sum(dim=(-2, -1)) / num_samples**2 - 2.0 * cross.mean(dim=-1) + target
-    return WhitenedBlock(rollouts, cosine, cfm)
+def _cosine(product: Tensor, first_square: Tensor, second_square: Tensor) -> Tensor:
+    """Inner product over both lengths; 0 where a vector is 0."""
+    first = first_square.clamp(min=0).sqrt().clamp(min=NORM_EPSILON)
+    second = second_square.clamp(min=0).sqrt().clamp(min=NORM_EPSILON)
+    return product / (first * second)
 
 
-def _matrix_powers(rollouts: Tensor, powers: tuple[int, ...]) -> list[Tensor]:
-    """Pseudo-powers U diag(s^p on kept directions) Uᵀ of the features' singular values, from their Gram matrix."""
+def _products(gram: Tensor, whitening: Whitening) -> _WhitenedProducts:
+    """Inner products in the space of a whitening (the table above)."""
+    rollouts, cross, target = _blocks_of(gram)
+    n = cross.shape[-1]
+    if whitening == "none":
+        cfm = rollouts.sum(dim=(-1, -2)) / n**2 - 2 * cross.mean(dim=-1) + target
+        return _WhitenedProducts(rollouts, cross, target[..., None].expand_as(cross), cfm)
+    singular, inverse, vectors = _decompose(rollouts)
+    projector = _rebuild(vectors, (singular * inverse).square())
+    spread = projector.sum(dim=(-1, -2)) / n**2  # |mean of x|^2
+    if whitening == "sample":
+        whitener = _rebuild(vectors, inverse)
+        scales = whitener.sum(dim=-1)  # c = W 1
+        along = (whitener @ cross[..., None])[..., 0]  # x_j . y = (W g)_j
+        mean_scale = scales.mean(dim=-1)
+        cfm = mean_scale.square() * target - 2 * mean_scale * along.mean(dim=-1) + spread
+        return _WhitenedProducts(projector, scales * along, scales.square() * target[..., None], cfm)
+    if whitening == "feature":
+        beta = (_rebuild(vectors, inverse.square()) @ cross[..., None])[..., 0]
+        square = beta.square().sum(dim=-1)
+        cfm = spread - 2 * beta.mean(dim=-1) + square
+        return _WhitenedProducts(projector, beta, square[..., None].expand_as(beta), cfm)
+    raise ValueError(f"whitening must be none, sample or feature, not {whitening!r}")
+
+
+def _decompose(rollouts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values of the features and their pseudo-inverses [B, K, n], left vectors [B, K, n, n]."""
     eigenvalues, vectors = torch.linalg.eigh(rollouts)
     singular = eigenvalues.clamp(min=0).sqrt()
-    largest = singular.amax(dim=-1, keepdim=True)
-    kept = singular > SINGULAR_VALUE_TOLERANCE * largest
-    results = []
-    for power in powers:
-        base = singular + SINGULAR_VALUE_EPSILON if power < 0 else singular
-        values = torch.where(kept, base.clamp(min=torch.finfo(base.dtype).tiny) ** power, 0.0)
-        results.append((vectors * values[..., None, :]) @ vectors.transpose(-1, -2))
-    return results
+    kept = singular > SINGULAR_VALUE_TOLERANCE * singular.amax(dim=-1, keepdim=True)
+    inverse = torch.where(kept, 1 / (singular + INVERSE_EPSILON), 0.0)
+    return singular, inverse, vectors
 
 
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _sample_whitened(rollouts: Tensor, cross: Tensor, target: Tensor) -> WhitenedBlock:
-    """The authors' code: W = (X Xᵀ)^(-1/2) on both sides, so each target row is a multiple c_j of y, c = W 1."""
-    num_samples = cross.shape[-1]
-    projector, inverse_root = _matrix_powers(rollouts, (0, -1))
-    coefficient = inverse_root.sum(dim=-1)
-    whitened_cross = _apply(inverse_root, cross)  # x̃_j · y
-    own = projector.diagonal(dim1=-2, dim2=-1)
-    target_norm = coefficient.square() * target[..., None]
-    cosine = _cosine(coefficient * whitened_cross, own, target_norm)
-    total = coefficient.sum(dim=-1)
-    cfm = total.square() * target - 2.0 * total * whitened_cross.sum(dim=-1) + projector.sum(dim=(-2, -1))
-    return WhitenedBlock(projector, cosine, cfm / num_samples**2)
-
-
-def _feature_whitened(rollouts: Tensor, cross: Tensor, target: Tensor) -> WhitenedBlock:
-    """The paper and axolotl: (XᵀX)^(-1/2) over feature space, so ỹ = Vᵀ-coordinates of the least-squares fit."""
-    num_samples = cross.shape[-1]
-    projector, pseudo_inverse = _matrix_powers(rollouts, (0, -2))
-    fit = _apply(pseudo_inverse, cross)  # β = G⁺ g = x̃_j · ỹ
-    own = projector.diagonal(dim1=-2, dim2=-1)
-    squared_norm = fit.square().sum(dim=-1)  # ‖ỹ‖² = ‖β‖², the projection of y carries all of it
-    cosine = _cosine(fit, own, squared_norm[..., None])
-    cfm = projector.sum(dim=(-2, -1)) / num_samples**2 - 2.0 * fit.mean(dim=-1) + squared_norm
-    return WhitenedBlock(projector, cosine, cfm)
+def _rebuild(vectors: Tensor, values: Tensor) -> Tensor:
+    """U diag(values) U^T, [B, K, n, n]."""
+    return (vectors * values[..., None, :]) @ vectors.transpose(-1, -2)

@@ -1,49 +1,71 @@
-"""Rollouts with equal tokens: found by their ids, given equal features."""
+"""Rollouts of a block that are equal token by token.
+
+Under whitening, equality is all that the diversity term can see, and it must be exact: rounding that differs
+between two equal rollouts (another tile of a kernel, another row of a batch) would count them as two
+directions. So equality is decided by token ids, and equal rollouts are given one set of inner products.
+"""
 
 import torch
 from torch import Tensor
 
 
-def first_equal(rollouts: Tensor) -> Tensor:
-    """The first sample of each block that has the same tokens.
+def first_equal(rows: Tensor) -> Tensor:
+    """For every row, the index of the first row that equals it.
 
     Args:
-        rollouts: int64 [B, n, K, G].
+        rows: [..., n, X].
     Returns:
-        int64 [B, K, n]; j for a rollout that no earlier one equals.
+        int64 [..., n], at most the row's own index.
+    Communication: none.
     """
-    by_block = rollouts.transpose(1, 2)  # [B, K, n, G]
-    equal = (by_block[:, :, :, None] == by_block[:, :, None, :]).all(dim=-1)  # [B, K, n, n]
+    num_rows = rows.shape[-2]
+    equal = (rows[..., :, None, :] == rows[..., None, :, :]).all(dim=-1)
+    # A row with NaN equals not even itself; it must not be taken for the first.
+    equal = equal | torch.eye(num_rows, dtype=torch.bool, device=rows.device)
     return equal.to(torch.uint8).argmax(dim=-1)
 
 
 def copy_duplicate_rows(gram: Tensor, rollouts: Tensor) -> Tensor:
-    """Give rollouts with equal tokens bitwise equal rows and columns.
-
-    The diversity term under whitening sees nothing but exact duplicates, and different rows of one kernel may round
-    one rollout differently.
+    """Give equal rollouts of a block the inner products of the first of them.
 
     Args:
-        gram: float64 [B, K, n + 1, n + 1]; rollouts: int64 [B, n, K, G].
+        gram: float64 [B, K, n + 1, n + 1], samples first, the target last.
+        rollouts: int64 [B, n, K, G].
     Returns:
-        float64 [B, K, n + 1, n + 1], symmetric.
+        float64 [B, K, n + 1, n + 1], symmetric to the last bit; rows and columns of equal rollouts are the
+        same, and their inner product with each other is that of the first with itself.
     Communication: none.
+    Source: the authors' code rewards equality of features; here equal tokens are made to have them.
     """
-    first = first_equal(rollouts)
-    target = first.new_full((*first.shape[:2], 1), first.shape[2])
-    source = torch.cat((first, target), dim=2)  # [B, K, n + 1]
-    size = gram.shape[-1]
-    rows = gram.gather(2, source[..., :, None].expand(-1, -1, -1, size))
-    return rows.gather(3, source[..., None, :].expand(-1, -1, size, -1))
+    first = first_equal(rollouts.transpose(1, 2))  # [B, K, n]
+    target = torch.full_like(first[..., :1], first.shape[-1])
+    index = torch.cat((first, target), dim=-1)
+    symmetric = (gram + gram.transpose(-1, -2)) / 2
+    rows = symmetric.gather(-2, index[..., :, None].expand_as(gram))
+    return rows.gather(-1, index[..., None, :].expand_as(gram))
 
 
 def duplicate_share_per_row(rollouts: Tensor) -> Tensor:
-    """Share of a row's blocks with two or more equal rollouts, float64 [B], from int64 [B, n, K, G]."""
-    first = first_equal(rollouts)
-    own = torch.arange(first.shape[2], device=first.device)
-    return (first != own).any(dim=-1).to(torch.float64).mean(dim=-1)
+    """Share of a row's blocks in which two or more rollouts are equal.
+
+    Args:
+        rollouts: int64 [B, n, K, G].
+    Returns:
+        float64 [B], in [0, 1].
+    Communication: none.
+    """
+    first = first_equal(rollouts.transpose(1, 2))
+    repeated = first != torch.arange(first.shape[-1], device=first.device)
+    return repeated.any(dim=-1).to(torch.float64).mean(dim=-1)
 
 
 def duplicate_share(rollouts: Tensor) -> Tensor:
-    """Share of all blocks with two or more equal rollouts, float64 []."""
+    """Share of all blocks in which two or more rollouts are equal.
+
+    Args:
+        rollouts: int64 [B, n, K, G].
+    Returns:
+        float64 [], in [0, 1].
+    Communication: none.
+    """
     return duplicate_share_per_row(rollouts).mean()

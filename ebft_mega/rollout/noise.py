@@ -1,63 +1,82 @@
-"""Counter-based noise: a pure function of (seed, step, row, sample, block, token index, slot).
+"""Random numbers without state: each is a pure function of where it is used.
 
-No generator has a state, so no layout, micro-batch split or resumption can change a draw. The mixing function is the
-finaliser of splitmix64 (Steele, Lea and Flood, 2014) in 64-bit integers, which wrap alike on every device.
+A generator's next number depends on everything drawn before it, hence on micro-batches, ranks and decode
+order. Here every draw is addressed by (seed, step, row, sample, block, token index, slot) and hashed, so that
+a rollout is the same on every parallel layout and after every restart.
 """
 
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
-_UNIFORM_BITS = 53
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits; torch has no unsigned arithmetic."""
+    return ((value + 2**63) % 2**64) - 2**63
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; `>>` on int64 keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+# Steele, Lea, Flood: "Fast splittable pseudorandom number generators" (OOPSLA 2014), splitmix64.
+_INCREMENT = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = _signed(0x94D049BB133111EB)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MULTIPLY_1
-    x = (x ^ _shift_right(x, 27)) * _MULTIPLY_2
-    return x ^ _shift_right(x, 31)
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift: torch's `>>` copies the sign bit, which the mask removes again."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _absorb(state: Tensor, coordinate: Tensor | int) -> Tensor:
-    """Fold one more coordinate into a key."""
-    return _mix((state ^ coordinate) + _GOLDEN)
+def _mix(bits: Tensor) -> Tensor:
+    """splitmix64's finaliser: a bijection of int64 in which every bit of the input stirs every bit."""
+    bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIER_1
+    bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIER_2
+    return bits ^ _shift_right(bits, 31)
+
+
+def _absorb(keys: Tensor, coordinate: Tensor) -> Tensor:
+    """Keys that also depend on one more coordinate; the two broadcast."""
+    return _mix(keys + (coordinate + 1) * _INCREMENT)
 
 
 def noise_keys(
     seed: int, step: int, rows: Tensor, num_samples: int, num_blocks: int, token_index: int
 ) -> Tensor:
-    """One key per rollout and token.
+    """Keys of one token of every rollout; `gumbel` makes noise of a key.
 
     Args:
-        seed, step: of the run and the optimizer step (any int64).
+        seed: of the run; any integer, taken modulo 2^64.
+        step: optimizer step; any integer, so that evaluations can have steps of their own.
         rows: int64 [B], index of each row in the global batch.
-        token_index: of the generated token in its block.
+        num_samples: n. The first n' < n samples have the same keys for every n.
+        num_blocks: K.
+        token_index: index of the token in its rollout, 0 .. G - 1.
     Returns:
-        int64 [B, n, K].
+        int64 [B, n, K] on the device of `rows`, all 64 bits in use.
     Communication: none.
     """
-    device = rows.device
-    state = _absorb(_absorb(torch.full((), seed, dtype=torch.int64, device=device), step), token_index)
-    by_row = _absorb(state, rows)[:, None, None]
-    by_sample = _absorb(by_row, torch.arange(num_samples, device=device)[None, :, None])
-    return _absorb(by_sample, torch.arange(num_blocks, device=device)[None, None, :])
+    samples = torch.arange(num_samples, device=rows.device)[:, None]
+    blocks = torch.arange(num_blocks, device=rows.device)
+    keys = _mix(torch.full_like(rows, _signed(seed)))
+    keys = _absorb(keys, torch.full_like(rows, _signed(step)))
+    keys = _absorb(keys, rows)[:, None, None]
+    keys = _absorb(_absorb(keys, samples), blocks)
+    return _absorb(keys, torch.full_like(keys, token_index))
 
 
 def gumbel(keys: Tensor, slots: Tensor) -> Tensor:
-    """Standard Gumbel noise of some slots (vocabulary places) of each key.
+    """Independent standard Gumbel noise for every key and slot.
+
+    Integer arithmetic is exact, so uniforms have the same bits on every device; the two logarithms may differ
+    in the last place.
 
     Args:
-        keys: int64 [...]; slots: int64 [..., S], broadcast against `keys[..., None]`.
+        keys: int64 [...].
+        slots: int64 [S], non-negative; which of a key's numbers.
     Returns:
-        float64 [..., S]; never +inf, since the uniform stays inside (0, 1).
+        float64 [..., S], always finite: between -3.61 and 36.75.
     Communication: none.
     """
-    bits = _mix(_mix(keys[..., None] + (slots + 1) * _GOLDEN))
-    uniform = (_shift_right(bits, 64 - _UNIFORM_BITS).to(torch.float64) + 0.5) * 2.0**-_UNIFORM_BITS
-    return -torch.log(-torch.log(uniform))
+    bits = _absorb(keys[..., None], slots)
+    # 52 bits and a half are exact in float64, so u is never 0 or 1 and the noise never infinite. The rare
+    # large values of the noise come from u near 0, where floating point is fine-grained.
+    uniform = (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+    return -torch.log(-torch.log1p(-uniform))

@@ -1,4 +1,10 @@
-"""Drawing tokens with given noise: exact, and the same however the vocabulary is later sharded."""
+"""Drawing tokens from logits with addressed noise: the Gumbel-max trick in two levels.
+
+The vocabulary is cut into 64 fixed blocks of consecutive ids. First a block is drawn by its total
+probability, then a token inside it: the distribution is exactly the softmax, but noise is made for
+64 + V / 64 numbers, not for V. The blocks do not depend on the parallel layout: a tensor-parallel rank can score its own
+blocks, and (score, block, token) of its best one is all that the ranks have to compare.
+"""
 
 import torch
 from torch import Tensor
@@ -9,56 +15,111 @@ NUM_VOCABULARY_BLOCKS = 64
 
 
 def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw one token per key by a two-level Gumbel maximum.
+    """Draw one token for every key.
 
-    The vocabulary is cut into 64 fixed blocks of consecutive ids. The first level draws a block from the blocks'
-    total weights, the second a token within it; the product is exactly the softmax. Both levels need the logits of a
-    block only where they are, so a tensor-parallel shard of whole blocks can do its part alone, and few noises are
-    needed: 64 + V / 64 a draw.
+    Args:
+        logits: [..., V] of the true vocabulary (no padding), any float dtype; leading dimensions broadcast to
+            those of `keys`: samples that share logits need no copies of them (pass a dimension of size 1).
+        keys: int64 [...], of `noise_keys`.
+        temperature: > 0.
+        top_p: in (0, 1]; below 1 only the nucleus is drawn from.
+    Returns:
+        int64, shape of `keys`, in [0, V).
+    Raises:
+        ValueError: for a temperature or top_p out of range.
+    Communication: none.
+    Source: EBFT paper (arXiv 2603.12248), rollouts; float32 and the order of the authors' code.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    scaled = at_temperature(logits, temperature)
+    if top_p < 1:
+        scaled = keep_nucleus(scaled, top_p)
+    block = block_scores(scaled, keys).argmax(dim=-1)
+    return token_in_block(scaled, keys, block)
+
+
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature, in float32 (float64 stays float64).
 
     Args:
         logits: [..., V].
-        keys: int64 [...], from `noise_keys`.
-        temperature: divides the logits (cast to float32 first).
-        top_p: 1 keeps everything; less keeps the smallest set of most likely tokens with at least this share.
     Returns:
-        int64 [...].
+        [..., V].
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(dtype) / temperature
+
+
+def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Set all logits outside the nucleus to minus infinity.
+
+    The nucleus is the fewest most probable tokens that reach a probability of `top_p` together, the one that
+    crosses it included. Tokens exactly as probable as the last of them stay too: which of equals comes first
+    would depend on the sort.
+
+    Args:
+        logits: [..., V], already at temperature.
+        top_p: in (0, 1).
+    Returns:
+        [..., V].
+    Source: nucleus sampling (arXiv 1904.09751).
+    """
+    ordered = logits.sort(dim=-1, descending=True).values
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # The first token is always kept, even when rounding leaves `before` slightly off zero.
+    size = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold = ordered.gather(-1, size - 1)
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def block_scores(logits: Tensor, keys: Tensor) -> Tensor:
+    """Noisy log-probability (up to a constant) of each vocabulary block; the largest wins.
+
+    Args:
+        logits: [..., V] at temperature, excluded tokens minus infinity; leading dimensions broadcast to
+            `keys`.
+        keys: int64 [...].
+    Returns:
+        float64 [..., 64]; minus infinity for a block without tokens.
     Communication: none.
     """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    if top_p < 1.0:
-        scores = keep_nucleus(scores, top_p)
-    blocks = vocabulary_blocks(scores)  # [..., 64, ids per block]
-    winner = choose_block(blocks, keys)
-    inside = blocks.gather(-2, winner[..., None, None].expand(*winner.shape, 1, blocks.shape[-1]))[..., 0, :]
-    return winner * blocks.shape[-1] + choose_within(inside, keys)
+    width = _block_width(logits.shape[-1])
+    num_full = logits.shape[-1] // width
+    full, last = logits.split((num_full * width, logits.shape[-1] - num_full * width), dim=-1)
+    masses = logits.new_full((*logits.shape[:-1], NUM_VOCABULARY_BLOCKS), -torch.inf)
+    masses[..., :num_full] = full.unflatten(-1, (num_full, width)).logsumexp(dim=-1)
+    if last.shape[-1]:
+        masses[..., num_full] = last.logsumexp(dim=-1)
+    return masses + gumbel(keys, torch.arange(NUM_VOCABULARY_BLOCKS, device=keys.device))
 
 
-def vocabulary_blocks(scores: Tensor) -> Tensor:
-    """Cut [..., V] into [..., 64, ceil(V / 64)] blocks of consecutive ids, padded with -inf."""
-    per_block = -(-scores.shape[-1] // NUM_VOCABULARY_BLOCKS)
-    padding = per_block * NUM_VOCABULARY_BLOCKS - scores.shape[-1]
-    padded = torch.nn.functional.pad(scores, (0, padding), value=-torch.inf) if padding else scores
-    return padded.unflatten(-1, (NUM_VOCABULARY_BLOCKS, per_block))
+def token_in_block(logits: Tensor, keys: Tensor, block: Tensor) -> Tensor:
+    """Draw a token of one vocabulary block.
+
+    Args:
+        logits: [..., V] at temperature, excluded tokens minus infinity; leading dimensions broadcast to
+            `keys`.
+        keys: int64 [...].
+        block: int64, shape of `keys`, a block that has a token with a finite logit.
+    Returns:
+        int64, shape of `keys`.
+    Communication: none.
+    """
+    vocabulary = logits.shape[-1]
+    width = _block_width(vocabulary)
+    offsets = torch.arange(width, device=keys.device)
+    ids = block[..., None] * width + offsets  # the last block may reach past the vocabulary
+    own = logits.expand(*keys.shape, vocabulary).gather(-1, ids.clamp(max=vocabulary - 1))
+    own = own.masked_fill(ids >= vocabulary, -torch.inf)
+    # Slots after the blocks' own: the two levels need independent noise.
+    choice = (own + gumbel(keys, NUM_VOCABULARY_BLOCKS + offsets)).argmax(dim=-1)
+    return block * width + choice
 
 
-def choose_block(blocks: Tensor, keys: Tensor) -> Tensor:
-    """First level: int64 [...], the block with the largest noisy total weight."""
-    totals = blocks.logsumexp(dim=-1).to(torch.float64)
-    slots = torch.arange(NUM_VOCABULARY_BLOCKS, device=keys.device)
-    return (totals + gumbel(keys, slots)).argmax(dim=-1)
-
-
-def choose_within(scores: Tensor, keys: Tensor) -> Tensor:
-    """Second level: int64 [...], place of the drawn token within the winning block's scores [..., ids]."""
-    slots = NUM_VOCABULARY_BLOCKS + torch.arange(scores.shape[-1], device=keys.device)
-    return (scores.to(torch.float64) + gumbel(keys, slots)).argmax(dim=-1)
-
-
-def keep_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Exclude (-inf) what lies outside the nucleus; the token that crosses the threshold, and its ties, stay."""
-    probabilities = scores.softmax(dim=-1)
-    ordered = probabilities.sort(dim=-1, descending=True).values
-    before = ordered.cumsum(dim=-1) - ordered
-    smallest_kept = ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
-    return scores.masked_fill(probabilities < smallest_kept, -torch.inf)
+def _block_width(vocabulary: int) -> int:
+    """Tokens in a vocabulary block, the last ones maybe fewer."""
+    return -(-vocabulary // NUM_VOCABULARY_BLOCKS)

@@ -22,7 +22,7 @@ from ebft_mega.features.network import FeatureNetwork, build_feature_network
 from ebft_mega.metrics.run_files import setup_rank_log, write_environment, write_status
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.model.architecture import tapped_layers
+from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import (
     RandomWeights,
     SafetensorsWeights,
@@ -61,7 +61,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         groups.data_parallel_size,
     )
     if trace_directory is not None:
-        trainer = build_trainer(config, plan, groups)
+        trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
         trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
         dist.barrier()
         return EXIT_DONE
@@ -91,7 +91,7 @@ def _train_and_export(
     output = config.output_dir
     observer = _observer(config, plan, dataset) if groups.is_first else None
     try:
-        trainer = build_trainer(config, plan, groups)
+        trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
         held_out = _held_out(config, trainer, groups)
         train(trainer, loader, held_out, plan.total_steps, observer)
         tensors = hf_tensors(trainer.engine.full_parameters(), plan.architecture)
@@ -109,18 +109,22 @@ def _train_and_export(
         print(f"report: {report}\nmodel:  {output / 'hf'}", flush=True)
 
 
-def build_trainer(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> Trainer:
+def build_trainer(
+    config: RunConfig, architecture: Architecture, feature_architecture: Architecture, groups: ProcessGroups
+) -> Trainer:
     """Policy, engine and feature network.
 
+    Args:
+        architecture, feature_architecture: of the policy and of the frozen network (often the same).
     Communication: collective over the data-parallel group (weights are read by its first rank).
     """
     dtype = DTYPES[config.train.dtype]
-    source = _policy_weights(config, plan)
+    source = _policy_weights(config, architecture)
 
     def build_stage() -> Stage:
         return Stage(
-            plan.architecture,
-            StageShape.whole(plan.architecture),
+            architecture,
+            StageShape.whole(architecture),
             groups,
             dtype,
             activation_checkpointing=config.train.activation_checkpointing == "full",
@@ -142,26 +146,28 @@ def build_trainer(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> Tr
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
     return Trainer(
         config=config,
-        plan=plan.block_plan,
+        plan=config.block_plan,
         sampling=SamplingSettings.of(config),
         groups=groups,
         engine=ZeroEngine(build_stage, load, settings, groups),
-        feature_network=_feature_network(config, plan, source, groups) if config.uses_rollouts else None,
+        feature_network=(
+            _feature_network(config, feature_architecture, source, groups) if config.uses_rollouts else None
+        ),
         timers=PhaseTimers(synchronize),
     )
 
 
-def _policy_weights(config: RunConfig, plan: RunPlan) -> WeightSource:
+def _policy_weights(config: RunConfig, architecture: Architecture) -> WeightSource:
     if config.model.init_from is not None:
-        return SafetensorsWeights(config.model.init_from, plan.architecture)
-    return RandomWeights(plan.architecture, config.seed)
+        return SafetensorsWeights(config.model.init_from, architecture)
+    return RandomWeights(architecture, config.seed)
 
 
 def _feature_network(
-    config: RunConfig, plan: RunPlan, initial_policy: WeightSource, groups: ProcessGroups
+    config: RunConfig, architecture: Architecture, initial_policy: WeightSource, groups: ProcessGroups
 ) -> FeatureNetwork:
     """The initial model, or the one that `ebft.feature_model` names, frozen."""
-    ebft, architecture = config.ebft, plan.feature_architecture
+    ebft = config.ebft
     source = initial_policy
     if ebft.feature_model is not None:
         deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]

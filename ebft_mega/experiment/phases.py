@@ -1,0 +1,171 @@
+"""Running commands one after the other: timed, reused when nothing changed, stopped at the first failure."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.errors import EbftError
+from ebft_mega.metrics.console import format_duration
+from ebft_mega.metrics.run_files import write_json_atomically
+
+
+class PhaseFailed(EbftError):
+    """A command ended with an error; `exit_code` is the command's own."""
+
+    def __init__(self, name: str, command: Sequence[str], exit_code: int, reason: str):
+        super().__init__(f"phase {name!r} failed ({reason}); its command was:\n  {shlex.join(command)}")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a phase."""
+
+    name: str
+    seconds: float
+    reused: bool
+
+    @property
+    def text(self) -> str:
+        """How long it took, or that it did not run."""
+        return "reused" if self.reused else format_duration(self.seconds)
+
+
+@dataclass
+class PhaseRunner:
+    """Runs the phases of an experiment and remembers how long each took.
+
+    Args:
+        root: directory in which the commands run.
+        say: where progress lines go.
+        environment: variables set for every command, beside this process's own.
+        fresh: never reuse what an earlier run left behind.
+    """
+
+    root: Path
+    say: Callable[[str], None] = print
+    environment: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
+    _made: set[Path] = field(default_factory=set)
+
+    def run(self, name: str, command: Sequence[str], status_of: Path | None = None) -> float:
+        """Run a command to its end; its output goes where ours goes.
+
+        Args:
+            name: of the phase, for people.
+            command: program and arguments.
+            status_of: run directory whose `status.json` decides about success, because a launcher may change
+                its processes' exit codes.
+        Returns:
+            Wall seconds.
+        Raises:
+            PhaseFailed: the command could not be started, failed, or left no `done` in `status.json`.
+        """
+        self.say(f"\n== {name}: {shlex.join(command)}")
+        started = time.monotonic()
+        try:
+            code = subprocess.run(
+                command, cwd=self.root, env={**os.environ, **self.environment}, check=False
+            ).returncode
+        except OSError as error:
+            raise PhaseFailed(name, command, 1, str(error)) from None
+        seconds = time.monotonic() - started
+        if status_of is None:
+            if code != 0:
+                raise PhaseFailed(name, command, code if code > 0 else 1, f"exit code {code}")
+        else:
+            self._check_status(name, command, status_of, code)
+        self.outcomes.append(Outcome(name, seconds, reused=False))
+        return seconds
+
+    def run_once(
+        self,
+        name: str,
+        command: Sequence[str],
+        output: Path,
+        inputs: Mapping[str, Any],
+        status_of: Path | None = None,
+    ) -> str:
+        """Run a command unless its output is there already, made from the same inputs.
+
+        Args:
+            name, command, status_of: as in `run`.
+            output: directory that the command makes; removed before the command runs.
+            inputs: everything that the output depends on, as plain JSON values.
+        Returns:
+            Fingerprint of the inputs, to be an input of the phases that build on this output.
+        Raises:
+            PhaseFailed: as in `run`.
+        """
+        stamp = output.parent / f".{output.name}.inputs.json"
+        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        reason = self._why_not_reusable(output, stamp, inputs)
+        if not reason:
+            self.say(f"\n== {name}: reused {output} (made from the same inputs)")
+            self.outcomes.append(Outcome(name, 0.0, reused=True))
+            return fingerprint
+        self.say(f"\n== {name}: {reason}")
+        stamp.unlink(missing_ok=True)
+        remove_directory(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.run(name, command, status_of)
+        write_json_atomically(stamp, dict(inputs))
+        self._made.add(output)
+        return fingerprint
+
+    def summary(self) -> str:
+        """Wall time of every phase and of all together, one line each."""
+        width = max((len(outcome.name) for outcome in self.outcomes), default=5)
+        lines = [f"  {outcome.name:<{width}}  {outcome.text:>8}" for outcome in self.outcomes]
+        total = sum(outcome.seconds for outcome in self.outcomes)
+        return "\n".join([*lines, f"  {'total':<{width}}  {format_duration(total):>8}"])
+
+    def _why_not_reusable(self, output: Path, stamp: Path, inputs: Mapping[str, Any]) -> str:
+        """Reason to run a phase again, empty if its output can be used."""
+        if self.fresh and output not in self._made:
+            return "a fresh start was asked for"
+        if not output.is_dir() or not stamp.exists():
+            return f"no finished {output} yet"
+        before = json.loads(stamp.read_text(encoding="utf-8"))
+        after = json.loads(json.dumps(dict(inputs)))
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        return f"made again, because these inputs changed: {', '.join(changed)}" if changed else ""
+
+    def _check_status(self, name: str, command: Sequence[str], directory: Path, code: int) -> None:
+        path = directory / "status.json"
+        if not path.exists():
+            raise PhaseFailed(name, command, code if code > 0 else 1, f"exit code {code}, no {path}")
+        status = json.loads(path.read_text(encoding="utf-8"))
+        if status["state"] != "done":
+            reason = f"state {status['state']!r} after step {status['step']}; see {directory / 'logs'}"
+            raise PhaseFailed(name, command, status["exit_code"] or 1, reason)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove what an earlier run left at `path`, if anything."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def source_fingerprint(paths: Iterable[Path]) -> str:
+    """One sha256 over the Python and YAML files at or below some paths, names included.
+
+    Args:
+        paths: files or directories.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.suffix in (".py", ".yaml"):
+                digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines in a log file."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol, TextIO
+
+# Short name on screen, metric key, format. A key that a run does not log (a CE-only run has no alignment) is
+# left out.
+SHOWN = (
+    ("loss", "train/loss", "{:.4f}"),
+    ("ce", "ebft/ce_loss", "{:.4f}"),
+    ("alignment", "ebft/alignment", "{:.4f}"),
+    ("cfm", "ebft/cfm_loss", "{:.4f}"),
+    ("grad_norm", "train/grad_norm", "{:.3f}"),
+    ("lr", "train/lr", "{:.2e}"),
+)
+# Weight of the newest step in the moving average behind the time left.
+SMOOTHING = 0.1
+
+
+class ConsoleSink(Protocol):
+    """A console that metrics are shown on."""
+
+    name: str
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+
+    def note(self, text: str) -> None:
+        """Show a line of text."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def open_console(total_steps: int, first_step: int, stream: TextIO | None = None) -> ConsoleSink:
+    """A progress bar if `stream` (standard output by default) is a terminal, plain lines otherwise.
+
+    Args:
+        total_steps: steps of the whole run.
+        first_step: steps that were done before this start.
+        stream: where to write.
+    """
+    stream = stream or sys.stdout
+    if stream.isatty():
+        return ProgressBar(total_steps, first_step, stream)
+    return PlainLines(total_steps, first_step, stream)
+
+
+def format_duration(seconds: float) -> str:
+    """`7 s`, `3:05` (minutes), `2:03:05` (hours)."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, second = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def key_numbers(metrics: Mapping[str, float]) -> str:
+    """The few numbers of a training step that fit on a line."""
+    return "  ".join(f"{name} {form.format(metrics[key])}" for name, key, form in SHOWN if key in metrics)
+
+
+def evaluation_numbers(metrics: Mapping[str, float]) -> str:
+    """Every `eval/*` value on one line, or an empty text."""
+    return "  ".join(
+        f"{key.removeprefix('eval/')} {value:.4f}"
+        for key, value in metrics.items()
+        if key.startswith("eval/")
+    )
+
+
+class StepClock:
+    """Smoothed seconds per step, and the time left at that pace."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self._total_steps = total_steps
+        self._last_step = first_step
+        self._last_time = time.monotonic()
+        self._average_seconds: float | None = None
+
+    def tick(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in a step: its own `perf/step_seconds`, or else the wall time since the last one."""
+        now = time.monotonic()
+        if step > self._last_step:
+            seconds = metrics.get("perf/step_seconds", (now - self._last_time) / (step - self._last_step))
+            if math.isfinite(seconds):
+                previous = self._average_seconds
+                self._average_seconds = (
+                    seconds if previous is None else previous + SMOOTHING * (seconds - previous)
+                )
+        self._last_step, self._last_time = step, now
+
+    def text(self) -> str:
+        """Seconds per step and time left, e.g. `1.52 s/step  ETA 2:31`."""
+        if self._average_seconds is None:
+            return ""
+        left = max(self._total_steps - self._last_step, 0) * self._average_seconds
+        return f"{self._average_seconds:.2f} s/step  ETA {format_duration(left)}"
+
+
+class PlainLines:
+    """One line a step, for a log file."""
+
+    name = "console"
+
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO):
+        self._total_steps = total_steps
+        self._clock = StepClock(total_steps, first_step)
+        self._stream = stream
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print `step i/N` with the step's numbers, and one more line if the step was evaluated."""
+        numbers = key_numbers(metrics)
+        head = f"step {step}/{self._total_steps}"
+        if numbers:
+            self._clock.tick(step, metrics)
+            self.note("  ".join(part for part in (head, numbers, self._clock.text()) if part))
+        evaluated = evaluation_numbers(metrics)
+        if evaluated:
+            self.note(f"{head}  held out: {evaluated}")
+
+    def note(self, text: str) -> None:
+        """Print a line at once, also into a pipe."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ProgressBar:
+    """A bar with the step's numbers and the time left, for a terminal."""
+
+    name = "console"
+
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO):
+        # Imported here because a log file does without it.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
+
+        self._clock = StepClock(total_steps, first_step)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[clock]}", markup=False),
+            # On a narrow terminal the numbers are cut, never the bar or the time left.
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            expand=True,
+            console=Console(file=stream),
+        )
+        self._task = self._progress.add_task(
+            "train", total=total_steps, completed=first_step, clock="", numbers=""
+        )
+        self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar; an evaluation stays on screen as a line above it."""
+        numbers = key_numbers(metrics)
+        if numbers:
+            self._clock.tick(step, metrics)
+            self._progress.update(self._task, completed=step, clock=self._clock.text(), numbers=numbers)
+        evaluated = evaluation_numbers(metrics)
+        if evaluated:
+            self.note(f"step {step}  held out: {evaluated}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Stop redrawing; the last state of the bar stays on screen."""
+        self._progress.stop()

@@ -1,0 +1,147 @@
+"""The small files of a run directory beside its metrics: the outcome, the environment, each rank's log."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import ebft_mega
+
+RunState = Literal["done", "stopped", "failed"]
+RECORDED_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "transformers",
+    "sentencepiece",
+    "webdataset",
+    "tensorboard",
+    "numpy",
+    "pydantic",
+    "safetensors",
+)
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def write_json_atomically(path: Path, content: Any) -> None:
+    """Replace a JSON file so that a reader sees the old or the new content, whatever happens in between.
+
+    Raises:
+        OSError: the directory is missing or the disk is full; the old file is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_status(
+    output_dir: Path, state: RunState, exit_code: int, step: int, checkpoint: str | None
+) -> Path:
+    """Record how the run ended, last of all and atomically.
+
+    The launchers change or swallow exit codes, so batch scripts read this file.
+
+    Args:
+        output_dir: the run directory.
+        state: `done`, `stopped` (requeue me) or `failed`.
+        exit_code: the code that every rank exits with.
+        step: optimizer steps done.
+        checkpoint: folder name of the newest complete checkpoint, None if there is none.
+    """
+    path = output_dir / "status.json"
+    outcome = {"state": state, "exit_code": exit_code, "checkpoint": checkpoint, "step": step}
+    write_json_atomically(path, outcome)
+    return path
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, platform and source revision: what is needed to run the same thing again."""
+    packages: dict[str, str | None] = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "ebft_mega": ebft_mega.__version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": packages,
+        "command": sys.argv,
+    }
+
+
+def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write `environment.json`.
+
+    Args:
+        output_dir: the run directory.
+        extra: facts that only the caller knows (world size, device name); they win over ours.
+    """
+    path = output_dir / "environment.json"
+    write_json_atomically(path, {**describe_environment(), **(extra or {})})
+    return path
+
+
+def setup_rank_log(output_dir: Path, rank: int) -> Path:
+    """Send this process's logging to `logs/rank-XXXX.log` (all) and, on rank 0, warnings to standard error.
+
+    Safe to call again: the handlers of an earlier call are replaced.
+
+    Args:
+        output_dir: the run directory.
+        rank: number of this process in the job.
+    Returns:
+        The log file.
+    """
+    directory = output_dir / "logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"rank-{rank:04d}.log"
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    if rank == 0:
+        console = logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.WARNING)
+        handlers.append(console)
+    package_logger = logging.getLogger("ebft_mega")
+    for old in list(package_logger.handlers):
+        package_logger.removeHandler(old)
+        old.close()
+    package_logger.setLevel(logging.INFO)
+    # DeepSpeed prints through the root logger; our lines would appear twice.
+    package_logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        package_logger.addHandler(handler)
+    return path
+
+
+def _git_revision() -> str | None:
+    """Commit of the source tree, with `-dirty` if it was changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

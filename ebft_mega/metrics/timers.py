@@ -1,0 +1,45 @@
+"""Wall time of the phases of a step."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimers:
+    """Adds up the seconds spent in named phases until `reset`.
+
+    Args:
+        synchronize: waits for the device's queued work (`torch.cuda.synchronize`), so that a phase is charged
+            with its own kernels; None on a CPU.
+        clock: seconds, monotonic.
+    Communication: none.
+    """
+
+    def __init__(
+        self, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter
+    ):
+        self._synchronize = synchronize
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the block to `name`, also when it raises; phases may be nested and repeated."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last reset."""
+        return dict(self._seconds)
+
+    def reset(self) -> None:
+        """Forget everything measured so far."""
+        self._seconds.clear()
+
+    def _now(self) -> float:
+        if self._synchronize is not None:
+            self._synchronize()
+        return self._clock()

@@ -1,0 +1,212 @@
+"""The page that puts arms side by side on the same held-out rows and claims only what intervals show."""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.evaluation.bootstrap import Interval
+from ebft_mega.metrics.run_files import write_json_atomically
+from ebft_mega.report import page
+from ebft_mega.report.evaluations import Difference, Evaluation, differences, read_evaluations
+from ebft_mega.report.metric_names import EVALUATION_METRICS
+from ebft_mega.report.plots import draw_intervals
+
+NUM_RESAMPLES = 10_000
+CAVEATS = (
+    "Each arm was trained once (one seed): the intervals cover the choice of held-out rows, not the "
+    "randomness of training. Several seeds: make study.",
+    "Each interval is a 95 % interval of its own; among this many, one or two may leave out zero by chance.",
+    "Alignment and raw cosine also rise when a policy only gets sharper; the feature-matching loss and the "
+    "duplicate share then rise with them. Read the four together.",
+)
+
+
+def write_comparison(
+    arms: Mapping[str, Path],
+    output: Path,
+    reference: str | None = None,
+    *,
+    arm_facts: Mapping[str, Mapping[str, str]] | None = None,
+    links: Mapping[str, Path] | None = None,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+) -> Path:
+    """Compare arms by paired bootstrap and write `report.html`, `comparison.json` and a plot.
+
+    Args:
+        arms: name of each arm and its `evaluation.json` (or the directory holding it), at least two.
+        output: directory of the page, made if missing.
+        reference: the arm that all others are compared with (the warm start); the first one by default. The
+            other arms are also compared with each other, a later one against an earlier one.
+        arm_facts: for each arm, what it cost and how it was trained (label to text).
+        links: pages to link to, by their text.
+        notes: what the caller vouches for, e.g. that these rows were not used to choose settings.
+        seed: of the bootstrap.
+    Returns:
+        The page.
+    Raises:
+        InputError: a file is missing or damaged, or the arms were not evaluated on the same rows.
+    Communication: none.
+    """
+    evaluations = read_evaluations(arms)
+    names = list(evaluations)
+    base = reference or names[0]
+    others = [name for name in names if name != base]
+    pairs = [(arm, base) for arm in others] + [(later, earlier) for earlier, later in combinations(others, 2)]
+    compared = {pair: differences(evaluations, *pair, NUM_RESAMPLES, seed) for pair in pairs}
+
+    output.mkdir(parents=True, exist_ok=True)
+    statements = [_statement(pair, found) for pair, found in compared.items() if found]
+    conditions = _conditions(evaluations[base])
+    sections = [
+        page.heading("What the intervals show"),
+        page.bullets(statements),
+        page.paragraph(conditions, soft=True),
+        page.heading("Values"),
+        _values_table(evaluations, base, compared),
+        page.heading("Differences"),
+        _differences_section(compared, output),
+        page.heading("How to read this"),
+        page.bullets([*notes, *CAVEATS]),
+        page.bullets(f"{metric.label}: {metric.meaning}" for metric in EVALUATION_METRICS),
+    ]
+    if arm_facts:
+        sections += [page.heading("The arms"), _facts_table(names, arm_facts)]
+    if links:
+        sections += [page.heading("More"), _links(links, output)]
+    path = output / "report.html"
+    subtitle = f"{', '.join(names)} on the same held-out rows"
+    path.write_text(page.page("Arms side by side", subtitle, sections), encoding="utf-8")
+    summary = _summary(evaluations, compared, statements, conditions)
+    write_json_atomically(output / "comparison.json", summary)
+    return path
+
+
+def _conditions(evaluation: Evaluation) -> str:
+    content = evaluation.content
+    text = f"{content['rows']} held-out rows, temperature {content.get('temperature')}"
+    if evaluation.row_groups is not None:
+        text += f", {len(set(evaluation.row_groups))} groups of rows"
+    return f"{text}; paired bootstrap, {NUM_RESAMPLES:,} resamples, 95 % intervals."
+
+
+def _statement(pair: tuple[str, str], found: Sequence[Difference]) -> str:
+    """One sentence about two arms; a direction is named only where every interval leaves out zero."""
+    by_sign: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    for difference in found:
+        interval = format_interval(difference.by_row)
+        by_sign[difference.sign].append(f"{difference.metric.label} ({interval})")
+    parts = [
+        f"{word}: {', '.join(by_sign[sign])}"
+        for sign, word in ((-1, "lower"), (1, "higher"), (0, "no difference shown at 95 %"))
+        if by_sign[sign]
+    ]
+    return f"{pair[0]} against {pair[1]} — {'; '.join(parts)}."
+
+
+def format_interval(interval: Interval) -> str:
+    """`-0.0030 [-0.0053, -0.0007]`."""
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def _values_table(
+    evaluations: Mapping[str, Evaluation],
+    base: str,
+    compared: Mapping[tuple[str, str], Sequence[Difference]],
+) -> str:
+    """One row per metric, one column per arm, a triangle where the arm differs from the reference."""
+    signs = {
+        (arm, difference.metric.key): difference.sign
+        for (arm, against), found in compared.items()
+        if against == base
+        for difference in found
+    }
+    rows = []
+    for metric in EVALUATION_METRICS:
+        values = {name: evaluation.value(metric.key) for name, evaluation in evaluations.items()}
+        if all(value is None for value in values.values()):
+            continue
+        cells = [
+            "-" if value is None else f"{value:.4f} {_mark(signs.get((name, metric.key), 0))}".strip()
+            for name, value in values.items()
+        ]
+        rows.append([metric.label, metric.direction, *cells])
+    legend = page.paragraph(
+        f"▲ higher, ▼ lower than {base}, with intervals that leave out zero. No mark: no difference shown.",
+        soft=True,
+    )
+    return page.table(["metric", "better", *evaluations], rows, num_text_columns=2) + legend
+
+
+def _mark(sign: int) -> str:
+    return {1: "▲", -1: "▼", 0: ""}[sign]
+
+
+def _differences_section(compared: Mapping[tuple[str, str], Sequence[Difference]], output: Path) -> str:
+    found = [difference for group in compared.values() for difference in group]
+    if not found:
+        return page.paragraph("No metric was measured by row, so no interval can be given.")
+    has_groups = any(difference.by_group is not None for difference in found)
+    header = ["difference", "metric", "by row"] + (["by group"] if has_groups else []) + ["shown"]
+    rows = []
+    for difference in found:
+        row = [f"{difference.arm} - {difference.against}", difference.metric.label]
+        row.append(format_interval(difference.by_row))
+        if has_groups:
+            row.append("-" if difference.by_group is None else format_interval(difference.by_group))
+        row.append({1: "higher", -1: "lower", 0: "-"}[difference.sign])
+        rows.append(row)
+    panels: dict[str, dict[str, Interval]] = {}
+    for difference in found:
+        label = f"{difference.arm} - {difference.against}"
+        panels.setdefault(difference.metric.label, {})[label] = difference.by_row
+    image = output / "differences.png"
+    draw_intervals(panels, image)
+    caption = "Differences with their 95 % intervals by row; each metric has its own scale."
+    return page.figure(image, output, caption) + page.table(header, rows, num_text_columns=2)
+
+
+def _facts_table(names: Sequence[str], facts: Mapping[str, Mapping[str, str]]) -> str:
+    labels = list(dict.fromkeys(label for name in names for label in facts.get(name, {})))
+    rows = [[label, *(facts.get(name, {}).get(label, "-") for name in names)] for label in labels]
+    return page.table(["", *names], rows)
+
+
+def _links(links: Mapping[str, Path], output: Path) -> str:
+    items = "".join(
+        f"<li>{page.link(Path(os.path.relpath(target, output)).as_posix(), text)}</li>"
+        for text, target in links.items()
+    )
+    return f"<ul>{items}</ul>"
+
+
+def _summary(
+    evaluations: Mapping[str, Evaluation],
+    compared: Mapping[tuple[str, str], Sequence[Difference]],
+    statements: Sequence[str],
+    conditions: str,
+) -> dict[str, Any]:
+    """The same numbers for programs."""
+    values = {
+        name: {metric.key: evaluation.value(metric.key) for metric in EVALUATION_METRICS}
+        for name, evaluation in evaluations.items()
+    }
+    return {
+        "conditions": conditions,
+        "values": values,
+        "differences": [
+            {
+                "arm": difference.arm,
+                "against": difference.against,
+                "metric": difference.metric.key,
+                "by_row": vars(difference.by_row),
+                "by_group": None if difference.by_group is None else vars(difference.by_group),
+                "shown": {1: "higher", -1: "lower", 0: "none"}[difference.sign],
+            }
+            for found in compared.values()
+            for difference in found
+        ],
+        "statements": list(statements),
+    }

@@ -1,0 +1,154 @@
+"""Reading `evaluation.json` files that are to be compared, and the differences between them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
+from ebft_mega.report.metric_names import EVALUATION_METRICS, EvaluationMetric
+from ebft_mega.report.records import read_json
+
+# What two evaluations must share, or their rows are not paired.
+SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "feature_model")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the held-out rows."""
+
+    path: Path
+    content: Mapping[str, Any]
+    per_row: Mapping[str, NDArray[np.float64]]  # metric key to float64 [R]
+    row_groups: tuple[str, ...] | None  # [R], document or package of each row
+
+    def value(self, key: str) -> float | None:
+        """Mean of a metric over the rows, None if it was not measured."""
+        value = self.content.get(key)
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm minus another on one metric."""
+
+    arm: str
+    against: str
+    metric: EvaluationMetric
+    by_row: Interval
+    by_group: Interval | None  # cluster bootstrap, None if rows have no groups
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 only if every interval that was computed lies on that side of zero."""
+        if self.by_group is not None and self.by_group.sign != self.by_row.sign:
+            return 0
+        return self.by_row.sign
+
+
+def read_evaluations(arms: Mapping[str, Path]) -> dict[str, Evaluation]:
+    """Read the evaluations of several arms and check that they can be compared row by row.
+
+    Args:
+        arms: name of each arm and its `evaluation.json`, or the directory that holds one.
+    Returns:
+        Evaluations by arm, in the same order.
+    Raises:
+        InputError: every damaged or unlike file at once.
+    """
+    problems: list[Problem] = []
+    evaluations: dict[str, Evaluation] = {}
+    for name, given in arms.items():
+        path = given / "evaluation.json" if given.is_dir() else given
+        try:
+            evaluations[name] = _read_one(path)
+        except InputError as error:
+            problems.extend(error.problems)
+    if evaluations:
+        first_name, first = next(iter(evaluations.items()))
+        for evaluation in evaluations.values():
+            problems.extend(_unlike(evaluation, first, first_name))
+    if problems:
+        raise InputError(problems)
+    return evaluations
+
+
+def differences(
+    evaluations: Mapping[str, Evaluation], arm: str, against: str, num_resamples: int, seed: int
+) -> list[Difference]:
+    """Paired differences of two arms with their intervals, for every metric that both measured by row.
+
+    Args:
+        evaluations: by arm, from `read_evaluations`.
+        arm, against: the difference is `arm` minus `against`.
+        num_resamples, seed: of the bootstrap.
+    """
+    ours, theirs = evaluations[arm], evaluations[against]
+    found = []
+    for metric in EVALUATION_METRICS:
+        if metric.key not in ours.per_row or metric.key not in theirs.per_row:
+            continue
+        difference = ours.per_row[metric.key] - theirs.per_row[metric.key]
+        by_row = paired_bootstrap(difference, num_resamples, seed)
+        found.append(
+            Difference(
+                arm, against, metric, by_row, _by_group(difference, ours.row_groups, num_resamples, seed)
+            )
+        )
+    return found
+
+
+def _by_group(
+    difference: NDArray[np.float64], groups: Sequence[str] | None, num_resamples: int, seed: int
+) -> Interval | None:
+    if groups is None or len(set(groups)) < 2:
+        return None
+    return paired_bootstrap(difference, num_resamples, seed, groups=groups)
+
+
+def _read_one(path: Path) -> Evaluation:
+    content = read_json(path)
+    problems: list[Problem] = []
+    num_rows = content.get("rows")
+    if not isinstance(num_rows, int) or num_rows < 2:
+        raise InputError([Problem(str(path), "rows", repr(num_rows), "a number of rows, at least 2")])
+    per_row: dict[str, NDArray[np.float64]] = {}
+    for key, values in content.get("per_row", {}).items():
+        vector = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        if vector.shape != (num_rows,):
+            problems.append(Problem(str(path), f"per_row.{key}", f"{len(values)} values", f"{num_rows}"))
+        elif not np.isfinite(vector).all():
+            bad = int(np.flatnonzero(~np.isfinite(vector))[0])
+            problems.append(
+                Problem(str(path), f"per_row.{key}", f"row {bad} is not finite", "finite numbers")
+            )
+        else:
+            per_row[key] = vector
+    groups = content.get("row_groups")
+    if groups is not None and len(groups) != num_rows:
+        problems.append(Problem(str(path), "row_groups", f"{len(groups)} values", f"{num_rows}"))
+    if problems:
+        raise InputError(problems)
+    return Evaluation(path, content, per_row, None if groups is None else tuple(map(str, groups)))
+
+
+def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[Problem]:
+    problems = [
+        Problem(
+            str(evaluation.path),
+            field,
+            repr(evaluation.content.get(field)),
+            f"{first.content.get(field)!r}, as for {first_name!r}: rows are compared in pairs",
+        )
+        for field in SHARED_FIELDS
+        if evaluation.content.get(field) != first.content.get(field)
+    ]
+    if evaluation.row_groups != first.row_groups:
+        problems.append(
+            Problem(str(evaluation.path), "row_groups", "other groups", f"the groups of {first_name!r}")
+        )
+    return problems

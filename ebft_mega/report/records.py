@@ -1,0 +1,73 @@
+"""Reading back what a run wrote: one value per step and key."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.errors import InputError, Problem
+
+# Steps and values of one key, in step order.
+Curve = tuple[list[int], list[float]]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete objects of a JSON-lines file; a last line that a kill cut short is left out.
+
+    Returns:
+        The objects in file order; empty if there is no such file.
+    Raises:
+        InputError: a line other than the last is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError([Problem(f"{path}:{number}", "line", error.msg, "a JSON object")]) from None
+        if not isinstance(record, dict):
+            raise InputError([Problem(f"{path}:{number}", "line", repr(record)[:40], "a JSON object")])
+        records.append(record)
+    return records
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError([Problem(str(path), "file", "no such file", "a JSON file")]) from None
+    except json.JSONDecodeError as error:
+        raise InputError([Problem(f"{path}:{error.lineno}", "file", error.msg, "a JSON object")]) from None
+    if not isinstance(content, dict):
+        raise InputError([Problem(str(path), "file", type(content).__name__, "a JSON object")])
+    return content
+
+
+def curves(records: Iterable[dict[str, Any]]) -> dict[str, Curve]:
+    """Turn metric records into one curve per key.
+
+    Several records of one step are merged, the later value wins; null (a value that was not finite) leaves a
+    gap.
+
+    Args:
+        records: objects with `step` and scalars.
+    """
+    by_key: dict[str, dict[int, float]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                by_key.setdefault(key, {})[int(record["step"])] = float(value)
+    return {
+        key: ([step for step, _ in sorted(points.items())], [value for _, value in sorted(points.items())])
+        for key, points in by_key.items()
+    }

@@ -1,0 +1,10 @@
+"""Imported once by the fork server; importing it does nothing else."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: F401
+import transformers  # noqa: F401
+
+import ebft_mega.train.run  # noqa: F401
