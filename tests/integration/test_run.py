@@ -1,0 +1,142 @@
+"""A run through the real launcher, from the configuration file to the files a person looks at."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ebft_mega.data.dataset import open_dataset
+from ebft_mega.data.tokenizer import tokenizer_sha256
+from tests.integration.conftest import REPOSITORY, launch, settings
+
+CONFIG = ["--config", "configs/tiny_cpu.yaml"]
+TRAIN_KEYS = {
+    *("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss", "ebft/rl_loss", "ebft/ce_loss"),
+    *("ebft/advantages_std", "ebft/duplicate_share", "train/loss", "train/grad_norm", "train/lr"),
+    *("perf/step_seconds", "perf/rollout_seconds", "perf/features_seconds", "perf/learn_seconds"),
+    *("perf/data_seconds", "perf/documents_per_second", "perf/rollout_tokens_per_second", "memory/peak_bytes"),
+}
+EVALUATION_KEYS = {
+    *("eval/ce_loss", "eval/cfm_loss", "eval/feature_matching_loss", "eval/alignment", "eval/raw_cosine"),
+    "eval/duplicate_share",
+}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Four steps on two ranks."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    completed = launch([*CONFIG, *settings(data, output)], ranks=2)
+    assert completed.returncode == 0, completed.stdout
+    return output, completed.stdout
+
+
+def test_run_directory_holds_what_the_interfaces_name(run, data):
+    output, console = run
+    status = json.loads((output / "status.json").read_text())
+    assert status == {"state": "done", "exit_code": 0, "checkpoint": None, "step": 4}
+    resolved = yaml.safe_load((output / "config.resolved.yaml").read_text())
+    assert resolved["data"]["shards"] == str(data.train) and resolved["ebft"]["generate_max_len"] == 4
+    assert json.loads((output / "environment.json").read_text())["world_size"] == 2
+    assert {path.name for path in (output / "logs").iterdir()} == {"rank-0000.log", "rank-0001.log"}
+    assert any((output / "tensorboard").iterdir())
+    assert "<img" in (output / "report.html").read_text()
+    assert sum(line.startswith("step ") and "loss" in line for line in console.splitlines()) >= 4
+
+
+def test_metrics_have_every_key_in_every_step(run):
+    lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in lines:
+        expected = {"step"}
+        if line["step"] > 0:
+            expected |= TRAIN_KEYS
+        if line["step"] % 2 == 0:
+            expected |= EVALUATION_KEYS
+        assert set(line) == expected, line["step"]
+    samples = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 2, 4}
+    assert all(len(sample["rollouts"]) == 3 and isinstance(sample["target"], str) for sample in samples)
+
+
+def test_final_model_loads_with_transformers(run, data):
+    model = AutoModelForCausalLM.from_pretrained(run[0] / "hf")
+    tokens = torch.from_numpy(open_dataset(data.held_out).read_document(0)[:33])[None]
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss
+    assert 3.0 < loss < 7.0
+    assert tokenizer_sha256(run[0] / "hf") == open_dataset(data.train).manifest.tokenizer_sha256
+
+
+def test_trace_has_the_named_tensors_and_leaves_no_run_directory(run, data, tmp_path):
+    hf = run[0] / "hf"
+    more = (f"model.init_from={hf}", "model.config=null")
+    completed = launch(
+        [*CONFIG, *settings(data, tmp_path / "run", *more), "--trace-step", str(tmp_path / "trace")], ranks=None
+    )
+    assert completed.returncode == 0, completed.stdout
+    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "trace").iterdir()} == {"step.safetensors", "step.json"}
+    tensors = load_file(tmp_path / "trace" / "step.safetensors")
+    b, p, n, k, g = 4, 32, 3, 7, 4
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert described == {
+        "tokens": (torch.int64, (b, p)),
+        "rollouts": (torch.int64, (b, n, k, g)),
+        "logprobs": (torch.float32, (b, n, k, g)),
+        "target_logprobs": (torch.float32, (b, p - 1)),
+        "gram": (torch.float64, (b, k, n + 1, n + 1)),
+        **dict.fromkeys(("alignment", "diversity", "reward", "advantage"), (torch.float64, (b, n, k))),
+    }
+    numbers = json.loads((tmp_path / "trace" / "step.json").read_text())
+    rl = -(tensors["advantage"][..., None] * tensors["logprobs"]).mean().item()
+    ce = -tensors["target_logprobs"].mean().item()
+    assert numbers["rl_loss"] == pytest.approx(rl, abs=1e-6)
+    assert numbers["ce_loss"] == pytest.approx(ce, abs=1e-5)
+    assert numbers["loss"] == pytest.approx(rl + 0.1 * ce, abs=1e-5)
+    with safe_open(hf / "model.safetensors", "pt") as weights:
+        checksum = sum(weights.get_tensor(name).double().abs().sum().item() for name in weights.keys())
+    assert numbers["parameter_checksum_before"] == pytest.approx(checksum, rel=1e-9)
+    assert numbers["update_norm"] > 0 and numbers["parameter_checksum_after"] != checksum
+
+
+def test_a_flipped_bit_ends_the_run_with_code_4(data, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data.train, damaged)
+    shard = next(damaged.glob("*.tar"))
+    dataset = open_dataset(damaged)
+    record = dataset.index[0]
+    dataset.close()
+    content = bytearray(shard.read_bytes())
+    content[int(record["offset"]) + 600] ^= 1
+    shard.write_bytes(content)
+    output = tmp_path / "out"
+    # Enough rows that the damaged document is met.
+    more = ("train.max_steps=60", "evaluation.interval=1000", "ebft.rl_coef=0", "ebft.ce_coef=1")
+    completed = launch([*CONFIG, *settings(data, output, f"data.shards={damaged}", *more)], ranks=1)
+    assert completed.returncode == 4, completed.stdout
+    assert json.loads((output / "status.json").read_text())["exit_code"] == 4
+    assert shard.name in completed.stdout and "expected" in completed.stdout and "offset" in completed.stdout
+
+
+def test_bad_input_starts_nothing(data, tmp_path):
+    output = tmp_path / "out"
+    arguments = [*CONFIG, *settings(data, output, "ebft.strde=3", "data.sequence_length=6")]
+    completed = launch(arguments, ranks=1)
+    assert completed.returncode == 2, completed.stdout
+    assert "ebft.strde" in completed.stdout and "stride" in completed.stdout
+    assert not output.exists()
+
+
+def test_configs_of_the_repository_pass_a_dry_run_on_this_data(data, tmp_path):
+    names = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
+    assert "quickstart.yaml" in names
+    for name in ("tiny_cpu.yaml", "debug_2rank.yaml", "quickstart_warmstart.yaml"):
+        arguments = ["--config", f"configs/{name}", *settings(data, tmp_path / "out"), "--dry-run", "--world-size", "2"]
+        completed = launch(arguments, ranks=None)
+        assert completed.returncode == 0 and "Memory per rank" in completed.stdout, completed.stdout
