@@ -88,15 +88,18 @@ def _conditions(evaluation: Evaluation) -> str:
     content = evaluation.content
     text = f"{content['rows']} held-out rows, temperature {content.get('temperature')}"
     if evaluation.row_groups is not None:
-        text += f", {len(set(evaluation.row_groups))} groups of rows"
-    return f"{text}; paired bootstrap, {NUM_RESAMPLES:,} resamples, 95 % intervals."
+        text += f" from {len(set(evaluation.row_groups))} groups (documents or packages)"
+    text += f"; paired bootstrap, {NUM_RESAMPLES:,} resamples, 95 % intervals"
+    if evaluation.row_groups is not None:
+        text += ": the wider of drawing rows and drawing groups is quoted, and a direction needs both"
+    return f"{text}."
 
 
 def _statement(pair: tuple[str, str], found: Sequence[Difference]) -> str:
     """One sentence about two arms; a direction is named only where every interval leaves out zero."""
     by_sign: dict[int, list[str]] = {-1: [], 1: [], 0: []}
     for difference in found:
-        interval = format_interval(difference.by_row)
+        interval = format_interval(difference.widest)
         by_sign[difference.sign].append(f"{difference.metric.label} ({interval})")
     parts = [
         f"{word}: {', '.join(by_sign[sign])}"

@@ -49,6 +49,12 @@ class Difference:
             return 0
         return self.by_row.sign
 
+    @property
+    def widest(self) -> Interval:
+        """The more careful of the two intervals, to be quoted beside a direction."""
+        intervals = [self.by_row] if self.by_group is None else [self.by_row, self.by_group]
+        return max(intervals, key=lambda interval: interval.high - interval.low)
+
 
 def read_evaluations(arms: Mapping[str, Path]) -> dict[str, Evaluation]:
     """Read the evaluations of several arms and check that they can be compared row by row.

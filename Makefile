@@ -1,0 +1,50 @@
+# Everything a user runs. `make quickstart` and `make test` create what they need and can be run again at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread per process: several ranks share the machine, and small tensors lose time in thread pools.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart study test test-all lint format clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv from the pinned constraints
+
+# A torch that is already in .venv (a CUDA build, see README) stays: its version matches the constraint.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP) ## train a small model on real code with strided EBFT and write a report (about 10 minutes)
+	$(BIN)/python tools/quickstart.py $(QUICKSTART_FLAGS)
+
+study: $(STAMP) ## the quickstart's three arms over several seeds (not part of the quickstart; an hour or more)
+	$(BIN)/python tools/study.py $(STUDY_FLAGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## the default test suite (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-all: lint ## everything, also the slow matrices (at most 90 minutes on 2 cores)
+	$(BIN)/python -m pytest --durations=10
+
+format: $(STAMP) ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build outputs; runs/ and .venv stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf

@@ -1,0 +1,80 @@
+"""What is printed on a terminal and into a log file."""
+
+import io
+
+from ebft_mega.metrics.console import PlainLines, ProgressBar, StepClock, format_duration, open_console
+
+TRAINING = {
+    "train/loss": 1.25,
+    "ebft/ce_loss": 2.5,
+    "ebft/alignment": 0.125,
+    "ebft/cfm_loss": 0.75,
+    "train/grad_norm": 3.0,
+    "train/lr": 7e-4,
+    "perf/step_seconds": 1.5,
+    "memory/peak_bytes": 123.0,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_line_of_a_training_step():
+    stream = io.StringIO()
+    console = open_console(100, 0, stream)
+    console.log(60, TRAINING)
+    console.close()
+    assert stream.getvalue() == (
+        "step 60/100  loss 1.2500  ce 2.5000  alignment 0.1250  cfm 0.7500  grad_norm 3.000  lr 7.00e-04  "
+        "1.50 s/step  ETA 1:00\n"
+    )
+
+
+def test_missing_keys_are_left_out_and_evaluations_get_their_own_line():
+    stream = io.StringIO()
+    console = PlainLines(10, 0, stream)
+    console.log(0, {"eval/ce_loss": 3.0, "eval/alignment": 0.5})
+    console.log(1, {"train/loss": 1.0, "eval/ce_loss": 2.0, "perf/step_seconds": 2.0})
+    assert stream.getvalue().splitlines() == [
+        "step 0/10  held out: ce_loss 3.0000  alignment 0.5000",
+        "step 1/10  loss 1.0000  2.00 s/step  ETA 18 s",
+        "step 1/10  held out: ce_loss 2.0000",
+    ]
+
+
+def test_progress_bar_on_a_terminal():
+    stream = Terminal()
+    console = open_console(4, 1, stream)
+    assert isinstance(console, ProgressBar)
+    console.log(2, TRAINING)
+    console.note("[not markup]")
+    console.log(3, TRAINING | {"eval/ce_loss": 2.0})
+    console.close()
+    text = stream.getvalue()
+    assert "3/4" in text
+    assert "1.50 s/step  ETA 2 s" in text
+    assert "[not markup]" in text
+    assert "held out: ce_loss 2.0000" in text
+
+
+def test_time_left_follows_the_newest_steps_and_ignores_nan():
+    clock = StepClock(total_steps=10, first_step=0)
+    assert clock.text() == ""
+    clock.tick(1, {"perf/step_seconds": 1.0})
+    clock.tick(2, {"perf/step_seconds": 2.0})
+    assert clock.text() == "1.10 s/step  ETA 9 s"
+    clock.tick(3, {"perf/step_seconds": float("nan")})
+    assert clock.text() == "1.10 s/step  ETA 8 s"
+
+
+def test_durations():
+    assert [format_duration(value) for value in (0.4, 59, 60, 125, 3599.6, 7383)] == [
+        "0 s",
+        "59 s",
+        "1:00",
+        "2:05",
+        "1:00:00",
+        "2:03:03",
+    ]

@@ -1,0 +1,145 @@
+"""Arms side by side: statements follow the intervals, and files that do not belong together are refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ebft_mega.errors import InputError
+from ebft_mega.report.comparison import write_comparison
+from ebft_mega.report.seeds import write_study
+
+ROWS = 64
+
+
+def write_evaluation(directory, shifts, groups=None, seed=0, **fields):
+    """An evaluation whose rows are common noise plus the arm's shift and a little noise of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    common = np.random.default_rng(99).normal(2.0, 1.0, size=ROWS)
+    own = np.random.default_rng(seed).normal(0.0, 0.01, size=ROWS)
+    per_row = {key: (common + shift + own).tolist() for key, shift in shifts.items()}
+    content = {"model": str(directory), "data": "validation", "rows": ROWS, "temperature": 0.6}
+    content |= {key: float(np.mean(values)) for key, values in per_row.items()}
+    content |= {"per_row": per_row} | fields
+    if groups is not None:
+        content["row_groups"] = groups
+    (directory / "evaluation.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.fixture
+def arms(tmp_path):
+    return {
+        "warm start": write_evaluation(tmp_path / "w", {"eval/ce_loss": 0.0, "eval/alignment": 0.0}, seed=1),
+        "CE-only": write_evaluation(tmp_path / "c", {"eval/ce_loss": -0.5, "eval/alignment": 0.0}, seed=2),
+        "EBFT": write_evaluation(tmp_path / "e", {"eval/ce_loss": -0.2, "eval/alignment": 0.3}, seed=3),
+    }
+
+
+def shown(output):
+    summary = json.loads((output / "comparison.json").read_text())
+    return {(d["arm"], d["against"], d["metric"]): d["shown"] for d in summary["differences"]}, summary
+
+
+def test_directions_follow_the_intervals(tmp_path, arms):
+    html = write_comparison(arms, tmp_path / "out", notes=["not <looked> at"]).read_text()
+    directions, summary = shown(tmp_path / "out")
+    assert directions == {
+        ("CE-only", "warm start", "eval/ce_loss"): "lower",
+        ("CE-only", "warm start", "eval/alignment"): "none",
+        ("EBFT", "warm start", "eval/ce_loss"): "lower",
+        ("EBFT", "warm start", "eval/alignment"): "higher",
+        ("EBFT", "CE-only", "eval/ce_loss"): "higher",
+        ("EBFT", "CE-only", "eval/alignment"): "higher",
+    }
+    by_key = {(d["arm"], d["against"], d["metric"]): d["by_row"] for d in summary["differences"]}
+    assert by_key["EBFT", "CE-only", "eval/ce_loss"]["mean"] == pytest.approx(0.3, abs=0.01)
+    assert summary["statements"][0].startswith("CE-only against warm start — lower: cross-entropy (-0.4985 [")
+    assert "no difference shown at 95 %: alignment" in summary["statements"][0]
+    assert "64 held-out rows, temperature 0.6" in html
+    assert "not &lt;looked&gt; at" in html
+    assert "one seed" in html
+    assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_reference(tmp_path, arms):
+    write_comparison(arms, tmp_path / "out", reference="EBFT")
+    directions, _ = shown(tmp_path / "out")
+    assert ("warm start", "EBFT", "eval/ce_loss") in directions
+    assert ("CE-only", "warm start", "eval/ce_loss") in directions
+
+
+def test_groups_can_take_a_claim_back(tmp_path):
+    """All of the difference comes from one group: certain by row, not by group."""
+    groups = ["a"] * 32 + [f"g{row}" for row in range(4) for _ in range(8)]
+    warm = write_evaluation(tmp_path / "w", {"eval/ce_loss": 0.0}, groups)
+    content = json.loads((warm / "evaluation.json").read_text())
+    rows = np.array(content["per_row"]["eval/ce_loss"])
+    content["per_row"]["eval/ce_loss"] = (rows + np.where(np.arange(ROWS) < 32, 1.0, -0.2)).tolist()
+    other = tmp_path / "o"
+    other.mkdir()
+    (other / "evaluation.json").write_text(json.dumps(content))
+    write_comparison({"warm start": warm, "EBFT": other}, tmp_path / "out")
+    directions, summary = shown(tmp_path / "out")
+    (difference,) = summary["differences"]
+    assert difference["by_row"]["low"] > 0 > difference["by_group"]["low"]
+    assert list(directions.values()) == ["none"]
+    assert f"[{difference['by_group']['low']:+.4f}" in summary["statements"][0], (
+        "the wider interval is quoted"
+    )
+
+
+def test_unlike_files_are_all_named(tmp_path, arms):
+    write_evaluation(tmp_path / "c", {"eval/ce_loss": 0.0}, temperature=1.0)
+    write_evaluation(tmp_path / "e", {"eval/ce_loss": 0.0}, data="tuning")
+    with pytest.raises(InputError) as caught:
+        write_comparison(arms, tmp_path / "out")
+    assert {problem.key for problem in caught.value.problems} == {"temperature", "data"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ({"per_row": {"eval/ce_loss": [1.0]}}, "per_row.eval/ce_loss"),
+        ({"per_row": {"eval/ce_loss": [None] * ROWS}}, "per_row.eval/ce_loss"),
+        ({"rows": 1}, "rows"),
+        ({"row_groups": ["a"]}, "row_groups"),
+    ],
+)
+def test_damaged_file(tmp_path, arms, change, key):
+    path = arms["EBFT"] / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as caught:
+        write_comparison(arms, tmp_path / "out")
+    assert key in {problem.key for problem in caught.value.problems}
+
+
+def test_missing_file(tmp_path, arms):
+    with pytest.raises(InputError, match="no such file"):
+        write_comparison(arms | {"lost": tmp_path / "lost.json"}, tmp_path / "out")
+
+
+def test_study_needs_every_seed_to_agree(tmp_path):
+    seeds = {}
+    for seed, alignment in ((0, 0.3), (1, 0.3), (2, -0.05)):
+        shifts = {"eval/ce_loss": -0.2 - 0.01 * seed, "eval/alignment": alignment}
+        flat = {"eval/ce_loss": 0.0, "eval/alignment": 0.0}
+        seeds[seed] = {
+            "warm start": write_evaluation(tmp_path / f"w{seed}", flat, seed=10 + seed),
+            "EBFT": write_evaluation(tmp_path / f"e{seed}", shifts, seed=20 + seed),
+        }
+    html = write_study(seeds, tmp_path / "out", "warm start").read_text()
+    found = {entry["metric"]: entry for entry in json.loads((tmp_path / "out" / "study.json").read_text())}
+    assert found["eval/ce_loss"]["shown"] == "lower"
+    assert found["eval/alignment"]["interval"]["low"] > 0
+    assert found["eval/alignment"]["shown"] == "no difference shown"
+    assert found["eval/ce_loss"]["by_seed"] == pytest.approx([-0.2, -0.21, -0.22], abs=0.01)
+    assert f"{np.std(found['eval/ce_loss']['by_seed'], ddof=1):.4f}" in html
+
+
+def test_study_refuses_other_rows(tmp_path):
+    one = {"a": write_evaluation(tmp_path / "a", {"eval/ce_loss": 0.0})}
+    other = {"b": write_evaluation(tmp_path / "b", {"eval/ce_loss": 0.0})}
+    with pytest.raises(InputError, match="the arms of seed 0"):
+        write_study({0: one, 1: other}, tmp_path / "out", "a")

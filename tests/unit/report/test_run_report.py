@@ -1,0 +1,116 @@
+"""The page of a run: everything logged is shown, nothing missing breaks it, every text is escaped."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ebft_mega.errors import InputError
+from ebft_mega.report.plots import smooth
+from ebft_mega.report.records import curves, read_json_lines
+from ebft_mega.report.run_report import write_run_report
+
+
+class Page(HTMLParser):
+    """Collects the images and the text of a page and checks that its tags are balanced."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.images, self.text, self.open_tags = [], [], []
+        self.feed(html)
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes)["src"])
+        if tag not in self.VOID:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def ebft_records(num_steps):
+    keys = ("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss", "ebft/rl_loss")
+    keys += ("ebft/ce_loss", "ebft/advantages_std", "train/loss", "train/grad_norm", "train/lr")
+    keys += ("perf/step_seconds", "perf/rollout_seconds", "perf/features_seconds", "perf/learn_seconds")
+    yield {"step": 0, "eval/ce_loss": 3.0, "eval/alignment": 0.5}
+    for step in range(1, num_steps + 1):
+        yield {"step": step} | {key: 1.0 + 0.01 * step for key in keys}
+    yield {"step": num_steps, "eval/ce_loss": 2.25, "eval/alignment": 0.75}
+
+
+def test_full_run(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", ebft_records(60))
+    sample = {
+        "row": 1,
+        "block": 2,
+        "context": "x" * 1000,
+        "target": "\n    return <b>",
+        "alignment": [0.5, -0.25],
+    }
+    samples = [sample | {"step": step, "rollouts": [f"  a & {step}", "\tdone\n"]} for step in (0, 30, 60)]
+    write_lines(tmp_path / "samples.jsonl", samples)
+    (tmp_path / "config.resolved.yaml").write_text("seed: 0 # <i>\n")
+    (tmp_path / "status.json").write_text('{"state": "done"}')
+
+    html = write_run_report(tmp_path).read_text()
+    page = Page(html)
+    assert len(page.images) == len(set(page.images)) >= 10
+    for image in page.images:
+        assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
+    text = "".join(page.text)
+    assert "strided EBFT, 60 optimizer steps, median 1.31 s per step" in text
+    for shown in ("3.0000 (step 0)", "2.2500 (step 60)", "-0.7500", "+0.2500", "seed: 0 # <i>"):
+        assert shown in text
+    assert "↵\n    return <b>" in text, "whitespace and markup of a rollout are kept"
+    assert "  a & 0" in text and "  a & 60" in text and "a & 30" not in text
+    assert text.count("x" * 400) == 1 and "x" * 401 not in text
+    assert not re.search(r"(src|href)=\"(https?:|/)", html), "the page is self-contained"
+
+
+def test_cross_entropy_run_has_no_rollout_charts(tmp_path):
+    records = [{"step": step, "train/loss": 2.0, "ebft/ce_loss": 2.0, "train/lr": 0.1} for step in (1, 2, 3)]
+    write_lines(tmp_path / "metrics.jsonl", records)
+    page = Page(write_run_report(tmp_path).read_text())
+    assert sorted(page.images) == ["plots/loss.png", "plots/lr.png"]
+    assert "cross-entropy only, 3 optimizer steps" in "".join(page.text)
+
+
+def test_empty_run(tmp_path):
+    page = Page(write_run_report(tmp_path).read_text())
+    assert page.images == []
+    assert "no step was logged" in "".join(page.text)
+
+
+def test_values_that_are_not_finite_leave_a_gap(tmp_path):
+    found = curves(
+        [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 1, "b": 5}, {"step": 2, "a": 3.0}]
+    )
+    assert found == {"a": ([2], [3.0]), "b": ([1], [5.0])}
+
+
+def test_torn_last_line_is_left_out_and_a_damaged_one_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    assert read_json_lines(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(InputError, match="metrics.jsonl:2"):
+        read_json_lines(path)
+
+
+def test_smoothing_equals_a_naive_running_mean():
+    values = np.random.default_rng(0).normal(size=100)
+    naive = [values[max(0, i - 2) : i + 3].mean() for i in range(100)]
+    np.testing.assert_allclose(smooth(values), naive, atol=1e-12)

@@ -1,0 +1,72 @@
+"""Put evaluated models side by side: differences with paired bootstrap intervals on the same rows."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.errors import EbftError, InputError, Problem
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="an arm's name and its evaluation.json, or the directory holding it; give at least two",
+    )
+    parser.add_argument("--reference", help="arm that the others are compared with (default: the first)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory of report.html and comparison.json"
+    )
+    return parser.parse_args()
+
+
+def read_arms(texts: list[str], reference: str | None) -> dict[str, Path]:
+    """Turn `NAME=PATH` texts into paths by name.
+
+    Raises:
+        InputError: a text of another form, a name given twice, fewer than two arms, an unknown reference.
+    """
+    problems = []
+    arms: dict[str, Path] = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            problems.append(Problem("command line", "--arm", repr(text), "NAME=PATH"))
+        elif name in arms:
+            problems.append(Problem("command line", "--arm", f"{name!r} twice", "different names"))
+        else:
+            arms[name] = Path(path)
+    if len(texts) < 2:
+        problems.append(Problem("command line", "--arm", f"{len(texts)} arm", "at least two"))
+    if reference is not None and reference not in arms:
+        problems.append(Problem("command line", "--reference", repr(reference), f"one of {', '.join(arms)}"))
+    if problems:
+        raise InputError(problems)
+    return arms
+
+
+def main() -> int:
+    """Write the page and print what the intervals show."""
+    arguments = parse_arguments()
+    try:
+        arms = read_arms(arguments.arms, arguments.reference)
+        # Draws plots, which --help should not wait for.
+        from ebft_mega.report.comparison import write_comparison
+
+        page = write_comparison(arms, arguments.output, arguments.reference)
+    except EbftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"Report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
