@@ -14,9 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="corpus directory to make")
-    parser.add_argument(
-        "--source", type=Path, default=standard_library(), help="another Python standard library"
-    )
+    parser.add_argument("--source", type=Path, default=standard_library(), help="another Python standard library")
     parser.add_argument("--seed", type=int, default=0, help="chooses which packages are held out (default 0)")
     parser.add_argument("--include-tests", action="store_true", help="keep the library's own tests")
     parser.add_argument("--max-bytes", type=int, help="stop at about this many bytes of text")
@@ -38,9 +36,7 @@ def main() -> None:
     for name, split in manifest["splits"].items():
         print(f"{name}: {split['files']} files, {split['bytes']} bytes, {len(split['packages'])} packages")
     left_out = ", ".join(f"{count} {reason}" for reason, count in manifest["left_out_files"].items())
-    print(
-        f"left out: {left_out}; licence {manifest['licence']}; see {arguments.output / CORPUS_MANIFEST_NAME}"
-    )
+    print(f"left out: {left_out}; licence {manifest['licence']}; see {arguments.output / CORPUS_MANIFEST_NAME}")
 
 
 if __name__ == "__main__":

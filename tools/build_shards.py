@@ -14,21 +14,13 @@ from ebft_mega.data.tokenizer import load_tokenizer
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", type=Path, required=True, help="directory of text or JSONL files, or a JSONL file"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="sentencepiece or Hugging Face directory"
-    )
+    parser.add_argument("--input", type=Path, required=True, help="directory of text or JSONL files, or a JSONL file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece or Hugging Face directory")
     parser.add_argument("--output", type=Path, required=True, help="dataset directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
     parser.add_argument("--text-key", default="text", help="key of the text in a JSON line (default: text)")
-    parser.add_argument(
-        "--licence", help="recorded with every document (default: from corpus.json, else unknown)"
-    )
-    parser.add_argument(
-        "--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed"
-    )
+    parser.add_argument("--licence", help="recorded with every document (default: from corpus.json, else unknown)")
+    parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return parser.parse_args()
 

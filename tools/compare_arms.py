@@ -21,9 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         help="an arm's name and its evaluation.json, or the directory holding it; give at least two",
     )
     parser.add_argument("--reference", help="arm that the others are compared with (default: the first)")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="directory of report.html and comparison.json"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="directory of report.html and comparison.json")
     return parser.parse_args()
 
 

@@ -20,11 +20,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config"
-    )
-    parser.add_argument(
-        "--feature-model", type=Path, help="frozen network that judges (default: ebft.feature_model, or --model)"
+        "--feature-model",
+        type=Path,
+        help="frozen network that judges (default: ebft.feature_model, or --model)",
     )
     parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
     parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")

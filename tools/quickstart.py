@@ -37,9 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         default=FULL_SECONDS,
         help="wall time to aim at on two quiet cores; scales the steps of every phase (default %(default)g)",
     )
-    parser.add_argument(
-        "--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)"
-    )
+    parser.add_argument("--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="reuse nothing from an earlier run")
     return parser.parse_args()
 
@@ -79,9 +77,7 @@ def main() -> int:
         environment=thread_environment(arguments.ranks),
         fresh=arguments.fresh,
     )
-    experiment = Experiment(
-        runner, WORKSPACE, WORKSPACE / "data", arguments.ranks, scale_for(arguments.budget_seconds)
-    )
+    experiment = Experiment(runner, WORKSPACE, WORKSPACE / "data", arguments.ranks, scale_for(arguments.budget_seconds))
     try:
         page = report(experiment.run_arms("validation"))
     except EbftError as error:

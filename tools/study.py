@@ -33,9 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=256, help="held-out rows (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the configured steps (default 1)")
-    parser.add_argument(
-        "--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)"
-    )
+    parser.add_argument("--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)")
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -100,13 +100,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            [Problem(str(path), "(file)", error.strerror or str(error), "a YAML file")]
-        ) from None
+        raise ConfigError([Problem(str(path), "(file)", error.strerror or str(error), "a YAML file")]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            [Problem(str(path), "(file)", f"{error.reason} at byte {error.start}", "UTF-8")]
-        ) from None
+        raise ConfigError([Problem(str(path), "(file)", f"{error.reason} at byte {error.start}", "UTF-8")]) from None
     source = read_yaml(text, str(path))
     places = {key: f"{path}:{line}" for key, line in source.lines.items()}
     if source.value is None or isinstance(source.value, dict):
@@ -133,9 +129,7 @@ def _apply_override(tree: dict[str, Any], places: dict[str, str], text: str) -> 
             places[".".join(parents[:depth])] = OVERRIDE
         if not isinstance(branch[name], dict):
             holder = ".".join(parents[:depth])
-            return [
-                Problem(OVERRIDE, key, f"{holder} holding a value, not a section", "a key inside a section")
-            ]
+            return [Problem(OVERRIDE, key, f"{holder} holding a value, not a section", "a key inside a section")]
         branch = branch[name]
     branch[leaf] = source.value
     for old in [known for known in places if known == key or known.startswith(key + ".")]:
@@ -153,9 +147,7 @@ def _inherit_defaults(tree: dict[str, Any], places: Mapping[str, str]) -> list[P
         elif not isinstance(tree[name], dict):
             keys = ", ".join(section.model_fields)
             found = _describe(tree[name])
-            problems.append(
-                Problem(places.get(name, OVERRIDE), name, found, f"a section with the keys {keys}")
-            )
+            problems.append(Problem(places.get(name, OVERRIDE), name, found, f"a section with the keys {keys}"))
             tree[name] = {}
     return problems
 

@@ -28,8 +28,7 @@ def weight_file_problems(directory: Path) -> list[Problem]:
         missing, found = _indexed_files(index)
         problems += found
         problems += [
-            Problem(str(directory / name), name, "no such file", f"a file that {INDEX_NAME} names")
-            for name in missing
+            Problem(str(directory / name), name, "no such file", f"a file that {INDEX_NAME} names") for name in missing
         ]
     elif not (directory / SINGLE_NAME).is_file():
         others = [path.name for path in present] or sorted(path.name for path in directory.glob("*.bin"))
@@ -60,9 +59,7 @@ def _truncation(path: Path) -> list[Problem]:
         text = file.read(header_bytes)
     try:
         header: Any = json.loads(text)
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         return [Problem(str(path), path.name, repr(error), "a safetensors header")]
     expected = _LENGTH_BYTES + header_bytes + end

@@ -236,17 +236,13 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
         ("micro-batches per replica and step", plan.num_micro_batches),
     ]
     if plan.evaluation_rows:
-        table.append(
-            ("held-out rows", f"{config.evaluation.rows:,} of {plan.evaluation_rows.rows_per_epoch:,}")
-        )
+        table.append(("held-out rows", f"{config.evaluation.rows:,} of {plan.evaluation_rows.rows_per_epoch:,}"))
     return _table(table)
 
 
 def _memory_text(config: RunConfig, plan: RunPlan) -> str:
     memory = plan_memory(config, plan)
     rows = [(name, size) for name, size in memory.states.items()]
-    rows += [
-        (f"{phase}: {name}", size) for phase, parts in memory.phases.items() for name, size in parts.items()
-    ]
+    rows += [(f"{phase}: {name}", size) for phase, parts in memory.phases.items() for name, size in parts.items()]
     rows.append(("peak (states and the largest phase)", memory.peak_bytes))
     return _table([(name, f"{size / GIB_BYTES:10.3f}") for name, size in rows])

@@ -33,9 +33,7 @@ NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "profile.steps": (None,),
 }
 
-_STRUCTURED = (
-    "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
-)
+_STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
 # Keys of other trainers that a reader may expect here, by the last part of the key, and why there is none.
 REFUSED_NAMES: tuple[tuple[str, str], ...] = (
     (r"min_completion_prefix|adaptive_max_tokens|gt_length_multiplier", _STRUCTURED),
@@ -85,9 +83,7 @@ def yaml_text(value: Any) -> str:
 def _one_model(config: RunConfig) -> Iterator[Problem]:
     given = [name for name in ("init_from", "config") if getattr(config.model, name) is not None]
     if len(given) != 1:
-        found = (
-            "both model.init_from and model.config" if given else "neither model.init_from nor model.config"
-        )
+        found = "both model.init_from and model.config" if given else "neither model.init_from nor model.config"
         yield Problem("", "model.config" if given else "model", found, "exactly one of the two")
 
 
@@ -115,9 +111,7 @@ def _one_length(config: RunConfig) -> Iterator[Problem]:
 def _at_least_one_step(config: RunConfig) -> Iterator[Problem]:
     tokens = config.train.max_tokens
     if tokens is not None and tokens < config.tokens_per_step:
-        expected = (
-            f"at least the {config.tokens_per_step} tokens of one optimizer step (rows x sequence length)"
-        )
+        expected = f"at least the {config.tokens_per_step} tokens of one optimizer step (rows x sequence length)"
         yield Problem("", "train.max_tokens", str(tokens), expected)
 
 
@@ -131,9 +125,7 @@ def _blocks_fit(config: RunConfig) -> Iterator[Problem]:
     elif room % ebft.stride:
         below, above = length - room % ebft.stride, length - room % ebft.stride + ebft.stride
         found = f"{length}: {length} - ({terms}) = {room} is not divisible by ebft.stride {ebft.stride}"
-        expected = (
-            f"a sequence length such as {below} or {above}, or a stride such as {_strides(room, ebft.stride)}"
-        )
+        expected = f"a sequence length such as {below} or {above}, or a stride such as {_strides(room, ebft.stride)}"
         yield Problem("", "data.sequence_length", found, expected)
 
 
@@ -148,9 +140,7 @@ def _strides(room: int, wanted: int) -> str:
 def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:
     rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     if rows % micro:
-        yield Problem(
-            "", "train.global_batch_size", str(rows), f"a multiple of train.micro_batch_size {micro}"
-        )
+        yield Problem("", "train.global_batch_size", str(rows), f"a multiple of train.micro_batch_size {micro}")
 
 
 def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
@@ -158,9 +148,7 @@ def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
     if ebft.rl_coef == 0 and ebft.ce_coef == 0:
         yield Problem("", "ebft.rl_coef", "0, and ebft.ce_coef is 0 too", "at least one of the two above 0")
     elif ebft.rl_coef > 0 and ebft.alignment_coef == 0 and ebft.diversity_coef == 0:
-        yield Problem(
-            "", "ebft.alignment_coef", "0, and ebft.diversity_coef is 0 too", "at least one above 0"
-        )
+        yield Problem("", "ebft.alignment_coef", "0, and ebft.diversity_coef is 0 too", "at least one above 0")
 
 
 @dataclass(frozen=True)
@@ -194,8 +182,7 @@ def broken_rules(config: RunConfig, refused: frozenset[str] = frozenset()) -> li
     return [
         problem
         for rule in RULES
-        if not refused.intersection(rule.keys)
-        and not refused.intersection(k.split(".")[0] for k in rule.keys)
+        if not refused.intersection(rule.keys) and not refused.intersection(k.split(".")[0] for k in rule.keys)
         for problem in rule.check(config)
         if problem.key not in refused
     ]
@@ -206,9 +193,7 @@ def notes(config: RunConfig) -> list[str]:
     found = []
     ebft = config.ebft
     if config.uses_rollouts and ebft.n_samples_per_prompt == 1:
-        found.append(
-            "ebft.n_samples_per_prompt is 1: the advantage is the reward itself and the diversity is 0."
-        )
+        found.append("ebft.n_samples_per_prompt is 1: the advantage is the reward itself and the diversity is 0.")
     if config.uses_rollouts and ebft.n_samples_per_prompt == 2:
         found.append("ebft.n_samples_per_prompt is 2: the diversity term has no baseline.")
     if config.train.warmup_steps >= config.total_steps:

@@ -69,9 +69,7 @@ class DataConfig(Section):
     """The text to train on."""
 
     shards: LocalPath = key(allowed=PATH, meaning="Dataset directory made by `tools/build_shards.py`.")
-    sequence_length: int = key(
-        allowed="an integer >= 2, tokens", meaning="P: tokens in one packed row.", ge=2
-    )
+    sequence_length: int = key(allowed="an integer >= 2, tokens", meaning="P: tokens in one packed row.", ge=2)
     document_masking: bool = key(
         False,
         allowed="true or false",
@@ -144,9 +142,7 @@ class EbftConfig(Section):
         allowed="joint or per_layer",
         meaning="(ours) Normalise the concatenation of the tapped layers, or each layer by itself.",
     )
-    use_whitening: bool = key(
-        True, allowed="true or false", meaning="Whiten the rollout features of each block."
-    )
+    use_whitening: bool = key(True, allowed="true or false", meaning="Whiten the rollout features of each block.")
     whitening: Literal["sample", "feature"] = key(
         "sample",
         allowed="sample or feature",
@@ -160,9 +156,7 @@ class EbftConfig(Section):
         meaning="Weight of the policy-gradient loss. 0 pays for no rollouts and no feature network.",
         ge=0,
     )
-    ce_coef: float = key(
-        0.0, allowed=COEFFICIENT, meaning="Weight of the next-token cross-entropy on the row.", ge=0
-    )
+    ce_coef: float = key(0.0, allowed=COEFFICIENT, meaning="Weight of the next-token cross-entropy on the row.", ge=0)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = key(
         "rloo",
         allowed="rloo, group_norm or reinforce",
@@ -178,12 +172,8 @@ class EbftConfig(Section):
 class ParallelConfig(Section):
     """How one model replica is split over processes; the rest of the world is data-parallel."""
 
-    tensor_parallel_size: int = key(
-        1, allowed=COUNT, meaning="Processes that share every weight matrix.", ge=1
-    )
-    pipeline_parallel_size: int = key(
-        1, allowed=COUNT, meaning="Processes that share the layers, in stages.", ge=1
-    )
+    tensor_parallel_size: int = key(1, allowed=COUNT, meaning="Processes that share every weight matrix.", ge=1)
+    pipeline_parallel_size: int = key(1, allowed=COUNT, meaning="Processes that share the layers, in stages.", ge=1)
     sequence_parallel: bool = key(
         False, allowed="true or false", meaning="Also split the activations between tensor-parallel layers."
     )
@@ -193,9 +183,7 @@ class TrainConfig(Section):
     """The optimisation; exactly one of `max_steps` and `max_tokens`."""
 
     global_batch_size: int = key(16, allowed=COUNT + ", rows", meaning="Rows per optimizer step.", ge=1)
-    micro_batch_size: int = key(
-        1, allowed=COUNT + ", rows", meaning="Rows that one replica processes at a time.", ge=1
-    )
+    micro_batch_size: int = key(1, allowed=COUNT + ", rows", meaning="Rows that one replica processes at a time.", ge=1)
     max_steps: int | None = key(
         None, allowed=COUNT + ", optimizer steps", meaning="Optimizer steps of the whole run.", ge=1
     )
@@ -213,9 +201,7 @@ class TrainConfig(Section):
         allowed="constant, linear or cosine",
         meaning="Learning rate after the warm-up; `linear` and `cosine` end at 0.",
     )
-    warmup_steps: int = key(
-        0, allowed="an integer >= 0, optimizer steps", meaning="Steps of linear warm-up.", ge=0
-    )
+    warmup_steps: int = key(0, allowed="an integer >= 0, optimizer steps", meaning="Steps of linear warm-up.", ge=0)
     weight_decay: float = key(0.0, allowed=COEFFICIENT, meaning="AdamW's decoupled weight decay.", ge=0)
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -264,9 +250,7 @@ class CheckpointConfig(Section):
     interval: int | None = key(
         None, allowed=COUNT + ", optimizer steps", meaning="Optimizer steps between checkpoints.", ge=1
     )
-    keep_last: int | None = key(
-        None, allowed=COUNT, meaning="How many of the newest checkpoints are kept.", ge=1
-    )
+    keep_last: int | None = key(None, allowed=COUNT, meaning="How many of the newest checkpoints are kept.", ge=1)
     keep_every: int | None = key(
         None,
         allowed=COUNT + ", optimizer steps",
@@ -283,12 +267,8 @@ class CheckpointConfig(Section):
 class ProfileConfig(Section):
     """A profiler trace of some steps."""
 
-    start: int | None = key(
-        None, allowed="an integer >= 0, optimizer step", meaning="First step to trace.", ge=0
-    )
-    steps: int | None = key(
-        None, allowed=COUNT + ", optimizer steps", meaning="How many steps to trace.", ge=1
-    )
+    start: int | None = key(None, allowed="an integer >= 0, optimizer step", meaning="First step to trace.", ge=0)
+    steps: int | None = key(None, allowed=COUNT + ", optimizer steps", meaning="How many steps to trace.", ge=1)
 
 
 class RunConfig(Section):

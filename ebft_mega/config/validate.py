@@ -47,9 +47,7 @@ class RunPlan:
     """What a run will do, worked out from its configuration and its inputs before anything starts."""
 
     architecture: Architecture
-    feature_architecture: (
-        Architecture  # of the frozen network; may have other sizes, never another vocabulary
-    )
+    feature_architecture: Architecture  # of the frozen network; may have other sizes, never another vocabulary
     block_plan: BlockPlan
     parallel: ParallelSizes
     num_micro_batches: int  # per replica and optimizer step
@@ -92,9 +90,7 @@ def check_world(config: RunConfig, world_size: int) -> ParallelSizes:
     rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     if rows % (micro * data):
         key = "train.global_batch_size"
-        expected = (
-            f"a multiple of {micro * data} (train.micro_batch_size {micro} x data-parallel size {data})"
-        )
+        expected = f"a multiple of {micro * data} (train.micro_batch_size {micro} x data-parallel size {data})"
         raise ConfigError([Problem(config.place(key), key, str(rows), expected)])
     return ParallelSizes(tensor, pipeline, data)
 
@@ -123,9 +119,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
 
     sizes = attempt(check_world, config, world_size)
     architecture = attempt(_policy_architecture, config)
-    feature_architecture = (
-        attempt(_feature_architecture, config) if config.ebft.feature_model else architecture
-    )
+    feature_architecture = attempt(_feature_architecture, config) if config.ebft.feature_model else architecture
     train_rows = attempt(_rows, config, "data.shards", config.data.shards, config.seed)
     held_out = config.evaluation.shards
     evaluation_rows = attempt(_rows, config, "evaluation.shards", held_out, None) if held_out else None
@@ -148,8 +142,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
         feature_architecture=feature_architecture,
         block_plan=config.block_plan,
         parallel=sizes,
-        num_micro_batches=config.train.global_batch_size
-        // (config.train.micro_batch_size * sizes.data_parallel),
+        num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * sizes.data_parallel),
         total_steps=config.total_steps,
         train_rows=train_rows,
         evaluation_rows=evaluation_rows,
@@ -221,9 +214,7 @@ def _tokens_unknown_to_model(
 
     problems = []
     if architecture and manifest.vocab_size > architecture.vocab_size:
-        found = (
-            f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
-        )
+        found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
         expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
         problems.append(Problem(config.place(key), key, found, expected))
     model = config.model.init_from
@@ -239,11 +230,7 @@ def _tokenizers_differ(config: RunConfig, train: "Manifest", held_out: "Manifest
         return []
     key = "evaluation.shards"
     found = f"tokens of a tokenizer with sha256 {held_out.tokenizer_sha256}"
-    return [
-        Problem(
-            config.place(key), key, found, f"the tokenizer of data.shards, sha256 {train.tokenizer_sha256}"
-        )
-    ]
+    return [Problem(config.place(key), key, found, f"the tokenizer of data.shards, sha256 {train.tokenizer_sha256}")]
 
 
 def _too_few_rows(config: RunConfig, key: str, supply: RowSupply, needs_key: str) -> list[Problem]:

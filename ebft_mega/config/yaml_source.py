@@ -59,9 +59,7 @@ def read_yaml(text: str, name: str) -> YamlSource:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         found = getattr(error, "problem", None) or str(error)
-        source.problems.append(
-            Problem(where, "(text)", found, "plain YAML without anchors, aliases and tags")
-        )
+        source.problems.append(Problem(where, "(text)", found, "plain YAML without anchors, aliases and tags"))
         return source
     if node is not None:
         source.value = _plain(node, "", source)
@@ -85,9 +83,7 @@ def _mapping(node: yaml.MappingNode, prefix: str, source: YamlSource) -> dict[st
         line = name_node.start_mark.line + 1
         where = f"{source.name}:{line}"
         if not isinstance(name_node, yaml.ScalarNode):
-            source.problems.append(
-                Problem(where, prefix or "(text)", "a list or mapping as a key", "a word as a key")
-            )
+            source.problems.append(Problem(where, prefix or "(text)", "a list or mapping as a key", "a word as a key"))
             continue
         key = f"{prefix}.{name_node.value}" if prefix else name_node.value
         if name_node.value in values:

@@ -81,9 +81,7 @@ def build_dataset(
     return BuildResult(manifest, empty_documents)
 
 
-def _read_documents(
-    files: list[Path], base: Path, are_jsonl: bool, text_key: str
-) -> Iterator[TextDocument | Problem]:
+def _read_documents(files: list[Path], base: Path, are_jsonl: bool, text_key: str) -> Iterator[TextDocument | Problem]:
     for file in files:
         if are_jsonl:
             yield from read_jsonl(file, base, text_key)

@@ -58,9 +58,7 @@ def manifest_problems(directory: Path, manifest: Manifest) -> list[Problem]:
         ("tokens", manifest.tokens, sum(shard.tokens for shard in manifest.shards)),
     ]
     problems = [
-        Problem(where, key, str(found), str(expected))
-        for key, found, expected in expected_values
-        if found != expected
+        Problem(where, key, str(found), str(expected)) for key, found, expected in expected_values if found != expected
     ]
     for key, token in (("max_token_id", manifest.max_token_id), ("eos_id", manifest.eos_id)):
         if token >= manifest.vocab_size:
@@ -107,9 +105,7 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
     return []
 
 
-def swapped_shard_problems(
-    directory: Path, manifest: Manifest, index: np.ndarray, files: ShardFiles
-) -> list[Problem]:
+def swapped_shard_problems(directory: Path, manifest: Manifest, index: np.ndarray, files: ShardFiles) -> list[Problem]:
     """Shards that stand in another one's place.
 
     Equal sizes hide a swap from the size check. The header of a shard's first document carries that

@@ -208,9 +208,7 @@ def _package_sizes(contents: dict[str, bytes]) -> dict[str, int]:
 def _copy_licence(source: Path, directory: Path) -> str | None:
     """Copies the interpreter's licence beside the corpus; Debian keeps it with the documentation."""
     version = platform.python_version_tuple()
-    documentation = Path(
-        sysconfig.get_path("data"), "share", "doc", f"python{version[0]}.{version[1]}", "copyright"
-    )
+    documentation = Path(sysconfig.get_path("data"), "share", "doc", f"python{version[0]}.{version[1]}", "copyright")
     for candidate in (source / LICENCE_FILE_NAME, documentation):
         if candidate.is_file():
             shutil.copyfile(candidate, directory / LICENCE_FILE_NAME)

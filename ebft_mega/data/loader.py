@@ -45,9 +45,7 @@ class BatchLoader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size}")
         if global_batch_size < 1 or global_batch_size % data_parallel_size:
-            raise ValueError(
-                f"global batch size {global_batch_size} over {data_parallel_size} data-parallel ranks"
-            )
+            raise ValueError(f"global batch size {global_batch_size} over {data_parallel_size} data-parallel ranks")
         if next_row < 0:
             raise ValueError(f"next_row {next_row}")
         self._stream = stream

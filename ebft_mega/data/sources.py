@@ -39,12 +39,8 @@ def list_text_files(directory: Path, pattern: str) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = [name for name in subfolders if name[0] != "." and name not in _SKIPPED_DIRECTORIES]
-        found += [
-            Path(folder, name) for name in names if name[0] != "." and fnmatch.fnmatchcase(name, pattern)
-        ]
-    return sorted(
-        (path for path in found if path.is_file()), key=lambda path: path.relative_to(directory).as_posix()
-    )
+        found += [Path(folder, name) for name in names if name[0] != "." and fnmatch.fnmatchcase(name, pattern)]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(directory).as_posix())
 
 
 def list_inputs(path: Path, pattern: str = "*") -> tuple[list[Path], bool]:

@@ -118,9 +118,7 @@ class RowStream:
                 key = (self.seed, epoch, manifest.fingerprint)
                 documents = epoch_permutation(manifest.documents, "documents", *key)
                 rows = epoch_permutation(self.rows_per_epoch, "rows", *key)
-            order = _EpochOrder(
-                epoch, documents, document_ends(self.dataset.index["tokens"][documents]), rows
-            )
+            order = _EpochOrder(epoch, documents, document_ends(self.dataset.index["tokens"][documents]), rows)
             self._order = order
         return order
 

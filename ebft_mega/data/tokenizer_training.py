@@ -102,9 +102,7 @@ def _read_texts(source: Path, pattern: str) -> dict[str, str]:
         else:
             texts[document.path] = document.text
     if not problems and not any(texts.values()):
-        problems.append(
-            Problem("--input", str(source), f"no text in files that match {pattern!r}", "text files")
-        )
+        problems.append(Problem("--input", str(source), f"no text in files that match {pattern!r}", "text files"))
     if problems:
         raise InputError(problems)
     return texts

@@ -164,9 +164,7 @@ class DatasetWriter:
         self._payload_crcs = []
 
 
-def _index_shard(
-    path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]
-) -> tuple[np.ndarray, str]:
+def _index_shard(path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]) -> tuple[np.ndarray, str]:
     """Reads a finished shard back: the index describes what stands on the disk, not what was meant to.
 
     Args:

@@ -87,9 +87,7 @@ def main_documents(rows: TokenBatch) -> list[str]:
     return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
 
 
-def _feature_network(
-    directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype
-) -> FeatureNetwork:
+def _feature_network(directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype) -> FeatureNetwork:
     architecture, ebft = Architecture.from_directory(directory), config.ebft
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
     source = SafetensorsWeights(directory, architecture, deepest)

@@ -113,9 +113,7 @@ class Experiment:
             "config": source_fingerprint([root / CONFIGS[WARM_START]]),
             "code": source_fingerprint([root / "ebft_mega", root / "launcher"]),
         }
-        self.runner.run_once(
-            self._name(WARM_START), command, root / directory, inputs, status_of=root / directory
-        )
+        self.runner.run_once(self._name(WARM_START), command, root / directory, inputs, status_of=root / directory)
 
     def train(self, arm: str) -> float:
         """Train an arm from the warm start; an earlier run of it is removed first.

@@ -67,9 +67,7 @@ def key_numbers(metrics: Mapping[str, float]) -> str:
 def evaluation_numbers(metrics: Mapping[str, float]) -> str:
     """Every `eval/*` value on one line, or an empty text."""
     return "  ".join(
-        f"{key.removeprefix('eval/')} {value:.4f}"
-        for key, value in metrics.items()
-        if key.startswith("eval/")
+        f"{key.removeprefix('eval/')} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")
     )
 
 
@@ -89,9 +87,7 @@ class StepClock:
             seconds = metrics.get("perf/step_seconds", (now - self._last_time) / (step - self._last_step))
             if math.isfinite(seconds):
                 previous = self._average_seconds
-                self._average_seconds = (
-                    seconds if previous is None else previous + SMOOTHING * (seconds - previous)
-                )
+                self._average_seconds = seconds if previous is None else previous + SMOOTHING * (seconds - previous)
         self._last_step, self._last_time = step, now
 
     def text(self) -> str:
@@ -154,9 +150,7 @@ class ProgressBar:
             expand=True,
             console=Console(file=stream),
         )
-        self._task = self._progress.add_task(
-            "train", total=total_steps, completed=first_step, clock="", numbers=""
-        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, clock="", numbers="")
         self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -53,9 +53,7 @@ def write_json_atomically(path: Path, content: Any) -> None:
         os.close(directory)
 
 
-def write_status(
-    output_dir: Path, state: RunState, exit_code: int, step: int, checkpoint: str | None
-) -> Path:
+def write_status(output_dir: Path, state: RunState, exit_code: int, step: int, checkpoint: str | None) -> Path:
     """Record how the run ended, last of all and atomically.
 
     The launchers change or swallow exit codes, so batch scripts read this file.

@@ -15,9 +15,7 @@ class PhaseTimers:
     Communication: none.
     """
 
-    def __init__(
-        self, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter
-    ):
+    def __init__(self, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter):
         self._synchronize = synchronize
         self._clock = clock
         self._seconds: dict[str, float] = {}

@@ -77,7 +77,13 @@ class Architecture:
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             refuse("model_type", model_type, "one of " + ", ".join(MODEL_TYPES))
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
             value = config.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 refuse(key, value, "a positive integer")
@@ -128,7 +134,9 @@ class Architecture:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError([Problem(str(directory), "config.json", "no such file", "a Hugging Face model directory")]) from None
+            raise InputError(
+                [Problem(str(directory), "config.json", "no such file", "a Hugging Face model directory")]
+            ) from None
         except json.JSONDecodeError as error:
             raise InputError([Problem(f"{path}:{error.lineno}", "config.json", error.msg, "JSON")]) from None
         return cls.from_hf(config, str(path))

@@ -183,8 +183,8 @@ def packing_of(parameter: str, architecture: Architecture) -> Packing:
     if rest in plain:
         return Packing((prefix + plain[rest],), _only, _as_one)
     if rest == "mlp.linear_fc1.weight":
-        sources = (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight")
-        return Packing(sources, torch.cat, lambda tensor: tuple(tensor.chunk(2)))
+        gate_and_up = (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight")
+        return Packing(gate_and_up, torch.cat, lambda tensor: tuple(tensor.chunk(2)))
     kind = rest.removeprefix("self_attention.linear_qkv.")
     sources = tuple(f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv")
     groups, dim = architecture.num_key_value_heads, architecture.head_dim
@@ -222,14 +222,11 @@ def load_weights(
                     parameter.data.copy_(packing.pack(tensors))
 
 
-def hf_tensors(
-    parameters: Iterable[tuple[str, Tensor]], architecture: Architecture
-) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(parameters: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Full parameters of a stage as Hugging Face tensors, one after another."""
     for name, parameter in parameters:
         packing = packing_of(name, architecture)
-        for hf_name, tensor in zip(packing.sources, packing.unpack(parameter), strict=True):
-            yield hf_name, tensor
+        yield from zip(packing.sources, packing.unpack(parameter), strict=True)
 
 
 def write_model(
@@ -279,9 +276,7 @@ def write_model(
         (partial / "model.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
     config = {**architecture.hf_config, "torch_dtype": str(dtype).removeprefix("torch.")}
     config["architectures"] = [
-        {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[
-            architecture.model_type
-        ]
+        {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[architecture.model_type]
     ]
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:

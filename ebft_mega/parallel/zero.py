@@ -79,9 +79,7 @@ class ZeroEngine:
             module = build_stage()
         load(module, self._whole_for_writing, groups.data_parallel_rank == 0)
         # torch's AdamW: DeepSpeed's own would compile a C++ extension at start-up (minutes on a CPU).
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas
-        )
+        optimizer = torch.optim.AdamW(_parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._view = _empty_view(build_stage, groups.device)
         self._pairs = list(zip(self.module.parameters(), self._view.parameters(), strict=True))
@@ -182,7 +180,8 @@ def _disable_shared_memory_collectives() -> None:
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; norms and biases without."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned parameters look empty
         (matrices if len(shape) > 1 else vectors).append(parameter)

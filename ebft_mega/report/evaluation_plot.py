@@ -15,9 +15,7 @@ def plot_evaluation(path: Path) -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
     per_row = content["per_row"]
     figure = Figure(figsize=(3.2 * len(per_row), 2.8), layout="constrained")
-    for axes, (name, values) in zip(
-        figure.subplots(1, len(per_row), squeeze=False)[0], per_row.items(), strict=True
-    ):
+    for axes, (name, values) in zip(figure.subplots(1, len(per_row), squeeze=False)[0], per_row.items(), strict=True):
         axes.hist(values, bins=24, color="#4878a8")
         axes.axvline(content[name], color="black", linewidth=1)
         axes.set(title=f"{name}\nmean {content[name]:.4f}", xlabel="per row")

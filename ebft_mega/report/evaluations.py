@@ -101,9 +101,7 @@ def differences(
         difference = ours.per_row[metric.key] - theirs.per_row[metric.key]
         by_row = paired_bootstrap(difference, num_resamples, seed)
         found.append(
-            Difference(
-                arm, against, metric, by_row, _by_group(difference, ours.row_groups, num_resamples, seed)
-            )
+            Difference(arm, against, metric, by_row, _by_group(difference, ours.row_groups, num_resamples, seed))
         )
     return found
 
@@ -129,9 +127,7 @@ def _read_one(path: Path) -> Evaluation:
             problems.append(Problem(str(path), f"per_row.{key}", f"{len(values)} values", f"{num_rows}"))
         elif not np.isfinite(vector).all():
             bad = int(np.flatnonzero(~np.isfinite(vector))[0])
-            problems.append(
-                Problem(str(path), f"per_row.{key}", f"row {bad} is not finite", "finite numbers")
-            )
+            problems.append(Problem(str(path), f"per_row.{key}", f"row {bad} is not finite", "finite numbers"))
         else:
             per_row[key] = vector
     groups = content.get("row_groups")
@@ -154,7 +150,5 @@ def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[
         if evaluation.content.get(field) != first.content.get(field)
     ]
     if evaluation.row_groups != first.row_groups:
-        problems.append(
-            Problem(str(evaluation.path), "row_groups", "other groups", f"the groups of {first_name!r}")
-        )
+        problems.append(Problem(str(evaluation.path), "row_groups", "other groups", f"the groups of {first_name!r}"))
     return problems

@@ -86,12 +86,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], num_text_columns
     """
 
     def cells(values: Sequence[str], tag: str) -> str:
-        opening = [
-            f"<{tag}>" if column < num_text_columns else number_cell(tag) for column in range(len(values))
-        ]
-        return "".join(
-            f"{start}{escape(value)}</{tag}>" for start, value in zip(opening, values, strict=True)
-        )
+        opening = [f"<{tag}>" if column < num_text_columns else number_cell(tag) for column in range(len(values))]
+        return "".join(f"{start}{escape(value)}</{tag}>" for start, value in zip(opening, values, strict=True))
 
     def number_cell(tag: str) -> str:
         return f'<{tag} class="number">'

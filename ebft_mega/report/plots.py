@@ -57,9 +57,7 @@ def draw_chart(chart: Chart, curves: Mapping[str, Curve], path: Path) -> bool:
     return True
 
 
-def draw_phases(
-    curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], whole: str, path: Path
-) -> bool:
+def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], whole: str, path: Path) -> bool:
     """Draw the seconds of each phase of a step on top of each other.
 
     Args:

@@ -102,9 +102,7 @@ def seed_differences(
         key = metric.key
         if any(key not in arms[name].per_row for arms in evaluations.values() for name in (arm, against)):
             continue
-        rows = np.stack(
-            [arms[arm].per_row[key] - arms[against].per_row[key] for arms in evaluations.values()]
-        )
+        rows = np.stack([arms[arm].per_row[key] - arms[against].per_row[key] for arms in evaluations.values()])
         interval = paired_bootstrap(rows.mean(axis=0), NUM_RESAMPLES)
         found.append(SeedDifference(arm, against, metric, tuple(rows.mean(axis=1).tolist()), interval))
     return found

@@ -55,7 +55,11 @@ class Observer:
 
 
 def train(
-    trainer: Trainer, loader: BatchLoader, held_out: HeldOut | None, total_steps: int, observer: Observer | None
+    trainer: Trainer,
+    loader: BatchLoader,
+    held_out: HeldOut | None,
+    total_steps: int,
+    observer: Observer | None,
 ) -> None:
     """Run all optimizer steps.
 
@@ -97,9 +101,7 @@ def train(
         report(observer, done, metrics)
 
 
-def evaluate_now(
-    trainer: Trainer, held_out: HeldOut | None, step: int, observer: Observer | None
-) -> dict[str, float]:
+def evaluate_now(trainer: Trainer, held_out: HeldOut | None, step: int, observer: Observer | None) -> dict[str, float]:
     """Held-out figures of the policy as it is.
 
     Communication: one gathering of all parameters and one of a few numbers per row.

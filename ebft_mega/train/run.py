@@ -79,7 +79,12 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
     finally:
         # Any rank that fails says so; a rank that succeeded leaves the word to the first.
         if groups.is_first or status["state"] == "failed":
-            write_status(output, **status, step=loader.state.next_row // config.train.global_batch_size, checkpoint=None)
+            write_status(
+                output,
+                **status,
+                step=loader.state.next_row // config.train.global_batch_size,
+                checkpoint=None,
+            )
     dist.barrier()
     return EXIT_DONE
 

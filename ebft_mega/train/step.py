@@ -6,7 +6,6 @@ REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ebft_mega.config.schema import RunConfig
@@ -82,9 +81,7 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
     experiences: tuple[Experience, ...] = ()
     if trainer.feature_network is not None:
         with timers.phase("rollout"), engine.whole_parameters() as policy:
-            rollouts = [
-                generate_rollouts(policy, rows, trainer.plan, trainer.sampling, step) for rows in micro_batches
-            ]
+            rollouts = [generate_rollouts(policy, rows, trainer.plan, trainer.sampling, step) for rows in micro_batches]
         with timers.phase("features"):
             experiences = tuple(
                 judge(trainer.feature_network, rows, rollout, trainer.plan, config)
@@ -116,9 +113,7 @@ def judge(
     gram = network.grams(rows, rollout, plan)
     whitening = ebft.whitening if ebft.use_whitening else "none"
     rewards = block_rewards(gram, whitening, ebft.alignment_coef, ebft.diversity_coef)
-    advantages = block_advantages(
-        rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef
-    )
+    advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
     return Experience(rollout, gram, rewards, advantages)
 
 

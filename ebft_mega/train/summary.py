@@ -39,7 +39,9 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         }
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
     # Loss shares already carry global denominators; every other entry is a mean over equally many local values.
-    scale = [1.0 if key.endswith("_loss") and key != "ebft/cfm_loss" else 1.0 / groups.data_parallel_size for key in sums]
+    scale = [
+        1.0 if key.endswith("_loss") and key != "ebft/cfm_loss" else 1.0 / groups.data_parallel_size for key in sums
+    ]
     values = values * torch.tensor(scale, dtype=torch.float64, device=values.device)
     dist.all_reduce(values, group=groups.data_parallel)
     metrics = dict(zip(sums, values.tolist(), strict=True))

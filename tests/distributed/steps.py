@@ -1,7 +1,6 @@
 """What the ranks of the data-parallel tests do: a few steps of several cases, one after another."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,5 +108,3 @@ def run_case(case: Case, directory: str, groups: ProcessGroups) -> Outcome:
             outcome.rollouts.append(torch.cat([item.rollout.tokens for item in result.experiences]))
     outcome.parameters = {name: value.clone() for name, value in trainer.engine.full_parameters()}
     return outcome
-
-

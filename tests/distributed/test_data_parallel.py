@@ -51,7 +51,10 @@ def plain_torch(case: Case, groups, directory: str) -> Outcome:
     matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in policy.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": config.train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=LEARNING_RATE,
         betas=config.train.betas,
     )
@@ -64,13 +67,9 @@ def plain_torch(case: Case, groups, directory: str) -> Outcome:
             rollout = generate_rollouts(policy, rows, plan, SamplingSettings.of(config), step)
             advantages = judge(network, rows, rollout, plan, config).advantages
             outcome.rollouts.append(rollout.tokens)
-        request = ScoreRequest(
-            rows.tokens, rollout.tokens if rollout else None, ebft.ce_coef > 0, ebft.temperature
-        )
+        request = ScoreRequest(rows.tokens, rollout.tokens if rollout else None, ebft.ce_coef > 0, ebft.temperature)
         scores = list(score(policy, request, plan))
-        logprobs = PolicyLogprobs(
-            scores.pop(0) if rollout else None, scores.pop(0) if request.targets else None
-        )
+        logprobs = PolicyLogprobs(scores.pop(0) if rollout else None, scores.pop(0) if request.targets else None)
         terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef)
         optimizer.zero_grad()
         terms.total.backward()
@@ -92,7 +91,10 @@ def test_steps_equal_plain_torch(case, world_size, groups, one_rank, two_ranks, 
         for step in range(NUM_STEPS):
             found, expected = outcome.metrics[step], truth.metrics[step]
             assert found["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-5), (rank, step)
-            assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4), (rank, step)
+            assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4), (
+                rank,
+                step,
+            )
         for name, parameter in truth.parameters.items():
             assert (outcome.parameters[name] - parameter).abs().max() <= 1e-4, name
     for step, tokens in enumerate(truth.rollouts):

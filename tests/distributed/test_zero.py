@@ -124,7 +124,13 @@ def check_non_finite() -> dict[str, object]:
     healthy = engine.step(0.1)
     changed = any(not torch.equal(before[name], value) for name, value in engine.full_parameters())
     finite = all(bool(value.isfinite().all()) for _, value in engine.full_parameters())
-    return {"skipped": skipped, "unchanged": unchanged, "healthy": healthy, "changed": changed, "finite": finite}
+    return {
+        "skipped": skipped,
+        "unchanged": unchanged,
+        "healthy": healthy,
+        "changed": changed,
+        "finite": finite,
+    }
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all():

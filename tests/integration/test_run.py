@@ -16,10 +16,22 @@ from tests.integration.conftest import REPOSITORY, launch, settings
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
 TRAIN_KEYS = {
-    *("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss", "ebft/rl_loss", "ebft/ce_loss"),
+    *(
+        "ebft/alignment",
+        "ebft/diversity",
+        "ebft/mean_reward",
+        "ebft/cfm_loss",
+        "ebft/rl_loss",
+        "ebft/ce_loss",
+    ),
     *("ebft/advantages_std", "ebft/duplicate_share", "train/loss", "train/grad_norm", "train/lr"),
     *("perf/step_seconds", "perf/rollout_seconds", "perf/features_seconds", "perf/learn_seconds"),
-    *("perf/data_seconds", "perf/documents_per_second", "perf/rollout_tokens_per_second", "memory/peak_bytes"),
+    *(
+        "perf/data_seconds",
+        "perf/documents_per_second",
+        "perf/rollout_tokens_per_second",
+        "memory/peak_bytes",
+    ),
 }
 EVALUATION_KEYS = {
     *("eval/ce_loss", "eval/cfm_loss", "eval/feature_matching_loss", "eval/alignment", "eval/raw_cosine"),
@@ -77,7 +89,8 @@ def test_trace_has_the_named_tensors_and_leaves_no_run_directory(run, data, tmp_
     hf = run[0] / "hf"
     more = (f"model.init_from={hf}", "model.config=null")
     completed = launch(
-        [*CONFIG, *settings(data, tmp_path / "run", *more), "--trace-step", str(tmp_path / "trace")], ranks=None
+        [*CONFIG, *settings(data, tmp_path / "run", *more), "--trace-step", str(tmp_path / "trace")],
+        ranks=None,
     )
     assert completed.returncode == 0, completed.stdout
     assert not (tmp_path / "run").exists()
@@ -137,6 +150,13 @@ def test_configs_of_the_repository_pass_a_dry_run_on_this_data(data, tmp_path):
     names = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
     assert "quickstart.yaml" in names
     for name in ("tiny_cpu.yaml", "debug_2rank.yaml", "quickstart_warmstart.yaml"):
-        arguments = ["--config", f"configs/{name}", *settings(data, tmp_path / "out"), "--dry-run", "--world-size", "2"]
+        arguments = [
+            "--config",
+            f"configs/{name}",
+            *settings(data, tmp_path / "out"),
+            "--dry-run",
+            "--world-size",
+            "2",
+        ]
         completed = launch(arguments, ranks=None)
         assert completed.returncode == 0 and "Memory per rank" in completed.stdout, completed.stdout

@@ -69,10 +69,7 @@ def imported_modules(tree):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [
-                name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module
-                for name in submodules
-            ]
+            names = [name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in submodules]
         elif isinstance(node, ast.ImportFrom) and node.level:
             names = ["<relative import>"]
         else:
@@ -149,9 +146,5 @@ def test_everything_public_has_a_docstring():
 
 
 def test_every_module_says_what_it_is_for():
-    missing = [
-        str(path.relative_to(ROOT))
-        for path in modules()
-        if not ast.get_docstring(ast.parse(path.read_text()))
-    ]
+    missing = [str(path.relative_to(ROOT)) for path in modules() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert missing == []

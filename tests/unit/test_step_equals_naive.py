@@ -77,7 +77,13 @@ def setting(request, groups, tmp_path):
         load_weights(stage, source)
         stages.append((stage, source))
     network = build_feature_network(
-        architecture, stages[1][1], (0.25, 0.5, 0.75), case.embed_method, case.feature_norm, groups, torch.float64
+        architecture,
+        stages[1][1],
+        (0.25, 0.5, 0.75),
+        case.embed_method,
+        case.feature_norm,
+        groups,
+        torch.float64,
     )
     assert network.taps == TAPS
     tokens = torch.randint(
@@ -218,9 +224,7 @@ def test_packed_step_equals_naive_step(setting):
 
     counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF)
     terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF)
-    expected_loss = (
-        RL_COEF * (-advantages[..., None] * expected_logprobs).mean() - CE_COEF * expected_targets.mean()
-    )
+    expected_loss = RL_COEF * (-advantages[..., None] * expected_logprobs).mean() - CE_COEF * expected_targets.mean()
     assert abs(terms.total.item() - expected_loss.item()) <= 1e-5
     terms.total.backward()
     expected_loss.backward()

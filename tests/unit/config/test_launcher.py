@@ -34,9 +34,7 @@ def launch(*arguments, **environment):
 
 
 def test_dry_run(inputs):
-    done = launch(
-        "--config", inputs.write(), "--dry-run", "--world-size", "4", "--set", "train.lr=1e-5", "seed=3"
-    )
+    done = launch("--config", inputs.write(), "--dry-run", "--world-size", "4", "--set", "train.lr=1e-5", "seed=3")
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stderr
     assert "lr: 1.0e-05" in done.stdout and "seed: 3" in done.stdout

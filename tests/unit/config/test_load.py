@@ -222,8 +222,7 @@ def test_wrong_values(problems, override, expected):
 def test_sequence_too_short_for_context_and_generation(problems):
     (line,) = problems(BASE, "data.sequence_length=15")
     assert line == (
-        "--set: data.sequence_length: found 15; expected at least 16 "
-        "(ebft.context_length 8 + ebft.generate_max_len 8)"
+        "--set: data.sequence_length: found 15; expected at least 16 (ebft.context_length 8 + ebft.generate_max_len 8)"
     )
 
 
@@ -246,9 +245,7 @@ def test_length_of_the_run_is_required(problems):
 
 def test_neither_loss_or_no_reward(problems):
     assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0")[0]
-    assert (
-        "ebft.diversity_coef is 0 too" in problems(BASE, "ebft.alignment_coef=0", "ebft.diversity_coef=0")[0]
-    )
+    assert "ebft.diversity_coef is 0 too" in problems(BASE, "ebft.alignment_coef=0", "ebft.diversity_coef=0")[0]
 
 
 def test_missing_file_sections_and_keys(problems, load, tmp_path):

@@ -21,9 +21,7 @@ def test_parameters_by_hand(inputs):
     assert plan.architecture.num_parameters == PARAMETERS
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bytes_per_parameter"), [("bfloat16", 2 + 4 + 8 + 4), ("float32", 4 + 4 + 8)]
-)
+@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("bfloat16", 2 + 4 + 8 + 4), ("float32", 4 + 4 + 8)])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_states_are_divided_over_replicas(dtype, bytes_per_parameter, replicas):
     states = planner.zero3_state_bytes(1000, replicas, dtype)
@@ -58,9 +56,7 @@ def test_learn_phase_by_hand(inputs):
     layer = 2 * ((24 + generated) * per_token * 4 + generated * 4 * (24 + 7) * (4 + 4))
     assert learn["activations"] == 4 * layer
     full = plan_of(inputs, train__dtype="float32", train__activation_checkpointing="full")
-    assert planner.plan_memory(*full).phases["learn"]["activations"] == (
-        4 * 2 * (24 + generated) * 16 * 4 + layer
-    )
+    assert planner.plan_memory(*full).phases["learn"]["activations"] == (4 * 2 * (24 + generated) * 16 * 4 + layer)
 
 
 def test_cross_entropy_scores_every_target(inputs):

@@ -58,9 +58,7 @@ def test_degrees_that_do_not_multiply_to_the_world_size(inputs):
     config = config.model_copy(update={"parallel": parallel})
     assert check_world(config, 4).data_parallel == 1
     for world_size in (2, 6):
-        with pytest.raises(
-            ConfigError, match=f"tensor 2 x pipeline 2 = 4.*divisor of the world size {world_size}"
-        ):
+        with pytest.raises(ConfigError, match=f"tensor 2 x pipeline 2 = 4.*divisor of the world size {world_size}"):
             check_world(config, world_size)
 
 
@@ -151,19 +149,15 @@ def test_datasets_of_two_tokenizers(inputs):
         model__config=inputs.model_fields,
         evaluation__shards=str(inputs.root / "other_data"),
     )
-    with pytest.raises(
-        InputError, match="evaluation.shards: found tokens.*expected the tokenizer of data.shards"
-    ):
+    with pytest.raises(InputError, match="evaluation.shards: found tokens.*expected the tokenizer of data.shards"):
         check_run(load_config(config), 1)
 
 
 def test_too_few_rows(inputs):
     lines = found_problems(inputs, train__global_batch_size=22, evaluation__rows=9)
     assert lines == [
-        "run.yaml:5: data.shards: found 20 rows of 32 tokens; expected at least the 22 rows of "
-        "train.global_batch_size",
-        "run.yaml:8: evaluation.shards: found 8 rows of 32 tokens; expected at least the 9 rows of "
-        "evaluation.rows",
+        "run.yaml:5: data.shards: found 20 rows of 32 tokens; expected at least the 22 rows of train.global_batch_size",
+        "run.yaml:8: evaluation.shards: found 8 rows of 32 tokens; expected at least the 9 rows of evaluation.rows",
     ]
 
 

@@ -32,10 +32,7 @@ def texts() -> dict[str, str]:
     """Thirty documents of very different lengths, by relative path."""
     contents = {}
     for number in range(30):
-        lines = [
-            SOURCE_LINES[(number * 7 + line * 3) % len(SOURCE_LINES)]
-            for line in range(1 + number * number % 23)
-        ]
+        lines = [SOURCE_LINES[(number * 7 + line * 3) % len(SOURCE_LINES)] for line in range(1 + number * number % 23)]
         contents[f"package{number % 4}/module_{number:02d}.py"] = f"# {number}\n" + "\n".join(lines) + "\n"
     return contents
 

@@ -186,9 +186,7 @@ def test_three_commands_from_text_to_a_dataset(tmp_path: Path) -> None:
     corpus, tokenizer, shards = tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "shards"
     done = run_tool("build_corpus", "--output", corpus, "--max-bytes", 300_000)
     assert done.returncode == 0, done.stderr
-    done = run_tool(
-        "train_tokenizer", "--input", corpus / "train", "--vocab-size", 512, "--output", tokenizer
-    )
+    done = run_tool("train_tokenizer", "--input", corpus / "train", "--vocab-size", 512, "--output", tokenizer)
     assert done.returncode == 0, done.stderr
     arguments = ("--input", corpus / "validation", "--tokenizer", tokenizer, "--output", shards)
     done = run_tool("build_shards", *arguments)

@@ -66,9 +66,7 @@ def test_documents_round_trip(dataset: Dataset, texts: dict[str, str], tokenizer
 
 
 def test_stock_webdataset_reads_the_same_documents(dataset: Dataset, texts: dict[str, str]) -> None:
-    streams = [
-        {"url": s.name, "stream": (dataset.directory / s.name).open("rb")} for s in dataset.manifest.shards
-    ]
+    streams = [{"url": s.name, "stream": (dataset.directory / s.name).open("rb")} for s in dataset.manifest.shards]
     samples = list(group_by_keys(tar_file_expander(streams)))
     for source in streams:
         source["stream"].close()
@@ -92,23 +90,17 @@ def test_index_and_manifest_describe_the_files(dataset: Dataset) -> None:
         assert hashlib.sha256(content).hexdigest() == entry.sha256
 
 
-def test_a_rebuild_is_byte_identical(
-    make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rebuild_is_byte_identical(make_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     contents = {"a.py": "x = 1\n", "b/c.py": "y = 2\n" * 50, "b/d.txt": "z"}
     first = make_dataset(contents, "data", shard_bytes=2000)
     files = {path.relative_to(first): path.read_bytes() for path in first.rglob("*") if path.is_file()}
     monkeypatch.setattr("time.time", lambda: 1e9)
     second = make_dataset(contents, "data", shard_bytes=2000, overwrite=True)
-    assert {
-        path.relative_to(second): path.read_bytes() for path in second.rglob("*") if path.is_file()
-    } == files
+    assert {path.relative_to(second): path.read_bytes() for path in second.rglob("*") if path.is_file()} == files
     assert len([path for path in files if path.suffix == ".tar"]) == 3
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype", "suffix"), [(65536, "uint16", "u16"), (65537, "uint32", "u32")]
-)
+@pytest.mark.parametrize(("vocab_size", "dtype", "suffix"), [(65536, "uint16", "u16"), (65537, "uint32", "u32")])
 def test_token_type_follows_the_vocabulary(
     tmp_path: Path, tokenizer_directory: Path, vocab_size: int, dtype: str, suffix: str
 ) -> None:
@@ -305,9 +297,7 @@ def test_reading_leaves_no_file_open_and_warns_of_nothing(dataset_directory: Pat
         "heavy = {'torch', 'webdataset', 'transformers', 'sentencepiece', 'tokenizers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", program], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ResourceWarning" not in done.stderr
 

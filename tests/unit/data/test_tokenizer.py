@@ -27,9 +27,7 @@ HARD_TEXTS = [
 
 
 @pytest.fixture(params=["sentencepiece", "hugging_face"])
-def directory(
-    request: pytest.FixtureRequest, tokenizer_directory: Path, hugging_face_directory: Path
-) -> Path:
+def directory(request: pytest.FixtureRequest, tokenizer_directory: Path, hugging_face_directory: Path) -> Path:
     return {"sentencepiece": tokenizer_directory, "hugging_face": hugging_face_directory}[request.param]
 
 
@@ -81,9 +79,7 @@ def test_transformers_reads_a_trained_tokenizer_alike(tokenizer_directory: Path,
 
 def test_hash_follows_the_tokenizer_and_not_its_place(directory: Path, tmp_path: Path) -> None:
     copy_tokenizer(directory, tmp_path / "copy")
-    assert (
-        tokenizer_sha256(tmp_path / "copy") == tokenizer_sha256(directory) == load_tokenizer(directory).sha256
-    )
+    assert tokenizer_sha256(tmp_path / "copy") == tokenizer_sha256(directory) == load_tokenizer(directory).sha256
     assert load_tokenizer(tmp_path / "copy").encode("def f()") == load_tokenizer(directory).encode("def f()")
     main_file = next(path for path in (tmp_path / "copy").iterdir() if "config" not in path.name)
     main_file.write_bytes(main_file.read_bytes() + b" ")
@@ -101,9 +97,7 @@ def test_hash_imports_no_tokenizer_library(tokenizer_directory: Path) -> None:
     assert done.stdout.strip() == tokenizer_sha256(tokenizer_directory)
 
 
-def test_directories_without_a_usable_tokenizer_are_refused(
-    tmp_path: Path, hugging_face_directory: Path
-) -> None:
+def test_directories_without_a_usable_tokenizer_are_refused(tmp_path: Path, hugging_face_directory: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
@@ -167,9 +161,7 @@ def test_a_text_that_does_not_round_trip_fails_the_training(
     from ebft_mega.data.tokenizer import SentencePieceTokenizer
 
     decode = SentencePieceTokenizer.decode
-    monkeypatch.setattr(
-        SentencePieceTokenizer, "decode", lambda self, ids: decode(self, ids).replace("# 7\n", "# 8\n")
-    )
+    monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: decode(self, ids).replace("# 7\n", "# 8\n"))
     with pytest.raises(RoundTripError, match=r"module_07\.py") as caught:
         train_tokenizer(text_directory, 340, tmp_path / "out")
     assert caught.value.exit_code == 1

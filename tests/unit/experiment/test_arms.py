@@ -86,9 +86,7 @@ def test_every_arm_is_evaluated_alike(root):
 
 
 def test_a_study_moves_seeds_and_paths(root):
-    study = experiment(
-        root, workspace=Path("runs/study/seed-5"), seed=5, ebft_overrides=("ebft.ce_coef=0.1",)
-    )
+    study = experiment(root, workspace=Path("runs/study/seed-5"), seed=5, ebft_overrides=("ebft.ce_coef=0.1",))
     study.train(EBFT)
     assert overrides(study.runner.commands["EBFT (seed 5)"]) == {
         "ebft.ce_coef=0.1",
@@ -139,9 +137,7 @@ def test_both_arms_differ_only_in_the_objective():
     assert ebft["seed"] == cross_entropy["seed"], "the same rows in the same order"
 
 
-@pytest.mark.parametrize(
-    "num_cpus, num_ranks, threads", [(2, 2, "1"), (2, 1, "2"), (1, 2, "1"), (64, 2, "4")]
-)
+@pytest.mark.parametrize("num_cpus, num_ranks, threads", [(2, 2, "1"), (2, 1, "2"), (1, 2, "1"), (64, 2, "4")])
 def test_threads_are_shared_out(monkeypatch, num_cpus, num_ranks, threads):
     monkeypatch.setattr("ebft_mega.experiment.arms.os.cpu_count", lambda: num_cpus)
     assert thread_environment(num_ranks) == {"OMP_NUM_THREADS": threads}

@@ -84,9 +84,7 @@ def test_groups_can_take_a_claim_back(tmp_path):
     (difference,) = summary["differences"]
     assert difference["by_row"]["low"] > 0 > difference["by_group"]["low"]
     assert list(directions.values()) == ["none"]
-    assert f"[{difference['by_group']['low']:+.4f}" in summary["statements"][0], (
-        "the wider interval is quoted"
-    )
+    assert f"[{difference['by_group']['low']:+.4f}" in summary["statements"][0], "the wider interval is quoted"
 
 
 def test_unlike_files_are_all_named(tmp_path, arms):

@@ -95,9 +95,7 @@ def test_empty_run(tmp_path):
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    found = curves(
-        [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 1, "b": 5}, {"step": 2, "a": 3.0}]
-    )
+    found = curves([{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 1, "b": 5}, {"step": 2, "a": 3.0}])
     assert found == {"a": ([2], [3.0]), "b": ([1], [5.0])}
 
 
