@@ -60,6 +60,4 @@ def loss_terms(
         raise ValueError("neither rollouts nor targets to learn from")
     total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
     zero = total.detach().new_zeros(())
-    return LossTerms(
-        rl=zero if rl is None else rl.detach(), ce=zero if ce is None else ce.detach(), total=total
-    )
+    return LossTerms(rl=zero if rl is None else rl.detach(), ce=zero if ce is None else ce.detach(), total=total)

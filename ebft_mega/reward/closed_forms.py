@@ -29,7 +29,6 @@ Whitening = Literal["none", "sample", "feature"]
 # A singular value of the features counts as zero below this share of the largest: 1e-10 on the Gram matrix's
 # eigenvalues, which is why that must be float64.
 SINGULAR_VALUE_TOLERANCE = 1e-5
-INVERSE_EPSILON = 1e-12  # added to singular values before they are inverted
 NORM_EPSILON = 1e-8  # smallest length that a cosine divides by
 
 
@@ -43,9 +42,7 @@ class _WhitenedProducts:
     cfm: Tensor  # [B, K], squared distance of the means of x and of y
 
 
-def block_rewards(
-    gram: Tensor, whitening: Whitening, alignment_coef: float, diversity_coef: float
-) -> BlockRewards:
+def block_rewards(gram: Tensor, whitening: Whitening, alignment_coef: float, diversity_coef: float) -> BlockRewards:
     """Alignment, diversity, reward and CFM of every rollout.
 
     alignment = 2 cos(x_j, y_j); diversity = 2 / (n - 1) * sum over k != j of x_j . x_k, a plain inner
@@ -118,9 +115,7 @@ def unbiased_feature_matching(gram: Tensor) -> Tensor:
 def _blocks_of(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G [B, K, n, n], g [B, K, n] and gamma [B, K] of the legend above."""
     if gram.dtype != torch.float64:
-        raise TypeError(
-            f"Gram matrices must be float64 to tell duplicates from near-duplicates, not {gram.dtype}"
-        )
+        raise TypeError(f"Gram matrices must be float64 to tell duplicates from near-duplicates, not {gram.dtype}")
     return gram[..., :-1, :-1], gram[..., :-1, -1], gram[..., -1, -1]
 
 
@@ -138,8 +133,8 @@ def _products(gram: Tensor, whitening: Whitening) -> _WhitenedProducts:
     if whitening == "none":
         cfm = rollouts.sum(dim=(-1, -2)) / n**2 - 2 * cross.mean(dim=-1) + target
         return _WhitenedProducts(rollouts, cross, target[..., None].expand_as(cross), cfm)
-    singular, inverse, vectors = _decompose(rollouts)
-    projector = _rebuild(vectors, (singular * inverse).square())
+    vectors, kept, inverse = _decompose(rollouts)
+    projector = _rebuild(vectors, kept)
     spread = projector.sum(dim=(-1, -2)) / n**2  # |mean of x|^2
     if whitening == "sample":
         whitener = _rebuild(vectors, inverse)
@@ -157,12 +152,12 @@ def _products(gram: Tensor, whitening: Whitening) -> _WhitenedProducts:
 
 
 def _decompose(rollouts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular values of the features and their pseudo-inverses [B, K, n], left vectors [B, K, n, n]."""
+    """Left vectors U [B, K, n, n], which of them count [B, K, n] and inverse singular values [B, K, n]."""
     eigenvalues, vectors = torch.linalg.eigh(rollouts)
     singular = eigenvalues.clamp(min=0).sqrt()
     kept = singular > SINGULAR_VALUE_TOLERANCE * singular.amax(dim=-1, keepdim=True)
-    inverse = torch.where(kept, 1 / (singular + INVERSE_EPSILON), 0.0)
-    return singular, inverse, vectors
+    inverse = torch.where(kept, singular, 1.0).reciprocal() * kept
+    return vectors, kept.to(rollouts.dtype), inverse
 
 
 def _rebuild(vectors: Tensor, values: Tensor) -> Tensor:

@@ -51,10 +51,8 @@ def generate_rollouts(
 
     def draw(logits: Tensor, token_index: int) -> Tensor:
         """One token for every rollout from logits [B, n or 1, K, V]."""
-        keys = noise_keys(
-            sampling.seed, step, batch.row_indices, plan.num_samples, plan.num_blocks, token_index
-        )
-        return sample_tokens(logits.expand(-1, plan.num_samples, -1, -1), keys, sampling.temperature, sampling.top_p)
+        keys = noise_keys(sampling.seed, step, batch.row_indices, plan.num_samples, plan.num_blocks, token_index)
+        return sample_tokens(logits, keys, sampling.temperature, sampling.top_p)
 
     prefix = plan.anchors[-1]  # the last block's context; nothing of the row beyond it is read
     layout = StridedLayout.of(plan, device, document_length=prefix, tokens_per_rollout=0, cache=cache)

@@ -10,9 +10,7 @@ from torch import Tensor
 from ebft_mega.rollout.plan import BlockPlan
 
 
-def strided_mask(
-    plan: BlockPlan, num_samples: int | None = None, tokens_per_block: int | None = None
-) -> Tensor:
+def strided_mask(plan: BlockPlan, num_samples: int | None = None, tokens_per_block: int | None = None) -> Tensor:
     """Which position of the packed sequence may attend to which.
 
     The sequence is the row's P tokens, then token t of sample j of block k at `P + (k * n + j) * T + t`. Row

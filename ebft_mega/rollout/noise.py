@@ -37,9 +37,7 @@ def _absorb(keys: Tensor, coordinate: Tensor) -> Tensor:
     return _mix(keys + (coordinate + 1) * _INCREMENT)
 
 
-def noise_keys(
-    seed: int, step: int, rows: Tensor, num_samples: int, num_blocks: int, token_index: int
-) -> Tensor:
+def noise_keys(seed: int, step: int, rows: Tensor, num_samples: int, num_blocks: int, token_index: int) -> Tensor:
     """Keys of one token of every rollout; `gumbel` makes noise of a key.
 
     Args:

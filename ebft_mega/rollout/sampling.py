@@ -2,8 +2,8 @@
 
 The vocabulary is cut into 64 fixed blocks of consecutive ids. First a block is drawn by its total
 probability, then a token inside it: the distribution is exactly the softmax, but noise is made for
-64 + V / 64 numbers, not for V. The blocks do not depend on the parallel layout: a tensor-parallel rank can score its own
-blocks, and (score, block, token) of its best one is all that the ranks have to compare.
+64 + V / 64 numbers, not for V. The blocks do not depend on the parallel layout: a tensor-parallel rank can
+score its own blocks, and (score, block, token) of its best one is all that the ranks have to compare.
 """
 
 import torch

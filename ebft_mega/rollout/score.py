@@ -37,11 +37,11 @@ def score(policy: Stage, request: ScoreRequest, plan: BlockPlan) -> tuple[Tensor
     tokens, rollouts = request.tokens, request.rollouts
     num_rows, device = tokens.shape[0], tokens.device
     document = tokens[:, :-1] if request.targets else tokens[:, : plan.anchors[-1]]
-    inputs = document.new_empty((num_rows, plan.num_samples, plan.num_blocks, 0)) if rollouts is None else rollouts[..., :-1]
-    sequence, positions = packed_sequence(document, inputs, plan)
-    layout = StridedLayout.of(
-        plan, device, document_length=document.shape[1], tokens_per_rollout=inputs.shape[3]
+    inputs = (
+        document.new_empty((num_rows, plan.num_samples, plan.num_blocks, 0)) if rollouts is None else rollouts[..., :-1]
     )
+    sequence, positions = packed_sequence(document, inputs, plan)
+    layout = StridedLayout.of(plan, device, document_length=document.shape[1], tokens_per_rollout=inputs.shape[3])
     hidden, _ = policy.hidden_states(sequence, positions, layout)  # [S, B, H]
 
     anchors = torch.tensor(plan.anchors, device=device) - 1

@@ -12,6 +12,7 @@ from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import judge
 from ebft_mega.types import PolicyLogprobs
+from tests.conftest import tiny_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import (
     CASES,
@@ -108,21 +109,7 @@ def test_clipping_was_active_in_the_plain_case(one_rank):
 
 
 def test_parameters_move_far_more_than_the_tolerance(one_rank, tmp_path):
-    architecture = Architecture.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": 131,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.2,
-        },
-        "test",
-    )
+    architecture = Architecture.from_hf(tiny_config("llama", initializer_range=0.2), "test")
     before = RandomWeights(architecture, 11).tensor("model.embed_tokens.weight")
     assert (one_rank["plain"].parameters["embedding.weight"] - before).abs().max() > 3e-3
 
