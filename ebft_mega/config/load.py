@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from ebft_mega.config.rules import broken_rules, refusal_reason, yaml_text
 from ebft_mega.config.schema import SECTIONS, RunConfig, Section, all_keys, allowed_text
-from ebft_mega.config.yaml_source import read_yaml
+from ebft_mega.config.yaml_source import read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, Problem
 
 OVERRIDE = "--set"
@@ -71,7 +70,7 @@ def _line_order(problem: Problem) -> tuple[bool, int]:
 
 def resolved_yaml(config: RunConfig) -> str:
     """The configuration with every key written out, as YAML that `load_config` reads back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def nearest_key(wrong: str, keys: Iterable[str] | None = None) -> str:

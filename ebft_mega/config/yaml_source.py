@@ -66,6 +66,27 @@ def read_yaml(text: str, name: str) -> YamlSource:
     return source
 
 
+class _TreeDumper(yaml.SafeDumper):
+    """Writes what `read_yaml` reads back: no aliases, and quotes around text that would be read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML quotes by the rules of YAML 1.1, to which `1e5` is text.
+    style = None if isinstance(plain_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_TreeDumper.add_representer(str, _represent_text)
+
+
+def write_yaml(value: Any) -> str:
+    """Plain values as YAML text, keys in their order."""
+    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False)
+
+
 def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:
     """The value of a node; lines and problems go to `source`."""
     source.lines.setdefault(key, node.start_mark.line + 1)
