@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ebft_mega.data.dataset import open_dataset
@@ -83,6 +85,36 @@ def test_final_model_loads_with_transformers(run, data):
         loss = model(tokens, labels=tokens).loss
     assert 3.0 < loss < 7.0
     assert tokenizer_sha256(run[0] / "hf") == open_dataset(data.train).manifest.tokenizer_sha256
+
+
+def test_evaluating_the_final_model_gives_the_run_s_own_figures(run, data, tmp_path):
+    command = ["tools/evaluate.py", "--model", str(run[0] / "hf"), "--data", str(data.held_out)]
+    command += ["--output", str(tmp_path), *CONFIG, "--rows", "4"]
+    completed = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert EVALUATION_KEYS <= set(evaluation) and (tmp_path / "evaluation.png").exists()
+    last = json.loads((run[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    # The same rows, noise and policy; the frozen network differs (the run's initial model), cross-entropy
+    # and duplicates do not need it.
+    assert evaluation["eval/ce_loss"] == pytest.approx(last["eval/ce_loss"], abs=1e-5)
+    assert evaluation["eval/duplicate_share"] == last["eval/duplicate_share"]
+    assert all(len(values) == 4 for values in evaluation["per_row"].values())
+    assert evaluation["eval/alignment"] == pytest.approx(sum(evaluation["per_row"]["eval/alignment"]) / 4)
+
+
+def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(run[0] / "hf", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    more = (f"model.init_from={broken}", "model.config=null", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=30")
+    completed = launch([*CONFIG, *settings(data, tmp_path / "out", *more)], ranks=None)
+    assert completed.returncode == 1, completed.stdout
+    assert "10 updates in a row" in completed.stdout
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] == 10
 
 
 def test_trace_has_the_named_tensors_and_leaves_no_run_directory(run, data, tmp_path):
