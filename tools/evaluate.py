@@ -20,7 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of --config"
+    )
     parser.add_argument(
         "--feature-model",
         type=Path,
