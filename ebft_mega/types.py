@@ -29,7 +29,9 @@ class TokenBatch:
     row_indices: Tensor  # int64 [B], index of each row in the global batch of its step
 
     def split(self, rows: int) -> "tuple[TokenBatch, ...]":
-        """Cut into batches of this many rows, the last one maybe smaller."""
+        """Cut into batches of this many rows, the last one maybe smaller; no rows are no batches."""
+        if not len(self.tokens):
+            return ()
         fields = (self.tokens, self.document_ids, self.row_indices)
         return tuple(TokenBatch(*parts) for parts in zip(*(field.split(rows) for field in fields), strict=True))
 

@@ -1,5 +1,6 @@
 """One run, from its configuration to its final model: everything is built here and nowhere else."""
 
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +17,7 @@ from ebft_mega.data.dataset import Dataset, open_dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
 from ebft_mega.data.stream import RowStream
 from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EbftError
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, ConfigError, EbftError, Problem
 from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.network import FeatureNetwork, build_feature_network
 from ebft_mega.metrics.run_files import setup_rank_log, write_environment, write_status
@@ -67,7 +68,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         return EXIT_DONE
 
     output = config.output_dir
-    output.mkdir(parents=True, exist_ok=True)
+    make_run_directory(config)
     setup_rank_log(output, dist.get_rank())
     status: dict[str, Any] = {"state": "failed", "exit_code": EXIT_FAILED}
     try:
@@ -87,6 +88,23 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
             )
     dist.barrier()
     return EXIT_DONE
+
+
+def make_run_directory(config: RunConfig) -> None:
+    """Make `output_dir`, before anything expensive.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    output = config.output_dir
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        found = f"{output}, which cannot be written ({error.strerror})"
+        problem = Problem(config.place("output_dir"), "output_dir", found, "a writable directory, or one to be made")
+        raise ConfigError([problem]) from None
 
 
 def _train_and_export(

@@ -3,15 +3,19 @@
 import pytest
 import torch
 
+from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.network import build_feature_network
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.stage import Stage, StageShape
 from ebft_mega.objective.losses import count_tokens, loss_terms
+from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.loop import HeldOut, evaluate_now
+from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import judge
-from ebft_mega.types import PolicyLogprobs
+from ebft_mega.types import PolicyLogprobs, TokenBatch
 from tests.conftest import tiny_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import (
@@ -143,3 +147,22 @@ def test_cross_entropy_alone_pays_for_no_rollouts(one_rank):
     outcome = one_rank["cross-entropy only"]
     assert outcome.rollouts == []
     assert "ebft/alignment" not in outcome.metrics[0] and "ebft/rl_loss" not in outcome.metrics[0]
+
+
+def evaluate_fewer_rows_than_ranks(directory: str) -> dict[str, float]:
+    """Held-out figures of one row on two ranks: the second has nothing to do."""
+    groups = make_process_groups(connect())
+    config = config_of(CASES[0], directory)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    trainer = build_trainer(config, architecture, architecture, groups)
+    everything = rows_of_step(0, groups)
+    first = 1 if groups.data_parallel_rank == 0 else 0
+    rows = TokenBatch(everything.tokens[:first], everything.document_ids[:first], everything.row_indices[:first])
+    held_out = HeldOut(rows, evaluation_settings(config), interval=None)
+    return evaluate_now(trainer, held_out, 0, None)
+
+
+def test_fewer_held_out_rows_than_ranks_are_evaluated(tmp_path):
+    alone = run_ranks(1, evaluate_fewer_rows_than_ranks, str(tmp_path))[0]
+    for means in run_ranks(2, evaluate_fewer_rows_than_ranks, str(tmp_path)):
+        assert means == pytest.approx(alone, abs=1e-6) and len(means) == 6

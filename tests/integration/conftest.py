@@ -59,12 +59,10 @@ def launch(arguments: list[str], ranks: int | None) -> subprocess.CompletedProce
     if ranks is not None:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
         command += ["--master_port", str(free_port())]
-    # Other tests of this process may have joined a process group of their own.
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     process = subprocess.Popen(
         [*command, "launcher/train.py", *arguments],
         cwd=REPOSITORY,
-        env={**environment, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

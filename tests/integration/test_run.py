@@ -163,7 +163,7 @@ def test_a_flipped_bit_ends_the_run_with_code_4(data, tmp_path):
     output = tmp_path / "out"
     # Enough rows that the damaged document is met.
     more = ("train.max_steps=60", "evaluation.interval=1000", "ebft.rl_coef=0", "ebft.ce_coef=1")
-    completed = launch([*CONFIG, *settings(data, output, f"data.shards={damaged}", *more)], ranks=1)
+    completed = launch([*CONFIG, *settings(data, output, f"data.shards={damaged}", *more)], ranks=2)
     assert completed.returncode == 4, completed.stdout
     assert json.loads((output / "status.json").read_text())["exit_code"] == 4
     assert shard.name in completed.stdout and "expected" in completed.stdout and "offset" in completed.stdout
@@ -176,6 +176,12 @@ def test_bad_input_starts_nothing(data, tmp_path):
     assert completed.returncode == 2, completed.stdout
     assert "ebft.strde" in completed.stdout and "stride" in completed.stdout
     assert not output.exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_bad_input(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    completed = launch([*CONFIG, *settings(data, tmp_path / "file" / "out")], ranks=None)
+    assert completed.returncode == 2 and "output_dir" in completed.stdout, completed.stdout
 
 
 def test_configs_of_the_repository_pass_a_dry_run_on_this_data(data, tmp_path):

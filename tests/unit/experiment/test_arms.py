@@ -1,6 +1,7 @@
 """The commands of the quickstart: what is overridden, what is compared, what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -117,8 +118,8 @@ def test_an_earlier_run_of_an_arm_is_removed(root):
 
 def test_arms_of_unequal_length_are_refused(root):
     path = root / CONFIGS[CROSS_ENTROPY]
-    path.write_text(path.read_text().replace("max_steps: 100", "max_steps: 90"))
-    with pytest.raises(ConfigError, match=r"quickstart_ce.yaml: train.max_steps: found 90; expected 100"):
+    path.write_text(re.sub(r"max_steps: \d+", "max_steps: 90", path.read_text()))
+    with pytest.raises(ConfigError, match=r"quickstart_ce.yaml: train.max_steps: found 90; expected 1\d\d"):
         experiment(root).run_arms("validation")
 
 
