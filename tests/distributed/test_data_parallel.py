@@ -126,6 +126,16 @@ def test_metrics_are_the_same_on_every_rank(two_ranks):
             }
 
 
+@pytest.mark.parametrize("case", EXACT, ids=[case.name for case in EXACT])
+def test_metrics_are_means_over_the_global_batch(case, one_rank, two_ranks):
+    """One rank sees all rows itself; two have to put their halves together."""
+    for alone, together in zip(one_rank[case.name].metrics, two_ranks[0][case.name].metrics, strict=True):
+        assert set(alone) == set(together)
+        for key, value in alone.items():
+            if key != "memory/peak_bytes":
+                assert together[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
 def test_micro_batches_do_not_change_the_step(two_ranks):
     single, double = two_ranks[0]["plain"], two_ranks[0]["two rows a micro-batch"]
     assert all(torch.equal(a, b) for a, b in zip(single.rollouts, double.rollouts, strict=True))

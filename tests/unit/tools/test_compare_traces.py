@@ -1,0 +1,75 @@
+"""Traces that agree, and the first place where they do not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+NUMBERS = (
+    *("rl_loss", "ce_loss", "cfm_loss", "loss", "grad_norm"),
+    *("parameter_checksum_before", "parameter_checksum_after", "update_norm"),
+)
+
+
+def write_trace(directory: Path, **changes) -> Path:
+    tensors = {
+        "tokens": torch.arange(6).view(2, 3),
+        "rollouts": torch.arange(8).view(2, 1, 2, 2),
+        "gram": torch.eye(2, dtype=torch.float64).expand(2, 2, 2, 2).contiguous(),
+        "advantage": torch.linspace(-1, 1, 4, dtype=torch.float64).view(2, 1, 2),
+        "logprobs": torch.full((2, 1, 2, 2), -1.0),
+    }
+    tensors |= {name: value for name, value in changes.items() if name in tensors}
+    numbers = dict.fromkeys(NUMBERS, 1.5) | {"ce_loss": None}
+    numbers |= {name: value for name, value in changes.items() if name in numbers}
+    directory.mkdir()
+    save_file(tensors, directory / "step.safetensors")
+    (directory / "step.json").write_text(json.dumps(numbers))
+    return directory
+
+
+def compare(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/compare_traces.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_equal_traces_agree(tmp_path):
+    result = compare(write_trace(tmp_path / "a"), write_trace(tmp_path / "b"))
+    assert result.returncode == 0 and "agree" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "first_line"),
+    [
+        ({"rollouts": torch.arange(8).view(2, 1, 2, 2).flip(0)}, "rollouts[0, 0, 0, 0]: 0 against 4; 8 of 8"),
+        ({"advantage": torch.zeros(2, 1, 2, dtype=torch.float64)}, "advantage[0, 0, 0]: -1.0 against 0.0; 4 of 4"),
+        ({"logprobs": torch.full((2, 1, 2, 2), float("nan"))}, "logprobs[0, 0, 0, 0]: -1.0 against nan"),
+        ({"gram": torch.zeros(2, 2, 3, 3, dtype=torch.float64)}, "gram: shape (2, 2, 2, 2) against (2, 2, 3, 3)"),
+        ({"grad_norm": 1.6}, "grad_norm: 1.5 against 1.6"),
+        ({"grad_norm": float("nan")}, "grad_norm: 1.5 against nan"),
+        ({"ce_loss": 0.5}, "ce_loss: None against 0.5"),
+    ],
+)
+def test_the_first_difference_is_named(tmp_path, change, first_line):
+    result = compare(write_trace(tmp_path / "a"), write_trace(tmp_path / "b", **change))
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[0].startswith(first_line), result.stdout
+
+
+def test_tolerance_is_for_numbers_not_for_tokens(tmp_path):
+    first = write_trace(tmp_path / "a")
+    near = write_trace(tmp_path / "b", advantage=torch.linspace(-1, 1, 4, dtype=torch.float64).view(2, 1, 2) + 1e-3)
+    tokens = write_trace(tmp_path / "c", tokens=torch.arange(1, 7).view(2, 3))
+    assert compare(first, near).returncode == 1
+    assert compare(first, near, "--tolerance", "0.01").returncode == 0
+    assert compare(first, tokens, "--tolerance", "10").returncode == 1
+
+
+def test_a_missing_trace_is_bad_input(tmp_path):
+    result = compare(write_trace(tmp_path / "a"), tmp_path / "nowhere")
+    assert result.returncode == 2 and "nowhere" in result.stderr
