@@ -130,7 +130,8 @@ def activation_bytes(architecture: Architecture, config: RunConfig) -> int:
 def plan_memory(config: RunConfig, plan: RunPlan) -> MemoryPlan:
     """Memory of one rank, in bytes.
 
-    Gathered parameters are b*N while rollouts hold them, otherwise the larger of the embedding and one layer.
+    Gathered parameters are b*N during rollouts, which hold them all, otherwise the larger of the embedding and one
+    layer.
     A decode pass makes K*n logit rows per packed row, V values each.
     `rl_coef: 0` has neither a rollout phase nor a feature network.
     """
@@ -142,9 +143,8 @@ def plan_memory(config: RunConfig, plan: RunPlan) -> MemoryPlan:
     if config.uses_rollouts:
         frozen = feature_parameters(plan.feature_architecture, config.ebft.feature_layers)
         states["frozen feature network"] = frozen * width
-        held = config.zero.hold_parameters != "none"
         phases["rollout"] = {
-            "gathered parameters": architecture.num_parameters * width if held else one_module,
+            "gathered parameters": architecture.num_parameters * width,
             "keys and values": cache_bytes(architecture, config),
             "logits of one token per rollout (float32)": config.train.micro_batch_size
             * config.block_plan.rollouts_per_row

@@ -22,7 +22,7 @@ NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel.sequence_parallel": (False,),
     "train.max_run_minutes": (None,),
     "zero.stage": (3,),
-    "zero.hold_parameters": ("rollout", "none"),
+    "zero.hold_parameters": ("rollout",),
     "zero.offload_optimizer": ("none",),
     "learn.reuse_rollout": ("auto", "off"),
     "checkpoint.interval": (None,),

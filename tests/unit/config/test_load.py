@@ -148,6 +148,7 @@ trian: {lr: 1}
         ("train.max_run_minutes", "60.0"),
         ("zero.stage", "2"),
         ("zero.hold_parameters", "step"),
+        ("zero.hold_parameters", "none"),
         ("zero.offload_optimizer", "cpu"),
         ("learn.reuse_rollout", "activations"),
         ("checkpoint.interval", "10"),

@@ -71,10 +71,11 @@ def test_plain_pretraining_pays_for_no_rollouts(inputs):
     assert planner.scored_rows(config) == 31
 
 
-def test_without_held_parameters_one_module_is_gathered(inputs):
-    config, plan = plan_of(inputs, zero__hold_parameters="none")
-    gathered = planner.plan_memory(config, plan).phases["rollout"]["gathered parameters"]
-    assert gathered == max(1600, LAYER) * 2
+def test_rollouts_hold_all_parameters_and_learning_one_module(inputs):
+    config, plan = plan_of(inputs)
+    phases = planner.plan_memory(config, plan).phases
+    assert phases["rollout"]["gathered parameters"] == plan.architecture.num_parameters * 2
+    assert phases["learn"]["gathered parameters"] == max(1600, LAYER) * 2
 
 
 def test_peak_is_the_states_and_the_largest_phase():
