@@ -7,10 +7,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.config.load import load_config
-from ebft_mega.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
 from ebft_mega.data.command import run_command
+from ebft_mega.model.architecture import Architecture
 
-DEFAULT_SEQUENCE_LENGTH = 1024
+LONGEST_DEFAULT_ROW = 1024
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,13 +35,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration to evaluate under: the file's, or every default with rows of 1024 tokens."""
+    """The configuration to evaluate under: the file's, or defaults, with rows as long as the model reads (or 1024)."""
     if arguments.config is not None:
         return load_config(arguments.config, arguments.set)
+    longest = Architecture.from_directory(arguments.model).max_position_embeddings
+    defaults = EbftConfig()
+    # Whole blocks: (P - G - c) must be divisible by the stride.
+    beyond_first_block = min(LONGEST_DEFAULT_ROW, longest) - defaults.generate_max_len - defaults.context_length
+    sequence_length = min(LONGEST_DEFAULT_ROW, longest) - beyond_first_block % defaults.stride
     return RunConfig(
         output_dir=arguments.output,
         model=ModelConfig(init_from=arguments.model),
-        data=DataConfig(shards=arguments.data, sequence_length=DEFAULT_SEQUENCE_LENGTH),
+        data=DataConfig(shards=arguments.data, sequence_length=sequence_length),
         train=TrainConfig(max_steps=1, dtype="float32"),
     )
 

@@ -69,6 +69,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "model": str(request.model),
         "feature_model": str(request.feature_model),
         "data": str(request.data),
+        "sequence_length": length,
         "rows": request.rows,
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,

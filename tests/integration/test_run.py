@@ -103,6 +103,15 @@ def test_evaluating_the_final_model_gives_the_run_s_own_figures(run, data, tmp_p
     assert evaluation["eval/alignment"] == pytest.approx(sum(evaluation["per_row"]["eval/alignment"]) / 4)
 
 
+def test_evaluation_without_a_configuration_takes_rows_as_long_as_the_model_reads(run, data, tmp_path):
+    command = ["tools/evaluate.py", "--model", str(run[0] / "hf"), "--data", str(data.held_out)]
+    command += ["--output", str(tmp_path), "--rows", "2"]
+    completed = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["sequence_length"] == 128 and evaluation["rows"] == 2
+
+
 def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path):
     broken = tmp_path / "model"
     shutil.copytree(run[0] / "hf", broken)
