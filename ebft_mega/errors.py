@@ -57,5 +57,13 @@ class DamagedDataError(EbftError):
     exit_code = EXIT_DAMAGED_DATA
 
 
+class PeerFailedError(EbftError):
+    """Another rank failed first and this one lost its connection to it; both end with the same code."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(f"another rank failed with exit code {exit_code}")
+
+
 class NonFiniteStepError(EbftError):
     """Too many steps in a row had a loss or gradient that is not finite."""

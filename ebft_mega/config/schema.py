@@ -168,6 +168,11 @@ class EbftConfig(Section):
         meaning="(ours) Hugging Face directory of the frozen feature network; not set: the initial model.",
     )
 
+    @property
+    def reward_whitening(self) -> Literal["none", "sample", "feature"]:
+        """The whitening that rewards are computed with."""
+        return self.whitening if self.use_whitening else "none"
+
 
 class ParallelConfig(Section):
     """How one model replica is split over processes; the rest of the world is data-parallel."""

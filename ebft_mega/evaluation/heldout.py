@@ -46,7 +46,7 @@ def evaluation_settings(config: RunConfig) -> EvaluationSettings:
     return EvaluationSettings(
         plan=config.block_plan,
         sampling=SamplingSettings.of(config),
-        whitening=config.ebft.whitening if config.ebft.use_whitening else "none",
+        whitening=config.ebft.reward_whitening,
         micro_batch_size=config.train.micro_batch_size,
     )
 

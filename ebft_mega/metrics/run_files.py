@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ebft_mega
 
+STATUS_NAME = "status.json"
 RunState = Literal["done", "stopped", "failed"]
 RECORDED_PACKAGES = (
     "torch",
@@ -65,10 +66,19 @@ def write_status(output_dir: Path, state: RunState, exit_code: int, step: int, c
         step: optimizer steps done.
         checkpoint: folder name of the newest complete checkpoint, None if there is none.
     """
-    path = output_dir / "status.json"
+    path = output_dir / STATUS_NAME
     outcome = {"state": state, "exit_code": exit_code, "checkpoint": checkpoint, "step": step}
     write_json_atomically(path, outcome)
     return path
+
+
+def failure_on_record(output_dir: Path) -> int | None:
+    """Exit code that a rank of this run has recorded with `failed`, None if none has."""
+    try:
+        status = json.loads((output_dir / STATUS_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return int(status["exit_code"]) if status["state"] == "failed" else None
 
 
 def describe_environment() -> dict[str, Any]:

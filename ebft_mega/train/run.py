@@ -17,10 +17,17 @@ from ebft_mega.data.dataset import Dataset, open_dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
 from ebft_mega.data.stream import RowStream
 from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, ConfigError, EbftError, Problem
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, ConfigError, EbftError, PeerFailedError, Problem
 from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.network import FeatureNetwork, build_feature_network
-from ebft_mega.metrics.run_files import setup_rank_log, write_environment, write_status
+from ebft_mega.metrics.run_files import (
+    STATUS_NAME,
+    RunState,
+    failure_on_record,
+    setup_rank_log,
+    write_environment,
+    write_status,
+)
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.architecture import Architecture, tapped_layers
@@ -69,23 +76,29 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
 
     output = config.output_dir
     make_run_directory(config)
+    if groups.is_first:
+        (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     setup_rank_log(output, dist.get_rank())
-    status: dict[str, Any] = {"state": "failed", "exit_code": EXIT_FAILED}
+
+    def record(state: RunState, exit_code: int) -> None:
+        steps = loader.state.next_row // config.train.global_batch_size
+        write_status(output, state, exit_code, steps, checkpoint=None)
+
     try:
         _train_and_export(config, plan, groups, loader, dataset)
-        status = {"state": "done", "exit_code": EXIT_DONE}
     except EbftError as error:
-        status["exit_code"] = error.exit_code
+        record("failed", error.exit_code)
         raise
-    finally:
-        # Any rank that fails says so; a rank that succeeded leaves the word to the first.
-        if groups.is_first or status["state"] == "failed":
-            write_status(
-                output,
-                **status,
-                step=loader.state.next_row // config.train.global_batch_size,
-                checkpoint=None,
-            )
+    except BaseException as error:
+        # A rank whose peer failed loses its connection; the peer's own word is the one that counts.
+        peer_code = failure_on_record(output)
+        if peer_code is not None:
+            raise PeerFailedError(peer_code) from error
+        record("failed", EXIT_FAILED)
+        raise
+    dist.barrier()
+    if groups.is_first:
+        record("done", EXIT_DONE)
     dist.barrier()
     return EXIT_DONE
 

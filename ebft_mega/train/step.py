@@ -111,8 +111,7 @@ def judge(
     """
     ebft = config.ebft
     gram = network.grams(rows, rollout, plan)
-    whitening = ebft.whitening if ebft.use_whitening else "none"
-    rewards = block_rewards(gram, whitening, ebft.alignment_coef, ebft.diversity_coef)
+    rewards = block_rewards(gram, ebft.reward_whitening, ebft.alignment_coef, ebft.diversity_coef)
     advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
     return Experience(rollout, gram, rewards, advantages)
 

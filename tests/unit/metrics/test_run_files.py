@@ -6,7 +6,13 @@ import logging
 import pytest
 
 from ebft_mega.metrics import run_files
-from ebft_mega.metrics.run_files import setup_rank_log, write_environment, write_json_atomically, write_status
+from ebft_mega.metrics.run_files import (
+    failure_on_record,
+    setup_rank_log,
+    write_environment,
+    write_json_atomically,
+    write_status,
+)
 
 
 @pytest.fixture
@@ -29,6 +35,14 @@ def test_status(tmp_path):
         "step": 12,
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_only_a_failure_is_a_failure_on_record(tmp_path):
+    assert failure_on_record(tmp_path) is None
+    write_status(tmp_path, "done", 0, 3, None)
+    assert failure_on_record(tmp_path) is None
+    write_status(tmp_path, "failed", 4, 3, None)
+    assert failure_on_record(tmp_path) == 4
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
