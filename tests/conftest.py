@@ -5,6 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Time limits per example would measure how busy the machine is. CI runs the same examples every time, so that a change
+# is judged by itself; elsewhere new ones are tried.
+settings.register_profile(
+    "project", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("project")
 
 TINY_SIZES = {
     "vocab_size": 131,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebft_mega.data.corpus import SPLIT_SHARES, assign_splits, build_corpus, package_of, standard_library
@@ -104,7 +104,6 @@ def test_a_library_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
         build_corpus(tmp_path, tmp_path / "out")
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 100), min_size=60, max_size=90),
     st.integers(),

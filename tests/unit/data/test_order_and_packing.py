@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebft_mega.data.order import epoch_permutation
@@ -9,7 +9,6 @@ from ebft_mega.data.packing import document_ends, row_spans
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 2**40), st.integers(0, 1000))
 def test_an_epoch_visits_every_item_once(num_items: int, seed: int, epoch: int) -> None:
     order = epoch_permutation(num_items, "documents", seed, epoch, "a" * 64)
@@ -46,7 +45,6 @@ def test_positions_are_uniform() -> None:
     assert chi_square < 95
 
 
-@settings(deadline=None)
 @given(lengths_lists, st.integers(1, 70))
 def test_rows_cover_the_line_of_tokens_once(lengths: list[int], sequence_length: int) -> None:
     line = [(document, token) for document, length in enumerate(lengths) for token in range(length)]

@@ -39,7 +39,7 @@ def test_document_order_is_the_naive_concatenation(dataset: Dataset, texts: dict
         assert found == line[: len(found)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**63), epoch=st.integers(0, 50), sequence_length=st.integers(1, 400))
 def test_every_epoch_holds_every_token_but_the_tail_once(
     dataset_directory: Path, seed: int, epoch: int, sequence_length: int

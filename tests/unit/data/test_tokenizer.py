@@ -40,7 +40,7 @@ def test_hard_texts_round_trip_without_special_ids(directory: Path, text: str) -
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text())
 def test_any_text_round_trips(tokenizer_directory: Path, hugging_face_directory: Path, text: str) -> None:
     for directory in (tokenizer_directory, hugging_face_directory):
@@ -119,7 +119,6 @@ def test_directories_without_a_usable_tokenizer_are_refused(tmp_path: Path, hugg
         load_tokenizer(tmp_path)
 
 
-@settings(deadline=None)
 @given(st.text(alphabet=st.sampled_from("ab \n\r\t\u2028"), max_size=300), st.integers(0, 9000))
 def test_chunks_join_to_the_text(text: str, padding: int) -> None:
     chunks = list(split_into_chunks(text + "x" * padding + text))

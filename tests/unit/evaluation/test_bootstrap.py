@@ -48,7 +48,7 @@ def test_mean_is_over_rows_when_groups_differ_in_size():
     assert (interval.low, interval.high) == (1.0, 5.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30), st.floats(-5, 5), st.integers(0, 99))
 def test_shift_moves_the_interval_along(values, shift, seed):
     before = paired_bootstrap(np.array(values), num_resamples=200, seed=seed)

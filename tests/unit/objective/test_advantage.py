@@ -33,7 +33,7 @@ def advantages(rewards: BlockRewards, estimator: str = "rloo") -> Tensor:
     return block_advantages(rewards, estimator, ALIGNMENT_COEF, DIVERSITY_COEF)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shapes, st.integers(0, 1000))
 def test_rloo_equals_the_authors_baselines(shape, seed):
     rewards = random_rewards(shape, seed)
@@ -122,7 +122,7 @@ def test_blocks_and_rows_do_not_mix(estimator):
             torch.testing.assert_close(advantages(alone, estimator), together[part], atol=1e-14, rtol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(3, 6), st.floats(-2, 2), st.floats(-2, 2))
 def test_equal_rewards_have_no_advantage_at_all(n, alignment, diversity):
     """Exactly 0, not 1e-17: a mean of n equal numbers is not always that number."""

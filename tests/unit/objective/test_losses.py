@@ -77,7 +77,7 @@ def test_gradient_of_a_token_is_that_of_the_softmax_at_temperature():
     torch.testing.assert_close(gradient, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, NUM_ROWS - 1), max_size=3, unique=True), st.integers(0, 100))
 def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(cuts, seed):
     *logits, rollouts, targets, advantages = random_case(seed)

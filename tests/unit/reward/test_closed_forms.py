@@ -150,7 +150,7 @@ def test_zero_features_give_zero_and_nothing_is_not_a_number(whitening):
     assert raw_cosine(gram).eq(0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(WHITENINGS), st.permutations(range(4)), st.integers(0, 1000))
 def test_order_of_samples_does_not_matter(whitening, order, seed):
     x, y = features("correlated", 4, seed)
@@ -160,7 +160,7 @@ def test_order_of_samples_does_not_matter(whitening, order, seed):
     torch.testing.assert_close(permuted.cfm, rewards.cfm, atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(WHITENINGS), st.integers(1, 6), st.integers(0, 1000), st.floats(0.01, 100))
 def test_alignment_is_bounded_and_free_of_scale(whitening, n, seed, scale):
     x, y = features("random", n, seed)

@@ -31,7 +31,7 @@ def noisy_grams(rollouts: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.randn(size, dtype=torch.float64, generator=generator)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.integers(0, 10_000))
 def test_equals_loops(shape, seed):
     rollouts = random_rollouts(shape, seed)

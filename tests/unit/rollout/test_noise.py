@@ -30,7 +30,7 @@ def reference_key(seed: int, *coordinates: int) -> int:
 integers = st.integers(-(2**40), 2**40)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(-(2**70), 2**70), integers, st.integers(0, 2**40), st.integers(0, 100))
 def test_keys_equal_unbounded_integer_arithmetic(seed, step, row, token_index):
     keys = noise_keys(seed, step, torch.tensor([row, row + 3]), 2, 3, token_index)

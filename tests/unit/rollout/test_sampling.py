@@ -109,7 +109,7 @@ def naive_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.where(mask, probabilities, 0.0) / probabilities[mask].sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-8, 8), min_size=1, max_size=20), st.floats(0.05, 0.98))
 def test_nucleus_equals_a_loop(values, top_p):
     """Integer logits, so that there are many ties."""
