@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebft_mega.rollout.plan import BlockPlan
 
@@ -74,10 +73,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         [B, heads, P, d].
     Communication: none.
     """
-    # The fused CPU kernel takes no float64 backward with grouped heads; the plain one takes every dtype.
-    backends = [SDPBackend.MATH] if query.dtype == torch.float64 else list(SDPBackend.__members__.values())
-    with sdpa_kernel([backend for backend in backends if backend != SDPBackend.ERROR]):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def rollout_attention(
@@ -122,11 +118,11 @@ def rollout_attention(
         dim=-1,
     )
     softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(value_dtype := document_value.dtype)
+    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(document_value.dtype)
     on_document, on_own = weights.split((prefix, num_keys), dim=-1)
     out = (on_document.flatten(3, 4) @ document_value[:, :, None]).unflatten(3, (rollouts, num_queries))
     out = out + on_own @ own_value[:, :, None]
-    return out.to(value_dtype).view(rows, heads, rollouts, num_queries, dim)
+    return out.view(rows, heads, rollouts, num_queries, dim)
 
 
 class StridedCoreAttention(torch.nn.Module):
