@@ -113,8 +113,9 @@ class Stage(nn.Module):
             TransformerLayer(config, spec.submodules, layer_number=index + 1, pg_collection=megatron_groups)
             for index in range(shape.num_layers)
         )
-        make_norm = lambda: nn.RMSNorm(hidden, eps=architecture.rms_norm_eps, dtype=dtype)  # noqa: E731
-        self.final_norm = make_norm() if shape.has_final_norm else None
+        self.final_norm = (
+            nn.RMSNorm(hidden, eps=architecture.rms_norm_eps, dtype=dtype) if shape.has_final_norm else None
+        )
         self.head = (
             ColumnParallelLinear(
                 hidden,
