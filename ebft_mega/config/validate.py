@@ -61,16 +61,6 @@ class RunPlan:
         """Model replicas."""
         return self.parallel.data_parallel
 
-    @property
-    def train_manifest(self) -> "Manifest":
-        """The training dataset's manifest."""
-        return self.train_rows.manifest
-
-    @property
-    def evaluation_manifest(self) -> "Manifest | None":
-        """The held-out dataset's manifest, if there is one."""
-        return self.evaluation_rows.manifest if self.evaluation_rows else None
-
 
 def check_world(config: RunConfig, world_size: int) -> ParallelSizes:
     """Divide the processes over the parallel degrees.

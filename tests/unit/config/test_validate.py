@@ -26,8 +26,8 @@ def test_plan_of_a_good_run(inputs):
     assert plan.num_micro_batches == 8 // (2 * 2)
     assert plan.total_steps == 10
     assert (plan.train_rows.rows_per_epoch, plan.train_rows.tail_tokens) == (20, 20)
-    assert plan.train_manifest.tokens == 100 + 300 + 199 + 57 + 4
-    assert plan.evaluation_manifest.documents == 2
+    assert plan.train_rows.manifest.tokens == 100 + 300 + 199 + 57 + 4
+    assert plan.evaluation_rows.manifest.documents == 2
     assert plan.architecture.hidden_size == 16 and plan.feature_architecture == plan.architecture
     assert plan.block_plan.num_blocks == 3
     assert plan.notes == ()

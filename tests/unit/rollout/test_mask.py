@@ -5,8 +5,8 @@ import torch
 
 from ebft_mega.model.attention import StridedCoreAttention, StridedLayout
 from ebft_mega.rollout.layout import packed_sequence
-from ebft_mega.rollout.mask import packed_positions, strided_mask
 from ebft_mega.rollout.plan import BlockPlan
+from tests.unit.rollout.dense_mask import packed_positions, strided_mask
 
 PLANS = {
     "stride<G": BlockPlan(14, 2, 4, 4, 3),
