@@ -5,6 +5,7 @@ from dataclasses import dataclass
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_HANG = 3
 EXIT_DAMAGED_DATA = 4
 
 

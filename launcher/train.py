@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -11,7 +12,7 @@ sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.planner import describe_run  # noqa: E402
 from ebft_mega.config.validate import check_run  # noqa: E402
-from ebft_mega.errors import EbftError, InputProblems  # noqa: E402
+from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,24 +32,53 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def be_rank_of_slurm_task(environment: MutableMapping[str, str]) -> None:
+    """Under a bare `srun` of several tasks, be the rank that the task's number says.
+
+    Other launchers set RANK themselves. Within an allocation but outside of a step (no SLURM_STEP_ID) a process is
+    alone, although a batch script has a SLURM_PROCID, too.
+
+    Raises:
+        ConfigError: the tasks are on several machines and MASTER_ADDR does not say where the first of them is.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    is_task = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    if "RANK" in environment or not is_task or tasks == "1":
+        return
+    rank, local_rank = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
+    environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=tasks)
+    nodes = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES"))
+    if "MASTER_ADDR" not in environment and nodes != "1":
+        expected = "the host name of the first rank (launcher/slurm/many_nodes.sbatch sets it)"
+        raise ConfigError([Problem("srun", "MASTER_ADDR", "nothing", expected)])
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    # Below the ports that a system hands out, and different for jobs that share a machine.
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the job; without a launcher it does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> int:
     """Run the job and return the exit code."""
     arguments = parse_arguments()
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
     try:
+        be_rank_of_slurm_task(os.environ)
         config = load_config(arguments.config, arguments.overrides)
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
         plan = check_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
         if arguments.dry_run:
-            if is_first_rank:
+            if is_first_rank():
                 print(describe_run(config, plan))
             return 0
         from ebft_mega.train.run import run_training
 
         return run_training(config, plan, trace_step)
     except EbftError as error:
-        if is_first_rank or not isinstance(error, InputProblems):  # all ranks find the same bad input
+        if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code
 

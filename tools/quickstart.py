@@ -38,6 +38,15 @@ def parse_arguments() -> argparse.Namespace:
         help="wall time to aim at on two quiet cores; scales the steps of every phase (default %(default)g)",
     )
     parser.add_argument("--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set a key of every training run, such as parallel.tensor_parallel_size=2",
+    )
     parser.add_argument("--fresh", action="store_true", help="reuse nothing from an earlier run")
     return parser.parse_args()
 
@@ -77,7 +86,14 @@ def main() -> int:
         environment=thread_environment(arguments.ranks),
         fresh=arguments.fresh,
     )
-    experiment = Experiment(runner, WORKSPACE, WORKSPACE / "data", arguments.ranks, scale_for(arguments.budget_seconds))
+    experiment = Experiment(
+        runner,
+        WORKSPACE,
+        WORKSPACE / "data",
+        arguments.ranks,
+        scale_for(arguments.budget_seconds),
+        overrides=tuple(arguments.overrides),
+    )
     try:
         page = report(experiment.run_arms("validation"))
     except EbftError as error:

@@ -1,163 +1,17 @@
 """What a run will do and what it will need, as text: the answer of `--dry-run`. No torch.
 
-All sizes are worked out, not measured. The memory table counts the tensors that the formulas below name;
-allocator slack, communication buffers and libraries come on top.
+All sizes are worked out, not measured; `layout.py` and `memory.py` say how.
 """
 
-from dataclasses import dataclass
-
+from ebft_mega.config.layout import RankPart, rank_parts
 from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.memory import learn_tokens_per_row, plan_memory, scored_rows, worst_stage
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
-from ebft_mega.model.architecture import Architecture, tapped_layers
+from ebft_mega.model.architecture import tapped_layers
+from ebft_mega.model.partition import StageShape
 
-FLOAT32_BYTES = 4
 GIB_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes on one rank. States are always there; phases follow each other, so only one counts."""
-
-    states: dict[str, int]
-    phases: dict[str, dict[str, int]]  # phase: what it needs
-
-    @property
-    def peak_bytes(self) -> int:
-        """States and the largest phase."""
-        return sum(self.states.values()) + max(sum(parts.values()) for parts in self.phases.values())
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes of one value of `train.dtype`."""
-    return {"bfloat16": 2, "float32": 4}[dtype]
-
-
-def feature_parameters(architecture: Architecture, fractions: tuple[float, ...]) -> int:
-    """Parameters of the frozen network: embedding V * H, layers up to the deepest tap, no head.
-
-    The final norm (H) belongs to it only if the deepest tap is the last layer.
-    """
-    depth = tapped_layers(fractions, architecture.num_hidden_layers)[-1]
-    norm = architecture.hidden_size if depth == architecture.num_hidden_layers else 0
-    embedding = architecture.vocab_size * architecture.hidden_size
-    return embedding + depth * architecture.layer_parameters + norm
-
-
-def zero3_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str) -> dict[str, int]:
-    """ZeRO-3's share of one rank, with N parameters and D replicas, b bytes each in `dtype`.
-
-    Parameters b*N/D, gradients 4*N/D (float32 accumulation), Adam's two moments 8*N/D, and in bfloat16 a
-    float32 master copy 4*N/D; in float32 the parameters are their own master.
-    """
-    share = -(-num_parameters // data_parallel_size)
-    states = {
-        "parameters": share * element_bytes(dtype),
-        "gradients (float32)": share * FLOAT32_BYTES,
-        "Adam moments (float32)": 2 * share * FLOAT32_BYTES,
-    }
-    if dtype != "float32":
-        states["master parameters (float32)"] = share * FLOAT32_BYTES
-    return states
-
-
-def cache_bytes(architecture: Architecture, config: RunConfig) -> int:
-    """Keys and values of a micro-batch's rollouts.
-
-    Per row (last anchor + K*n*(G - 1)) tokens: the document once for all samples, and all generated tokens
-    but the last of each rollout; per token and layer 2 * key-value heads * head_dim values of b bytes.
-    """
-    plan = config.block_plan
-    tokens = plan.anchors[-1] + plan.rollouts_per_row * (plan.generate_length - 1)
-    per_token = 2 * architecture.num_key_value_heads * architecture.head_dim * architecture.num_hidden_layers
-    return config.train.micro_batch_size * tokens * per_token * element_bytes(config.train.dtype)
-
-
-def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
-    """Document tokens and generated tokens of a row in the gradient pass.
-
-    The document ends at the last anchor, or at P - 1 when `ce_coef` wants its targets; a rollout's last token
-    predicts nothing and stays out: K*n*(G - 1).
-    """
-    plan = config.block_plan
-    document = plan.sequence_length - 1 if config.ebft.ce_coef > 0 else plan.anchors[-1]
-    generated = plan.rollouts_per_row * (plan.generate_length - 1) if config.uses_rollouts else 0
-    return document, generated
-
-
-def scored_rows(config: RunConfig) -> int:
-    """Token rows of a packed row that the language-model head sees in the gradient pass.
-
-    The document's P - 1 rows if `ce_coef` > 0, else the K rows before the anchors; and K*n*(G - 1) generated
-    rows.
-    """
-    document, generated = learn_tokens_per_row(config)
-    return (document if config.ebft.ce_coef > 0 else config.block_plan.num_blocks) + generated
-
-
-def layer_activation_bytes(architecture: Architecture, config: RunConfig) -> int:
-    """What one layer keeps of a micro-batch for its backward pass, b bytes a value.
-
-    Per token b * (5*H + 3*Q + 4*KV + 4*I): both norms' inputs and outputs and the residual (5 H); queries and
-    keys before and after the rotary embedding, values and the attention output (3 Q + 4 KV); gate, up, the
-    activated gate and product (4 I). Each generated token also keeps its attention weights over the document
-    and its own rollout, heads * (document + G - 1) values, as float32 and as a copy of b bytes.
-    """
-    document, generated = learn_tokens_per_row(config)
-    width = element_bytes(config.train.dtype)
-    query = architecture.num_attention_heads * architecture.head_dim
-    key_value = architecture.num_key_value_heads * architecture.head_dim
-    values = 5 * architecture.hidden_size + 3 * query + 4 * key_value + 4 * architecture.intermediate_size
-    weights = architecture.num_attention_heads * (document + config.ebft.generate_max_len - 1)
-    per_row = (document + generated) * values * width + generated * weights * (FLOAT32_BYTES + width)
-    return config.train.micro_batch_size * per_row
-
-
-def activation_bytes(architecture: Architecture, config: RunConfig) -> int:
-    """Activations of all layers in the gradient pass.
-
-    Without checkpointing L layers keep everything; with it each keeps its input (b*H a token) and one
-    at a time is recomputed.
-    """
-    layer = layer_activation_bytes(architecture, config)
-    if config.train.activation_checkpointing == "none":
-        return architecture.num_hidden_layers * layer
-    tokens = config.train.micro_batch_size * sum(learn_tokens_per_row(config))
-    inputs = tokens * architecture.hidden_size * element_bytes(config.train.dtype)
-    return architecture.num_hidden_layers * inputs + layer
-
-
-def plan_memory(config: RunConfig, plan: RunPlan) -> MemoryPlan:
-    """Memory of one rank, in bytes.
-
-    Gathered parameters are b*N during rollouts, which hold them all, otherwise the larger of the embedding and one
-    layer.
-    A decode pass makes K*n logit rows per packed row, V values each.
-    `rl_coef: 0` has neither a rollout phase nor a feature network.
-    """
-    architecture, width = plan.architecture, element_bytes(config.train.dtype)
-    states = zero3_state_bytes(architecture.num_parameters, plan.data_parallel_size, config.train.dtype)
-    embedding = architecture.vocab_size * architecture.hidden_size
-    one_module = max(embedding, architecture.layer_parameters) * width
-    phases = {}
-    if config.uses_rollouts:
-        frozen = feature_parameters(plan.feature_architecture, config.ebft.feature_layers)
-        states["frozen feature network"] = frozen * width
-        phases["rollout"] = {
-            "gathered parameters": architecture.num_parameters * width,
-            "keys and values": cache_bytes(architecture, config),
-            "logits of one token per rollout (float32)": config.train.micro_batch_size
-            * config.block_plan.rollouts_per_row
-            * architecture.vocab_size
-            * FLOAT32_BYTES,
-        }
-    logits = config.train.micro_batch_size * scored_rows(config) * architecture.vocab_size * FLOAT32_BYTES
-    phases["learn"] = {
-        "gathered parameters": one_module,
-        "activations": activation_bytes(architecture, config),
-        "scored logits (float32)": logits,
-    }
-    return MemoryPlan(states, phases)
 
 
 def describe_run(config: RunConfig, plan: RunPlan) -> str:
@@ -167,6 +21,8 @@ def describe_run(config: RunConfig, plan: RunPlan) -> str:
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),
+        _title("Layout") + _layout_text(config, plan),
+        _title("Each rank's part") + _parts_text(config, plan),
         _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan),
     ]
     if plan.notes:
@@ -240,9 +96,113 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
     return _table(table)
 
 
+def _layout_text(config: RunConfig, plan: RunPlan) -> str:
+    """Which rank is what, and who talks to whom."""
+    sizes = plan.parallel
+    tensor, data, pipeline = sizes.tensor_parallel, sizes.data_parallel, sizes.pipeline_parallel
+    apart = tensor * data  # ranks between neighbouring stages
+    rows = config.train.global_batch_size // data
+    own_rows = f"rows {rows} * r to {rows} * r + {rows - 1}" if rows > 1 else "row r"
+    neighbours = f"rank - {apart} and rank + {apart}; the last stage returns tokens to rank - {apart * (pipeline - 1)}"
+    state = {0: "nothing", 1: "the optimizer state", 2: "optimizer state and gradients", 3: "all states"}
+    return _table(
+        [
+            ("tensor x data x pipeline parallel", f"{tensor} x {data} x {pipeline}"),
+            ("rank", f"slice + {tensor} * (replica + {data} * stage)"),
+            ("tensor-parallel peers", f"{tensor} consecutive ranks" if tensor > 1 else "none"),
+            ("sequence parallel", "yes" if config.parallel.sequence_parallel else "no"),
+            ("data-parallel peers", f"{data} ranks, {tensor} apart" if data > 1 else "none"),
+            ("pipeline neighbours", neighbours if pipeline > 1 else "none"),
+            ("rows of a replica per step", f"{rows}: replica r has {own_rows}"),
+            ("ZeRO divides over the replicas", f"{state[config.zero.stage]} (stage {config.zero.stage})"),
+        ]
+    )
+
+
+def _parts_text(config: RunConfig, plan: RunPlan) -> str:
+    """One line for the ranks of each stage and slice."""
+    head = ["ranks", "stage", "slice", "layers", "with", "parameters", "heads", "key-value heads", "token ids"]
+    rows = [[*head, "feature layers"] if config.uses_rollouts else head]
+    rows += [_part_cells(part) for part in rank_parts(config, plan)]
+    return _columns(rows, numbers=(head.index("parameters"),))
+
+
+def _part_cells(part: RankPart) -> list[str]:
+    keys = _span(part.heads.key_value)
+    tokens = f"{_span(part.vocabulary.tokens)} + {part.vocabulary.padding:,} padding"
+    if not part.vocabulary.padding:
+        tokens = _span(part.vocabulary.tokens)
+    cells = [
+        _ranks(part.ranks),
+        str(part.stage),
+        str(part.tensor_slice),
+        _layers(part.policy),
+        _modules(part.policy),
+        f"{part.parameters:,}",
+        _span(part.heads.query),
+        keys if part.heads.sharers == 1 else f"1/{part.heads.sharers} of {keys}",
+        tokens if part.has_vocabulary else "none",
+    ]
+    return cells if part.features is None else [*cells, _layers(part.features)]
+
+
+def _ranks(ranks: range) -> str:
+    """World ranks: `5`, `0-7`, or `3, 11, ... 1019` for every eighth."""
+    if len(ranks) == 1 or ranks.step == 1:
+        return _span(ranks)
+    if len(ranks) == 2:
+        return f"{ranks[0]}, {ranks[1]}"
+    return f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
+
+
+def _span(numbers: range) -> str:
+    """First and last of consecutive numbers."""
+    if not numbers:
+        return "none"
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _layers(shape: StageShape) -> str:
+    return _span(range(shape.first_layer, shape.first_layer + shape.num_layers))
+
+
+def _modules(shape: StageShape) -> str:
+    """What a stage has besides layers."""
+    parts = (("embedding", shape.has_embedding), ("norm", shape.has_final_norm), ("head", shape.has_head))
+    return ", ".join(name for name, present in parts if present) or "-"
+
+
+def _columns(rows: list[list[str]], numbers: tuple[int, ...]) -> str:
+    """Aligned columns; those in `numbers` to the right."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in numbers else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
 def _memory_text(config: RunConfig, plan: RunPlan) -> str:
-    memory = plan_memory(config, plan)
+    """Every tensor of the rank that needs the most; with several stages also a line for each of them."""
+    worst = worst_stage(config, plan)
+    memory = plan_memory(config, plan, worst)
     rows = [(name, size) for name, size in memory.states.items()]
     rows += [(f"{phase}: {name}", size) for phase, parts in memory.phases.items() for name, size in parts.items()]
     rows.append(("peak (states and the largest phase)", memory.peak_bytes))
-    return _table([(name, f"{size / GIB_BYTES:10.3f}") for name, size in rows])
+    table = _table([(name, f"{size / GIB_BYTES:10.3f}") for name, size in rows])
+    if plan.parallel.pipeline_parallel == 1:
+        return table
+    return f"Ranks of stage {worst}, which need the most:\n{table}\n\nAll stages:\n{_stages_text(config, plan)}"
+
+
+def _stages_text(config: RunConfig, plan: RunPlan) -> str:
+    memories = [plan_memory(config, plan, stage) for stage in range(plan.parallel.pipeline_parallel)]
+    phases = list(memories[0].phases)
+    rows = [["stage", "states", *phases, "peak"]]
+    for stage, memory in enumerate(memories):
+        sizes = [memory.state_bytes, *(memory.phase_bytes(phase) for phase in phases), memory.peak_bytes]
+        rows.append([str(stage), *(f"{size / GIB_BYTES:.3f}" for size in sizes)])
+    return _columns(rows, numbers=tuple(range(1, len(rows[0]))))

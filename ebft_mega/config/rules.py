@@ -17,12 +17,7 @@ from ebft_mega.model.architecture import Architecture
 NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "data.document_masking": (False,),
     "data.on_error": ("raise",),
-    "parallel.tensor_parallel_size": (1,),
-    "parallel.pipeline_parallel_size": (1,),
-    "parallel.sequence_parallel": (False,),
     "train.max_run_minutes": (None,),
-    "zero.stage": (3,),
-    "zero.hold_parameters": ("rollout",),
     "zero.offload_optimizer": ("none",),
     "learn.reuse_rollout": ("auto", "off"),
     "checkpoint.interval": (None,),
@@ -143,6 +138,12 @@ def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "train.global_batch_size", str(rows), f"a multiple of train.micro_batch_size {micro}")
 
 
+def _sequence_parallel_needs_ranks(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1:
+        found = "true, with parallel.tensor_parallel_size 1"
+        yield Problem("", "parallel.sequence_parallel", found, "false, or a tensor-parallel size above 1")
+
+
 def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
     ebft = config.ebft
     if ebft.rl_coef == 0 and ebft.ce_coef == 0:
@@ -168,6 +169,7 @@ RULES = (
     Rule(("train.max_tokens", "train.global_batch_size", "data.sequence_length"), _at_least_one_step),
     Rule(_GEOMETRY, _blocks_fit),
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
+    Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
 )
 
@@ -201,4 +203,12 @@ def notes(config: RunConfig) -> list[str]:
             f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "
             f"({config.total_steps} steps): the learning rate never gets to train.lr."
         )
+    zero = config.zero
+    if zero.stage < 3 and zero.hold_parameters != "rollout":
+        found.append(
+            f"zero.hold_parameters {zero.hold_parameters} changes nothing: parameters are only divided at "
+            f"zero.stage 3, not at {zero.stage}."
+        )
+    if zero.feature_network == "sharded" and not config.uses_rollouts:
+        found.append("zero.feature_network sharded changes nothing: ebft.rl_coef is 0, so there is no feature network.")
     return found

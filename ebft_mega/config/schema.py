@@ -223,6 +223,13 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "full"] = key(
         "none", allowed="none or full", meaning="`full`: keep only each layer's input and recompute the rest."
     )
+    step_timeout_minutes: float = key(
+        30.0,
+        allowed="a number > 0, minutes",
+        meaning="(ours) When no optimizer step ends for so long, every rank dumps its stacks and the run ends "
+        "with exit code 3.",
+        gt=0,
+    )
 
 
 class ZeroConfig(Section):
@@ -232,7 +239,13 @@ class ZeroConfig(Section):
     hold_parameters: Literal["rollout", "step", "none"] = key(
         "rollout",
         allowed="rollout, step or none",
-        meaning="For how long all parameters stay gathered: the rollout phase, the whole step, or never.",
+        meaning="For how long all parameters stay gathered at stage 3: the rollout phase, the whole step, or never.",
+    )
+    feature_network: Literal["resident", "sharded"] = key(
+        "resident",
+        allowed="resident or sharded",
+        meaning="(ours) The frozen network: whole on every data-parallel process, or divided over them and "
+        "gathered once for the features phase.",
     )
     offload_optimizer: Literal["none", "cpu"] = key(
         "none", allowed="none or cpu", meaning="Where the optimizer state lives (none: on the accelerator)."

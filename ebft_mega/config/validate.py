@@ -1,7 +1,7 @@
 """Checks against the world: the number of processes, the model directory, the datasets. No torch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -10,7 +10,12 @@ from ebft_mega.config.model_files import weight_file_problems
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.architecture import Architecture, tapped_layers
+from ebft_mega.model.partition import (
+    NUM_VOCABULARY_BLOCKS,
+    tensor_parallel_obstacles,
+    valid_tensor_parallel_sizes,
+)
 from ebft_mega.rollout.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -62,27 +67,75 @@ class RunPlan:
         return self.parallel.data_parallel
 
 
-def check_world(config: RunConfig, world_size: int) -> ParallelSizes:
+def check_world(config: RunConfig, world_size: int, models: Sequence[Architecture] = ()) -> ParallelSizes:
     """Divide the processes over the parallel degrees.
 
     Args:
         config: the run.
         world_size: number of processes.
+        models: the policy and, if it is another one, the feature model; both are cut by the same degrees. None if
+            they are not known.
     Raises:
-        ConfigError: the degrees do not multiply to the world size, or the batch cannot be divided.
+        ConfigError: the degrees fit neither heads nor layers, do not multiply to the world size, or leave a batch
+            that cannot be divided; each with the choices that are valid.
     """
     tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    problems: list[Problem] = []
+
+    def refuse(key: str, found: str, expected: str) -> None:
+        problems.append(Problem(config.place(key), key, found, expected))
+
+    obstacles = dict.fromkeys(text for model in models for text in tensor_parallel_obstacles(model, tensor))
+    if obstacles:
+        expected = f"{_listed(_tensor_choices(models, world_size))}, as heads, widths and vocabulary allow"
+        refuse("parallel.tensor_parallel_size", f"{tensor}: {', '.join(obstacles)}", expected)
+    if models and pipeline > models[0].num_hidden_layers:
+        found = f"{pipeline} stages for {models[0].num_hidden_layers} layers"
+        refuse("parallel.pipeline_parallel_size", found, f"at most {models[0].num_hidden_layers}")
+
     data, left_over = divmod(world_size, tensor * pipeline)
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     if left_over or not data:
         found = f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} processes per replica"
-        place = config.place("parallel")
-        raise ConfigError([Problem(place, "parallel", found, f"a divisor of the world size {world_size}")])
-    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if rows % (micro * data):
-        key = "train.global_batch_size"
+        choices = _layout_choices(config, world_size, models)
+        refuse("parallel", found, f"a divisor of the world size {world_size}; with this batch: {choices or 'none'}")
+    elif rows % (micro * data):
         expected = f"a multiple of {micro * data} (train.micro_batch_size {micro} x data-parallel size {data})"
-        raise ConfigError([Problem(config.place(key), key, str(rows), expected)])
+        choices = _layout_choices(config, world_size, models)
+        refuse("train.global_batch_size", str(rows), f"{expected}, or {choices}" if choices else expected)
+    if problems:
+        raise ConfigError(problems)
     return ParallelSizes(tensor, pipeline, data)
+
+
+def _tensor_choices(models: Sequence[Architecture], limit: int) -> list[int]:
+    """Tensor-parallel sizes that every model can be cut into, up to a limit."""
+    common = {size for size in range(1, limit + 1) if NUM_VOCABULARY_BLOCKS % size == 0}
+    for model in models:
+        common.intersection_update(valid_tensor_parallel_sizes(model))
+    return sorted(common)
+
+
+def _layout_choices(config: RunConfig, world_size: int, models: Sequence[Architecture]) -> str:
+    """Degrees that fit the processes, the models and the batch; empty if none do."""
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
+    most_stages = models[0].num_hidden_layers if models else world_size
+    choices = []
+    for tensor in _tensor_choices(models, world_size):
+        pipelines = [
+            pipeline
+            for pipeline in range(1, min(most_stages, world_size // tensor) + 1)
+            if world_size % (tensor * pipeline) == 0 and rows % (micro * (world_size // (tensor * pipeline))) == 0
+        ]
+        if pipelines:
+            choices.append(f"tensor {tensor} with pipeline {_listed(pipelines)}")
+    return "; ".join(choices)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers as a choice in words."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_run(config: RunConfig, world_size: int) -> RunPlan:
@@ -107,9 +160,11 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
             problems.extend(error.problems)
             return None
 
-    sizes = attempt(check_world, config, world_size)
     architecture = attempt(_policy_architecture, config)
     feature_architecture = attempt(_feature_architecture, config) if config.ebft.feature_model else architecture
+    # With the policy's sizes unknown, the feature model's would be taken for them.
+    models = [model for model in (architecture, feature_architecture) if model] if architecture else []
+    sizes = attempt(check_world, config, world_size, models)
     train_rows = attempt(_rows, config, "data.shards", config.data.shards, config.seed)
     held_out = config.evaluation.shards
     evaluation_rows = attempt(_rows, config, "evaluation.shards", held_out, None) if held_out else None
@@ -127,16 +182,21 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
         problems += _too_few_rows(config, "evaluation.shards", evaluation_rows, "evaluation.rows")
     if problems or not (sizes and architecture and feature_architecture and train_rows):
         raise InputError(problems)
+    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * sizes.data_parallel)
     return RunPlan(
         architecture=architecture,
         feature_architecture=feature_architecture,
         block_plan=config.block_plan,
         parallel=sizes,
-        num_micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * sizes.data_parallel),
+        num_micro_batches=num_micro_batches,
         total_steps=config.total_steps,
         train_rows=train_rows,
         evaluation_rows=evaluation_rows,
-        notes=tuple(notes(config) + _input_notes(config, architecture, train_rows, evaluation_rows)),
+        notes=(
+            *notes(config),
+            *_input_notes(config, architecture, train_rows, evaluation_rows),
+            *_pipeline_notes(config, sizes, num_micro_batches, feature_architecture),
+        ),
     )
 
 
@@ -243,4 +303,22 @@ def _input_notes(
         )
     if held_out and held_out.manifest.fingerprint == train.manifest.fingerprint:
         found.append("evaluation.shards is the training dataset itself: nothing is held out.")
+    return found
+
+
+def _pipeline_notes(
+    config: RunConfig, sizes: ParallelSizes, num_micro_batches: int, features: Architecture
+) -> list[str]:
+    """What a long pipeline costs."""
+    stages, found = sizes.pipeline_parallel, []
+    if num_micro_batches < stages:
+        decoding = round(100 * (stages - num_micro_batches) / stages)
+        learning = round(100 * (stages - 1) / (num_micro_batches + stages - 1))
+        found.append(
+            f"A replica has fewer micro-batches ({num_micro_batches}) than pipeline stages ({stages}): a stage is "
+            f"idle for {decoding} % of the rollout phase and {learning} % of the gradient pass."
+        )
+    depth = tapped_layers(config.ebft.feature_layers, features.num_hidden_layers)[-1]
+    if config.uses_rollouts and depth < stages:
+        found.append(f"The feature network has {depth} layers for {stages} pipeline stages: the last have none.")
     return found

@@ -14,10 +14,12 @@ from ebft_mega.data.progress import track
 from ebft_mega.data.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settings, merge
-from ebft_mega.features.network import FeatureNetwork, build_feature_network
+from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import SafetensorsWeights, load_weights
-from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.types import DTYPES, TokenBatch
 
@@ -50,6 +52,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     policy = Stage(architecture, StageShape.whole(architecture), groups, dtype)
     load_weights(policy, SafetensorsWeights(request.model, architecture))
     policy.to(groups.device).requires_grad_(False).eval()
+    model = PipelinedModel.of(policy)
     network = _feature_network(request.feature_model, config, groups, dtype)
     settings = evaluation_settings(config)
 
@@ -62,7 +65,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     )
     batches = rows.to(groups.device).split(settings.micro_batch_size)
     parts: list[Evaluation] = [
-        evaluate(policy, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
+        evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
     ]
     evaluation = merge(parts)
     content = {
@@ -92,9 +95,8 @@ def _feature_network(directory: Path, config: RunConfig, groups: ProcessGroups, 
     architecture, ebft = Architecture.from_directory(directory), config.ebft
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
     source = SafetensorsWeights(directory, architecture, deepest)
-    return build_feature_network(
-        architecture, source, ebft.feature_layers, ebft.embed_method, ebft.feature_norm, groups, dtype
-    )
+    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype)
+    return build_feature_network(architecture, source, settings, groups)
 
 
 def _check_tokenizer(model: Path, dataset_sha256: str, data: Path) -> None:

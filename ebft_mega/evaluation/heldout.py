@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.network import FeatureNetwork
-from ebft_mega.model.stage import Stage
+from ebft_mega.model.stage import PipelinedModel
 from ebft_mega.reward.closed_forms import (
     Whitening,
     block_rewards,
@@ -23,12 +23,13 @@ from ebft_mega.reward.closed_forms import (
 from ebft_mega.reward.duplicates import duplicate_share_per_row
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.plan import BlockPlan
-from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.types import TokenBatch
+from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
+from ebft_mega.types import Rollout, TokenBatch
 
 # The sampling noise of evaluations is that of a step which no training has.
 EVALUATION_STEP = -1
 SHOWN_BLOCKS = 3
+BATCHES_PER_STAGE = 4
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,49 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    policy: Stage, feature_network: FeatureNetwork | None, rows: TokenBatch, settings: EvaluationSettings
+    policy: PipelinedModel, feature_network: FeatureNetwork | None, rows: TokenBatch, settings: EvaluationSettings
 ) -> Evaluation:
-    """Evaluate this rank's held-out rows.
+    """Evaluate this replica's held-out rows.
 
     Args:
-        policy: the whole model with whole parameters.
+        policy: the model with whole parameters.
         feature_network: None evaluates the cross-entropy alone.
-        rows: held-out rows, `row_indices` counting over all ranks.
-    Communication: none beyond the layers'; `merge` puts the ranks together.
+        rows: held-out rows, `row_indices` counting over all replicas.
+    Returns:
+        Evaluation, the same on every rank of the replica.
+    Communication: that of scoring, generation and `FeatureNetwork.grams`; `merge` puts the replicas together.
     """
+    batches = rows.split(settings.micro_batch_size)
+    # Enough at a time to keep every pipeline stage busy; tapped rows are held for as many.
+    together = BATCHES_PER_STAGE * policy.groups.pipeline_size
+    parts = [
+        _evaluate_together(policy, feature_network, batches[first : first + together], settings)
+        for first in range(0, len(batches), together)
+    ]
+    return merge(parts)
+
+
+def _evaluate_together(
+    policy: PipelinedModel,
+    feature_network: FeatureNetwork | None,
+    batches: Sequence[TokenBatch],
+    settings: EvaluationSettings,
+) -> Evaluation:
+    """Evaluate a few micro-batches."""
+    plan = settings.plan
+    requests = [ScoreRequest(batch.tokens, None, targets=True, temperature=1.0) for batch in batches]
     per_row: dict[str, list[float]] = {}
-    shown: list[ShownBlock] = []
-    for batch in rows.split(settings.micro_batch_size):
-        request = ScoreRequest(batch.tokens, None, targets=True, temperature=1.0)
-        (target_logprobs,) = score(policy, request, settings.plan)
-        figures = {"eval/ce_loss": -target_logprobs.double().mean(dim=1)}
-        if feature_network is not None:
-            figures |= _rollout_figures(policy, feature_network, batch, settings, shown)
-        for name, values in figures.items():
+    for logprobs in score_without_gradient(policy, requests, plan):
+        assert logprobs.target is not None, "targets were asked for"
+        per_row.setdefault("eval/ce_loss", []).extend((-logprobs.target.double().mean(dim=1)).tolist())
+    if feature_network is None:
+        return Evaluation(per_row, ())
+    rollouts = generate_rollouts(policy, batches, plan, settings.sampling, EVALUATION_STEP)
+    grams = feature_network.grams(batches, rollouts, plan)
+    for gram, rollout in zip(grams, rollouts, strict=True):
+        for name, values in _rollout_figures(gram, rollout, settings).items():
             per_row.setdefault(name, []).extend(values.tolist())
-    return Evaluation(per_row, tuple(shown[:SHOWN_BLOCKS]))
+    return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan))
 
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:
@@ -118,38 +141,31 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
     return merge([part for part in parts if part is not None])
 
 
-def _rollout_figures(
-    policy: Stage,
-    network: FeatureNetwork,
-    batch: TokenBatch,
-    settings: EvaluationSettings,
-    shown: list[ShownBlock],
-) -> dict[str, Tensor]:
-    """Per-row figures [B] that need rollouts; appends blocks to show."""
-    plan = settings.plan
-    rollout = generate_rollouts(policy, batch, plan, settings.sampling, EVALUATION_STEP)
-    gram = network.grams(batch, rollout, plan)
-    whitened = block_rewards(gram, "sample", 1.0, 1.0)
-    trained = block_rewards(gram, settings.whitening, 1.0, 1.0)
+def _rollout_figures(gram: Tensor, rollout: Rollout, settings: EvaluationSettings) -> dict[str, Tensor]:
+    """Per-row figures [B] that need rollouts."""
     figures = {
-        "eval/alignment": whitened.alignment.mean(dim=(1, 2)),
+        "eval/alignment": block_rewards(gram, "sample", 1.0, 1.0).alignment.mean(dim=(1, 2)),
         "eval/raw_cosine": raw_cosine(gram).mean(dim=(1, 2)),
-        "eval/cfm_loss": trained.cfm.mean(dim=1),
+        "eval/cfm_loss": block_rewards(gram, settings.whitening, 1.0, 1.0).cfm.mean(dim=1),
         "eval/duplicate_share": duplicate_share_per_row(rollout.tokens),
     }
-    if plan.num_samples > 1:
+    if settings.plan.num_samples > 1:
         figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram).mean(dim=1)
-    if not shown:
-        for block in range(0, plan.num_blocks, max(1, plan.num_blocks // SHOWN_BLOCKS)):
-            anchor = plan.anchors[block]
-            shown.append(
-                ShownBlock(
-                    row=int(batch.row_indices[0]),
-                    block=block,
-                    context=batch.tokens[0, :anchor].tolist(),
-                    target=batch.tokens[0, anchor : anchor + plan.generate_length].tolist(),
-                    rollouts=rollout.tokens[0, :, block].tolist(),
-                    alignment=whitened.alignment[0, :, block].tolist(),
-                )
-            )
     return figures
+
+
+def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
+    """A few blocks of a batch's first row."""
+    alignment = block_rewards(gram[:1], "sample", 1.0, 1.0).alignment[0]
+    blocks = range(0, plan.num_blocks, max(1, plan.num_blocks // SHOWN_BLOCKS))
+    return tuple(
+        ShownBlock(
+            row=int(batch.row_indices[0]),
+            block=block,
+            context=batch.tokens[0, : plan.anchors[block]].tolist(),
+            target=batch.tokens[0, plan.anchors[block] : plan.anchors[block] + plan.generate_length].tolist(),
+            rollouts=rollout.tokens[0, :, block].tolist(),
+            alignment=alignment[:, block].tolist(),
+        )
+        for block in blocks[:SHOWN_BLOCKS]
+    )

@@ -58,9 +58,10 @@ class Experiment:
         runner: runs and times the commands, in the repository root.
         workspace: directory of all run directories, relative to the root.
         data: directory of the corpus, tokenizer and datasets, relative to the root; may be shared.
-        num_ranks: data-parallel processes of a training run.
+        num_ranks: processes of a training run.
         scale: share of the configured work.
         seed: of the data order, random weights and sampling noise of every run; None keeps the configs' own.
+        overrides: further `key=value` texts for every training run, such as a parallel layout.
         ebft_overrides: further `key=value` texts for the EBFT arm.
     """
 
@@ -70,6 +71,7 @@ class Experiment:
     num_ranks: int
     scale: Scale = Scale()
     seed: int | None = None
+    overrides: tuple[str, ...] = ()
     ebft_overrides: tuple[str, ...] = ()
 
     def prepare_data(self) -> str:
@@ -215,7 +217,7 @@ class Experiment:
     def _overrides(self, arm: str) -> list[str]:
         """`key=value` for what differs from the file; none at all for the plain quickstart."""
         path = self.runner.root / CONFIGS[arm]
-        extra = list(self.ebft_overrides) if arm == EBFT else []
+        extra = [*self.overrides, *(self.ebft_overrides if arm == EBFT else ())]
         configured = load_config(path, extra)
         steps = self.scale.steps(configured.total_steps)
         wanted: dict[str, tuple[object, object]] = {

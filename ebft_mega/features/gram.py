@@ -1,39 +1,40 @@
 """Inner products of a block's rollout features and target feature, without ever forming a feature.
 
-A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers of inner
-products of hidden states, so layers (and later shards and stages) add up and only `[B, K, n+1, n+1]` matters.
-Features are rows 0..n-1 for the samples and row n for the target. Everything after the hidden states is float64:
-whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
+A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers and over slices of
+the hidden dimension. So every rank keeps what its layers and its slice give, and what crosses ranks is one
+`[n + 1, n + 1]` matrix per block (and, where a norm has to be known before tokens are pooled, one squared length per
+token). Features are rows 0..n-1 for the samples and row n for the target. Everything after the hidden states is
+float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.rollout.plan import BlockPlan
 
 EmbedMethod = Literal["last_token", "mean_pooling"]
 FeatureNorm = Literal["joint", "per_layer"]
 
 
-def block_rows(hidden: Tensor, plan: BlockPlan, embed_method: EmbedMethod) -> Tensor:
-    """Hidden states of each block's rollouts and target at the positions that pooling reads.
+def pooled_positions(plan: BlockPlan, embed_method: EmbedMethod, device: torch.device) -> Tensor:
+    """Where in a packed sequence (the document, then all rollouts whole) features are read.
 
     Args:
-        hidden: [P + R * G, B, H], one tapped layer over a packed sequence.
         embed_method: `last_token` reads the last position of each window, `mean_pooling` all G.
     Returns:
-        float64 [B, K, n + 1, T, H]; T is 1 or G.
+        int64 [K, n + 1, T]; T is 1 or G; the target's window is in the document itself.
     """
-    length, generated = plan.sequence_length, plan.generate_length
-    first = generated - 1 if embed_method == "last_token" else 0
-    rollouts = hidden[length:].unflatten(0, (plan.num_blocks, plan.num_samples, generated))[:, :, first:]
-    window = torch.arange(first, generated, device=hidden.device)
-    targets = hidden[torch.tensor(plan.anchors, device=hidden.device)[:, None] + window]  # [K, T, B, H]
-    rows = torch.cat((rollouts, targets[:, None]), dim=1)  # [K, n + 1, T, B, H]
-    return rows.permute(3, 0, 1, 2, 4).to(torch.float64)
+    generated = plan.generate_length
+    window = torch.arange(generated - 1 if embed_method == "last_token" else 0, generated, device=device)
+    rollouts = plan.sequence_length + generated * torch.arange(plan.rollouts_per_row, device=device)
+    targets = torch.tensor(plan.anchors, device=device)
+    starts = torch.cat((rollouts.view(plan.num_blocks, plan.num_samples), targets[:, None]), dim=1)
+    return starts[..., None] + window
 
 
 def inner_products(features: Tensor) -> Tensor:
@@ -52,38 +53,57 @@ def pool_tokens(rows: Tensor, squared_norms: Tensor) -> Tensor:
     """Mean over tokens of normalised token features; the mean itself is not normalised (the authors' code).
 
     Args:
-        rows: [B, K, n + 1, G, H]; squared_norms: [B, K, n + 1, G], over all layers that are normalised together.
+        rows: [B, K, n + 1, T, H or a slice of it]; squared_norms: [B, K, n + 1, T], over everything that is
+            normalised together.
     Returns:
-        [B, K, n + 1, H].
+        [B, K, n + 1, H or the slice].
     """
     lengths = squared_norms.clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
     return (rows / lengths[..., None]).mean(dim=-2)
 
 
+def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over a group's ranks, with the same bits on each."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values
+
+
 def block_grams(
-    taps: Sequence[Tensor], plan: BlockPlan, embed_method: EmbedMethod, feature_norm: FeatureNorm
+    taps: Sequence[Tensor],
+    shape: tuple[int, ...],
+    embed_method: EmbedMethod,
+    feature_norm: FeatureNorm,
+    groups: ProcessGroups,
+    device: torch.device,
 ) -> Tensor:
-    """Gram matrix of every block from the tapped layers of one packed pass.
+    """Gram matrix of every block of a micro-batch from what this rank has of the tapped layers.
 
     Args:
-        taps: one [P + R * G, B, H] per tapped layer, in the network's dtype.
+        taps: one [B, K, n + 1, T, H / tensor-parallel ranks] per tapped layer on this stage, T positions as
+            `pooled_positions` says, in the network's dtype; no taps are zeros.
+        shape: B, K, n + 1, T.
         feature_norm: `joint` scales the concatenated layers to length one (the authors' code), `per_layer` each
             layer before concatenation (length sqrt(number of layers); axolotl).
     Returns:
-        float64 [B, K, n + 1, n + 1].
-    Communication: none.
+        float64 [B, K, n + 1, n + 1], the same on every rank of the replica.
+    Communication: over the replica's ranks one all-reduce of B * K * (n + 1)^2 float64; with joint mean pooling
+        one more of B * K * (n + 1) * G before it. With `per_layer`, over the tensor-parallel group one of
+        B * K * (n + 1) * T for each tapped layer.
     Source: EBFT paper (arXiv 2603.12248), feature network; the authors' `hidden_state_method: concat`.
     """
-    rows = [block_rows(hidden, plan, embed_method) for hidden in taps]
-    if embed_method == "last_token":
-        grams = [inner_products(layer[..., 0, :]) for layer in rows]
-        if feature_norm == "per_layer":
-            grams = [unit_diagonal(gram) for gram in grams]
-        total = torch.stack(grams).sum(dim=0)
-        return unit_diagonal(total) if feature_norm == "joint" else total
-    # Pooling comes after normalisation, so a joint norm needs each token's length over all layers first.
-    squared_norms = [layer.square().sum(dim=-1) for layer in rows]
-    if feature_norm == "joint":
-        squared_norms = [torch.stack(squared_norms).sum(dim=0)] * len(rows)
-    pooled = [pool_tokens(layer, norms) for layer, norms in zip(rows, squared_norms, strict=True)]
-    return torch.stack([inner_products(layer) for layer in pooled]).sum(dim=0)
+    rows = [layer.to(torch.float64) for layer in taps]
+    squares = [layer.square().sum(dim=-1) for layer in rows]
+    zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+    if feature_norm == "per_layer":
+        squares = [summed(layer, groups.tensor_parallel) for layer in squares]
+        features = [pool_tokens(layer, norms) for layer, norms in zip(rows, squares, strict=True)]
+    elif embed_method == "mean_pooling":
+        # Pooling comes after normalisation, so a token's length over all layers has to be known before.
+        norms = summed(sum(squares, zeros), groups.model_parallel)
+        features = [pool_tokens(layer, norms) for layer in rows]
+    else:
+        features = [layer[..., 0, :] for layer in rows]
+    own = sum(map(inner_products, features), zeros[..., 0, None] * zeros[..., None, :, 0])
+    gram = summed(own, groups.model_parallel)
+    return unit_diagonal(gram) if feature_norm == "joint" and embed_method == "last_token" else gram

@@ -44,6 +44,11 @@ class StridedLayout:
     tokens_per_rollout: int  # generated positions of each rollout in this pass
     cache: KeyValueCache | None = None
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the pass."""
+        return self.document_length + self.rollout_anchors.numel() * self.tokens_per_rollout
+
     @classmethod
     def of(
         cls,
@@ -137,13 +142,15 @@ class StridedCoreAttention(torch.nn.Module):
         """Attend within a strided layout.
 
         Args:
-            query: [S, B, heads, d]; key, value: [S, B, groups, d]; S as `layout` says.
+            query: [S, B, heads, d]; key, value: [S, B, groups, d]; S as `layout` says, or a few positions more:
+                filler that makes the sequence divisible among sequence-parallel ranks.
         Returns:
-            [S, B, heads * d].
+            [S, B, heads * d], zeros for filler.
         Communication: none; heads of other tensor-parallel ranks are theirs.
         """
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, d]
         length, per_rollout = layout.document_length, layout.tokens_per_rollout
+        end, filler = layout.num_positions, query.shape[2] - layout.num_positions
         cache, layer = layout.cache, self.layer_number
         parts = []
         if length:
@@ -155,14 +162,16 @@ class StridedCoreAttention(torch.nn.Module):
             document_key, document_value = cache.document[layer]
         if per_rollout:
             shape = (layout.rollout_anchors.numel(), per_rollout)
-            own_key, own_value = (tensor[:, :, length:].unflatten(2, shape) for tensor in (key, value))
+            own_key, own_value = (tensor[:, :, length:end].unflatten(2, shape) for tensor in (key, value))
             if cache is not None:
                 own_key, own_value = cache.append(layer, own_key, own_value)
-            own_query = query[:, :, length:].unflatten(2, shape)
+            own_query = query[:, :, length:end].unflatten(2, shape)
             parts.append(
                 rollout_attention(
                     own_query, document_key, document_value, own_key, own_value, layout.rollout_anchors
                 ).flatten(2, 3)
             )
+        if filler:
+            parts.append(query.new_zeros(*query.shape[:2], filler, query.shape[3]))
         out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return out.permute(2, 0, 1, 3).flatten(2)

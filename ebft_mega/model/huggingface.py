@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from ebft_mega.data.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.partition import padded_vocabulary
 from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.groups import ProcessGroups
 
 SHARD_BYTES = 4 * 2**30
 
@@ -142,62 +146,101 @@ def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict
 
 @dataclass(frozen=True)
 class Packing:
-    """How one parameter of a stage is made of Hugging Face tensors."""
+    """How one parameter of a stage is made of Hugging Face tensors: as slices, one per tensor-parallel rank."""
 
     sources: tuple[str, ...]
-    pack: Callable[[tuple[Tensor, ...]], Tensor]
-    unpack: Callable[[Tensor], tuple[Tensor, ...]]
+    to_slices: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    from_slices: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-def _only(tensors: tuple[Tensor, ...]) -> Tensor:
-    return tensors[0]
-
-
-def _as_one(tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor,)
-
-
-def packing_of(parameter: str, architecture: Architecture) -> Packing:
+def packing_of(parameter: str, architecture: Architecture, first_layer: int, ranks: int) -> Packing:
     """The packing of a stage's parameter.
 
     Args:
         parameter: name in `Stage.named_parameters()`.
+        first_layer: index in the model of the stage's first layer.
+        ranks: tensor-parallel size.
     """
-    top_level = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "final_norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    if parameter in top_level:
-        return Packing((top_level[parameter],), _only, _as_one)
+    if parameter in ("embedding.weight", "head.weight"):
+        is_head = parameter == "head.weight" and not architecture.tie_word_embeddings
+        source = "lm_head.weight" if is_head else "model.embed_tokens.weight"
+        return _vocabulary_packing(source, architecture.vocab_size, ranks)
+    if parameter == "final_norm.weight":
+        return _whole_packing("model.norm.weight", ranks)
     _, layer, rest = parameter.split(".", 2)
-    prefix = f"model.layers.{layer}."
-    plain = {
+    prefix = f"model.layers.{first_layer + int(layer)}."
+    norms = {
         "input_layernorm.weight": "input_layernorm.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
         "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
         "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     }
-    if rest in plain:
-        return Packing((prefix + plain[rest],), _only, _as_one)
+    if rest in norms:
+        return _whole_packing(prefix + norms[rest], ranks)
+    if rest == "self_attention.linear_proj.weight":
+        return _input_packing(prefix + "self_attn.o_proj.weight", ranks)
+    if rest == "mlp.linear_fc2.weight":
+        return _input_packing(prefix + "mlp.down_proj.weight", ranks)
     if rest == "mlp.linear_fc1.weight":
-        gate_and_up = (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight")
-        return Packing(gate_and_up, torch.cat, lambda tensor: tuple(tensor.chunk(2)))
+        rows = architecture.intermediate_size // ranks
+        return _stacked_packing((prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"), (rows, rows), ranks)
     kind = rest.removeprefix("self_attention.linear_qkv.")
     sources = tuple(f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv")
-    groups, dim = architecture.num_key_value_heads, architecture.head_dim
-    queries_per_group = architecture.num_attention_heads // groups
+    query = architecture.num_attention_heads * architecture.head_dim
+    key_value = architecture.num_key_value_heads * architecture.head_dim
+    if architecture.num_key_value_heads < ranks:
+        # Query heads, then this rank's part of a key head and of its value head (`layers.SharedHeadsSelfAttention`).
+        return _stacked_packing(sources, (query // ranks, key_value // ranks, key_value // ranks), ranks)
+    return _grouped_packing(sources, (query, key_value, key_value), architecture.num_key_value_heads, ranks)
 
-    def pack(tensors: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
-    def unpack(tensor: Tensor) -> tuple[Tensor, ...]:
-        parts = tensor.unflatten(0, (groups, -1)).split((queries_per_group * dim, dim, dim), dim=1)
+def _whole_packing(source: str, ranks: int) -> Packing:
+    """The same tensor on every rank."""
+    return Packing((source,), lambda tensors: tensors * ranks, lambda slices: slices[:1])
+
+
+def _input_packing(source: str, ranks: int) -> Packing:
+    """A matrix whose input columns are shared out."""
+    return Packing(
+        (source,), lambda tensors: tensors[0].chunk(ranks, dim=1), lambda slices: (torch.cat(slices, dim=1),)
+    )
+
+
+def _vocabulary_packing(source: str, vocab_size: int, ranks: int) -> Packing:
+    """A matrix with one row per token; the rows that fill the vocabulary up are zero and belong to no file."""
+    filler = padded_vocabulary(vocab_size, ranks) - vocab_size
+
+    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return F.pad(tensors[0], (0, 0, 0, filler)).chunk(ranks)
+
+    return Packing((source,), to_slices, lambda slices: (torch.cat(slices)[:vocab_size],))
+
+
+def _stacked_packing(sources: tuple[str, ...], rows: tuple[int, ...], ranks: int) -> Packing:
+    """Several tensors whose output rows are shared out: a rank has `rows` of each, one tensor below the other."""
+
+    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(shares) for shares in zip(*(tensor.chunk(ranks) for tensor in tensors), strict=True))
+
+    def from_slices(slices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(shares) for shares in zip(*(part.split(rows) for part in slices), strict=True))
+
+    return Packing(sources, to_slices, from_slices)
+
+
+def _grouped_packing(sources: tuple[str, ...], rows: tuple[int, ...], groups: int, ranks: int) -> Packing:
+    """Query, key and value rows kept together per key-value group, and the groups shared out (megatron-core)."""
+    rows_per_group = [count // groups for count in rows]
+
+    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        grouped = torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1)
+        return tuple(part.flatten(0, 1) for part in grouped.chunk(ranks))
+
+    def from_slices(slices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        parts = torch.cat(slices).unflatten(0, (groups, -1)).split(rows_per_group, dim=1)
         return tuple(part.flatten(0, 1) for part in parts)
 
-    return Packing(sources, pack, unpack)
+    return Packing(sources, to_slices, from_slices)
 
 
 def load_weights(
@@ -213,20 +256,68 @@ def load_weights(
         is_reader: whether this rank reads the source (rank 0 of the partition's group, or everyone).
     Communication: that of `gathered`.
     """
+    groups = stage.groups
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
-            packing = packing_of(name, stage.architecture)
+            packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
             with gathered(parameter):
                 if is_reader:
                     tensors = tuple(source.tensor(hf_name) for hf_name in packing.sources)
-                    parameter.data.copy_(packing.pack(tensors))
+                    parameter.data.copy_(packing.to_slices(tensors)[groups.tensor_parallel_rank])
 
 
-def hf_tensors(parameters: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Full parameters of a stage as Hugging Face tensors, one after another."""
-    for name, parameter in parameters:
-        packing = packing_of(name, architecture)
-        yield from zip(packing.sources, packing.unpack(parameter), strict=True)
+def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterator[tuple[str, Tensor]]:
+    """The whole model as Hugging Face tensors, one after another, the same on every rank.
+
+    Args:
+        parameters: name and this rank's slice of every parameter of the stage, in the stage's order.
+        stage: this rank's stage (its parameters are not looked at, only what they are).
+    Communication: per parameter one all-gather over the tensor-parallel group if it is sliced, then one broadcast
+        along the pipeline; every rank has to exhaust the iterator.
+    """
+    groups, ranks = stage.groups, stage.groups.tensor_parallel_size
+    roles = stage.parameter_roles()
+    for turn in range(groups.pipeline_size):
+        if turn == groups.pipeline_rank:
+            for name, parameter in parameters:
+                if roles[name].copy:
+                    continue
+                packing = packing_of(name, stage.architecture, stage.shape.first_layer, ranks)
+                slices = tuple(torch.empty_like(parameter) for _ in range(ranks))
+                if roles[name].sharded:
+                    dist.all_gather(list(slices), parameter.contiguous(), group=groups.tensor_parallel)
+                else:
+                    slices = (parameter,) * ranks
+                for pair in zip(packing.sources, packing.from_slices(slices), strict=True):
+                    _announce(pair, groups)
+                    yield pair
+            _announce(None, groups)
+        else:
+            while (heard := _hear(turn, groups)) is not None:
+                yield heard
+
+
+def _announce(pair: tuple[str, Tensor] | None, groups: ProcessGroups) -> None:
+    """Give the other stages a named tensor of this one, or tell them that there is no more."""
+    if groups.pipeline_size == 1:
+        return
+    header = [None if pair is None else (pair[0], pair[1].shape, pair[1].dtype)]
+    options = {"group": groups.pipeline_parallel, "group_src": groups.pipeline_rank}
+    dist.broadcast_object_list(header, device=groups.device, **options)
+    if pair is not None:
+        dist.broadcast(pair[1].contiguous(), **options)
+
+
+def _hear(stage: int, groups: ProcessGroups) -> tuple[str, Tensor] | None:
+    """What a stage announces next."""
+    header: list[tuple[str, torch.Size, torch.dtype] | None] = [None]
+    dist.broadcast_object_list(header, group=groups.pipeline_parallel, group_src=stage, device=groups.device)
+    if header[0] is None:
+        return None
+    name, shape, dtype = header[0]
+    tensor = torch.empty(shape, dtype=dtype, device=groups.device)
+    dist.broadcast(tensor, group=groups.pipeline_parallel, group_src=stage)
+    return name, tensor
 
 
 def write_model(

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,16 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 class ProcessGroups:
     """The ranks that this process talks to, one group per parallel axis.
 
-    `data_parallel` ranks hold different rows and share the ZeRO partitions; `tensor_parallel` ranks hold slices of
-    one layer; `pipeline_parallel` ranks hold consecutive layers.
+    Ranks are numbered with the tensor-parallel axis fastest, then data, then pipeline: the chattiest axis stays
+    within a machine.
     """
 
-    data_parallel: dist.ProcessGroup
-    tensor_parallel: dist.ProcessGroup
-    pipeline_parallel: dist.ProcessGroup
+    data_parallel: dist.ProcessGroup  # other rows, same weights: ZeRO partitions
+    tensor_parallel: dist.ProcessGroup  # same rows, other slices of each layer
+    pipeline_parallel: dist.ProcessGroup  # same rows, other layers
+    model_parallel: dist.ProcessGroup  # all ranks of one replica: tensor x pipeline
+    embedding: dist.ProcessGroup  # first and last stage of one pipeline, which both hold a tied embedding
+    alone: dist.ProcessGroup  # this rank by itself
     device: torch.device
 
     @property
@@ -32,8 +36,38 @@ class ProcessGroups:
 
     @property
     def data_parallel_size(self) -> int:
-        """How many ranks share a global batch."""
+        """How many replicas share a global batch."""
         return dist.get_world_size(self.data_parallel)
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """Which slice of each layer this process holds."""
+        return dist.get_rank(self.tensor_parallel)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Slices that each layer is cut into."""
+        return dist.get_world_size(self.tensor_parallel)
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which stage this process holds."""
+        return dist.get_rank(self.pipeline_parallel)
+
+    @property
+    def pipeline_size(self) -> int:
+        """Stages that the layers are cut into."""
+        return dist.get_world_size(self.pipeline_parallel)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process embeds tokens."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process predicts tokens."""
+        return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def is_first(self) -> bool:
@@ -42,9 +76,8 @@ class ProcessGroups:
 
     def megatron(self) -> ProcessGroupCollection:
         """The groups in megatron-core's own wrapper, for its layers."""
-        # A context-parallel group of one: the tensor-parallel group is the only group of size one at hand while
-        # context parallelism is refused, and megatron-core asks only for its size.
-        return ProcessGroupCollection(tp=self.tensor_parallel, pp=self.pipeline_parallel, cp=self.tensor_parallel)
+        # Layers number themselves, and context parallelism is refused: both groups are asked for size and rank alone.
+        return ProcessGroupCollection(tp=self.tensor_parallel, pp=self.alone, cp=self.alone)
 
 
 def local_device() -> torch.device:
@@ -56,13 +89,17 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def connect() -> torch.device:
+def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
     """Join the job's process group from the launcher's environment; alone if there is no launcher.
 
     Communication: creates the default process group (NCCL on GPUs, gloo on CPUs).
+    Args:
+        timeout: after which a collective that some rank never joined fails on the others.
     Returns:
         The device of this process.
     """
+    # megatron-core overlaps the all-reduces of its backward pass only when kernels start in the order of the calls.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = local_device()
     if not dist.is_initialized():
         alone = "RANK" not in os.environ
@@ -71,7 +108,7 @@ def connect() -> torch.device:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
             store=dist.HashStore() if alone else None,
             rank=0 if alone else -1,
             world_size=1 if alone else -1,
@@ -79,16 +116,47 @@ def connect() -> torch.device:
     return device
 
 
-def make_process_groups(device: torch.device) -> ProcessGroups:
-    """One group per axis, for a job in which all ranks are data parallel.
+def make_process_groups(
+    device: torch.device,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
+) -> ProcessGroups:
+    """One group per axis; what the two degrees leave of the world is data parallel.
 
+    Args:
+        timeout: as for `connect`; torch gives a new group its own default instead of the world's.
     Communication: every rank creates the same groups in the same order.
     """
+    tensor, pipeline = tensor_parallel_size, pipeline_parallel_size
     world_size = dist.get_world_size()
-    alone = [dist.new_group([rank]) for rank in range(world_size)][dist.get_rank()]
+    data = world_size // (tensor * pipeline)
+    assert tensor * pipeline * data == world_size, "check_world lets no other layout pass"
+
+    def group(key: Callable[[int, int, int], object]) -> dist.ProcessGroup:
+        """The group of this rank when ranks with equal `key(tensor, data, pipeline place)` belong together."""
+        members: dict[object, list[int]] = {}
+        for rank in range(world_size):
+            place = rank % tensor, rank // tensor % data, rank // (tensor * data)
+            members.setdefault(key(*place), []).append(rank)
+        own = None
+        for ranks in members.values():
+            made = dist.new_group(ranks, timeout=timeout)
+            if dist.get_rank() in ranks:
+                own = made
+        assert own is not None, "every rank has a key"
+        return own
+
+    def ends(tensor_rank: int, data_rank: int, stage: int) -> object:
+        is_end = stage in (0, pipeline - 1)
+        return (tensor_rank, data_rank, None if is_end else stage)
+
     return ProcessGroups(
-        data_parallel=dist.new_group(list(range(world_size))),
-        tensor_parallel=alone,
-        pipeline_parallel=alone,
+        data_parallel=group(lambda t, d, p: (t, p)),
+        tensor_parallel=group(lambda t, d, p: (d, p)),
+        pipeline_parallel=group(lambda t, d, p: (t, d)),
+        model_parallel=group(lambda t, d, p: d),
+        embedding=group(ends),
+        alone=group(lambda t, d, p: (t, d, p)),
         device=device,
     )

@@ -9,17 +9,36 @@ import warnings
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        VocabParallelEmbedding,
+        gather_from_sequence_parallel_region,
+    )
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 __all__ = [
     "ColumnParallelLinear",
     "ProcessGroupCollection",
+    "SelfAttention",
     "TransformerConfig",
     "TransformerLayer",
+    "TransformerLayerSubmodules",
     "VocabParallelEmbedding",
+    "gather_from_sequence_parallel_region",
     "get_gpt_layer_local_spec",
 ]
+
+
+def make_gather_buffer() -> None:
+    """Make the buffer in which sequence-parallel linear layers gather their input.
+
+    It is the only piece of megatron-core's global state that the layers need; its own start-up makes it together with
+    process groups of its own.
+    """
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()

@@ -1,20 +1,28 @@
 """The loop around the step: batches in, metrics out, evaluations in between. It knows nothing of the algorithm."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from ebft_mega.data.loader import BatchLoader
 from ebft_mega.data.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
 from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.train.faults import dump_step
 from ebft_mega.train.schedule import learning_rate
-from ebft_mega.train.step import Trainer, train_step
+from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import speed_metrics, step_metrics
+from ebft_mega.train.watchdog import Watchdog
 from ebft_mega.types import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 # A run in which no update was applied for so long will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -54,26 +62,65 @@ class Observer:
                 file.write(json.dumps(record) + "\n")
 
 
+@dataclass
+class SkippedSteps:
+    """Counts the steps that all ranks skipped because something was not finite on one of them."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def count(self, trainer: Trainer, result: StepResult, number: int) -> None:
+        """Take in the step with this number, the first being 1.
+
+        Raises:
+            NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written
+                what the step looked like.
+        Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
+        """
+        if result.update.applied:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        logger.warning(
+            "step %d: skipped by all ranks, because a loss, a reward or a gradient was not finite on one of them "
+            "(%d in a row, %d in all)",
+            number,
+            self.in_a_row,
+            self.total,
+        )
+        if self.in_a_row == MAX_SKIPPED_IN_A_ROW:
+            path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
+            logger.error("wrote %s", path)
+            dist.barrier()
+            raise NonFiniteStepError(
+                f"step {number}: {self.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
+                f"finite; rows and statistics are in {path.parent}"
+            )
+
+
 def train(
     trainer: Trainer,
     loader: BatchLoader,
     held_out: HeldOut | None,
     total_steps: int,
     observer: Observer | None,
+    watchdog: Watchdog,
 ) -> None:
     """Run all optimizer steps.
 
     Raises:
         NonFiniteStepError: `MAX_SKIPPED_IN_A_ROW` updates in a row were skipped by all ranks.
         DamagedDataError: a document failed its checksum.
-    Communication: collective over the data-parallel group.
+    Communication: collective over all ranks.
     """
     settings = trainer.config.train
     batches: Iterator[TokenBatch] = iter(loader)
-    skipped = 0
+    skipped = SkippedSteps()
     if observer is not None and held_out is not None:
         observer.writer.note("evaluating the initial model")
     report(observer, 0, evaluate_now(trainer, held_out, 0, observer))
+    watchdog.beat("evaluation of the initial model")
     for step in range(total_steps):
         started = time.perf_counter()
         trainer.timers.reset()
@@ -88,27 +135,41 @@ def train(
         )
         result = train_step(trainer, batch, step, rate)
         loader.commit()
-        metrics = step_metrics(trainer, result, rate)
-        metrics |= speed_metrics(trainer, time.perf_counter() - started, trainer.timers.seconds())
-
-        skipped = 0 if result.update.applied else skipped + 1
-        if skipped == MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteStepError(f"step {step}: {skipped} updates in a row had a gradient that is not finite")
         done = step + 1
+        skipped.count(trainer, result, done)
+        metrics = step_metrics(trainer, result, rate)
+        metrics["train/skipped_steps"] = float(skipped.total)
+        step_seconds = time.perf_counter() - started
+        metrics |= speed_metrics(trainer, step_seconds, trainer.timers.seconds())
+        metrics |= seconds_over_ranks(step_seconds, trainer.groups.device)
+        watchdog.beat(f"step {done}")
+
         due = held_out is not None and held_out.interval is not None and done % held_out.interval == 0
         if due or done == total_steps:
             metrics |= evaluate_now(trainer, held_out, done, observer)
+            watchdog.beat(f"evaluation after step {done}")
         report(observer, done, metrics)
+
+
+def seconds_over_ranks(step_seconds: float, device: torch.device) -> dict[str, float]:
+    """The shortest and the longest time of a step on any rank, in seconds: a straggler is a wide gap.
+
+    Communication: one all-reduce of two float64 over all ranks.
+    """
+    extremes = torch.tensor([-step_seconds, step_seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    negative_shortest, longest = extremes.tolist()
+    return {"perf/step_seconds_min": -negative_shortest, "perf/step_seconds_max": longest}
 
 
 def evaluate_now(trainer: Trainer, held_out: HeldOut | None, step: int, observer: Observer | None) -> dict[str, float]:
     """Held-out figures of the policy as it is.
 
-    Communication: one gathering of all parameters and one of a few numbers per row.
+    Communication: that of `evaluate`, and one gathering of a few numbers per row.
     """
     if held_out is None:
         return {}
-    with trainer.engine.whole_parameters() as policy:
+    with trainer.policy() as policy:
         local = evaluate(policy, trainer.feature_network, held_out.rows, held_out.settings)
     evaluation = gather(local, trainer.groups.data_parallel)
     if observer is not None:

@@ -1,5 +1,7 @@
 """One run, from its configuration to its final model: everything is built here and nowhere else."""
 
+import datetime
+import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,13 +19,14 @@ from ebft_mega.data.dataset import Dataset, open_dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
 from ebft_mega.data.stream import RowStream
 from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, ConfigError, EbftError, PeerFailedError, Problem
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, ConfigError, EbftError, PeerFailedError, Problem
 from ebft_mega.evaluation.heldout import evaluation_settings
-from ebft_mega.features.network import FeatureNetwork, build_feature_network
+from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.run_files import (
     STATUS_NAME,
-    RunState,
     failure_on_record,
+    record_failure,
     setup_rank_log,
     write_environment,
     write_status,
@@ -39,15 +42,20 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
 from ebft_mega.train.loop import HeldOut, Observer, train
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.trace import trace_step
+from ebft_mega.train.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
 from ebft_mega.types import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None) -> int:
@@ -60,7 +68,15 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         Exit code of every rank.
     Communication: every rank of the job calls it.
     """
-    groups = make_process_groups(connect())
+    step_timeout = datetime.timedelta(minutes=config.train.step_timeout_minutes)
+    collective_timeout = step_timeout + COLLECTIVE_MARGIN
+    parallel = config.parallel
+    groups = make_process_groups(
+        connect(collective_timeout),
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        collective_timeout,
+    )
     dataset = open_dataset(config.data.shards)
     loader = BatchLoader(
         RowStream(dataset, config.data.sequence_length, config.seed),
@@ -69,36 +85,37 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         groups.data_parallel_size,
     )
     if trace_directory is not None:
-        trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
-        trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
-        dist.barrier()
+        with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG):
+            trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
+            trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
+            dist.barrier()
         return EXIT_DONE
 
     output = config.output_dir
     make_run_directory(config)
     if groups.is_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
-    setup_rank_log(output, dist.get_rank())
+    dist.barrier()  # from here on a status is one of this run
+    log_path = setup_rank_log(output, dist.get_rank())
 
-    def record(state: RunState, exit_code: int) -> None:
-        steps = loader.state.next_row // config.train.global_batch_size
-        write_status(output, state, exit_code, steps, checkpoint=None)
+    def steps_done() -> int:
+        return loader.state.next_row // config.train.global_batch_size
 
     try:
-        _train_and_export(config, plan, groups, loader, dataset)
-    except EbftError as error:
-        record("failed", error.exit_code)
-        raise
+        with Watchdog(step_timeout, log_path, lambda: record_failure(output, EXIT_HANG, steps_done())) as watchdog:
+            _train_and_export(config, plan, groups, loader, dataset, watchdog)
+            dist.barrier()
     except BaseException as error:
+        leave_soon()
+        logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
         # A rank whose peer failed loses its connection; the peer's own word is the one that counts.
         peer_code = failure_on_record(output)
-        if peer_code is not None:
+        if peer_code is not None and not isinstance(error, EbftError):
             raise PeerFailedError(peer_code) from error
-        record("failed", EXIT_FAILED)
+        record_failure(output, error.exit_code if isinstance(error, EbftError) else EXIT_FAILED, steps_done())
         raise
-    dist.barrier()
     if groups.is_first:
-        record("done", EXIT_DONE)
+        write_status(output, "done", EXIT_DONE, steps_done(), checkpoint=None)
     dist.barrier()
     return EXIT_DONE
 
@@ -121,22 +138,29 @@ def make_run_directory(config: RunConfig) -> None:
 
 
 def _train_and_export(
-    config: RunConfig, plan: RunPlan, groups: ProcessGroups, loader: BatchLoader, dataset: Dataset
+    config: RunConfig,
+    plan: RunPlan,
+    groups: ProcessGroups,
+    loader: BatchLoader,
+    dataset: Dataset,
+    watchdog: Watchdog,
 ) -> None:
     """The run itself, with what it writes."""
     output = config.output_dir
     observer = _observer(config, plan, dataset) if groups.is_first else None
     try:
         trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
+        watchdog.beat("building of the model")
         held_out = _held_out(config, trainer, groups)
-        train(trainer, loader, held_out, plan.total_steps, observer)
-        tensors = hf_tensors(trainer.engine.full_parameters(), plan.architecture)
+        train(trainer, loader, held_out, plan.total_steps, observer, watchdog)
+        tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
         if groups.is_first:
             dtype = DTYPES[config.train.dtype]
             write_model(output / "hf", plan.architecture, tensors, dtype, dataset.tokenizer_directory)
         else:
             for _ in tensors:  # gathering a parameter is collective
                 pass
+        watchdog.beat("writing of the model")
     finally:
         if observer is not None:
             observer.writer.close()
@@ -152,18 +176,20 @@ def build_trainer(
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (often the same).
-    Communication: collective over the data-parallel group (weights are read by its first rank).
+    Communication: collective over the world (weights are read by the first rank of each data-parallel group).
     """
     dtype = DTYPES[config.train.dtype]
     source = _policy_weights(config, architecture)
+    shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
 
     def build_stage() -> Stage:
         return Stage(
             architecture,
-            StageShape.whole(architecture),
+            shape,
             groups,
             dtype,
             activation_checkpointing=config.train.activation_checkpointing == "full",
+            sequence_parallel=config.parallel.sequence_parallel,
         )
 
     def load(
@@ -172,12 +198,18 @@ def build_trainer(
         assert isinstance(stage, Stage)
         load_weights(stage, source, gathered, is_reader)
 
+    def roles(stage: nn.Module) -> dict[str, ParameterRole]:
+        assert isinstance(stage, Stage)
+        return stage.parameter_roles()
+
     settings = OptimizerSettings(
         betas=config.train.betas,
         weight_decay=config.train.weight_decay,
         grad_clip=config.train.grad_clip,
         dtype=dtype,
         micro_batch_size=config.train.micro_batch_size,
+        zero_stage=config.zero.stage,
+        hold_parameters=config.zero.hold_parameters,
     )
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
     return Trainer(
@@ -185,7 +217,7 @@ def build_trainer(
         plan=config.block_plan,
         sampling=SamplingSettings.of(config),
         groups=groups,
-        engine=ZeroEngine(build_stage, load, settings, groups),
+        engine=ZeroEngine(build_stage, load, roles, settings, groups),
         feature_network=(
             _feature_network(config, feature_architecture, source, groups) if config.uses_rollouts else None
         ),
@@ -208,15 +240,15 @@ def _feature_network(
     if ebft.feature_model is not None:
         deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
         source = SafetensorsWeights(ebft.feature_model, architecture, deepest)
-    return build_feature_network(
-        architecture,
-        source,
-        ebft.feature_layers,
-        ebft.embed_method,
-        ebft.feature_norm,
-        groups,
-        DTYPES[config.train.dtype],
+    settings = FeatureSettings(
+        layer_fractions=ebft.feature_layers,
+        embed_method=ebft.embed_method,
+        feature_norm=ebft.feature_norm,
+        dtype=DTYPES[config.train.dtype],
+        is_sharded=config.zero.feature_network == "sharded",
+        sequence_parallel=config.parallel.sequence_parallel,
     )
+    return build_feature_network(architecture, source, settings, groups)
 
 
 def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> HeldOut | None:

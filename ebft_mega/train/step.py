@@ -4,16 +4,23 @@ Rows of raw text -> n rollouts from every anchor -> inner products of features -
 REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on-policy: one update per rollout.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
+from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.advantage import block_advantages
+from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.pipeline import one_forward_one_backward, share_from_last_stage
+from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.closed_forms import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
@@ -33,6 +40,22 @@ class Trainer:
     engine: ZeroEngine
     feature_network: FeatureNetwork | None  # None: rl_coef is 0
     timers: PhaseTimers
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's part of the policy; what it is, not its parameters."""
+        stage = self.engine.module
+        assert isinstance(stage, Stage), "engines are built around stages"
+        return stage
+
+    @contextmanager
+    def policy(self) -> Iterator[PipelinedModel]:
+        """The policy with whole parameters, for passes without gradient.
+
+        Communication: over the data-parallel group one gather of all parameters, unless they are held.
+        """
+        with self.engine.whole_parameters() as run:
+            yield PipelinedModel.of(self.stage, run)
 
 
 @dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What happened in a step, per micro-batch of this rank."""
+    """What happened in a step, per micro-batch of this replica; the same on all of its ranks."""
 
     micro_batches: tuple[TokenBatch, ...]
     experiences: tuple[Experience, ...]  # empty when rl_coef is 0
@@ -70,74 +93,85 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
         batch: this rank's rows of the global batch.
         step: 0-based optimizer step; part of the sampling noise.
     Returns:
-        StepResult of this rank; `train.summary.step_metrics` reduces it over ranks.
-    Communication: collective over the data-parallel group: parameter gathers, gradient reductions, one norm.
+        StepResult of this rank's replica; `train.summary.step_metrics` reduces it over replicas.
+    Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
+        reduced; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and `learn`; one norm over all.
     """
-    config, timers, engine = trainer.config, trainer.timers, trainer.engine
-    ebft = config.ebft
+    config, timers = trainer.config, trainer.timers
     micro_batches = batch.split(config.train.micro_batch_size)
-    counts = count_tokens(trainer.plan, config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
 
-    experiences: tuple[Experience, ...] = ()
+    experiences: list[Experience] = []
     if trainer.feature_network is not None:
-        with timers.phase("rollout"), engine.whole_parameters() as policy:
-            rollouts = [generate_rollouts(policy, rows, trainer.plan, trainer.sampling, step) for rows in micro_batches]
+        with timers.phase("rollout"), trainer.policy() as policy:
+            rollouts = generate_rollouts(policy, micro_batches, trainer.plan, trainer.sampling, step)
         with timers.phase("features"):
-            experiences = tuple(
-                judge(trainer.feature_network, rows, rollout, trainer.plan, config)
-                for rows, rollout in zip(micro_batches, rollouts, strict=True)
-            )
-
-    learned = []
+            grams = trainer.feature_network.grams(micro_batches, rollouts, trainer.plan)
+            experiences = [judge(gram, rollout, config) for gram, rollout in zip(grams, rollouts, strict=True)]
     with timers.phase("learn"):
-        for index, rows in enumerate(micro_batches):
-            experience = experiences[index] if experiences else None
-            logprobs = policy_logprobs(trainer, rows, experience)
-            terms = loss_terms(
-                logprobs, experience.advantages if experience else None, counts, ebft.rl_coef, ebft.ce_coef
-            )
-            engine.backward(terms.total)
-            learned.append(Learned(detached(logprobs), LossTerms(terms.rl, terms.ce, terms.total.detach())))
-        update = engine.step(learning_rate)
-    return StepResult(micro_batches, experiences, tuple(learned), update)
+        learned = learn(trainer, micro_batches, experiences)
+        update = trainer.engine.step(learning_rate)
+    return StepResult(micro_batches, tuple(experiences), tuple(learned), update)
 
 
-def judge(
-    network: FeatureNetwork, rows: TokenBatch, rollout: Rollout, plan: BlockPlan, config: RunConfig
-) -> Experience:
+def judge(gram: Tensor, rollout: Rollout, config: RunConfig) -> Experience:
     """Rewards and advantages of a micro-batch's rollouts, from inner products of features alone.
 
-    Communication: that of the feature network's layers.
+    Args:
+        gram: float64 [B, K, n + 1, n + 1].
+    Communication: none; every rank of a replica has the same matrices.
     """
     ebft = config.ebft
-    gram = network.grams(rows, rollout, plan)
     rewards = block_rewards(gram, ebft.reward_whitening, ebft.alignment_coef, ebft.diversity_coef)
     advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
     return Experience(rollout, gram, rewards, advantages)
 
 
-def policy_logprobs(trainer: Trainer, rows: TokenBatch, experience: Experience | None) -> PolicyLogprobs:
-    """The policy's forward with gradient: what was sampled, and the text itself where cross-entropy wants it.
+def learn(trainer: Trainer, micro_batches: Sequence[TokenBatch], experiences: Sequence[Experience]) -> list[Learned]:
+    """Add up the gradient of all micro-batches: the policy's forward with gradient, the loss, the way back.
 
-    Communication: the engine's layer-by-layer parameter gathers.
+    Returns:
+        Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
+    Communication: the engine's layer-by-layer parameter gathers; hidden states and their gradients along the
+        pipeline; one broadcast of all log-probabilities and loss shares from its last stage.
     """
-    ebft = trainer.config.ebft
-    request = ScoreRequest(
-        tokens=rows.tokens,
-        rollouts=experience.rollout.tokens if experience else None,
-        targets=ebft.ce_coef > 0,
-        temperature=ebft.temperature,
-    )
-    scores = list(trainer.engine.forward(lambda policy: score(policy, request, trainer.plan)))
-    return PolicyLogprobs(
-        rollout=scores.pop(0) if request.rollouts is not None else None,
-        target=scores.pop(0) if request.targets else None,
-    )
+    ebft, plan, engine, groups = trainer.config.ebft, trainer.plan, trainer.engine, trainer.groups
+    counts = count_tokens(plan, trainer.config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
+    requests = [
+        ScoreRequest(
+            tokens=rows.tokens,
+            rollouts=experiences[index].rollout.tokens if experiences else None,
+            targets=ebft.ce_coef > 0,
+            temperature=ebft.temperature,
+        )
+        for index, rows in enumerate(micro_batches)
+    ]
+    vocabulary = VocabularyShard.of(trainer.stage.architecture.vocab_size, groups)
+    values: list[Tensor] = []  # on the last stage
 
+    def forward(index: int, received: Tensor | None) -> Tensor:
+        request = requests[index]
+        scores = engine.forward(lambda stage: score(stage, request, plan, vocabulary, received))
+        if not groups.is_last_stage:
+            return scores[0]
+        advantages = experiences[index].advantages if experiences else None
+        terms = loss_terms(request.logprobs(scores), advantages, counts, ebft.rl_coef, ebft.ce_coef)
+        values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
+        return guarded(terms.total, [experiences[index].rewards.reward] if experiences else [])
 
-def detached(logprobs: PolicyLogprobs) -> PolicyLogprobs:
-    """The same values without their graph."""
-    return PolicyLogprobs(
-        rollout=None if logprobs.rollout is None else logprobs.rollout.detach(),
-        target=None if logprobs.target is None else logprobs.target.detach(),
-    )
+    def backward(output: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:
+            engine.backward(output)
+        else:
+            engine.backward_from(output, gradient)
+
+    def hidden_buffer(index: int) -> Tensor:
+        return trainer.stage.hidden.empty(requests[index].num_positions(plan), len(requests[index].tokens))
+
+    one_forward_one_backward(groups, len(requests), forward, backward, hidden_buffer)
+    shapes = [shape for request in requests for shape in (*request.shapes(), (), (), ())]
+    shared = iter(share_from_last_stage(values, shapes, torch.float32, groups))
+    learned = []
+    for request in requests:
+        logprobs = request.logprobs([next(shared) for _ in request.shapes()])
+        learned.append(Learned(logprobs, LossTerms(rl=next(shared), ce=next(shared), total=next(shared))))
+    return learned

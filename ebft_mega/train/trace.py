@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.zero import ZeroEngine
 from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import step_metrics
 from ebft_mega.types import TokenBatch
@@ -22,11 +21,11 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
     Args:
         batch: this rank's rows of the first global batch.
         output: directory for the two files; made if needed.
-    Communication: collective over the data-parallel group; every float32 master weight is gathered twice.
+    Communication: collective over the world; every float32 master weight is gathered twice.
     """
-    before = [parameter.double().cpu() for _, parameter in trainer.engine.full_parameters()]
+    before = [parameter.double().cpu() for _, parameter in trainer.engine.local_parameters()]
     result = train_step(trainer, batch, step=0, learning_rate=trainer.config.train.lr)
-    checksum_after, squared_update = _parameter_change(trainer.engine, before)
+    checksums = _parameter_change(trainer, before)
     metrics = step_metrics(trainer, result, trainer.config.train.lr)
     tensors = _gather_rows(_local_tensors(result), trainer.groups)
     if not trainer.groups.is_first:
@@ -39,13 +38,12 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
         "loss": metrics["train/loss"],
         "cfm_loss": metrics.get("ebft/cfm_loss"),
         "grad_norm": metrics["train/grad_norm"],
-        "parameter_checksum_before": sum(float(parameter.abs().sum()) for parameter in before),
-        "parameter_checksum_after": checksum_after,
-        "update_norm": squared_update**0.5,
+        **checksums,
         "layout": {
             "data_parallel": trainer.groups.data_parallel_size,
-            "tensor_parallel": dist.get_world_size(trainer.groups.tensor_parallel),
-            "pipeline_parallel": dist.get_world_size(trainer.groups.pipeline_parallel),
+            "tensor_parallel": trainer.groups.tensor_parallel_size,
+            "pipeline_parallel": trainer.groups.pipeline_size,
+            "sequence_parallel": trainer.config.parallel.sequence_parallel,
             "zero_stage": trainer.config.zero.stage,
         },
         "config": trainer.config.model_dump(mode="json"),
@@ -53,18 +51,29 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
     (output / "step.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
-def _parameter_change(engine: ZeroEngine, before: Sequence[Tensor]) -> tuple[float, float]:
-    """Sum of absolute values now, and squared norm of the change, in float64."""
-    checksum = squared = 0.0
-    for old, (_, parameter) in zip(before, engine.full_parameters(), strict=True):
-        new = parameter.double().cpu()
-        checksum += float(new.abs().sum())
-        squared += float((new - old).square().sum())
-    return checksum, squared
+def _parameter_change(trainer: Trainer, before: Sequence[Tensor]) -> dict[str, float]:
+    """Checksums and the norm of the change over all parameters of the model, each counted once, in float64.
+
+    Vocabulary padding is zero and stays zero, so it adds nothing.
+    """
+    roles, rank = trainer.stage.parameter_roles(), trainer.groups.tensor_parallel_rank
+    sums = torch.zeros(3, dtype=torch.float64)
+    for old, (name, parameter) in zip(before, trainer.engine.local_parameters(), strict=True):
+        if roles[name].is_counted(rank):
+            new = parameter.double().cpu()
+            sums += torch.stack((old.abs().sum(), new.abs().sum(), (new - old).square().sum()))
+    sums = sums.to(trainer.groups.device)
+    dist.all_reduce(sums, group=trainer.groups.model_parallel)
+    checksum_before, checksum_after, squared_update = sums.tolist()
+    return {
+        "parameter_checksum_before": checksum_before,
+        "parameter_checksum_after": checksum_after,
+        "update_norm": squared_update**0.5,
+    }
 
 
 def _local_tensors(result: StepResult) -> dict[str, Tensor]:
-    """This rank's rows of every traced tensor."""
+    """This replica's rows of every traced tensor."""
     traced: dict[str, list[Tensor]] = {"tokens": [rows.tokens for rows in result.micro_batches]}
     for experience in result.experiences:
         traced.setdefault("rollouts", []).append(experience.rollout.tokens)

@@ -1,13 +1,16 @@
-"""What the ranks of the data-parallel tests do: a few steps of several cases, one after another."""
+"""What the ranks of the layout tests do: a few steps of several cases, one after another, with the real trainer."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
@@ -16,14 +19,16 @@ from ebft_mega.types import TokenBatch
 
 GLOBAL_BATCH = 4
 NUM_STEPS = 3
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-3
 
+# Five layers are uneven over two and over four stages; 131 tokens are no multiple of anything; with four
+# tensor-parallel ranks two of them share a key-value head.
 TEXT = """
 output_dir: unused
 seed: 11
 model:
-  config: {model_type: %s, vocab_size: 131, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4,
-           num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, tie_word_embeddings: true,
+  config: {model_type: %s, vocab_size: 131, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 5,
+           num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, tie_word_embeddings: %s,
            initializer_range: 0.2}
 data: {shards: unused, sequence_length: 24}
 ebft: {stride: 4, context_length: 4, generate_max_len: 4, n_samples_per_prompt: 3, temperature: 0.8, ce_coef: 0.3}
@@ -38,17 +43,37 @@ class Case:
     name: str
     overrides: tuple[str, ...] = ()
     model_type: str = "llama"
+    tied: bool = True
 
 
-CASES = (
-    Case("plain"),
-    Case("two rows a micro-batch", ("train.micro_batch_size=2",)),
-    Case("checkpointing", ("train.activation_checkpointing=full",)),
-    Case("cross-entropy only", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
-    Case("rollouts only", ("ebft.ce_coef=0", "train.grad_clip=0", "train.weight_decay=0.1")),
-    Case("top_p and mean pooling", ("ebft.top_p=0.9", "ebft.embed_method=mean_pooling"), "qwen3"),
-    Case("bfloat16", ("train.dtype=bfloat16",), "qwen2"),
-)
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share the work."""
+
+    data: int
+    tensor: int
+    pipeline: int
+    zero_stage: int = 3
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """As configuration keys."""
+        return (
+            f"parallel.tensor_parallel_size={self.tensor}",
+            f"parallel.pipeline_parallel_size={self.pipeline}",
+            f"parallel.sequence_parallel={str(self.sequence_parallel).lower()}",
+            f"zero.stage={self.zero_stage}",
+        )
+
+    def __str__(self) -> str:
+        text = f"dp{self.data}-tp{self.tensor}-pp{self.pipeline}"
+        text += f"-zero{self.zero_stage}" if self.zero_stage != 3 else ""
+        return text + ("-sp" if self.sequence_parallel else "")
 
 
 @dataclass
@@ -56,28 +81,20 @@ class Outcome:
     """What a case left behind on one rank."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
-    rollouts: list[Tensor] = field(default_factory=list)  # this rank's, per step
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    rollouts: list[Tensor] = field(default_factory=list)  # this replica's, per step
+    grams: list[Tensor] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # whole, under their Hugging Face names
 
 
-def config_of(case: Case, directory: str) -> RunConfig:
+def config_of(case: Case, directory: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     """The case's configuration."""
-    from pathlib import Path
-
-    path = Path(directory) / f"{case.name}-{connect_rank()}.yaml"
-    path.write_text(TEXT % case.model_type, encoding="utf-8")
-    return load_config(path, case.overrides)
-
-
-def connect_rank() -> int:
-    """This process's rank."""
-    import torch.distributed as dist
-
-    return dist.get_rank()
+    path = Path(directory) / f"{case.name}-{dist.get_rank()}.yaml"
+    path.write_text(TEXT % (case.model_type, str(case.tied).lower()), encoding="utf-8")
+    return load_config(path, (*case.overrides, *overrides))
 
 
 def rows_of_step(step: int, groups: ProcessGroups) -> TokenBatch:
-    """This rank's slice of a step's global batch of made-up rows."""
+    """This replica's slice of a step's global batch of made-up rows."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, 131, (GLOBAL_BATCH, 24), generator=generator)
     indices = torch.arange(GLOBAL_BATCH)
@@ -88,15 +105,19 @@ def rows_of_step(step: int, groups: ProcessGroups) -> TokenBatch:
     return TokenBatch(tokens[local], torch.zeros_like(tokens[local]), indices[local])
 
 
-def run_cases(cases: tuple[Case, ...], directory: str) -> dict[str, Outcome]:
-    """Run every case for a few steps with the real trainer."""
-    groups = make_process_groups(connect())
-    return {case.name: run_case(case, directory, groups) for case in cases}
+def run_cases(layout: Layout, cases: tuple[Case, ...], directory: str) -> dict[str, Outcome]:
+    """Run every case for a few steps."""
+    device = connect()
+    if layout.sequence_parallel:
+        # megatron-core's sequence-parallel mappings allocate on `torch.cuda.current_device()`, whatever the input is.
+        torch.cuda.current_device = lambda: device
+    groups = make_process_groups(device, layout.tensor, layout.pipeline)
+    return {case.name: run_case(layout, case, directory, groups) for case in cases}
 
 
-def run_case(case: Case, directory: str, groups: ProcessGroups) -> Outcome:
+def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups) -> Outcome:
     """A few steps of one case."""
-    config = config_of(case, directory)
+    config = config_of(case, directory, layout.overrides)
     assert config.model.config is not None
     architecture = Architecture.from_hf(config.model.config, "test")
     trainer = build_trainer(config, architecture, architecture, groups)
@@ -106,5 +127,11 @@ def run_case(case: Case, directory: str, groups: ProcessGroups) -> Outcome:
         outcome.metrics.append(step_metrics(trainer, result, LEARNING_RATE))
         if result.experiences:
             outcome.rollouts.append(torch.cat([item.rollout.tokens for item in result.experiences]))
-    outcome.parameters = {name: value.clone() for name, value in trainer.engine.full_parameters()}
+            outcome.grams.append(torch.cat([item.gram for item in result.experiences]))
+    outcome.parameters = {name: value.clone() for name, value in hf_tensors(local_parameters(trainer), trainer.stage)}
     return outcome
+
+
+def local_parameters(trainer):
+    """Detached master weights of this rank's slices."""
+    return ((name, parameter.detach()) for name, parameter in trainer.engine.local_parameters())

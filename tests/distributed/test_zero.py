@@ -1,171 +1,142 @@
-"""What each workaround of the ZeRO engine is for: the trap without it, and the right result with it."""
+"""Every ZeRO stage on every axis takes the steps of plain torch, and what is not finite anywhere is skipped everywhere.
+
+What each workaround is for is in `test_zero_traps.py`.
+"""
+
+from functools import cache
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
+from ebft_mega.parallel.zero import ZeroEngine
 from tests.distributed.ranks import run_ranks
+from tests.distributed.zero_stages import (
+    LEARNING_RATE,
+    Truth,
+    accumulate,
+    farthest,
+    make_engine,
+    plain_steps,
+    settings,
+)
 
-SIZE = 8
-
-
-class TwoBranches(nn.Module):
-    """Two matrices, of which a micro-batch may use one."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(SIZE, SIZE, bias=True)
-        self.second = nn.Linear(SIZE, SIZE, bias=True)
-
-    def forward(self, compute):
-        return compute(self)
-
-
-def fill(module, gathered, is_reader):
-    """Values that no low precision can hold."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            with gathered(parameter):
-                if is_reader:
-                    generator = torch.Generator().manual_seed(index)
-                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+NUM_STEPS = 3
+STAGES = (0, 1, 2, 3)
+CLIP = 2.1  # clips two of the steps: Adam would not notice a factor that is the same in all
+LAYOUTS = {"data": (2, 1, 1), "tensor": (2, 2, 1), "pipeline": (2, 1, 2)}  # ranks, tensor, pipeline
+MANY = {"three stages": (3, 1, 3), "tensor x pipeline": (4, 2, 2), "data x tensor x pipeline": (8, 2, 2)}
 
 
-def make_engine(groups: ProcessGroups, dtype: torch.dtype = torch.float32) -> ZeroEngine:
-    settings = OptimizerSettings((0.9, 0.95), 0.0, 0.0, dtype, micro_batch_size=1)
-    return ZeroEngine(TwoBranches, fill, settings, groups)
+def take_steps(groups: ProcessGroups, **options) -> tuple[list[float], float]:
+    """Gradient norms of some steps, and how far the master weights are from plain torch's."""
+    options = settings(**options)
+    engine = make_engine(groups, options)
+    norms = []
+    for step in range(NUM_STEPS):
+        accumulate(engine, groups, step)
+        update = engine.step(LEARNING_RATE)
+        assert update.applied
+        norms.append(update.grad_norm)
+    return norms, farthest(engine, groups, plain_steps(groups, NUM_STEPS, options.grad_clip))
 
 
-def use(engine: ZeroEngine, *branches: str) -> None:
-    """One micro-batch: forward and backward through some branches."""
-    x = torch.ones(2, SIZE)
-
-    def compute(module):
-        return sum(getattr(module, branch)(x).square().sum() for branch in branches)
-
-    engine.backward(engine.forward(compute) / (len(branches) * engine._groups.data_parallel_size))
-
-
-def two_steps(engine: ZeroEngine, step) -> float:
-    """Gradient norm of a second step whose first micro-batch leaves one branch out; learning rate 0."""
-    use(engine, "first", "second")
-    use(engine, "first", "second")
-    step()
-    use(engine, "first")
-    use(engine, "second")
-    step()
-    return float(engine._engine.get_global_grad_norm())
-
-
-def check_stale_gradients() -> dict[str, float]:
-    groups = make_process_groups(connect())
-    plain = make_engine(groups)
-    for group in plain._engine.optimizer.param_groups:
-        group["lr"] = 0.0
-    without = two_steps(plain, plain._engine.step)
-    engine = make_engine(groups)
-    with_workaround = two_steps(engine, lambda: engine.step(0.0))
-    fresh = make_engine(groups)
-    use(fresh, "first")
-    use(fresh, "second")
-    fresh.step(0.0)
-    return {
-        "without": without,
-        "with": with_workaround,
-        "truth": float(fresh._engine.get_global_grad_norm()),
+def take_all_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[float], float]]:
+    groups = make_process_groups(connect(), tensor, pipeline)
+    found = {f"zero {stage}": take_steps(groups, zero_stage=stage, grad_clip=CLIP) for stage in STAGES}
+    found |= {
+        f"bf16 {stage}": take_steps(groups, zero_stage=stage, dtype=torch.bfloat16, grad_clip=CLIP) for stage in STAGES
     }
+    found["no clipping 0"] = take_steps(groups, zero_stage=0, grad_clip=0.0)
+    found["no clipping 2"] = take_steps(groups, zero_stage=2, grad_clip=0.0)
+    found["no clipping 3"] = take_steps(groups, zero_stage=3, grad_clip=0.0)
+    found["hold step"] = take_steps(groups, hold="step", grad_clip=CLIP)
+    return found
 
 
-def test_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient():
-    for result in run_ranks(2, check_stale_gradients):
-        assert result["with"] == pytest.approx(result["truth"], rel=1e-5)
-        # The trap itself: when this fails, DeepSpeed clears its buffer and the workaround can go.
-        assert result["without"] > 1.5 * result["truth"]
+@cache
+def steps_of(layout: str) -> list[dict[str, tuple[list[float], float]]]:
+    return run_ranks((LAYOUTS | MANY)[layout][0], take_all_steps, *(LAYOUTS | MANY)[layout][1:])
 
 
-def check_precision() -> dict[str, bool]:
-    import deepspeed
-
-    groups = make_process_groups(connect())
-    expected = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) / 3
-    engine = make_engine(groups)
-    with engine.whole_parameters() as view:
-        exact = torch.equal(view.first.weight, expected)
-    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}, dtype=torch.float32):
-        trapped = nn.Linear(SIZE, SIZE)
-    half = make_engine(groups, torch.bfloat16)
-    master = dict(half.full_parameters())["first.weight"]
-    return {
-        "exact": exact,
-        "dtype argument is obeyed": trapped.weight.ds_tensor.dtype == torch.float32,
-        "gradients in float32": half._engine.optimizer.gradient_accumulation_dtype == torch.float32,
-        "masters in float32": master.dtype == torch.float32,
-    }
+@cache
+def truth(grad_clip: float) -> Truth:
+    return run_ranks(1, plain_truth, grad_clip)[0]
 
 
-def test_precision_is_what_was_asked_for():
-    for result in run_ranks(2, check_precision):
-        assert result["exact"] and result["gradients in float32"] and result["masters in float32"]
-        # The trap itself: when this fails, `zero.Init` honours its dtype argument again.
-        assert not result["dtype argument is obeyed"]
+def plain_truth(grad_clip: float) -> Truth:
+    return plain_steps(make_process_groups(connect()), NUM_STEPS, grad_clip)
 
 
-def check_non_finite() -> dict[str, object]:
-    groups = make_process_groups(connect())
-    engine = make_engine(groups)
-    before = {name: value.clone() for name, value in engine.full_parameters()}
-    poison = float("nan") if groups.data_parallel_rank == 1 else 1.0
-    engine.backward(engine.forward(lambda module: module.first(torch.ones(1, SIZE)).sum() * poison))
-    skipped = engine.step(0.1)
-    unchanged = all(torch.equal(before[name], value) for name, value in engine.full_parameters())
-    use(engine, "first", "second")
-    healthy = engine.step(0.1)
-    changed = any(not torch.equal(before[name], value) for name, value in engine.full_parameters())
-    finite = all(bool(value.isfinite().all()) for _, value in engine.full_parameters())
-    return {
-        "skipped": skipped,
-        "unchanged": unchanged,
-        "healthy": healthy,
-        "changed": changed,
-        "finite": finite,
-    }
+every_layout = pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
+)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all():
-    for result in run_ranks(2, check_non_finite):
-        assert not result["skipped"].applied and result["skipped"].grad_norm == float("inf")
-        assert result["unchanged"]
-        assert result["healthy"].applied and result["changed"] and result["finite"]
+@every_layout
+def test_steps_are_those_of_plain_torch(layout):
+    clipped, free = truth(CLIP), truth(0.0)
+    name = "blocks.0.up.weight"
+    assert (clipped.parameters[name] - free.parameters[name]).abs().max() > 1e-4  # so a wrong clipping is seen
+    for rank, found in enumerate(steps_of(layout)):
+        for name, (norms, distance) in found.items():
+            if name.startswith("bf16"):
+                continue
+            expected = (free if name.startswith("no clipping") else clipped).norms
+            assert norms == pytest.approx(expected, rel=1e-5), (rank, name)
+            assert distance < 2e-6, (rank, name)
 
 
-def check_view_is_released() -> dict[str, object]:
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    groups = make_process_groups(connect())
-    engine = make_engine(groups)
-    with engine.whole_parameters() as view:
-        shapes = [tuple(parameter.shape) for parameter in view.parameters()]
-        output = view.first(torch.ones(1, SIZE)).detach().clone()
-    status = {parameter.ds_status for parameter in engine.module.parameters()}
-    try:
-        with engine.whole_parameters() as view:
-            raise ValueError("a rollout failed")
-    except ValueError:
-        pass
-    return {
-        "shapes": shapes,
-        "sizes after": [parameter.numel() for parameter in view.parameters()],
-        "partitioned again": status == {ZeroParamStatus.NOT_AVAILABLE},
-        "hooks": len(view.first._forward_pre_hooks) + len(view.first._forward_hooks),
-        "output": output,
-    }
+@every_layout
+def test_bfloat16_gradients_are_added_up_in_float32_at_every_stage(layout):
+    expected = steps_of(layout)[0]["bf16 0"][0]
+    assert expected == pytest.approx(truth(CLIP).norms, rel=2e-2)
+    for rank, found in enumerate(steps_of(layout)):
+        for stage in STAGES:
+            norms, distance = found[f"bf16 {stage}"]
+            assert norms == pytest.approx(expected, rel=1e-6), (rank, stage)
+            assert distance < NUM_STEPS * 2 * LEARNING_RATE, (rank, stage)
 
 
-def test_the_view_holds_whole_parameters_only_while_it_is_open():
-    first, second = run_ranks(2, check_view_is_released)
-    assert first["shapes"] == [(SIZE, SIZE), (SIZE,), (SIZE, SIZE), (SIZE,)]
-    assert first["sizes after"] == [0, 0, 0, 0]
-    assert first["partitioned again"] and first["hooks"] == 0
-    assert torch.equal(first["output"], second["output"])
+POISONED = {1: "out_bias", 3: "down.weight", 5: "embedding.weight"}  # parameter by step; every other step is healthy
+
+
+def take_poisoned_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[bool], float, float]]:
+    """Some steps have a NaN in one parameter's gradient on the last rank alone."""
+    groups = make_process_groups(connect(), tensor, pipeline)
+    found = {}
+    for stage, dtype in [(stage, "float32") for stage in STAGES] + [(stage, "bfloat16") for stage in (1, 2, 3)]:
+        options = settings(zero_stage=stage, dtype=getattr(torch, dtype), grad_clip=0.0 if stage % 2 else CLIP)
+        engine = make_engine(groups, options)
+        updates = []
+        for step in range(7):
+            handles = poison(engine, groups, POISONED[step]) if step in POISONED else []
+            accumulate(engine, groups, step)
+            for handle in handles:
+                handle.remove()
+            updates.append(engine.step(LEARNING_RATE))
+        distance = farthest(engine, groups, plain_steps(groups, 7, options.grad_clip, skipped=tuple(POISONED)))
+        found[f"zero {stage} {dtype}"] = [update.applied for update in updates], updates[1].grad_norm, distance
+    return found
+
+
+def poison(engine: ZeroEngine, groups: ProcessGroups, name: str) -> list:
+    """`out_bias` is counted by tensor-parallel rank 0 alone, the tied embedding by the first stage alone."""
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return []
+    if groups.pipeline_size > 1:
+        name = name.replace("embedding", "head")
+    parameters = [parameter for key, parameter in engine.module.named_parameters() if name in key]
+    return [parameters[-1].register_hook(lambda gradient: gradient * torch.nan)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(layout):
+    """Also one that no norm counts. Weights and Adam's state stay: the next step is that of a run without this one."""
+    ranks, tensor, pipeline = LAYOUTS[layout]
+    for rank, found in enumerate(run_ranks(ranks, take_poisoned_steps, tensor, pipeline)):
+        for name, (applied, poisoned_norm, distance) in found.items():
+            assert applied == [step not in POISONED for step in range(7)], (rank, name)
+            assert poisoned_norm == float("inf"), (rank, name)
+            assert distance < (5e-6 if "float32" in name else 4 * LEARNING_RATE), (rank, name)

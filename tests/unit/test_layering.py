@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ebft_mega"
 # Packages of one layer do not know each other.
 LAYERS = (
     ("errors",),
-    ("types", "metrics", "rollout.plan", "model.architecture"),
+    ("types", "metrics", "rollout.plan", "model.architecture", "model.partition"),
     ("data",),
     ("config", "parallel"),
     ("model",),
@@ -30,6 +30,7 @@ LIGHT_MODULES = (
     "ebft_mega.errors",
     "ebft_mega.rollout.plan",
     "ebft_mega.model.architecture",
+    "ebft_mega.model.partition",
     "ebft_mega.data.dataset",
     "ebft_mega.metrics.sinks",
     "ebft_mega.report.comparison",

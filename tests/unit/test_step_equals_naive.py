@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ebft_mega.features.network import build_feature_network
+from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import SafetensorsWeights, hf_tensors, load_weights
-from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.reward.closed_forms import block_rewards
@@ -76,15 +77,8 @@ def setting(request, groups, tmp_path):
         stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
         load_weights(stage, source)
         stages.append((stage, source))
-    network = build_feature_network(
-        architecture,
-        stages[1][1],
-        (0.25, 0.5, 0.75),
-        case.embed_method,
-        case.feature_norm,
-        groups,
-        torch.float64,
-    )
+    settings = FeatureSettings((0.25, 0.5, 0.75), case.embed_method, case.feature_norm, torch.float64)
+    network = build_feature_network(architecture, stages[1][1], settings, groups)
     assert network.taps == TAPS
     tokens = torch.randint(
         0, case.vocab_size, (NUM_ROWS, case.plan.sequence_length), generator=torch.Generator().manual_seed(1)
@@ -95,6 +89,7 @@ def setting(request, groups, tmp_path):
         plan=case.plan,
         batch=batch,
         policy=stages[0][0],
+        model=PipelinedModel.of(stages[0][0]),
         network=network,
         hf_policy=models[0],
         hf_feature=models[1],
@@ -126,7 +121,7 @@ def naive_rollouts(s) -> Tensor:
                     sequence = torch.cat((s.batch.tokens[row, :anchor], rollouts[row, sample, block, :t]))
                     logits = s.hf_policy(sequence[None]).logits[0, -1]
                     rollouts[row, sample, block, t] = sample_tokens(
-                        logits, keys[0, sample, block], SAMPLING.temperature, SAMPLING.top_p
+                        logits, keys[0, sample, block], SAMPLING.temperature, SAMPLING.top_p, s.model.vocabulary
                     )
     return rollouts
 
@@ -203,11 +198,11 @@ def test_packed_step_equals_naive_step(setting):
     s, plan = setting, setting.plan
     with torch.no_grad():
         expected_rollouts = naive_rollouts(s)
-    rollout = generate_rollouts(s.policy, s.batch, plan, SAMPLING, step=3)
+    (rollout,) = generate_rollouts(s.model, [s.batch], plan, SAMPLING, step=3)
     assert torch.equal(rollout.tokens, expected_rollouts)
 
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
-    gram = s.network.grams(s.batch, rollout, plan)
+    (gram,) = s.network.grams([s.batch], [rollout], plan)
     rewards = block_rewards(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
     advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF)
     naive_advantages = torch.zeros_like(advantages)
@@ -228,7 +223,7 @@ def test_packed_step_equals_naive_step(setting):
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
     request = ScoreRequest(s.batch.tokens, rollout.tokens, targets=True, temperature=SAMPLING.temperature)
-    ours = PolicyLogprobs(*score(s.policy, request, plan))
+    ours = PolicyLogprobs(*score(s.policy, request, plan, s.model.vocabulary))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
     assert (ours.target - expected_targets).abs().max() <= 1e-9
@@ -240,7 +235,7 @@ def test_packed_step_equals_naive_step(setting):
     terms.total.backward()
     expected_loss.backward()
     gradients = ((name, parameter.grad) for name, parameter in s.policy.named_parameters())
-    compared = dict(hf_tensors(gradients, s.policy.architecture))
+    compared = dict(hf_tensors(gradients, s.policy))
     scale = max(parameter.grad.abs().max() for parameter in s.hf_policy.parameters())
     for name, parameter in s.hf_policy.named_parameters():
         assert (compared[name] - parameter.grad).abs().max() <= 1e-9 * scale, name
@@ -249,10 +244,10 @@ def test_packed_step_equals_naive_step(setting):
 @pytest.mark.parametrize("setting", [CASES["stride=G"], CASES["one-token"]], indirect=True)
 def test_rollouts_alone_and_targets_alone_score_the_same(setting):
     s = setting
-    rollouts = generate_rollouts(s.policy, s.batch, s.plan, SAMPLING, step=0).tokens
-    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan)
-    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan)
-    (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan)
+    rollouts = generate_rollouts(s.model, [s.batch], s.plan, SAMPLING, step=0)[0].tokens
+    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan, s.model.vocabulary)
+    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan, s.model.vocabulary)
+    (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan, s.model.vocabulary)
     torch.testing.assert_close(both[0], alone, atol=1e-12, rtol=0)
     torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)
 

@@ -1,12 +1,15 @@
 """The launcher up to the start of a run, as a user calls it: exit codes, texts, speed, no heavy import."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from ebft_mega.errors import EbftError
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece")
@@ -50,6 +53,57 @@ def test_dry_run_takes_the_world_size_of_its_launcher(inputs):
     assert "data-parallel size 2" in " ".join(first_rank.stdout.split())
 
 
+SLURM = {"SLURM_JOB_ID": "1234567", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+STEP = SLURM | {"SLURM_STEP_ID": "0"}
+
+
+@pytest.fixture(scope="module")
+def be_rank_of_slurm_task():
+    return runpy.run_path(str(ROOT / "launcher" / "train.py"))["be_rank_of_slurm_task"]
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        # A task of a step, on machines of which MASTER_ADDR says the first.
+        (
+            STEP | {"MASTER_ADDR": "first", "MASTER_PORT": "77", "SLURM_NNODES": "2"},
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+        ),
+        # All tasks on one machine: they meet there without further settings.
+        (
+            STEP | {"SLURM_NNODES": "1"},
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24567"},
+        ),
+        # A step on one machine of a larger allocation.
+        (
+            STEP | {"SLURM_NNODES": "8", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24567"},
+        ),
+        (SLURM, {}),  # a batch script or an interactive shell: no step
+        ({name: value for name, value in STEP.items() if name != "SLURM_PROCID"}, {}),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # a step of one task, such as `srun --pty bash`
+        (STEP | {"RANK": "0", "WORLD_SIZE": "8"}, {}),  # torchrun or deepspeed within a step
+        ({}, {}),
+    ],
+)
+def test_ranks_of_slurm_tasks(be_rank_of_slurm_task, given, added):
+    environment = dict(given)
+    be_rank_of_slurm_task(environment)
+    assert environment == given | added
+
+
+def test_tasks_on_several_machines_need_a_meeting_place(be_rank_of_slurm_task):
+    with pytest.raises(EbftError, match="MASTER_ADDR: found nothing; expected the host name of the first rank"):
+        be_rank_of_slurm_task(STEP | {"SLURM_NNODES": "2"})
+
+
+def test_dry_run_in_slurm_tasks_prints_once(inputs):
+    arguments = ("--config", inputs.write(), "--dry-run")
+    texts = [launch(*arguments, **STEP | {"SLURM_NNODES": "1", "SLURM_PROCID": rank}).stdout for rank in "01"]
+    assert "processes 4" in " ".join(texts[0].split()) and texts[1] == ""
+
+
 def test_bad_configuration_and_bad_input(inputs):
     done = launch("--config", inputs.write(ebft__strde=1, train__lr="fast"))
     assert done.returncode == 2 and done.stdout == "" and "HEAVY []" in done.stderr
@@ -72,10 +126,17 @@ def test_command_line_mistakes(arguments):
 
 def test_help_and_dry_run_answer_at_once(inputs):
     assert "HEAVY []" in launch("--help").stderr
-    path = inputs.write()
+    path = inputs.write(
+        data__sequence_length=8,
+        ebft={"context_length": 2, "generate_max_len": 2, "stride": 2},
+        train__global_batch_size=64,
+        train__micro_batch_size=1,
+        parallel={"tensor_parallel_size": 4, "pipeline_parallel_size": 4},
+    )
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        launch("--config", path, "--dry-run")
+        done = launch("--config", path, "--dry-run", "--world-size", "1024")
         times.append(time.perf_counter() - start)
+        assert "771, 775, ... 1023" in done.stdout, done.stderr
     assert min(times) < 3  # half a second on a quiet machine

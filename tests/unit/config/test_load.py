@@ -142,13 +142,7 @@ trian: {lr: 1}
     [
         ("data.document_masking", "true"),
         ("data.on_error", "skip"),
-        ("parallel.tensor_parallel_size", "2"),
-        ("parallel.pipeline_parallel_size", "2"),
-        ("parallel.sequence_parallel", "true"),
         ("train.max_run_minutes", "60.0"),
-        ("zero.stage", "2"),
-        ("zero.hold_parameters", "step"),
-        ("zero.hold_parameters", "none"),
         ("zero.offload_optimizer", "cpu"),
         ("learn.reuse_rollout", "activations"),
         ("checkpoint.interval", "10"),
@@ -207,12 +201,16 @@ def test_experts_inside_the_model_section(problems):
         ("train.betas=[0.9]", "a list of two numbers >= 0 and < 1"),
         ("train.lr='1e-5'", "a number > 0"),
         ("train.max_tokens=1e6", "exactly one of the two"),
+        ("train.step_timeout_minutes=0", "a number > 0, minutes"),
+        ("zero.stage=4", "0, 1, 2 or 3"),
+        ("zero.feature_network=split", "resident or sharded"),
+        ("parallel.tensor_parallel_size=0", "an integer >= 1"),
         ("seed=-1", "an integer from 0 to 2**63 - 1"),
         ("data.shards=pipe:cat x", "a local path (relative paths start at the repository root)"),
         ("data.shards=https://host/x.tar", "a local path (relative paths start at the repository root)"),
         ("output_dir=''", "a local path (relative paths start at the repository root)"),
         ("output_dir=null", "a local path (relative paths start at the repository root)"),
-        ("zero=3", "a section with the keys stage, hold_parameters, offload_optimizer"),
+        ("zero=3", "a section with the keys stage, hold_parameters, feature_network, offload_optimizer"),
     ],
 )
 def test_wrong_values(problems, override, expected):
@@ -242,6 +240,27 @@ def test_sequence_not_divisible_names_neighbours_that_are(problems, load):
 def test_length_of_the_run_is_required(problems):
     (line,) = problems(BASE, "train.max_steps=null")
     assert line == "c.yaml:4: train: found neither max_steps nor max_tokens; expected exactly one of the two"
+
+
+def test_layouts_and_zero_stages_are_built(load):
+    config = load(
+        BASE,
+        "parallel.tensor_parallel_size=2",
+        "parallel.pipeline_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "zero.feature_network=sharded",
+    )
+    assert config.parallel.sequence_parallel and config.zero.feature_network == "sharded"
+    for stage in (0, 1, 2, 3):
+        for hold in ("rollout", "step", "none"):
+            assert load(BASE, f"zero.stage={stage}", f"zero.hold_parameters={hold}").zero.stage == stage
+
+
+def test_sequence_parallel_needs_tensor_parallel(problems):
+    assert problems(BASE, "parallel.sequence_parallel=true") == [
+        "--set: parallel.sequence_parallel: found true, with parallel.tensor_parallel_size 1; expected false, or a "
+        "tensor-parallel size above 1"
+    ]
 
 
 def test_neither_loss_or_no_reward(problems):

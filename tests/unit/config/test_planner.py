@@ -1,14 +1,19 @@
 """The dry run's numbers against hand-made ones."""
 
+import re
+
 import pytest
 
-from ebft_mega.config import planner
+from ebft_mega.config import layout, memory, planner
 from ebft_mega.config.load import load_config
 from ebft_mega.config.validate import check_run
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.parallel.pipeline import ring_slots
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
 LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
 PARAMETERS = 100 * 16 + 4 * LAYER + 16
+GENERATED = 3 * 4 * 7  # 3 blocks (anchors 8, 16, 24), 4 samples, 7 of 8 tokens
 
 
 def plan_of(inputs, world_size=1, **changes):
@@ -16,76 +21,228 @@ def plan_of(inputs, world_size=1, **changes):
     return config, check_run(config, world_size)
 
 
+def degrees(tensor=1, pipeline=1, sequence=False):
+    return {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "sequence_parallel": sequence}
+
+
 def test_parameters_by_hand(inputs):
     _, plan = plan_of(inputs)
     assert plan.architecture.num_parameters == PARAMETERS
 
 
-@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("bfloat16", 2 + 4 + 8 + 4), ("float32", 4 + 4 + 8)])
+@pytest.mark.parametrize(("dtype", "own_master"), [("bfloat16", False), ("float32", True)])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_states_are_divided_over_replicas(dtype, bytes_per_parameter, replicas):
-    states = planner.zero3_state_bytes(1000, replicas, dtype)
-    assert sum(states.values()) == bytes_per_parameter * 1000 // replicas
+@pytest.mark.parametrize(
+    ("stage", "divided"),
+    [
+        (0, ()),
+        (1, ("Adam moments (float32)", "master parameters (float32)")),
+        (2, ("Adam moments (float32)", "master parameters (float32)", "gradients (float32)")),
+        (3, ("Adam moments (float32)", "master parameters (float32)", "gradients (float32)", "parameters")),
+    ],
+)
+def test_what_each_zero_stage_divides_over_the_replicas(dtype, own_master, replicas, stage, divided):
+    whole = {"parameters": 4 if own_master else 2, "gradients (float32)": 4, "Adam moments (float32)": 8}
+    if not own_master or stage < 3:
+        whole["master parameters (float32)"] = 4
+    states = memory.zero_state_bytes(1000, replicas, dtype, stage)
+    assert states == {name: 1000 * size // (replicas if name in divided else 1) for name, size in whole.items()}
 
 
-def test_feature_network_ends_at_its_deepest_tap(inputs):
-    _, plan = plan_of(inputs)
-    assert planner.feature_parameters(plan.architecture, (0.25, 0.75)) == 1600 + 3 * LAYER
-    assert planner.feature_parameters(plan.architecture, (0.25, 1.0)) == 1600 + 4 * LAYER + 16
+def test_a_share_is_rounded_up():
+    assert memory.zero_state_bytes(7, 4, "bfloat16", 3)["parameters"] == 2 * 2
+
+
+@pytest.mark.parametrize(("fractions", "parameters"), [([0.25, 0.75], 3 * LAYER), ([0.25, 1.0], 4 * LAYER + 16)])
+def test_feature_network_ends_at_its_deepest_tap(inputs, fractions, parameters):
+    config, plan = plan_of(inputs, ebft__feature_layers=fractions)
+    assert memory.plan_memory(config, plan).states["frozen feature network"] == 2 * (1600 + parameters)
+
+
+def test_sharded_feature_network_is_gathered_for_its_phase(inputs):
+    frozen = 2 * (1600 + 3 * LAYER)
+    resident = memory.plan_memory(*plan_of(inputs, world_size=4))
+    sharded = memory.plan_memory(*plan_of(inputs, world_size=4, zero__feature_network="sharded"))
+    assert resident.states["frozen feature network"] == frozen
+    assert sharded.states["frozen feature network"] == frozen // 4
+    gathered = {"gathered feature network": frozen}
+    assert sharded.phases["features"] == resident.phases["features"] | gathered
 
 
 def test_rollout_phase_by_hand(inputs):
     config, plan = plan_of(inputs, train__dtype="float32")
-    memory = planner.plan_memory(config, plan)
-    # 3 blocks (anchors 8, 16, 24), 4 samples, 7 of 8 tokens cached; 2 rows; 2 kv heads of 4 in 4 layers
-    tokens = 24 + 3 * 4 * 7
-    assert memory.phases["rollout"] == {
+    # 2 rows; 2 kv heads of 4 in 4 layers
+    assert memory.plan_memory(config, plan).phases["rollout"] == {
         "gathered parameters": PARAMETERS * 4,
-        "keys and values": 2 * tokens * (2 * 2 * 4) * 4 * 4,
-        "logits of one token per rollout (float32)": 2 * 3 * 4 * 100 * 4,
+        "keys and values": 2 * (24 + GENERATED) * (2 * 2 * 4) * 4 * 4,
+        "attention weights of one layer": 2 * 4 * (3 * 4) * (24 + 7) * (4 + 4),
+        "logits of one token per rollout": 2 * 3 * 4 * 100 * (4 + 8),
     }
-    assert memory.states["frozen feature network"] == (1600 + 3 * LAYER) * 4
+
+
+def test_a_nucleus_is_searched_in_sorted_logits(inputs):
+    rollout = memory.plan_memory(*plan_of(inputs, ebft__top_p=0.9)).phases["rollout"]
+    assert rollout["logits of one token per rollout"] == 2 * 3 * 4 * 100 * (2 + 8 + 24)
+
+
+@pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8)])
+def test_features_phase_by_hand(inputs, method, read):
+    config, plan = plan_of(inputs, train__dtype="float32", ebft__embed_method=method)
+    packed, generated = 32 + 3 * 4 * 8, 3 * 4 * 8
+    per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
+    assert memory.plan_memory(config, plan).phases["features"] == {
+        "activations of one layer": 2 * (packed * per_token * 4 + generated * 4 * (32 + 8) * (4 + 4)),
+        # 3 taps, 2 rows, 3 blocks, 4 samples and a target; 4 micro-batches, and one in float64
+        "rows of the tapped layers": 3 * 2 * 3 * 5 * read * 16 * (4 * 4 + 8),
+    }
 
 
 def test_learn_phase_by_hand(inputs):
     config, plan = plan_of(inputs, train__dtype="float32")
-    learn = planner.plan_memory(config, plan).phases["learn"]
-    generated = 3 * 4 * 7
-    assert learn["scored logits (float32)"] == 2 * (3 + generated) * 100 * 4
+    learn = memory.plan_memory(config, plan).phases["learn"]
+    assert learn["scored logits and gradients"] == 2 * (3 + GENERATED) * 100 * 2 * (4 + 4)
     per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
-    layer = 2 * ((24 + generated) * per_token * 4 + generated * 4 * (24 + 7) * (4 + 4))
+    layer = 2 * ((24 + GENERATED) * per_token * 4 + GENERATED * 4 * (24 + 7) * (4 + 4))
     assert learn["activations"] == 4 * layer
     full = plan_of(inputs, train__dtype="float32", train__activation_checkpointing="full")
-    assert planner.plan_memory(*full).phases["learn"]["activations"] == (4 * 2 * (24 + generated) * 16 * 4 + layer)
+    assert memory.plan_memory(*full).phases["learn"]["activations"] == (4 * 2 * (24 + GENERATED) * 16 * 4 + layer)
+
+
+def test_slices_by_hand(inputs):
+    """Tensor parallel 4 on 2 key-value heads: every slice computes with a whole one, and the rest is a quarter."""
+    config, plan = plan_of(inputs, world_size=4, train__dtype="float32", parallel=degrees(tensor=4))
+    # 64 blocks of 2 ids: 128 rows, 32 per slice; norms are whole
+    own = 32 * 16 + 4 * ((LAYER - 2 * 16) // 4 + 2 * 16) + 16
+    found = memory.plan_memory(config, plan)
+    assert found.states["parameters"] == 4 * own
+    assert found.phases["rollout"]["keys and values"] == 2 * (24 + GENERATED) * (2 * 1 * 4) * 4 * 4
+    assert found.phases["rollout"]["logits of one token per rollout"] == 2 * 3 * 4 * 32 * (4 + 8)
+    assert found.phases["rollout"]["attention weights of one layer"] == 2 * 1 * (3 * 4) * (24 + 7) * (4 + 4)
+    tokens, inside = 24 + GENERATED, 3 * 4 + 4 * 4 + 4 * 6
+    layer = 2 * ((tokens * (5 * 16 + inside)) * 4 + GENERATED * 1 * (24 + 7) * (4 + 4))
+    assert found.phases["learn"]["activations"] == 4 * layer
+    parallel = degrees(tensor=4, sequence=True)
+    found = memory.plan_memory(*plan_of(inputs, world_size=4, train__dtype="float32", parallel=parallel))
+    layer = 2 * ((tokens // 4 * 5 * 16 + tokens * inside) * 4 + GENERATED * 1 * (24 + 7) * (4 + 4))
+    assert found.phases["learn"]["activations"] == 4 * layer
+
+
+def test_stages_by_hand(inputs):
+    """Three stages of 2, 1 and 1 layers, with a tied embedding and 4 micro-batches."""
+    config, plan = plan_of(inputs, world_size=3, train__dtype="float32", parallel=degrees(pipeline=3))
+    stages = [memory.plan_memory(config, plan, stage) for stage in range(3)]
+    # The last stage has a copy of the embedding.
+    own = [1600 + 2 * LAYER, LAYER, LAYER + 16 + 1600]
+    assert [stage.states["parameters"] for stage in stages] == [4 * size for size in own]
+    # The feature network's three layers are one for each.
+    features = [stage.states["frozen feature network"] for stage in stages]
+    assert features == [4 * (1600 + LAYER), 4 * LAYER, 4 * LAYER]
+    # 1F1B: 3, 2 and 1 micro-batches in flight. 4 micro-batches decode in one ring.
+    per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
+    layer = 2 * ((24 + GENERATED) * per_token * 4 + GENERATED * 4 * (24 + 7) * (4 + 4))
+    assert [stage.phases["learn"]["activations"] for stage in stages] == [3 * 2 * layer, 2 * layer, layer]
+    cache = 2 * (24 + GENERATED) * (2 * 2 * 4) * 4
+    assert [stage.phases["rollout"]["keys and values"] for stage in stages] == [4 * 2 * cache, 4 * cache, 4 * cache]
+    for phase, name in (("rollout", "logits of one token per rollout"), ("learn", "scored logits and gradients")):
+        assert [name in stage.phases[phase] for stage in stages] == [False, False, True]
+    peaks = [stage.peak_bytes for stage in stages]
+    assert memory.worst_stage(config, plan) == peaks.index(max(peaks))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 8, 11])
+def test_micro_batches_that_decode_together(inputs, micro_batches, stages):
+    """As many caches as the ring's own order of passes keeps alive at once."""
+    changes = {"train__global_batch_size": micro_batches, "train__micro_batch_size": 1}
+    _, plan = plan_of(inputs, stages, parallel=degrees(pipeline=stages), **changes)
+    slots = ring_slots(micro_batches, 8, stages)
+    times = [[tick for tick, slot in enumerate(slots) if slot and slot.micro_batch == m] for m in range(micro_batches)]
+    alive = [sum(own[0] <= tick <= own[-1] for own in times) for tick in range(len(slots))]
+    assert memory.micro_batches_decoding(plan) == max(alive)
 
 
 def test_cross_entropy_scores_every_target(inputs):
     config, _ = plan_of(inputs, ebft__ce_coef=0.1)
-    assert planner.scored_rows(config) == 31 + 3 * 4 * 7
+    assert memory.scored_rows(config) == 31 + GENERATED
 
 
 def test_plain_pretraining_pays_for_no_rollouts(inputs):
     config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
-    memory = planner.plan_memory(config, plan)
-    assert set(memory.phases) == {"learn"} and "frozen feature network" not in memory.states
-    assert planner.scored_rows(config) == 31
+    found = memory.plan_memory(config, plan)
+    assert set(found.phases) == {"learn", "update"} and "frozen feature network" not in found.states
+    assert memory.scored_rows(config) == 31
+    assert "feature layers " not in planner.describe_run(config, plan).partition("Each rank's part")[2]
 
 
-def test_rollouts_hold_all_parameters_and_learning_one_module(inputs):
-    config, plan = plan_of(inputs)
-    phases = planner.plan_memory(config, plan).phases
-    assert phases["rollout"]["gathered parameters"] == plan.architecture.num_parameters * 2
-    assert phases["learn"]["gathered parameters"] == max(1600, LAYER) * 2
+@pytest.mark.parametrize(
+    ("zero", "phases"),
+    [
+        ({"hold_parameters": "rollout"}, {"rollout": "whole", "learn": "live"}),
+        ({"hold_parameters": "step"}, {"rollout": "whole", "features": "whole", "learn": "whole"}),
+        ({"hold_parameters": "none"}, {"rollout": "live", "learn": "live"}),
+        ({"stage": 2}, {}),
+        ({"stage": 0}, {}),
+    ],
+)
+def test_when_parameters_are_gathered(inputs, monkeypatch, zero, phases):
+    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 0)  # the fixture's model is smaller than any real limit
+    found = memory.plan_memory(*plan_of(inputs, world_size=2, zero=zero)).phases
+    gathered = {phase: needs["gathered parameters"] for phase, needs in found.items() if "gathered parameters" in needs}
+    sizes = {"whole": 2 * PARAMETERS, "live": 2 * max(1600, LAYER)}
+    assert gathered == {phase: sizes[what] for phase, what in phases.items()}
+
+
+def test_layer_by_layer_gathers_stay_within_the_engines_limit(inputs, monkeypatch):
+    architecture = plan_of(inputs)[1].architecture
+    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 3000)
+    assert memory.live_parameters(architecture, PARAMETERS, 1) == 3000
+    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 10**9)
+    assert memory.live_parameters(architecture, PARAMETERS, 1) == PARAMETERS
 
 
 def test_peak_is_the_states_and_the_largest_phase():
-    memory = planner.MemoryPlan({"a": 5}, {"x": {"p": 1, "q": 2}, "y": {"p": 7}})
-    assert memory.peak_bytes == 12
+    found = memory.MemoryPlan({"a": 5}, {"x": {"p": 1, "q": 2}, "y": {"p": 7}})
+    assert found.peak_bytes == 12
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "world_size"), [(1, 1, 2), (2, 1, 4), (2, 2, 8), (4, 3, 12), (1, 4, 4)])
+def test_every_rank_has_the_part_that_its_coordinates_name(inputs, tensor, pipeline, world_size):
+    """The rank order of `parallel.groups`: tensor fastest, then data, then pipeline."""
+    config, plan = plan_of(inputs, world_size, parallel=degrees(tensor, pipeline))
+    data = world_size // (tensor * pipeline)
+    part_of = {rank: part for part in layout.rank_parts(config, plan) for rank in part.ranks}
+    assert sorted(part_of) == list(range(world_size))
+    for rank, part in part_of.items():
+        assert (rank % tensor, rank // (tensor * data)) == (part.tensor_slice, part.stage)
+    for slices in (part_of[rank] for rank in range(0, world_size, tensor * data)):
+        assert slices.tensor_slice == 0
+    first, last = part_of[0], part_of[world_size - 1]
+    assert first.policy.first_layer == 0 and first.policy.has_embedding
+    assert last.policy.first_layer + last.policy.num_layers == 4 and last.policy.has_head
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_heads_and_tokens_are_all_held(inputs, tensor):
+    fields = inputs.model_fields | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+    architecture = Architecture.from_hf(fields, "")
+    heads = [layout.head_slice(architecture, index, tensor) for index in range(tensor)]
+    assert [head for part in heads for head in part.query] == list(range(8))
+    assert {head for part in heads for head in part.key_value} == {0, 1}
+    for part in heads:
+        assert {head // 4 for head in part.query} == set(part.key_value)  # four query heads use one key-value head
+        assert part.sharers == max(1, tensor // 2)
+    slices = [layout.vocabulary_slice(100, index, tensor) for index in range(tensor)]
+    assert [token for part in slices for token in part.tokens] == list(range(100))
+    assert len({len(part.tokens) + part.padding for part in slices}) == 1
+    assert sum(part.padding for part in slices) == (28 if tensor > 1 else 0)
+
+
+def lines_of(text):
+    return {" ".join(line.split()) for line in text.splitlines()}
 
 
 def test_text(inputs):
-    text = planner.describe_run(*plan_of(inputs, world_size=2))
-    lines = {" ".join(line.split()) for line in text.splitlines()}
+    lines = lines_of(planner.describe_run(*plan_of(inputs, world_size=2)))
     for expected in (
         "first and last anchor 8, 24",
         "blocks per row 3",
@@ -103,5 +260,39 @@ def test_text(inputs):
         "micro-batches per replica and step 2",
         f"parameters {PARAMETERS:,}",
         "sequence_length: 32",
+        f"0-1 0 0 0-3 embedding, norm, head {PARAMETERS:,} 0-3 0-1 0-99 0-2",
+        "rows of a replica per step 4: replica r has rows 4 * r to 4 * r + 3",
     ):
         assert expected in lines, expected
+
+
+def test_text_of_a_layout(inputs):
+    """Sixteen ranks: two slices of two stages, four replicas."""
+    config, plan = plan_of(inputs, 16, parallel=degrees(2, 2), train__micro_batch_size=1)
+    text = planner.describe_run(config, plan)
+    lines = lines_of(text)
+    own = 64 * 16 + 2 * ((LAYER - 32) // 2 + 32)  # 64 blocks of 2 ids, 128 rows in two slices
+    for expected in (
+        "tensor x data x pipeline parallel 2 x 4 x 2",
+        "rank slice + 2 * (replica + 4 * stage)",
+        "data-parallel peers 4 ranks, 2 apart",
+        "pipeline neighbours rank - 8 and rank + 8; the last stage returns tokens to rank - 8",
+        "rows of a replica per step 2: replica r has rows 2 * r to 2 * r + 1",
+        "ranks stage slice layers with parameters heads key-value heads token ids feature layers",
+        f"0, 2, ... 6 0 0 0-1 embedding {own:,} 0-1 0 0-63 0-1",
+        f"1, 3, ... 7 0 1 0-1 embedding {own:,} 2-3 1 64-99 + 28 padding 0-1",
+        f"8, 10, ... 14 1 0 2-3 norm, head {own + 16:,} 0-1 0 0-63 2",
+        f"9, 11, ... 15 1 1 2-3 norm, head {own + 16:,} 2-3 1 64-99 + 28 padding 2",
+        "stage states rollout features learn update peak",
+    ):
+        assert expected in lines, expected
+    worst = memory.worst_stage(config, plan)
+    assert f"Ranks of stage {worst}, which need the most:" in lines
+    for stage in (0, 1):
+        peak = memory.plan_memory(config, plan, stage).peak_bytes / planner.GIB_BYTES
+        assert re.search(rf"^{stage} .* {peak:.3f}$", text, re.MULTILINE)
+
+
+def test_text_of_shared_heads(inputs):
+    lines = lines_of(planner.describe_run(*plan_of(inputs, 4, parallel=degrees(4))))
+    assert any(" 1 1/2 of 0 " in line and line.startswith("1 0 1 ") for line in lines)

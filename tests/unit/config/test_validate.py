@@ -1,6 +1,8 @@
 """Checks against processes and files: everything at once, naming key, file, found and expected."""
 
+import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -48,18 +50,85 @@ def test_batch_not_divisible_by_replicas(inputs):
     (line,) = found_problems(inputs, world_size=3)
     assert line == (
         "run.yaml:11: train.global_batch_size: found 8; expected a multiple of 6 "
-        "(train.micro_batch_size 2 x data-parallel size 3)"
+        "(train.micro_batch_size 2 x data-parallel size 3), or tensor 1 with pipeline 3"
     )
 
 
 def test_degrees_that_do_not_multiply_to_the_world_size(inputs):
-    config = load_config(inputs.write())
-    parallel = config.parallel.model_copy(update={"tensor_parallel_size": 2, "pipeline_parallel_size": 2})
-    config = config.model_copy(update={"parallel": parallel})
+    degrees = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    config = load_config(inputs.write(parallel=degrees))
     assert check_world(config, 4).data_parallel == 1
-    for world_size in (2, 6):
-        with pytest.raises(ConfigError, match=f"tensor 2 x pipeline 2 = 4.*divisor of the world size {world_size}"):
-            check_world(config, world_size)
+    assert found_problems(inputs, 2, parallel=degrees) == [
+        "run.yaml:14: parallel: found tensor 2 x pipeline 2 = 4 processes per replica; expected a divisor of the "
+        "world size 2; with this batch: tensor 1 with pipeline 1 or 2; tensor 2 with pipeline 1"
+    ]
+    # 6 processes: 3 stages of 2 replicas (or 3 of two slices), because 8 rows go into neither 3 nor 6 replicas.
+    assert found_problems(inputs, 6, parallel=degrees) == [
+        "run.yaml:14: parallel: found tensor 2 x pipeline 2 = 4 processes per replica; expected a divisor of the "
+        "world size 6; with this batch: tensor 1 with pipeline 3; tensor 2 with pipeline 3"
+    ]
+    (line,) = found_problems(inputs, 7, parallel=degrees)
+    assert line.endswith("expected a divisor of the world size 7; with this batch: none")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 16, 24])
+def test_the_choices_that_are_named_are_those_that_pass(inputs, world_size):
+    """Every layout of this many processes, tried out."""
+    plan = check_run(load_config(inputs.write()), 1)
+    passed = {}
+    for tensor, pipeline in itertools.product(range(1, world_size + 1), repeat=2):
+        parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+        config = load_config(inputs.write(parallel=parallel))
+        try:
+            check_world(config, world_size, [plan.architecture])
+        except ConfigError:
+            continue
+        passed.setdefault(tensor, []).append(pipeline)
+    config = load_config(inputs.write(parallel={"tensor_parallel_size": 5, "pipeline_parallel_size": 5}))
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, world_size, [plan.architecture])
+    (problem,) = [problem for problem in caught.value.problems if problem.key == "parallel"]
+    named = {}
+    for choice in problem.expected.partition("with this batch: ")[2].split("; "):
+        if choice != "none":
+            tensor, *pipelines = map(int, re.findall(r"\d+", choice))
+            named[tensor] = pipelines
+    assert named == passed
+
+
+def test_degrees_that_fit_neither_heads_nor_layers(inputs):
+    parallel = {"tensor_parallel_size": 3, "pipeline_parallel_size": 5}
+    assert found_problems(inputs, 15, parallel=parallel) == [
+        "run.yaml:15: parallel.tensor_parallel_size: found 3: num_attention_heads 4 is not divisible by 3, "
+        "hidden_size 16 is not divisible by 3, vocabulary blocks 64 is not divisible by 3, num_key_value_heads 2 is "
+        "neither a multiple nor a divisor of 3; expected 1, 2 or 4, as heads, widths and vocabulary allow",
+        "run.yaml:16: parallel.pipeline_parallel_size: found 5 stages for 4 layers; expected at most 4",
+    ]
+
+
+def test_the_feature_model_is_cut_by_the_same_degrees(inputs):
+    other = inputs.root / "features"
+    other.mkdir()
+    save_file({}, other / "model.safetensors")
+    (other / "config.json").write_text(json.dumps(inputs.model_fields | {"hidden_size": 18, "head_dim": 4}))
+    changes = {"ebft__feature_model": str(other)}
+    check_run(load_config(inputs.write(**changes, parallel={"tensor_parallel_size": 2})), 2)
+    (line,) = found_problems(inputs, 4, **changes, parallel={"tensor_parallel_size": 4})
+    assert "found 4: hidden_size 18 is not divisible by 4; expected 1 or 2, as heads" in line
+
+
+def test_notes_on_a_pipeline_that_waits(inputs):
+    changes = {"parallel": {"pipeline_parallel_size": 4}, "train__micro_batch_size": 4}
+    idle, feature_layers = check_run(load_config(inputs.write(**changes)), 4).notes
+    assert idle == (
+        "A replica has fewer micro-batches (2) than pipeline stages (4): a stage is idle for 50 % of the rollout "
+        "phase and 60 % of the gradient pass."
+    )
+    assert feature_layers == "The feature network has 3 layers for 4 pipeline stages: the last have none."
+    changes["train__micro_batch_size"] = 2
+    assert check_run(load_config(inputs.write(**changes)), 4).notes == (feature_layers,)
+    changes["parallel"] = {"pipeline_parallel_size": 3}  # as many as the feature network has layers
+    assert check_run(load_config(inputs.write(**changes)), 3).notes == ()
 
 
 def test_all_problems_at_once(inputs):
@@ -72,8 +141,8 @@ def test_all_problems_at_once(inputs):
     for line, words in zip(
         lines,
         (
-            ("train.global_batch_size",),
             ("run.yaml:3: model.init_from: model: weights: found none; expected model.safetensors",),
+            ("run.yaml:11: train.global_batch_size",),
             ("run.yaml:5: data.shards: ", shard.name),
             ("run.yaml:8: evaluation.shards: held_out: ", "no such directory"),
         ),
@@ -179,6 +248,8 @@ def test_feature_model_needs_the_same_vocabulary(inputs):
         ({"ebft__n_samples_per_prompt": 1}, "the advantage is the reward itself"),
         ({"ebft__n_samples_per_prompt": 2}, "has no baseline"),
         ({"train__warmup_steps": 10}, "never gets to train.lr"),
+        ({"zero": {"stage": 2, "hold_parameters": "step"}}, "hold_parameters step changes nothing"),
+        ({"zero__feature_network": "sharded", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there is no feature network"),
     ],
 )
 def test_notes(inputs, changes, words):

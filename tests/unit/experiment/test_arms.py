@@ -149,3 +149,11 @@ def test_free_ports_can_be_bound():
 
     with socket.socket() as server:
         server.bind(("127.0.0.1", free_port()))
+
+
+def test_a_parallel_layout_is_that_of_every_training_run(root):
+    quickstart = experiment(root, overrides=("parallel.pipeline_parallel_size=2",))
+    quickstart.run_arms("validation")
+    trained = [command for command in quickstart.runner.commands.values() if "launcher/train.py" in command]
+    assert len(trained) == 3
+    assert all("parallel.pipeline_parallel_size=2" in overrides(command) for command in trained)

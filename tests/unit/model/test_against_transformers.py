@@ -15,7 +15,8 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.stage import Stage, StageShape
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
 
 LLAMA3_ROPE = {
@@ -73,7 +74,7 @@ def test_import_equals_transformers(config, groups, tmp_path):
     (expected.logits.log_softmax(-1) * weight).sum().backward()
     gradients = {name: parameter.grad for name, parameter in stage.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    compared = dict(hf_tensors(gradients.items(), architecture))
+    compared = dict(hf_tensors(gradients.items(), stage))
     for name, parameter in reference.named_parameters():
         scale = parameter.grad.abs().max()
         assert (compared[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
@@ -86,7 +87,7 @@ def test_export_loads_with_transformers(config, groups, tmp_path):
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(stage, RandomWeights(architecture, seed=3))
     # A shard limit of 8 KiB makes many files and an index.
-    tensors = hf_tensors(stage.named_parameters(), architecture)
+    tensors = hf_tensors(stage.named_parameters(), stage)
     write_model(tmp_path / "hf", architecture, tensors, torch.float32, shard_bytes=8192)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.objective.logprobs import selected_logprobs
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import PolicyLogprobs, TokenCounts
@@ -30,8 +29,8 @@ def random_case(seed: int = 0, dtype: torch.dtype = torch.float64):
 
 def logprobs_of(rollout_logits, target_logits, rollouts, targets) -> PolicyLogprobs:
     return PolicyLogprobs(
-        selected_logprobs(rollout_logits, rollouts[..., None], TEMPERATURE)[..., 0],
-        selected_logprobs(target_logits, targets[..., None], 1.0)[..., 0],
+        (rollout_logits / TEMPERATURE).log_softmax(dim=-1).gather(-1, rollouts[..., None])[..., 0],
+        target_logits.log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0],
     )
 
 
@@ -133,26 +132,3 @@ def test_missing_inputs_are_refused():
         loss_terms(logprobs, None, COUNTS, RL_COEF, CE_COEF)
     with pytest.raises(ValueError, match="neither rollouts nor targets"):
         loss_terms(PolicyLogprobs(None, None), None, COUNTS, RL_COEF, CE_COEF)
-
-
-def test_selected_logprobs_choose_several_tokens_of_a_row():
-    logits = torch.randn(2, 3, VOCABULARY, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = torch.randint(0, VOCABULARY, (2, 3, 4), generator=torch.Generator().manual_seed(1))
-    result = selected_logprobs(logits, tokens, 0.6)
-    assert result.shape == (2, 3, 4) and result.dtype == torch.float64
-    for b in range(2):
-        for row in range(3):
-            scores = logits[b, row] / 0.6
-            for choice, token in enumerate(tokens[b, row].tolist()):
-                expected = scores[token] - scores.exp().sum().log()
-                torch.testing.assert_close(result[b, row, choice], expected)
-
-
-def test_low_precision_logits_are_scored_in_float32():
-    """Within float32 rounding of float64; the same in bfloat16 would be off in the second digit."""
-    generator = torch.Generator().manual_seed(0)
-    logits = (10 * torch.randn(200, 1000, generator=generator)).to(torch.bfloat16)
-    tokens = torch.randint(0, 1000, (200, 1), generator=generator)
-    result = selected_logprobs(logits, tokens, 0.6)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), selected_logprobs(logits.double(), tokens, 0.6), atol=3e-5, rtol=0)

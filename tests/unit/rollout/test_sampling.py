@@ -1,22 +1,25 @@
 """Two-level sampling draws from exactly the softmax, and from nothing but the vocabulary."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ebft_mega.model.partition import NUM_VOCABULARY_BLOCKS, padded_vocabulary
+from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.sampling import (
-    NUM_VOCABULARY_BLOCKS,
-    at_temperature,
-    block_scores,
-    keep_nucleus,
-    sample_tokens,
-    token_in_block,
-)
+from ebft_mega.rollout.sampling import at_temperature, block_scores, keep_nucleus, sample_tokens, token_in_block
 
 NUM_DRAWS = 100_000
+
+
+@pytest.fixture(scope="module")
+def whole(groups):
+    """The shard of a rank that has the whole vocabulary of a given size."""
+    return lambda vocabulary: VocabularyShard.of(vocabulary, groups)
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:
@@ -48,49 +51,50 @@ def assert_draws_follow(tokens: Tensor, probabilities: Tensor) -> None:
 
 # Fewer tokens than blocks, as many, one more, empty blocks at the end, a part-filled last block, many.
 @pytest.mark.parametrize("vocabulary", [2, 7, 63, 64, 65, 100, 131, 1000])
-def test_draws_follow_the_softmax(vocabulary):
+def test_draws_follow_the_softmax(vocabulary, whole):
     logits = random_logits(vocabulary, seed=vocabulary)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS, vocabulary), temperature=0.7, top_p=1.0)
+    tokens = sample_tokens(logits, keys_of(NUM_DRAWS, vocabulary), 0.7, 1.0, whole(vocabulary))
     assert_draws_follow(tokens, (logits / 0.7).softmax(dim=-1))
 
 
-def test_a_wrong_temperature_would_be_noticed():
+def test_a_wrong_temperature_would_be_noticed(whole):
     logits = random_logits(131)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), temperature=0.7, top_p=1.0)
+    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), 0.7, 1.0, whole(131))
     with pytest.raises(AssertionError):
         assert_draws_follow(tokens, (logits / 0.72).softmax(dim=-1))
 
 
-def test_draws_follow_the_nucleus():
+def test_draws_follow_the_nucleus(whole):
     logits = random_logits(131)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), temperature=0.7, top_p=0.8)
+    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), 0.7, 0.8, whole(131))
     probabilities = naive_nucleus((logits / 0.7).softmax(dim=-1), 0.8)
     assert (probabilities == 0).any()
     assert_draws_follow(tokens, probabilities)
 
 
-def test_samples_of_different_keys_are_independent():
+def test_samples_of_different_keys_are_independent(whole):
     """Pairs of draws for neighbouring samples, as one variable with 49 values."""
     logits = random_logits(7)
     keys = noise_keys(0, 0, torch.arange(NUM_DRAWS), 2, 1, 0)[..., 0]
-    pairs = sample_tokens(logits, keys, 1.0, 1.0)
+    pairs = sample_tokens(logits, keys, 1.0, 1.0, whole(7))
     probabilities = logits.double().softmax(dim=-1)
     joint = (probabilities[:, None] * probabilities).flatten()
     assert_draws_follow(pairs[:, 0] * 7 + pairs[:, 1], joint)
 
 
-def test_a_vocabulary_of_one_and_certain_tokens():
-    assert sample_tokens(torch.zeros(1), keys_of(1000), 1.0, 1.0).eq(0).all()
+def test_a_vocabulary_of_one_and_certain_tokens(whole):
+    assert sample_tokens(torch.zeros(1), keys_of(1000), 1.0, 1.0, whole(1)).eq(0).all()
     certain = torch.full((130,), -torch.inf)
     for token in (0, 1, 2, 64, 127, 129):
         certain.fill_(-torch.inf)[token] = -3.0
-        assert sample_tokens(certain, keys_of(1000), 1.0, 1.0).eq(token).all()
+        assert sample_tokens(certain, keys_of(1000), 1.0, 1.0, whole(130)).eq(token).all()
 
 
-def test_padding_is_never_drawn():
+def test_padding_is_never_drawn(whole):
     """Logits far below zero: padding of 0 instead of minus infinity would win at once."""
     for vocabulary in (3, 65, 129, 190):
-        tokens = sample_tokens(torch.full((vocabulary,), -1e4), keys_of(20_000), 1.0, 1.0)
+        logits = torch.full((vocabulary,), -1e4)
+        tokens = sample_tokens(logits, keys_of(20_000), 1.0, 1.0, whole(vocabulary))
         assert tokens.min() >= 0 and tokens.max() < vocabulary
         assert tokens.unique().numel() == vocabulary
 
@@ -111,69 +115,125 @@ def naive_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(-8, 8), min_size=1, max_size=20), st.floats(0.05, 0.98))
-def test_nucleus_equals_a_loop(values, top_p):
+def test_nucleus_equals_a_loop(whole, values, top_p):
     """Integer logits, so that there are many ties."""
     logits = torch.tensor(values, dtype=torch.float64)
     expected = naive_nucleus(logits.softmax(dim=-1), top_p)
-    kept = keep_nucleus(logits, top_p)
+    kept = keep_nucleus(logits, top_p, whole(len(logits)))
     torch.testing.assert_close(kept.softmax(dim=-1), expected)
     assert torch.equal(kept[expected > 0], logits[expected > 0])
 
 
-def test_nucleus_keeps_the_token_that_crosses_and_ties_with_it():
+def test_nucleus_keeps_the_token_that_crosses_and_ties_with_it(whole):
     logits = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log()
-    kept = [keep_nucleus(logits, top_p).isfinite().tolist() for top_p in (0.4, 0.49, 0.6, 0.85)]
+    kept = [keep_nucleus(logits, top_p, whole(4)).isfinite().tolist() for top_p in (0.4, 0.49, 0.6, 0.85)]
     assert kept[0] == kept[1] == [True, False, False, False]
     assert kept[2] == kept[3] == [True, True, True, False]
 
 
-def test_top_p_comes_after_the_temperature():
+def test_top_p_comes_after_the_temperature(whole):
     """At temperature 0.25 the first token alone reaches 0.8; at temperature 1 it does not."""
     logits = torch.tensor([1.0, 0.0, -1.0])
     assert (logits.softmax(-1)[0] < 0.8) and ((logits / 0.25).softmax(-1)[0] > 0.8)
-    assert sample_tokens(logits, keys_of(5000), 0.25, 0.8).eq(0).all()
-    assert sample_tokens(logits, keys_of(5000), 1.0, 0.8).unique().tolist() == [0, 1]
+    assert sample_tokens(logits, keys_of(5000), 0.25, 0.8, whole(3)).eq(0).all()
+    assert sample_tokens(logits, keys_of(5000), 1.0, 0.8, whole(3)).unique().tolist() == [0, 1]
 
 
-def test_a_block_s_score_needs_only_its_own_logits_and_the_token_only_its_block():
+def test_a_block_s_score_needs_only_its_own_logits_and_the_token_only_its_block(whole):
     """What tensor-parallel shards rely on."""
     vocabulary, keys = 64 * 5, keys_of(50)
-    logits, others = random_logits(vocabulary), random_logits(vocabulary, seed=1)
+    logits, others, shard = random_logits(vocabulary), random_logits(vocabulary, seed=1), whole(vocabulary)
     for block in (0, 17, 63):
         own = slice(block * 5, block * 5 + 5)
         mixed = others.clone()
         mixed[own] = logits[own]
-        assert torch.equal(block_scores(mixed, keys)[:, block], block_scores(logits, keys)[:, block])
+        assert torch.equal(block_scores(mixed, keys, shard)[:, block], block_scores(logits, keys, shard)[:, block])
         chosen = torch.full_like(keys, block)
-        assert torch.equal(token_in_block(mixed, keys, chosen), token_in_block(logits, keys, chosen))
+        assert torch.equal(token_in_block(mixed, keys, chosen, shard), token_in_block(logits, keys, chosen, shard))
 
 
-def test_scores_of_empty_blocks_are_minus_infinity():
-    scores = block_scores(random_logits(100), keys_of(3))
-    assert scores.shape == (3, NUM_VOCABULARY_BLOCKS) and scores.dtype == torch.float64
-    assert scores[:, :50].isfinite().all() and scores[:, 50:].isneginf().all()
+def slices_of(vocabulary: int, ranks: int) -> list[VocabularyShard]:
+    """What each of several ranks has; nothing here communicates, so they need no group."""
+    width = padded_vocabulary(vocabulary, ranks) // ranks
+    return [VocabularyShard(vocabulary, rank * width, width, None) for rank in range(ranks)]
 
 
-def test_logits_shared_by_samples_broadcast():
+@settings(max_examples=40)
+@given(
+    st.integers(1, 700), st.sampled_from([2, 4, 8, 16, 64]), st.integers(0, 10**6), st.sampled_from([0.05, 1.0, 9.0])
+)
+def test_slices_score_their_blocks_bit_for_bit_as_the_whole(whole, vocabulary, ranks, seed, scale):
+    """Padding is 1e4 before it is excluded, and the leading dimensions are those of a transposed view."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(3, 2, vocabulary, generator=generator)).transpose(0, 1)
+    keys = noise_keys(seed, 0, torch.arange(2), 3, 1, 0)[..., 0]
+    expected = block_scores(logits, keys, whole(vocabulary))
+    padded = torch.nn.functional.pad(logits, (0, padded_vocabulary(vocabulary, ranks) - vocabulary), value=1e4)
+    own = [
+        block_scores(shard.exclude_padding_(part.clone()), keys, shard)
+        for part, shard in zip(padded.chunk(ranks, dim=-1), slices_of(vocabulary, ranks), strict=True)
+    ]
+    scores = torch.cat(own, dim=-1)
+    assert scores.shape == (2, 3, NUM_VOCABULARY_BLOCKS) and scores.dtype == expected.dtype == torch.float64
+    assert torch.equal(scores[..., : expected.shape[-1]], expected)
+    assert scores[..., expected.shape[-1] :].isneginf().all()
+
+
+def test_blocks_without_tokens_are_not_scored(whole):
+    scores = block_scores(random_logits(100), keys_of(3), whole(100))
+    assert scores.shape == (3, 50) and scores.isfinite().all()
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.sampled_from([-math.inf, -30.0, -1.0, -1e-38, -0.0, 0.0, 1e-45, 0.5, 1.0, 2.0]), min_size=1),
+    st.floats(0.01, 0.99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@example([1e-45, 0.0], 0.5, torch.float32)  # neighbours, of which only the larger is kept
+def test_nucleus_of_awkward_floats(whole, values, top_p, dtype):
+    """Both zeros, subnormal numbers, tokens that are already excluded, float32 and float64."""
+    logits = torch.tensor([*values, 0.25], dtype=dtype)
+    kept = keep_nucleus(logits, top_p, whole(len(logits)))
+    ordered = logits.double().sort(descending=True).values
+    reached = ordered.softmax(dim=-1).cumsum(dim=-1)
+    assume((reached - top_p).abs().min() > 1e-12)
+    threshold = ordered[(reached >= top_p).nonzero()[0, 0]]
+    assert torch.equal(kept, logits.masked_fill(logits < threshold, -torch.inf))
+
+
+@pytest.mark.parametrize(("tail", "top_p"), [(-14.0, 0.95), (-14.0, 0.8), (0.0, 0.5)])
+def test_nucleus_of_many_tokens_that_weigh_little_or_the_same(whole, tail, top_p):
+    """150 000 tokens of one in a million each are an eighth of the mass; as many of full weight do not overflow."""
+    logits = torch.full((150_001,), tail)
+    logits[77] = 0.0
+    first = 1 / (1 + 150_000 * math.exp(tail))
+    expected = 1 if first >= top_p else len(logits)
+    assert keep_nucleus(logits, top_p, whole(len(logits))).isfinite().sum() == expected
+
+
+def test_logits_shared_by_samples_broadcast(whole):
     logits = torch.randn(2, 1, 3, 131, generator=torch.Generator().manual_seed(0))
     keys = noise_keys(0, 0, torch.arange(2), 4, 3, 0)
-    shared = sample_tokens(logits, keys, 0.6, 0.95)
+    shard = whole(131)
+    shared = sample_tokens(logits, keys, 0.6, 0.95, shard)
     assert shared.shape == keys.shape
-    assert torch.equal(shared, sample_tokens(logits.expand(-1, 4, -1, -1), keys, 0.6, 0.95))
+    assert torch.equal(shared, sample_tokens(logits.expand(-1, 4, -1, -1), keys, 0.6, 0.95, shard))
     for sample in range(4):
-        assert torch.equal(shared[:, sample], sample_tokens(logits[:, 0], keys[:, sample], 0.6, 0.95))
-    assert sample_tokens(logits[1, 0, 2], keys[1, 3, 2], 0.6, 0.95) == shared[1, 3, 2]
+        assert torch.equal(shared[:, sample], sample_tokens(logits[:, 0], keys[:, sample], 0.6, 0.95, shard))
+    assert sample_tokens(logits[1, 0, 2], keys[1, 3, 2], 0.6, 0.95, shard) == shared[1, 3, 2]
 
 
-def test_low_precision_logits_are_cast_before_they_are_divided():
+def test_low_precision_logits_are_cast_before_they_are_divided(whole):
     logits = random_logits(1000, dtype=torch.bfloat16)
     assert torch.equal(at_temperature(logits, 0.6), logits.float() / 0.6)
     assert at_temperature(logits.double(), 0.6).dtype == torch.float64
     keys = keys_of(2000)
-    assert torch.equal(sample_tokens(logits, keys, 0.6, 1.0), sample_tokens(logits.float(), keys, 0.6, 1.0))
+    tokens = [sample_tokens(same, keys, 0.6, 1.0, whole(1000)) for same in (logits, logits.float())]
+    assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
-def test_settings_out_of_range_are_refused(temperature, top_p):
+def test_settings_out_of_range_are_refused(temperature, top_p, whole):
     with pytest.raises(ValueError, match="must"):
-        sample_tokens(torch.zeros(3), keys_of(1), temperature, top_p)
+        sample_tokens(torch.zeros(3), keys_of(1), temperature, top_p, whole(3))

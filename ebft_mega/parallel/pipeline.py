@@ -1,0 +1,219 @@
+"""Micro-batches on their way through the pipeline stages: a continuous ring for decoding, 1F1B for training.
+
+Both work on any kind of pass: what a stage computes is given as functions. A pipeline of one stage is the same loop
+without communication.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebft_mega.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One pass of one micro-batch through one stage."""
+
+    micro_batch: int
+    pass_index: int  # 0 is the document; pass t feeds back what pass t - 1 returned
+
+
+def ring_slots(num_micro_batches: int, num_passes: int, num_stages: int) -> list[Slot | None]:
+    """The slots of the first stage, tick by tick; stage s is s ticks behind.
+
+    Micro-batches go round in groups of at least `num_stages`: the tokens of a pass come back from the last stage just
+    when the first has sent every other member of the group ahead, and the next group follows at once. So nothing is
+    flushed between passes, and only a group's keys and values are held. Idle (None) are only slots that too few
+    micro-batches leave: none with `num_micro_batches >= num_stages`.
+
+    Returns:
+        `num_passes` slots per micro-batch, idle ones in between.
+    """
+    num_groups = max(1, num_micro_batches // num_stages)
+    slots: list[Slot | None] = []
+    for group in range(num_groups):
+        members = range(
+            group * num_micro_batches // num_groups,
+            (group + 1) * num_micro_batches // num_groups,
+        )
+        idle = [None] * (num_stages - len(members))
+        for pass_index in range(num_passes):
+            slots.extend(Slot(member, pass_index) for member in members)
+            slots.extend(idle)
+    return slots
+
+
+def run_ring(
+    groups: ProcessGroups,
+    num_micro_batches: int,
+    run: Callable[[Slot, Tensor | None], Tensor],
+    hidden_buffer: Callable[[Slot], Tensor],
+    num_passes: int = 1,
+    returned_buffer: Callable[[Slot], Tensor] | None = None,
+) -> None:
+    """Take every micro-batch through all stages `num_passes` times.
+
+    Every tick all stages work, then all hand over at once. Stage s runs the slot of tick t - s.
+
+    Args:
+        run: one pass through this stage. It is given the hidden states of the stage before; on the first stage what
+            the last one returned for this micro-batch, or None in pass 0. It gives hidden states for the next
+            stage; on the last stage what goes back to the first (after the last pass it goes nowhere).
+        hidden_buffer: an empty tensor for the hidden states that enter this stage in a slot.
+        num_passes: 1 for a plain forward pass.
+        returned_buffer: an empty tensor for what the last stage returns; needed for more than one pass.
+    Communication: per slot one send to the next stage; from the last stage to the first in all but the last pass.
+    """
+    slots = ring_slots(num_micro_batches, num_passes, groups.pipeline_size)
+    stage, last = groups.pipeline_rank, groups.pipeline_size - 1
+
+    def at(tick: int, stage: int) -> Slot | None:
+        index = tick - stage
+        return slots[index] if 0 <= index < len(slots) else None
+
+    hidden: Tensor | None = None
+    returned: dict[int, Tensor] = {}  # by micro-batch
+    for tick in range(len(slots) + last):
+        slot = at(tick, stage)
+        output = None
+        if slot is not None:
+            received = returned.pop(slot.micro_batch, None) if stage == 0 else hidden
+            output = run(slot, received)
+        coming_back = at(tick, last)
+        if coming_back is not None and coming_back.pass_index == num_passes - 1:
+            coming_back = None
+        if last == 0:
+            if coming_back is not None and output is not None:
+                returned[coming_back.micro_batch] = output
+            continue
+        incoming = at(tick, stage - 1) if stage else None
+        hidden = hidden_buffer(incoming) if incoming is not None else None
+        back = returned_buffer(coming_back) if returned_buffer and coming_back is not None and stage == 0 else None
+        hand_over(
+            groups,
+            forward=output if stage < last else None,
+            from_previous=hidden,
+            back_to_first=output if stage == last and coming_back is not None else None,
+            from_last=back,
+        )
+        if back is not None and coming_back is not None:
+            returned[coming_back.micro_batch] = back
+
+
+def hand_over(
+    groups: ProcessGroups,
+    *,
+    forward: Tensor | None = None,
+    from_previous: Tensor | None = None,
+    back_to_first: Tensor | None = None,
+    from_last: Tensor | None = None,
+    backward: Tensor | None = None,
+    from_next: Tensor | None = None,
+) -> None:
+    """Send and receive at once whatever is not None; returns when the received tensors are filled.
+
+    Communication: point to point within the pipeline, in one batch, so that two stages that send to each other
+    cannot wait for each other.
+    """
+    group, stage, size = groups.pipeline_parallel, groups.pipeline_rank, groups.pipeline_size
+    operations = []
+    for operation, tensor, peer in (
+        (dist.isend, forward, stage + 1),
+        (dist.isend, backward, stage - 1),
+        (dist.isend, back_to_first, 0),
+        (dist.irecv, from_previous, stage - 1),
+        (dist.irecv, from_next, stage + 1),
+        (dist.irecv, from_last, size - 1),
+    ):
+        if tensor is not None:
+            tensor = tensor.detach().contiguous() if operation is dist.isend else tensor
+            operations.append(dist.P2POp(operation, tensor, group=group, group_peer=peer))
+    if operations:
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+
+
+def one_forward_one_backward(
+    groups: ProcessGroups,
+    num_micro_batches: int,
+    forward: Callable[[int, Tensor | None], Tensor],
+    backward: Callable[[Tensor, Tensor | None], None],
+    hidden_buffer: Callable[[int], Tensor],
+) -> None:
+    """Gradients of all micro-batches, holding the activations of as few as possible (1F1B).
+
+    A stage has at most as many micro-batches in flight as there are stages from it to the end.
+
+    Args:
+        forward: (micro-batch, hidden states of the stage before or None) -> hidden states for the next stage, or
+            on the last stage the scalar loss.
+        backward: (what `forward` returned, gradient of it or None on the last stage) accumulates gradients; the
+            received hidden states get theirs in `.grad`.
+        hidden_buffer: an empty tensor for a micro-batch's hidden states at this stage's entry.
+    Communication: per micro-batch the hidden states to the next stage and their gradient back.
+    Source: the schedule is PipeDream-Flush (arXiv 2006.09503).
+    """
+    stage, last = groups.pipeline_rank, groups.pipeline_size - 1
+    is_first, is_last = stage == 0, stage == last
+    in_flight: list[tuple[Tensor | None, Tensor]] = []
+
+    def receive_buffer(index: int) -> Tensor | None:
+        return None if is_first or index >= num_micro_batches else hidden_buffer(index)
+
+    def run_forward(index: int, received: Tensor | None) -> Tensor:
+        if received is not None:
+            received.requires_grad_()
+        output = forward(index, received)
+        in_flight.append((received, output))
+        return output
+
+    def run_backward(gradient: Tensor | None) -> Tensor | None:
+        received, output = in_flight.pop(0)
+        backward(output, gradient)
+        return None if received is None else received.grad
+
+    warm_up = min(last - stage, num_micro_batches)
+    for index in range(warm_up):
+        received = receive_buffer(index)
+        hand_over(groups, from_previous=received)
+        hand_over(groups, forward=run_forward(index, received))
+    received = receive_buffer(warm_up)
+    hand_over(groups, from_previous=received)
+    for index in range(warm_up, num_micro_batches):
+        output = run_forward(index, received)
+        gradient = None if is_last else torch.empty_like(in_flight[0][1])
+        hand_over(groups, forward=None if is_last else output, from_next=gradient)
+        input_gradient = run_backward(gradient)
+        received = receive_buffer(index + 1)
+        hand_over(groups, backward=input_gradient, from_previous=received)
+    for _ in range(warm_up):
+        gradient = torch.empty_like(in_flight[0][1])
+        hand_over(groups, from_next=gradient)
+        hand_over(groups, backward=run_backward(gradient))
+
+
+def share_from_last_stage(
+    tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, groups: ProcessGroups
+) -> list[Tensor]:
+    """What only the last stage computed, on every stage.
+
+    Args:
+        tensors: on the last stage the values, elsewhere ignored.
+        shapes, dtype: of the values.
+    Communication: one broadcast along the pipeline, of all values together.
+    """
+    if groups.pipeline_size == 1:
+        return list(tensors)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    if groups.is_last_stage:
+        flat = torch.cat([tensor.detach().to(dtype).flatten() for tensor in tensors])
+    else:
+        flat = torch.empty(sum(sizes), dtype=dtype, device=groups.device)
+    dist.broadcast(flat, group=groups.pipeline_parallel, group_src=groups.pipeline_size - 1)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+

@@ -1,0 +1,97 @@
+"""Which tokens' logits a tensor-parallel rank has, and how the ranks put numbers about all tokens together."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebft_mega.model.partition import padded_vocabulary, vocabulary_block_width
+from ebft_mega.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The slice of the vocabulary whose logits this tensor-parallel rank has: whole vocabulary blocks.
+
+    One rank has exactly the vocabulary. Of several, the last ones may have columns for tokens that do not exist:
+    padding, whose logits mean nothing.
+    """
+
+    size: int  # V, true vocabulary over all ranks
+    first: int  # id of the first token of this rank's slice
+    width: int  # columns of this rank's logits, padding included
+    group: dist.ProcessGroup  # tensor parallel
+
+    @classmethod
+    def of(cls, vocab_size: int, groups: ProcessGroups) -> "VocabularyShard":
+        """This rank's slice of a vocabulary."""
+        width = padded_vocabulary(vocab_size, groups.tensor_parallel_size) // groups.tensor_parallel_size
+        return cls(vocab_size, groups.tensor_parallel_rank * width, width, groups.tensor_parallel)
+
+    @property
+    def num_ranks(self) -> int:
+        """Slices of the vocabulary."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def num_tokens(self) -> int:
+        """Columns of this rank's logits that belong to tokens; padding follows them."""
+        return min(max(self.size - self.first, 0), self.width)
+
+    @property
+    def block_width(self) -> int:
+        """Tokens in a vocabulary block, the same on all ranks and at all degrees."""
+        return vocabulary_block_width(self.size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Vocabulary blocks that this rank has columns of."""
+        return -(-self.width // self.block_width)
+
+    @property
+    def first_block(self) -> int:
+        """Index of this rank's first block among all."""
+        return self.first // self.block_width
+
+    def exclude_padding_(self, logits: Tensor) -> Tensor:
+        """Set the padding columns of [..., width] to minus infinity, in place."""
+        logits[..., self.num_tokens :] = -torch.inf
+        return logits
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over the ranks.
+
+        Communication: one all-reduce over the tensor-parallel group; none for one rank.
+        """
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the ranks.
+
+        Communication: one all-reduce over the tensor-parallel group; none for one rank.
+        """
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all ranks.
+
+        Args:
+            values: [...], the same shape on all ranks.
+        Returns:
+            [ranks, ...], by rank.
+        Communication: one all-gather over the tensor-parallel group; none for one rank.
+        """
+        if self.num_ranks == 1:
+            return values[None]
+        gathered = values.new_empty(self.num_ranks * values.numel())
+        dist.all_gather_into_tensor(gathered, values.flatten(), group=self.group)
+        return gathered.view(self.num_ranks, *values.shape)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.num_ranks == 1:
+            return values
+        # Reductions of logits inherit their strides, which may be those of a transposed view.
+        reduced = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(reduced, operation, group=self.group)
+        return reduced

@@ -1,0 +1,84 @@
+"""What a run leaves behind when it stops because its steps are not finite."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebft_mega.metrics.run_files import write_json_atomically
+from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.train.step import StepResult
+from ebft_mega.types import TokenBatch
+
+DUMP_DIRECTORY = "non_finite"
+
+
+def dump_step(result: StepResult, step: int, rank: int, groups: ProcessGroups, output_dir: Path) -> Path:
+    """Write what this rank's part of a step looked like to `non_finite/step-XXXXXXXX-rank-XXXX.json`.
+
+    Args:
+        result: this rank's rows, rewards, log-probabilities, losses.
+        step: number of the optimizer step, the first being 1, as in `metrics.jsonl`.
+        rank, groups: this process in the job.
+        output_dir: the run directory.
+    Communication: none.
+    """
+    directory = output_dir / DUMP_DIRECTORY
+    directory.mkdir(exist_ok=True)
+    path = directory / f"step-{step:08d}-rank-{rank:04d}.json"
+    content = {
+        "step": step,
+        "rank": rank,
+        "data_parallel_rank": groups.data_parallel_rank,
+        "tensor_parallel_rank": groups.tensor_parallel_rank,
+        "pipeline_rank": groups.pipeline_rank,
+        "grad_norm": _number(result.update.grad_norm),
+        "micro_batches": [_describe_micro_batch(result, index) for index in range(len(result.micro_batches))],
+    }
+    write_json_atomically(path, content)
+    return path
+
+
+def statistics(values: Tensor) -> dict[str, Any]:
+    """Count, number of values that are not finite, and smallest, largest and mean of the others (None without any)."""
+    values = values.detach().to(torch.float64)
+    finite = values[values.isfinite()]
+    summary: dict[str, Any] = {"count": values.numel(), "not_finite": values.numel() - finite.numel()}
+    for name, reduce in (("min", torch.min), ("max", torch.max), ("mean", torch.mean)):
+        summary[name] = reduce(finite).item() if finite.numel() else None
+    return summary
+
+
+def _describe_micro_batch(result: StepResult, index: int) -> dict[str, Any]:
+    """Losses of a micro-batch and statistics of each of its rows; a stage of a pipeline knows only some of them."""
+    per_row: dict[str, Tensor] = {}
+    if result.experiences:
+        experience = result.experiences[index]
+        rewards = experience.rewards
+        per_row |= {"reward": rewards.reward, "alignment": rewards.alignment, "diversity": rewards.diversity}
+        per_row["advantage"] = experience.advantages
+    losses: dict[str, Any] = {}
+    if result.learned:
+        learned = result.learned[index]
+        losses = {name: _number(getattr(learned.terms, name).item()) for name in ("rl", "ce", "total")}
+        if learned.logprobs.rollout is not None:
+            per_row["logprobs"] = learned.logprobs.rollout
+        if learned.logprobs.target is not None:
+            per_row["target_logprobs"] = learned.logprobs.target
+    return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], per_row)}
+
+
+def _describe_rows(rows: TokenBatch, per_row: dict[str, Tensor]) -> list[dict[str, Any]]:
+    described = []
+    for position, row in enumerate(rows.row_indices.tolist()):
+        documents = rows.document_ids[position].unique().tolist()
+        row_statistics = {name: statistics(values[position]) for name, values in per_row.items()}
+        described.append({"row": row, "documents": documents, **row_statistics})
+    return described
+
+
+def _number(value: float) -> float | str:
+    """A JSON number, or `nan`, `inf`, `-inf` as text, which strict JSON has no numbers for."""
+    return value if math.isfinite(value) else str(value)

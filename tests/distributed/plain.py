@@ -1,0 +1,92 @@
+"""The same steps in one process with plain torch: a whole batch at once, no engine, no partition, no pipeline."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import RandomWeights, hf_tensors, load_weights
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.objective.losses import count_tokens, loss_terms
+from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.step import judge
+from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step
+
+QUIET = 1e-4
+
+
+@dataclass
+class Truth:
+    """What the steps should leave behind."""
+
+    losses: list[float] = field(default_factory=list)
+    loss_scales: list[float] = field(default_factory=list)  # mean |advantage * logprob|, of which the RL loss cancels
+    grad_norms: list[float] = field(default_factory=list)
+    rollouts: list[Tensor] = field(default_factory=list)
+    grams: list[Tensor] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # under their Hugging Face names
+    # Elements whose gradient was once so small, beside others of its tensor, that rounding decides where Adam, which
+    # divides by the gradient's size, moves them.
+    quiet: dict[str, Tensor] = field(default_factory=dict)
+
+
+def plain_steps(case: Case, groups, directory: str) -> Truth:
+    """A few steps with torch's AdamW and torch's clipping."""
+    config = config_of(case, directory)
+    ebft, plan = config.ebft, config.block_plan
+    architecture = Architecture.from_hf(config.model.config, "test")
+    source = RandomWeights(architecture, config.seed)
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
+    load_weights(stage, source)
+    policy = PipelinedModel.of(stage)
+    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, torch.float32)
+    network = build_feature_network(architecture, source, settings, groups)
+    matrices = [parameter for parameter in stage.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in stage.parameters() if parameter.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=config.train.betas,
+    )
+    truth = Truth()
+    sizes: dict[str, list[Tensor]] = {}
+    counts = count_tokens(plan, config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
+    for step in range(NUM_STEPS):
+        rows = rows_of_step(step, groups)
+        rollout = advantages = None
+        if ebft.rl_coef > 0:
+            (rollout,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
+            (gram,) = network.grams([rows], [rollout], plan)
+            advantages = judge(gram, rollout, config).advantages
+            truth.rollouts.append(rollout.tokens)
+            truth.grams.append(gram)
+        request = ScoreRequest(rows.tokens, rollout.tokens if rollout else None, ebft.ce_coef > 0, ebft.temperature)
+        logprobs = request.logprobs(score(stage, request, plan, policy.vocabulary))
+        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef)
+        optimizer.zero_grad()
+        terms.total.backward()
+        limit = config.train.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), limit)
+        for name, gradient in hf_tensors(((n, p.grad.clone()) for n, p in stage.named_parameters()), stage):
+            sizes.setdefault(name, []).append(gradient.abs())
+        optimizer.step()
+        truth.losses.append(terms.total.item())
+        scale = 1.0
+        if advantages is not None and logprobs.rollout is not None:
+            scale = (advantages[..., None] * logprobs.rollout).abs().mean().item()
+        truth.loss_scales.append(scale)
+        truth.grad_norms.append(norm.item())
+    named = ((name, parameter.detach()) for name, parameter in stage.named_parameters())
+    truth.parameters = dict(hf_tensors(named, stage))
+    for name, by_step in sizes.items():
+        # Rows without any gradient (tokens that a step did not embed) have none at any layout.
+        quiet = [(size < QUIET * size.max()) & (size.sum(dim=-1, keepdim=True) > 0) for size in by_step]
+        truth.quiet[name] = torch.stack(quiet).any(dim=0)
+    return truth

@@ -1,0 +1,115 @@
+"""What crosses ranks in one optimizer step, byte for byte against the formulas of docs/parallelism.md."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.partition import split_layers
+from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.train.run import build_trainer
+from ebft_mega.train.step import train_step
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, Case, Layout, config_of, rows_of_step
+from tests.distributed.traffic import PhaseNames, Traffic
+
+FLOAT32, FLOAT64, INT64 = 4, 8, 8
+B, P, N, K, G = 1, 24, 3, 5, 4  # of the tests' configuration: rows of a micro-batch, tokens, samples, blocks, generated
+H, LAYERS, DEPTH, ANCHOR, RANKS_ROWS = 32, 5, 3, 20, GLOBAL_BATCH
+R = K * N
+
+PLAIN = Case("rollouts only", ("ebft.ce_coef=0",))
+MEAN = Case("mean pooling", ("ebft.ce_coef=0", "ebft.embed_method=mean_pooling"))
+PER_LAYER = Case("per layer", ("ebft.ce_coef=0", "ebft.feature_norm=per_layer"))
+
+
+def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict]:
+    """Calls and bytes of the second step (the first has DeepSpeed's start-up in it), on this rank."""
+    device = connect()
+    if layout.sequence_parallel:
+        torch.cuda.current_device = lambda: device  # as in `steps.run_cases`
+    groups = make_process_groups(device, layout.tensor, layout.pipeline)
+    config = config_of(case, directory, layout.overrides)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    phases = PhaseNames()
+    trainer = replace(build_trainer(config, architecture, architecture, groups), timers=phases)
+    train_step(trainer, rows_of_step(0, groups), 0, LEARNING_RATE)
+    with Traffic(groups, phases) as traffic:
+        train_step(trainer, rows_of_step(1, groups), 1, LEARNING_RATE)
+    return dict(traffic.calls), dict(traffic.bytes)
+
+
+@cache
+def measured(layout: Layout, case: Case, directory: str) -> list[tuple[dict, dict]]:
+    return run_ranks(layout.world_size, one_step, layout, case, directory)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("communication"))
+
+
+def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, str, str], int]:
+    """The formulas for one rank of a stage, without the data-parallel group; zeros are left out."""
+    micro_batches = GLOBAL_BATCH // layout.data
+    layers = len(split_layers(LAYERS, layout.pipeline)[stage])
+    feature_layers = split_layers(DEPTH, layout.pipeline)[stage]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    many_slices, many_stages = layout.tensor > 1, layout.pipeline > 1
+    is_mean, is_per_layer = "mean_pooling" in str(case.overrides), "per_layer" in str(case.overrides)
+    decoded, packed, learned = ANCHOR + R * (G - 1), P + R * G, ANCHOR + R * (G - 1)
+    head_rows, block_features = K + R * (G - 1), K * (N + 1)
+
+    def hidden(positions: int) -> int:
+        return positions * B * H * FLOAT32
+
+    found = {
+        ("rollout", "tensor_parallel", "all-reduce"): many_slices * hidden(decoded) * (2 * layers + first),
+        ("rollout", "tensor_parallel", "all-gather"): many_slices * last * 16 * layout.tensor * B * N * K * G,
+        ("rollout", "pipeline_parallel", "send"): many_stages
+        * (INT64 * B * N * K * (G - 1) if last else hidden(decoded)),
+        ("rollout", "pipeline_parallel", "broadcast"): many_stages * INT64 * B * N * K * G,
+        ("features", "tensor_parallel", "all-reduce"): many_slices
+        * (
+            hidden(packed) * (2 * len(feature_layers) + first)
+            + is_per_layer * FLOAT64 * B * block_features * len(feature_layers)  # one tap after each of them
+        ),
+        ("features", "pipeline_parallel", "send"): many_stages * (not last) * hidden(packed),
+        ("features", "model_parallel", "all-reduce"): (many_slices or many_stages)
+        * FLOAT64
+        * B
+        * (K * (N + 1) ** 2 + is_mean * block_features * G),
+        ("learn", "tensor_parallel", "all-reduce"): many_slices
+        * (
+            hidden(learned) * (4 * layers + first)
+            + last * (hidden(head_rows) + FLOAT32 * B * (K * (2 + N) + R * (G - 1) * 3))
+        ),
+        ("learn", "pipeline_parallel", "send"): many_stages * hidden(learned) * ((not last) + (not first)),
+        ("learn", "pipeline_parallel", "broadcast"): many_stages * FLOAT32 * (B * N * K * G + 3),
+    }
+    return {key: value * micro_batches for key, value in found.items() if value}
+
+
+LAYOUTS = [Layout(1, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
+
+
+@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER], ids=lambda case: case.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(1, 2, 2), marks=pytest.mark.slow)], ids=str)
+def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
+    for rank, (_, found) in enumerate(measured(layout, case, directory)):
+        stage = rank // (layout.tensor * layout.data)
+        within = {
+            key: value
+            for key, value in found.items()
+            if key[1] in ("tensor_parallel", "pipeline_parallel", "model_parallel")
+            and key[2] != "receive"
+            and not is_of_the_optimizer(key, value)
+        }
+        assert within == expected_bytes(layout, case, stage)
+
+
+def is_of_the_optimizer(key: tuple[str, str, str], value: int) -> bool:
+    """Norms and flags over the replica: a few numbers a step."""
+    return key == ("learn", "model_parallel", "all-reduce") and value <= 64

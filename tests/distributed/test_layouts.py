@@ -1,0 +1,123 @@
+"""Every parallel layout takes the same steps as one process with plain torch: same rollouts, rewards and update."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.distributed.plain import Truth, plain_steps
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import NUM_STEPS, Case, Layout, Outcome, run_cases
+
+LLAMA = Case("llama tied")
+QWEN2 = Case("qwen2 untied", model_type="qwen2", tied=False)
+QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
+VARIANTS = {
+    "nucleus and joint mean pooling": Case(
+        "nucleus and joint mean pooling", ("ebft.top_p=0.9", "ebft.embed_method=mean_pooling"), "qwen3"
+    ),
+    "mean pooling per layer": Case(
+        "mean pooling per layer", ("ebft.embed_method=mean_pooling", "ebft.feature_norm=per_layer")
+    ),
+    "last token per layer": Case("last token per layer", ("ebft.feature_norm=per_layer",)),
+    "checkpointing": Case("checkpointing", ("train.activation_checkpointing=full",), "qwen2"),
+    "fewer micro-batches than stages": Case("fewer micro-batches than stages", ("train.micro_batch_size=4",)),
+    "cross-entropy only": Case("cross-entropy only", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
+    "rollouts only": Case("rollouts only", ("ebft.ce_coef=0", "train.grad_clip=0", "train.weight_decay=0.1")),
+    "parameters held for a step": Case("parameters held for a step", ("zero.hold_parameters=step",)),
+    "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
+    "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
+}
+L = Layout
+FAST = {
+    L(1, 1, 1): (LLAMA,),
+    L(2, 1, 1): (LLAMA,),
+    L(1, 2, 1): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
+    L(1, 1, 2): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
+    L(1, 2, 2): (LLAMA,),
+}
+SLOW = {
+    L(2, 2, 1): (LLAMA,),
+    L(2, 1, 2): (LLAMA, *VARIANTS.values()),
+    L(2, 2, 2): (LLAMA, QWEN2, QWEN3),
+    L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"]),
+    L(1, 4, 1): (LLAMA, QWEN2, QWEN3),
+    **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},
+    **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},
+    L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
+    L(2, 2, 2, sequence_parallel=True): (LLAMA, QWEN3),
+}
+MATRIX = [
+    pytest.param(layout, case, id=f"{layout}-{case.name}", marks=[pytest.mark.slow] if slow else [])
+    for slow, layouts in ((False, FAST), (True, SLOW))
+    for layout, cases in layouts.items()
+    for case in cases
+]
+
+
+@cache
+def steps_of(layout: Layout, directory: str) -> list[dict[str, Outcome]]:
+    """All cases of a layout, by rank: starting ranks costs more than the steps."""
+    return run_ranks(layout.world_size, run_cases, layout, (FAST | SLOW)[layout], directory)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def truth_of(groups, directory):
+    """The plain steps of a case, taken once for all layouts."""
+    return cache(lambda case: plain_steps(case, groups, directory))
+
+
+@pytest.mark.parametrize(("layout", "case"), MATRIX)
+def test_layout_takes_the_plain_steps(layout, case, truth_of, directory):
+    truth = truth_of(case)
+    by_rank = [outcomes[case.name] for outcomes in steps_of(layout, directory)]
+    assert_same_rollouts_and_rewards(by_rank, layout, truth)
+    for outcome in by_rank:
+        for step in range(NUM_STEPS):
+            found = outcome.metrics[step]
+            assert abs(found["train/loss"] - truth.losses[step]) <= 1e-5 * truth.loss_scales[step], step
+            assert found["train/grad_norm"] == pytest.approx(truth.grad_norms[step], rel=1e-4), step
+    for name, parameter in truth.parameters.items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax cancels it: its gradient is rounding noise, which Adam blows up
+        quiet = truth.quiet[name]
+        assert quiet.float().mean() <= 0.05, name
+        difference = (by_rank[0].parameters[name] - parameter).abs().masked_fill(quiet, 0.0).max()
+        assert difference <= 1e-4, (name, difference)
+
+
+def assert_same_rollouts_and_rewards(by_rank: list[Outcome], layout: Layout, truth: Truth) -> None:
+    """Every rank of a replica knows the same; the replicas' rows together are the global batch."""
+    replicas = [[by_rank[rank] for rank in ranks] for ranks in ranks_of_replicas(layout)]
+    for step, tokens in enumerate(truth.rollouts):
+        for members in replicas:
+            assert all(torch.equal(member.rollouts[step], members[0].rollouts[step]) for member in members)
+            assert all(torch.equal(member.grams[step], members[0].grams[step]) for member in members)
+        assert torch.equal(torch.cat([members[0].rollouts[step] for members in replicas]), tokens), step
+        gram = torch.cat([members[0].grams[step] for members in replicas])
+        torch.testing.assert_close(gram, truth.grams[step], atol=2e-5, rtol=0)
+
+
+def ranks_of_replicas(layout: Layout) -> list[list[int]]:
+    """World ranks by replica: tensor fastest, then data, then pipeline."""
+    return [
+        [
+            tensor + layout.tensor * (replica + layout.data * stage)
+            for stage in range(layout.pipeline)
+            for tensor in range(layout.tensor)
+        ]
+        for replica in range(layout.data)
+    ]
+
+
+def test_the_comparison_would_see_a_wrong_step(truth_of):
+    """Clipping is active, parameters move far more than the tolerance, and rewards differ between rollouts."""
+    truth = truth_of(LLAMA)
+    assert truth.grad_norms[0] > 0.5
+    assert not torch.equal(truth.rollouts[0], truth.rollouts[1])
+    assert truth.loss_scales[0] > 0.1

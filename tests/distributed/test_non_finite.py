@@ -1,0 +1,211 @@
+"""Something that is not finite on one rank makes every rank skip that step; too many in a row end the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ebft_mega.errors import NonFiniteStepError
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.train import faults, loop
+from ebft_mega.train import step as step_module
+from ebft_mega.train.run import build_trainer
+from ebft_mega.train.step import train_step
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import LEARNING_RATE, Case, config_of, rows_of_step
+
+POISONED_RANK = 1  # the last stage of a pipeline of two
+LAYOUTS = {"data": (1, 1), "tensor": (2, 1), "pipeline": (1, 2)}
+NUM_SKIPS_BEFORE_THE_END = 3
+
+
+def build(directory, tensor, pipeline, *overrides):
+    """A trainer of two ranks."""
+    groups = make_process_groups(connect(), tensor, pipeline)
+    degrees = (f"parallel.tensor_parallel_size={tensor}", f"parallel.pipeline_parallel_size={pipeline}")
+    config = config_of(Case("faults", (*degrees, *overrides)), directory)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    return build_trainer(config, architecture, architecture, groups)
+
+
+def nan_loss(terms):
+    return dataclasses.replace(terms, total=terms.total * torch.nan)
+
+
+def infinite_loss_with_a_finite_gradient(terms):
+    return dataclasses.replace(terms, total=terms.total + torch.inf)
+
+
+def nan_gradient_of_a_finite_loss(terms):
+    terms.total.register_hook(lambda gradient: gradient * torch.nan)
+    return terms
+
+
+def infinite_reward_with_finite_advantages(experience):
+    rewards = experience.rewards
+    reward = rewards.reward.clone()
+    reward[0, 0, 0] = torch.inf
+    return dataclasses.replace(experience, rewards=dataclasses.replace(rewards, reward=reward))
+
+
+def unchanged(value):
+    return value
+
+
+# Function of `train/step.py` whose result is spoiled on one rank, and how.
+POISONS = {
+    "none": ("loss_terms", unchanged),
+    "NaN loss": ("loss_terms", nan_loss),
+    "infinite loss with a finite gradient": ("loss_terms", infinite_loss_with_a_finite_gradient),
+    "NaN gradient of a finite loss": ("loss_terms", nan_gradient_of_a_finite_loss),
+    "infinite reward with finite advantages": ("judge", infinite_reward_with_finite_advantages),
+}
+
+
+def poison(name):
+    """Spoil every later step on the poisoned rank; returns what undoes it."""
+    function, spoil = POISONS[name]
+    original = getattr(step_module, function)
+    if dist.get_rank() == POISONED_RANK:
+        setattr(step_module, function, lambda *arguments: spoil(original(*arguments)))
+    return lambda: setattr(step_module, function, original)
+
+
+def weights_of(trainer):
+    """This rank's master weights, end to end."""
+    parameters = trainer.engine.local_parameters()
+    return torch.cat([parameter.detach().flatten().clone() for _, parameter in parameters])
+
+
+def take_poisoned_steps(directory, tensor, pipeline):
+    """Applied or not, and how far the weights moved, per kind of poison; a healthy step follows each."""
+    trainer = build(directory, tensor, pipeline)
+    outcomes = {}
+    for number, name in enumerate(POISONS):
+        moved = []
+        for cure_first in (False, True):
+            before = weights_of(trainer)
+            undo = poison("none" if cure_first else name)
+            result = train_step(trainer, rows_of_step(number, trainer.groups), number, LEARNING_RATE)
+            undo()
+            moved.append((result.update.applied, (weights_of(trainer) - before).abs().max().item()))
+        outcomes[name] = moved
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one(layout, tmp_path):
+    for rank, outcomes in enumerate(run_ranks(2, take_poisoned_steps, str(tmp_path), *LAYOUTS[layout])):
+        for name, (poisoned, healthy) in outcomes.items():
+            if name == "none":
+                assert poisoned[0] and poisoned[1] > 1e-4, (rank, poisoned)
+            else:
+                assert poisoned == (False, 0.0), (rank, name, poisoned)
+            assert healthy[0] and 1e-4 < healthy[1] < 1e-2, (rank, name, healthy)
+
+
+class Rows:
+    """Stands for the loader: the same made-up rows for ever."""
+
+    def __init__(self, groups):
+        self.groups = groups
+        self.committed = 0
+
+    def __iter__(self):
+        while True:
+            yield rows_of_step(0, self.groups)
+
+    def commit(self):
+        self.committed += 1
+
+
+class Beats:
+    """Stands for the watchdog: keeps what it was told."""
+
+    def __init__(self):
+        self.achievements = []
+
+    def beat(self, achievement):
+        self.achievements.append(achievement)
+
+
+class Lines:
+    """Stands for the metrics' writer."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, step, metrics):
+        self.logged.append((step, metrics))
+
+    def note(self, text):
+        raise AssertionError(text)
+
+
+def train_until_it_stops(directory):
+    """Two healthy steps, then a loss that stays NaN on one rank."""
+    loop.MAX_SKIPPED_IN_A_ROW = NUM_SKIPS_BEFORE_THE_END
+    trainer = build(directory, 1, 1, f"output_dir={directory}")
+    beats, lines = Beats(), Lines()
+    original = loop.train_step
+
+    def poisoned_later(trainer, batch, step, rate):
+        undo = poison("none" if step in (0, 2) else "NaN loss")
+        try:
+            return original(trainer, batch, step, rate)
+        finally:
+            undo()
+
+    loop.train_step = poisoned_later
+    observer = loop.Observer(lines, Path(directory) / "samples.jsonl", None)
+    try:
+        loop.train(trainer, Rows(trainer.groups), None, 100, observer, beats)
+    except NonFiniteStepError as error:
+        # What the other rank has written must be there by now.
+        files = sorted(path.name for path in (Path(directory) / faults.DUMP_DIRECTORY).iterdir())
+        return str(error), files, beats.achievements, lines.logged
+    raise AssertionError("the run went on")
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
+    names = [f"step-00000006-rank-000{rank}.json" for rank in range(2)]
+    for message, files, achievements, logged in run_ranks(2, train_until_it_stops, str(tmp_path)):
+        assert message.startswith("step 6: 3 updates in a row") and str(tmp_path / "non_finite") in message
+        assert files == names
+        assert achievements == ["evaluation of the initial model", *(f"step {step}" for step in range(1, 6))]
+        # Steps 2, 4, 5 and 6 were skipped; a step that went well starts the count in a row anew.
+        assert [(step, metrics["train/skipped_steps"]) for step, metrics in logged] == [
+            (1, 0.0),
+            (2, 1.0),
+            (3, 1.0),
+            (4, 2.0),
+            (5, 3.0),
+        ]
+        for _, metrics in logged:
+            assert 0 < metrics["perf/step_seconds_min"] <= metrics["perf/step_seconds_max"]
+    dumps = [json.loads((tmp_path / "non_finite" / name).read_text()) for name in names]
+    assert [dump["rank"] for dump in dumps] == [0, 1] and dumps[0]["step"] == 6
+    rows = [[row["row"] for part in dump["micro_batches"] for row in part["rows"]] for dump in dumps]
+    assert rows == [[0, 1], [2, 3]]
+    healthy, spoiled = (dump["micro_batches"][0] for dump in dumps)
+    assert spoiled["loss"]["total"] == "nan" and isinstance(healthy["loss"]["total"], float)
+    row = healthy["rows"][0]
+    assert row["documents"] == [0]
+    assert row["reward"]["count"] == 3 * 5 and row["logprobs"]["count"] == 3 * 5 * 4
+    assert row["target_logprobs"]["count"] == 23
+    assert row["logprobs"]["not_finite"] == 0 and row["logprobs"]["min"] <= row["logprobs"]["mean"] < 0
+
+
+def different_times():
+    """The second rank says it took longer."""
+    groups = make_process_groups(connect())
+    return loop.seconds_over_ranks(1.5 + dist.get_rank(), groups.device)
+
+
+def test_step_times_are_the_extremes_over_ranks():
+    expected = {"perf/step_seconds_min": 1.5, "perf/step_seconds_max": 2.5}
+    assert run_ranks(2, different_times) == [expected, expected]
