@@ -302,10 +302,10 @@ def _announce(pair: tuple[str, Tensor] | None, groups: ProcessGroups) -> None:
     if groups.pipeline_size == 1:
         return
     header = [None if pair is None else (pair[0], pair[1].shape, pair[1].dtype)]
-    options = {"group": groups.pipeline_parallel, "group_src": groups.pipeline_rank}
-    dist.broadcast_object_list(header, device=groups.device, **options)
+    group, own = groups.pipeline_parallel, groups.pipeline_rank
+    dist.broadcast_object_list(header, group=group, group_src=own, device=groups.device)
     if pair is not None:
-        dist.broadcast(pair[1].contiguous(), **options)
+        dist.broadcast(pair[1].contiguous(), group=group, group_src=own)
 
 
 def _hear(stage: int, groups: ProcessGroups) -> tuple[str, Tensor] | None:

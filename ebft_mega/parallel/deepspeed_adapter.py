@@ -33,6 +33,8 @@ from ebft_mega.parallel.roles import ParameterRole
 SUPPORTED_DEEPSPEED = "0.19."
 # Larger than any model: all parameters of an optimizer group form one sub-group on every rank.
 SUB_GROUP_SIZE = int(1e12)
+# Stands for a module that uses a parameter; theirs are numbers.
+HOLDER = "ebft_mega"
 # Parameters are gathered this many at a time: the gathered buffer exists beside the parameters made from it.
 GATHER_ELEMENTS = 2**29
 
@@ -77,13 +79,12 @@ class DeepSpeedEngine:
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients
         self._whole_parameters: Callable[[], Any] = self._whole_anyway
+        self._holds = self._stage == 3 and settings.hold_parameters == "step"
         if self._stage == 3:
             self._view = empty_view(build_stage, groups.device)
             self._pairs = list(zip(self.module.parameters(), self._view.parameters(), strict=True))
             by_layer = settings.hold_parameters == "none"
             self._whole_parameters = self._whole_by_layer if by_layer else self._whole_view
-            # Parameters that are held are gathered by the next rollout, all at once: here, one by one.
-            self._engine.optimizer.persistent_parameters = []
 
     @property
     def module(self) -> nn.Module:
@@ -92,6 +93,8 @@ class DeepSpeedEngine:
 
     def forward(self, compute: Callable[[Any], Any]) -> Any:
         """See `ZeroEngine`."""
+        if self._holds:
+            hold(self.module.parameters())
         return self._engine(compute)
 
     def backward(self, loss: Tensor) -> None:
@@ -141,7 +144,10 @@ class DeepSpeedEngine:
         With the hooks on, every decode pass would gather every layer again and release what was gathered here. The
         view's storage is the gathered one, so it must be let go before the engine can free it.
         """
-        gathered = gather(parameter for parameter, _ in self._pairs)
+        parameters = [parameter for parameter, _ in self._pairs]
+        gathered = [] if self._holds else gather(parameters)
+        if self._holds:
+            hold(parameters)
         try:
             for parameter, twin in self._pairs:
                 twin.data = parameter.data
@@ -149,7 +155,7 @@ class DeepSpeedEngine:
         finally:
             for parameter, twin in self._pairs:
                 twin.data = torch.empty(0, dtype=parameter.dtype, device=self._groups.device)
-            release(parameter for parameter in gathered if not parameter.ds_persist)
+            release(gathered)
 
     def _begin_backward(self) -> None:
         """Tell the optimizer that a new micro-batch's gradients come.
@@ -425,6 +431,20 @@ def gather(parameters: Iterable[Any]) -> list[Any]:
     return missing
 
 
+def hold(parameters: Iterable[Any]) -> None:
+    """Make partitioned parameters whole until the next optimizer step, which releases everything.
+
+    DeepSpeed releases a parameter when no module uses it any more, so it is told of one more. (Its own threshold for
+    parameters to keep has no effect while it records or has lost its trace of a step, as pipeline stages do.)
+
+    Communication: that of `gather`, when it is the first time since the last step.
+    """
+    held = list(parameters)
+    gather(held)
+    for parameter in held:
+        parameter.ds_active_sub_modules.add(HOLDER)
+
+
 def release(parameters: Iterable[Any]) -> None:
     """Free what `gather` made; every rank keeps its partition."""
     gathered = list(parameters)
@@ -450,10 +470,10 @@ def deepspeed_config(settings: OptimizerSettings, groups: ProcessGroups) -> dict
         },
     }
     if stage == 3:
-        everything = SUB_GROUP_SIZE if settings.hold_parameters == "step" else 0
         config["zero_optimization"] |= {
             "sub_group_size": SUB_GROUP_SIZE,
-            "stage3_param_persistence_threshold": everything,
+            # Otherwise small parameters stay whole sometimes, and what a gather costs depends on that.
+            "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": False,
             "log_trace_cache_warnings": False,
         }

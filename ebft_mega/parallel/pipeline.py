@@ -215,5 +215,3 @@ def share_from_last_stage(
         flat = torch.empty(sum(sizes), dtype=dtype, device=groups.device)
     dist.broadcast(flat, group=groups.pipeline_parallel, group_src=groups.pipeline_size - 1)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-
-

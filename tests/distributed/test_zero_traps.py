@@ -55,7 +55,7 @@ def nothing(*arguments) -> None:
     """In place of a workaround."""
 
 
-def take_steps(groups: ProcessGroups, without=nullcontext(), **options) -> dict[str, float]:
+def take_steps(groups: ProcessGroups, without, **options) -> dict[str, float]:
     """Relative error of the worst gradient norm and distance of the weights from plain torch's."""
     truth = plain_steps(groups, NUM_STEPS, 0.5)
     errors = []
@@ -143,13 +143,13 @@ def test_silently_wrong_without(layout, case, what):
 
 
 def backward_after_backward() -> dict[str, float]:
-    """Gradient norm of two micro-batches, both forward, then both backward; with and without W2."""
+    """Gradient norm of two micro-batches, both forward, then both backward."""
     groups = make_process_groups(connect())
     norms = {}
-    for stage in (2, 3):
+    for stage, dtype in ((3, torch.float32), (2, torch.bfloat16)):
         for name in ("with", "without", "truth"):
             with replaced(DeepSpeedEngine, "_begin_backward", nothing) if name == "without" else nullcontext():
-                engine = make_engine(groups, settings(zero_stage=stage))
+                engine = make_engine(groups, settings(zero_stage=stage, dtype=dtype))
                 losses = []
                 for index in (0, 1):
                     tokens = rows(index)
@@ -166,8 +166,8 @@ def test_w2_backward_passes_that_follow_each_other():
     for norms in run_ranks(2, backward_after_backward):
         for stage in (2, 3):
             assert norms[f"with {stage}"] == pytest.approx(norms[f"truth {stage}"], rel=1e-5)
-        assert abs(norms["without 3"] / norms["truth 3"] - 1) > 0.05
-        assert norms["truth 2"] == pytest.approx(norms["truth 3"], rel=1e-5)
+        assert norms["without 3"] < 0.9 * norms["truth 3"]  # the first is lost
+        assert norms["without 2"] > 1.1 * norms["truth 2"]  # the first counts twice
 
 
 def steps_over_the_world(is_patched: bool) -> str:
@@ -249,8 +249,6 @@ def sub_groups_differ() -> tuple[str, str]:
     ):
         engine = make_engine(groups, settings())
     accumulate(engine, groups, 0)
-    if groups.tensor_parallel_rank == 0:
-        engine._engine._spread_non_finite = lambda: None
     try:
         engine.step(LEARNING_RATE)
     except RuntimeError as error:
@@ -262,6 +260,8 @@ def test_w4_unequal_sub_groups_are_refused():
     first, second = run_ranks(2, sub_groups_differ)
     for message, _ in (first, second):
         assert message == "the ranks of a replica have [2, 3] optimizer sub-groups; they must have equally many"
+    # The rank with more waits until the other is gone.
+    assert (first[1], "closed by peer" in second[1] or "reset by peer" in second[1]) == ("", True)
 
 
 def test_w4_a_stage_needs_matrices_and_vectors():
@@ -306,7 +306,7 @@ def branches(groups: ProcessGroups, zero_stage: int = 3, dtype: torch.dtype = to
 
 def use(engine: ZeroEngine, *names: str) -> None:
     """One micro-batch: forward and backward through some branches."""
-    x = torch.ones(2, TwoBranches.SIZE)
+    x = torch.ones(2, TwoBranches.SIZE, dtype=next(engine.module.parameters()).dtype)
     engine.backward(engine.forward(lambda module: sum(getattr(module, name)(x).square().sum() for name in names)))
 
 
@@ -334,21 +334,43 @@ def test_t3_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient(
         assert norms["without 3"] > 1.3 * norms["truth 3"]
 
 
+def gradients_on_one_rank_alone() -> dict[str, float]:
+    """Norms when a parameter has a gradient on the first data-parallel rank only, in bfloat16."""
+    groups = make_process_groups(connect())
+    norms = {}
+    for name in ("zero 0", "zero 1", "zero 2", "zero 3", "without 1"):
+        without = replaced(DeepSpeedEngine, "_count_all_gradients", nothing)
+        with without if name.startswith("without") else nullcontext():
+            engine = branches(groups, int(name[-1]), torch.bfloat16)
+            use(engine, "first", *(["second"] if groups.data_parallel_rank == 0 else []))
+            norms[name] = engine.step(0.0).grad_norm
+    return norms
+
+
+def test_a_parameter_without_gradient_on_this_rank_counts_in_the_norm():
+    first, second = run_ranks(2, gradients_on_one_rank_alone)
+    for stage in (1, 2, 3):
+        for found in (first, second):
+            assert found[f"zero {stage}"] == pytest.approx(first["zero 0"], rel=1e-6)
+    assert second["without 1"] < 0.9 * first["without 1"]
+
+
 def left_alone() -> dict[str, object]:
     """What a stage must not do (T4 to T6, T9), W6, and the switch of W5."""
     import deepspeed
     from deepspeed import ops
 
-    groups = make_process_groups(connect())
+    groups = make_process_groups(connect(), 2, 1)
     engine = make_engine(groups, settings())
     found: dict[str, object] = {"W5": ops.__compatible_ops__["deepspeed_shm_comm"]}
+    found["T9"] = sum(value.numel() for value in engine.module.state_dict().values())
     weight = engine.module.embedding.weight
     for name, attempt in {
+        "T5": lambda: F.linear(torch.ones(1, weight.ds_shape[1]), weight),
+        "T6": lambda: copy.deepcopy(engine.module),
         "T4": lambda: engine.backward(
             engine.forward(lambda stage: Twice.apply(stage, torch.ones(1, requires_grad=True)))
         ),
-        "T5": lambda: F.linear(torch.ones(1, weight.ds_shape[1]), weight),
-        "T6": lambda: copy.deepcopy(engine.module),
         "W6": lambda: deepspeed.initialize(
             model=nn.Linear(2, 2), config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         ),
@@ -358,7 +380,6 @@ def left_alone() -> dict[str, object]:
             found[name] = ""
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
-    found["T9"] = sum(value.numel() for value in engine.module.state_dict().values())
     return found
 
 
@@ -476,7 +497,7 @@ def test_parameters_are_gathered_once_for_a_rollout(pipeline):
         assert found["rollout bytes"]["learn"] >= whole  # released in between
         # Held: that one gather is all there is in the step.
         assert found["step calls"] == {"rollout": 1} and found["step bytes"] == {"rollout": whole}
-        assert found["none calls"]["rollout"] > 4 and found["none bytes"]["rollout"] >= 4 * whole
+        assert found["none calls"]["rollout"] >= 4 and found["none bytes"]["rollout"] >= 4 * whole
 
 
 def test_t7_1f1b_gathers_layer_by_layer_where_micro_batches_overlap():
@@ -500,10 +521,9 @@ def views_are_released() -> dict[str, object]:
         with stage.whole_parameters() as policy:
             shapes = policy(lambda view: {key: tuple(value.shape) for key, value in view.named_parameters()})
             found[f"{name} output"] = policy(lambda view: view.logits(view.hidden(rows(0))))
-            storages = policy(lambda view: [value.untyped_storage()._cdata for value in view.parameters()])
             found[f"{name} hooks"] = policy(lambda view: len(view.embedding._forward_pre_hooks))
         expected = {key: tuple(value.shape) for key, value in TinyStage(groups).named_parameters()}
-        found[f"{name} shapes"] = shapes == expected and len(set(storages)) == len(storages)
+        found[f"{name} shapes"] = shapes == expected
         try:
             with stage.whole_parameters() as policy:
                 raise ValueError("a rollout failed")
@@ -545,3 +565,21 @@ def gather_in_buckets() -> dict[str, object]:
 def test_a_large_stage_is_gathered_in_parts():
     for found in run_ranks(2, gather_in_buckets):
         assert found["calls"] > 3 and found["equal"]
+
+
+def learn_while_held() -> list[int]:
+    """Gathers of two steps without a rollout; largest parameter after them."""
+    groups = make_process_groups(connect(), 1, 2)
+    engine = make_engine(groups, settings(hold="step"))
+    calls = []
+    for step in range(2):
+        with Traffic(groups, PhaseNames()) as traffic:
+            accumulate(engine, groups, step)
+            engine.step(LEARNING_RATE)
+        calls.append(traffic.calls["outside", "data_parallel", "all-gather"])
+    sizes = {parameter.numel() for parameter in engine.module.parameters()}
+    return [*calls, max(sizes)]
+
+
+def test_held_parameters_are_gathered_by_the_first_forward_pass_if_there_is_no_rollout():
+    assert run_ranks(4, learn_while_held) == [[1, 1, 0]] * 4
