@@ -181,20 +181,10 @@ class DeepSpeedEngine:
         return optimizer.fp16_groups if self._stage == 3 else optimizer.bit16_groups
 
     def _step_of_reduced_gradients(self) -> None:
-        if self._whole_gradients:
-            self._count_all_gradients()
         self._sum_partial_gradients()
         self._sum_tied_gradients()
         self._spread_non_finite()
         self._reduced_step()
-
-    def _count_all_gradients(self) -> None:
-        """Have the norm see every reduced gradient, also of parameters that had none on this rank.
-
-        Stage 1 in bfloat16 leaves those out after it has reduced them: ranks would clip by different norms.
-        """
-        for flags in self._engine.optimizer.fp32_groups_has_gradients:
-            flags[:] = [True] * len(flags)
 
     def _sum_partial_gradients(self) -> None:
         """Add up gradients of which every tensor-parallel rank has a share; DeepSpeed knows none of those ranks.

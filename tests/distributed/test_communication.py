@@ -5,14 +5,15 @@ from functools import cache
 
 import pytest
 import torch
+import yaml
 
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import split_layers
+from ebft_mega.model.partition import StageShape, split_layers, stage_parameters
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks
-from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, Case, Layout, config_of, rows_of_step
+from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, TEXT, Case, Layout, config_of, rows_of_step
 from tests.distributed.traffic import PhaseNames, Traffic
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
@@ -92,6 +93,26 @@ def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, st
     return {key: value * micro_batches for key, value in found.items() if value}
 
 
+def expected_bytes_of_sequence_parallel_layers(layers: int, feature_layers: int, micro_batches: int) -> dict:
+    """Gathers and reduce-scatters inside the layers of a single stage, instead of all-reduces."""
+
+    def hidden(positions: int) -> int:
+        return -(-positions // 2) * 2 * B * H * FLOAT32 * micro_batches
+
+    decoded, packed, learned = hidden(ANCHOR) + (G - 1) * hidden(R), hidden(P + R * G), hidden(ANCHOR + R * (G - 1))
+    sampled = 16 * 2 * B * N * K * G * micro_batches
+    return {
+        # Two of each per layer; one more where tokens are embedded, and one where the head reads whole sequences.
+        ("rollout", "tensor_parallel", "reduce-scatter"): decoded * (2 * layers + 1),
+        ("rollout", "tensor_parallel", "all-gather"): decoded * (2 * layers + 1) + sampled,
+        ("features", "tensor_parallel", "reduce-scatter"): packed * (2 * feature_layers + 1),
+        ("features", "tensor_parallel", "all-gather"): packed * 2 * feature_layers,
+        # Back: what was scattered is gathered and the other way round, and inputs are gathered again for the weights.
+        ("learn", "tensor_parallel", "reduce-scatter"): learned * (4 * layers + 1),
+        ("learn", "tensor_parallel", "all-gather"): learned * (6 * layers + 2),
+    }
+
+
 LAYOUTS = [Layout(1, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
@@ -113,3 +134,47 @@ def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
 def is_of_the_optimizer(key: tuple[str, str, str], value: int) -> bool:
     """Norms and flags over the replica: a few numbers a step."""
     return key == ("learn", "model_parallel", "all-reduce") and value <= 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [PLAIN, MEAN], ids=lambda case: case.name)
+def test_bytes_of_sequence_parallel_layers_follow_the_formulas(case, directory):
+    layout = Layout(1, 2, 1, sequence_parallel=True)
+    by_rank = [found for _, found in measured(layout, case, directory)]
+    expected = expected_bytes_of_sequence_parallel_layers(LAYERS, DEPTH, GLOBAL_BATCH)
+    for found in by_rank:
+        assert {key: found[key] for key in expected} == expected
+        gram = FLOAT64 * B * (K * (N + 1) ** 2 + (case is MEAN) * K * (N + 1) * G) * GLOBAL_BATCH
+        assert found["features", "model_parallel", "all-reduce"] == gram
+    # Pooled rows change from slices of the sequence to slices of the hidden dimension once, for each tap.
+    read = G if case is MEAN else 1
+    exchanged = sum(found["features", "tensor_parallel", "all-to-all"] for found in by_rank)
+    assert exchanged == DEPTH * K * (N + 1) * read * B * H * FLOAT32 * GLOBAL_BATCH
+
+
+HELD = Case("held for a step", ("ebft.ce_coef=0", "zero.hold_parameters=step"))
+SHARDED = Case("sharded features", ("ebft.ce_coef=0", "zero.feature_network=sharded"))
+
+
+@pytest.mark.parametrize("case", [PLAIN, HELD, SHARDED], ids=lambda case: case.name)
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), pytest.param(Layout(2, 1, 2), marks=pytest.mark.slow)], ids=str)
+def test_parameters_are_gathered_once_for_the_rollouts(layout, case, directory):
+    """Not once per token, and not again for learning if they are held; reduced once per micro-batch."""
+    architecture = Architecture.from_hf(model_config(), "test")
+    micro_batches = GLOBAL_BATCH // layout.data
+    for rank, (calls, found) in enumerate(measured(layout, case, directory)):
+        stage = rank // layout.data
+        own = stage_parameters(architecture, StageShape.of_policy(architecture, stage, layout.pipeline), 1) * FLOAT32
+        gathered = ("rollout", "data_parallel", "all-gather")
+        assert (calls[gathered], found[gathered]) == (1, own)
+        assert found["learn", "data_parallel", "reduce-scatter"] == micro_batches * own
+        again = found.get(("learn", "data_parallel", "all-gather"), 0)
+        assert again == 0 if case is HELD else micro_batches * own <= again <= 2 * micro_batches * own
+        frozen = StageShape.of_features(architecture, DEPTH, stage, layout.pipeline)
+        expected = stage_parameters(architecture, frozen, 1) * FLOAT32 if case is SHARDED else 0
+        assert found.get(("features", "data_parallel", "all-gather"), 0) == expected
+
+
+def model_config() -> dict:
+    """The model of the tests' configuration."""
+    return yaml.safe_load(TEXT % ("llama", "true"))["model"]["config"]

@@ -334,27 +334,6 @@ def test_t3_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient(
         assert norms["without 3"] > 1.3 * norms["truth 3"]
 
 
-def gradients_on_one_rank_alone() -> dict[str, float]:
-    """Norms when a parameter has a gradient on the first data-parallel rank only, in bfloat16."""
-    groups = make_process_groups(connect())
-    norms = {}
-    for name in ("zero 0", "zero 1", "zero 2", "zero 3", "without 1"):
-        without = replaced(DeepSpeedEngine, "_count_all_gradients", nothing)
-        with without if name.startswith("without") else nullcontext():
-            engine = branches(groups, int(name[-1]), torch.bfloat16)
-            use(engine, "first", *(["second"] if groups.data_parallel_rank == 0 else []))
-            norms[name] = engine.step(0.0).grad_norm
-    return norms
-
-
-def test_a_parameter_without_gradient_on_this_rank_counts_in_the_norm():
-    first, second = run_ranks(2, gradients_on_one_rank_alone)
-    for stage in (1, 2, 3):
-        for found in (first, second):
-            assert found[f"zero {stage}"] == pytest.approx(first["zero 0"], rel=1e-6)
-    assert second["without 1"] < 0.9 * first["without 1"]
-
-
 def left_alone() -> dict[str, object]:
     """What a stage must not do (T4 to T6, T9), W6, and the switch of W5."""
     import deepspeed
