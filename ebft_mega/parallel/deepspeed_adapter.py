@@ -1,6 +1,6 @@
 """The DeepSpeed boundary: one engine for each (tensor, pipeline) coordinate, and every workaround that takes.
 
-Workarounds name what happens without them; `tests/distributed/test_zero.py` shows it. Not worked round, but kept to:
+Workarounds name what happens without them; `tests/distributed/test_zero_traps.py` shows it. Not worked round, but kept to:
 a stage calls its own submodules (a weight that is read without calling its module is not gathered), runs one backward
 pass per forward pass (several within one would reduce a parameter twice), is built anew rather than copied, and is
 saved through `local_parameters` (a partitioned module's state_dict is empty).
@@ -37,6 +37,8 @@ SUB_GROUP_SIZE = int(1e12)
 HOLDER = "ebft_mega"
 # Parameters are gathered this many at a time: the gathered buffer exists beside the parameters made from it.
 GATHER_ELEMENTS = 2**29
+# Gradients are reduced this many at a time, in float32: a buffer of 1 GiB.
+REDUCE_ELEMENTS = 2**28
 
 
 class DeepSpeedEngine:
@@ -59,7 +61,7 @@ class DeepSpeedEngine:
         config = deepspeed_config(settings, groups)
         if self._stage == 3:
             module = partitioned_module(build_stage, load, config, groups)
-            check_traces_within(groups.data_parallel)
+            check_traces_within(groups)
         else:
             module = replicated_module(build_stage, load, groups)
         self._shared = SharedGradients.of(module, roles(module), groups.tensor_parallel_rank)
@@ -145,9 +147,9 @@ class DeepSpeedEngine:
         view's storage is the gathered one, so it must be let go before the engine can free it.
         """
         parameters = [parameter for parameter, _ in self._pairs]
-        gathered = [] if self._holds else gather(parameters)
         if self._holds:
             hold(parameters)
+        gathered = gather(parameters)
         try:
             for parameter, twin in self._pairs:
                 twin.data = parameter.data
@@ -160,8 +162,9 @@ class DeepSpeedEngine:
     def _begin_backward(self) -> None:
         """Tell the optimizer that a new micro-batch's gradients come.
 
-        It would learn it from the next forward pass. Where backward passes follow each other it would take the second
-        for a part of the first: at stage 3 the gradients of the first are overwritten, at stage 2 they count twice.
+        It learns it from forward passes. Where backward passes follow each other, stage 3 would take the second for a
+        part of the first and overwrite its gradients; and on all but the last pipeline stage gradients of the second
+        would never be reduced.
         """
         self._engine.optimizer.clear_backward_seen_flag()
 
@@ -305,25 +308,25 @@ def disable_shared_memory_collectives() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def check_traces_within(group: dist.ProcessGroup) -> None:
+def check_traces_within(groups: ProcessGroups) -> None:
     """Let ranks compare the order in which they gather parameters only with those they gather with.
 
     DeepSpeed compares over the whole world when a forward pass begins: pipeline stages have other modules, which is an
-    error, and other numbers of passes, which is a deadlock.
+    error, and begin at other times, which is a deadlock.
     """
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    partitioned_param_coordinator.assert_ints_same_as_other_ranks = functools.partial(assert_same_over, group)
+    check = functools.partial(assert_same_over, groups.data_parallel, groups.device)
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = check
 
 
-def assert_same_over(group: dist.ProcessGroup, values: Sequence[int]) -> None:
-    """Raise if a rank of the group has other integers than its first one.
+def assert_same_over(group: dist.ProcessGroup, device: torch.device, values: Sequence[int]) -> None:
+    """Raise if this rank has other integers than the first one of its group.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: it has.
     Communication: two broadcasts.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     length = torch.tensor(len(values), device=device)
     dist.broadcast(length, group=group, group_src=0)
     expected = torch.tensor(values, dtype=torch.long, device=device)
@@ -455,8 +458,10 @@ def deepspeed_config(settings: OptimizerSettings, groups: ProcessGroups) -> dict
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
-            # Stage 1 would then expect to be told in advance which backward pass is a step's last one.
-            "overlap_comm": stage > 1 and groups.device.type == "cuda",
+            # Stage 1 would then have to know in advance which backward pass is a step's last one; stage 2 was never
+            # run with it.
+            "overlap_comm": stage == 3 and groups.device.type == "cuda",
+            "reduce_bucket_size": REDUCE_ELEMENTS,
         },
     }
     if stage == 3:
@@ -476,3 +481,18 @@ def deepspeed_config(settings: OptimizerSettings, groups: ProcessGroups) -> dict
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
+
+
+def frozen_config(dtype: torch.dtype) -> dict[str, Any]:
+    """Configuration for parameters that are only partitioned: no engine, so no second one beside the policy's.
+
+    (DeepSpeed keeps one Megatron-like object for the whole process, and a second engine would ask the first one's.)
+
+    Args:
+        dtype: of the parameters; DeepSpeed makes every new tensor what the configuration says.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, gather, partitioned_module, release
+from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, frozen_config, gather, partitioned_module, release
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, Policy, Update
 from ebft_mega.parallel.replicated import ReplicatedEngine, without_gradient
@@ -18,9 +19,10 @@ __all__ = ["Loader", "OptimizerSettings", "Policy", "ShardedStage", "Update", "Z
 class ZeroEngine:
     """One (tensor, pipeline) coordinate's stage and its optimizer, divided over the data-parallel group.
 
-    Communication: every method is collective over the data-parallel group, `step` over the world. Within an optimizer
-    step any order of forward and backward passes will do, but the same on all data-parallel ranks, with one backward
-    pass for each forward pass.
+    Between two optimizer steps any order of forward and backward passes will do, with one backward pass for each
+    forward pass. Data-parallel ranks must have the same order, and use the same parameters in each pass.
+
+    Communication: every method is collective over the data-parallel group, `step` over the world.
     """
 
     def __init__(
@@ -107,10 +109,9 @@ class ShardedStage:
 
     def __init__(self, build_stage: Callable[[], nn.Module], load: Loader, groups: ProcessGroups):
         """Build a partitioned stage and fill it; arguments as in `ZeroEngine`."""
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        }
+        with torch.device("meta"):
+            dtype = next(build_stage().parameters()).dtype
+        config = frozen_config(dtype)
         self.module = partitioned_module(build_stage, load, config, groups).requires_grad_(False).eval()
 
     @contextmanager

@@ -71,8 +71,10 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
     step_timeout = datetime.timedelta(minutes=config.train.step_timeout_minutes)
     collective_timeout = step_timeout + COLLECTIVE_MARGIN
     parallel = config.parallel
+    device = connect(collective_timeout)
+    refuse_without_gpu(config, device)
     groups = make_process_groups(
-        connect(collective_timeout),
+        device,
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
         collective_timeout,
@@ -118,6 +120,17 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         write_status(output, "done", EXIT_DONE, steps_done(), checkpoint=None)
     dist.barrier()
     return EXIT_DONE
+
+
+def refuse_without_gpu(config: RunConfig, device: torch.device) -> None:
+    """Refuse what only GPUs can do.
+
+    Raises:
+        ConfigError: megatron-core's sequence-parallel mappings allocate on the current CUDA device.
+    """
+    if config.parallel.sequence_parallel and device.type != "cuda":
+        key = "parallel.sequence_parallel"
+        raise ConfigError([Problem(config.place(key), key, f"true, on a {device.type}", "false: it needs GPUs")])
 
 
 def make_run_directory(config: RunConfig) -> None:
