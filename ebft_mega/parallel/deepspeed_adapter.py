@@ -1,9 +1,9 @@
 """The DeepSpeed boundary: one engine for each (tensor, pipeline) coordinate, and every workaround that takes.
 
-Workarounds name what happens without them; `tests/distributed/test_zero_traps.py` shows it. Not worked round, but kept to:
-a stage calls its own submodules (a weight that is read without calling its module is not gathered), runs one backward
-pass per forward pass (several within one would reduce a parameter twice), is built anew rather than copied, and is
-saved through `local_parameters` (a partitioned module's state_dict is empty).
+Workarounds name what happens without them; `tests/distributed/test_zero_traps.py` shows it. Not worked round, but kept
+to: a stage calls its own submodules (a weight that is read without calling its module is not gathered), runs one
+backward pass per forward pass (several within one would reduce a parameter twice), is built anew rather than copied,
+and is saved through `local_parameters` (a partitioned module's state_dict is empty).
 """
 
 import functools
