@@ -126,26 +126,25 @@ def make_process_groups(
 
     Args:
         timeout: as for `connect`; torch gives a new group its own default instead of the world's.
-    Communication: every rank creates the same groups in the same order.
+    Communication: every rank creates its groups in the same order, with their members.
     """
     tensor, pipeline = tensor_parallel_size, pipeline_parallel_size
     world_size = dist.get_world_size()
     data = world_size // (tensor * pipeline)
     assert tensor * pipeline * data == world_size, "check_world lets no other layout pass"
 
+    def place(rank: int) -> tuple[int, int, int]:
+        """A rank's tensor, data and pipeline coordinates."""
+        return rank % tensor, rank // tensor % data, rank // (tensor * data)
+
     def group(key: Callable[[int, int, int], object]) -> dist.ProcessGroup:
-        """The group of this rank when ranks with equal `key(tensor, data, pipeline place)` belong together."""
-        members: dict[object, list[int]] = {}
-        for rank in range(world_size):
-            place = rank % tensor, rank // tensor % data, rank // (tensor * data)
-            members.setdefault(key(*place), []).append(rank)
-        own = None
-        for ranks in members.values():
-            made = dist.new_group(ranks, timeout=timeout)
-            if dist.get_rank() in ranks:
-                own = made
-        assert own is not None, "every rank has a key"
-        return own
+        """The group of this rank when ranks with equal `key(*place)` belong together."""
+        own = key(*place(dist.get_rank()))
+        ranks = [rank for rank in range(world_size) if key(*place(rank)) == own]
+        # Only its members make a group: a thousand ranks would wait for each other at each of thousands of groups.
+        made = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup), "this rank is a member"
+        return made
 
     def ends(tensor_rank: int, data_rank: int, stage: int) -> object:
         is_end = stage in (0, pipeline - 1)
