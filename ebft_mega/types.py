@@ -15,6 +15,7 @@ several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever th
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their names in a configuration
@@ -26,7 +27,7 @@ class TokenBatch:
 
     tokens: Tensor  # int64 [B, P]
     document_ids: Tensor  # int64 [B, P], number of the source document in the data set
-    row_indices: Tensor  # int64 [B], index of each row in the global batch of its step
+    row_indices: Tensor  # int64 [B], index of each row in the global batch of its step; -1 is filler
 
     def split(self, rows: int) -> "tuple[TokenBatch, ...]":
         """Cut into batches of this many rows, the last one maybe smaller; no rows are no batches."""
@@ -34,6 +35,12 @@ class TokenBatch:
             return ()
         fields = (self.tokens, self.document_ids, self.row_indices)
         return tuple(TokenBatch(*parts) for parts in zip(*(field.split(rows) for field in fields), strict=True))
+
+    def filled_up(self, num_rows: int) -> "TokenBatch":
+        """The same rows and filler behind them (token 0, row index -1), so that all replicas have equally many."""
+        missing = num_rows - len(self.tokens)
+        tokens, documents = (F.pad(field, (0, 0, 0, missing)) for field in (self.tokens, self.document_ids))
+        return TokenBatch(tokens, documents, F.pad(self.row_indices, (0, missing), value=-1))
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same rows on another device."""

@@ -86,7 +86,8 @@ def evaluate(
     Args:
         policy: the model with whole parameters.
         feature_network: None evaluates the cross-entropy alone.
-        rows: held-out rows, `row_indices` counting over all replicas.
+        rows: held-out rows, `row_indices` counting over all replicas. Replicas with partitioned parameters must have
+            equally many (`TokenBatch.filled_up`): every pass gathers. Filler is left out of the figures.
     Returns:
         Evaluation, the same on every rank of the replica.
     Communication: that of scoring, generation and `FeatureNetwork.grams`; `merge` puts the replicas together.
@@ -111,16 +112,21 @@ def _evaluate_together(
     plan = settings.plan
     requests = [ScoreRequest(batch.tokens, None, targets=True, temperature=1.0) for batch in batches]
     per_row: dict[str, list[float]] = {}
-    for logprobs in score_without_gradient(policy, requests, plan):
+
+    def note(batch: TokenBatch, figures: dict[str, Tensor]) -> None:
+        """Keep the figures [B] of rows that are no filler."""
+        for name, values in figures.items():
+            per_row.setdefault(name, []).extend(values[batch.row_indices >= 0].tolist())
+
+    for batch, logprobs in zip(batches, score_without_gradient(policy, requests, plan), strict=True):
         assert logprobs.target is not None, "targets were asked for"
-        per_row.setdefault("eval/ce_loss", []).extend((-logprobs.target.double().mean(dim=1)).tolist())
+        note(batch, {"eval/ce_loss": -logprobs.target.double().mean(dim=1)})
     if feature_network is None:
         return Evaluation(per_row, ())
     rollouts = generate_rollouts(policy, batches, plan, settings.sampling, EVALUATION_STEP)
     grams = feature_network.grams(batches, rollouts, plan)
-    for gram, rollout in zip(grams, rollouts, strict=True):
-        for name, values in _rollout_figures(gram, rollout, settings).items():
-            per_row.setdefault(name, []).extend(values.tolist())
+    for batch, gram, rollout in zip(batches, grams, rollouts, strict=True):
+        note(batch, _rollout_figures(gram, rollout, settings))
     return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan))
 
 
@@ -155,7 +161,9 @@ def _rollout_figures(gram: Tensor, rollout: Rollout, settings: EvaluationSetting
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
-    """A few blocks of a batch's first row."""
+    """A few blocks of a batch's first row; none of filler."""
+    if batch.row_indices[0] < 0:
+        return ()
     alignment = block_rewards(gram[:1], "sample", 1.0, 1.0).alignment[0]
     blocks = range(0, plan.num_blocks, max(1, plan.num_blocks // SHOWN_BLOCKS))
     return tuple(

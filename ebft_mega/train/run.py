@@ -274,6 +274,7 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
         groups.data_parallel_rank,
         groups.data_parallel_size,
     )
+    rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
     return HeldOut(rows.to(groups.device), evaluation_settings(config), config.evaluation.interval)
 
 

@@ -107,20 +107,20 @@ def test_cross_entropy_alone_pays_for_no_rollouts(one_rank):
     assert "ebft/alignment" not in outcome.metrics[0] and "ebft/rl_loss" not in outcome.metrics[0]
 
 
-def evaluate_fewer_rows_than_ranks(directory: str) -> dict[str, float]:
-    """Held-out figures of one row on two ranks: the second has nothing to do."""
+def evaluate_unequal_rows(directory: str) -> dict[str, float]:
+    """Held-out figures of three rows on two ranks: the second has one less, and every pass gathers parameters."""
     groups = make_process_groups(connect())
-    config = config_of(CASES[0], directory)
+    config = config_of(CASES[0], directory, ("zero.hold_parameters=none", "zero.feature_network=sharded"))
     architecture = Architecture.from_hf(config.model.config, "test")
     trainer = build_trainer(config, architecture, architecture, groups)
     everything = rows_of_step(0, groups)
-    first = 1 if groups.data_parallel_rank == 0 else 0
-    rows = TokenBatch(everything.tokens[:first], everything.document_ids[:first], everything.row_indices[:first])
-    held_out = HeldOut(rows, evaluation_settings(config), interval=None)
+    own = 3 if groups.data_parallel_size == 1 else 2 - groups.data_parallel_rank
+    rows = TokenBatch(everything.tokens[:own], everything.document_ids[:own], everything.row_indices[:own])
+    held_out = HeldOut(rows.filled_up(-(-3 // groups.data_parallel_size)), evaluation_settings(config), interval=None)
     return evaluate_now(trainer, held_out, 0, None)
 
 
-def test_fewer_held_out_rows_than_ranks_are_evaluated(tmp_path):
-    alone = run_ranks(1, evaluate_fewer_rows_than_ranks, str(tmp_path))[0]
-    for means in run_ranks(2, evaluate_fewer_rows_than_ranks, str(tmp_path)):
+def test_ranks_with_fewer_held_out_rows_than_others_keep_up(tmp_path):
+    alone = run_ranks(1, evaluate_unequal_rows, str(tmp_path))[0]
+    for means in run_ranks(2, evaluate_unequal_rows, str(tmp_path)):
         assert means == pytest.approx(alone, abs=1e-6) and len(means) == 6
