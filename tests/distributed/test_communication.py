@@ -175,6 +175,24 @@ def test_parameters_are_gathered_once_for_the_rollouts(layout, case, directory):
         assert found.get(("features", "data_parallel", "all-gather"), 0) == expected
 
 
+BFLOAT16 = Case("bfloat16", ("ebft.ce_coef=0", "train.dtype=bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [PLAIN, BFLOAT16], ids=lambda case: case.name)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_whole_parameters_are_reduced_in_float32_and_gathered_after_the_update(zero_stage, case, directory):
+    layout = Layout(2, 1, 1, zero_stage=zero_stage)
+    parameters = Architecture.from_hf(model_config(), "test").num_parameters
+    for _, found in measured(layout, case, directory):
+        assert not any(phase == "rollout" and group == "data_parallel" for phase, group, _ in found)
+        reductions = GLOBAL_BATCH // layout.data if zero_stage == 2 else 1
+        numbers = found["learn", "data_parallel", "all-reduce"] - reductions * FLOAT32 * parameters
+        assert 0 <= numbers <= 64  # norms and flags
+        gathered = found.get(("learn", "data_parallel", "all-gather"), 0)
+        assert gathered == (0 if zero_stage == 0 else (2 if case is BFLOAT16 else FLOAT32) * parameters)
+
+
 def model_config() -> dict:
     """The model of the tests' configuration."""
     return yaml.safe_load(TEXT % ("llama", "true"))["model"]["config"]
