@@ -150,10 +150,13 @@ def make_process_groups(
         is_end = stage in (0, pipeline - 1)
         return (tensor_rank, data_rank, None if is_end else stage)
 
+    stages = group(lambda t, d, p: (t, d))
+    # Over NCCL a group's first communication must not be messages between some of its ranks, which a pipeline's are.
+    dist.all_reduce(torch.zeros(1, device=device), group=stages)
     return ProcessGroups(
         data_parallel=group(lambda t, d, p: (t, p)),
         tensor_parallel=group(lambda t, d, p: (d, p)),
-        pipeline_parallel=group(lambda t, d, p: (t, d)),
+        pipeline_parallel=stages,
         model_parallel=group(lambda t, d, p: d),
         embedding=group(ends),
         alone=group(lambda t, d, p: (t, d, p)),
