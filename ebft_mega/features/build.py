@@ -13,8 +13,9 @@ from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import WeightSource, load_weights
 from ebft_mega.model.partition import StageShape
-from ebft_mega.model.stage import Stage, StageRunner
+from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.zero import ShardedStage
 
 

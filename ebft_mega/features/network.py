@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm, block_grams, pooled_positions
 from ebft_mega.model.attention import StridedLayout
-from ebft_mega.model.stage import Stage, StageRunner, select_positions
+from ebft_mega.model.stage import Stage, select_positions
+from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.layout import packed_sequence

@@ -24,6 +24,7 @@ from ebft_mega.parallel.megatron import (
     gather_from_sequence_parallel_region,
     make_gather_buffer,
 )
+from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.vocabulary import VocabularyShard
 
@@ -224,9 +225,6 @@ class Stage(nn.Module):
                 copy=tied and name == "head.weight",
             )
         return roles
-
-
-StageRunner = Callable[[Callable[[Stage], Any]], Any]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
     Loader,
     OptimizerSettings,
-    Policy,
     SharedGradients,
+    StageRunner,
     Update,
     parameter_groups,
     sum_over,
@@ -131,16 +131,16 @@ class DeepSpeedEngine:
             yield name, safe_get_full_fp32_param(parameter)
 
     @contextmanager
-    def _whole_anyway(self) -> Iterator[Policy]:
+    def _whole_anyway(self) -> Iterator[StageRunner]:
         yield lambda compute: without_gradient(compute, self.module)
 
     @contextmanager
-    def _whole_by_layer(self) -> Iterator[Policy]:
+    def _whole_by_layer(self) -> Iterator[StageRunner]:
         """Through the engine's hooks, which find a tied head's weight too, but only inside of the engine's forward."""
         yield lambda compute: without_gradient(self._engine, compute)
 
     @contextmanager
-    def _whole_view(self) -> Iterator[Policy]:
+    def _whole_view(self) -> Iterator[StageRunner]:
         """All parameters at once, in a view of the stage without engine hooks.
 
         With the hooks on, every decode pass would gather every layer again and release what was gathered here. The

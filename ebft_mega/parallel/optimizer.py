@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.roles import ParameterRole
 
-Policy = Callable[[Callable[[Any], Any]], Any]  # policy(compute) runs compute(stage) with whole parameters
+StageRunner = Callable[[Callable[[Any], Any]], Any]  # run(compute) is compute(stage) with whole parameters
 # Fills a module: (module, context that makes one parameter whole, whether this rank reads the values).
 Loader = Callable[[nn.Module, Callable[[nn.Parameter], AbstractContextManager[Any]], bool], None]
 

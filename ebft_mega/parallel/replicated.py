@@ -16,8 +16,8 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
     Loader,
     OptimizerSettings,
-    Policy,
     SharedGradients,
+    StageRunner,
     Update,
     parameter_groups,
     sum_over,
@@ -86,7 +86,7 @@ class ReplicatedEngine:
         return Update(norm.item() if applied else float("inf"), applied)
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[Policy]:
+    def whole_parameters(self) -> Iterator[StageRunner]:
         """See `ZeroEngine`."""
         yield lambda compute: without_gradient(compute, self.module)
 

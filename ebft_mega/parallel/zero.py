@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, frozen_config, gather, partitioned_module, release
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, Policy, Update
+from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update
 from ebft_mega.parallel.replicated import ReplicatedEngine, without_gradient
 from ebft_mega.parallel.roles import ParameterRole
 
-__all__ = ["Loader", "OptimizerSettings", "Policy", "ShardedStage", "Update", "ZeroEngine"]
+__all__ = ["Loader", "OptimizerSettings", "StageRunner", "ShardedStage", "Update", "ZeroEngine"]
 
 
 class ZeroEngine:
@@ -88,7 +88,7 @@ class ZeroEngine:
         """
         return self._engine.step(learning_rate)
 
-    def whole_parameters(self) -> AbstractContextManager[Policy]:
+    def whole_parameters(self) -> AbstractContextManager[StageRunner]:
         """Context that gives a function to run on the stage with whole parameters, without recording gradients.
 
         Communication: at stage 3 one gather of all parameters, unless they are held from before; with
@@ -115,7 +115,7 @@ class ShardedStage:
         self.module = partitioned_module(build_stage, load, config, groups).requires_grad_(False).eval()
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[Policy]:
+    def whole_parameters(self) -> Iterator[StageRunner]:
         """Context that gives a function to run on the stage with whole parameters, without recording gradients.
 
         Communication: one gather of all parameters over the data-parallel group.
