@@ -53,7 +53,7 @@ def build_feature_network(
             assert isinstance(stage, Stage)
             load_weights(stage, source, gathered, is_reader)
 
-        sharded = ShardedStage(build_stage, load, groups)
+        sharded = ShardedStage(build_stage, load, settings.dtype, groups)
         stage, whole_parameters = sharded.module, sharded.whole_parameters
         assert isinstance(stage, Stage)
     else:

@@ -63,7 +63,7 @@ def pool_tokens(rows: Tensor, squared_norms: Tensor) -> Tensor:
 
 
 def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over a group's ranks, with the same bits on each."""
+    """The sum over a group's ranks, with the same bits on each; in place."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
@@ -94,16 +94,16 @@ def block_grams(
     """
     rows = [layer.to(torch.float64) for layer in taps]
     squares = [layer.square().sum(dim=-1) for layer in rows]
-    zeros = torch.zeros(shape, dtype=torch.float64, device=device)
     if feature_norm == "per_layer":
         squares = [summed(layer, groups.tensor_parallel) for layer in squares]
         features = [pool_tokens(layer, norms) for layer, norms in zip(rows, squares, strict=True)]
     elif embed_method == "mean_pooling":
         # Pooling comes after normalisation, so a token's length over all layers has to be known before.
-        norms = summed(sum(squares, zeros), groups.model_parallel)
+        none = torch.zeros(shape, dtype=torch.float64, device=device)
+        norms = summed(sum(squares, none), groups.model_parallel)
         features = [pool_tokens(layer, norms) for layer in rows]
     else:
         features = [layer[..., 0, :] for layer in rows]
-    own = sum(map(inner_products, features), zeros[..., 0, None] * zeros[..., None, :, 0])
-    gram = summed(own, groups.model_parallel)
+    none = torch.zeros((*shape[:-1], shape[-2]), dtype=torch.float64, device=device)
+    gram = summed(sum(map(inner_products, features), none), groups.model_parallel)
     return unit_diagonal(gram) if feature_norm == "joint" and embed_method == "last_token" else gram

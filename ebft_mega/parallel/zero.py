@@ -107,10 +107,12 @@ class ZeroEngine:
 class ShardedStage:
     """A frozen stage whose parameters are partitioned over the data-parallel group; no optimizer, no hooks."""
 
-    def __init__(self, build_stage: Callable[[], nn.Module], load: Loader, groups: ProcessGroups):
-        """Build a partitioned stage and fill it; arguments as in `ZeroEngine`."""
-        with torch.device("meta"):
-            dtype = next(build_stage().parameters()).dtype
+    def __init__(self, build_stage: Callable[[], nn.Module], load: Loader, dtype: torch.dtype, groups: ProcessGroups):
+        """Build a partitioned stage and fill it; arguments as in `ZeroEngine`.
+
+        Args:
+            dtype: of the parameters. A stage may have none: a pipeline can be longer than a feature network is deep.
+        """
         config = frozen_config(dtype)
         self.module = partitioned_module(build_stage, load, config, groups).requires_grad_(False).eval()
 

@@ -20,6 +20,9 @@ VARIANTS = {
         "mean pooling per layer", ("ebft.embed_method=mean_pooling", "ebft.feature_norm=per_layer")
     ),
     "last token per layer": Case("last token per layer", ("ebft.feature_norm=per_layer",)),
+    "a stage without taps": Case(
+        "a stage without taps", ("ebft.feature_layers=[1.0]", "ebft.embed_method=mean_pooling")
+    ),
     "checkpointing": Case("checkpointing", ("train.activation_checkpointing=full",), "qwen2"),
     "fewer micro-batches than stages": Case("fewer micro-batches than stages", ("train.micro_batch_size=4",)),
     "cross-entropy only": Case("cross-entropy only", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
@@ -40,7 +43,8 @@ SLOW = {
     L(2, 2, 1): (LLAMA,),
     L(2, 1, 2): (LLAMA, *VARIANTS.values()),
     L(2, 2, 2): (LLAMA, QWEN2, QWEN3),
-    L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"]),
+    # Three feature layers: the last stage has none of them.
+    L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"], VARIANTS["sharded feature network"]),
     L(1, 4, 1): (LLAMA, QWEN2, QWEN3),
     **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},
     **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},

@@ -511,7 +511,7 @@ def views_are_released() -> dict[str, object]:
 
     groups = make_process_groups(connect())
     engine = make_engine(groups, settings())
-    sharded = ShardedStage(lambda: TinyStage(groups), fill, groups)
+    sharded = ShardedStage(lambda: TinyStage(groups), fill, torch.float32, groups)
     found: dict[str, object] = {}
     for name, stage, module in (
         ("engine", engine, engine.module),
@@ -531,7 +531,7 @@ def views_are_released() -> dict[str, object]:
         statuses = {parameter.ds_status for parameter in module.parameters()}
         sizes = {parameter.numel() for parameter in module.parameters()}
         found[f"{name} partitioned again"] = statuses == {ZeroParamStatus.NOT_AVAILABLE} and sizes == {0}
-    half = ShardedStage(lambda: TinyStage(groups, torch.bfloat16), fill, groups)
+    half = ShardedStage(lambda: TinyStage(groups, torch.bfloat16), fill, torch.bfloat16, groups)
     with half.whole_parameters() as policy:
         found["half dtypes"] = policy(lambda view: {parameter.dtype for parameter in view.parameters()})
     found["view sizes after"] = {parameter.numel() for parameter in engine._engine._view.parameters()}
