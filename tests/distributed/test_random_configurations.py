@@ -1,0 +1,66 @@
+"""Configurations nobody thought of, at layouts they were not written for: the same steps as plain torch."""
+
+import random
+
+import pytest
+
+from tests.distributed.plain import plain_steps
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import NUM_STEPS, Case, Layout, run_cases
+from tests.distributed.test_layouts import assert_same_rollouts_and_rewards
+
+LAYOUTS = (
+    Layout(1, 1, 3),
+    Layout(1, 1, 4),
+    Layout(1, 4, 1),
+    Layout(2, 1, 2),
+    Layout(1, 2, 2, zero_stage=1),
+    Layout(2, 2, 1, sequence_parallel=True),
+)
+NUM_CASES = 5
+SEQUENCE_LENGTH = 24
+
+
+def random_case(generator: random.Random, name: str) -> Case:
+    """Any geometry that fits the row, and any mix of settings."""
+    choose = generator.choice
+    generated, context = choose((1, 2, 3, 4)), choose((1, 3, 4))
+    room = SEQUENCE_LENGTH - generated - context
+    stride = choose([stride for stride in (1, 2, 3, 4) if room % stride == 0])
+    overrides = {
+        "ebft.generate_max_len": generated,
+        "ebft.context_length": context,
+        "ebft.stride": stride,
+        "ebft.n_samples_per_prompt": choose((1, 2, 3, 5)),
+        "ebft.embed_method": choose(("last_token", "mean_pooling")),
+        "ebft.feature_norm": choose(("joint", "per_layer")),
+        "ebft.feature_layers": choose(("[0.25,0.5,0.75]", "[1.0]", "[0.1,1.0]", "[0.5,0.55]")),
+        "ebft.whitening": choose(("sample", "feature")),
+        "ebft.use_whitening": choose(("true", "false")),
+        "ebft.ce_coef": choose((0, 0.3)),
+        "ebft.top_p": choose((1.0, 0.8)),
+        "train.micro_batch_size": choose((1, 2)),
+        "train.activation_checkpointing": choose(("none", "full")),
+        "zero.hold_parameters": choose(("rollout", "step", "none")),
+        "zero.feature_network": choose(("resident", "sharded")),
+    }
+    texts = tuple(f"{key}={value}" for key, value in overrides.items())
+    return Case(name, texts, choose(("llama", "qwen2", "qwen3")), choose((True, False)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_random_configurations_take_the_plain_steps(layout, groups, tmp_path):
+    generator = random.Random(str(layout))
+    cases = tuple(random_case(generator, f"random {number}") for number in range(NUM_CASES))
+    by_rank = run_ranks(layout.world_size, run_cases, layout, cases, str(tmp_path))
+    for case in cases:
+        truth = plain_steps(case, groups, str(tmp_path))
+        outcomes = [found[case.name] for found in by_rank]
+        assert_same_rollouts_and_rewards(outcomes, layout, truth)
+        for outcome in outcomes:
+            for step in range(NUM_STEPS):
+                found = outcome.metrics[step]
+                difference = abs(found["train/loss"] - truth.losses[step])
+                assert difference <= 1e-5 * truth.loss_scales[step], (case, step)
+                assert found["train/grad_norm"] == pytest.approx(truth.grad_norms[step], rel=1e-4), (case, step)
