@@ -60,11 +60,6 @@ class ProcessGroups:
         return dist.get_world_size(self.pipeline_parallel)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this process embeds tokens."""
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this process predicts tokens."""
         return self.pipeline_rank == self.pipeline_size - 1

@@ -18,7 +18,7 @@ from tests.distributed.traffic import PhaseNames, Traffic
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 B, P, N, K, G = 1, 24, 3, 5, 4  # of the tests' configuration: rows of a micro-batch, tokens, samples, blocks, generated
-H, LAYERS, DEPTH, ANCHOR, RANKS_ROWS = 32, 5, 3, 20, GLOBAL_BATCH
+H, LAYERS, DEPTH, ANCHOR = 32, 5, 3, 20
 R = K * N
 
 PLAIN = Case("rollouts only", ("ebft.ce_coef=0",))

@@ -81,18 +81,24 @@ def test_layout_takes_the_plain_steps(layout, case, truth_of, directory):
     truth = truth_of(case)
     by_rank = [outcomes[case.name] for outcomes in steps_of(layout, directory)]
     assert_same_rollouts_and_rewards(by_rank, layout, truth)
+    largest = {"loss": 0.0, "norm": 0.0, "parameters": 0.0}
     for outcome in by_rank:
         for step in range(NUM_STEPS):
             found = outcome.metrics[step]
-            assert abs(found["train/loss"] - truth.losses[step]) <= 1e-5 * truth.loss_scales[step], step
-            assert found["train/grad_norm"] == pytest.approx(truth.grad_norms[step], rel=1e-4), step
+            loss = abs(found["train/loss"] - truth.losses[step]) / truth.loss_scales[step]
+            norm = abs(found["train/grad_norm"] / truth.grad_norms[step] - 1)
+            assert loss <= 1e-5 and norm <= 1e-4, step
+            largest |= {"loss": max(largest["loss"], loss), "norm": max(largest["norm"], norm)}
     for name, parameter in truth.parameters.items():
         if name.endswith("k_proj.bias"):
             continue  # softmax cancels it: its gradient is rounding noise, which Adam blows up
         quiet = truth.quiet[name]
         assert quiet.float().mean() <= 0.05, name
-        difference = (by_rank[0].parameters[name] - parameter).abs().masked_fill(quiet, 0.0).max()
+        difference = (by_rank[0].parameters[name] - parameter).abs().masked_fill(quiet, 0.0).max().item()
         assert difference <= 1e-4, (name, difference)
+        largest["parameters"] = max(largest["parameters"], difference)
+    # Shown by `pytest -rP`: docs/parallelism.md quotes the largest.
+    print(f"deviation of {layout} {case.name}: " + " ".join(f"{key} {value:.1e}" for key, value in largest.items()))
 
 
 def assert_same_rollouts_and_rewards(by_rank: list[Outcome], layout: Layout, truth: Truth) -> None:
