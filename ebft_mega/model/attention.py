@@ -7,13 +7,20 @@ of samples: all rollouts of a row read the same keys and values.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_mega.rollout.plan import BlockPlan
+
+
+class Layout(Protocol):
+    """What the positions of a pass are; handed to every layer in the place of an attention mask."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one layer, by number; shapes as in `StridedCoreAttention.forward`."""
 
 
 @dataclass
@@ -67,6 +74,35 @@ class StridedLayout:
     def causal(cls, length: int, device: torch.device) -> "StridedLayout":
         """Plain causal attention over a document, without rollouts."""
         return cls(torch.zeros(0, dtype=torch.int64, device=device), length, 0)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend within the pass; see `StridedCoreAttention`."""
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, d]
+        length, per_rollout = self.document_length, self.tokens_per_rollout
+        end, filler = self.num_positions, query.shape[2] - self.num_positions
+        parts = []
+        if length:
+            document_key, document_value = key[:, :, :length], value[:, :, :length]
+            parts.append(document_attention(query[:, :, :length], document_key, document_value))
+            if self.cache is not None:
+                self.cache.document[layer] = document_key, document_value
+        elif self.cache is not None:
+            document_key, document_value = self.cache.document[layer]
+        if per_rollout:
+            shape = (self.rollout_anchors.numel(), per_rollout)
+            own_key, own_value = (tensor[:, :, length:end].unflatten(2, shape) for tensor in (key, value))
+            if self.cache is not None:
+                own_key, own_value = self.cache.append(layer, own_key, own_value)
+            own_query = query[:, :, length:end].unflatten(2, shape)
+            parts.append(
+                rollout_attention(
+                    own_query, document_key, document_value, own_key, own_value, self.rollout_anchors
+                ).flatten(2, 3)
+            )
+        if filler:
+            parts.append(query.new_zeros(*query.shape[:2], filler, query.shape[3]))
+        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -138,8 +174,8 @@ class StridedCoreAttention(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: StridedLayout, **_: Any) -> Tensor:
-        """Attend within a strided layout.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> Tensor:
+        """Attend as a layout says.
 
         Args:
             query: [S, B, heads, d]; key, value: [S, B, groups, d]; S as `layout` says, or a few positions more:
@@ -148,30 +184,4 @@ class StridedCoreAttention(torch.nn.Module):
             [S, B, heads * d], zeros for filler.
         Communication: none; heads of other tensor-parallel ranks are theirs.
         """
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, d]
-        length, per_rollout = layout.document_length, layout.tokens_per_rollout
-        end, filler = layout.num_positions, query.shape[2] - layout.num_positions
-        cache, layer = layout.cache, self.layer_number
-        parts = []
-        if length:
-            document_key, document_value = key[:, :, :length], value[:, :, :length]
-            parts.append(document_attention(query[:, :, :length], document_key, document_value))
-            if cache is not None:
-                cache.document[layer] = document_key, document_value
-        elif cache is not None:
-            document_key, document_value = cache.document[layer]
-        if per_rollout:
-            shape = (layout.rollout_anchors.numel(), per_rollout)
-            own_key, own_value = (tensor[:, :, length:end].unflatten(2, shape) for tensor in (key, value))
-            if cache is not None:
-                own_key, own_value = cache.append(layer, own_key, own_value)
-            own_query = query[:, :, length:end].unflatten(2, shape)
-            parts.append(
-                rollout_attention(
-                    own_query, document_key, document_value, own_key, own_value, layout.rollout_anchors
-                ).flatten(2, 3)
-            )
-        if filler:
-            parts.append(query.new_zeros(*query.shape[:2], filler, query.shape[3]))
-        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return layout.attend(self.layer_number, query, key, value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.attention import Layout
 from ebft_mega.model.layers import RMSNorm, layer_submodules, transformer_config
 from ebft_mega.model.partition import StageShape, padded_vocabulary
 from ebft_mega.model.rotary import inverse_frequencies, rotary_angles
@@ -139,7 +139,7 @@ class Stage(nn.Module):
         return compute(self)
 
     def hidden_states(
-        self, entering: Tensor, positions: Tensor, layout: StridedLayout, taps: tuple[int, ...] = ()
+        self, entering: Tensor, positions: Tensor, layout: Layout, taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run this stage's layers over one pass.
 
