@@ -2,33 +2,64 @@
 
 The formulas count the tensors that they name; allocator slack, communication buffers and libraries come on top.
 In all of them b is the size of a value in `train.dtype`, t the tensor-parallel, p the pipeline-parallel and D the
-data-parallel size, and widths with a prime are those of one tensor-parallel slice: heads' = heads / t, Q' = Q / t,
-I' = I / t, V' = padded vocabulary / t, KV' = max(1, key-value heads / t) * head_dim (a shared head is whole where it
-is computed with). H is never divided, except that under sequence parallelism the positions between layers are.
+data-parallel size, B the rows of a micro-batch and m the micro-batches of a step; widths with a prime are those of
+one tensor-parallel slice: heads' = heads / t, Q' = Q / t, I' = I / t, V' = padded vocabulary / t,
+KV' = max(1, key-value heads / t) * head_dim (a shared head is whole where it is computed with). H is never divided,
+except that under sequence parallelism the positions between layers are.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from ebft_mega.config.activations import (
+    FLOAT32_BYTES,
+    Pass,
+    document_length,
+    element_bytes,
+    feature_pass,
+    hidden_bytes,
+    key_value_width,
+    layer_backward_bytes,
+    layer_forward_bytes,
+    layer_kept_bytes,
+    learn_pass,
+    query_width,
+    scored_rows,
+    vocabulary_columns,
+)
 from ebft_mega.config.layout import feature_stage, policy_stage
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.model.architecture import Architecture, tapped_layers
-from ebft_mega.model.partition import padded_vocabulary, stage_parameters
+from ebft_mega.model.partition import stage_parameters
+from ebft_mega.model.sizes import HEAD_ROWS
 
-FLOAT32_BYTES = 4
 FLOAT64_BYTES = 8
 # DeepSpeed's `stage3_max_live_parameters`, left at its default: what stays gathered in the gradient pass once the
 # order of the layers is known.
 MAX_LIVE_PARAMETERS = 10**9
+# Per logit, in every dtype: logits and their gradient in `train.dtype`, the rest copies in float32.
+LOGIT_BYTES = 12
 NUCLEUS_BYTES = 24  # per logit, for the sort and its running sums (`rollout/sampling.py`)
+
+Reuse = Literal["checkpoints", "activations", "off"]
+Needs = dict[str, int]  # bytes by what they are for
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `auto` in a configuration has become."""
+
+    reuse_rollout: Reuse
+    feature_network_is_sharded: bool
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on one rank. States are always there; phases follow each other, so only one counts."""
 
-    states: dict[str, int]
-    phases: dict[str, dict[str, int]]  # phase: what it needs
+    states: Needs
+    phases: dict[str, Needs]  # each at its largest moment
 
     @property
     def state_bytes(self) -> int:
@@ -43,26 +74,6 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """States and the largest phase."""
         return self.state_bytes + max(map(self.phase_bytes, self.phases))
-
-
-@dataclass(frozen=True)
-class PackedPass:
-    """Positions of one pass over a micro-batch; every generated one sees the document and its own rollout."""
-
-    rows: int
-    document: int  # positions of a row
-    generated: int  # positions of a row's rollouts together
-    own: int  # positions of one rollout
-
-    @property
-    def tokens(self) -> int:
-        """Positions per row."""
-        return self.document + self.generated
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes of one value of `train.dtype`."""
-    return {"bfloat16": 2, "float32": 4}[dtype]
 
 
 def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, stage: int) -> dict[str, int]:
@@ -87,16 +98,6 @@ def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, s
     return states
 
 
-def vocabulary_columns(architecture: Architecture, tensor_parallel: int) -> int:
-    """V', columns of a rank's logits."""
-    return padded_vocabulary(architecture.vocab_size, tensor_parallel) // tensor_parallel
-
-
-def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
-    """KV', values of a rank's keys (and of its values) per token and layer."""
-    return max(1, architecture.num_key_value_heads // tensor_parallel) * architecture.head_dim
-
-
 def micro_batches_in_flight(plan: RunPlan, stage: int) -> int:
     """Micro-batches whose activations a stage holds at once under 1F1B: min(p - stage, micro-batches)."""
     return min(plan.parallel.pipeline_parallel - stage, plan.num_micro_batches)
@@ -111,94 +112,6 @@ def micro_batches_decoding(plan: RunPlan) -> int:
     return -(-plan.num_micro_batches // groups)
 
 
-def cache_bytes(config: RunConfig, plan: RunPlan, stage: int) -> int:
-    """Keys and values of the rollouts that are under way on a stage.
-
-    Per row (last anchor + K*n*(G - 1)) tokens: the document once for all samples, and all generated tokens
-    but the last of each rollout; per token and layer of the stage 2 * KV' values of b bytes.
-    """
-    blocks = plan.block_plan
-    tokens = blocks.anchors[-1] + blocks.rollouts_per_row * (blocks.generate_length - 1)
-    width = key_value_width(plan.architecture, plan.parallel.tensor_parallel)
-    per_token = 2 * width * policy_stage(plan, stage).num_layers * element_bytes(config.train.dtype)
-    return micro_batches_decoding(plan) * config.train.micro_batch_size * tokens * per_token
-
-
-def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
-    """Document tokens and generated tokens of a row in the gradient pass.
-
-    The document ends at the last anchor, or at P - 1 when `ce_coef` wants its targets; a rollout's last token
-    predicts nothing and stays out: K*n*(G - 1).
-    """
-    plan = config.block_plan
-    document = plan.sequence_length - 1 if config.ebft.ce_coef > 0 else plan.anchors[-1]
-    generated = plan.rollouts_per_row * (plan.generate_length - 1) if config.uses_rollouts else 0
-    return document, generated
-
-
-def scored_rows(config: RunConfig) -> int:
-    """Token rows of a packed row that the language-model head sees in the gradient pass.
-
-    The document's P - 1 rows if `ce_coef` > 0, else the K rows before the anchors; and K*n*(G - 1) generated
-    rows.
-    """
-    document, generated = learn_tokens_per_row(config)
-    return (document if config.ebft.ce_coef > 0 else config.block_plan.num_blocks) + generated
-
-
-def positions_per_rank(config: RunConfig, tokens: int) -> int:
-    """Positions between layers: all, or under sequence parallelism ceil(tokens / t) of them."""
-    shards = config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
-    return -(-tokens // shards)
-
-
-def layer_activation_bytes(architecture: Architecture, config: RunConfig, packed: PackedPass) -> int:
-    """What one layer keeps of a micro-batch for its backward pass, b bytes a value.
-
-    Per token between layers 5*H (both norms' inputs and outputs and the residual; under sequence parallelism a
-    t-th of the tokens); per token inside b * (3*Q' + 4*KV' + 4*I'): queries and keys before and after the rotary
-    embedding, values and the attention output; gate, up, the activated gate and product. Each generated token
-    also keeps its attention weights over the document and its own rollout, heads' * (document + own) values, as
-    float32 and as a copy of b bytes.
-    """
-    tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
-    query = architecture.num_attention_heads * architecture.head_dim // tensor
-    key_value = key_value_width(architecture, tensor)
-    between = positions_per_rank(config, packed.tokens) * 5 * architecture.hidden_size
-    inside = packed.tokens * (3 * query + 4 * key_value + 4 * architecture.intermediate_size // tensor)
-    weights = attention_weight_bytes(architecture, config, packed.generated, packed.document + packed.own)
-    return packed.rows * ((between + inside) * width + weights)
-
-
-def attention_weight_bytes(architecture: Architecture, config: RunConfig, queries: int, keys: int) -> int:
-    """Attention weights of a layer for one row: heads' * queries * keys, as float32 and as a copy of b bytes."""
-    heads = architecture.num_attention_heads // config.parallel.tensor_parallel_size
-    return heads * queries * keys * (FLOAT32_BYTES + element_bytes(config.train.dtype))
-
-
-def learn_pass(config: RunConfig) -> PackedPass:
-    """The gradient pass."""
-    document, generated = learn_tokens_per_row(config)
-    return PackedPass(config.train.micro_batch_size, document, generated, config.ebft.generate_max_len - 1)
-
-
-def activation_bytes(config: RunConfig, plan: RunPlan, stage: int) -> int:
-    """Activations of a stage's L layers in the gradient pass.
-
-    Without checkpointing every layer keeps everything for each of the min(p - stage, m) micro-batches in flight;
-    with it each keeps its input (b*H a token, under sequence parallelism a t-th of the tokens) for all of them, and
-    one layer at a time is recomputed.
-    """
-    packed, num_layers = learn_pass(config), policy_stage(plan, stage).num_layers
-    layer = layer_activation_bytes(plan.architecture, config, packed)
-    in_flight = micro_batches_in_flight(plan, stage)
-    if config.train.activation_checkpointing == "none":
-        return in_flight * num_layers * layer
-    positions = packed.rows * positions_per_rank(config, packed.tokens)
-    inputs = positions * plan.architecture.hidden_size * element_bytes(config.train.dtype)
-    return in_flight * num_layers * inputs + layer
-
-
 def live_parameters(architecture: Architecture, num_parameters: int, tensor_parallel: int) -> int:
     """Parameters that are gathered at once when ZeRO-3 gathers layer by layer.
 
@@ -210,99 +123,206 @@ def live_parameters(architecture: Architecture, num_parameters: int, tensor_para
     return min(num_parameters, max(MAX_LIVE_PARAMETERS, embedding, layer))
 
 
-def plan_memory(config: RunConfig, plan: RunPlan, stage: int = 0) -> MemoryPlan:
+def cache_bytes(config: RunConfig, plan: RunPlan, stage: int, document: int, tokens: int) -> int:
+    """Keys and values of the rollouts that are under way on a stage.
+
+    The document is there once for all samples; per token and layer of the stage 2 * KV' values of b bytes.
+
+    Args:
+        document, tokens: positions of the document and tokens of each rollout that are in it.
+    """
+    width = key_value_width(plan.architecture, plan.parallel.tensor_parallel)
+    per_token = 2 * width * policy_stage(plan, stage).num_layers * element_bytes(config.train.dtype)
+    positions = document + plan.block_plan.rollouts_per_row * tokens
+    return micro_batches_decoding(plan) * config.train.micro_batch_size * positions * per_token
+
+
+def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, document: int, tokens: int) -> int:
+    """What a stage keeps of one micro-batch's rollout passes until its gradient is taken.
+
+    `checkpoints`: the input of each of its L layers, and on the last stage the last layer's output: b*H a position
+    each. `activations`: what each layer keeps for its backward pass; of token t of a rollout the keys and values of
+    all t tokens so far (2 * t * KV') in the place of its projection (Q' + 3 * KV'), and of the document's keys and
+    values a copy.
+
+    Args:
+        document, tokens: positions of the document and tokens of each rollout that have been read.
+    """
+    if reuse == "off":
+        return 0
+    architecture, shape, blocks = plan.architecture, policy_stage(plan, stage), plan.block_plan
+    packed = Pass(config.train.micro_batch_size, document + blocks.rollouts_per_row * tokens)
+    if reuse == "checkpoints":
+        return (shape.num_layers + shape.has_head) * hidden_bytes(architecture, config, packed)
+    tensor = plan.parallel.tensor_parallel
+    query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
+    grown = tokens * (tokens + 1) * key_value - tokens * (query + 3 * key_value)
+    cached = packed.rows * (2 * key_value * document + blocks.rollouts_per_row * grown)
+    layer = layer_kept_bytes(architecture, config, packed) + cached * element_bytes(config.train.dtype)
+    return shape.num_layers * layer
+
+
+def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int = 0) -> MemoryPlan:
     """Memory of one rank of a pipeline stage, in bytes; all slices of a stage need the same.
 
     At ZeRO stage 3 the slice's b*N parameters are gathered for the rollouts (`hold_parameters: rollout`), for the
     whole step (`step`), or layer by layer only (`none`, and the gradient pass of `rollout`); below stage 3 they are
-    whole anyway. `rl_coef: 0` has neither rollouts nor a feature network.
+    whole anyway. What is kept of the rollouts stays through features and learning. `rl_coef: 0` has neither rollouts
+    nor a feature network.
     """
     architecture, sizes = plan.architecture, plan.parallel
     width, tensor = element_bytes(config.train.dtype), sizes.tensor_parallel
     num_parameters = stage_parameters(architecture, policy_stage(plan, stage), tensor)
     states = zero_state_bytes(num_parameters, sizes.data_parallel, config.train.dtype, config.zero.stage)
-    whole = num_parameters * width
-    live = live_parameters(architecture, num_parameters, tensor) * width
-    hold = config.zero.hold_parameters
-    gathered = {
-        "rollout": live if hold == "none" else whole,
-        "features": whole if hold == "step" else 0,
-        "learn": whole if hold == "step" else live,
-    }
-    phases: dict[str, dict[str, int]] = {}
+    gathered = _gathered_parameters(config, architecture, num_parameters)
+    phases: dict[str, Needs] = {}
     if config.uses_rollouts:
         frozen = stage_parameters(plan.feature_architecture, feature_stage(config, plan, stage), tensor) * width
-        is_sharded = config.zero.feature_network == "sharded"
+        is_sharded = choices.feature_network_is_sharded
         states["frozen feature network"] = -(-frozen // sizes.data_parallel) if is_sharded else frozen
-        phases["rollout"] = _rollout_bytes(config, plan, stage)
-        phases["features"] = _feature_bytes(config, plan, stage)
+        phases["rollout"] = _rollout_needs(config, plan, stage, choices.reuse_rollout)
+        phases["features"] = _feature_needs(config, plan, stage, choices.reuse_rollout)
         if is_sharded:
             phases["features"]["gathered feature network"] = frozen
-    phases["learn"] = _learn_bytes(config, plan, stage)
-    if config.zero.stage == 3:
-        for phase, parameters in gathered.items():
-            if parameters and phase in phases:
-                phases[phase]["gathered parameters"] = parameters
+    phases["learn"] = _learn_needs(config, plan, stage, choices.reuse_rollout)
+    for phase in phases:
+        if gathered[phase]:
+            phases[phase]["gathered parameters"] = gathered[phase]
     # The gradient in the form that AdamW takes, and the square root of its second moment.
     phases["update"] = {"temporaries of AdamW (float32)": states["Adam moments (float32)"]}
     return MemoryPlan(states, phases)
 
 
-def worst_stage(config: RunConfig, plan: RunPlan) -> int:
+def worst_stage(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
     """The pipeline stage whose ranks need the most memory; the first of equals."""
     stages = range(plan.parallel.pipeline_parallel)
-    return max(stages, key=lambda stage: plan_memory(config, plan, stage).peak_bytes)
+    return max(stages, key=lambda stage: plan_memory(config, plan, choices, stage).peak_bytes)
 
 
-def _rollout_bytes(config: RunConfig, plan: RunPlan, stage: int) -> dict[str, int]:
-    """Decoding: the cache, one layer's attention weights over it, and on the last stage K*n logit rows per row.
+def peak_bytes(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
+    """What the ranks of the worst stage need."""
+    return plan_memory(config, plan, choices, worst_stage(config, plan, choices)).peak_bytes
 
-    A logit is there in `train.dtype` and twice in float32, before and after the division by the temperature; the
-    search for a nucleus (`top_p` < 1) takes 24 bytes more.
+
+def _gathered_parameters(config: RunConfig, architecture: Architecture, num_parameters: int) -> Needs:
+    """Bytes of parameters that stage 3 gathers in each phase beside the rank's share."""
+    width = element_bytes(config.train.dtype)
+    whole = num_parameters * width
+    live = live_parameters(architecture, num_parameters, config.parallel.tensor_parallel_size) * width
+    hold = config.zero.hold_parameters
+    if config.zero.stage < 3:
+        return {"rollout": 0, "features": 0, "learn": 0}
+    return {
+        "rollout": live if hold == "none" else whole,
+        "features": whole if hold == "step" else 0,
+        "learn": whole if hold == "step" else live,
+    }
+
+
+def _largest(moments: list[Needs]) -> Needs:
+    """What is needed at the worst of a phase's moments; the first of equals."""
+    worst = max(moments, key=lambda needs: sum(needs.values()))
+    return {name: size for name, size in worst.items() if size}
+
+
+def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
+    """Decoding: the cache, what is kept of the passes, and one layer's pass or a chunk of logits.
+
+    The moments are the end of the last micro-batches' documents, and their last tokens.
     """
     blocks, rows = plan.block_plan, config.train.micro_batch_size
-    keys = blocks.anchors[-1] + blocks.generate_length - 1
-    weights = attention_weight_bytes(plan.architecture, config, blocks.rollouts_per_row, keys)
-    needs = {"keys and values": cache_bytes(config, plan, stage), "attention weights of one layer": rows * weights}
+    document = blocks.anchors[-1] if reuse == "off" else document_length(config)
+    later, decoding = blocks.generate_length - 1, micro_batches_decoding(plan)
+    before = plan.num_micro_batches - decoding
+
+    def at(tokens: int, temporaries: Needs) -> Needs:
+        begun, whole = (kept_bytes(config, plan, stage, reuse, document, read) for read in (tokens, later))
+        # Recorded passes keep what the cache holds anyway.
+        cached = 0 if reuse == "activations" else cache_bytes(config, plan, stage, document, tokens)
+        kept = before * whole + decoding * begun
+        return {f"kept {reuse} of the rollouts": kept, "keys and values": cached} | temporaries
+
+    def layer(tokens: int) -> Needs:
+        return {"one layer": layer_forward_bytes(plan.architecture, config, Pass(rows, tokens))}
+
+    moments = [at(0, layer(document)), at(later, layer(blocks.rollouts_per_row))]
     if policy_stage(plan, stage).has_head:
+        logit = LOGIT_BYTES + (NUCLEUS_BYTES if config.ebft.top_p < 1 else 0)
         columns = vocabulary_columns(plan.architecture, plan.parallel.tensor_parallel)
-        logit = element_bytes(config.train.dtype) + 2 * FLOAT32_BYTES
-        if config.ebft.top_p < 1:
-            logit += NUCLEUS_BYTES
-        needs["logits of one token per rollout"] = rows * blocks.rollouts_per_row * columns * logit
-    return needs
+        in_chunk = max(1, HEAD_ROWS // (rows * blocks.num_samples)) * rows * blocks.num_samples
+        chunk = min(in_chunk, rows * blocks.rollouts_per_row)
+        moments.append(at(later, {"a chunk of logits": chunk * columns * logit}))
+    return _largest(moments)
 
 
-def _feature_bytes(config: RunConfig, plan: RunPlan, stage: int) -> dict[str, int]:
-    """The packed pass: one layer at a time, and the rows that are read of the stage's taps.
+def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
+    """The packed pass, a layer at a time, or the Gram matrices of a micro-batch; and the rows that are read of taps.
 
-    The pass has P + K*n*G positions a row. K*(n + 1)*T rows of H / t values (T is 1 for `last_token`, else G) are
-    kept of every tap and micro-batch in `train.dtype`, and of one micro-batch in float64.
+    K*(n + 1)*T rows of H / t values (T is 1 for `last_token`, else G) are kept of every tap of the stage and of every
+    micro-batch in `train.dtype`. Gram matrices are made of them in float64, one micro-batch and, for their squares,
+    one tap at a time.
     """
     blocks, architecture = plan.block_plan, plan.feature_architecture
-    rows, ebft = config.train.micro_batch_size, config.ebft
-    packed = PackedPass(rows, blocks.sequence_length, blocks.generated_per_row, blocks.generate_length)
+    packed, ebft = feature_pass(config), config.ebft
     all_taps = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)
     taps = len(feature_stage(config, plan, stage).taps_within(all_taps))
     read = 1 if ebft.embed_method == "last_token" else blocks.generate_length
     hidden = architecture.hidden_size // plan.parallel.tensor_parallel
-    values = taps * rows * blocks.num_blocks * (blocks.num_samples + 1) * read * hidden
-    kept = plan.num_micro_batches * element_bytes(config.train.dtype) + FLOAT64_BYTES
-    return {
-        "activations of one layer": layer_activation_bytes(architecture, config, packed),
-        "rows of the tapped layers": values * kept,
+    values = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * read * hidden
+    kept = kept_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
+    needs = {
+        f"kept {reuse} of the rollouts": plan.num_micro_batches * kept,
+        "rows of the tapped layers": plan.num_micro_batches * taps * values * element_bytes(config.train.dtype),
     }
+    return _largest(
+        [
+            needs | {"one layer": layer_forward_bytes(architecture, config, packed)},
+            needs | {"Gram matrices (float64)": (taps + 1) * values * FLOAT64_BYTES},
+        ]
+    )
 
 
-def _learn_bytes(config: RunConfig, plan: RunPlan, stage: int) -> dict[str, int]:
-    """The gradient pass: activations, and on the last stage the scored rows' V' logits.
+def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
+    """The gradient: at the head, in the first layer that is differentiated, or at the embedding.
 
-    Logits are there in `train.dtype`, and so is their gradient; besides twice in float32, while they are divided by
-    the temperature.
+    Kept activations or checkpoints are there for all m micro-batches, those of a forward pass in learning for the
+    min(p - stage, m) in flight: everything that each layer keeps, or with checkpointing each layer's input. What was
+    only checkpointed is recomputed one layer at a time.
     """
-    needs = {"activations": activation_bytes(config, plan, stage)}
-    if policy_stage(plan, stage).has_head:
-        columns = vocabulary_columns(plan.architecture, plan.parallel.tensor_parallel)
-        logit = 2 * (element_bytes(config.train.dtype) + FLOAT32_BYTES)
-        needs["scored logits and gradients"] = config.train.micro_batch_size * scored_rows(config) * columns * logit
-    return needs
+    architecture, shape, packed = plan.architecture, policy_stage(plan, stage), learn_pass(config)
+    layer = layer_kept_bytes(architecture, config, packed)
+    if reuse == "off":
+        name, held = "activations", micro_batches_in_flight(plan, stage)
+        recomputes = config.train.activation_checkpointing == "full"
+        of_each = shape.num_layers * (hidden_bytes(architecture, config, packed) if recomputes else layer)
+    else:
+        name, held, recomputes = f"kept {reuse} of the rollouts", plan.num_micro_batches, reuse == "checkpoints"
+        later = plan.block_plan.generate_length - 1
+        of_each = kept_bytes(config, plan, stage, reuse, document_length(config), later)
+
+    columns = vocabulary_columns(architecture, plan.parallel.tensor_parallel)
+    matrix = columns * architecture.hidden_size * element_bytes(config.train.dtype)
+    # A tied weight collects its head's gradient until the embedding's comes.
+    tied = matrix if architecture.tie_word_embeddings and shape.has_head and shape.has_embedding else 0
+    moments = [
+        {
+            name: held * of_each,
+            "one layer, recomputed": layer if recomputes else 0,
+            "gradients of one layer": layer_backward_bytes(architecture, config, packed),
+            "gradient of the head's matrix": tied,
+        }
+    ]
+    if shape.has_embedding:
+        moments.append({name: (held - 1) * of_each, "gradients of head and embedding": matrix + tied})
+    if shape.has_head:
+        rows = packed.rows * scored_rows(config)
+        row_bytes = architecture.hidden_size * element_bytes(config.train.dtype)
+        moments.append(
+            {
+                name: held * of_each,
+                "scored rows and their gradient": 4 * rows * row_bytes,
+                "a chunk of logits": min(HEAD_ROWS, rows) * columns * LOGIT_BYTES,
+                "gradient of the head's matrix": matrix,
+            }
+        )
+    return _largest(moments)

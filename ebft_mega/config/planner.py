@@ -3,9 +3,11 @@
 All sizes are worked out, not measured; `layout.py` and `memory.py` say how.
 """
 
+from ebft_mega.config.activations import learn_tokens_per_row, scored_rows
 from ebft_mega.config.layout import RankPart, rank_parts
 from ebft_mega.config.load import resolved_yaml
-from ebft_mega.config.memory import learn_tokens_per_row, plan_memory, scored_rows, worst_stage
+from ebft_mega.config.memory import Choices, peak_bytes, plan_memory, worst_stage
+from ebft_mega.config.reuse import USABLE_SHARE, choices, possible_reuses
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.model.architecture import tapped_layers
@@ -25,6 +27,9 @@ def describe_run(config: RunConfig, plan: RunPlan) -> str:
         _title("Each rank's part") + _parts_text(config, plan),
         _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan),
     ]
+    if config.uses_rollouts:
+        title = "Peak by what learning takes over from rollouts and by zero.feature_network (GiB)"
+        parts.append(_title(title) + _reuse_text(config, plan))
     if plan.notes:
         parts.append(_title("Notes") + "\n".join(plan.notes))
     return "\n\n".join(parts)
@@ -187,22 +192,41 @@ def _columns(rows: list[list[str]], numbers: tuple[int, ...]) -> str:
 
 def _memory_text(config: RunConfig, plan: RunPlan) -> str:
     """Every tensor of the rank that needs the most; with several stages also a line for each of them."""
-    worst = worst_stage(config, plan)
-    memory = plan_memory(config, plan, worst)
+    chosen = choices(config, plan, memory_bytes=None)
+    worst = worst_stage(config, plan, chosen)
+    memory = plan_memory(config, plan, chosen, worst)
     rows = [(name, size) for name, size in memory.states.items()]
     rows += [(f"{phase}: {name}", size) for phase, parts in memory.phases.items() for name, size in parts.items()]
     rows.append(("peak (states and the largest phase)", memory.peak_bytes))
     table = _table([(name, f"{size / GIB_BYTES:10.3f}") for name, size in rows])
     if plan.parallel.pipeline_parallel == 1:
         return table
-    return f"Ranks of stage {worst}, which need the most:\n{table}\n\nAll stages:\n{_stages_text(config, plan)}"
+    return f"Ranks of stage {worst}, which need the most:\n{table}\n\nAll stages:\n{_stages_text(config, plan, chosen)}"
 
 
-def _stages_text(config: RunConfig, plan: RunPlan) -> str:
-    memories = [plan_memory(config, plan, stage) for stage in range(plan.parallel.pipeline_parallel)]
+def _stages_text(config: RunConfig, plan: RunPlan, chosen: Choices) -> str:
+    memories = [plan_memory(config, plan, chosen, stage) for stage in range(plan.parallel.pipeline_parallel)]
     phases = list(memories[0].phases)
     rows = [["stage", "states", *phases, "peak"]]
     for stage, memory in enumerate(memories):
         sizes = [memory.state_bytes, *(memory.phase_bytes(phase) for phase in phases), memory.peak_bytes]
         rows.append([str(stage), *(f"{size / GIB_BYTES:.3f}" for size in sizes)])
     return _columns(rows, numbers=tuple(range(1, len(rows[0]))))
+
+
+def _reuse_text(config: RunConfig, plan: RunPlan) -> str:
+    """What a rank needs for everything that learning can take over from the rollouts, and what is planned here."""
+    rows = [["learn.reuse_rollout", "resident", "sharded"]]
+    for reuse in possible_reuses(config):
+        peaks = (peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in (False, True))
+        rows.append([reuse, *(f"{peak / GIB_BYTES:.3f}" for peak in peaks)])
+    chosen = choices(config, plan, memory_bytes=None)
+    network = "sharded" if chosen.feature_network_is_sharded else "resident"
+    return "\n".join(
+        [
+            _columns(rows, numbers=(1, 2)),
+            f"Planned above: {chosen.reuse_rollout}, feature network {network}. A run takes for 'auto' the first",
+            f"of {', '.join(possible_reuses(config))} that fits into {USABLE_SHARE:.0%} of the smallest accelerator,",
+            "and then a resident feature network if that fits, too.",
+        ]
+    )

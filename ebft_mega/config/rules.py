@@ -19,13 +19,10 @@ NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "data.on_error": ("raise",),
     "train.max_run_minutes": (None,),
     "zero.offload_optimizer": ("none",),
-    "learn.reuse_rollout": ("auto", "off"),
     "checkpoint.interval": (None,),
     "checkpoint.keep_last": (None,),
     "checkpoint.keep_every": (None,),
     "checkpoint.resume": ("auto", "never"),
-    "profile.start": (None,),
-    "profile.steps": (None,),
 }
 
 _STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
@@ -152,6 +149,34 @@ def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "ebft.alignment_coef", "0, and ebft.diversity_coef is 0 too", "at least one above 0")
 
 
+def _profile_lies_within_the_run(config: RunConfig) -> Iterator[Problem]:
+    profile = config.profile
+    if (profile.start is None) != (profile.steps is None):
+        missing, given = ("start", "steps") if profile.start is None else ("steps", "start")
+        yield Problem("", f"profile.{missing}", f"not set, with profile.{given} given", "both or neither")
+    # Without a length there is a problem of its own.
+    elif profile.traced_steps and 0 < config.total_steps < profile.traced_steps.stop:
+        found = f"{profile.start} + profile.steps {profile.steps}"
+        yield Problem("", "profile.start", found, f"together at most the {config.total_steps} steps of the run")
+
+
+def activations_can_be_kept(config: RunConfig) -> bool:
+    """Whether parameters stay whole from the rollout to the gradient: a recorded pass points at them."""
+    return config.zero.stage < 3 or config.zero.hold_parameters == "step"
+
+
+def _kept_activations_need_whole_parameters(config: RunConfig) -> Iterator[Problem]:
+    if config.learn.reuse_rollout != "activations" or not config.uses_rollouts:
+        return
+    if not activations_can_be_kept(config):
+        found = f"activations, with zero.stage 3 and zero.hold_parameters {config.zero.hold_parameters}"
+        expected = "checkpoints, or parameters that stay whole: zero.hold_parameters step, or zero.stage 0, 1 or 2"
+        yield Problem("", "learn.reuse_rollout", found, expected)
+    if config.train.activation_checkpointing == "full":
+        found = "activations, with train.activation_checkpointing full, which keeps none"
+        yield Problem("", "learn.reuse_rollout", found, "checkpoints, or train.activation_checkpointing none")
+
+
 @dataclass(frozen=True)
 class Rule:
     """A check and the keys (or sections) that it reads."""
@@ -161,6 +186,11 @@ class Rule:
 
 
 _GEOMETRY = ("data.sequence_length", "ebft.stride", "ebft.context_length", "ebft.generate_max_len")
+_LENGTH = ("train.max_steps", "train.max_tokens", "train.global_batch_size", "data.sequence_length")
+_KEPT = (
+    *("learn.reuse_rollout", "zero.stage", "zero.hold_parameters", "train.activation_checkpointing"),
+    "ebft.rl_coef",
+)
 RULES = (
     Rule((), _unsupported_values),
     Rule(("model.init_from", "model.config"), _one_model),
@@ -171,6 +201,8 @@ RULES = (
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
+    Rule(_KEPT, _kept_activations_need_whole_parameters),
+    Rule(("profile.start", "profile.steps", *_LENGTH), _profile_lies_within_the_run),
 )
 
 
@@ -211,4 +243,9 @@ def notes(config: RunConfig) -> list[str]:
         )
     if zero.feature_network == "sharded" and not config.uses_rollouts:
         found.append("zero.feature_network sharded changes nothing: ebft.rl_coef is 0, so there is no feature network.")
+    if config.learn.reuse_rollout in ("checkpoints", "activations") and not config.uses_rollouts:
+        found.append(
+            f"learn.reuse_rollout {config.learn.reuse_rollout} changes nothing: ebft.rl_coef is 0, so there are no "
+            "rollouts."
+        )
     return found

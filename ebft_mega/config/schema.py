@@ -223,6 +223,13 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "full"] = key(
         "none", allowed="none or full", meaning="`full`: keep only each layer's input and recompute the rest."
     )
+    attention: Literal["auto", "two_part", "flex", "dense"] = key(
+        "auto",
+        allowed="auto, two_part, flex or dense",
+        meaning="(ours) How attention is computed; values and gradients are the same. `two_part`: the document prefix "
+        "and the rollout's own tokens by torch's kernels, merged; `flex`: one sparse kernel, on CUDA; `dense`: a full "
+        "mask, slow; `auto`: `flex` on CUDA with Triton, else `two_part`.",
+    )
     step_timeout_minutes: float = key(
         30.0,
         allowed="a number > 0, minutes",
@@ -241,11 +248,11 @@ class ZeroConfig(Section):
         allowed="rollout, step or none",
         meaning="For how long all parameters stay gathered at stage 3: the rollout phase, the whole step, or never.",
     )
-    feature_network: Literal["resident", "sharded"] = key(
-        "resident",
-        allowed="resident or sharded",
+    feature_network: Literal["auto", "resident", "sharded"] = key(
+        "auto",
+        allowed="auto, resident or sharded",
         meaning="(ours) The frozen network: whole on every data-parallel process, or divided over them and "
-        "gathered once for the features phase.",
+        "gathered once for the features phase; `auto`: resident if it fits.",
     )
     offload_optimizer: Literal["none", "cpu"] = key(
         "none", allowed="none or cpu", meaning="Where the optimizer state lives (none: on the accelerator)."
@@ -258,7 +265,9 @@ class LearnConfig(Section):
     reuse_rollout: Literal["auto", "checkpoints", "activations", "off"] = key(
         "auto",
         allowed="auto, checkpoints, activations or off",
-        meaning="What the gradient pass takes over from the rollout phase; `auto` chooses what is built.",
+        meaning="What the gradient pass takes over from the rollout phase, so that the policy is not run again: each "
+        "layer's input (`checkpoints`; the rest is recomputed) or everything (`activations`); `auto`: the most that "
+        "fits.",
     )
 
 
@@ -283,10 +292,22 @@ class CheckpointConfig(Section):
 
 
 class ProfileConfig(Section):
-    """A profiler trace of some steps."""
+    """A profiler trace of some steps; both keys or neither."""
 
-    start: int | None = key(None, allowed="an integer >= 0, optimizer step", meaning="First step to trace.", ge=0)
+    start: int | None = key(
+        None,
+        allowed="an integer >= 0, optimizer steps",
+        meaning="Optimizer steps of the run before the first traced one.",
+        ge=0,
+    )
     steps: int | None = key(None, allowed=COUNT + ", optimizer steps", meaning="How many steps to trace.", ge=1)
+
+    @property
+    def traced_steps(self) -> range:
+        """The steps to trace, counted from 0; empty if none are."""
+        if self.start is None or self.steps is None:
+            return range(0)
+        return range(self.start, self.start + self.steps)
 
 
 class RunConfig(Section):

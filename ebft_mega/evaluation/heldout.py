@@ -123,7 +123,8 @@ def _evaluate_together(
         note(batch, {"eval/ce_loss": -logprobs.target.double().mean(dim=1)})
     if feature_network is None:
         return Evaluation(per_row, ())
-    rollouts = generate_rollouts(policy, batches, plan, settings.sampling, EVALUATION_STEP)
+    sampled = generate_rollouts(policy, batches, plan, settings.sampling, EVALUATION_STEP)
+    rollouts = [item.rollout for item in sampled]
     grams = feature_network.grams(batches, rollouts, plan)
     for batch, gram, rollout in zip(batches, grams, rollouts, strict=True):
         note(batch, _rollout_figures(gram, rollout, settings))

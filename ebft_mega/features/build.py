@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.architecture import Architecture, tapped_layers
@@ -29,6 +30,7 @@ class FeatureSettings:
     dtype: torch.dtype
     is_sharded: bool = False  # over the data-parallel group, gathered for each use; else whole on every rank
     sequence_parallel: bool = False
+    attention: AttentionRoute | None = None  # None: the two-part route
 
 
 def build_feature_network(
@@ -42,7 +44,14 @@ def build_feature_network(
     shape = StageShape.of_features(architecture, taps[-1], groups.pipeline_rank, groups.pipeline_size)
 
     def build_stage() -> Stage:
-        return Stage(architecture, shape, groups, settings.dtype, sequence_parallel=settings.sequence_parallel)
+        return Stage(
+            architecture,
+            shape,
+            groups,
+            settings.dtype,
+            sequence_parallel=settings.sequence_parallel,
+            attention=settings.attention,
+        )
 
     whole_parameters: Callable[[], AbstractContextManager[StageRunner]]
     if settings.is_sharded:

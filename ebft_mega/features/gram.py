@@ -8,12 +8,14 @@ float64: whitening tells a duplicate from a near-duplicate at a relative eigenva
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.model.attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.rollout.plan import BlockPlan
 
@@ -21,20 +23,30 @@ EmbedMethod = Literal["last_token", "mean_pooling"]
 FeatureNorm = Literal["joint", "per_layer"]
 
 
-def pooled_positions(plan: BlockPlan, embed_method: EmbedMethod, device: torch.device) -> Tensor:
-    """Where in a packed sequence (the document, then all rollouts whole) features are read.
+@dataclass(frozen=True)
+class PooledRows:
+    """Which rows of a packed pass (the document, then all rollouts whole) features are made of."""
 
-    Args:
-        embed_method: `last_token` reads the last position of each window, `mean_pooling` all G.
-    Returns:
-        int64 [K, n + 1, T]; T is 1 or G; the target's window is in the document itself.
-    """
-    generated = plan.generate_length
-    window = torch.arange(generated - 1 if embed_method == "last_token" else 0, generated, device=device)
-    rollouts = plan.sequence_length + generated * torch.arange(plan.rollouts_per_row, device=device)
-    targets = torch.tensor(plan.anchors, device=device)
-    starts = torch.cat((rollouts.view(plan.num_blocks, plan.num_samples), targets[:, None]), dim=1)
-    return starts[..., None] + window
+    read: ReadRows  # each row once
+    places: Tensor  # int64 [K, n + 1, T], which of those rows; T is 1 or G; the target's window is in the document
+
+    @classmethod
+    def of(cls, plan: BlockPlan, embed_method: EmbedMethod, device: torch.device) -> "PooledRows":
+        """The rows of a plan's features: `last_token` reads the last position of each window, `mean_pooling` all G."""
+        tokens = 1 if embed_method == "last_token" else plan.generate_length
+        window = range(plan.generate_length - tokens, plan.generate_length)
+        # Windows overlap where the stride is smaller than they are.
+        document = sorted({anchor + t for anchor in plan.anchors for t in window})
+        rollouts = plan.sequence_length + torch.arange(
+            plan.rollouts_per_row * window.start, plan.generated_per_row, device=device
+        )
+        positions = torch.cat((torch.tensor(document, device=device), rollouts))
+        place = {position: index for index, position in enumerate(document)}
+        targets = torch.tensor([[place[anchor + t] for t in window] for anchor in plan.anchors], device=device)
+        sampled = len(document) + torch.arange(len(rollouts), device=device)
+        by_rollout = sampled.view(tokens, plan.num_blocks, plan.num_samples).permute(1, 2, 0)  # [K, n, T]
+        places = torch.cat((by_rollout, targets[:, None]), dim=1)
+        return cls(ReadRows(tuple(document), tokens, positions), places)
 
 
 def inner_products(features: Tensor) -> Tensor:
@@ -81,7 +93,7 @@ def block_grams(
 
     Args:
         taps: one [B, K, n + 1, T, H / tensor-parallel ranks] per tapped layer on this stage, T positions as
-            `pooled_positions` says, in the network's dtype; no taps are zeros.
+            `PooledRows.places` says, in the network's dtype; no taps are zeros.
         shape: B, K, n + 1, T.
         feature_norm: `joint` scales the concatenated layers to length one (the authors' code), `per_layer` each
             layer before concatenation (length sqrt(number of layers); axolotl).

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebft_mega.features.gram import EmbedMethod, FeatureNorm, block_grams, pooled_positions
+from ebft_mega.features.gram import EmbedMethod, FeatureNorm, PooledRows, block_grams
 from ebft_mega.model.attention import StridedLayout
-from ebft_mega.model.stage import Stage, select_positions
+from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.reward.duplicates import copy_duplicate_rows
@@ -36,52 +36,62 @@ class FeatureNetwork:
         """Inner products of each block's rollout features and target feature, per micro-batch.
 
         One packed pass per micro-batch: the document once, all rollouts beside it; the target's feature is read
-        from the document itself. Features stay on the ranks that computed them. Rollouts with equal tokens get
-        equal rows, whatever a kernel rounds.
+        from the document itself. In the deepest tapped layer only rows that are read go through what follows the
+        attention. Features stay on the ranks that computed them. Rollouts with equal tokens get equal rows, whatever
+        a kernel rounds.
 
         Returns:
             float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target.
         Communication: that of the layers; hidden states from stage to stage; what `block_grams` says.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
+        pooled = PooledRows.of(plan, self.embed_method, self.stage.groups.device)
 
         def hidden_buffer(slot: Slot) -> Tensor:
-            length = plan.sequence_length + plan.rollouts_per_row * plan.generate_length
+            length = plan.sequence_length + plan.generated_per_row
+            if not self.stage.shape.num_layers:  # behind the deepest tap: a pipeline may be longer than a network
+                length = len(pooled.read.positions)
             return self.stage.hidden.empty(length, len(micro_batches[slot.micro_batch].tokens))
 
         with self.whole_parameters() as whole:
 
             def run(slot: Slot, received: Tensor | None) -> Tensor:
                 batch, rollout = micro_batches[slot.micro_batch], rollouts[slot.micro_batch]
-                hidden, rows = whole(lambda stage: self._packed_pass(stage, batch, rollout, plan, received))
+                hidden, rows = whole(lambda stage: self._packed_pass(stage, batch, rollout, plan, pooled, received))
                 tapped.append(rows)
                 return hidden
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
         return [
-            copy_duplicate_rows(self._gram(rows, rollout, plan), rollout.tokens)
+            copy_duplicate_rows(self._gram(rows, rollout, pooled), rollout.tokens)
             for rows, rollout in zip(tapped, rollouts, strict=True)
         ]
 
     def _packed_pass(
-        self, stage: Stage, batch: TokenBatch, rollout: Rollout, plan: BlockPlan, received: Tensor | None
+        self,
+        stage: Stage,
+        batch: TokenBatch,
+        rollout: Rollout,
+        plan: BlockPlan,
+        pooled: PooledRows,
+        received: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states for the next stage, and the rows of this stage's taps that this rank is to multiply."""
         sequence, positions = packed_sequence(batch.tokens, rollout.tokens, plan)
         layout = StridedLayout.of(
             plan,
-            sequence.device,
+            stage.attention,
             document_length=plan.sequence_length,
             tokens_per_rollout=plan.generate_length,
         )
         entering = sequence if received is None else received
-        hidden, taps = stage.hidden_states(entering, positions, layout, stage.shape.taps_within(self.taps))
-        read = pooled_positions(plan, self.embed_method, sequence.device)
-        rows = [select_positions(tap, read.flatten(), stage.hidden.sequence_shards, stage.groups) for tap in taps]
-        return hidden, [tap.unflatten(0, read.shape).permute(3, 0, 1, 2, 4) for tap in rows]
+        if not stage.shape.num_layers and received is not None:
+            return received, []
+        hidden, rows_of_taps = stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
+        return hidden, [rows[pooled.places].permute(3, 0, 1, 2, 4) for rows in rows_of_taps]
 
-    def _gram(self, rows: Sequence[Tensor], rollout: Rollout, plan: BlockPlan) -> Tensor:
+    def _gram(self, rows: Sequence[Tensor], rollout: Rollout, pooled: PooledRows) -> Tensor:
         """Gram matrices of a micro-batch."""
-        device = rollout.tokens.device
-        shape = (len(rollout.tokens), *pooled_positions(plan, self.embed_method, device).shape)
-        return block_grams(rows, shape, self.embed_method, self.feature_norm, self.stage.groups, device)
+        shape = (len(rollout.tokens), *pooled.places.shape)
+        groups = self.stage.groups
+        return block_grams(rows, shape, self.embed_method, self.feature_norm, groups, groups.device)

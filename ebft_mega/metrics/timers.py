@@ -4,30 +4,47 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
+from ebft_mega.metrics.phase_memory import PhaseMemory
+
 
 class PhaseTimers:
-    """Adds up the seconds spent in named phases until `reset`.
+    """Adds up the seconds spent in named phases until `reset`, and names them in profiles.
 
     Args:
         synchronize: waits for the device's queued work (`torch.cuda.synchronize`), so that a phase is charged
             with its own kernels; None on a CPU.
         clock: seconds, monotonic.
+        memory: is told about the phases, too.
     Communication: none.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        synchronize: Callable[[], object] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        memory: PhaseMemory | None = None,
+    ):
         self._synchronize = synchronize
         self._clock = clock
         self._seconds: dict[str, float] = {}
+        self.memory = memory
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the block to `name`, also when it raises; phases may be nested and repeated."""
+        if self.memory is not None:
+            self.memory.enter(name)
         started = self._now()
         try:
-            yield
+            # Always there, not only while a profile runs: a range costs microseconds, a phase at least milliseconds.
+            with record_function(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+            if self.memory is not None:
+                self.memory.leave()
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase since the last reset."""
@@ -36,6 +53,8 @@ class PhaseTimers:
     def reset(self) -> None:
         """Forget everything measured so far."""
         self._seconds.clear()
+        if self.memory is not None:
+            self.memory.reset()
 
     def _now(self) -> float:
         if self._synchronize is not None:

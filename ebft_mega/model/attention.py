@@ -1,18 +1,18 @@
 """Attention of the strided layout: rollouts see a prefix of the document and their own tokens, nothing else.
 
-A pass carries, along the sequence, `document_length` document positions followed by the rollouts in block-major
-order (`R = K * n` rollouts of `tokens_per_rollout` positions each). The document is there once, whatever the number
-of samples: all rollouts of a row read the same keys and values.
+A pass carries, along the sequence, document positions followed by generated ones in token-major order (token 0 of
+every rollout, then token 1, ...). The document is there once, whatever the number of samples: all rollouts of a row
+read the same keys and values.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ebft_mega.attention.pattern import AttentionPattern
+from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.rollout.plan import BlockPlan
 
 
@@ -27,143 +27,132 @@ class Layout(Protocol):
 class KeyValueCache:
     """Keys and values of the passes so far, per layer number; filled in place by the layers.
 
-    `document` holds [B, groups, P, head_dim] once per row; `generated` [B, groups, R, tokens so far, head_dim].
+    `document` holds [B, groups, D, head_dim] once per row; `generated` [B, groups, R, tokens, head_dim].
     """
 
+    capacity: int  # tokens of each rollout that will be added
     document: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     generated: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    length: dict[int, int] = field(default_factory=dict)  # tokens of each rollout so far
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one pass's generated keys and values of a layer and return all of them."""
-        if layer in self.generated:
-            old_keys, old_values = self.generated[layer]
-            keys, values = torch.cat((old_keys, keys), dim=3), torch.cat((old_values, values), dim=3)
-        self.generated[layer] = keys, values
-        return keys, values
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one pass's keys and values of a layer, [B, groups, R, T, head_dim], and return all of them."""
+        first = self.length.get(layer, 0)
+        self.length[layer] = first + key.shape[3]
+        if torch.is_grad_enabled():
+            # Earlier passes' graphs read what they were given, so nothing may be overwritten.
+            if first:
+                old_key, old_value = self.generated[layer]
+                key, value = torch.cat((old_key, key), dim=3), torch.cat((old_value, value), dim=3)
+            self.generated[layer] = key, value
+            return key, value
+        if not first:
+            room = (*key.shape[:3], self.capacity, key.shape[4])
+            self.generated[layer] = key.new_empty(room), value.new_empty(room)
+        keys, values = self.generated[layer]
+        keys[:, :, :, first : self.length[layer]] = key
+        values[:, :, :, first : self.length[layer]] = value
+        return keys[:, :, :, : self.length[layer]], values[:, :, :, : self.length[layer]]
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """The only rows of a pass whose attention is read by anything."""
+
+    document: tuple[int, ...] | range  # document positions, increasing
+    tokens_per_rollout: int  # the last ones of each rollout
+    positions: Tensor  # int64 [N], where those rows are in the pass: of the document, then of rollouts, token-major
+    filler: int = 0  # rows to add, so that sequence-parallel ranks have equally many
 
 
 @dataclass(frozen=True)
 class StridedLayout:
-    """What the positions of one pass are; handed to every layer in the place of an attention mask."""
+    """A document and its rollouts, or a part of them beside the cached rest."""
 
-    rollout_anchors: Tensor  # int64 [R], number of document tokens that each rollout may see
-    document_length: int  # document positions in this pass; 0 when they are read from the cache
-    tokens_per_rollout: int  # generated positions of each rollout in this pass
+    anchors: tuple[int, ...]  # K, number of document tokens that each block's rollouts may see
+    num_samples: int  # n
+    document_length: int  # D, document positions in this pass; 0 when they are read from the cache
+    tokens_per_rollout: int  # T, generated positions of each rollout in this pass
+    route: AttentionRoute
     cache: KeyValueCache | None = None
+    read: ReadRows | None = None  # None: all rows
+    # Where each position of the pass lies in the sequence that layers see, int64 [S]; None: in order, then filler.
+    order: Tensor | None = None
+
+    @property
+    def num_rollouts(self) -> int:
+        """R, rollouts of a row."""
+        return len(self.anchors) * self.num_samples
 
     @property
     def num_positions(self) -> int:
-        """Positions of the pass."""
-        return self.document_length + self.rollout_anchors.numel() * self.tokens_per_rollout
+        """S, positions of the pass."""
+        return self.document_length + self.num_rollouts * self.tokens_per_rollout
 
     @classmethod
     def of(
         cls,
         plan: BlockPlan,
-        device: torch.device,
+        route: AttentionRoute,
         *,
         document_length: int,
         tokens_per_rollout: int,
         cache: KeyValueCache | None = None,
+        order: Tensor | None = None,
     ) -> "StridedLayout":
         """The layout of a pass over rows of a plan."""
-        anchors = torch.tensor(plan.anchors, device=device).repeat_interleave(plan.num_samples)
-        return cls(anchors, document_length, tokens_per_rollout, cache)
+        return cls(plan.anchors, plan.num_samples, document_length, tokens_per_rollout, route, cache, None, order)
 
-    @classmethod
-    def causal(cls, length: int, device: torch.device) -> "StridedLayout":
-        """Plain causal attention over a document, without rollouts."""
-        return cls(torch.zeros(0, dtype=torch.int64, device=device), length, 0)
+    def reading(self, read: ReadRows) -> "StridedLayout":
+        """The same pass, in which only some rows ask."""
+        return replace(self, read=read)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend within the pass; see `StridedCoreAttention`."""
+        """Attend within the pass; see `StridedCoreAttention`. With `read` only its rows are returned, in order."""
+        sequence = query.shape[0]
+        if self.order is not None:
+            query, key, value = (tensor[self.order] for tensor in (query, key, value))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, d]
-        length, per_rollout = self.document_length, self.tokens_per_rollout
-        end, filler = self.num_positions, query.shape[2] - self.num_positions
-        parts = []
-        if length:
-            document_key, document_value = key[:, :, :length], value[:, :, :length]
-            parts.append(document_attention(query[:, :, :length], document_key, document_value))
-            if self.cache is not None:
-                self.cache.document[layer] = document_key, document_value
+        document_query, own_query = self._parts(query)
+        document_key, own_key = self._parts(key)
+        document_value, own_value = self._parts(value)
+        if self.cache is not None and self.document_length:
+            # Not a view: it would keep the whole projection, queries too.
+            self.cache.document[layer] = document_key.contiguous(), document_value.contiguous()
         elif self.cache is not None:
             document_key, document_value = self.cache.document[layer]
-        if per_rollout:
-            shape = (self.rollout_anchors.numel(), per_rollout)
-            own_key, own_value = (tensor[:, :, length:end].unflatten(2, shape) for tensor in (key, value))
-            if self.cache is not None:
-                own_key, own_value = self.cache.append(layer, own_key, own_value)
-            own_query = query[:, :, length:end].unflatten(2, shape)
-            parts.append(
-                rollout_attention(
-                    own_query, document_key, document_value, own_key, own_value, self.rollout_anchors
-                ).flatten(2, 3)
-            )
-        if filler:
-            parts.append(query.new_zeros(*query.shape[:2], filler, query.shape[3]))
-        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        return out.permute(2, 0, 1, 3).flatten(2)
+        if self.cache is not None and self.tokens_per_rollout:
+            own_key, own_value = self.cache.append(layer, own_key, own_value)
+        pattern = AttentionPattern(
+            anchors=self.anchors,
+            num_samples=self.num_samples,
+            document_queries=range(self.document_length) if self.read is None else self.read.document,
+            document_keys=document_key.shape[2],
+            own_queries=self.tokens_per_rollout if self.read is None else self.read.tokens_per_rollout,
+            own_keys=own_key.shape[3],
+        )
+        if self.read is not None:
+            document_query = document_query[:, :, list(self.read.document)]
+            own_query = own_query[:, :, :, self.tokens_per_rollout - self.read.tokens_per_rollout :]
+        on_document, on_rollouts = self.route.attend(
+            pattern, document_query, own_query, document_key, document_value, own_key, own_value
+        )
+        out = torch.cat((on_document, on_rollouts.transpose(2, 3).flatten(2, 3)), dim=2)  # [B, heads, rows, d]
+        return self._in_sequence(out.permute(2, 0, 1, 3).flatten(2), sequence)
 
+    def _parts(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, heads, S or more, d] -> document [B, heads, D, d] and rollouts [B, heads, R, T, d]."""
+        own = values[:, :, self.document_length : self.num_positions]
+        return values[:, :, : self.document_length], own.unflatten(
+            2, (self.tokens_per_rollout, self.num_rollouts)
+        ).transpose(2, 3)
 
-def document_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of the document over itself.
-
-    Args:
-        query: [B, heads, P, d]; key, value: [B, groups, P, d].
-    Returns:
-        [B, heads, P, d].
-    Communication: none.
-    """
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def rollout_attention(
-    query: Tensor,
-    document_key: Tensor,
-    document_value: Tensor,
-    own_key: Tensor,
-    own_value: Tensor,
-    rollout_anchors: Tensor,
-) -> Tensor:
-    """Attention of generated tokens over their document prefix and their own rollout, in one softmax.
-
-    The last of a rollout's keys belongs to the last of its queries, so decoding one token (`Tq = 1`) and scoring a
-    whole rollout (`Tq = Tk`) are the same call.
-
-    Args:
-        query: [B, heads, R, Tq, d].
-        document_key, document_value: [B, groups, P, d].
-        own_key, own_value: [B, groups, R, Tk, d], Tk >= Tq.
-        rollout_anchors: int64 [R], how many document tokens each rollout sees.
-    Returns:
-        [B, heads, R, Tq, d].
-    Communication: none.
-    """
-    rows, heads, rollouts, num_queries, dim = query.shape
-    groups, prefix = document_key.shape[1], document_key.shape[2]
-    num_keys = own_key.shape[3]
-    grouped = query.view(rows, groups, heads // groups, rollouts, num_queries, dim) / math.sqrt(dim)
-
-    flat = grouped.flatten(3, 4)  # [B, groups, heads/groups, R * Tq, d]
-    to_document = (flat @ document_key[:, :, None].transpose(-1, -2)).unflatten(3, (rollouts, num_queries))
-    to_own = grouped @ own_key[:, :, None].transpose(-1, -2)  # [B, groups, heads/groups, R, Tq, Tk]
-
-    beyond_anchor = torch.arange(prefix, device=query.device) >= rollout_anchors[:, None]  # [R, P]
-    query_index = torch.arange(num_queries, device=query.device) + num_keys - num_queries
-    in_future = torch.arange(num_keys, device=query.device) > query_index[:, None]  # [Tq, Tk]
-    scores = torch.cat(
-        (
-            to_document.masked_fill(beyond_anchor[:, None, :], -torch.inf),
-            to_own.masked_fill(in_future, -torch.inf),
-        ),
-        dim=-1,
-    )
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(document_value.dtype)
-    on_document, on_own = weights.split((prefix, num_keys), dim=-1)
-    out = (on_document.flatten(3, 4) @ document_value[:, :, None]).unflatten(3, (rollouts, num_queries))
-    out = out + on_own @ own_value[:, :, None]
-    return out.view(rows, heads, rollouts, num_queries, dim)
+    def _in_sequence(self, rows: Tensor, length: int) -> Tensor:
+        """Rows back where the layer expects them, with zeros for filler; rows that were picked stay in order."""
+        if self.order is not None:
+            return rows.new_zeros((length, *rows.shape[1:])).index_copy(0, self.order, rows)
+        filler = length - len(rows) if self.read is None else self.read.filler
+        return torch.cat((rows, rows.new_zeros((filler, *rows.shape[1:])))) if filler else rows
 
 
 class StridedCoreAttention(torch.nn.Module):

@@ -1,8 +1,8 @@
 """A contiguous run of a model's layers, made of megatron-core modules, and the model it is a part of."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ebft_mega.attention.routes import AttentionRoute
+from ebft_mega.attention.two_part import TwoPartAttention
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.attention import Layout
+from ebft_mega.model.attention import Layout, ReadRows, StridedLayout
+from ebft_mega.model.head import ScoredTokens, VocabularyHead
+from ebft_mega.model.kept import KeptInputs
 from ebft_mega.model.layers import RMSNorm, layer_submodules, transformer_config
 from ebft_mega.model.partition import StageShape, padded_vocabulary
 from ebft_mega.model.rotary import inverse_frequencies, rotary_angles
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
-    ColumnParallelLinear,
     TransformerLayer,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     make_gather_buffer,
 )
-from ebft_mega.parallel.optimizer import StageRunner
+from ebft_mega.parallel.optimizer import StageRunner, runner
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.vocabulary import VocabularyShard
 
@@ -41,6 +44,35 @@ class HiddenShape:
     def padded(self, length: int) -> int:
         """Positions of a pass of `length`, filled up so that all shards are equal."""
         return -(-length // self.sequence_shards) * self.sequence_shards
+
+    def order(self, pieces: Sequence[int]) -> Tensor | None:
+        """Where the positions of consecutive passes lie when each shard has its parts of all of them behind each other.
+
+        Args:
+            pieces: positions of each pass, without filler.
+        Returns:
+            int64 [sum of pieces]; None if they just follow each other.
+        """
+        if self.sequence_shards == 1:
+            return None
+        widths = [self.padded(piece) // self.sequence_shards for piece in pieces]
+        starts = itertools.accumulate(widths, initial=0)
+        places = []
+        for piece, width, start in zip(pieces, widths, starts, strict=False):
+            offset = torch.arange(piece, device=self.device)
+            places.append(offset // width * sum(widths) + start + offset % width)
+        return torch.cat(places)
+
+    def in_sequence(self, values: Tensor, pieces: Sequence[int]) -> Tensor:
+        """Values of the positions of consecutive passes at their places in that order, zero for filler.
+
+        Args:
+            values: [sum of pieces]; pieces: as in `order`.
+        Returns:
+            [sum of padded pieces].
+        """
+        padded = [F.pad(part, (0, self.padded(len(part)) - len(part))) for part in values.split(list(pieces))]
+        return torch.cat([part.view(self.sequence_shards, -1) for part in padded], dim=1).flatten()
 
     def empty(self, length: int, rows: int) -> Tensor:
         """A buffer for this rank's part of a pass of `length` positions: [S, rows, H]."""
@@ -63,6 +95,7 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         activation_checkpointing: bool = False,
         sequence_parallel: bool = False,
+        attention: AttentionRoute | None = None,
     ):
         """Build the modules with undefined weights.
 
@@ -72,8 +105,10 @@ class Stage(nn.Module):
             dtype: of the parameters.
             activation_checkpointing: keep only layer inputs and recompute layers in the backward pass.
             sequence_parallel: share the positions between layers among the tensor-parallel ranks.
+            attention: how passes over rollouts attend; None: the two-part route, which works everywhere.
         """
         super().__init__()
+        self.attention = attention or TwoPartAttention()
         self.architecture, self.shape, self.groups = architecture, shape, groups
         self.activation_checkpointing = activation_checkpointing
         self.sequence_parallel = sequence_parallel
@@ -107,18 +142,12 @@ class Stage(nn.Module):
         self.final_norm = (
             RMSNorm(config, architecture.hidden_size, architecture.rms_norm_eps) if shape.has_final_norm else None
         )
-        # The head is given selected rows of the whole sequence, not shards of it.
-        head_config = copy.copy(config)
-        head_config.sequence_parallel = False
         self.head = (
-            ColumnParallelLinear(
+            VocabularyHead(
+                VocabularyShard.of(architecture.vocab_size, groups),
                 architecture.hidden_size,
-                vocabulary,
-                config=head_config,
-                init_method=no_initialisation,
-                bias=False,
-                skip_weight_param_allocation=self.head_is_embedding,
-                tp_group=groups.tensor_parallel,
+                dtype,
+                is_embedding=self.head_is_embedding,
             )
             if shape.has_head
             else None
@@ -138,50 +167,121 @@ class Stage(nn.Module):
         """
         return compute(self)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states that enter the first layer.
+
+        Args:
+            tokens: int64 [B, S].
+        Returns:
+            [S, B, H]; with sequence parallelism [padded S / ranks, B, H], this rank's positions.
+        Communication: over the tensor-parallel group one all-reduce (a reduce-scatter under sequence parallelism) of
+            S * B * H values.
+        """
+        assert self.embedding is not None, "only the first stage embeds"
+        filler = self.hidden.padded(tokens.shape[1]) - tokens.shape[1]
+        if self.sequence_parallel:
+            return self.embedding(F.pad(tokens, (0, filler)))
+        return self.embedding(tokens).transpose(0, 1).contiguous()
+
     def hidden_states(
-        self, entering: Tensor, positions: Tensor, layout: Layout, taps: tuple[int, ...] = ()
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, entering: Tensor, positions: Tensor, layout: Layout, kept: KeptInputs | None = None
+    ) -> Tensor:
         """Run this stage's layers over one pass.
 
         Args:
             entering: tokens int64 [B, S] where the stage has the embedding, else the hidden states that the stage
                 before returned.
             positions: int64 [S], rotary positions; layout: what may attend to what.
-            taps: depths (blocks from the model's input, 1-based), all on this stage, whose residual stream is
-                returned too.
+            kept: where to put the inputs of the layers.
         Returns:
-            Hidden states [S, B, H] after the final norm if there is one, and one [S, B, H] per tap. With
-            sequence parallelism [padded S / ranks, B, H], this rank's positions.
+            [S, B, H] before the final norm. With sequence parallelism [padded S / ranks, B, H], this rank's positions.
         Communication: tensor-parallel collectives inside the layers.
         """
-        length = positions.numel()
-        filler = self.hidden.padded(length) - length
-        angles = rotary_angles(self.rotary_frequencies, F.pad(positions, (0, filler)))
-        if self.embedding is None:
-            hidden = entering
-        elif self.sequence_parallel:
-            hidden = self.embedding(F.pad(entering, (0, filler)))
-        else:
-            hidden = self.embedding(entering).transpose(0, 1).contiguous()
-        after = {}
-        for depth, layer in enumerate(self.layers, start=self.shape.first_layer + 1):
+        angles = self.angles(positions)
+        hidden = entering if self.embedding is None else self.embed(entering)
+        for index, layer in enumerate(self.layers):
+            if kept is not None:
+                kept.add(index, hidden)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, _ = checkpoint(layer, hidden, layout, rotary_pos_emb=angles, use_reentrant=False)
             else:
                 hidden, _ = layer(hidden, layout, rotary_pos_emb=angles)
-            if depth in taps:
-                after[depth] = hidden
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
-            if self.architecture.num_hidden_layers in after:
-                after[self.architecture.num_hidden_layers] = hidden
-        return hidden, tuple(after[depth] for depth in taps)
+        if kept is not None and self.shape.has_head:
+            kept.add(len(self.layers), hidden)
+        return hidden
 
-    def whole_sequence(self, hidden: Tensor, length: int) -> Tensor:
+    def tapped_rows(
+        self, entering: Tensor, positions: Tensor, layout: StridedLayout, read: ReadRows, taps: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run this stage's layers over one pass of which only some rows of some layers are read.
+
+        In a last layer that is tapped only those rows go through what follows the attention.
+
+        Args:
+            entering, positions, layout: as for `hidden_states`.
+            taps: depths (blocks from the model's input, 1-based) whose residual stream is read; that of the model's
+                last layer after the final norm. Nothing after the deepest one is computed, so it is the last layer of
+                its stage.
+        Returns:
+            Hidden states for the next stage, and for each tap on this stage the N rows of `read` with this
+            tensor-parallel rank's slice of the hidden dimension, [N, B, H / ranks].
+        Communication: that of the layers, of `layer_of_read_rows` and of `select_positions`.
+        """
+        read = replace(read, filler=self.hidden.padded(len(read.positions)) - len(read.positions))
+        angles = self.angles(positions)
+        hidden = entering if self.embedding is None else self.embed(entering)
+        rows = []
+        for depth, layer in enumerate(self.layers, start=self.shape.first_layer + 1):
+            where = read.positions
+            if depth == taps[-1]:
+                hidden = self.layer_of_read_rows(layer, hidden, angles, layout.reading(read))
+                where = torch.arange(len(where), device=where.device)
+            else:
+                hidden, _ = layer(hidden, layout, rotary_pos_emb=angles)
+            if depth in taps:
+                # A stage of a feature network has the final norm only if the model's last layer is tapped.
+                is_last = depth == self.architecture.num_hidden_layers
+                tapped = self.final_norm(hidden) if is_last and self.final_norm is not None else hidden
+                rows.append(select_positions(tapped, where, self.hidden.sequence_shards, self.groups))
+        return hidden, rows
+
+    def angles(self, positions: Tensor, pieces: Sequence[int] | None = None) -> Tensor:
+        """Rotary angles of a pass, in the order in which layers see it.
+
+        Args:
+            positions: int64 [S]; pieces: as in `HiddenShape.order`, None for a pass in one piece.
+        Returns:
+            float32 [S and filler, 1, 1, head_dim].
+        """
+        in_sequence = self.hidden.in_sequence(positions, pieces or (len(positions),))
+        return rotary_angles(self.rotary_frequencies, in_sequence)
+
+    def layer_of_read_rows(
+        self, layer: TransformerLayer, hidden: Tensor, angles: Tensor, layout: StridedLayout
+    ) -> Tensor:
+        """A layer of which only some rows are read: only they go through what follows its attention.
+
+        Args:
+            hidden: [S, B, H] (with sequence parallelism this rank's positions); layout: of all, with `read`.
+        Returns:
+            [N, B, H], the rows that are read (this rank's of them and of the filler).
+        Communication: that of the layer; with sequence parallelism one more all-gather of S * B * H values.
+        """
+        assert layout.read is not None, "a layer that is read whole is called as it is"
+        attended, _ = layer.self_attention(layer.input_layernorm(hidden), attention_mask=layout, rotary_pos_emb=angles)
+        rows = self.whole_sequence(hidden, layout.num_positions)[layout.read.positions]
+        if self.sequence_parallel:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, layout.read.filler))
+            rows = rows.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank]
+        hidden = rows + attended
+        return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+
+    def whole_sequence(self, hidden: Tensor, length: int, order: Tensor | None = None) -> Tensor:
         """Hidden states of all positions on every rank.
 
         Args:
-            hidden: as `hidden_states` returned them; length: S, positions without filler.
+            hidden: as `hidden_states` returned them; length: S, positions without filler; order: as in
+                `StridedLayout`.
         Returns:
             [S, B, H].
         Communication: with sequence parallelism one all-gather of S * B * H values; nothing in the backward pass.
@@ -191,21 +291,34 @@ class Stage(nn.Module):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tensor_parallel
             )
-        return hidden[:length]
+        return hidden[:length] if order is None else hidden[order]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of selected rows.
+        """Next-token logits of selected rows, without gradient.
 
         Args:
-            hidden: [rows, H] after the final norm, the same on every tensor-parallel rank.
+            hidden: [rows, H] before the final norm, the same on every tensor-parallel rank.
         Returns:
             [rows, width of this rank's slice of the padded vocabulary] in the dtype of the parameters.
-        Communication: none; one all-reduce of the rows' gradient in the backward pass.
+        Communication: none.
         """
-        assert self.head is not None, "this stage has no language-model head"
+        return self._through_head(hidden.detach(), None)
+
+    def logprobs(self, hidden: Tensor, scored: ScoredTokens) -> Tensor:
+        """Log-probabilities of tokens chosen from selected rows, with gradient; see `VocabularyHead.forward`.
+
+        Args:
+            hidden: [N, H] before the final norm, the same on every tensor-parallel rank.
+        Returns:
+            float32 [N, m], the same on every tensor-parallel rank.
+        """
+        return self._through_head(hidden, scored)
+
+    def _through_head(self, hidden: Tensor, scored: ScoredTokens | None) -> Tensor:
+        assert self.head is not None and self.final_norm is not None, "this stage has no language-model head"
         tied = self.embedding.weight if self.embedding is not None and self.head_is_embedding else None
-        logits, _ = self.head(hidden[:, None, :], weight=tied)
-        return logits[:, 0, :]
+        logits: Tensor = self.head(self.final_norm(hidden), tied, scored)
+        return logits
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """What each parameter is to the other ranks of the replica, by name."""
@@ -215,12 +328,13 @@ class Stage(nn.Module):
         for name, _ in self.named_parameters():
             is_norm = "norm" in name
             # Heads are split among the ranks, so a norm of heads sees only its rank's; under sequence parallelism
-            # every norm sees only its rank's positions.
+            # the other norms of layers see only their rank's positions. The final norm sees all rows that are read.
             is_head_norm = "q_layernorm" in name or "k_layernorm" in name
+            sees_part = is_head_norm or (self.sequence_parallel and name != "final_norm.weight")
             is_embedding = name in ("embedding.weight", "head.weight")
             roles[name] = ParameterRole(
                 sharded=many and not is_norm,
-                partial_gradient=many and is_norm and (is_head_norm or self.sequence_parallel),
+                partial_gradient=many and is_norm and sees_part,
                 tied=tied and is_embedding,
                 copy=tied and name == "head.weight",
             )
@@ -241,10 +355,10 @@ class PipelinedModel:
         """The model that a stage is part of.
 
         Args:
-            run: runs a function on the stage; None if the stage's parameters are whole anyway.
+            run: runs a function on the stage; None: its parameters are whole anyway, and no gradients are recorded.
         """
         vocabulary = VocabularyShard.of(stage.architecture.vocab_size, stage.groups)
-        return cls(run or stage, stage.hidden, vocabulary, stage.groups)
+        return cls(run or runner(stage), stage.hidden, vocabulary, stage.groups)
 
 
 def select_positions(hidden: Tensor, positions: Tensor, shards: int, groups: ProcessGroups) -> Tensor:

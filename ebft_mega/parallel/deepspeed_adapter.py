@@ -25,9 +25,10 @@ from ebft_mega.parallel.optimizer import (
     StageRunner,
     Update,
     parameter_groups,
+    runner,
     sum_over,
 )
-from ebft_mega.parallel.replicated import replicated_module, without_gradient
+from ebft_mega.parallel.replicated import replicated_module
 from ebft_mega.parallel.roles import ParameterRole
 
 SUPPORTED_DEEPSPEED = "0.19."
@@ -80,13 +81,8 @@ class DeepSpeedEngine:
         self._reduced_step = self._engine.optimizer.step
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients
-        self._whole_parameters: Callable[[], Any] = self._whole_anyway
-        self._holds = self._stage == 3 and settings.hold_parameters == "step"
-        if self._stage == 3:
-            self._view = empty_view(build_stage, groups.device)
-            self._pairs = list(zip(self.module.parameters(), self._view.parameters(), strict=True))
-            by_layer = settings.hold_parameters == "none"
-            self._whole_parameters = self._whole_by_layer if by_layer else self._whole_view
+        self._hold_parameters = settings.hold_parameters if self._stage == 3 else "anyway"
+        self._view = view_of(self.module, build_stage) if self._stage == 3 else self.module
 
     @property
     def module(self) -> nn.Module:
@@ -95,7 +91,7 @@ class DeepSpeedEngine:
 
     def forward(self, compute: Callable[[Any], Any]) -> Any:
         """See `ZeroEngine`."""
-        if self._holds:
+        if self._hold_parameters == "step":
             hold(self.module.parameters())
         return self._engine(compute)
 
@@ -119,9 +115,28 @@ class DeepSpeedEngine:
         applied = bool(self._engine.was_step_applied())
         return Update(float(self._engine.get_global_grad_norm()) if applied else float("inf"), applied)
 
-    def whole_parameters(self) -> Any:
-        """See `ZeroEngine`."""
-        return self._whole_parameters()
+    @contextmanager
+    def whole_parameters(self, recording: bool) -> Iterator[StageRunner]:
+        """See `ZeroEngine`.
+
+        All parameters at once, in a view of the stage without engine hooks: with them on, every decode pass would
+        gather every layer again and release what was gathered here. Layer by layer it has to be the hooks, which find
+        a tied head's weight too, but only inside of the engine's forward.
+        """
+        parameters = list(self.module.parameters())
+        gathered: list[Any] = []
+        if self._hold_parameters == "none":
+            yield torch.no_grad()(self._engine)
+            return
+        if self._hold_parameters == "step":
+            hold(parameters)
+        elif self._hold_parameters == "rollout":
+            assert not recording, "parameters that are let go have no values for the backward pass"
+            gathered = gather(parameters)
+        try:
+            yield runner(self._view, recording)
+        finally:
+            release(gathered)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `ZeroEngine`."""
@@ -129,35 +144,6 @@ class DeepSpeedEngine:
 
         for name, parameter in self.module.named_parameters():
             yield name, safe_get_full_fp32_param(parameter)
-
-    @contextmanager
-    def _whole_anyway(self) -> Iterator[StageRunner]:
-        yield lambda compute: without_gradient(compute, self.module)
-
-    @contextmanager
-    def _whole_by_layer(self) -> Iterator[StageRunner]:
-        """Through the engine's hooks, which find a tied head's weight too, but only inside of the engine's forward."""
-        yield lambda compute: without_gradient(self._engine, compute)
-
-    @contextmanager
-    def _whole_view(self) -> Iterator[StageRunner]:
-        """All parameters at once, in a view of the stage without engine hooks.
-
-        With the hooks on, every decode pass would gather every layer again and release what was gathered here. The
-        view's storage is the gathered one, so it must be let go before the engine can free it.
-        """
-        parameters = [parameter for parameter, _ in self._pairs]
-        if self._holds:
-            hold(parameters)
-        gathered = gather(parameters)
-        try:
-            for parameter, twin in self._pairs:
-                twin.data = parameter.data
-            yield lambda compute: without_gradient(compute, self._view)
-        finally:
-            for parameter, twin in self._pairs:
-                twin.data = torch.empty(0, dtype=parameter.dtype, device=self._groups.device)
-            release(gathered)
 
     def _begin_backward(self) -> None:
         """Tell the optimizer that a new micro-batch's gradients come.
@@ -388,18 +374,17 @@ def partitioned_module(
     return module
 
 
-def empty_view(build_stage: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """The stage without engine hooks and without storage, for passes under one gathering of all parameters.
+def view_of(module: nn.Module, build_stage: Callable[[], nn.Module]) -> nn.Module:
+    """The same parameters in a stage without engine hooks, for passes while all of them are whole.
 
     It is built anew because a stage holds process groups, which cannot be copied; on the meta device because it never
     owns a weight.
     """
     with torch.device("meta"):
         view = build_stage()
-    for module in view.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(0, dtype=parameter.dtype, device=device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    for owner, twin in zip(module.modules(), view.modules(), strict=True):
+        for name, parameter in owner.named_parameters(recurse=False):
+            setattr(twin, name, parameter)
     return view.eval()
 
 

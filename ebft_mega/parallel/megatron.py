@@ -13,7 +13,6 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import (
-        ColumnParallelLinear,
         VocabParallelEmbedding,
         gather_from_sequence_parallel_region,
     )
@@ -22,7 +21,6 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 __all__ = [
-    "ColumnParallelLinear",
     "ProcessGroupCollection",
     "SelfAttention",
     "TransformerConfig",

@@ -16,6 +16,16 @@ StageRunner = Callable[[Callable[[Any], Any]], Any]  # run(compute) is compute(s
 Loader = Callable[[nn.Module, Callable[[nn.Parameter], AbstractContextManager[Any]], bool], None]
 
 
+def runner(module: Any, recording: bool = False) -> StageRunner:
+    """Runs functions on a module, recording gradients or nothing."""
+
+    def run(compute: Callable[[Any], Any]) -> Any:
+        with torch.set_grad_enabled(recording):
+            return compute(module)
+
+    return run
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW, and how parameters, gradients and its state are kept."""

@@ -1,6 +1,6 @@
-"""Micro-batches on their way through the pipeline stages: a continuous ring for decoding, 1F1B for training.
+"""Micro-batches on their way through the pipeline stages: a continuous ring for decoding, two ways for training.
 
-Both work on any kind of pass: what a stage computes is given as functions. A pipeline of one stage is the same loop
+They work on any kind of pass: what a stage computes is given as functions. A pipeline of one stage is the same loop
 without communication.
 """
 
@@ -194,6 +194,34 @@ def one_forward_one_backward(
         gradient = torch.empty_like(in_flight[0][1])
         hand_over(groups, from_next=gradient)
         hand_over(groups, backward=run_backward(gradient))
+
+
+def replayed_backward(
+    groups: ProcessGroups,
+    num_micro_batches: int,
+    forward: Callable[[int], Tensor],
+    backward: Callable[[Tensor, Tensor | None], None],
+    entering_gradient: Callable[[int], Tensor],
+) -> None:
+    """Gradients of all micro-batches whose forward pass every stage still has: only gradients travel, last to first.
+
+    Each stage does forward, backward, forward, backward: the order in which ZeRO-3 foresees what to gather next.
+
+    Args:
+        forward: micro-batch -> what its kept forward pass returned, or on the last stage the scalar loss.
+        backward: (what `forward` returned, gradient of it or None on the last stage) accumulates gradients.
+        entering_gradient: micro-batch -> after its backward pass, gradient of the hidden states that entered.
+    Communication: per micro-batch the gradient of the hidden states from each stage to the one before.
+    """
+    for index in range(num_micro_batches):
+        output = forward(index)
+        gradient = None
+        if not groups.is_last_stage:
+            gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+            hand_over(groups, from_next=gradient)
+        backward(output, gradient)
+        if groups.pipeline_rank:
+            hand_over(groups, backward=entering_gradient(index))
 
 
 def share_from_last_stage(

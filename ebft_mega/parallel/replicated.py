@@ -20,6 +20,7 @@ from ebft_mega.parallel.optimizer import (
     StageRunner,
     Update,
     parameter_groups,
+    runner,
     sum_over,
 )
 from ebft_mega.parallel.roles import ParameterRole
@@ -86,9 +87,9 @@ class ReplicatedEngine:
         return Update(norm.item() if applied else float("inf"), applied)
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[StageRunner]:
+    def whole_parameters(self, recording: bool) -> Iterator[StageRunner]:
         """See `ZeroEngine`."""
-        yield lambda compute: without_gradient(compute, self.module)
+        yield runner(self.module, recording)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `ZeroEngine`."""
@@ -125,9 +126,3 @@ def replicated_module(build_stage: Callable[[], nn.Module], load: Loader, groups
 
     load(module, shared_by_the_reader, groups.data_parallel_rank == 0)
     return module
-
-
-def without_gradient(compute: Callable[[Any], Any], module: Any) -> Any:
-    """`compute(module)`, recording nothing."""
-    with torch.no_grad():
-        return compute(module)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, frozen_config, gather, partitioned_module, release
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update
-from ebft_mega.parallel.replicated import ReplicatedEngine, without_gradient
+from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update, runner
+from ebft_mega.parallel.replicated import ReplicatedEngine
 from ebft_mega.parallel.roles import ParameterRole
 
 __all__ = ["Loader", "OptimizerSettings", "StageRunner", "ShardedStage", "Update", "ZeroEngine"]
@@ -88,13 +88,17 @@ class ZeroEngine:
         """
         return self._engine.step(learning_rate)
 
-    def whole_parameters(self) -> AbstractContextManager[StageRunner]:
-        """Context that gives a function to run on the stage with whole parameters, without recording gradients.
+    def whole_parameters(self, recording: bool = False) -> AbstractContextManager[StageRunner]:
+        """Context that gives a function to run on the stage with whole parameters.
 
+        Args:
+            recording: gradients are recorded, for a backward pass within this optimizer step, which has to go through
+                `backward` or `backward_from`. The parameters must stay whole until then: at stage 3
+                `hold_parameters` is `step`.
         Communication: at stage 3 one gather of all parameters, unless they are held from before; with
             `hold_parameters` none instead one gather per layer and call.
         """
-        return self._engine.whole_parameters()
+        return self._engine.whole_parameters(recording)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 master weight of each of this stage's parameters, one at a time, whole on every rank.
@@ -124,6 +128,6 @@ class ShardedStage:
         """
         gathered = gather(self.module.parameters())
         try:
-            yield lambda compute: without_gradient(compute, self.module)
+            yield runner(self.module)
         finally:
             release(gathered)

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.model.attention import KeyValueCache, StridedLayout
+from ebft_mega.model.head import RowScores, score_rows
+from ebft_mega.model.kept import KeptInputs
+from ebft_mega.model.sizes import HEAD_ROWS
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.layout import generated_positions
+from ebft_mega.rollout.forward import KeptForward, Reuse
+from ebft_mega.rollout.layout import generated_positions, to_sequence
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
@@ -31,14 +35,23 @@ class SamplingSettings:
         return cls(config.seed, config.ebft.temperature, config.ebft.top_p)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampled:
+    """A micro-batch's rollouts, and the forward pass that they were."""
+
+    rollout: Rollout
+    kept: KeptForward | None  # None: nothing was kept
+
+
 def generate_rollouts(
     model: PipelinedModel,
     micro_batches: Sequence[TokenBatch],
     plan: BlockPlan,
     sampling: SamplingSettings,
     step: int,
-) -> list[Rollout]:
+    reuse: Reuse = "off",
+    with_targets: bool = False,
+) -> list[Sampled]:
     """Sample n continuations of G tokens from every anchor of every row.
 
     The document prefix is processed once; its keys and values serve all samples. The first token comes from the
@@ -46,16 +59,19 @@ def generate_rollouts(
     stages work on different micro-batches at the same time; nothing is flushed between passes.
 
     Args:
-        model: the policy with whole parameters.
+        model: the policy with whole parameters; recording gradients if `reuse` is `activations`.
         step: optimizer step, part of the sampling noise.
+        reuse: what to keep for the gradient pass.
+        with_targets: the gradient pass will also score the row's own tokens: the document pass goes on to P - 1.
     Returns:
-        Rollout per micro-batch, the same on every rank of the replica; tokens are a pure function of (weights,
-        row, seed, step, row index, sample, block, token index).
-    Communication: that of the layers and of `sample_tokens`; along the pipeline hidden states, the tokens of
-        each pass back to the first stage, and one broadcast of all tokens.
+        Per micro-batch the rollout, the same on every rank of the replica, and what this stage kept; tokens are a
+        pure function of (weights, row, seed, step, row index, sample, block, token index).
+    Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is kept; along the
+        pipeline hidden states, the tokens of each pass back to the first stage, and one broadcast of all tokens.
+    Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is kept of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
-    decoding = _Decoding(model, micro_batches, plan, sampling, step)
+    decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets)
     run_ring(
         model.groups,
         len(micro_batches),
@@ -66,7 +82,9 @@ def generate_rollouts(
     )
     shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks, plan.generate_length) for batch in micro_batches]
     drawn = [torch.stack(tokens, dim=-1) if tokens else torch.empty(0) for tokens in decoding.drawn]
-    return [Rollout(tokens) for tokens in share_from_last_stage(drawn, shapes, torch.int64, model.groups)]
+    shared = share_from_last_stage(drawn, shapes, torch.int64, model.groups)
+    kept = [None if reuse == "off" else part for part in decoding.kept]
+    return [Sampled(Rollout(tokens), part) for tokens, part in zip(shared, kept, strict=True)]
 
 
 class _Decoding:
@@ -79,16 +97,21 @@ class _Decoding:
         plan: BlockPlan,
         sampling: SamplingSettings,
         step: int,
+        reuse: Reuse,
+        with_targets: bool,
     ):
         self.model, self.micro_batches, self.plan = model, micro_batches, plan
-        self.sampling, self.step = sampling, step
+        self.sampling, self.step, self.reuse = sampling, step, reuse
+        # The last block's context, or all that predicts a token of the row; nothing beyond it is read.
+        self.document_length = plan.sequence_length - 1 if with_targets else plan.anchors[-1]
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
+        self.kept = [KeptForward() for _ in micro_batches]
         self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
         """One pass of one micro-batch through this stage."""
         if slot.pass_index == 0:
-            self.caches[slot.micro_batch] = KeyValueCache()
+            self.caches[slot.micro_batch] = KeyValueCache(self.plan.generate_length - 1)
         output: Tensor = self.model.run(lambda stage: self._pass(stage, slot, received))
         if slot.pass_index == self.plan.generate_length - 1:
             del self.caches[slot.micro_batch]
@@ -97,45 +120,87 @@ class _Decoding:
     def _pass(self, stage: Stage, slot: Slot, received: Tensor | None) -> Tensor:
         plan, batch = self.plan, self.micro_batches[slot.micro_batch]
         device, is_document = batch.tokens.device, slot.pass_index == 0
-        prefix = plan.anchors[-1]  # the last block's context; nothing of the row beyond it is read
         if is_document:
-            positions = torch.arange(prefix, device=device)
+            positions = torch.arange(self.document_length, device=device)
         else:
             positions = generated_positions(plan, slot.pass_index - 1, 1, device)
         layout = StridedLayout.of(
             plan,
-            device,
-            document_length=prefix if is_document else 0,
+            stage.attention,
+            document_length=self.document_length if is_document else 0,
             tokens_per_rollout=0 if is_document else 1,
             cache=self.caches[slot.micro_batch],
         )
         if received is None:
-            entering = batch.tokens[:, :prefix]
+            entering = batch.tokens[:, : self.document_length]
         elif stage.shape.has_embedding:
-            entering = received.transpose(1, 2).flatten(1)  # the tokens before, [B, n, K] -> [B, R]
+            entering = to_sequence(received[..., None])  # the tokens before, [B, n, K] -> [B, R]
         else:
             entering = received
-        hidden, _ = stage.hidden_states(entering, positions, layout)
+        hidden = self._hidden_states(stage, slot, entering, positions, layout)
         if not stage.shape.has_head:
             return hidden
-        hidden = stage.whole_sequence(hidden, positions.numel())
-        if is_document:
-            # All samples of a block draw their first token from the same logits.
-            hidden, samples = hidden[torch.tensor(plan.anchors, device=device) - 1], 1
-        else:
-            samples = plan.num_samples
-        logits = stage.logits(hidden.transpose(0, 1).flatten(0, 1))
-        logits = logits.view(-1, plan.num_blocks, samples, logits.shape[-1]).transpose(1, 2)  # [B, n or 1, K, V]
-        keys = noise_keys(
-            self.sampling.seed, self.step, batch.row_indices, plan.num_samples, plan.num_blocks, slot.pass_index
-        )
-        tokens = sample_tokens(logits, keys, self.sampling.temperature, self.sampling.top_p, self.model.vocabulary)
+        with torch.no_grad():
+            hidden = stage.whole_sequence(hidden, positions.numel())
+            if is_document:
+                # All samples of a block draw their first token from the same logits.
+                hidden = hidden[torch.tensor(plan.anchors, device=device) - 1]
+            tokens = self._draw(stage, slot, hidden.unflatten(0, (plan.num_blocks, -1)))
         self.drawn[slot.micro_batch].append(tokens)
         return tokens
 
+    def _hidden_states(
+        self, stage: Stage, slot: Slot, entering: Tensor, positions: Tensor, layout: StridedLayout
+    ) -> Tensor:
+        """Run the layers and keep what the gradient pass is to take over."""
+        kept = self.kept[slot.micro_batch]
+        kept.pieces.append(positions.numel())
+        if self.reuse == "checkpoints" and kept.inputs is None:
+            kept.inputs = KeptInputs(stage.shape.num_layers, has_output=stage.shape.has_head)
+        if self.reuse == "activations" and not stage.shape.has_embedding:
+            kept.entering.append(entering.requires_grad_())
+        hidden = stage.hidden_states(entering, positions, layout, kept.inputs)
+        if self.reuse == "activations":
+            kept.leaving.append(hidden)
+        return hidden
+
+    def _draw(self, stage: Stage, slot: Slot, rows: Tensor) -> Tensor:
+        """Sample the next token of every rollout, a few blocks at a time.
+
+        Args:
+            rows: [K, 1 or n, B, H] before the final norm, the same on every tensor-parallel rank.
+        Returns:
+            int64 [B, n, K].
+        """
+        plan, sampling = self.plan, self.sampling
+        batch, shard = self.micro_batches[slot.micro_batch], self.model.vocabulary
+        keys = noise_keys(
+            sampling.seed, self.step, batch.row_indices, plan.num_samples, plan.num_blocks, slot.pass_index
+        )
+        blocks_at_once = max(1, HEAD_ROWS // rows[0, ..., 0].numel())
+        drawn, scores = [], []
+        for part, part_keys in zip(rows.split(blocks_at_once), keys.split(blocks_at_once, dim=2), strict=True):
+            logits = stage.logits(part.flatten(0, 2))
+            spread = logits.view(*part.shape[:3], -1).permute(2, 1, 0, 3)  # [B, 1 or n, blocks, V]
+            tokens = sample_tokens(spread, part_keys, sampling.temperature, sampling.top_p, shard)
+            drawn.append(tokens)
+            if self.reuse != "off":
+                # One choice from each row, or at the anchors, whose row all samples share, n.
+                by_row = tokens.permute(2, 1, 0) if part.shape[1] > 1 else tokens.permute(2, 0, 1)
+                choices = by_row.reshape(len(logits), -1)
+                temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
+                scores.append(score_rows(logits, choices, temperature, shard))
+        if scores:
+            self.kept[slot.micro_batch].scores.append(
+                RowScores(
+                    torch.cat([score.logprobs for score in scores]), torch.cat([score.normalizers for score in scores])
+                )
+            )
+        return torch.cat(drawn, dim=2)
+
     def hidden_buffer(self, slot: Slot) -> Tensor:
         """For the hidden states of the document or of one token per rollout."""
-        length = self.plan.anchors[-1] if slot.pass_index == 0 else self.plan.rollouts_per_row
+        length = self.document_length if slot.pass_index == 0 else self.plan.rollouts_per_row
         return self.model.hidden.empty(length, len(self.micro_batches[slot.micro_batch].tokens))
 
     def tokens_buffer(self, slot: Slot) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of rollouts and targets under the policy, in one packed forward with gradient."""
+"""Log-probabilities of rollouts and targets under the policy, with gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.head import RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.objective.logprobs import selected_logprobs
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.parallel.vocabulary import VocabularyShard
-from ebft_mega.rollout.layout import from_sequence, packed_sequence
+from ebft_mega.rollout.forward import KeptForward, join_scores
+from ebft_mega.rollout.layout import from_sequence, packed_sequence, to_sequence
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import PolicyLogprobs
 
@@ -40,62 +40,107 @@ class ScoreRequest:
         )
 
     def document_length(self, plan: BlockPlan) -> int:
-        """Document positions of the pass: no row that nobody reads is computed."""
+        """D, document positions of the pass: no row that nobody reads is computed."""
         return self.tokens.shape[1] - 1 if self.targets else plan.anchors[-1]
 
     def num_positions(self, plan: BlockPlan) -> int:
-        """All positions of the pass; the last token of a rollout predicts nothing."""
+        """S, all positions of the pass; the last token of a rollout predicts nothing."""
         generated = 0 if self.rollouts is None else plan.rollouts_per_row * (plan.generate_length - 1)
         return self.document_length(plan) + generated
 
+    def fed_back(self, plan: BlockPlan) -> Tensor:
+        """Rollout tokens that predict another: int64 [B, n, K, G - 1], or without rollouts none."""
+        if self.rollouts is None:
+            return self.tokens.new_empty((len(self.tokens), plan.num_samples, plan.num_blocks, 0))
+        return self.rollouts[..., :-1]
+
 
 def score(
-    stage: Stage, request: ScoreRequest, plan: BlockPlan, vocabulary: VocabularyShard, received: Tensor | None = None
+    stage: Stage,
+    request: ScoreRequest,
+    plan: BlockPlan,
+    received: Tensor | None = None,
+    kept: KeptForward | None = None,
 ) -> tuple[Tensor, ...]:
     """Score sampled tokens at the sampling temperature and the row's own tokens at temperature 1.
 
     Rows nobody reads are not computed: the last token of each rollout predicts nothing, the document ends at the
-    last anchor unless targets are wanted, and the head sees only rows that are scored.
+    last anchor unless targets are wanted, and the head sees only rows that are scored, a chunk at a time.
 
     Args:
-        received: hidden states of the stage before; None on the first.
+        received: hidden states of the stage before; None on the first, and with `kept`.
+        kept: the forward pass that the rollout was; None computes it.
     Returns:
         On the last stage: rollout log-probabilities float32 [B, n, K, G] if `request.rollouts`, then target
         log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`. Before: the hidden states
         alone. A tuple of tensors, as an engine's forward needs it.
-    Communication: that of the layers and of `selected_logprobs`.
+    Communication: that of the layers (of `KeptForward.hidden_states`) and of `VocabularyHead.forward`.
     Source: EBFT paper (arXiv 2603.12248), strided mode; label pairing of the authors' `prepare_logprobs`.
     """
-    tokens, rollouts = request.tokens, request.rollouts
-    num_rows, device = tokens.shape[0], tokens.device
-    document = tokens[:, : request.document_length(plan)]
-    inputs = (
-        document.new_empty((num_rows, plan.num_samples, plan.num_blocks, 0)) if rollouts is None else rollouts[..., :-1]
-    )
-    sequence, positions = packed_sequence(document, inputs, plan)
-    layout = StridedLayout.of(plan, device, document_length=document.shape[1], tokens_per_rollout=inputs.shape[3])
-    hidden, _ = stage.hidden_states(sequence if received is None else received, positions, layout)
+    document, fed_back = request.tokens[:, : request.document_length(plan)], request.fed_back(plan)
+    if kept is None:
+        hidden = _hidden_states(stage, document, fed_back, plan, received)
+        pieces, known = [request.num_positions(plan)], None
+    else:
+        hidden = kept.hidden_states(stage, document, to_sequence(fed_back), plan)
+        pieces, known = kept.pieces, join_scores(kept.scores)
     if not stage.shape.has_head:
         return (hidden,)
-    hidden = stage.whole_sequence(hidden, positions.numel())  # [S, B, H]
+    hidden = stage.whole_sequence(hidden, sum(pieces), stage.hidden.order(pieces))  # [S, B, H]
+    return _scored(stage, hidden, request, plan, known)
 
-    anchors = torch.tensor(plan.anchors, device=device) - 1
-    on_document, on_rollouts = hidden.split((document.shape[1], sequence.shape[1] - document.shape[1]))
-    document_rows = on_document if request.targets else on_document[anchors]
-    logits = stage.logits(torch.cat((document_rows, on_rollouts)).transpose(0, 1).flatten(0, 1))
-    logits = logits.unflatten(0, (num_rows, -1))  # [B, document rows + R * (G - 1), V]
-    document_logits, rollout_logits = logits.split((len(document_rows), len(on_rollouts)), dim=1)
 
-    scores: list[Tensor] = []
+def _hidden_states(
+    stage: Stage, document: Tensor, fed_back: Tensor, plan: BlockPlan, received: Tensor | None
+) -> Tensor:
+    """One packed pass through the stage."""
+    sequence, positions = packed_sequence(document, fed_back, plan)
+    layout = StridedLayout.of(
+        plan, stage.attention, document_length=document.shape[1], tokens_per_rollout=fed_back.shape[3]
+    )
+    return stage.hidden_states(sequence if received is None else received, positions, layout)
+
+
+def _scored(
+    stage: Stage, hidden: Tensor, request: ScoreRequest, plan: BlockPlan, known: RowScores | None
+) -> tuple[Tensor, ...]:
+    """Pick the rows that predict something and score what they predict.
+
+    Args:
+        hidden: [S, B, H] before the final norm; known: scores of the rollouts' rows.
+    """
+    tokens, rollouts, device = request.tokens, request.rollouts, hidden.device
+    num_rows, document = len(tokens), request.document_length(plan)
+    positions, choices, temperatures = [], [], []
     if rollouts is not None:
-        # All samples of a block draw their first token from the same logits: [B, K, n] choices per anchor.
-        anchor_logits = document_logits[:, anchors] if request.targets else document_logits
-        first = selected_logprobs(anchor_logits, rollouts[..., 0].transpose(1, 2), request.temperature, vocabulary)
-        later_tokens = rollouts[..., 1:].transpose(1, 2).flatten(1)[..., None]
-        later = selected_logprobs(rollout_logits, later_tokens, request.temperature, vocabulary)[..., 0]
-        scores.append(torch.cat((first.transpose(1, 2)[..., None], from_sequence(later, plan)), dim=-1))
+        # All samples of a block draw their first token from the row before the anchor: n choices. A later row has one,
+        # repeated to the same number.
+        positions += [torch.tensor(plan.anchors, device=device) - 1, torch.arange(document, len(hidden), device=device)]
+        later = to_sequence(rollouts[..., 1:]).T[..., None]  # [T * R, B, 1]
+        choices += [rollouts[..., 0].permute(2, 0, 1), later.expand(-1, -1, plan.num_samples)]
+        temperatures += [request.temperature] * 2
     if request.targets:
-        scores.append(selected_logprobs(document_logits, tokens[:, 1:, None], 1.0, vocabulary)[..., 0])
+        positions.append(torch.arange(document, device=device))
+        width = 1 if rollouts is None else plan.num_samples
+        choices.append(tokens[:, 1:].T[..., None].expand(-1, -1, width))
+        temperatures.append(1.0)
+    sizes = [len(part) for part in positions]
+    temperature = torch.cat(
+        [
+            torch.full((size * num_rows,), value, dtype=torch.float64, device=device)
+            for size, value in zip(sizes, temperatures, strict=True)
+        ]
+    )
+    scored = ScoredTokens(torch.cat(choices).flatten(0, 1), temperature, known)
+    logprobs = stage.logprobs(hidden[torch.cat(positions)].flatten(0, 1), scored)
+    parts = list(logprobs.unflatten(0, (-1, num_rows)).split(sizes))  # [positions, B, choices] each
+    scores = []
+    if rollouts is not None:
+        first, later = parts.pop(0), parts.pop(0)
+        first = first.permute(1, 2, 0)[..., None]  # [B, n, K, 1]
+        scores.append(torch.cat((first, from_sequence(later[..., 0].T, plan)), dim=-1))
+    if request.targets:
+        scores.append(parts.pop(0)[..., 0].T)
     return tuple(scores)
 
 
@@ -113,7 +158,7 @@ def score_without_gradient(
 
     def run(slot: Slot, received: Tensor | None) -> Tensor:
         request = requests[slot.micro_batch]
-        found = model.run(lambda stage: score(stage, request, plan, model.vocabulary, received))
+        found = model.run(lambda stage: score(stage, request, plan, received))
         if model.groups.is_last_stage:
             scores.extend(found)
         return found[0]

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.loader import BatchLoader
 from ebft_mega.data.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
+from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
+from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.train.faults import dump_step
 from ebft_mega.train.schedule import learning_rate
 from ebft_mega.train.step import StepResult, Trainer, train_step
-from ebft_mega.train.summary import speed_metrics, step_metrics
+from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.train.watchdog import Watchdog
 from ebft_mega.types import TokenBatch
 
@@ -114,41 +117,75 @@ def train(
         DamagedDataError: a document failed its checksum.
     Communication: collective over all ranks.
     """
-    settings = trainer.config.train
     batches: Iterator[TokenBatch] = iter(loader)
     skipped = SkippedSteps()
+    stopwatch = communication_stopwatch(trainer.groups.device)
     if observer is not None and held_out is not None:
         observer.writer.note("evaluating the initial model")
     report(observer, 0, evaluate_now(trainer, held_out, 0, observer))
     watchdog.beat("evaluation of the initial model")
-    for step in range(total_steps):
-        started = time.perf_counter()
-        trainer.timers.reset()
-        with trainer.timers.phase("data"):
-            batch = next(batches).to(trainer.groups.device)
-        rate = learning_rate(
-            step,
-            peak=settings.lr,
-            scheduler=settings.lr_scheduler,
-            warmup_steps=settings.warmup_steps,
-            total_steps=total_steps,
-        )
-        result = train_step(trainer, batch, step, rate)
-        loader.commit()
-        done = step + 1
-        skipped.count(trainer, result, done)
-        metrics = step_metrics(trainer, result, rate)
-        metrics["train/skipped_steps"] = float(skipped.total)
-        step_seconds = time.perf_counter() - started
-        metrics |= speed_metrics(trainer, step_seconds, trainer.timers.seconds())
-        metrics |= seconds_over_ranks(step_seconds, trainer.groups.device)
-        watchdog.beat(f"step {done}")
+    with step_profiler(trainer, observer) as profiler, timed_communication(stopwatch):
+        for step in range(total_steps):
+            with profiler.step(step):
+                result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)
+            loader.commit()
+            done = step + 1
+            skipped.count(trainer, result, done)
+            metrics["train/skipped_steps"] = float(skipped.total)
+            watchdog.beat(f"step {done}")
 
-        due = held_out is not None and held_out.interval is not None and done % held_out.interval == 0
-        if due or done == total_steps:
-            metrics |= evaluate_now(trainer, held_out, done, observer)
-            watchdog.beat(f"evaluation after step {done}")
-        report(observer, done, metrics)
+            due = held_out is not None and held_out.interval is not None and done % held_out.interval == 0
+            if due or done == total_steps:
+                metrics |= evaluate_now(trainer, held_out, done, observer)
+                watchdog.beat(f"evaluation after step {done}")
+            report(observer, done, metrics)
+
+
+def step_profiler(trainer: Trainer, observer: Observer | None) -> StepProfiler:
+    """The profiler of the steps that the configuration names."""
+    config = trainer.config
+    return StepProfiler(
+        config.profile.traced_steps,
+        config.output_dir / "profile",
+        dist.get_rank(),
+        trainer.groups.device,
+        announce=observer.writer.note if observer is not None else None,
+    )
+
+
+def measured_step(
+    trainer: Trainer, batches: Iterator[TokenBatch], step: int, total_steps: int, stopwatch: Stopwatch
+) -> tuple[StepResult, dict[str, float]]:
+    """One optimizer step, and everything that is known about it.
+
+    Args:
+        batches: gives this rank's rows of the next global batch.
+        step: number of the step, the first being 0.
+        stopwatch: adds up this rank's communication; started anew here.
+    Communication: collective over all ranks.
+    """
+    settings, device, timers = trainer.config.train, trainer.groups.device, trainer.timers
+    started = time.perf_counter()
+    stopwatch.reset()
+    timers.reset()
+    with timers.phase("data"):
+        batch = next(batches).to(device)
+    rate = learning_rate(
+        step,
+        peak=settings.lr,
+        scheduler=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        total_steps=total_steps,
+    )
+    result = train_step(trainer, batch, step, rate)
+    metrics = step_metrics(trainer, result, rate)
+    step_seconds = time.perf_counter() - started
+    peak = peak_flops(torch.cuda.get_device_name(device), settings.dtype) if device.type == "cuda" else None
+    metrics |= speed_metrics(trainer, step_seconds, timers.seconds(), stopwatch.seconds(), peak)
+    metrics |= seconds_over_ranks(step_seconds, device)
+    if timers.memory is not None:
+        metrics |= memory_metrics(timers.memory)
+    return result, metrics
 
 
 def seconds_over_ranks(step_seconds: float, device: torch.device) -> dict[str, float]:

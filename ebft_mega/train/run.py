@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.memory import Choices
+from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.dataset import Dataset, open_dataset
@@ -22,7 +25,7 @@ from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, ConfigError, EbftError, PeerFailedError, Problem
 from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.build import FeatureSettings, build_feature_network
-from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.run_files import (
     STATUS_NAME,
     failure_on_record,
@@ -88,7 +91,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
     )
     if trace_directory is not None:
         with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG):
-            trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
+            trainer = build_chosen_trainer(config, plan, groups)
             trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
             dist.barrier()
         return EXIT_DONE
@@ -162,7 +165,7 @@ def _train_and_export(
     output = config.output_dir
     observer = _observer(config, plan, dataset) if groups.is_first else None
     try:
-        trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups)
+        trainer = build_chosen_trainer(config, plan, groups)
         watchdog.beat("building of the model")
         held_out = _held_out(config, trainer, groups)
         train(trainer, loader, held_out, plan.total_steps, observer, watchdog)
@@ -182,16 +185,47 @@ def _train_and_export(
         print(f"report: {report}\nmodel:  {output / 'hf'}", flush=True)
 
 
+def build_chosen_trainer(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> Trainer:
+    """The trainer of a run, with what the configuration leaves to the memory of the accelerators.
+
+    Communication: collective over the world.
+    """
+    chosen = choices(config, plan, least_memory_bytes(groups.device))
+    logger.info("chosen for this memory: %s", chosen)
+    return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen)
+
+
+def least_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the accelerator that has the least of all ranks'; None on CPUs, whose memory processes share.
+
+    Communication: on accelerators one all-reduce of 8 bytes over the world.
+    """
+    if device.type != "cuda":
+        return None
+    least = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
 def build_trainer(
-    config: RunConfig, architecture: Architecture, feature_architecture: Architecture, groups: ProcessGroups
+    config: RunConfig,
+    architecture: Architecture,
+    feature_architecture: Architecture,
+    groups: ProcessGroups,
+    chosen: Choices | None = None,
 ) -> Trainer:
     """Policy, engine and feature network.
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (often the same).
+        chosen: what is left to the memory; None: as where it is not known.
+    Raises:
+        ConfigError: `train.attention` names a route that this device does not have.
     Communication: collective over the world (weights are read by the first rank of each data-parallel group).
     """
     dtype = DTYPES[config.train.dtype]
+    chosen = chosen or default_choices(config)
+    attention = _attention(config, groups.device)
     source = _policy_weights(config, architecture)
     shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
 
@@ -203,6 +237,7 @@ def build_trainer(
             dtype,
             activation_checkpointing=config.train.activation_checkpointing == "full",
             sequence_parallel=config.parallel.sequence_parallel,
+            attention=attention,
         )
 
     def load(
@@ -225,17 +260,39 @@ def build_trainer(
         hold_parameters=config.zero.hold_parameters,
     )
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
+    feature_network = None
+    if config.uses_rollouts:
+        feature_settings = FeatureSettings(
+            layer_fractions=config.ebft.feature_layers,
+            embed_method=config.ebft.embed_method,
+            feature_norm=config.ebft.feature_norm,
+            dtype=dtype,
+            is_sharded=chosen.feature_network_is_sharded,
+            sequence_parallel=config.parallel.sequence_parallel,
+            attention=attention,
+        )
+        feature_source = _feature_weights(config, feature_architecture, source)
+        feature_network = build_feature_network(feature_architecture, feature_source, feature_settings, groups)
     return Trainer(
         config=config,
         plan=config.block_plan,
         sampling=SamplingSettings.of(config),
         groups=groups,
         engine=ZeroEngine(build_stage, load, roles, settings, groups),
-        feature_network=(
-            _feature_network(config, feature_architecture, source, groups) if config.uses_rollouts else None
-        ),
-        timers=PhaseTimers(synchronize),
+        feature_network=feature_network,
+        timers=PhaseTimers(synchronize, memory=PhaseMemory.of_device(groups.device)),
+        reuse=chosen.reuse_rollout,
     )
+
+
+def _attention(config: RunConfig, device: torch.device) -> AttentionRoute:
+    """The attention route that the configuration names."""
+    name = config.train.attention
+    try:
+        return make_route(name, device, own_capacity=config.ebft.generate_max_len)
+    except ValueError as error:
+        key = "train.attention"
+        raise ConfigError([Problem(config.place(key), key, f"{name}, on a {device.type}: {error}", "auto")]) from None
 
 
 def _policy_weights(config: RunConfig, architecture: Architecture) -> WeightSource:
@@ -244,24 +301,13 @@ def _policy_weights(config: RunConfig, architecture: Architecture) -> WeightSour
     return RandomWeights(architecture, config.seed)
 
 
-def _feature_network(
-    config: RunConfig, architecture: Architecture, initial_policy: WeightSource, groups: ProcessGroups
-) -> FeatureNetwork:
-    """The initial model, or the one that `ebft.feature_model` names, frozen."""
+def _feature_weights(config: RunConfig, architecture: Architecture, initial_policy: WeightSource) -> WeightSource:
+    """The initial policy's, or those of the model that `ebft.feature_model` names."""
     ebft = config.ebft
-    source = initial_policy
-    if ebft.feature_model is not None:
-        deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
-        source = SafetensorsWeights(ebft.feature_model, architecture, deepest)
-    settings = FeatureSettings(
-        layer_fractions=ebft.feature_layers,
-        embed_method=ebft.embed_method,
-        feature_norm=ebft.feature_norm,
-        dtype=DTYPES[config.train.dtype],
-        is_sharded=config.zero.feature_network == "sharded",
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
-    return build_feature_network(architecture, source, settings, groups)
+    if ebft.feature_model is None:
+        return initial_policy
+    deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    return SafetensorsWeights(ebft.feature_model, architecture, deepest)
 
 
 def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> HeldOut | None:

@@ -19,11 +19,11 @@ from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.pipeline import one_forward_one_backward, share_from_last_stage
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.closed_forms import block_rewards
-from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.forward import KeptForward, Reuse
+from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
@@ -40,6 +40,7 @@ class Trainer:
     engine: ZeroEngine
     feature_network: FeatureNetwork | None  # None: rl_coef is 0
     timers: PhaseTimers
+    reuse: Reuse = "off"  # what the gradient pass takes over from the rollout
 
     @property
     def stage(self) -> Stage:
@@ -49,12 +50,12 @@ class Trainer:
         return stage
 
     @contextmanager
-    def policy(self) -> Iterator[PipelinedModel]:
-        """The policy with whole parameters, for passes without gradient.
+    def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:
+        """The policy with whole parameters, for passes without gradient or, if `recording`, with it.
 
         Communication: over the data-parallel group one gather of all parameters, unless they are held.
         """
-        with self.engine.whole_parameters() as run:
+        with self.engine.whole_parameters(recording) as run:
             yield PipelinedModel.of(self.stage, run)
 
 
@@ -100,15 +101,27 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
     config, timers = trainer.config, trainer.timers
     micro_batches = batch.split(config.train.micro_batch_size)
 
+    sampled: list[Sampled] = []
     experiences: list[Experience] = []
     if trainer.feature_network is not None:
-        with timers.phase("rollout"), trainer.policy() as policy:
-            rollouts = generate_rollouts(policy, micro_batches, trainer.plan, trainer.sampling, step)
+        with timers.phase("rollout"), trainer.policy(recording=trainer.reuse == "activations") as policy:
+            sampled = generate_rollouts(
+                policy,
+                micro_batches,
+                trainer.plan,
+                trainer.sampling,
+                step,
+                reuse=trainer.reuse,
+                with_targets=trainer.reuse != "off" and config.ebft.ce_coef > 0,
+            )
+        rollouts = [item.rollout for item in sampled]
         with timers.phase("features"):
             grams = trainer.feature_network.grams(micro_batches, rollouts, trainer.plan)
+        with timers.phase("reward"):
             experiences = [judge(gram, rollout, config) for gram, rollout in zip(grams, rollouts, strict=True)]
     with timers.phase("learn"):
-        learned = learn(trainer, micro_batches, experiences)
+        learned = learn(trainer, micro_batches, experiences, [item.kept for item in sampled])
+    with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update)
 
@@ -126,13 +139,22 @@ def judge(gram: Tensor, rollout: Rollout, config: RunConfig) -> Experience:
     return Experience(rollout, gram, rewards, advantages)
 
 
-def learn(trainer: Trainer, micro_batches: Sequence[TokenBatch], experiences: Sequence[Experience]) -> list[Learned]:
+def learn(
+    trainer: Trainer,
+    micro_batches: Sequence[TokenBatch],
+    experiences: Sequence[Experience],
+    kept: Sequence[KeptForward | None],
+) -> list[Learned]:
     """Add up the gradient of all micro-batches: the policy's forward with gradient, the loss, the way back.
 
+    Args:
+        experiences: per micro-batch; none when only the text is learned from.
+        kept: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
     Returns:
         Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
-    Communication: the engine's layer-by-layer parameter gathers; hidden states and their gradients along the
-        pipeline; one broadcast of all log-probabilities and loss shares from its last stage.
+    Communication: the engine's layer-by-layer parameter gathers; along the pipeline the gradients of hidden states
+        (and, for a forward pass computed here, those); one broadcast of all log-probabilities and loss shares from
+        its last stage.
     """
     ebft, plan, engine, groups = trainer.config.ebft, trainer.plan, trainer.engine, trainer.groups
     counts = count_tokens(plan, trainer.config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
@@ -145,12 +167,12 @@ def learn(trainer: Trainer, micro_batches: Sequence[TokenBatch], experiences: Se
         )
         for index, rows in enumerate(micro_batches)
     ]
-    vocabulary = VocabularyShard.of(trainer.stage.architecture.vocab_size, groups)
+    forwards = {index: part for index, part in enumerate(kept) if part is not None}
     values: list[Tensor] = []  # on the last stage
 
-    def forward(index: int, received: Tensor | None) -> Tensor:
+    def forward(index: int, received: Tensor | None = None) -> Tensor:
         request = requests[index]
-        scores = engine.forward(lambda stage: score(stage, request, plan, vocabulary, received))
+        scores = engine.forward(lambda stage: score(stage, request, plan, received, forwards.get(index)))
         if not groups.is_last_stage:
             return scores[0]
         advantages = experiences[index].advantages if experiences else None
@@ -167,7 +189,13 @@ def learn(trainer: Trainer, micro_batches: Sequence[TokenBatch], experiences: Se
     def hidden_buffer(index: int) -> Tensor:
         return trainer.stage.hidden.empty(requests[index].num_positions(plan), len(requests[index].tokens))
 
-    one_forward_one_backward(groups, len(requests), forward, backward, hidden_buffer)
+    def entering_gradient(index: int) -> Tensor:
+        return forwards.pop(index).entering_gradient()
+
+    if forwards:
+        replayed_backward(groups, len(requests), forward, backward, entering_gradient)
+    else:
+        one_forward_one_backward(groups, len(requests), forward, backward, hidden_buffer)
     shapes = [shape for request in requests for shape in (*request.shapes(), (), (), ())]
     shared = iter(share_from_last_stage(values, shapes, torch.float32, groups))
     learned = []

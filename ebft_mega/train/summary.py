@@ -1,13 +1,14 @@
 """A step's numbers over all ranks."""
 
 import math
-import resource
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.cost.mfu import model_flops_utilisation
+from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.reward.duplicates import duplicate_share
 from ebft_mega.train.step import StepResult, Trainer
 
@@ -16,7 +17,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     """Exact global means of a step's losses and reward terms.
 
     Returns:
-        Scalars under the `ebft/*`, `train/*` and `memory/*` names: nats per token for losses, bytes for memory.
+        Scalars under the `ebft/*` and `train/*` names: nats per token for losses.
     Communication: one all-reduce of a dozen float64 over the data-parallel group.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
@@ -57,29 +58,46 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     )
     metrics["train/grad_norm"] = result.update.grad_norm
     metrics["train/lr"] = learning_rate
-    metrics["memory/peak_bytes"] = float(peak_memory_bytes(groups))
     return metrics
 
 
-def speed_metrics(trainer: Trainer, step_seconds: float, phase_seconds: dict[str, float]) -> dict[str, float]:
+def speed_metrics(
+    trainer: Trainer,
+    step_seconds: float,
+    phase_seconds: Mapping[str, float],
+    communication_seconds: float,
+    peak_flops_per_device: float | None,
+) -> dict[str, float]:
     """Times of a step on this rank, and the whole job's throughput.
 
     Args:
         step_seconds: wall time of the step, loading included.
-        phase_seconds: by phase: data, rollout, features, learn.
+        phase_seconds: by phase: data, rollout, features and so on.
+        communication_seconds: time within the phases and between them that this rank communicated.
+        peak_flops_per_device: floating-point operations per second; None leaves the utilisation out.
     Communication: none.
     """
-    batch = trainer.config.train.global_batch_size
+    config = trainer.config
     metrics = {f"perf/{phase}_seconds": seconds for phase, seconds in phase_seconds.items()}
+    metrics["perf/communication_seconds"] = communication_seconds
     metrics["perf/step_seconds"] = step_seconds
-    metrics["perf/documents_per_second"] = batch / step_seconds
+    metrics["perf/documents_per_second"] = config.train.global_batch_size / step_seconds
+    policy = features = trainer.stage.architecture
     if trainer.feature_network is not None:
-        metrics["perf/rollout_tokens_per_second"] = batch * trainer.plan.generated_per_row / step_seconds
+        features = trainer.feature_network.stage.architecture
+        generated = config.train.global_batch_size * trainer.plan.generated_per_row
+        metrics["perf/rollout_tokens_per_second"] = generated / step_seconds
+    if peak_flops_per_device is not None:
+        metrics["perf/mfu"] = model_flops_utilisation(
+            config, policy, features, step_seconds, dist.get_world_size(), peak_flops_per_device
+        )
     return metrics
 
 
-def peak_memory_bytes(groups: ProcessGroups) -> int:
-    """The most memory this rank has held so far: allocated on its GPU, or resident on a CPU."""
-    if groups.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(groups.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_metrics(memory: PhaseMemory) -> dict[str, float]:
+    """Bytes that this rank held at most: in each phase of the step, where that can be told, and so far in the run.
+
+    Communication: none.
+    """
+    metrics = {f"memory/{phase}_peak_bytes": float(peak) for phase, peak in memory.peaks().items()}
+    return metrics | {"memory/peak_bytes": float(memory.highest())}

@@ -62,13 +62,14 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
         rows = rows_of_step(step, groups)
         rollout = advantages = None
         if ebft.rl_coef > 0:
-            (rollout,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
+            (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
+            rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
             advantages = judge(gram, rollout, config).advantages
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)
         request = ScoreRequest(rows.tokens, rollout.tokens if rollout else None, ebft.ce_coef > 0, ebft.temperature)
-        logprobs = request.logprobs(score(stage, request, plan, policy.vocabulary))
+        logprobs = request.logprobs(score(stage, request, plan))
         terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef)
         optimizer.zero_grad()
         terms.total.backward()

@@ -28,6 +28,13 @@ VARIANTS = {
     "cross-entropy only": Case("cross-entropy only", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
     "rollouts only": Case("rollouts only", ("ebft.ce_coef=0", "train.grad_clip=0", "train.weight_decay=0.1")),
     "parameters held for a step": Case("parameters held for a step", ("zero.hold_parameters=step",)),
+    "a separate forward pass": Case("a separate forward pass", ("learn.reuse_rollout=off",)),
+    "activations kept": Case(
+        "activations kept", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
+    ),
+    "activations kept, with cross-entropy": Case(
+        "activations kept, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
+    ),
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
     "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_mega.model.partition import padded_vocabulary
-from ebft_mega.objective.logprobs import selected_logprobs
+from ebft_mega.model.head import ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.rollout.noise import noise_keys
@@ -79,19 +79,20 @@ def results_of(case: Case, garbage: float, groups) -> dict[str, Any]:
     """Tokens for each top_p, log-probabilities and this rank's gradient."""
     logits, keys, choices, upstream = inputs_of(case)
     shard = VocabularyShard.of(case.vocabulary, groups)
-    own = own_columns(logits, shard, garbage).requires_grad_()
-    with torch.no_grad():
-        tokens = {top_p: sample_tokens(own, keys, TEMPERATURE, top_p, shard) for top_p in TOP_P}
-        shared = sample_tokens(own[:, :1], keys, TEMPERATURE, 0.9, shard)
-        nucleus = keep_nucleus(shard.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, shard)
-    logprobs = selected_logprobs(own, choices, TEMPERATURE, shard)
-    (gradient,) = torch.autograd.grad(logprobs, own, upstream)
+    own = own_columns(logits, shard, garbage)
+    tokens = {top_p: sample_tokens(own, keys, TEMPERATURE, top_p, shard) for top_p in TOP_P}
+    shared = sample_tokens(own[:, :1], keys, TEMPERATURE, 0.9, shard)
+    nucleus = keep_nucleus(shard.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, shard)
+    rows, tokens_of_rows = own.flatten(0, 2), choices.flatten(0, 2)
+    temperature = torch.full((len(rows),), TEMPERATURE, dtype=torch.float64)
+    scores = score_rows(rows, tokens_of_rows, temperature, shard)
+    gradient = gradient_of_logits(rows, tokens_of_rows, temperature, scores.normalizers, upstream.flatten(0, 2), shard)
     return {
         "tokens": tokens,
         "shared": shared,
         "kept": nucleus.isfinite(),
-        "logprobs": logprobs.detach(),
-        "gradient": gradient,
+        "logprobs": scores.logprobs.view(choices.shape),
+        "gradient": gradient.view(own.shape),
     }
 
 
@@ -148,14 +149,15 @@ def scores_of_no_rows() -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the log-probabilities and the gradient of nothing: what rollouts of one token leave to decode."""
     groups = make_process_groups(connect(), tensor_parallel_size=dist.get_world_size())
     shard = VocabularyShard.of(131, groups)
-    logits = torch.empty(2, 0, shard.width, requires_grad=True)
-    logprobs = selected_logprobs(logits, torch.empty(2, 0, 1, dtype=torch.int64), TEMPERATURE, shard)
-    (gradient,) = torch.autograd.grad(logprobs.sum(), logits)
+    rows = torch.empty(0, HIDDEN, requires_grad=True)
+    scored = ScoredTokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+    logprobs = logprobs_of_rows(rows, torch.ones(shard.width, HIDDEN), scored, shard)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), rows)
     return tuple(logprobs.shape), tuple(gradient.shape)
 
 
 def test_no_rows_are_scored_without_harm():
-    assert run_ranks(2, scores_of_no_rows) == [((2, 0, 1), (2, 0, 96))] * 2
+    assert run_ranks(2, scores_of_no_rows) == [((0, 1), (0, HIDDEN))] * 2
 
 
 def kept_of_steps(step: float) -> Tensor:
@@ -202,12 +204,16 @@ def count_bytes(vocabulary: int, dtype: torch.dtype) -> dict[str, list[tuple[str
     shard = VocabularyShard.of(vocabulary, groups)
     own = own_columns(logits, shard, 0.0)
     shared = own[:, :1]
-    leaf = own.detach().requires_grad_()
+    rows = torch.randn(choices.shape[:-1].numel(), HIDDEN, dtype=dtype).requires_grad_()
+    weight = torch.randn(shard.width, HIDDEN, dtype=dtype)
+    scored = ScoredTokens(choices.flatten(0, 2), torch.full((len(rows),), TEMPERATURE, dtype=torch.float64))
     return {
         "sample": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 1.0, shard)),
         "nucleus": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 0.9, shard)),
         "shared nucleus": calls_of(lambda: sample_tokens(shared, keys, TEMPERATURE, 0.9, shard)),
-        "logprobs": calls_of(lambda: selected_logprobs(leaf, choices, TEMPERATURE, shard).backward(gradient=upstream)),
+        "logprobs": calls_of(
+            lambda: logprobs_of_rows(rows, weight, scored, shard).backward(gradient=upstream.flatten(0, 2))
+        ),
     }
 
 
@@ -225,7 +231,11 @@ def test_bytes_on_the_wire_are_the_formulas_and_do_not_depend_on_the_vocabulary(
         "sample": [gather],
         "nucleus": [*nucleus(num_keys), gather],
         "shared nucleus": [*nucleus(ROWS * BLOCKS), gather],
-        "logprobs": [("all_reduce", size * num_keys), ("all_reduce", size * (1 + CHOICES) * num_keys)],
+        "logprobs": [
+            ("all_reduce", size * num_keys),
+            ("all_reduce", size * (1 + CHOICES) * num_keys),
+            ("all_reduce", dtype.itemsize * HIDDEN * num_keys),  # the rows' gradient
+        ],
     }
     for counted in run_ranks(2, count_bytes, vocabulary, dtype):
         assert counted == expected

@@ -1,5 +1,6 @@
 """A run through the real launcher, from the configuration file to the files a person looks at."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from ebft_mega.data.dataset import open_dataset
 from ebft_mega.data.tokenizer import tokenizer_sha256
+from ebft_mega.metrics.phase_memory import ResidentMemory
 from tests.integration.conftest import REPOSITORY, launch, settings
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
+PHASES = ("data", "rollout", "features", "learn")
 TRAIN_KEYS = {
     *(
         "ebft/alignment",
@@ -27,9 +30,12 @@ TRAIN_KEYS = {
         "ebft/ce_loss",
     ),
     *("ebft/advantages_std", "ebft/duplicate_share", "train/loss", "train/grad_norm", "train/lr"),
-    *("perf/step_seconds", "perf/rollout_seconds", "perf/features_seconds", "perf/learn_seconds"),
+    *(f"perf/{phase}_seconds" for phase in PHASES),
+    # Whether a process may set its high-water mark back is up to the kernel.
+    *(f"memory/{phase}_peak_bytes" for phase in PHASES if ResidentMemory().can_restart),
     *(
-        "perf/data_seconds",
+        "perf/step_seconds",
+        "perf/communication_seconds",
         "perf/documents_per_second",
         "perf/rollout_tokens_per_second",
         "memory/peak_bytes",
@@ -44,9 +50,9 @@ EVALUATION_KEYS = {
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """Four steps on two ranks."""
+    """Four steps on two ranks, the second and the third of them with a profile."""
     output = tmp_path_factory.mktemp("run") / "out"
-    completed = launch([*CONFIG, *settings(data, output)], ranks=2)
+    completed = launch([*CONFIG, *settings(data, output, "profile.start=1", "profile.steps=2")], ranks=2)
     assert completed.returncode == 0, completed.stdout
     return output, completed.stdout
 
@@ -77,6 +83,23 @@ def test_metrics_have_every_key_in_every_step(run):
     samples = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 2, 4}
     assert all(len(sample["rollouts"]) == 3 and isinstance(sample["target"], str) for sample in samples)
+
+
+def test_ranks_communicate_for_a_part_of_the_step(run):
+    lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["perf/communication_seconds"] < line["perf/step_seconds"] for line in lines[1:])
+
+
+def test_profile_has_the_phases_of_its_steps_on_every_rank(run):
+    output, console = run
+    assert f"profile of steps 2 to 3: {output / 'profile'}" in console
+    assert {path.name for path in (output / "profile").iterdir()} == {"rank-0000.json.gz", "rank-0001.json.gz"}
+    for path in (output / "profile").iterdir():
+        with gzip.open(path, "rt") as file:
+            ranges = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        names = [event["name"] for event in ranges]
+        assert sorted(name for name in names if name.startswith("step ")) == ["step 2", "step 3"]
+        assert all(names.count(phase) == 2 for phase in PHASES)
 
 
 def test_final_model_loads_with_transformers(run, data):

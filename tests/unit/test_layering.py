@@ -14,16 +14,17 @@ PACKAGE = ROOT / "ebft_mega"
 # Packages of one layer do not know each other.
 LAYERS = (
     ("errors",),
-    ("types", "metrics", "rollout.plan", "model.architecture", "model.partition"),
-    ("data",),
-    ("config", "parallel"),
-    ("model",),
+    ("types", "metrics", "rollout.plan", "model.architecture", "model.partition", "model.sizes"),
+    ("cost", "data"),
+    ("attention", "config", "parallel"),
+    ("cost.mfu", "cost.ours", "cost.naive", "model"),
     ("objective", "reward"),
     ("rollout",),
     ("features",),
     ("evaluation",),
     ("report",),
     ("experiment", "train"),
+    ("benchmark",),
 )
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")
 LIGHT_MODULES = (
@@ -31,12 +32,15 @@ LIGHT_MODULES = (
     "ebft_mega.rollout.plan",
     "ebft_mega.model.architecture",
     "ebft_mega.model.partition",
+    "ebft_mega.model.sizes",
     "ebft_mega.data.dataset",
     "ebft_mega.metrics.sinks",
     "ebft_mega.report.comparison",
     "ebft_mega.report.run_report",
     "ebft_mega.evaluation.bootstrap",
     "ebft_mega.experiment.arms",
+    "ebft_mega.cost.mfu",
+    "ebft_mega.cost.naive",
 )
 
 

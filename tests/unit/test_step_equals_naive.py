@@ -18,6 +18,7 @@ from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
+from ebft_mega.parallel.optimizer import runner
 from ebft_mega.reward.closed_forms import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.noise import noise_keys
@@ -194,11 +195,14 @@ def naive_advantage(alignment: Tensor, diversity: Tensor) -> Tensor:
     return torch.stack(result)
 
 
-def test_packed_step_equals_naive_step(setting):
+@pytest.mark.parametrize("reuse", ["off", "checkpoints", "activations"])
+def test_packed_step_equals_naive_step(setting, reuse):
     s, plan = setting, setting.plan
     with torch.no_grad():
         expected_rollouts = naive_rollouts(s)
-    (rollout,) = generate_rollouts(s.model, [s.batch], plan, SAMPLING, step=3)
+    policy = PipelinedModel.of(s.policy, runner(s.policy, recording=reuse == "activations"))
+    (sampled,) = generate_rollouts(policy, [s.batch], plan, SAMPLING, 3, reuse, with_targets=reuse != "off")
+    rollout = sampled.rollout
     assert torch.equal(rollout.tokens, expected_rollouts)
 
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
@@ -223,7 +227,7 @@ def test_packed_step_equals_naive_step(setting):
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
     request = ScoreRequest(s.batch.tokens, rollout.tokens, targets=True, temperature=SAMPLING.temperature)
-    ours = PolicyLogprobs(*score(s.policy, request, plan, s.model.vocabulary))
+    ours = PolicyLogprobs(*score(s.policy, request, plan, kept=sampled.kept))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
     assert (ours.target - expected_targets).abs().max() <= 1e-9
@@ -244,10 +248,10 @@ def test_packed_step_equals_naive_step(setting):
 @pytest.mark.parametrize("setting", [CASES["stride=G"], CASES["one-token"]], indirect=True)
 def test_rollouts_alone_and_targets_alone_score_the_same(setting):
     s = setting
-    rollouts = generate_rollouts(s.model, [s.batch], s.plan, SAMPLING, step=0)[0].tokens
-    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan, s.model.vocabulary)
-    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan, s.model.vocabulary)
-    (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan, s.model.vocabulary)
+    rollouts = generate_rollouts(s.model, [s.batch], s.plan, SAMPLING, step=0)[0].rollout.tokens
+    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan)
+    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan)
+    (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan)
     torch.testing.assert_close(both[0], alone, atol=1e-12, rtol=0)
     torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)
 

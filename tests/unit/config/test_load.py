@@ -144,13 +144,10 @@ trian: {lr: 1}
         ("data.on_error", "skip"),
         ("train.max_run_minutes", "60.0"),
         ("zero.offload_optimizer", "cpu"),
-        ("learn.reuse_rollout", "activations"),
         ("checkpoint.interval", "10"),
         ("checkpoint.keep_last", "3"),
         ("checkpoint.keep_every", "100"),
         ("checkpoint.resume", "runs/b/checkpoints/step-00000010"),
-        ("profile.start", "0"),
-        ("profile.steps", "3"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(problems, key, value):
@@ -203,7 +200,7 @@ def test_experts_inside_the_model_section(problems):
         ("train.max_tokens=1e6", "exactly one of the two"),
         ("train.step_timeout_minutes=0", "a number > 0, minutes"),
         ("zero.stage=4", "0, 1, 2 or 3"),
-        ("zero.feature_network=split", "resident or sharded"),
+        ("zero.feature_network=split", "auto, resident or sharded"),
         ("parallel.tensor_parallel_size=0", "an integer >= 1"),
         ("seed=-1", "an integer from 0 to 2**63 - 1"),
         ("data.shards=pipe:cat x", "a local path (relative paths start at the repository root)"),
@@ -266,6 +263,46 @@ def test_sequence_parallel_needs_tensor_parallel(problems):
 def test_neither_loss_or_no_reward(problems):
     assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0")[0]
     assert "ebft.diversity_coef is 0 too" in problems(BASE, "ebft.alignment_coef=0", "ebft.diversity_coef=0")[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "expected"),
+    [
+        ((), "zero.stage 3 and zero.hold_parameters rollout", "zero.hold_parameters step, or zero.stage 0, 1 or 2"),
+        (("zero.hold_parameters=none",), "hold_parameters none", "zero.hold_parameters step"),
+        (("zero.stage=1", "train.activation_checkpointing=full"), "which keeps none", "activation_checkpointing none"),
+    ],
+)
+def test_activations_cannot_be_kept_of_parameters_that_are_released(problems, overrides, found, expected):
+    (line,) = problems(BASE, "learn.reuse_rollout=activations", *overrides)
+    assert line.startswith("--set: learn.reuse_rollout: found activations, with ")
+    assert found in line.partition("; expected ")[0] and expected in line.partition("; expected ")[2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("zero.hold_parameters=step",), ("zero.stage=2",), ("zero.stage=0",), ("ebft.rl_coef=0", "ebft.ce_coef=1")],
+)
+def test_activations_can_be_kept_of_parameters_that_stay_whole(load, overrides):
+    assert load(BASE, "learn.reuse_rollout=activations", *overrides).learn.reuse_rollout == "activations"
+
+
+def test_profile_needs_both_keys_and_lies_within_the_run(problems, load):
+    run = "train.max_steps=10"
+    assert list(load(BASE, run, "profile.start=8", "profile.steps=2").profile.traced_steps) == [8, 9]
+    assert not load(BASE, run).profile.traced_steps
+    assert problems(BASE, run, "profile.start=3") == [
+        "--set: profile.steps: found not set, with profile.start given; expected both or neither"
+    ]
+    assert problems(BASE, run, "profile.steps=3") == [
+        "--set: profile.start: found not set, with profile.steps given; expected both or neither"
+    ]
+    assert problems(BASE, run, "profile.start=8", "profile.steps=3") == [
+        "--set: profile.start: found 8 + profile.steps 3; expected together at most the 10 steps of the run"
+    ]
+    assert "train: found neither" in "".join(
+        problems(BASE, "train.max_steps=null", "profile.start=0", "profile.steps=1")
+    )
 
 
 def test_missing_file_sections_and_keys(problems, load, tmp_path):

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from ebft_mega.config import layout, memory, planner
+from ebft_mega.config import activations, layout, memory, planner
 from ebft_mega.config.load import load_config
+from ebft_mega.config.memory import Choices
+from ebft_mega.config.reuse import choices
 from ebft_mega.config.validate import check_run
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.pipeline import ring_slots
@@ -14,6 +16,12 @@ from ebft_mega.parallel.pipeline import ring_slots
 LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
 PARAMETERS = 100 * 16 + 4 * LAYER + 16
 GENERATED = 3 * 4 * 7  # 3 blocks (anchors 8, 16, 24), 4 samples, 7 of 8 tokens
+PACKED = 24 + GENERATED
+# Values that a layer keeps per token: 6 of H, 3 of the queries' width 16 and of the keys' 8, 5 of I.
+KEEPS = 6 * 16 + 3 * (16 + 8) + 5 * 24
+ROTARY = 4 * 4  # angles, per position of a pass
+
+OFF, CHECKPOINTS, ACTIVATIONS = (Choices(reuse, False) for reuse in ("off", "checkpoints", "activations"))
 
 
 def plan_of(inputs, world_size=1, **changes):
@@ -23,6 +31,15 @@ def plan_of(inputs, world_size=1, **changes):
 
 def degrees(tensor=1, pipeline=1, sequence=False):
     return {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "sequence_parallel": sequence}
+
+
+def planned(inputs, chosen=OFF, stage=0, **changes):
+    return memory.plan_memory(*plan_of(inputs, **changes), chosen, stage)
+
+
+def layer_kept(positions):
+    """Bytes of a layer of two rows of so many positions in float32, with a normaliser for each of 4 heads."""
+    return 4 * (2 * positions * KEEPS + positions * ROTARY) + 4 * 2 * positions * 4
 
 
 def test_parameters_by_hand(inputs):
@@ -55,14 +72,14 @@ def test_a_share_is_rounded_up():
 
 @pytest.mark.parametrize(("fractions", "parameters"), [([0.25, 0.75], 3 * LAYER), ([0.25, 1.0], 4 * LAYER + 16)])
 def test_feature_network_ends_at_its_deepest_tap(inputs, fractions, parameters):
-    config, plan = plan_of(inputs, ebft__feature_layers=fractions)
-    assert memory.plan_memory(config, plan).states["frozen feature network"] == 2 * (1600 + parameters)
+    found = planned(inputs, ebft__feature_layers=fractions)
+    assert found.states["frozen feature network"] == 2 * (1600 + parameters)
 
 
 def test_sharded_feature_network_is_gathered_for_its_phase(inputs):
     frozen = 2 * (1600 + 3 * LAYER)
-    resident = memory.plan_memory(*plan_of(inputs, world_size=4))
-    sharded = memory.plan_memory(*plan_of(inputs, world_size=4, zero__feature_network="sharded"))
+    resident = planned(inputs, Choices("checkpoints", False), world_size=4)
+    sharded = planned(inputs, Choices("checkpoints", True), world_size=4)
     assert resident.states["frozen feature network"] == frozen
     assert sharded.states["frozen feature network"] == frozen // 4
     gathered = {"gathered feature network": frozen}
@@ -70,67 +87,100 @@ def test_sharded_feature_network_is_gathered_for_its_phase(inputs):
 
 
 def test_rollout_phase_by_hand(inputs):
-    config, plan = plan_of(inputs, train__dtype="float32")
-    # 2 rows; 2 kv heads of 4 in 4 layers
-    assert memory.plan_memory(config, plan).phases["rollout"] == {
+    """2 rows and 4 micro-batches, one in the ring at a time; 2 key-value heads of 4 in 4 layers."""
+    cache = 2 * PACKED * (2 * 2 * 4) * 4 * 4
+    logits = 2 * 3 * 4 * 100 * 12
+    found = planned(inputs, train__dtype="float32").phases["rollout"]
+    assert found == {
         "gathered parameters": PARAMETERS * 4,
-        "keys and values": 2 * (24 + GENERATED) * (2 * 2 * 4) * 4 * 4,
-        "attention weights of one layer": 2 * 4 * (3 * 4) * (24 + 7) * (4 + 4),
-        "logits of one token per rollout": 2 * 3 * 4 * 100 * (4 + 8),
+        "keys and values": cache,
+        "a chunk of logits": logits,
+    }
+    hidden = 2 * PACKED * 16 * 4
+    found = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["rollout"]
+    assert found["kept checkpoints of the rollouts"] == 4 * 5 * hidden  # of four layers, and of the last one's output
+    found = planned(inputs, ACTIVATIONS, train__dtype="float32").phases["rollout"]
+    assert found["kept activations of the rollouts"] == 4 * 4 * layer_kept(PACKED)
+
+
+def test_the_document_may_be_the_largest_moment(inputs):
+    """One anchor and no logits (a first stage): only the document's pass is long."""
+    changes = {"ebft__context_length": 24, "ebft__stride": 8, "parallel": degrees(pipeline=2), "world_size": 2}
+    found = planned(inputs, train__dtype="float32", zero__stage=0, ebft__n_samples_per_prompt=1, **changes)
+    assert found.phases["rollout"] == {
+        "keys and values": 4 // 2 * 2 * 24 * (2 * 2 * 4) * 2 * 4,
+        "one layer": 2 * 24 * (3 * 16 + max(5 * 24, 6 * 16 + 3 * 8)) * 4,
     }
 
 
 def test_a_nucleus_is_searched_in_sorted_logits(inputs):
-    rollout = memory.plan_memory(*plan_of(inputs, ebft__top_p=0.9)).phases["rollout"]
-    assert rollout["logits of one token per rollout"] == 2 * 3 * 4 * 100 * (2 + 8 + 24)
+    rollout = planned(inputs, ebft__top_p=0.9).phases["rollout"]
+    assert rollout["a chunk of logits"] == 2 * 3 * 4 * 100 * (12 + 24)
 
 
 @pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8)])
 def test_features_phase_by_hand(inputs, method, read):
-    config, plan = plan_of(inputs, train__dtype="float32", ebft__embed_method=method)
-    packed, generated = 32 + 3 * 4 * 8, 3 * 4 * 8
-    per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
-    assert memory.plan_memory(config, plan).phases["features"] == {
-        "activations of one layer": 2 * (packed * per_token * 4 + generated * 4 * (32 + 8) * (4 + 4)),
-        # 3 taps, 2 rows, 3 blocks, 4 samples and a target; 4 micro-batches, and one in float64
-        "rows of the tapped layers": 3 * 2 * 3 * 5 * read * 16 * (4 * 4 + 8),
-    }
+    packed, values = 32 + 3 * 4 * 8, 2 * 3 * 5 * read * 16  # 2 rows, 3 blocks, 4 samples and a target
+    layer, gram = 2 * packed * (3 * 16 + 5 * 24) * 4, (3 + 1) * values * 8
+    moment = {"one layer": layer} if layer > gram else {"Gram matrices (float64)": gram}
+    found = planned(inputs, train__dtype="float32", ebft__embed_method=method).phases["features"]
+    assert found == moment | {"rows of the tapped layers": 4 * 3 * values * 4}  # of 3 taps, of 4 micro-batches
 
 
 def test_learn_phase_by_hand(inputs):
-    config, plan = plan_of(inputs, train__dtype="float32")
-    learn = memory.plan_memory(config, plan).phases["learn"]
-    assert learn["scored logits and gradients"] == 2 * (3 + GENERATED) * 100 * 2 * (4 + 4)
-    per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
-    layer = 2 * ((24 + GENERATED) * per_token * 4 + GENERATED * 4 * (24 + 7) * (4 + 4))
-    assert learn["activations"] == 4 * layer
-    full = plan_of(inputs, train__dtype="float32", train__activation_checkpointing="full")
-    assert memory.plan_memory(*full).phases["learn"]["activations"] == (4 * 2 * (24 + GENERATED) * 16 * 4 + layer)
+    hidden, layer = 2 * PACKED * 16 * 4, layer_kept(PACKED)
+    gradients = 2 * PACKED * (2 * 16 + 2 * 24) * 4 + 2 * 24 * 16 * 4
+    matrix, gathered = 100 * 16 * 4, {"gathered parameters": PARAMETERS * 4}
+    one_layer = {"gradients of one layer": gradients, "gradient of the head's matrix": matrix} | gathered
+    found = planned(inputs, train__dtype="float32").phases["learn"]
+    rows = 2 * (3 + GENERATED)
+    head = {
+        "scored rows and their gradient": 4 * rows * 16 * 4,
+        "a chunk of logits": rows * 100 * 12,
+        "gradient of the head's matrix": matrix,
+    } | gathered
+    assert sum(head.values()) > sum(one_layer.values())
+    assert found == head | {"activations": 4 * layer}
+    full = planned(inputs, train__dtype="float32", train__activation_checkpointing="full").phases["learn"]
+    recomputed = {"one layer, recomputed": layer} | one_layer
+    assert full == recomputed | {"activations": 4 * hidden}
+    # All four micro-batches are kept of rollouts, one is in flight of a forward pass.
+    kept = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["learn"]
+    assert kept == recomputed | {"kept checkpoints of the rollouts": 4 * 5 * hidden}
+    kept = planned(inputs, ACTIVATIONS, train__dtype="float32", zero__hold_parameters="step").phases["learn"]
+    assert kept == head | {"kept activations of the rollouts": 4 * 4 * layer}
+
+
+def test_a_chunk_of_the_head_is_limited(inputs):
+    """With 100 samples two rows of one block are 200 rows of logits, and 512 rows hold two blocks of three."""
+    found = planned(inputs, ebft__n_samples_per_prompt=100).phases
+    assert found["rollout"]["a chunk of logits"] == 400 * 100 * 12
+    assert found["learn"]["a chunk of logits"] == 512 * 100 * 12
 
 
 def test_slices_by_hand(inputs):
     """Tensor parallel 4 on 2 key-value heads: every slice computes with a whole one, and the rest is a quarter."""
-    config, plan = plan_of(inputs, world_size=4, train__dtype="float32", parallel=degrees(tensor=4))
+    changes = {"world_size": 4, "train__dtype": "float32"}
+    found = planned(inputs, parallel=degrees(tensor=4), **changes)
     # 64 blocks of 2 ids: 128 rows, 32 per slice; norms are whole
     own = 32 * 16 + 4 * ((LAYER - 2 * 16) // 4 + 2 * 16) + 16
-    found = memory.plan_memory(config, plan)
     assert found.states["parameters"] == 4 * own
-    assert found.phases["rollout"]["keys and values"] == 2 * (24 + GENERATED) * (2 * 1 * 4) * 4 * 4
-    assert found.phases["rollout"]["logits of one token per rollout"] == 2 * 3 * 4 * 32 * (4 + 8)
-    assert found.phases["rollout"]["attention weights of one layer"] == 2 * 1 * (3 * 4) * (24 + 7) * (4 + 4)
-    tokens, inside = 24 + GENERATED, 3 * 4 + 4 * 4 + 4 * 6
-    layer = 2 * ((tokens * (5 * 16 + inside)) * 4 + GENERATED * 1 * (24 + 7) * (4 + 4))
+    assert found.phases["rollout"]["keys and values"] == 2 * PACKED * (2 * 1 * 4) * 4 * 4
+    assert found.phases["rollout"]["a chunk of logits"] == 2 * 3 * 4 * 32 * 12
+    inside, normalisers = 3 * (4 + 4) + 5 * 6, 4 * 2 * PACKED * 1
+    layer = 4 * (2 * PACKED * (6 * 16 + inside) + PACKED * ROTARY) + normalisers
     assert found.phases["learn"]["activations"] == 4 * layer
-    parallel = degrees(tensor=4, sequence=True)
-    found = memory.plan_memory(*plan_of(inputs, world_size=4, train__dtype="float32", parallel=parallel))
-    layer = 2 * ((tokens // 4 * 5 * 16 + tokens * inside) * 4 + GENERATED * 1 * (24 + 7) * (4 + 4))
+    found = planned(inputs, parallel=degrees(tensor=4, sequence=True), **changes)
+    layer = 4 * (2 * PACKED // 4 * 6 * 16 + 2 * PACKED * inside + PACKED * ROTARY) + normalisers
     assert found.phases["learn"]["activations"] == 4 * layer
+    found = planned(inputs, CHECKPOINTS, parallel=degrees(tensor=4, sequence=True), **changes)
+    assert found.phases["learn"]["kept checkpoints of the rollouts"] == 4 * 5 * 2 * PACKED // 4 * 16 * 4
 
 
 def test_stages_by_hand(inputs):
     """Three stages of 2, 1 and 1 layers, with a tied embedding and 4 micro-batches."""
     config, plan = plan_of(inputs, world_size=3, train__dtype="float32", parallel=degrees(pipeline=3))
-    stages = [memory.plan_memory(config, plan, stage) for stage in range(3)]
+    stages = [memory.plan_memory(config, plan, OFF, stage) for stage in range(3)]
     # The last stage has a copy of the embedding.
     own = [1600 + 2 * LAYER, LAYER, LAYER + 16 + 1600]
     assert [stage.states["parameters"] for stage in stages] == [4 * size for size in own]
@@ -138,15 +188,19 @@ def test_stages_by_hand(inputs):
     features = [stage.states["frozen feature network"] for stage in stages]
     assert features == [4 * (1600 + LAYER), 4 * LAYER, 4 * LAYER]
     # 1F1B: 3, 2 and 1 micro-batches in flight. 4 micro-batches decode in one ring.
-    per_token = 5 * 16 + 3 * 16 + 4 * 8 + 4 * 24
-    layer = 2 * ((24 + GENERATED) * per_token * 4 + GENERATED * 4 * (24 + 7) * (4 + 4))
+    layer = layer_kept(PACKED)
     assert [stage.phases["learn"]["activations"] for stage in stages] == [3 * 2 * layer, 2 * layer, layer]
-    cache = 2 * (24 + GENERATED) * (2 * 2 * 4) * 4
+    cache = 2 * PACKED * (2 * 2 * 4) * 4
     assert [stage.phases["rollout"]["keys and values"] for stage in stages] == [4 * 2 * cache, 4 * cache, 4 * cache]
-    for phase, name in (("rollout", "logits of one token per rollout"), ("learn", "scored logits and gradients")):
-        assert [name in stage.phases[phase] for stage in stages] == [False, False, True]
+    for phase in ("rollout", "learn"):
+        assert ["a chunk of logits" in stage.phases[phase] for stage in stages] == [False, False, True]
     peaks = [stage.peak_bytes for stage in stages]
-    assert memory.worst_stage(config, plan) == peaks.index(max(peaks))
+    assert memory.worst_stage(config, plan, OFF) == peaks.index(max(peaks))
+    assert memory.peak_bytes(config, plan, OFF) == max(peaks)
+    # What is kept of rollouts is kept of all micro-batches on every stage; the last one keeps its output, too.
+    stages = [memory.plan_memory(config, plan, CHECKPOINTS, stage) for stage in range(3)]
+    kept = [stage.phases["features"]["kept checkpoints of the rollouts"] for stage in stages]
+    assert kept == [4 * layers * 2 * PACKED * 16 * 4 for layers in (2, 1, 2)]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -163,14 +217,14 @@ def test_micro_batches_that_decode_together(inputs, micro_batches, stages):
 
 def test_cross_entropy_scores_every_target(inputs):
     config, _ = plan_of(inputs, ebft__ce_coef=0.1)
-    assert memory.scored_rows(config) == 31 + GENERATED
+    assert activations.scored_rows(config) == 31 + GENERATED
 
 
 def test_plain_pretraining_pays_for_no_rollouts(inputs):
     config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
-    found = memory.plan_memory(config, plan)
+    found = memory.plan_memory(config, plan, choices(config, plan, None))
     assert set(found.phases) == {"learn", "update"} and "frozen feature network" not in found.states
-    assert memory.scored_rows(config) == 31
+    assert activations.scored_rows(config) == 31
     assert "feature layers " not in planner.describe_run(config, plan).partition("Each rank's part")[2]
 
 
@@ -186,7 +240,7 @@ def test_plain_pretraining_pays_for_no_rollouts(inputs):
 )
 def test_when_parameters_are_gathered(inputs, monkeypatch, zero, phases):
     monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 0)  # the fixture's model is smaller than any real limit
-    found = memory.plan_memory(*plan_of(inputs, world_size=2, zero=zero)).phases
+    found = planned(inputs, world_size=2, zero=zero).phases
     gathered = {phase: needs["gathered parameters"] for phase, needs in found.items() if "gathered parameters" in needs}
     sizes = {"whole": 2 * PARAMETERS, "live": 2 * max(1600, LAYER)}
     assert gathered == {phase: sizes[what] for phase, what in phases.items()}
@@ -286,10 +340,11 @@ def test_text_of_a_layout(inputs):
         "stage states rollout features learn update peak",
     ):
         assert expected in lines, expected
-    worst = memory.worst_stage(config, plan)
+    chosen = choices(config, plan, None)
+    worst = memory.worst_stage(config, plan, chosen)
     assert f"Ranks of stage {worst}, which need the most:" in lines
     for stage in (0, 1):
-        peak = memory.plan_memory(config, plan, stage).peak_bytes / planner.GIB_BYTES
+        peak = memory.plan_memory(config, plan, chosen, stage).peak_bytes / planner.GIB_BYTES
         assert re.search(rf"^{stage} .* {peak:.3f}$", text, re.MULTILINE)
 
 

@@ -250,6 +250,8 @@ def test_feature_model_needs_the_same_vocabulary(inputs):
         ({"train__warmup_steps": 10}, "never gets to train.lr"),
         ({"zero": {"stage": 2, "hold_parameters": "step"}}, "hold_parameters step changes nothing"),
         ({"zero__feature_network": "sharded", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there is no feature network"),
+        ({"learn__reuse_rollout": "activations", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there are no rollouts"),
+        ({"learn__reuse_rollout": "checkpoints", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there are no rollouts"),
     ],
 )
 def test_notes(inputs, changes, words):

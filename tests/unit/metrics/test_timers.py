@@ -1,7 +1,10 @@
-"""Phase times with a clock that is moved by hand."""
+"""Phase times with a clock that is moved by hand, and who else hears of phases."""
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
+from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 
 
@@ -47,3 +50,38 @@ def test_device_work_is_charged_to_its_own_phase():
         clock.now += 1.0
     assert timers.seconds() == {"rollout": 11.0}
     assert clock.synchronized == 2
+
+
+class Gauge:
+    """Memory as a list of readings."""
+
+    can_restart = True
+
+    def __init__(self, readings):
+        self.readings = iter(readings)
+
+    def peak(self):
+        return next(self.readings)
+
+    def restart(self):
+        pass
+
+
+def test_phases_are_told_to_the_memory_also_when_they_raise():
+    memory = PhaseMemory(Gauge([1, 5, 2, 9, 3]))
+    timers = PhaseTimers(memory=memory)
+    with timers.phase("rollout"):
+        pass
+    with pytest.raises(RuntimeError), timers.phase("learn"):
+        raise RuntimeError
+    assert memory.peaks() == {"rollout": 5, "learn": 9}
+    timers.reset()
+    assert memory.peaks() == {} and memory.highest() == 9
+
+
+def test_phases_are_ranges_of_a_profile():
+    timers = PhaseTimers()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded, timers.phase("learn"):
+        torch.ones(3).exp()
+    (phase,) = [event for event in recorded.events() if event.name == "learn"]
+    assert "aten::exp" in [event.name for event in phase.cpu_children]

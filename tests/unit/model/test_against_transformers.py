@@ -1,12 +1,15 @@
 """Logits, hidden states and gradients equal to transformers', for every architecture, tied and untied."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ebft_mega.errors import InputError
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.attention import ReadRows, StridedLayout
+from ebft_mega.model.head import ScoredTokens
 from ebft_mega.model.huggingface import (
     RandomWeights,
     SafetensorsWeights,
@@ -60,17 +63,26 @@ def test_import_equals_transformers(config, groups, tmp_path):
 
     tokens = torch.randint(0, config["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
     expected = reference(tokens, output_hidden_states=True)
-    layout = StridedLayout.causal(40, tokens.device)
-    hidden, taps = stage.hidden_states(tokens, torch.arange(40), layout, taps=(1, 3, 4))
-    logits = stage.logits(hidden.transpose(0, 1).flatten(0, 1)).view(2, 40, -1)
-
+    layout = document_layout(stage, 40)
+    hidden = stage.hidden_states(tokens, torch.arange(40), layout)
+    logits = stage.logits(hidden.flatten(0, 1)).view(40, 2, -1).transpose(0, 1)
     assert (logits - expected.logits).abs().max() <= 1e-4
     assert expected.logits.abs().max() > 1.0
-    for depth, tap in zip((1, 3, 4), taps, strict=True):
-        torch.testing.assert_close(tap.transpose(0, 1), expected.hidden_states[depth], atol=1e-4, rtol=1e-4)
 
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    (logits.log_softmax(-1) * weight).sum().backward()
+    read = ReadRows((3, 17, 39), 0, torch.tensor([3, 17, 39]))
+    for last in (1, 3, 4):
+        with torch.no_grad():
+            taps = tuple(depth for depth in (1, 3, 4) if depth <= last)
+            _, rows = cut_after(stage, last).tapped_rows(tokens, torch.arange(40), layout, read, taps)
+        for depth, tap in zip(taps, rows, strict=True):
+            wanted = expected.hidden_states[depth][:, [3, 17, 39]]
+            torch.testing.assert_close(tap.transpose(0, 1), wanted, atol=1e-4, rtol=1e-4)
+
+    weight = torch.randn(expected.logits.shape, generator=torch.Generator().manual_seed(1))
+    choices = torch.arange(config["vocab_size"]).expand(80, -1)
+    scored = ScoredTokens(choices, torch.ones(80, dtype=torch.float64))
+    logprobs = stage.logprobs(hidden.flatten(0, 1), scored).view(40, 2, -1).transpose(0, 1)
+    (logprobs * weight).sum().backward()
     (expected.logits.log_softmax(-1) * weight).sum().backward()
     gradients = {name: parameter.grad for name, parameter in stage.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
@@ -79,6 +91,18 @@ def test_import_equals_transformers(config, groups, tmp_path):
         scale = parameter.grad.abs().max()
         assert (compared[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
     assert set(compared) == set(hf_shapes(architecture)) == {name for name, _ in reference.named_parameters()}
+
+
+def document_layout(stage: Stage, length: int) -> StridedLayout:
+    """Plain causal attention over a document, without rollouts."""
+    return StridedLayout((), 1, length, 0, stage.attention)
+
+
+def cut_after(stage: Stage, depth: int) -> Stage:
+    """The same weights without the layers behind a depth."""
+    cut = copy.copy(stage)
+    cut._modules = dict(stage._modules, layers=stage.layers[:depth])
+    return cut
 
 
 @pytest.mark.parametrize("config", MODELS, ids=IDS)
@@ -93,7 +117,7 @@ def test_export_loads_with_transformers(config, groups, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.arange(24)[None] % config["vocab_size"]
     with torch.no_grad():
-        hidden, _ = stage.hidden_states(tokens, torch.arange(24), StridedLayout.causal(24, tokens.device))
+        hidden = stage.hidden_states(tokens, torch.arange(24), document_layout(stage, 24))
         logits = stage.logits(hidden[:, 0])
         expected = model(tokens).logits[0]
     assert (logits - expected).abs().max() <= 1e-5

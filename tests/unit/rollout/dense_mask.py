@@ -13,7 +13,7 @@ from ebft_mega.rollout.plan import BlockPlan
 def strided_mask(plan: BlockPlan, num_samples: int | None = None, tokens_per_block: int | None = None) -> Tensor:
     """Which position of the packed sequence may attend to which.
 
-    The sequence is the row's P tokens, then token t of sample j of block k at `P + (k * n + j) * T + t`. Row
+    The sequence is the row's P tokens, then token t of rollout r = k * n + j (sample j of block k) at `P + t * R + r`. Row
     tokens see themselves and what is before them in the row; a generated token sees the row before its
     block's anchor (the whole prefix, not a window), itself and what is before it in its own rollout.
 
@@ -23,12 +23,12 @@ def strided_mask(plan: BlockPlan, num_samples: int | None = None, tokens_per_blo
     Returns:
         bool [F, F], F = P + K * n * T; True where query (row) may attend to key (column).
     Communication: none.
-    Source: EBFT paper (arXiv 2603.12248), strided mode; the authors' mask builder, in block-major order.
+    Source: EBFT paper (arXiv 2603.12248), strided mode; the authors' mask builder.
     """
     num_samples = plan.num_samples if num_samples is None else num_samples
     per_block = plan.generate_length if tokens_per_block is None else tokens_per_block
     row = torch.arange(plan.sequence_length)
-    rollout = torch.arange(plan.num_blocks * num_samples).repeat_interleave(per_block)
+    rollout = torch.arange(plan.num_blocks * num_samples).repeat(per_block)
     anchors = torch.tensor(plan.anchors).repeat_interleave(num_samples)
     index = torch.arange(len(row) + len(rollout))
     owner = torch.cat((torch.full_like(row, -1), rollout))  # which rollout a position belongs to; -1: the row
@@ -49,5 +49,5 @@ def packed_positions(plan: BlockPlan, tokens_per_block: int | None = None) -> Te
     """
     per_block = plan.generate_length if tokens_per_block is None else tokens_per_block
     anchors = torch.tensor(plan.anchors).repeat_interleave(plan.num_samples)
-    generated = anchors[:, None] + torch.arange(per_block)
+    generated = torch.arange(per_block)[:, None] + anchors
     return torch.cat((torch.arange(plan.sequence_length), generated.flatten()))

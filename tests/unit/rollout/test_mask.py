@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ebft_mega.attention.two_part import TwoPartAttention
 from ebft_mega.model.attention import StridedCoreAttention, StridedLayout
 from ebft_mega.rollout.layout import packed_sequence
 from ebft_mega.rollout.plan import BlockPlan
@@ -22,9 +23,9 @@ plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def packed_coordinates(plan: BlockPlan, num_samples: int, tokens_per_block: int) -> list[tuple]:
     """What stands at each packed index: ("row", i) or ("generated", block, sample, token)."""
     coordinates: list[tuple] = [("row", i) for i in range(plan.sequence_length)]
-    for block in range(plan.num_blocks):
-        for sample in range(num_samples):
-            for token in range(tokens_per_block):
+    for token in range(tokens_per_block):
+        for block in range(plan.num_blocks):
+            for sample in range(num_samples):
                 coordinates.append(("generated", block, sample, token))
     return coordinates
 
@@ -99,7 +100,7 @@ def test_model_attention_equals_dense_attention_under_the_mask(plan):
     )
     layout = StridedLayout.of(
         plan,
-        torch.device("cpu"),
+        TwoPartAttention(),
         document_length=plan.sequence_length,
         tokens_per_rollout=plan.generate_length,
     )

@@ -1,0 +1,53 @@
+"""Attention with the whole mask written out: the fallback that runs anywhere."""
+
+import logging
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebft_mega.attention.pattern import AttentionPattern
+
+logger = logging.getLogger(__name__)
+
+
+class DenseAttention:
+    """The dense route: one masked attention over all positions; says once per pattern what that costs."""
+
+    def attend(
+        self,
+        pattern: AttentionPattern,
+        document_query: Tensor,
+        own_query: Tensor,
+        document_key: Tensor,
+        document_value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend within one pass; see `ebft_mega.attention.routes.AttentionRoute`."""
+        query = torch.cat((document_query, own_query.flatten(2, 3)), dim=2)
+        key = torch.cat((document_key, own_key.flatten(2, 3)), dim=2)
+        value = torch.cat((document_value, own_value.flatten(2, 3)), dim=2)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=_mask(pattern, query.device), enable_gqa=True)
+        document_out, own_out = out.split((document_query.shape[2], query.shape[2] - document_query.shape[2]), dim=2)
+        return document_out, own_out.unflatten(2, own_query.shape[2:4])
+
+
+@lru_cache(maxsize=2)  # few: a pass's layers follow each other with one pattern, and a mask may be large
+def _mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
+    _warn_of_cost(pattern)
+    return pattern.mask(device)
+
+
+@lru_cache(maxsize=256)
+def _warn_of_cost(pattern: AttentionPattern) -> None:
+    """Once per pattern: a warning that names what the mask costs."""
+    logger.warning(
+        "dense attention: %d query-key pairs per row and head where %d are needed (%.1f times), "
+        "and a mask of %d bytes; train.attention: two_part or flex compute little more than the needed ones",
+        pattern.dense_pairs,
+        pattern.num_pairs,
+        pattern.dense_pairs / max(pattern.num_pairs, 1),
+        pattern.dense_pairs,
+    )

@@ -1,0 +1,185 @@
+"""Attention as one sparse kernel: torch's flex_attention over document and rollouts in block-major order.
+
+The kernel is compiled once per shape. Shapes are those of a run's passes: documents and rollouts are padded to tiles,
+and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ebft_mega.attention.pattern import AttentionPattern
+
+TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
+_PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
+_SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
+
+_NO_KEY, _FILLER_KEY, _NO_ROLLOUT = -1, -2, -3  # in the place of a rollout's number, equal to none and to each other
+_NEVER = torch.iinfo(torch.int32).max  # document position of a key that is not in the document
+
+_compilations = 0
+
+
+def num_compilations() -> int:
+    """Kernels compiled so far in this process, one per shape."""
+    return _compilations
+
+
+def flex_is_available(device: torch.device) -> bool:
+    """Whether flex_attention has a forward and a backward kernel there: on CUDA with Triton."""
+    return device.type == "cuda" and torch.utils._triton.has_triton()
+
+
+@dataclass(frozen=True)
+class FlexAttention:
+    """The flex route; on a CPU it has no backward pass."""
+
+    own_capacity: int  # keys per rollout that every pass is padded to; G holds all of a run's passes
+
+    def attend(
+        self,
+        pattern: AttentionPattern,
+        document_query: Tensor,
+        own_query: Tensor,
+        document_key: Tensor,
+        document_value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend within one pass; see `ebft_mega.attention.routes.AttentionRoute`.
+
+        Raises:
+            ValueError: a rollout has more keys than `own_capacity`.
+        """
+        if pattern.own_keys > self.own_capacity:
+            raise ValueError(f"{pattern.own_keys} keys per rollout do not fit into a capacity of {self.own_capacity}")
+        block_mask = _block_mask(pattern, self.own_capacity, document_key.device)
+        query = _padded(document_query, own_query, len(pattern.document_queries), pattern.own_queries)
+        key = _padded(document_key, own_key, _in_tiles(pattern.document_keys), self.own_capacity)
+        value = _padded(document_value, own_value, _in_tiles(pattern.document_keys), self.own_capacity)
+        out = _compiled_kernel()(query, key, value, block_mask=block_mask, enable_gqa=True)
+        document_out, own_out, _ = out.split(
+            (
+                len(pattern.document_queries),
+                pattern.num_rollouts * pattern.own_queries,
+                out.shape[2] - pattern.num_queries,
+            ),
+            dim=2,
+        )
+        return document_out, own_out.unflatten(2, own_query.shape[2:4])
+
+
+@cache
+def _compiled_kernel() -> Callable[..., Tensor]:
+    """flex_attention, compiled per shape; a shape beyond the limit is an error, not a silent dense fallback."""
+    kernel: Callable[..., Tensor] = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
+        flex_attention, dynamic=False, fullgraph=True, backend=_counting_inductor, recompile_limit=_SHAPES
+    )
+    return kernel
+
+
+def _counting_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    from torch._inductor.compile_fx import compile_fx  # takes a second to import, and only this route needs it
+
+    global _compilations
+    _compilations += 1
+    return compile_fx(graph, inputs)
+
+
+def _in_tiles(length: int, at_least: int = 0) -> int:
+    return max(-(-length // TILE), at_least) * TILE
+
+
+def _padded(document: Tensor, own: Tensor, document_room: int, own_room: int) -> Tensor:
+    """Document and rollouts one after another, zeros as filler.
+
+    Args:
+        document: [B, heads, up to document_room, d]; own: [B, heads, R, up to own_room, d].
+    Returns:
+        [B, heads, document_room + R * own_room in whole tiles, d], one tile at least.
+    """
+    rollouts = own.shape[2]
+    end = document_room + rollouts * own_room
+    padded = document.new_zeros(*document.shape[:2], _in_tiles(end, 1), document.shape[3])
+    padded[:, :, : document.shape[2]] = document
+    padded[:, :, document_room:end].unflatten(2, (rollouts, own_room))[:, :, :, : own.shape[3]] = own
+    return padded
+
+
+@lru_cache(maxsize=_PATTERNS)
+def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> BlockMask:
+    """The pattern over the padded positions of `_padded`: which tiles are needed, and which pairs within them."""
+    query_limit, query_rollout, query_token = _query_sides(pattern, device)
+    key_position, key_rollout, key_token = _key_sides(pattern, own_capacity, device)
+
+    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_prefix = key_position[key] < query_limit[query]
+        own_past = (key_rollout[key] == query_rollout[query]) & (key_token[key] <= query_token[query])
+        return in_prefix | own_past
+
+    keys = torch.arange(key_position.numel(), device=device)
+    row = torch.zeros((), dtype=torch.int64, device=device)
+    any_pair, all_pairs = [], []
+    for queries in torch.arange(query_limit.numel(), device=device).split(TILE):
+        tiles = sees(row, row, queries[:, None], keys[None, :]).unflatten(1, (-1, TILE))
+        any_pair.append(tiles.any(2).any(0))
+        all_pairs.append(tiles.all(2).all(0))
+    needed, full = torch.stack(any_pair), torch.stack(all_pairs)
+    return BlockMask.from_kv_blocks(
+        *_tile_lists(needed & ~full),
+        *_tile_lists(full),
+        BLOCK_SIZE=TILE,
+        mask_mod=sees,
+        seq_lengths=(query_limit.numel(), key_position.numel()),
+    )
+
+
+def _tile_lists(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of tiles: how many are wanted, int32 [1, 1, rows], and which, first ones first, [1, 1, rows, columns]."""
+    counts = wanted.sum(1, dtype=torch.int32)
+    order = wanted.int().argsort(dim=1, descending=True, stable=True).int()
+    return counts[None, None], order[None, None].contiguous()
+
+
+def _query_sides(pattern: AttentionPattern, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every padded query: document keys it sees, its rollout, its token; int32."""
+    num_document, per_rollout = len(pattern.document_queries), pattern.own_queries
+    filler = _in_tiles(pattern.num_queries, 1) - pattern.num_queries
+    rollouts = torch.arange(pattern.num_rollouts).repeat_interleave(per_rollout)
+    own_limits = torch.tensor(pattern.rollout_limits).repeat_interleave(per_rollout)
+    tokens = torch.arange(pattern.own_keys - per_rollout, pattern.own_keys).repeat(pattern.num_rollouts)
+    limit = torch.cat((torch.tensor(pattern.document_limits), own_limits, _filled(filler, 0)))
+    rollout = torch.cat((_filled(num_document, _NO_ROLLOUT), rollouts, _filled(filler, _NO_ROLLOUT)))
+    token = torch.cat((_filled(num_document, 0), tokens, _filled(filler, 0)))
+    return _ints(limit, device), _ints(rollout, device), _ints(token, device)
+
+
+def _key_sides(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every padded key: its document position, its rollout, its token; int32."""
+    num_document, num_rollouts = pattern.document_keys, pattern.num_rollouts
+    gap = _in_tiles(num_document) - num_document
+    num_own = num_rollouts * own_capacity
+    tail = _in_tiles(num_document + gap + num_own, 1) - num_document - gap - num_own
+    own_rollout = torch.arange(num_rollouts)[:, None].repeat(1, own_capacity)
+    own_rollout[:, pattern.own_keys :] = _FILLER_KEY
+    position = torch.cat((torch.arange(num_document), _filled(gap + num_own + tail, _NEVER)))
+    rollout = torch.cat(
+        (_filled(num_document, _NO_KEY), _filled(gap, _FILLER_KEY), own_rollout.flatten(), _filled(tail, _FILLER_KEY))
+    )
+    token = torch.cat(
+        (_filled(num_document + gap, 0), torch.arange(own_capacity).repeat(num_rollouts), _filled(tail, 0))
+    )
+    return _ints(position, device), _ints(rollout, device), _ints(token, device)
+
+
+def _filled(length: int, value: int) -> Tensor:
+    return torch.full((length,), value, dtype=torch.int64)
+
+
+def _ints(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device=device, dtype=torch.int32)

@@ -1,0 +1,100 @@
+"""Who may see whom in one pass: the definition that every route is held to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Which queries see which keys, in one pass over rows that carry a document and rollouts of its blocks.
+
+    A document query at position p sees the document keys 0..p. A query of a rollout of block k sees the document
+    keys 0..anchors[k]-1 and, of its own rollout, the keys up to its own; it sees no other rollout. Rollouts are
+    block-major (rollout k * num_samples + j), and the last of a rollout's keys belongs to the last of its queries.
+    Hashable, so that what is derived from a pattern can be kept by it.
+    """
+
+    anchors: tuple[int, ...]  # K, document tokens that each block's rollouts see; increasing, from 1
+    num_samples: int  # n, rollouts of each block
+    document_queries: tuple[int, ...] | range  # Nd positions of the document rows that ask, increasing
+    document_keys: int  # D, document keys there are: positions 0..D-1
+    own_queries: int  # Tq: the last Tq tokens of each rollout ask; 0 for none
+    own_keys: int  # Tk >= Tq, keys of each rollout
+
+    def __post_init__(self) -> None:
+        asking = self.document_queries
+        if not _increasing(self.anchors) or (self.anchors and self.anchors[0] < 1):
+            raise ValueError(f"anchors must increase from at least 1, not {self.anchors}")
+        if not _increasing(asking) or (asking and asking[0] < 0):
+            raise ValueError(f"document queries must increase from at least 0, not {asking}")
+        needed = max((*(p + 1 for p in asking[-1:]), *self.anchors[-1:] * (self.own_queries > 0)), default=0)
+        if self.document_keys < needed:
+            raise ValueError(f"{self.document_keys} document keys, but the queries see {needed}")
+        if not 0 <= self.own_queries <= self.own_keys:
+            raise ValueError(f"{self.own_queries} queries of a rollout with {self.own_keys} keys")
+
+    @property
+    def num_rollouts(self) -> int:
+        """R = K * n."""
+        return len(self.anchors) * self.num_samples
+
+    @property
+    def document_limits(self) -> tuple[int, ...]:
+        """Nd, how many document keys each document query sees."""
+        return tuple(position + 1 for position in self.document_queries)
+
+    @property
+    def rollout_limits(self) -> tuple[int, ...]:
+        """R, how many document keys each rollout sees."""
+        return tuple(anchor for anchor in self.anchors for _ in range(self.num_samples))
+
+    @property
+    def num_queries(self) -> int:
+        """Nd + R * Tq."""
+        return len(self.document_queries) + self.num_rollouts * self.own_queries
+
+    @property
+    def num_keys(self) -> int:
+        """D + R * Tk."""
+        return self.document_keys + self.num_rollouts * self.own_keys
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that are needed, per row and head."""
+        hidden_keys = self.own_queries * (self.own_queries - 1) // 2  # own keys in the future of their queries
+        own_pairs = self.own_queries * self.own_keys - hidden_keys
+        return sum(self.document_limits) + self.own_queries * sum(self.rollout_limits) + self.num_rollouts * own_pairs
+
+    @property
+    def dense_pairs(self) -> int:
+        """Query-key pairs of the whole rectangle, per row and head."""
+        return self.num_queries * self.num_keys
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Who sees whom, written out.
+
+        Returns:
+            bool [Nd + R * Tq, D + R * Tk], true where a query sees a key; the rollouts' queries and keys in
+            block-major order, the tokens of a rollout next to each other.
+        """
+        rollouts = torch.arange(self.num_rollouts, device=device)
+        limits = torch.tensor(self.document_limits + self.rollout_limits, dtype=torch.int64, device=device)
+        repeats = [1] * len(self.document_queries) + [self.own_queries] * self.num_rollouts
+        limits = limits.repeat_interleave(torch.tensor(repeats, dtype=torch.int64, device=device))
+        sees_document = torch.arange(self.document_keys, device=device) < limits[:, None]
+
+        same_rollout = rollouts.repeat_interleave(self.own_queries)[:, None] == rollouts.repeat_interleave(
+            self.own_keys
+        )
+        first = self.own_keys - self.own_queries  # token of a rollout's first query
+        query_token = torch.arange(first, self.own_keys, device=device).repeat(self.num_rollouts)
+        key_token = torch.arange(self.own_keys, device=device).repeat(self.num_rollouts)
+        sees_own = torch.zeros(self.num_queries, same_rollout.shape[1], dtype=torch.bool, device=device)
+        sees_own[len(self.document_queries) :] = same_rollout & (key_token <= query_token[:, None])
+        return torch.cat((sees_document, sees_own), dim=1)
+
+
+def _increasing(numbers: tuple[int, ...] | range) -> bool:
+    return all(first < second for first, second in zip(numbers, numbers[1:], strict=False))

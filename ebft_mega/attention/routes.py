@@ -1,0 +1,72 @@
+"""The routes that compute a pass's attention, and which one a run takes."""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ebft_mega.attention.dense import DenseAttention
+from ebft_mega.attention.flex import FlexAttention, flex_is_available
+from ebft_mega.attention.pattern import AttentionPattern
+from ebft_mega.attention.two_part import TwoPartAttention
+
+RouteName = Literal["auto", "two_part", "flex", "dense"]
+
+
+class AttentionRoute(Protocol):
+    """One way to compute the attention of a pass; all give the same values and gradients."""
+
+    def attend(
+        self,
+        pattern: AttentionPattern,
+        document_query: Tensor,
+        own_query: Tensor,
+        document_key: Tensor,
+        document_value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax attention, scaled by 1 / sqrt(d), of the queries over the keys that the pattern lets them see.
+
+        The softmax is computed in float32 or wider. Inputs may be non-contiguous views. Without gradients
+        nothing is kept; with them, no scores.
+
+        Args:
+            pattern: who sees whom.
+            document_query: [B, heads, Nd, d]; own_query: [B, heads, R, Tq, d]; Nd or R * Tq may be 0.
+            document_key, document_value: [B, groups, D, d], groups dividing heads; head h asks group
+                h // (heads / groups).
+            own_key, own_value: [B, groups, R, Tk, d]; rollouts block-major (k * n + j).
+        Returns:
+            (document's outputs [B, heads, Nd, d], rollouts' outputs [B, heads, R, Tq, d]).
+        Communication: none.
+        """
+
+
+def make_route(name: RouteName, device: torch.device, *, own_capacity: int) -> AttentionRoute:
+    """The route of a run.
+
+    `auto` is two_part on a CPU; on CUDA flex, whose one kernel serves every pass, or two_part where Triton is
+    missing; elsewhere dense, the only one that needs nothing but torch's public functions.
+
+    Args:
+        name: `train.attention`.
+        device: where the tensors lie.
+        own_capacity: most keys of one rollout in any pass, G.
+    Raises:
+        ValueError: flex where it has no backward pass, or two_part where none of its kernels runs.
+    """
+    if name == "auto":
+        if flex_is_available(device):
+            name = "flex"
+        else:
+            name = "two_part" if device.type in ("cpu", "cuda") else "dense"
+    if name == "flex":
+        if not flex_is_available(device):
+            raise ValueError(f"flex attention needs CUDA and Triton: it has no backward pass on {device.type}")
+        return FlexAttention(own_capacity)
+    if name == "two_part":
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"two-part attention has kernels for cpu and cuda, not for {device.type}")
+        return TwoPartAttention()
+    return DenseAttention()

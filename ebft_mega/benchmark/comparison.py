@@ -1,0 +1,185 @@
+"""Running the sides of a case one after the other in one process, and what is written down about it."""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ebft_mega.benchmark.case import BenchCase, architecture_of
+from ebft_mega.benchmark.counting import ProductCounter, count_phase
+from ebft_mega.benchmark.memory import peak_bytes_in_child
+from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_side
+from ebft_mega.cost.ours import StepShape, least_cost_of_step
+from ebft_mega.cost.work import Flops, PhaseCost, StepCost
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.parallel.groups import ProcessGroups
+
+# Timed phases, and the counted ones that run in each.
+PHASES: dict[str, tuple[str, ...]] = {
+    "rollout": ("generate",),
+    "features": ("features",),
+    "reward": (),
+    "learn": ("policy_forward", "policy_backward"),
+    "update": (),
+}
+
+
+@dataclasses.dataclass
+class Timing:
+    """What the runs of one side took, in seconds."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)  # of this process alone: less disturbed by others
+    phases: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {phase: [] for phase in PHASES})
+
+
+def compare(
+    case: BenchCase,
+    sides: Sequence[str],
+    model: dict[str, Any],
+    groups: ProcessGroups,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Count, time and measure the sides of one case.
+
+    Every side first runs one step whose matrix products are counted, then all take turns, so that whatever disturbs the
+    machine disturbs all of them; memory is measured afterwards, a process for each.
+
+    Args:
+        sides: names of `sides.NAIVE_SIDES` and `sides.OUR_SIDES`.
+        groups: of a job of one process.
+        say: is told about progress.
+    Returns:
+        The case's entry of the bench file.
+    Raises:
+        RuntimeError: a side did not do the work that its formulas say.
+    """
+    architecture = architecture_of(model)
+    timings = {name: Timing() for name in sides}
+    built = {name: build_side(name, case, model, groups) for name in sides}
+    for name, side in built.items():
+        side.warm_up()
+        check_counts(side, architecture)
+        say(f"{case.name} {name}: counts are those of the formulas")
+    for run in range(case.runs):
+        for name, side in built.items():
+            time_step(side, run, timings[name])
+            say(f"{case.name} {name}: run {run + 1} of {case.runs}, {timings[name].wall[-1]:.2f} s")
+    costs = {name: side.cost for name, side in built.items()}
+    del built, side
+    gc.collect()
+    peaks = {}
+    for name in sides:
+        peaks[name] = peak_bytes_in_child(name, case, model)
+        say(f"{case.name} {name}: peak {peaks[name] / 1e6:.0f} MB")
+    return entry(case, model, costs, timings, peaks)
+
+
+def check_counts(side: Side, architecture: Architecture) -> None:
+    """Run one step and hold its matrix products against the side's formulas."""
+    side.timers.reset()
+    with ProductCounter(side.timers) as counter:
+        side.run(0)
+    for phase, parts in PHASES.items():
+        expected = [side.cost.phases[part] for part in parts]
+        counted = count_phase(counter.products, phase, architecture)
+        flops = sum((part.flops + part.recomputed for part in expected), Flops())
+        if (counted.linear_flops, counted.head_flops) != (flops.linear, flops.head):
+            raise RuntimeError(
+                f"{side.name} did {counted.linear_flops} FLOPs in linear layers and {counted.head_flops} in the head "
+                f"in the phase {phase}; the formulas say {flops.linear} and {flops.head}"
+            )
+
+
+def time_step(side: Side, step: int, timing: Timing) -> None:
+    """Run one step by the clock."""
+    side.timers.reset()
+    gc.collect()
+    processor, wall = time.process_time(), time.perf_counter()
+    side.run(step)
+    timing.wall.append(time.perf_counter() - wall)
+    timing.processor.append(time.process_time() - processor)
+    for phase, seconds in timing.phases.items():
+        seconds.append(side.timers.seconds()[phase])
+
+
+def entry(
+    case: BenchCase,
+    model: dict[str, Any],
+    costs: Mapping[str, StepCost],
+    timings: Mapping[str, Timing],
+    peaks: Mapping[str, int],
+) -> dict[str, Any]:
+    """A case as it is in the bench file."""
+    architecture = architecture_of(model)
+    config = case.config(model, "off")
+    bound = least_cost_of_step(StepShape.of(config, architecture, architecture))
+    of_sides = {name: _side_entry(cost, timings.get(name), peaks.get(name)) for name, cost in costs.items()}
+    return {
+        "name": case.name,
+        "sequence_length": case.sequence_length,
+        "samples": case.samples,
+        "stride": case.stride,
+        "generate_max_len": case.generate_length,
+        **of_sides,
+        "bound": {"flops": bound.total, "phases": _phase_entries(bound)},
+        "ratios": ratios(of_sides, bound.total),
+    }
+
+
+def ratios(sides: Mapping[str, Mapping[str, Any]], bound_flops: int) -> dict[str, float]:
+    """Ours over the baseline, of medians, peaks and counts; and every side's arithmetic over the bound."""
+    found = {f"flops {name} / bound": side["flops"] / bound_flops for name, side in sides.items()}
+    for ours, side in sides.items():
+        for naive in set(NAIVE_SIDES) & set(sides):
+            if ours in NAIVE_SIDES:
+                continue
+            for what, key in (("seconds", "seconds_median"), ("cpu", "cpu_seconds_median"), ("peak", "peak_bytes")):
+                if side[key] is not None and sides[naive][key] is not None:
+                    found[f"{what} {ours} / {naive}"] = side[key] / sides[naive][key]
+            found[f"flops {ours} / {naive}"] = side["flops"] / sides[naive]["flops"]
+    return dict(sorted(found.items()))
+
+
+def _side_entry(cost: StepCost, timing: Timing | None, peak_bytes: int | None) -> dict[str, Any]:
+    timed = timing or Timing()
+    return {
+        "rows_generate": cost.generate.rows,
+        "head_rows_generate": cost.generate.head_rows,
+        "rows_features": cost.features.rows,
+        "feature_layers_run": cost.features.layers,
+        "rows_policy_forward": cost.policy_forward.rows,
+        "flops": cost.total,
+        "seconds_median": _median(timed.wall),
+        "seconds_all": timed.wall,
+        "cpu_seconds_median": _median(timed.processor),
+        "cpu_seconds_all": timed.processor,
+        "phase_seconds_median": {phase: _median(seconds) for phase, seconds in timed.phases.items()},
+        "phase_seconds_all": timed.phases,
+        "peak_bytes": peak_bytes,
+        "phases": _phase_entries(cost),
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _phase_entries(cost: StepCost) -> dict[str, dict[str, Any]]:
+    return {name: _phase_entry(phase) for name, phase in cost.phases.items()}
+
+
+def _phase_entry(phase: PhaseCost) -> dict[str, Any]:
+    return {
+        "rows": phase.rows,
+        "layers": phase.layers,
+        "head_rows": phase.head_rows,
+        "pairs": phase.pairs,
+        "flops": phase.total,
+        "linear_flops": phase.flops.linear,
+        "head_flops": phase.flops.head,
+        "attention_flops": phase.flops.attention,
+        "recomputed_flops": phase.recomputed.total,
+    }

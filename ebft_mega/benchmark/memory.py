@@ -1,0 +1,67 @@
+"""Peak memory of one step of one side, in a process of its own: nothing else has touched the allocator there."""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.benchmark.case import BenchCase
+
+CLEAR_PEAK = "5"  # proc(5): resets the resident high-water mark to what is resident now
+
+
+def peak_bytes_in_child(side: str, case: BenchCase, model: dict[str, Any]) -> int:
+    """Run one step of a side in a child process.
+
+    Returns:
+        On a CPU the highest resident size during the step less the resident size before it, on a GPU the same of
+        allocated bytes; weights, gradients and optimizer state are there before.
+    Raises:
+        subprocess.CalledProcessError: the child failed; its words are on standard error.
+    """
+    request = json.dumps({"side": side, "case": dataclasses.asdict(case), "model": model})
+    command = [sys.executable, "-m", "ebft_mega.benchmark.memory", request]
+    # A job of one process, whatever started this one.
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return int(answer.stdout.splitlines()[-1])
+
+
+def measure(side: str, case: BenchCase, model: dict[str, Any]) -> int:
+    """Peak bytes of a step over what was there before it, in this process."""
+    import torch
+
+    from ebft_mega.benchmark.sides import build_side
+    from ebft_mega.parallel.groups import connect, make_process_groups
+
+    torch.set_num_threads(1)
+    groups = make_process_groups(connect())
+    built = build_side(side, case, model, groups)
+    built.warm_up()
+    gc.collect()
+    if groups.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        built.run(0)
+        return int(torch.cuda.max_memory_allocated()) - before
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="ascii")
+    before = _resident("VmRSS")
+    built.run(0)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """A size in bytes from this process's status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    print(measure(wanted["side"], BenchCase(**wanted["case"]), wanted["model"]))

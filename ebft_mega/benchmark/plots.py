@@ -1,0 +1,61 @@
+"""Cost against row length, samples and stride."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.benchmark.tables import SIDE_NAMES
+
+COLOURS = {
+    "naive": "#d9480f",
+    "naive_sdpa": "#f59f00",
+    "ours": "#1f6feb",
+    "ours_activations": "#2b8a3e",
+    "ours_off": "#868e96",
+}
+AXES = (("sequence_length", "row length L"), ("samples", "samples n"), ("stride", "stride"))
+
+
+def linear_flops(side: Mapping[str, Any]) -> float:
+    """What a side does in linear layers and the head, without what it does again."""
+    return sum(phase["linear_flops"] + phase["head_flops"] for phase in side["phases"].values())
+
+
+def draw_costs(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw seconds and FLOPs of all sides, one of L, n and stride varying in each column.
+
+    Args:
+        cases: of the bench file; the first is where the others start from.
+        path: PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(3, len(AXES), figsize=(12.5, 9.5), squeeze=False)
+    quantities: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
+        ("seconds per step (median)", lambda side: side["seconds_median"]),
+        ("GFLOP per row, all", lambda side: side["flops"] / 1e9),
+        ("GFLOP per row, linear layers and head once", lambda side: linear_flops(side) / 1e9),
+    )
+    for column, (key, label) in enumerate(AXES):
+        others = [name for name, _ in AXES if name != key]
+        varied = sorted(
+            (case for case in cases if all(case[name] == cases[0][name] for name in others)), key=lambda case: case[key]
+        )
+        for row, (quantity, value_of) in enumerate(quantities):
+            axes = grid[row][column]
+            for name, colour in COLOURS.items():
+                points = [(case[key], value_of(case[name])) for case in varied if name in case]
+                known = [(x, y) for x, y in points if y is not None]
+                if known:
+                    axes.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=4, label=SIDE_NAMES[name])
+            axes.set(xscale="log", yscale="log", xlabel=label, ylabel=quantity)
+            axes.set_xticks([case[key] for case in varied], [str(case[key]) for case in varied])
+            axes.minorticks_off()
+            axes.grid(alpha=0.25)
+    grid[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,89 @@
+"""The cases of the benchmark, and all of them in one file."""
+
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ebft_mega.benchmark.case import LARGE_MODEL, TOY_MODEL, BenchCase, architecture_of
+from ebft_mega.cost.naive import cost_of_naive_step
+from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
+from ebft_mega.cost.work import StepCost
+
+OURS_ALONE = ("ours", "ours_activations")
+# The first is where n and stride are varied from, one at a time; at the longest row the baseline would take minutes.
+CASES = (
+    BenchCase("L256", 256),
+    BenchCase("L512", 512, runs=3),
+    BenchCase("L1024", 1024, runs=3),
+    BenchCase("L2048", 2048, runs=3, sides=OURS_ALONE),
+    BenchCase("n2", 256, samples=2, runs=3),
+    BenchCase("n8", 256, samples=8, runs=3),
+    BenchCase("s4", 256, stride=4, runs=3),
+    BenchCase("s16", 256, stride=16, runs=3),
+)
+QUICK_CASES = (BenchCase("L64", 64, runs=1, sides=("naive", "ours")),)
+LARGE_LENGTHS = (1024, 4096)
+
+
+def run_suite(cases: Sequence[BenchCase], say: Callable[[str], None]) -> dict[str, Any]:
+    """Compare the sides of every case on a toy model, and count a large one.
+
+    Returns:
+        The bench file.
+    """
+    import torch
+
+    from ebft_mega.benchmark.comparison import compare
+    from ebft_mega.parallel.groups import connect, make_process_groups
+
+    torch.set_num_threads(1)
+    groups = make_process_groups(connect())
+    return {
+        "cases": [compare(case, case.sides, TOY_MODEL, groups, say) for case in cases],
+        "model": TOY_MODEL,
+        "large_model": large_model_costs(),
+        "environment": {
+            "device": torch.cuda.get_device_name() if groups.device.type == "cuda" else _processor_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def large_model_costs() -> dict[str, dict[str, Any]]:
+    """Counts of a 7B model by row length and side: total, per phase, and over the bound."""
+    architecture = architecture_of(LARGE_MODEL)
+    found = {}
+    for length in LARGE_LENGTHS:
+        plan = BenchCase("", length).config(LARGE_MODEL, "off").block_plan
+        shape = StepShape(architecture, architecture, plan)
+        bound = least_cost_of_step(shape)
+        costs: dict[str, StepCost] = {
+            "naive": cost_of_naive_step(shape),
+            "naive, checkpointing": cost_of_naive_step(shape, checkpoints_layers=True),
+            "ours, reuse off": cost_of_step(shape, "off"),
+            "ours, reuse off, checkpointing": cost_of_step(shape, "off", checkpoints_layers=True),
+            "ours, checkpoints": cost_of_step(shape, "checkpoints"),
+            "ours, activations": cost_of_step(shape, "activations"),
+            "bound": bound,
+        }
+        found[str(length)] = {
+            name: {
+                "flops": cost.total,
+                "times_bound": cost.total / bound.total,
+                "phases": {phase: counted.total for phase, counted in cost.phases.items()},
+            }
+            for name, cost in costs.items()
+        }
+    return found
+
+
+def _processor_name() -> str:
+    """The CPU's own name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

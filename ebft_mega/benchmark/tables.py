@@ -1,0 +1,114 @@
+"""The bench file as Markdown tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SIDE_NAMES = {
+    "naive": "naive, eager",
+    "naive_sdpa": "naive, dense-mask SDPA",
+    "ours": "ours, checkpoints",
+    "ours_activations": "ours, activations",
+    "ours_off": "ours, reuse off",
+}
+COUNTED_PHASES = ("generate", "features", "policy_forward", "policy_backward")
+TIMED_PHASES = ("rollout", "features", "reward", "learn", "update")
+
+
+def sides_of(case: Mapping[str, Any]) -> list[str]:
+    """Names of the sides that a case of the bench file has."""
+    return [name for name in SIDE_NAMES if name in case]
+
+
+def times_table(cases: Iterable[Mapping[str, Any]]) -> str:
+    """Seconds, memory and their ratios to the eager baseline, a line per case and side."""
+    rows = []
+    for case in cases:
+        for name in sides_of(case):
+            side, found = case[name], case["ratios"]
+            rows.append(
+                [
+                    case["name"],
+                    SIDE_NAMES[name],
+                    _seconds(side["seconds_all"]),
+                    *(
+                        _number(found.get(f"{what} {name} / {other}"))
+                        for what, other in (("seconds", "naive"), ("seconds", "naive_sdpa"), ("cpu", "naive"))
+                    ),
+                    _megabytes(side["peak_bytes"]),
+                    _number(found.get(f"peak {name} / naive")),
+                    f"{side['flops'] / 1e9:,.1f}",
+                    _number(found.get(f"flops {name} / naive")),
+                    _number(found[f"flops {name} / bound"]),
+                ]
+            )
+    head = ["case", "side", "s, median (min-max)", "/ naive", "/ SDPA", "CPU s / naive", "peak MB", "/ naive"]
+    return markdown([*head, "GFLOP", "/ naive", "x bound"], rows)
+
+
+def phases_table(case: Mapping[str, Any]) -> str:
+    """Counts of every phase of every side of a case."""
+    rows = []
+    for name in (*sides_of(case), "bound"):
+        for phase in COUNTED_PHASES:
+            counted = case[name]["phases"][phase]
+            counts = [f"{counted[key]:,}" for key in ("rows", "layers", "head_rows", "pairs")]
+            flops = [
+                f"{counted[key] / 1e9:,.2f}"
+                for key in ("linear_flops", "head_flops", "attention_flops", "recomputed_flops")
+            ]
+            rows.append([SIDE_NAMES.get(name, name), phase.replace("_", " "), *counts, *flops])
+    head = ["side", "phase", "rows", "layers", "head rows", "pairs per head and layer"]
+    return markdown([*head, "linear GFLOP", "head", "attention", "recomputed"], rows)
+
+
+def phase_seconds_table(case: Mapping[str, Any]) -> str:
+    """Seconds of every phase of every side of a case."""
+    rows = [
+        [SIDE_NAMES[name], *(_seconds(case[name]["phase_seconds_all"][phase]) for phase in TIMED_PHASES)]
+        for name in sides_of(case)
+    ]
+    return markdown(["side", *TIMED_PHASES], rows)
+
+
+def large_model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Counts of a model that is never run, in TFLOP per row and as multiples of the bound."""
+    rows = []
+    for length, sides in models.items():
+        for name, side in sides.items():
+            flops = [f"{side['phases'][phase] / 1e12:,.1f}" for phase in COUNTED_PHASES]
+            rows.append([length, name, *flops, f"{side['flops'] / 1e12:,.1f}", _number(side["times_bound"])])
+    return markdown(["L", "side", *(phase.replace("_", " ") for phase in COUNTED_PHASES), "total", "x bound"], rows)
+
+
+def report(bench: Mapping[str, Any]) -> str:
+    """All tables of a bench file."""
+    parts = ["## Measured and counted", times_table(bench["cases"])]
+    for case in bench["cases"]:
+        title = f"## {case['name']}: L={case['sequence_length']}, n={case['samples']}, stride={case['stride']}"
+        parts += [title, phase_seconds_table(case), phases_table(case)]
+    parts += ["## 7B, counted only: TFLOP per row", large_model_table(bench["large_model"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _seconds(values: Sequence[float]) -> str:
+    """Median and range of runs."""
+    if not values:
+        return "not run"
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return f"{median:.2f} ({ordered[0]:.2f}-{ordered[-1]:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"

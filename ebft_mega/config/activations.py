@@ -1,0 +1,142 @@
+"""What passes over a micro-batch hold while they run and afterwards, from sizes alone. No torch.
+
+Symbols as in `memory.py`: b bytes a value, t tensor-parallel ranks, and widths with a prime are those of one slice.
+The counts are those of the modules as they are (megatron-core's layer in plain torch), measured in
+`tests/unit/test_memory_measured.py`.
+"""
+
+from dataclasses import dataclass
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.partition import padded_vocabulary
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Positions of one pass over a micro-batch."""
+
+    rows: int  # B
+    tokens: int  # S, positions of a row
+
+    @property
+    def positions(self) -> int:
+        """B * S."""
+        return self.rows * self.tokens
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one value of `train.dtype`."""
+    return {"bfloat16": 2, "float32": 4}[dtype]
+
+
+def vocabulary_columns(architecture: Architecture, tensor_parallel: int) -> int:
+    """V', columns of a rank's logits."""
+    return padded_vocabulary(architecture.vocab_size, tensor_parallel) // tensor_parallel
+
+
+def query_width(architecture: Architecture, tensor_parallel: int) -> int:
+    """Q', values of a rank's queries per token and layer."""
+    return architecture.num_attention_heads * architecture.head_dim // tensor_parallel
+
+
+def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
+    """KV', values of a rank's keys (and of its values) per token and layer."""
+    return max(1, architecture.num_key_value_heads // tensor_parallel) * architecture.head_dim
+
+
+def document_length(config: RunConfig) -> int:
+    """Document positions of the policy's pass: up to the last anchor, or P - 1 when `ce_coef` wants their targets."""
+    plan = config.block_plan
+    return plan.sequence_length - 1 if config.ebft.ce_coef > 0 else plan.anchors[-1]
+
+
+def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
+    """Document tokens and generated tokens of a row in the policy's pass.
+
+    A rollout's last token predicts nothing and stays out: K*n*(G - 1).
+    """
+    plan = config.block_plan
+    generated = plan.rollouts_per_row * (plan.generate_length - 1) if config.uses_rollouts else 0
+    return document_length(config), generated
+
+
+def scored_rows(config: RunConfig) -> int:
+    """Token rows of a packed row that the language-model head sees in the gradient pass.
+
+    The document's P - 1 rows if `ce_coef` > 0, else the K rows before the anchors; and K*n*(G - 1) generated
+    rows.
+    """
+    document, generated = learn_tokens_per_row(config)
+    return (document if config.ebft.ce_coef > 0 else config.block_plan.num_blocks) + generated
+
+
+def learn_pass(config: RunConfig) -> Pass:
+    """The policy's packed pass: what learning differentiates, and what the rollout phase has run when it ends."""
+    return Pass(config.train.micro_batch_size, sum(learn_tokens_per_row(config)))
+
+
+def feature_pass(config: RunConfig) -> Pass:
+    """The feature network's pass: whole documents and whole rollouts, P + K*n*G positions a row."""
+    plan = config.block_plan
+    return Pass(config.train.micro_batch_size, plan.sequence_length + plan.generated_per_row)
+
+
+def positions_between_layers(config: RunConfig, packed: Pass) -> int:
+    """Positions of a pass that a rank has between layers: all, or under sequence parallelism ceil(S / t) a row."""
+    shards = config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
+    return packed.rows * -(-packed.tokens // shards)
+
+
+def hidden_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
+    """Hidden states between two layers: b*H a position."""
+    positions = positions_between_layers(config, packed)
+    return positions * architecture.hidden_size * element_bytes(config.train.dtype)
+
+
+def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
+    """What one layer keeps of a micro-batch for its backward pass, its output included and its input not.
+
+    Per position between layers 6*H: both norms' results before and after their weights (a norm fused into one kernel
+    keeps 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 5*I': the
+    projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
+    projection want it; gate and up, the activated gate, up once more (megatron-core adds 0 to it), and the product.
+    With norms of heads Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
+    4 * head_dim values a position, shared by the rows of a micro-batch, for rotary angles.
+    """
+    tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
+    query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
+    inside = 4 * query + 3 * key_value + 5 * architecture.intermediate_size // tensor
+    if architecture.qk_norm:
+        inside += query + key_value
+    values = positions_between_layers(config, packed) * 6 * architecture.hidden_size + packed.positions * inside
+    angles = packed.tokens * 4 * architecture.head_dim
+    normalisers = packed.positions * architecture.num_attention_heads // tensor * FLOAT32_BYTES
+    return (values + angles) * width + normalisers
+
+
+def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
+    """What one layer needs at once of a micro-batch without recording gradients, its input included.
+
+    Per position between layers 3*H; per token inside the larger of 5*I' (the MLP) and 6*Q' + 3*KV' (the rotary
+    embedding of the queries).
+    """
+    tensor = config.parallel.tensor_parallel_size
+    rotary = 6 * query_width(architecture, tensor) + 3 * key_value_width(architecture, tensor)
+    inside = max(rotary, 5 * architecture.intermediate_size // tensor)
+    values = positions_between_layers(config, packed) * 3 * architecture.hidden_size + packed.positions * inside
+    return values * element_bytes(config.train.dtype)
+
+
+def layer_backward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
+    """What the backward pass of one layer needs besides what the layer has kept.
+
+    Per position between layers 2*H and per token 2*I' of gradients, when the MLP's activation is differentiated; and
+    the gradient of the largest weight, 2*I' * H values.
+    """
+    inner = architecture.intermediate_size // config.parallel.tensor_parallel_size
+    between = positions_between_layers(config, packed) * 2 * architecture.hidden_size
+    values = between + packed.positions * 2 * inner + 2 * inner * architecture.hidden_size
+    return values * element_bytes(config.train.dtype)

@@ -1,0 +1,81 @@
+"""What `auto` in a configuration becomes, once the memory of the accelerators is known. No torch.
+
+Keeping more of the rollouts spares arithmetic in every step, a feature network that is resident spares one gather of
+its parameters. So the rollouts come first: the network is resident in what they leave.
+"""
+
+from ebft_mega.config.memory import Choices, Reuse, peak_bytes
+from ebft_mega.config.rules import activations_can_be_kept
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.validate import RunPlan
+
+# Of the memory of an accelerator; the rest is for what the formulas leave out: allocator slack, communication buffers,
+# libraries.
+USABLE_SHARE = 0.9
+# What the gradient pass may take over, from the least arithmetic to the least memory.
+REUSES: tuple[Reuse, ...] = ("activations", "checkpoints", "off")
+
+
+def choices(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Choices:
+    """Everything that is left to the memory; arguments as in `chosen_reuse`."""
+    return Choices(
+        chosen_reuse(config, plan, memory_bytes),
+        feature_network_is_sharded(config, plan, memory_bytes),
+    )
+
+
+def default_choices(config: RunConfig) -> Choices:
+    """What is chosen where the memory is not known."""
+    if not config.uses_rollouts:
+        return Choices("off", feature_network_is_sharded=False)
+    wanted = config.learn.reuse_rollout
+    return Choices("checkpoints" if wanted == "auto" else wanted, config.zero.feature_network == "sharded")
+
+
+def chosen_reuse(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Reuse:
+    """What the gradient pass takes over from the rollout phase, as `learn.reuse_rollout` says.
+
+    `auto` takes the first of activations, checkpoints and off that fits on the worst stage, with the feature network
+    as small as `zero.feature_network` lets it be. Never activations where parameters are released before the gradient,
+    or where `train.activation_checkpointing` asks to keep none.
+
+    Args:
+        memory_bytes: of the accelerator with the least memory; None: not known, and checkpoints are taken.
+    """
+    if memory_bytes is None or not config.uses_rollouts or config.learn.reuse_rollout != "auto":
+        return default_choices(config).reuse_rollout
+    for reuse in possible_reuses(config)[:-1]:
+        if needed_bytes(smallest_peak(config, plan, reuse)) <= memory_bytes:
+            return reuse
+    return "off"
+
+
+def feature_network_is_sharded(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> bool:
+    """Whether the frozen network is divided over the data-parallel processes, as `zero.feature_network` says.
+
+    `auto` keeps it whole where that fits beside what `chosen_reuse` keeps, and where dividing it would not lower the
+    peak; arguments as there, and it is whole where the memory is not known.
+    """
+    if memory_bytes is None or not config.uses_rollouts or config.zero.feature_network != "auto":
+        return default_choices(config).feature_network_is_sharded
+    reuse = chosen_reuse(config, plan, memory_bytes)
+    whole, divided = (peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in (False, True))
+    return needed_bytes(whole) > memory_bytes and divided < whole
+
+
+def possible_reuses(config: RunConfig) -> tuple[Reuse, ...]:
+    """What the configuration allows, in the order in which `auto` prefers it; the last needs no memory of its own."""
+    keeps_activations = activations_can_be_kept(config) and config.train.activation_checkpointing == "none"
+    return REUSES if keeps_activations else REUSES[1:]
+
+
+def smallest_peak(config: RunConfig, plan: RunPlan, reuse: Reuse) -> int:
+    """Bytes that the worst stage needs, with the feature network as small as the configuration lets it be."""
+    wanted = config.zero.feature_network
+    options = (False, True) if wanted == "auto" else (wanted == "sharded",)
+    return min(peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in options)
+
+
+def needed_bytes(peak: int) -> int:
+    """Memory that an accelerator must have for a peak of the formulas."""
+    return round(peak / USABLE_SHARE)

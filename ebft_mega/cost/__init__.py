@@ -1,0 +1,1 @@
+"""What a step costs, in exact counts: rows, query-key pairs and floating-point operations. No torch."""

@@ -1,0 +1,72 @@
+"""Model FLOPs utilisation: the share of the devices' arithmetic that went into what a step has to compute."""
+
+import re
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.cost.ours import StepShape, cost_of_step
+from ebft_mega.model.architecture import Architecture
+
+
+def _peaks(bfloat16: float, float32: float) -> dict[str, float]:
+    return {"bfloat16": bfloat16, "float32": float32}
+
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets (half of a figure "with sparsity"), the first match counts: bfloat16
+# on tensor cores, and float32 on the CUDA cores, because torch multiplies float32 matrices without TF32 unless told.
+PEAKS = (
+    ("B200", _peaks(2250.0, 75.0)),
+    ("GH200", _peaks(989.4, 66.9)),
+    ("H200.*NVL", _peaks(835.5, 60.0)),
+    ("H200", _peaks(989.4, 66.9)),
+    ("H100.*NVL", _peaks(835.5, 60.0)),
+    ("H100.*PCIe", _peaks(756.0, 51.2)),
+    ("H100", _peaks(989.4, 66.9)),
+    ("A100", _peaks(312.0, 19.5)),
+    ("L40S", _peaks(362.05, 91.6)),
+    ("L4", _peaks(121.0, 30.3)),
+    ("A40", _peaks(149.7, 37.4)),
+    ("A10", _peaks(125.0, 31.2)),
+    ("RTX 4090$", _peaks(165.2, 82.6)),
+    ("RTX 3090$", _peaks(71.0, 35.6)),
+)
+
+
+def model_flops_utilisation(
+    config: RunConfig,
+    architecture: Architecture,
+    feature_architecture: Architecture,
+    seconds: float,
+    world_size: int,
+    peak_flops_per_device: float,
+) -> float:
+    """What all rows of a step have to compute, over what the devices could have computed meanwhile.
+
+    Counted are the rollouts, the feature network, and the policy's backward pass (with `rl_coef: 0` its forward pass,
+    too), each matrix product once, whatever `learn.reuse_rollout` and `train.activation_checkpointing` say: work
+    done a second time adds seconds, not utilisation.
+
+    Args:
+        architecture, feature_architecture: of the policy and of the frozen network (ignored with `rl_coef: 0`).
+        seconds: wall time of the optimizer step; world_size: devices at work.
+        peak_flops_per_device: dense peak in the training dtype, as `peak_flops` gives it.
+    Returns:
+        A share, 0 to 1.
+    """
+    shape = StepShape.of(config, architecture, feature_architecture)
+    phases = cost_of_step(shape, "activations" if shape.uses_rollouts else "off").phases.values()
+    per_row = sum(phase.flops.total for phase in phases)
+    return per_row * config.train.global_batch_size / (seconds * world_size * peak_flops_per_device)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak of a GPU in floating-point operations per second.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` says it; dtype: as `train.dtype`.
+    Returns:
+        None for a device that is not in the table, and for CPUs.
+    """
+    for name, peaks in PEAKS:
+        if re.search(rf"\b{name}(\W|$)", device_name):
+            return peaks[dtype] * 1e12
+    return None

@@ -1,0 +1,118 @@
+"""From rows and query-key pairs to floating-point operations; what both sides of the benchmark are counted in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.rollout.plan import BlockPlan
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, two per multiply-add; what is not a matrix product is not counted."""
+
+    linear: int = 0  # the layers' projections and MLPs
+    head: int = 0  # the language-model head
+    attention: int = 0  # scores and weighted values
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.linear + other.linear, self.head + other.head, self.attention + other.attention)
+
+    def times(self, factor: int) -> "Flops":
+        """The same work several times."""
+        return Flops(self.linear * factor, self.head * factor, self.attention * factor)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.head + self.attention
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer does in one direction for one row of the batch."""
+
+    keys: int  # positions whose key and value are projected
+    queries: int  # positions whose query is projected; fused projections make them equal to `keys`
+    outputs: int  # positions that go through the output projection and the MLP
+    pairs: int  # query-key pairs of each head
+
+    @classmethod
+    def whole(cls, rows: int, pairs: int) -> "LayerWork":
+        """All positions go all the way."""
+        return cls(rows, rows, rows, pairs)
+
+    def flops(self, architecture: Architecture) -> Flops:
+        """Forward operations of the layer.
+
+        Linear: 2 * H * (heads * d) per query, 2 * H * (2 * key-value heads * d) per key, and 2 * H * (heads * d) for
+        the output projection and 2 * 3 * H * I for the gated MLP per output. Attention: 4 * heads * d per pair.
+        """
+        a = architecture
+        query, key_value = a.num_attention_heads * a.head_dim, 2 * a.num_key_value_heads * a.head_dim
+        weights = self.queries * query + self.keys * key_value + self.outputs * (query + 3 * a.intermediate_size)
+        return Flops(linear=2 * a.hidden_size * weights, attention=4 * query * self.pairs)
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of a step for one row of the batch."""
+
+    rows: int = 0  # positions that go through layers
+    layers: int = 0  # layers that they go through
+    head_rows: int = 0
+    pairs: int = 0  # query-key pairs of each head in a whole layer
+    flops: Flops = Flops()
+    recomputed: Flops = Flops()  # forward work that had been done before, besides `flops`
+
+    @property
+    def total(self) -> int:
+        """Everything that the phase does."""
+        return self.flops.total + self.recomputed.total
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """All phases of a step for one row of the batch."""
+
+    generate: PhaseCost
+    features: PhaseCost
+    policy_forward: PhaseCost
+    policy_backward: PhaseCost
+
+    @property
+    def phases(self) -> dict[str, PhaseCost]:
+        """By name, in the order of a step."""
+        return {
+            "generate": self.generate,
+            "features": self.features,
+            "policy_forward": self.policy_forward,
+            "policy_backward": self.policy_backward,
+        }
+
+    @property
+    def total(self) -> int:
+        """All floating-point operations, recomputation included."""
+        return sum(phase.total for phase in self.phases.values())
+
+
+def forward_flops(architecture: Architecture, layers: Sequence[LayerWork], head_rows: int) -> Flops:
+    """Forward operations of layers and of the head, 2 * H * V per head row."""
+    total = Flops(head=2 * architecture.hidden_size * architecture.vocab_size * head_rows)
+    for layer in layers:
+        total += layer.flops(architecture)
+    return total
+
+
+def causal_pairs(length: int) -> int:
+    """Query-key pairs of a document over itself."""
+    return length * (length + 1) // 2
+
+
+def rollout_pairs(plan: BlockPlan, num_tokens: int) -> int:
+    """Query-key pairs of the first `num_tokens` tokens of all rollouts of a row.
+
+    Token t of block k sees the anchor(k) document tokens before it and t + 1 tokens of its own rollout.
+    """
+    own = plan.num_blocks * causal_pairs(num_tokens)
+    return plan.num_samples * (num_tokens * sum(plan.anchors) + own)

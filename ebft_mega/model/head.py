@@ -1,0 +1,196 @@
+"""The language-model head: logits of selected rows, and log-probabilities that never hold all logits at once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ebft_mega.model.sizes import HEAD_ROWS
+from ebft_mega.parallel.vocabulary import VocabularyShard
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Log-probabilities of chosen tokens, and what it takes to make the softmax again from the logits."""
+
+    logprobs: Tensor  # float32 [N, m] (float64 for float64 logits), m choices from each row of logits
+    normalizers: Tensor  # [N], log of the sum of exponentials at the rows' temperature, in the same dtype
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Which tokens of which rows are to be scored."""
+
+    tokens: Tensor  # int64 [N, m], ids in [0, V), the same on all tensor-parallel ranks
+    temperature: Tensor  # float64 [N], > 0
+    known: RowScores | None = None  # of the first rows, from the pass that sampled them
+
+
+def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, shard: VocabularyShard) -> RowScores:
+    """Log-probability of chosen tokens under the softmax at a temperature.
+
+    Args:
+        logits: [N, width], this rank's columns, any float dtype, without gradient.
+        tokens: int64 [N, m], the same on all ranks. Tokens that a nucleus left out are scored by the full softmax, too.
+        temperature: float64 [N]; that of the sampling for rollouts, 1 for targets.
+    Returns:
+        RowScores, the same on all ranks.
+    Communication: with several tensor-parallel ranks two all-reduces, of 4 and of 4 * (1 + m) bytes per row (8 and
+        8 * (1 + m) for float64); none for one rank.
+    Source: EBFT paper (arXiv 2603.12248); the authors' code scores at the sampling temperature, in float32.
+    """
+    assert logits.shape[-1] == shard.width, "logits of another vocabulary"
+    scaled = _scaled(logits, temperature, shard)
+    largest = shard.maximum(scaled.amax(dim=-1, keepdim=True))
+    scaled -= largest
+    column, is_own = _own_column(tokens, shard)
+    # A token has a finite logit on one rank; the others add 0 and leave its bits alone.
+    chosen = scaled.gather(-1, column).masked_fill(~is_own, 0.0)
+    parts = torch.cat((scaled.exp_().sum(dim=-1, keepdim=True), chosen), dim=-1)
+    mass, chosen = shard.sum(parts).split((1, tokens.shape[-1]), dim=-1)
+    return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0])
+
+
+def gradient_of_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: Tensor,
+    normalizers: Tensor,
+    gradient: Tensor,
+    shard: VocabularyShard,
+) -> Tensor:
+    """Gradient of logits from that of log-probabilities.
+
+    Args:
+        logits, tokens, temperature: as for `score_rows`, which gave the `normalizers` [N].
+        gradient: [N, m], the whole one on every rank.
+    Returns:
+        [N, width] in the logits' dtype, exactly 0 for padding.
+    Communication: none.
+    """
+    column, is_own = _own_column(tokens, shard)
+    result = _scaled(logits, temperature, shard).sub_(normalizers[:, None]).exp_()  # the softmax
+    result *= -gradient.sum(dim=-1, keepdim=True)
+    result.scatter_add_(-1, column, gradient.masked_fill(~is_own, 0.0))
+    return result.div_(temperature.to(result.dtype)[:, None]).to(logits.dtype)
+
+
+class VocabularyHead(nn.Module):
+    """This tensor-parallel rank's rows of the head's matrix, and what is computed with them."""
+
+    def __init__(self, shard: VocabularyShard, hidden_size: int, dtype: torch.dtype, is_embedding: bool):
+        """Make the matrix with undefined values.
+
+        Args:
+            is_embedding: the weight is the embedding's, which every call brings with it.
+        """
+        super().__init__()
+        self.shard = shard
+        self.weight = None if is_embedding else nn.Parameter(torch.empty(shard.width, hidden_size, dtype=dtype))
+
+    def forward(self, rows: Tensor, tied: Tensor | None, scored: ScoredTokens | None = None) -> Tensor:
+        """Logits of rows, or log-probabilities of tokens chosen from them.
+
+        Everything goes through this one function because engines make the weight whole around calls of the module.
+
+        Args:
+            rows: [N, H] after the final norm, the same on every tensor-parallel rank.
+            tied: the embedding's weight where it is the head's, else None.
+            scored: the tokens to score; None: logits are wanted.
+        Returns:
+            Logits [N, width] of this rank's slice in the dtype of the weight, without gradient; or log-probabilities
+            float32 [N, m], the same on all ranks, with gradient. Every rank computes the same loss from them, so each
+            rank's own upstream gradient is the whole one.
+        Communication: for logits none. For log-probabilities that of `score_rows` for the rows that are not known,
+            and one all-reduce of the rows' gradient in the backward pass.
+        """
+        weight = self.weight if tied is None else tied
+        assert weight is not None, "a tied head needs the embedding's weight"
+        if scored is None:
+            with torch.no_grad():
+                return F.linear(rows, weight)
+        return logprobs_of_rows(rows, weight, scored, self.shard)
+
+
+def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, shard: VocabularyShard) -> Tensor:
+    """Log-probabilities of tokens chosen from rows, computed by chunks of rows.
+
+    Args:
+        rows: [N, H]; weight: [width, H].
+    Returns:
+        float32 [N, m] (float64 for float64 weights). Rows that are known are not computed in the forward pass.
+    Communication: see `VocabularyHead.forward`.
+    Memory: logits of at most `HEAD_ROWS` rows, in the dtype of the weight and in float32; a normaliser per row for the
+        backward pass, which makes the logits again; there also one buffer of the weight's size.
+    """
+    known = scored.known or RowScores(
+        logprobs=torch.empty((0, scored.tokens.shape[1]), device=rows.device),
+        normalizers=torch.empty(0, device=rows.device),
+    )
+    logprobs: Tensor = _ChunkedLogprobs.apply(
+        rows, weight, scored.tokens, scored.temperature, known.logprobs, known.normalizers, shard
+    )
+    return logprobs
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """In closed form instead of by recording, so that each chunk's logits are gone before the next one's come."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        temperature: Tensor,
+        known_logprobs: Tensor,
+        known_normalizers: Tensor,
+        shard: VocabularyShard,
+    ) -> Tensor:
+        logprobs, normalizers = [known_logprobs], [known_normalizers]
+        for chunk in _chunks(len(known_normalizers), len(rows)):
+            scores = score_rows(F.linear(rows[chunk], weight), tokens[chunk], temperature[chunk], shard)
+            logprobs.append(scores.logprobs)
+            normalizers.append(scores.normalizers)
+        ctx.save_for_backward(rows, weight, tokens, temperature, torch.cat(normalizers))
+        ctx.shard = shard
+        return torch.cat(logprobs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, tokens, temperature, normalizers = ctx.saved_tensors
+        row_gradient = torch.empty_like(rows)
+        # In the weight's own dtype: a matrix product rounds its sum once anyway, this rounds it once per chunk.
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(0, len(rows)):
+            logits = F.linear(rows[chunk], weight)
+            towards_logits = gradient_of_logits(
+                logits, tokens[chunk], temperature[chunk], normalizers[chunk], gradient[chunk], ctx.shard
+            )
+            row_gradient[chunk] = towards_logits @ weight
+            if weight_gradient is not None:
+                weight_gradient.addmm_(towards_logits.T, rows[chunk])
+        return ctx.shard.sum(row_gradient), weight_gradient, None, None, None, None, None
+
+
+def _chunks(first: int, end: int) -> list[slice]:
+    """Consecutive runs of at most `HEAD_ROWS` rows."""
+    return [slice(start, min(start + HEAD_ROWS, end)) for start in range(first, end, HEAD_ROWS)]
+
+
+def _scaled(logits: Tensor, temperature: Tensor, shard: VocabularyShard) -> Tensor:
+    """A copy of the logits at their rows' temperatures, without padding."""
+    # Cast before the division: bfloat16 has 8 bits of mantissa, a rounded logit of 30 is off by a tenth.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return shard.exclude_padding_(logits.to(dtype) / temperature.to(dtype)[:, None])
+
+
+def _own_column(tokens: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Each token's column on this rank (any column if it is another rank's), and whether it is this rank's."""
+    column = tokens - shard.first
+    is_own = (column >= 0) & (column < shard.num_tokens)
+    return column.clamp(0, shard.width - 1), is_own

@@ -1,0 +1,80 @@
+"""The policy's forward pass that a rollout already was, and how the gradient pass takes it over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.head import RowScores
+from ebft_mega.model.kept import KeptInputs, replay
+from ebft_mega.model.stage import Stage
+from ebft_mega.rollout.layout import packed_positions
+from ebft_mega.rollout.plan import BlockPlan
+
+Reuse = Literal["off", "checkpoints", "activations"]
+
+
+@dataclass
+class KeptForward:
+    """What one stage keeps of a micro-batch's rollout; used up by one gradient pass."""
+
+    pieces: list[int] = field(default_factory=list)  # positions of each pass: the document, then R for each token
+    scores: list[RowScores] = field(default_factory=list)  # last stage: of each token, rows by position, then B
+    inputs: KeptInputs | None = None  # checkpoints
+    entering: list[Tensor] = field(default_factory=list)  # activations: leaves that received hidden states, by pass
+    leaving: list[Tensor] = field(default_factory=list)  # activations: hidden states before the final norm, by pass
+    placeholder: Tensor | None = None  # checkpoints: where the gradient arrives for the stage before
+
+    def hidden_states(self, stage: Stage, document: Tensor, rollouts: Tensor, plan: BlockPlan) -> Tensor:
+        """Hidden states of the packed pass before the final norm, whose gradient flows into the stage.
+
+        Args:
+            document: int64 [B, D], the document positions of the pass.
+            rollouts: int64 [B, R * T], what was fed back, token-major.
+        Returns:
+            [S / shards, B, H], each pass's positions behind those of the pass before; where the stage has no head only
+            the gradient of it means something.
+        Communication: for checkpoints that of the embedding now, and of the layers in the backward pass.
+        """
+        if self.inputs is None:
+            return torch.cat(self.leaving)
+        device, shape = document.device, stage.hidden
+        positions = packed_positions(plan, self.pieces[0], len(self.pieces) - 1, device)
+        layout = StridedLayout.of(
+            plan,
+            stage.attention,
+            document_length=self.pieces[0],
+            tokens_per_rollout=len(self.pieces) - 1,
+            order=shape.order(self.pieces),
+        )
+        if stage.shape.has_embedding:
+            tokens = torch.cat((document, rollouts), dim=1)
+            entering = torch.cat([stage.embed(piece) for piece in tokens.split(self.pieces, dim=1)])
+        else:
+            entering = self.placeholder = self.inputs.placeholder().requires_grad_()
+        return replay(stage, self.inputs, entering, positions, layout, self.pieces)
+
+    def entering_gradient(self) -> Tensor:
+        """After the backward pass: gradient of the hidden states that entered the stage, [S / shards, B, H]."""
+        leaves = self.entering if self.placeholder is None else [self.placeholder]
+        gradients = [leaf.grad for leaf in leaves]
+        return torch.cat([gradient for gradient in gradients if gradient is not None])
+
+
+def join_scores(parts: Sequence[RowScores]) -> RowScores | None:
+    """Scores of all tokens, first the K anchor rows with n choices each, then one choice for each later row.
+
+    Returns:
+        RowScores of K * B + (T * R) * B rows with n choices; of the later rows only the first column means anything.
+        None if there are none (on all but the last stage).
+    """
+    if not parts:
+        return None
+    choices = parts[0].logprobs.shape[1]
+    return RowScores(
+        torch.cat([part.logprobs.expand(-1, choices) for part in parts]),
+        torch.cat([part.normalizers for part in parts]),
+    )

@@ -1,0 +1,101 @@
+"""What `auto` becomes: the choices against the peaks that the memory formulas give."""
+
+import pytest
+
+from ebft_mega.config import planner
+from ebft_mega.config.load import load_config
+from ebft_mega.config.memory import Choices, peak_bytes
+from ebft_mega.config.reuse import choices, chosen_reuse, feature_network_is_sharded, needed_bytes
+from ebft_mega.config.validate import check_run
+
+# The fixture's model is so small that kept activations need most of all; parameters stay whole at stage 2.
+WHOLE = {"zero__stage": 2}
+PLENTY = 1 << 40
+
+
+def plan_of(inputs, world_size=4, **changes):
+    config = load_config(inputs.write(**changes))
+    return config, check_run(config, world_size)
+
+
+def needed(config, plan, reuse, is_sharded=False):
+    return needed_bytes(peak_bytes(config, plan, Choices(reuse, is_sharded)))
+
+
+def test_the_most_that_fits_is_kept(inputs):
+    config, plan = plan_of(inputs, **WHOLE, zero__feature_network="resident")
+    activations, checkpoints = (needed(config, plan, reuse) for reuse in ("activations", "checkpoints"))
+    assert activations > checkpoints
+    assert chosen_reuse(config, plan, activations) == "activations"
+    assert chosen_reuse(config, plan, activations - 1) == "checkpoints"
+    assert chosen_reuse(config, plan, checkpoints) == "checkpoints"
+    assert chosen_reuse(config, plan, checkpoints - 1) == "off"
+
+
+def test_a_tenth_of_the_memory_is_left_free(inputs):
+    config, plan = plan_of(inputs, **WHOLE, zero__feature_network="resident")
+    peak = peak_bytes(config, plan, Choices("activations", False))
+    assert chosen_reuse(config, plan, round(peak / 0.91)) == "checkpoints"
+    assert chosen_reuse(config, plan, round(peak / 0.89)) == "activations"
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_plenty"),
+    [
+        ({}, "checkpoints"),  # stage 3, parameters released after the rollouts
+        ({"zero__hold_parameters": "step"}, "activations"),
+        ({"zero__stage": 0}, "activations"),
+        (WHOLE | {"train__activation_checkpointing": "full"}, "checkpoints"),
+        ({"ebft__rl_coef": 0, "ebft__ce_coef": 1}, "off"),
+    ],
+)
+def test_what_auto_takes_of_plenty_and_of_unknown_memory(inputs, changes, with_plenty):
+    config, plan = plan_of(inputs, **changes)
+    assert chosen_reuse(config, plan, PLENTY) == with_plenty
+    assert chosen_reuse(config, plan, None) == ("off" if with_plenty == "off" else "checkpoints")
+
+
+@pytest.mark.parametrize("memory", [None, 1, PLENTY])
+@pytest.mark.parametrize("reuse", ["activations", "checkpoints", "off"])
+@pytest.mark.parametrize("network", ["resident", "sharded"])
+def test_what_is_configured_is_taken_whatever_fits(inputs, reuse, network, memory):
+    config, plan = plan_of(inputs, **WHOLE, learn__reuse_rollout=reuse, zero__feature_network=network)
+    assert choices(config, plan, memory) == Choices(reuse, network == "sharded")
+
+
+def test_a_run_without_rollouts_keeps_nothing(inputs):
+    config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1, learn__reuse_rollout="checkpoints")
+    assert choices(config, plan, PLENTY) == Choices("off", False)
+
+
+def test_the_network_is_divided_before_fewer_activations_are_kept(inputs):
+    """In micro-batches of one row the network is larger than what its own phase adds to it."""
+    changes = {"train__micro_batch_size": 1, "train__global_batch_size": 8, "ebft__n_samples_per_prompt": 1}
+    config, plan = plan_of(inputs, **WHOLE, **changes)
+    resident, divided = (needed(config, plan, "activations", is_sharded) for is_sharded in (False, True))
+    assert divided < resident
+    assert choices(config, plan, resident) == Choices("activations", False)
+    assert choices(config, plan, resident - 1) == Choices("activations", True)
+    assert choices(config, plan, divided) == Choices("activations", True)
+    assert chosen_reuse(config, plan, divided - 1) != "activations"
+    assert not feature_network_is_sharded(config, plan, None)
+
+
+def test_a_network_that_no_other_process_has_is_never_divided(inputs):
+    config, plan = plan_of(inputs, world_size=1)
+    assert not feature_network_is_sharded(config, plan, 1)
+
+
+def test_the_dry_run_shows_the_alternatives(inputs):
+    config, plan = plan_of(inputs, **WHOLE)
+    text = planner.describe_run(config, plan)
+    for reuse in ("activations", "checkpoints", "off"):
+        peaks = (peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in (False, True))
+        cells = [reuse, *(f"{peak / planner.GIB_BYTES:.3f}" for peak in peaks)]
+        assert cells in [line.split() for line in text.splitlines()]
+    assert "Planned above: checkpoints, feature network resident." in text
+    config, plan = plan_of(inputs)
+    section = planner.describe_run(config, plan).partition("Peak by what learning takes over")[2]
+    assert section and "activations" not in section
+    config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
+    assert "Peak by what learning takes over" not in planner.describe_run(config, plan)

@@ -1,0 +1,118 @@
+"""A comparison from runs to file, tables and plot; memory is measured by the tool's own test."""
+
+import json
+import statistics
+
+import pytest
+
+from ebft_mega.benchmark import comparison
+from ebft_mega.benchmark.case import BenchCase, architecture_of
+from ebft_mega.benchmark.comparison import Timing, compare, entry, ratios
+from ebft_mega.benchmark.plots import draw_costs, linear_flops
+from ebft_mega.benchmark.suite import CASES, large_model_costs
+from ebft_mega.benchmark.tables import markdown, phases_table, report, times_table
+from ebft_mega.cost.naive import cost_of_naive_step
+from ebft_mega.cost.ours import StepShape, cost_of_step
+from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL
+
+PROMISED = {
+    "rows_generate",
+    "head_rows_generate",
+    "rows_features",
+    "feature_layers_run",
+    "rows_policy_forward",
+    "flops",
+    "seconds_median",
+    "seconds_all",
+    "peak_bytes",
+}
+
+
+@pytest.fixture
+def compared(groups, monkeypatch):
+    """An entry of the bench file, from real steps and made-up memory."""
+    peaks = {"naive": 4_000_000, "ours": 1_000_000}
+    monkeypatch.setattr(comparison, "peak_bytes_in_child", lambda side, case, model: peaks[side])
+    said = []
+    case = TINY_CASES["stride=G"]
+    found = compare(case, ("naive", "ours"), TINY_MODEL, groups, said.append)
+    assert len(said) == 2 + 2 * case.runs + 2
+    return found
+
+
+def test_a_compared_case_has_what_the_bench_file_promises(compared):
+    assert (compared["sequence_length"], compared["samples"]) == (28, 3)
+    assert (compared["stride"], compared["generate_max_len"]) == (4, 4)
+    assert compared["bound"]["flops"] < compared["ours"]["flops"] < compared["naive"]["flops"]
+    for side in ("naive", "ours"):
+        assert set(compared[side]) >= PROMISED
+        assert compared[side]["seconds_median"] == statistics.median(compared[side]["seconds_all"]) > 0
+        phases = compared[side]["phase_seconds_median"]
+        assert 0 < sum(phases.values()) <= compared[side]["seconds_median"]
+        assert sum(phase["flops"] for phase in compared[side]["phases"].values()) == compared[side]["flops"]
+    # 6 blocks of 3 samples: 24 document positions and 3 of 4 tokens of each rollout.
+    assert compared["ours"]["rows_generate"] == 24 + 18 * 3
+    assert compared["naive"]["rows_generate"] == 3 * (4 * 28 + 6 * (0 + 1 + 2 + 3))
+    assert compared["ratios"]["peak ours / naive"] == 0.25
+    json.dumps(compared)
+
+
+def made_up(case, seconds):
+    """An entry without running anything."""
+    config = case.config(TINY_MODEL, "off")
+    architecture = architecture_of(TINY_MODEL)
+    shape = StepShape.of(config, architecture, architecture)
+    costs = {"naive": cost_of_naive_step(shape), "ours": cost_of_step(shape, "checkpoints")}
+    timings = {name: Timing(wall=list(values), processor=list(values)) for name, values in seconds.items()}
+    return entry(case, TINY_MODEL, costs, timings, {"ours": 7_000_000})
+
+
+def test_ratios_are_those_of_medians():
+    found = made_up(TINY_CASES["stride=G"], {"naive": [8.0, 10.0, 40.0], "ours": [1.0, 2.0, 2.5]})
+    assert found["ratios"]["seconds ours / naive"] == 0.2
+    assert found["ratios"]["flops ours / naive"] == found["ours"]["flops"] / found["naive"]["flops"]
+    assert found["ratios"]["flops naive / bound"] == found["naive"]["flops"] / found["bound"]["flops"]
+    assert "peak ours / naive" not in found["ratios"], "the baseline's is unknown"
+
+
+def test_a_side_alone_has_no_ratio_but_that_to_the_bound():
+    ours = made_up(TINY_CASES["stride=G"], {"ours": [1.0]})["ours"]
+    assert set(ratios({"ours": ours}, 1)) == {"flops ours / bound"}
+
+
+def test_tables_say_what_was_not_run():
+    case = made_up(TINY_CASES["stride=G"], {"ours": [1.0, 2.0, 2.5]})
+    table = times_table([case])
+    assert "2.00 (1.00-2.50)" in table and "not run" in table
+    lines = phases_table(case).splitlines()
+    assert len(lines) == 2 + 3 * 4  # naive, ours and the bound, four phases each
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_the_report_has_every_case():
+    cases = [made_up(case, {"ours": [1.0]}) for case in TINY_CASES.values()]
+    text = report({"cases": cases, "large_model": large_model_costs()})
+    assert text.count("\n## ") == 1 + len(cases)
+    assert "| 1024 | ours, checkpoints | 64.6 | 48.6 | 0.0 | 194.3 | 307.6 | 1.276 |" in text
+
+
+def test_markdown_tables_are_tables():
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_costs_are_drawn(tmp_path):
+    cases = [made_up(BenchCase("", 16 + 4 * k, samples=3, stride=4), {"ours": [1.0 * k]}) for k in (1, 2, 3)]
+    draw_costs(cases, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").read_bytes()[:4] == b"\x89PNG"
+    works = [linear_flops(case["ours"]) for case in cases]
+    assert works[2] - works[1] == works[1] - works[0]
+
+
+def test_the_suite_varies_one_thing_at_a_time():
+    first = CASES[0]
+    for case in CASES[1:]:
+        names = ("sequence_length", "samples", "stride", "context_length", "generate_length")
+        assert sum(getattr(case, name) != getattr(first, name) for name in names) == 1
+    runs = {case.name: case.runs for case in CASES}
+    assert runs["L256"] >= 5 and min(runs.values()) >= 3
+    assert {case.sequence_length for case in CASES if "naive" in case.sides} == {256, 512, 1024}

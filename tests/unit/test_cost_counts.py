@@ -1,0 +1,155 @@
+"""The counts of a step against the published ones, against masks, and against what they must be made of."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebft_mega.benchmark.case import LARGE_MODEL, architecture_of
+from ebft_mega.cost.naive import cost_of_naive_step
+from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
+from ebft_mega.cost.work import Flops, LayerWork
+from ebft_mega.rollout.plan import BlockPlan
+
+LARGE = architecture_of(LARGE_MODEL)
+DEFAULT = BlockPlan(1024, 8, 8, 8, 4)
+
+
+def shape_of(plan=DEFAULT, **changes):
+    return StepShape(LARGE, LARGE, plan, **changes)
+
+
+@st.composite
+def plans(draw):
+    stride, context = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    generated, blocks = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    length = context + generated + stride * (blocks - 1)
+    return BlockPlan(length, stride, context, generated, draw(st.integers(1, 4)))
+
+
+def test_the_baseline_has_the_counts_of_the_existing_trainers():
+    cost = cost_of_naive_step(shape_of())
+    assert (cost.generate.rows, cost.generate.head_rows) == (46_992, 46_992)
+    assert (cost.features.rows, cost.features.head_rows, cost.features.layers) == (8_160, 8_160, 28)
+    assert cost.policy_forward.rows == cost.policy_forward.head_rows == 8_160
+    assert cost.features.pairs == 16_646_400
+
+
+@pytest.mark.parametrize("reuse", ["checkpoints", "activations"])
+def test_ours_has_the_counts_that_were_promised(reuse):
+    cost = cost_of_step(shape_of(), reuse)
+    assert (cost.generate.rows, cost.generate.head_rows) == (4_572, 3_683)
+    assert (cost.features.rows, cost.features.layers, cost.features.head_rows) == (5_088, 21, 0)
+    assert cost.features.pairs == 2_623_856
+    assert (cost.policy_forward.rows, cost.policy_forward.head_rows) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("length", "bound", "baseline", "checkpointing"), [(1024, 241.2, 1181.7, 1294.7), (4096, 1013.0, None, 5942.0)]
+)
+def test_flops_of_a_7b_step_are_the_published_ones(length, bound, baseline, checkpointing):
+    """Tera-FLOPs of performance.md, section 4, to its last digit."""
+    shape = shape_of(BlockPlan(length, 8, 8, 8, 4))
+    assert least_cost_of_step(shape).total / 1e12 == pytest.approx(bound, abs=0.1)
+    if baseline:
+        assert cost_of_naive_step(shape).total / 1e12 == pytest.approx(baseline, abs=0.15)
+    assert cost_of_naive_step(shape, checkpoints_layers=True).total / 1e12 == pytest.approx(checkpointing, abs=0.5)
+
+
+def test_a_7b_step_is_close_to_the_limit():
+    shape = shape_of()
+    bound = least_cost_of_step(shape).total
+    assert cost_of_step(shape, "checkpoints").total <= 1.30 * bound
+    assert cost_of_step(shape, "activations").total <= 1.05 * bound
+    naive = [cost_of_naive_step(shape, checkpoints_layers=on).total / bound for on in (False, True)]
+    assert naive == [pytest.approx(4.90, abs=0.005), pytest.approx(5.37, abs=0.005)]
+
+
+def test_a_layer_does_what_its_parameters_say():
+    """Without norms and biases, a forward multiplies each weight with each position once."""
+    norms_and_biases = 2 * LARGE.hidden_size + (28 + 2 * 4) * 128
+    flops = LayerWork.whole(rows=3, pairs=5).flops(LARGE)
+    assert flops == Flops(linear=2 * 3 * (LARGE.layer_parameters - norms_and_biases), attention=4 * 28 * 128 * 5)
+
+
+@given(plans(), st.booleans(), st.booleans())
+def test_pairs_are_those_of_the_mask(plan, uses_targets, pools_mean):
+    """Counted one query at a time, from the definition of who sees whom."""
+    shape = shape_of(plan, uses_targets=uses_targets, pools_mean=pools_mean)
+    document = plan.sequence_length - 1 if uses_targets else plan.anchors[-1]
+    queries = [position + 1 for position in range(document)]
+    queries += [anchor + t + 1 for anchor in plan.anchors for t in range(plan.generate_length - 1)] * plan.num_samples
+    policy = shape.policy_layer(uses_targets)
+    assert (policy.keys, policy.pairs) == (len(queries), sum(queries))
+
+    features = [position + 1 for position in range(plan.sequence_length)]
+    features += [anchor + t + 1 for anchor in plan.anchors for t in range(plan.generate_length)] * plan.num_samples
+    cost = cost_of_step(shape, "off").features
+    assert (cost.rows, cost.pairs) == (len(features), sum(features))
+    window = range(0 if pools_mean else plan.generate_length - 1, plan.generate_length)
+    pooled = [position + 1 for position in {anchor + t for anchor in plan.anchors for t in window}]
+    pooled += [anchor + t + 1 for anchor in plan.anchors for t in window] * plan.num_samples
+    assert (shape.pooled.outputs, shape.pooled.pairs) == (len(pooled), sum(pooled))
+
+
+@given(plans(), st.booleans(), st.booleans())
+def test_nothing_is_below_the_limit(plan, uses_targets, pools_mean):
+    shape = shape_of(plan, uses_targets=uses_targets, pools_mean=pools_mean)
+    bound = least_cost_of_step(shape)
+    activations, checkpoints = (cost_of_step(shape, reuse) for reuse in ("activations", "checkpoints"))
+    off = cost_of_step(shape, "off")
+    assert bound.total <= activations.total < checkpoints.total
+    assert activations.total <= off.total < cost_of_step(shape, "off", checkpoints_layers=True).total
+    assert activations.total < cost_of_naive_step(shape).total
+    # What is not done again is the same whatever is kept.
+    assert activations.policy_backward.flops == checkpoints.policy_backward.flops == off.policy_backward.flops
+
+
+def test_without_rollouts_there_is_one_plain_forward_and_backward():
+    cost = cost_of_step(shape_of(uses_rollouts=False, uses_targets=True), "checkpoints")
+    assert cost.generate.total == cost.features.total == 0
+    assert cost.policy_forward.rows == cost.policy_forward.head_rows == 1023
+    assert cost.policy_forward.pairs == 1023 * 1024 // 2
+    linear = 2 * 1023 * (28 * LayerWork.whole(1, 0).flops(LARGE).linear // 2)
+    assert cost.policy_forward.flops.linear == linear
+    assert cost.policy_backward.flops == cost.policy_forward.flops.times(2)
+    assert cost.policy_backward.recomputed.linear == 0
+
+
+def test_targets_cost_their_head_rows_and_the_rest_of_the_row():
+    plain, with_targets = (cost_of_step(shape_of(uses_targets=on), "checkpoints") for on in (False, True))
+    assert with_targets.generate.rows - plain.generate.rows == 1023 - 1016
+    assert with_targets.generate.head_rows == plain.generate.head_rows
+    assert (with_targets.policy_forward.rows, with_targets.policy_forward.head_rows) == (0, 1023)
+    assert with_targets.policy_backward.head_rows == plain.policy_backward.head_rows + 1023
+
+
+def linear_work(cost):
+    return sum(phase.flops.linear + phase.flops.head for phase in cost.phases.values())
+
+
+@pytest.mark.parametrize("reuse", ["checkpoints", "activations", "off"])
+def test_linear_work_is_linear(reuse):
+    """Equal steps in the row's length or in n add equal work; the baseline's is the same but for attention."""
+    by_length = [linear_work(cost_of_step(shape_of(BlockPlan(16 + 8 * k, 8, 8, 8, 4)), reuse)) for k in range(1, 200)]
+    by_samples = [linear_work(cost_of_step(shape_of(BlockPlan(1024, 8, 8, 8, n)), reuse)) for n in range(1, 20)]
+    for works in (by_length, by_samples):
+        assert len({after - before for before, after in zip(works, works[1:], strict=False)}) == 1
+
+
+def test_work_with_stride_goes_with_the_number_of_blocks():
+    """Halving the stride doubles blocks and rollouts; only the document stays."""
+    for stride in (4, 8, 16):
+        plan = BlockPlan(1040, stride, 8, 8, 4)
+        rollouts = cost_of_step(shape_of(plan), "checkpoints").generate.rows - plan.anchors[-1]
+        assert rollouts == 4 * 7 * plan.num_blocks
+
+
+def test_other_feature_depths_and_models():
+    shape = dataclasses.replace(shape_of(), feature_layers=(0.5,))
+    assert cost_of_step(shape, "off").features.layers == 14
+    small = dataclasses.replace(LARGE, num_hidden_layers=4, hidden_size=64)
+    cost = cost_of_step(dataclasses.replace(shape, feature_architecture=small), "off")
+    assert cost.features.layers == 2
+    assert cost.generate == cost_of_step(shape, "off").generate
