@@ -1,6 +1,6 @@
 """What a function really allocates, for comparison with what the planner says it does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile
@@ -22,20 +22,25 @@ def peak_tensor_bytes(function: Callable[[], Result]) -> tuple[Result, int]:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
-    live: dict[int, int] = {}  # bytes by address, of blocks that were allocated during the call
+    return result, most_live(_blocks(recorded))
+
+
+def most_live(blocks: Iterable[tuple[int, int]]) -> int:
+    """The most bytes held at once, from (address, bytes; below 0: the block is given back) in the order of time."""
+    live: dict[int, int] = {}
     now = peak = 0
-    for address, size in _blocks(recorded):
+    for address, size in blocks:
         if size > 0:
             live[address] = size
             now += size
             peak = max(peak, now)
         else:
-            now -= live.pop(address, 0)
-    return result, peak
+            now -= live.pop(address, 0)  # 0: it is older than the first of these
+    return peak
 
 
 def _blocks(recorded: profile) -> Iterator[tuple[int, int]]:
-    """Address and bytes of each block in the order of time; bytes below 0: the block was given back."""
+    """What the profiler recorded, as `most_live` reads it."""
     events = list(_with_children(recorded.profiler.kineto_results.experimental_event_tree()))
     allocations = [event for event in events if type(event.extra_fields).__name__ == "_ExtraFields_Allocation"]
     for event in sorted(allocations, key=lambda event: event.start_time_ns):

@@ -1,16 +1,19 @@
 """Time and count one optimizer step of a naive baseline and of this trainer, side by side.
 
-Both run on the same toy model, weights and rows in this process, taking turns; peak memory is measured in a process for
-each. What is counted is checked while it runs. Takes about 20 minutes on two cores; `--quick` takes some seconds.
+Both run on the same model (a toy, if no other is named), weights and rows in this process, taking turns; peak memory is
+measured in a process for each. What is counted is checked while it runs. The toy takes about 20 minutes on two cores;
+`--quick` takes some seconds.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.benchmark.case import MODELS
 from ebft_mega.benchmark.suite import CASES, QUICK_CASES, run_suite
 from ebft_mega.benchmark.tables import report
 
@@ -24,13 +27,20 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against L, n and stride")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables that are printed")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument(
+        "--model", choices=list(MODELS), default="toy", help="its size (default: toy); others need a GPU"
+    )
+    parser.add_argument(
+        "--attention", choices=("auto", "two_part", "flex", "dense"), default="auto", help="of our sides"
+    )
     parser.add_argument("--quick", action="store_true", help="one short row, one run: whether everything works")
     options = parser.parse_args()
 
     cases = QUICK_CASES if options.quick else CASES
     if options.cases:
         cases = tuple(case for case in CASES if case.name in options.cases)
-    bench = run_suite(cases, lambda words: print(words, file=sys.stderr, flush=True))
+    model = dataclasses.replace(MODELS[options.model], attention=options.attention)
+    bench = run_suite(cases, model, lambda words: print(words, file=sys.stderr, flush=True))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")
     tables = report(bench)

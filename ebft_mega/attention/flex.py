@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils import _triton
 
 from ebft_mega.attention.pattern import AttentionPattern
 
@@ -32,7 +33,7 @@ def num_compilations() -> int:
 
 def flex_is_available(device: torch.device) -> bool:
     """Whether flex_attention has a forward and a backward kernel there: on CUDA with Triton."""
-    return device.type == "cuda" and torch.utils._triton.has_triton()
+    return device.type == "cuda" and bool(_triton.has_triton())
 
 
 @dataclass(frozen=True)

@@ -97,4 +97,6 @@ class AttentionPattern:
 
 
 def _increasing(numbers: tuple[int, ...] | range) -> bool:
+    if isinstance(numbers, range):
+        return numbers.step > 0 or len(numbers) < 2
     return all(first < second for first, second in zip(numbers, numbers[1:], strict=False))

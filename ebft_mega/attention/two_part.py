@@ -46,7 +46,7 @@ class TwoPartAttention:
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, which torch's kernels take for granted and small ones run fast on."""
+    """The tensor with its last dimension contiguous: torch's flash kernels take that for granted, unchecked."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ebft_mega.config.schema import (
     DataConfig,
@@ -18,28 +18,57 @@ from ebft_mega.cost.ours import Reuse
 from ebft_mega.model.architecture import Architecture
 
 NOWHERE = Path("unused")  # a benchmark reads no dataset and writes no run directory
-# Small enough for a CPU; attention is a far larger share of it than of a real model.
-TOY_MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-}
-# The size that exact counts are also given for; weights are never made.
-LARGE_MODEL: dict[str, Any] = {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """What the sides of a comparison run, with random weights."""
+
+    sizes: dict[str, Any]  # in Hugging Face's names
+    dtype: Literal["bfloat16", "float32"]
+    attention: Literal["auto", "two_part", "flex", "dense"] = "auto"  # ours alone, as `train.attention`
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes by our names."""
+        return Architecture.from_hf(self.sizes, "benchmark")
+
+
+def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, groups: int, vocabulary: int, tied: bool) -> Any:
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": tied,
+    }
+
+
+MODELS = {
+    # Small enough for a CPU; attention is a far larger share of it than of a real model.
+    "toy": BenchModel(
+        {
+            "model_type": "llama",
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        },
+        "float32",
+    ),
+    # The sizes of Qwen2.5, for GPUs.
+    "0.5b": BenchModel(_qwen2(896, 4864, 24, 14, 2, 151936, tied=True), "bfloat16"),
+    "1.5b": BenchModel(_qwen2(1536, 8960, 28, 12, 2, 151936, tied=True), "bfloat16"),
+    # Counted, never run here.
+    "7b": BenchModel(_qwen2(3584, 18944, 28, 28, 4, 152064, tied=False), "bfloat16"),
 }
 
 
@@ -56,11 +85,11 @@ class BenchCase:
     runs: int = 5
     sides: tuple[str, ...] = ("naive", "naive_sdpa", "ours", "ours_activations")
 
-    def config(self, model: dict[str, Any], reuse: Reuse) -> RunConfig:
-        """A run of one row per step in float32 on one process, whose learning rate the benchmark sets to 0."""
+    def config(self, model: BenchModel, reuse: Reuse, checkpoints_layers: bool = False) -> RunConfig:
+        """A run of one row per step on one process, whose learning rate the benchmark sets to 0."""
         return RunConfig(
             output_dir=NOWHERE,
-            model=ModelConfig(config=model),
+            model=ModelConfig(config=model.sizes),
             data=DataConfig(shards=NOWHERE, sequence_length=self.sequence_length),
             ebft=EbftConfig(
                 stride=self.stride,
@@ -68,7 +97,13 @@ class BenchCase:
                 generate_max_len=self.generate_length,
                 n_samples_per_prompt=self.samples,
             ),
-            train=TrainConfig(global_batch_size=1, max_steps=1, dtype="float32"),
+            train=TrainConfig(
+                global_batch_size=1,
+                max_steps=1,
+                dtype=model.dtype,
+                attention=model.attention,
+                activation_checkpointing="full" if checkpoints_layers else "none",
+            ),
             zero=ZeroConfig(stage=0),
             learn=LearnConfig(reuse_rollout=reuse),
         )
@@ -77,8 +112,3 @@ class BenchCase:
         """The same on the shortest row that has two blocks."""
         shortest = self.context_length + self.generate_length + self.stride
         return dataclasses.replace(self, sequence_length=shortest)
-
-
-def architecture_of(model: dict[str, Any]) -> Architecture:
-    """The sizes of a model given in Hugging Face's names."""
-    return Architecture.from_hf(model, "benchmark")

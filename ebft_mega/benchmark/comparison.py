@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ebft_mega.benchmark.case import BenchCase, architecture_of
+import torch
+
+from ebft_mega.benchmark.case import BenchCase, BenchModel
 from ebft_mega.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.benchmark.memory import peak_bytes_in_child
-from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_side
+from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_sides
+from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
 from ebft_mega.cost.ours import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
 from ebft_mega.model.architecture import Architecture
@@ -38,7 +41,7 @@ class Timing:
 def compare(
     case: BenchCase,
     sides: Sequence[str],
-    model: dict[str, Any],
+    model: BenchModel,
     groups: ProcessGroups,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def compare(
     Raises:
         RuntimeError: a side did not do the work that its formulas say.
     """
-    architecture = architecture_of(model)
+    architecture = model.architecture
     timings = {name: Timing() for name in sides}
-    built = {name: build_side(name, case, model, groups) for name in sides}
+    built = build_sides(sides, case, model, groups)
     for name, side in built.items():
         side.warm_up()
         check_counts(side, architecture)
@@ -74,7 +77,7 @@ def compare(
     for name in sides:
         peaks[name] = peak_bytes_in_child(name, case, model)
         say(f"{case.name} {name}: peak {peaks[name] / 1e6:.0f} MB")
-    return entry(case, model, costs, timings, peaks)
+    return entry(case, model, costs, timings, peaks, device_peak(model, groups.device))
 
 
 def check_counts(side: Side, architecture: Architecture) -> None:
@@ -107,16 +110,30 @@ def time_step(side: Side, step: int, timing: Timing) -> None:
 
 def entry(
     case: BenchCase,
-    model: dict[str, Any],
+    model: BenchModel,
     costs: Mapping[str, StepCost],
     timings: Mapping[str, Timing],
     peaks: Mapping[str, int],
+    peak_flops_per_device: float | None = None,
 ) -> dict[str, Any]:
-    """A case as it is in the bench file."""
-    architecture = architecture_of(model)
+    """A case as it is in the bench file.
+
+    Args:
+        peak_flops_per_device: of the device that the times are of; None leaves `mfu` empty.
+    """
+    architecture = model.architecture
     config = case.config(model, "off")
     bound = least_cost_of_step(StepShape.of(config, architecture, architecture))
     of_sides = {name: _side_entry(cost, timings.get(name), peaks.get(name)) for name, cost in costs.items()}
+    for side in of_sides.values():
+        seconds = side["seconds_median"]
+        side["rollout_tokens_per_second"] = config.block_plan.generated_per_row / seconds if seconds else None
+        # The same numerator for all sides: what the step needs in our counts, once.
+        side["mfu"] = (
+            model_flops_utilisation(config, architecture, architecture, seconds, 1, peak_flops_per_device)
+            if seconds and peak_flops_per_device
+            else None
+        )
     return {
         "name": case.name,
         "sequence_length": case.sequence_length,
@@ -127,6 +144,11 @@ def entry(
         "bound": {"flops": bound.total, "phases": _phase_entries(bound)},
         "ratios": ratios(of_sides, bound.total),
     }
+
+
+def device_peak(model: BenchModel, device: torch.device) -> float | None:
+    """Dense peak of the device in FLOPs per second; None for CPUs and unknown ones."""
+    return peak_flops(torch.cuda.get_device_name(device), model.dtype) if device.type == "cuda" else None
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]], bound_flops: int) -> dict[str, float]:

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from ebft_mega.benchmark.case import BenchCase
+from ebft_mega.benchmark.case import BenchCase, BenchModel
 
 CLEAR_PEAK = "5"  # proc(5): resets the resident high-water mark to what is resident now
 
 
-def peak_bytes_in_child(side: str, case: BenchCase, model: dict[str, Any]) -> int:
+def peak_bytes_in_child(side: str, case: BenchCase, model: BenchModel) -> int:
     """Run one step of a side in a child process.
 
     Returns:
@@ -23,7 +22,7 @@ def peak_bytes_in_child(side: str, case: BenchCase, model: dict[str, Any]) -> in
     Raises:
         subprocess.CalledProcessError: the child failed; its words are on standard error.
     """
-    request = json.dumps({"side": side, "case": dataclasses.asdict(case), "model": model})
+    request = json.dumps({"side": side, "case": dataclasses.asdict(case), "model": dataclasses.asdict(model)})
     command = [sys.executable, "-m", "ebft_mega.benchmark.memory", request]
     # A job of one process, whatever started this one.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -31,16 +30,16 @@ def peak_bytes_in_child(side: str, case: BenchCase, model: dict[str, Any]) -> in
     return int(answer.stdout.splitlines()[-1])
 
 
-def measure(side: str, case: BenchCase, model: dict[str, Any]) -> int:
+def measure(side: str, case: BenchCase, model: BenchModel) -> int:
     """Peak bytes of a step over what was there before it, in this process."""
     import torch
 
-    from ebft_mega.benchmark.sides import build_side
+    from ebft_mega.benchmark.sides import build_sides
     from ebft_mega.parallel.groups import connect, make_process_groups
 
     torch.set_num_threads(1)
     groups = make_process_groups(connect())
-    built = build_side(side, case, model, groups)
+    built = build_sides([side], case, model, groups)[side]
     built.warm_up()
     gc.collect()
     if groups.device.type == "cuda":
@@ -64,4 +63,4 @@ def _resident(field: str) -> int:
 
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
-    print(measure(wanted["side"], BenchCase(**wanted["case"]), wanted["model"]))
+    print(measure(wanted["side"], BenchCase(**wanted["case"]), BenchModel(**wanted["model"])))

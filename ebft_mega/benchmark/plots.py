@@ -8,6 +8,7 @@ from ebft_mega.benchmark.tables import SIDE_NAMES
 
 COLOURS = {
     "naive": "#d9480f",
+    "naive_checkpointing": "#c2255c",
     "naive_sdpa": "#f59f00",
     "ours": "#1f6feb",
     "ours_activations": "#2b8a3e",

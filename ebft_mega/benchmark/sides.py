@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ebft_mega.benchmark.case import BenchCase, architecture_of
+from ebft_mega.benchmark.case import BenchCase, BenchModel
 from ebft_mega.benchmark.counting import LabelledTimers
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
 from ebft_mega.benchmark.step_major import DenseKernel
@@ -23,8 +22,21 @@ from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.types import DTYPES, TokenBatch
 
-# Names of sides: the baseline by its attention, ours by what learning takes over from the rollout phase.
-NAIVE_SIDES: dict[str, DenseKernel] = {"naive": "eager", "naive_sdpa": "sdpa"}
+
+@dataclass(frozen=True)
+class Baseline:
+    """A way to run the baseline."""
+
+    kernel: DenseKernel
+    checkpoints_layers: bool = False  # keeps only layer inputs for the backward pass
+
+
+# Names of sides: the baseline's, and ours by what learning takes over from the rollout phase.
+NAIVE_SIDES = {
+    "naive": Baseline("eager"),
+    "naive_checkpointing": Baseline("eager", checkpoints_layers=True),
+    "naive_sdpa": Baseline("sdpa"),
+}
 OUR_SIDES: dict[str, Reuse] = {"ours": "checkpoints", "ours_activations": "activations", "ours_off": "off"}
 
 
@@ -39,41 +51,65 @@ class Side:
     cost: StepCost
 
 
-def build_side(name: str, case: BenchCase, model: dict[str, Any], groups: ProcessGroups) -> Side:
-    """Make a side from nothing: the same seed gives all sides the same weights, which a learning rate of 0 keeps.
+def build_sides(names: Sequence[str], case: BenchCase, model: BenchModel, groups: ProcessGroups) -> dict[str, Side]:
+    """Make sides around the same weights: a learning rate of 0 keeps them as they are.
 
     Args:
-        name: of `NAIVE_SIDES` or `OUR_SIDES`.
+        names: of `NAIVE_SIDES` and `OUR_SIDES`.
         groups: of a job of one process.
     """
-    is_naive = name in NAIVE_SIDES
-    reuse = OUR_SIDES.get(name, "off")
-    config = case.config(model, reuse)
-    architecture = architecture_of(model)
-    timers = LabelledTimers(torch.cuda.synchronize if groups.device.type == "cuda" else None)
-    trainer = build_trainer(config, architecture, architecture, groups)
-    trainer = dataclasses.replace(trainer, timers=timers, reuse=reuse)
-    shape = StepShape.of(config, architecture, architecture)
-    if is_naive:
-        frozen = Stage(architecture, StageShape.whole(architecture), groups, DTYPES[config.train.dtype])
-        load_weights(frozen, RandomWeights(architecture, config.seed))
-        frozen.to(groups.device).requires_grad_(False).eval()
-        cost = cost_of_naive_step(shape)
-    else:
-        cost = cost_of_step(shape, reuse)
+    built = _Builder(case, model, groups)
+    return {name: built.side(name) for name in names}
 
-    def on_rows_of(case: BenchCase, trainer: Trainer) -> Callable[[int], float]:
-        rows = random_rows(case, architecture.vocab_size).to(groups.device)
-        if not is_naive:
+
+class _Builder:
+    """Makes the sides of a case; what they have in common is made once."""
+
+    def __init__(self, case: BenchCase, model: BenchModel, groups: ProcessGroups):
+        self._case, self._model, self._groups = case, model, groups
+        self._architecture = model.architecture
+        self._trainers: dict[bool, Trainer] = {}
+
+    def side(self, name: str) -> Side:
+        baseline, reuse = NAIVE_SIDES.get(name), OUR_SIDES.get(name, "off")
+        timers = LabelledTimers(torch.cuda.synchronize if self._groups.device.type == "cuda" else None)
+        checkpoints_layers = baseline is not None and baseline.checkpoints_layers
+        trainer = dataclasses.replace(self._trainer(checkpoints_layers), timers=timers, reuse=reuse)
+        shape = StepShape.of(trainer.config, self._architecture, self._architecture)
+        if baseline is None:
+            cost = cost_of_step(shape, reuse)
+        else:
+            cost = cost_of_naive_step(shape, baseline.checkpoints_layers)
+        short_case = self._case.of_two_blocks()
+        short_config = short_case.config(self._model, reuse, checkpoints_layers)
+        short_trainer = dataclasses.replace(trainer, config=short_config, plan=short_config.block_plan)
+        warm_up = functools.partial(self._steps(short_case, short_trainer, baseline), 0)
+        return Side(name, self._steps(self._case, trainer, baseline), warm_up, timers, cost)
+
+    def _steps(self, case: BenchCase, trainer: Trainer, baseline: Baseline | None) -> Callable[[int], float]:
+        rows = random_rows(case, self._architecture.vocab_size).to(self._groups.device)
+        if baseline is None:
             return lambda step: train_step(trainer, rows, step, 0.0).update.grad_norm
-        naive = NaiveTrainer(trainer, frozen, NAIVE_SIDES[name])
+        naive = NaiveTrainer(trainer, self._whole_network, baseline.kernel)
         return lambda step: naive_step(naive, rows, step, 0.0).grad_norm
 
-    short_case = case.of_two_blocks()
-    short_config = short_case.config(model, reuse)
-    short_trainer = dataclasses.replace(trainer, config=short_config, plan=short_config.block_plan)
-    warm_up = functools.partial(on_rows_of(short_case, short_trainer), 0)
-    return Side(name, on_rows_of(case, trainer), warm_up, timers, cost)
+    def _trainer(self, checkpoints_layers: bool) -> Trainer:
+        """Stages are built with or without activation checkpointing."""
+        if checkpoints_layers not in self._trainers:
+            config = self._case.config(self._model, "off", checkpoints_layers)
+            trainer = build_trainer(config, self._architecture, self._architecture, self._groups)
+            self._trainers[checkpoints_layers] = trainer
+        return self._trainers[checkpoints_layers]
+
+    @functools.cached_property
+    def _whole_network(self) -> Stage:
+        """The baseline's frozen network, which has all layers and the head."""
+        config = self._case.config(self._model, "off")
+        stage = Stage(
+            self._architecture, StageShape.whole(self._architecture), self._groups, DTYPES[config.train.dtype]
+        )
+        load_weights(stage, RandomWeights(self._architecture, config.seed))
+        return stage.to(self._groups.device).requires_grad_(False).eval()
 
 
 def random_rows(case: BenchCase, vocab_size: int) -> TokenBatch:

@@ -1,10 +1,11 @@
 """The cases of the benchmark, and all of them in one file."""
 
+import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ebft_mega.benchmark.case import LARGE_MODEL, TOY_MODEL, BenchCase, architecture_of
+from ebft_mega.benchmark.case import MODELS, BenchCase, BenchModel
 from ebft_mega.cost.naive import cost_of_naive_step
 from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import StepCost
@@ -14,7 +15,7 @@ OURS_ALONE = ("ours", "ours_activations")
 CASES = (
     BenchCase("L256", 256),
     BenchCase("L512", 512, runs=3),
-    BenchCase("L1024", 1024, runs=3),
+    BenchCase("L1024", 1024, runs=3, sides=("naive", "naive_checkpointing", "naive_sdpa", *OURS_ALONE)),
     BenchCase("L2048", 2048, runs=3, sides=OURS_ALONE),
     BenchCase("n2", 256, samples=2, runs=3),
     BenchCase("n8", 256, samples=8, runs=3),
@@ -25,8 +26,8 @@ QUICK_CASES = (BenchCase("L64", 64, runs=1, sides=("naive", "ours")),)
 LARGE_LENGTHS = (1024, 4096)
 
 
-def run_suite(cases: Sequence[BenchCase], say: Callable[[str], None]) -> dict[str, Any]:
-    """Compare the sides of every case on a toy model, and count a large one.
+def run_suite(cases: Sequence[BenchCase], model: BenchModel, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compare the sides of every case on a model, and count a large one.
 
     Returns:
         The bench file.
@@ -39,8 +40,8 @@ def run_suite(cases: Sequence[BenchCase], say: Callable[[str], None]) -> dict[st
     torch.set_num_threads(1)
     groups = make_process_groups(connect())
     return {
-        "cases": [compare(case, case.sides, TOY_MODEL, groups, say) for case in cases],
-        "model": TOY_MODEL,
+        "cases": [compare(case, case.sides, model, groups, say) for case in cases],
+        "model": dataclasses.asdict(model),
         "large_model": large_model_costs(),
         "environment": {
             "device": torch.cuda.get_device_name() if groups.device.type == "cuda" else _processor_name(),
@@ -53,10 +54,10 @@ def run_suite(cases: Sequence[BenchCase], say: Callable[[str], None]) -> dict[st
 
 def large_model_costs() -> dict[str, dict[str, Any]]:
     """Counts of a 7B model by row length and side: total, per phase, and over the bound."""
-    architecture = architecture_of(LARGE_MODEL)
+    architecture = MODELS["7b"].architecture
     found = {}
     for length in LARGE_LENGTHS:
-        plan = BenchCase("", length).config(LARGE_MODEL, "off").block_plan
+        plan = BenchCase("", length).config(MODELS["7b"], "off").block_plan
         shape = StepShape(architecture, architecture, plan)
         bound = least_cost_of_step(shape)
         costs: dict[str, StepCost] = {

@@ -1,10 +1,12 @@
 """The bench file as Markdown tables."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SIDE_NAMES = {
     "naive": "naive, eager",
+    "naive_checkpointing": "naive, eager, checkpointing",
     "naive_sdpa": "naive, dense-mask SDPA",
     "ours": "ours, checkpoints",
     "ours_activations": "ours, activations",
@@ -100,10 +102,7 @@ def _seconds(values: Sequence[float]) -> str:
     """Median and range of runs."""
     if not values:
         return "not run"
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return f"{median:.2f} ({ordered[0]:.2f}-{ordered[-1]:.2f})"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def _number(value: float | None) -> str:

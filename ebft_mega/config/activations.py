@@ -120,12 +120,12 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
 def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
     """What one layer needs at once of a micro-batch without recording gradients, its input included.
 
-    Per position between layers 3*H; per token inside the larger of 5*I' (the MLP) and 6*Q' + 3*KV' (the rotary
-    embedding of the queries).
+    Per position between layers 3*H; per token inside the larger of 5*I' (the MLP) and 8*Q' + 2*KV' (two-part
+    attention of rollouts: projection, rotary embedding, and both parts in the order of their kernel).
     """
     tensor = config.parallel.tensor_parallel_size
-    rotary = 6 * query_width(architecture, tensor) + 3 * key_value_width(architecture, tensor)
-    inside = max(rotary, 5 * architecture.intermediate_size // tensor)
+    attention = 8 * query_width(architecture, tensor) + 2 * key_value_width(architecture, tensor)
+    inside = max(attention, 5 * architecture.intermediate_size // tensor)
     values = positions_between_layers(config, packed) * 3 * architecture.hidden_size + packed.positions * inside
     return values * element_bytes(config.train.dtype)
 
@@ -133,10 +133,13 @@ def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: P
 def layer_backward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
     """What the backward pass of one layer needs besides what the layer has kept.
 
-    Per position between layers 2*H and per token 2*I' of gradients, when the MLP's activation is differentiated; and
-    the gradient of the largest weight, 2*I' * H values.
+    Per position between layers 2*H and per token 2*I' of gradients, when the MLP's activation is differentiated; or
+    8*Q' + 5*KV', when the attention is and the 5*I' of the MLP are gone. And the gradient of the largest weight,
+    2*I' * H values.
     """
-    inner = architecture.intermediate_size // config.parallel.tensor_parallel_size
-    between = positions_between_layers(config, packed) * 2 * architecture.hidden_size
-    values = between + packed.positions * 2 * inner + 2 * inner * architecture.hidden_size
+    tensor, hidden = config.parallel.tensor_parallel_size, architecture.hidden_size
+    inner = architecture.intermediate_size // tensor
+    in_attention = 8 * query_width(architecture, tensor) + 5 * key_value_width(architecture, tensor) - 5 * inner
+    between = positions_between_layers(config, packed) * 2 * hidden
+    values = between + packed.positions * max(2 * inner, in_attention) + 2 * inner * hidden
     return values * element_bytes(config.train.dtype)

@@ -38,8 +38,7 @@ FLOAT64_BYTES = 8
 # DeepSpeed's `stage3_max_live_parameters`, left at its default: what stays gathered in the gradient pass once the
 # order of the layers is known.
 MAX_LIVE_PARAMETERS = 10**9
-# Per logit, in every dtype: logits and their gradient in `train.dtype`, the rest copies in float32.
-LOGIT_BYTES = 12
+SAMPLED_LOGIT_BYTES = 12  # per logit, at most: in `train.dtype` and twice in float32
 NUCLEUS_BYTES = 24  # per logit, for the sort and its running sums (`rollout/sampling.py`)
 
 Reuse = Literal["checkpoints", "activations", "off"]
@@ -162,6 +161,17 @@ def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, docum
     return shape.num_layers * layer
 
 
+def head_chunk_bytes(rows: int, dtype: str) -> int:
+    """What one column of the head needs for the gradient of `rows` scored rows, `HEAD_ROWS` of them at a time.
+
+    Per row of a chunk the logit (b) and a float32 copy at its temperature, in bfloat16 for a moment two; and b for each
+    row of the next chunk, whose logits come before the last ones are gone.
+    """
+    width, chunk = element_bytes(dtype), min(rows, HEAD_ROWS)
+    copies = 1 if width == FLOAT32_BYTES else 2
+    return chunk * (width + copies * FLOAT32_BYTES) + min(rows - chunk, HEAD_ROWS) * width
+
+
 def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int = 0) -> MemoryPlan:
     """Memory of one rank of a pipeline stage, in bytes; all slices of a stage need the same.
 
@@ -247,7 +257,7 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 
     moments = [at(0, layer(document)), at(later, layer(blocks.rollouts_per_row))]
     if policy_stage(plan, stage).has_head:
-        logit = LOGIT_BYTES + (NUCLEUS_BYTES if config.ebft.top_p < 1 else 0)
+        logit = SAMPLED_LOGIT_BYTES + (NUCLEUS_BYTES if config.ebft.top_p < 1 else 0)
         columns = vocabulary_columns(plan.architecture, plan.parallel.tensor_parallel)
         in_chunk = max(1, HEAD_ROWS // (rows * blocks.num_samples)) * rows * blocks.num_samples
         chunk = min(in_chunk, rows * blocks.rollouts_per_row)
@@ -321,7 +331,7 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
             {
                 name: held * of_each,
                 "scored rows and their gradient": 4 * rows * row_bytes,
-                "a chunk of logits": min(HEAD_ROWS, rows) * columns * LOGIT_BYTES,
+                "a chunk of logits": columns * head_chunk_bytes(rows, config.train.dtype),
                 "gradient of the head's matrix": matrix,
             }
         )

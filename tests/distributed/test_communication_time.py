@@ -20,9 +20,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step
 from tests.distributed.traffic import IGNORED
 
-LATE_SECONDS = 0.4
-# The late one must not be charged with its own lateness; how soon ranks are woken is up to the machine.
-SLACK_SECONDS = 0.3
+LATE_SECONDS = 0.3
 
 
 def asynchronous(value: torch.Tensor) -> None:
@@ -87,7 +85,8 @@ def test_the_punctual_rank_waits_and_the_late_one_does_not():
     punctual, late = run_ranks(2, waits)
     for name in WAYS:
         assert punctual[name] > LATE_SECONDS - 0.05, (name, punctual[name])
-        assert late[name] < SLACK_SECONDS, (name, late[name])
+        # How soon a rank is woken is up to the machine, and the same for both.
+        assert late[name] < punctual[name] - LATE_SECONDS / 2, (name, punctual[name], late[name])
 
 
 def work_beside() -> float:
@@ -104,7 +103,7 @@ def work_beside() -> float:
 
 
 def test_work_beside_a_collective_is_not_waiting():
-    assert max(run_ranks(2, work_beside)) < SLACK_SECONDS
+    assert max(run_ranks(2, work_beside)) < LATE_SECONDS
 
 
 class Depth(HostStopwatch):
@@ -148,7 +147,10 @@ def collectives_of_a_step(layout: Layout, directory: str) -> tuple[int, list[str
     return mode.seen, mode.unseen
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2), Layout(2, 1, 1, 1)], ids=str)
+LAYOUTS = [Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(2, 1, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_every_collective_of_a_step_is_timed(layout, tmp_path):
     """ZeRO's gathers and reductions, megatron-core's layers, the pipeline's messages and our own."""
     for seen, unseen in run_ranks(2, collectives_of_a_step, layout, str(tmp_path)):

@@ -12,6 +12,9 @@ from tests.distributed.steps import NUM_STEPS, Case, Layout, Outcome, run_cases
 LLAMA = Case("llama tied")
 QWEN2 = Case("qwen2 untied", model_type="qwen2", tied=False)
 QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
+ACTIVATIONS = Case(
+    "activations kept, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
+)
 VARIANTS = {
     "nucleus and joint mean pooling": Case(
         "nucleus and joint mean pooling", ("ebft.top_p=0.9", "ebft.embed_method=mean_pooling"), "qwen3"
@@ -32,9 +35,7 @@ VARIANTS = {
     "activations kept": Case(
         "activations kept", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
     ),
-    "activations kept, with cross-entropy": Case(
-        "activations kept, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
-    ),
+    "activations kept, with cross-entropy": ACTIVATIONS,
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
     "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
 }
@@ -49,12 +50,12 @@ FAST = {
 SLOW = {
     L(2, 2, 1): (LLAMA,),
     L(2, 1, 2): (LLAMA, *VARIANTS.values()),
-    L(2, 2, 2): (LLAMA, QWEN2, QWEN3),
+    L(2, 2, 2): (LLAMA, QWEN2, QWEN3, ACTIVATIONS),
     # Three feature layers: the last stage has none of them.
     L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"], VARIANTS["sharded feature network"]),
     L(1, 4, 1): (LLAMA, QWEN2, QWEN3),
-    **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},
-    **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2) for stage in (0, 1, 2)},
+    **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
+    **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
     L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
     L(2, 2, 2, sequence_parallel=True): (LLAMA, QWEN3),
 }

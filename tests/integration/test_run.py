@@ -19,7 +19,7 @@ from ebft_mega.metrics.phase_memory import ResidentMemory
 from tests.integration.conftest import REPOSITORY, launch, settings
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
-PHASES = ("data", "rollout", "features", "learn")
+PHASES = ("data", "rollout", "features", "reward", "learn", "update")
 TRAIN_KEYS = {
     *(
         "ebft/alignment",

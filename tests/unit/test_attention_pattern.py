@@ -47,6 +47,7 @@ def test_counts_of_the_production_size():
         ({"anchors": (4, 4)}, "anchors must increase"),
         ({"anchors": (0, 4)}, "anchors must increase from at least 1"),
         ({"document_queries": (3, 2)}, "document queries must increase"),
+        ({"document_queries": range(5, 2, -1)}, "document queries must increase"),
         ({"document_queries": (-1, 2)}, "document queries must increase from at least 0"),
         ({"document_keys": 7}, "7 document keys, but the queries see 8"),
         ({"document_queries": (11,)}, "10 document keys, but the queries see 12"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import _triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebft_mega.attention.dense import DenseAttention
@@ -178,12 +179,11 @@ def _gradients(outputs, tensors):
 
 
 def test_dense_warns_once_per_pattern_and_names_the_cost(caplog):
-    pattern = AttentionPattern((5, 10, 17), 2, (), 23, 1, 2)
-    other = AttentionPattern((5, 10, 17), 2, (), 23, 1, 3)
+    pattern, *others = (AttentionPattern((5, 10, 17), 2, (), 23, 1, own_keys) for own_keys in (2, 3, 4, 5))
     with caplog.at_level(logging.WARNING, "ebft_mega"):
-        for asked in (pattern, pattern, other, pattern):
+        for asked in (pattern, pattern, *others, pattern):  # more patterns than masks are kept
             DenseAttention().attend(asked, *random_tensors(asked))
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 4
     # 6 queries, 23 + 6 * 2 keys; each sees its anchor's tokens and both of its own.
     assert "210 query-key pairs per row and head where 76 are needed (2.8 times)" in caplog.messages[0]
     assert "a mask of 210 bytes" in caplog.messages[0]
@@ -200,5 +200,5 @@ def test_routes_by_name(monkeypatch):
     with pytest.raises(ValueError, match="not for meta"):
         make_route("two_part", other, own_capacity=8)
     for triton, expected in ((True, FlexAttention(8)), (False, TwoPartAttention())):
-        monkeypatch.setattr(torch.utils._triton, "has_triton", lambda triton=triton: triton)
+        monkeypatch.setattr(_triton, "has_triton", lambda triton=triton: triton)
         assert make_route("auto", cuda, own_capacity=8) == expected

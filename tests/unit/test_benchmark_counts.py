@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from ebft_mega.benchmark.case import architecture_of
 from ebft_mega.benchmark.comparison import PHASES, check_counts
 from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter, count_phase
-from ebft_mega.benchmark.sides import OUR_SIDES, build_side, random_rows
+from ebft_mega.benchmark.sides import OUR_SIDES, build_sides, random_rows
 from ebft_mega.cost.ours import StepShape, cost_of_step
 from ebft_mega.cost.work import Flops
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL
 
-ARCHITECTURE = architecture_of(TINY_MODEL)
+VOCABULARY = TINY_MODEL.architecture.vocab_size
+ARCHITECTURE = TINY_MODEL.architecture
 
 
 def products_of(trainer, rows):
@@ -42,9 +42,9 @@ def assert_counts(products, cost):
 
 
 @pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
-@pytest.mark.parametrize("name", ["naive", *OUR_SIDES])
+@pytest.mark.parametrize("name", ["naive", "naive_checkpointing", *OUR_SIDES])
 def test_every_side_does_what_its_formulas_say(name, case, groups):
-    side = build_side(name, case, TINY_MODEL, groups)
+    side = build_sides([name], case, TINY_MODEL, groups)[name]
     check_counts(side, ARCHITECTURE)
     # A check that cannot fail checks nothing.
     generate = dataclasses.replace(side.cost.generate, flops=side.cost.generate.flops + Flops(linear=2))
@@ -70,14 +70,14 @@ def test_our_steps_do_what_the_formulas_say(reuse, checkpointing, ebft, groups):
     trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
     reuse = reuse if config.uses_rollouts else "off"
     trainer = dataclasses.replace(trainer, reuse=reuse)
-    products = products_of(trainer, random_rows(case, TINY_MODEL["vocab_size"]))
+    products = products_of(trainer, random_rows(case, VOCABULARY))
     shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
     assert_counts(products, cost_of_step(shape, reuse, checkpoints_layers=checkpointing == "full"))
 
 
 def test_eager_attention_of_the_baseline_is_counted_right(groups):
     """Its scores and weighted values are batched products; ours are a kernel's, whose pairs the masks give."""
-    side = build_side("naive", TINY_CASES["stride=G"], TINY_MODEL, groups)
+    side = build_sides(["naive"], TINY_CASES["stride=G"], TINY_MODEL, groups)["naive"]
     with ProductCounter(side.timers) as counter:
         side.run(0)
     for phase, parts in PHASES.items():

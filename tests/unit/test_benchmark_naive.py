@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from ebft_mega.benchmark.case import architecture_of
 from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
 from ebft_mega.benchmark.sides import random_rows
@@ -23,6 +22,7 @@ from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL
 
+VOCABULARY = TINY_MODEL.architecture.vocab_size
 PLAN = BlockPlan(14, 3, 2, 3, 2)
 
 
@@ -31,7 +31,7 @@ def trainers(case, groups, kernel="eager", **ebft):
 
     config = case.config(TINY_MODEL, "off")
     config = config.model_copy(update={"ebft": config.ebft.model_copy(update=ebft)})
-    architecture = architecture_of(TINY_MODEL)
+    architecture = TINY_MODEL.architecture
     trainer = build_trainer(config, architecture, architecture, groups)
     frozen = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(frozen, RandomWeights(architecture, config.seed))
@@ -43,7 +43,7 @@ def trainers(case, groups, kernel="eager", **ebft):
 def test_the_same_step_as_ours(case, kernel, groups):
     """Same noise, same weights: equal tokens, and rewards and gradient norms within rounding."""
     ours, naive = trainers(case, groups, kernel, ce_coef=0.3)
-    rows = random_rows(case, TINY_MODEL["vocab_size"])
+    rows = random_rows(case, VOCABULARY)
     expected = train_step(ours, rows, 5, 0.0)
     found = naive_step(naive, rows, 5, 0.0)
     assert torch.equal(found.experiences[0].rollout.tokens, expected.experiences[0].rollout.tokens)
@@ -57,7 +57,7 @@ def test_the_same_step_as_ours(case, kernel, groups):
 def test_mean_pooling_is_the_same_too(groups):
     case = TINY_CASES["stride<G"]
     ours, naive = trainers(case, groups, embed_method="mean_pooling")
-    rows = random_rows(case, TINY_MODEL["vocab_size"])
+    rows = random_rows(case, VOCABULARY)
     expected = train_step(ours, rows, 0, 0.0).experiences[0].gram
     torch.testing.assert_close(naive_step(naive, rows, 0, 0.0).experiences[0].gram, expected, atol=1e-5, rtol=0)
 
@@ -113,7 +113,7 @@ def test_existing_trainers_rows_pass_through_every_layer(groups):
     for name, stage in (("policy", naive.trainer.stage), ("features", naive.feature_stage)):
         for number, layer in enumerate(stage.layers):
             layer.register_forward_pre_hook(counting((name, number)))
-    naive_step(naive, random_rows(case, TINY_MODEL["vocab_size"]), 0, 0.0)
+    naive_step(naive, random_rows(case, VOCABULARY), 0, 0.0)
     packed = plan.num_samples * (plan.sequence_length + plan.num_blocks * plan.generate_length)
     while_generating = sum(plan.num_samples * (plan.sequence_length + plan.num_blocks * t) for t in range(4))
     assert {seen["policy", number] for number in range(4)} == {while_generating + packed}
@@ -127,7 +127,7 @@ def test_the_baseline_needs_no_more_logits_than_it_says(groups):
     timers = LabelledTimers()
     naive = dataclasses.replace(naive, trainer=dataclasses.replace(naive.trainer, timers=timers))
     with ProductCounter(timers) as counter:
-        naive_step(naive, random_rows(case, TINY_MODEL["vocab_size"]), 0, 0.0)
-    head = [p.rows for p in counter.products if p.phase == "rollout" and p.columns == TINY_MODEL["vocab_size"]]
+        naive_step(naive, random_rows(case, VOCABULARY), 0, 0.0)
+    head = [p.rows for p in counter.products if p.phase == "rollout" and p.columns == VOCABULARY]
     plan = naive.trainer.plan
     assert head == [2 * (plan.sequence_length + plan.num_blocks * t) for t in range(plan.generate_length)]

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from ebft_mega.benchmark import comparison
-from ebft_mega.benchmark.case import BenchCase, architecture_of
+from ebft_mega.benchmark.case import BenchCase
 from ebft_mega.benchmark.comparison import Timing, compare, entry, ratios
 from ebft_mega.benchmark.plots import draw_costs, linear_flops
 from ebft_mega.benchmark.suite import CASES, large_model_costs
@@ -60,7 +60,7 @@ def test_a_compared_case_has_what_the_bench_file_promises(compared):
 def made_up(case, seconds):
     """An entry without running anything."""
     config = case.config(TINY_MODEL, "off")
-    architecture = architecture_of(TINY_MODEL)
+    architecture = TINY_MODEL.architecture
     shape = StepShape.of(config, architecture, architecture)
     costs = {"naive": cost_of_naive_step(shape), "ours": cost_of_step(shape, "checkpoints")}
     timings = {name: Timing(wall=list(values), processor=list(values)) for name, values in seconds.items()}

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.benchmark.case import LARGE_MODEL, architecture_of
+from ebft_mega.benchmark.case import MODELS
 from ebft_mega.cost.naive import cost_of_naive_step
 from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops, LayerWork
 from ebft_mega.rollout.plan import BlockPlan
 
-LARGE = architecture_of(LARGE_MODEL)
+LARGE = MODELS["7b"].architecture
 DEFAULT = BlockPlan(1024, 8, 8, 8, 4)
 
 

@@ -2,16 +2,16 @@
 
 import pytest
 
-from ebft_mega.benchmark.case import LARGE_MODEL, BenchCase, architecture_of
+from ebft_mega.benchmark.case import MODELS, BenchCase
 from ebft_mega.config.schema import EbftConfig, LearnConfig, TrainConfig
 from ebft_mega.cost.mfu import PEAKS, model_flops_utilisation, peak_flops
 from ebft_mega.cost.ours import StepShape, cost_of_step
 
-LARGE = architecture_of(LARGE_MODEL)
+LARGE = MODELS["7b"].architecture
 
 
 def config_of(**sections):
-    return BenchCase("", 1024).config(LARGE_MODEL, "checkpoints").model_copy(update=sections)
+    return BenchCase("", 1024).config(MODELS["7b"], "checkpoints").model_copy(update=sections)
 
 
 def utilisation(config, seconds=10.0, world_size=1, peak=989.4e12):

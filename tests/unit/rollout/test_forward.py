@@ -1,0 +1,109 @@
+"""What a rollout keeps for the gradient pass, and that the pass computes nothing twice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import RandomWeights, load_weights
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.parallel.optimizer import runner
+from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.types import TokenBatch
+from tests.conftest import tiny_config
+
+PLAN = BlockPlan(24, 4, 4, 4, 3)
+SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
+ROWS = 2
+PACKED = PLAN.anchors[-1] + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
+
+
+@pytest.fixture(params=[True, False], ids=["with targets", "rollouts alone"])
+def setting(request, groups):
+    """A policy that counts the rows of every call of a layer, a batch, and whether targets are learned."""
+    architecture = Architecture.from_hf(tiny_config("llama"), "test")
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
+    load_weights(stage, RandomWeights(architecture, seed=1))
+    calls: list[tuple[int, int]] = []
+    for index, layer in enumerate(stage.layers):
+        layer.register_forward_hook(lambda _, inputs, __, i=index: calls.append((i, inputs[0].shape[0])))
+    tokens = torch.randint(0, 131, (ROWS, 24), generator=torch.Generator().manual_seed(1))
+    batch = TokenBatch(tokens, torch.zeros_like(tokens), torch.arange(ROWS))
+    return SimpleNamespace(stage=stage, batch=batch, calls=calls, targets=request.param)
+
+
+def sample(s, reuse):
+    policy = PipelinedModel.of(s.stage, runner(s.stage, recording=reuse == "activations"))
+    (sampled,) = generate_rollouts(policy, [s.batch], PLAN, SAMPLING, 0, reuse, with_targets=s.targets)
+    return sampled
+
+
+def gradients(s, sampled):
+    """Log-probabilities and the gradient of a weighted sum of them, by parameter."""
+    request = ScoreRequest(s.batch.tokens, sampled.rollout.tokens, s.targets, SAMPLING.temperature)
+    scores = score(s.stage, request, PLAN, kept=sampled.kept)
+    loss = sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in scores)
+    s.stage.zero_grad()
+    loss.backward()
+    return [part.detach() for part in scores], {name: value.grad for name, value in s.stage.named_parameters()}
+
+
+@pytest.mark.parametrize("reuse", ["checkpoints", "activations"])
+def test_gradients_equal_those_of_a_separate_forward_pass(setting, reuse):
+    s = setting
+    scores, found = gradients(s, sample(s, reuse))
+    expected_scores, expected = gradients(s, sample(s, "off"))
+    for own, other in zip(scores, expected_scores, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_layers_run_once_forward_and_once_more_for_checkpoints_alone(setting):
+    s, layers = setting, len(setting.stage.layers)
+    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
+    passes = [document] + [PLAN.rollouts_per_row] * (PLAN.generate_length - 1)
+    decode = [(layer, length) for length in passes for layer in range(layers)]
+
+    sampled = sample(s, "activations")
+    assert s.calls == decode
+    gradients(s, sampled)
+    assert s.calls == decode
+
+    s.calls.clear()
+    sampled = sample(s, "checkpoints")
+    gradients(s, sampled)
+    assert s.calls == decode + [(layer, sum(passes)) for layer in reversed(range(layers))]
+
+
+def test_what_is_kept_is_one_copy_of_every_layer_s_input_and_is_let_go(setting):
+    s = setting
+    sampled = sample(s, "checkpoints")
+    inputs = sampled.kept.inputs
+    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
+    length = document + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
+    assert inputs.shape() == (length, ROWS, s.stage.architecture.hidden_size)
+    storages = {piece.untyped_storage().data_ptr(): piece for pieces in inputs._pieces for piece in pieces}
+    total = sum(piece.untyped_storage().nbytes() for piece in storages.values())
+    assert total == (len(s.stage.layers) + 1) * length * ROWS * s.stage.architecture.hidden_size * 4
+    gradients(s, sampled)
+    assert not any(inputs._pieces)
+
+
+def test_nothing_is_kept_unless_it_is_asked_for(setting):
+    assert sample(setting, "off").kept is None
+
+
+def test_kept_log_probabilities_are_those_of_the_sampled_tokens(setting):
+    """A separate forward pass finds them, too; without it nothing but the targets goes through the head again."""
+    s = setting
+    rows = []
+    s.stage.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    sampled = sample(s, "checkpoints")
+    assert sum(rows) == ROWS * (PLAN.num_blocks + PLAN.rollouts_per_row * (PLAN.generate_length - 1))
+    assert sampled.kept.scores[0].logprobs.shape == (ROWS * PLAN.num_blocks, PLAN.num_samples)
+    assert [part.logprobs.shape[1] for part in sampled.kept.scores[1:]] == [1] * (PLAN.generate_length - 1)
