@@ -20,7 +20,8 @@ TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
 _PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
 _SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
 
-_NO_KEY, _FILLER_KEY, _NO_ROLLOUT = -1, -2, -3  # in the place of a rollout's number, equal to none and to each other
+# In the place of a rollout's number: a key outside all rollouts, a query outside all rollouts. They match nothing.
+_OTHER_KEY, _OTHER_QUERY = -1, -2
 _NEVER = torch.iinfo(torch.int32).max  # document position of a key that is not in the document
 
 _compilations = 0
@@ -152,26 +153,26 @@ def _query_sides(pattern: AttentionPattern, device: torch.device) -> tuple[Tenso
     num_document, per_rollout = len(pattern.document_queries), pattern.own_queries
     filler = _in_tiles(pattern.num_queries, 1) - pattern.num_queries
     rollouts = torch.arange(pattern.num_rollouts).repeat_interleave(per_rollout)
-    own_limits = torch.tensor(pattern.rollout_limits).repeat_interleave(per_rollout)
+    own_limits = torch.tensor(pattern.rollout_limits, dtype=torch.int64).repeat_interleave(per_rollout)
     tokens = torch.arange(pattern.own_keys - per_rollout, pattern.own_keys).repeat(pattern.num_rollouts)
-    limit = torch.cat((torch.tensor(pattern.document_limits), own_limits, _filled(filler, 0)))
-    rollout = torch.cat((_filled(num_document, _NO_ROLLOUT), rollouts, _filled(filler, _NO_ROLLOUT)))
+    limit = torch.cat((torch.tensor(pattern.document_limits, dtype=torch.int64), own_limits, _filled(filler, 0)))
+    rollout = torch.cat((_filled(num_document, _OTHER_QUERY), rollouts, _filled(filler, _OTHER_QUERY)))
     token = torch.cat((_filled(num_document, 0), tokens, _filled(filler, 0)))
     return _ints(limit, device), _ints(rollout, device), _ints(token, device)
 
 
 def _key_sides(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every padded key: its document position, its rollout, its token; int32."""
+    """Of every padded key: its document position, its rollout, its token; int32.
+
+    The room in a rollout beyond its keys needs no mark: its tokens are later than every query's.
+    """
     num_document, num_rollouts = pattern.document_keys, pattern.num_rollouts
     gap = _in_tiles(num_document) - num_document
     num_own = num_rollouts * own_capacity
     tail = _in_tiles(num_document + gap + num_own, 1) - num_document - gap - num_own
-    own_rollout = torch.arange(num_rollouts)[:, None].repeat(1, own_capacity)
-    own_rollout[:, pattern.own_keys :] = _FILLER_KEY
+    own_rollout = torch.arange(num_rollouts).repeat_interleave(own_capacity)
     position = torch.cat((torch.arange(num_document), _filled(gap + num_own + tail, _NEVER)))
-    rollout = torch.cat(
-        (_filled(num_document, _NO_KEY), _filled(gap, _FILLER_KEY), own_rollout.flatten(), _filled(tail, _FILLER_KEY))
-    )
+    rollout = torch.cat((_filled(num_document + gap, _OTHER_KEY), own_rollout, _filled(tail, _OTHER_KEY)))
     token = torch.cat(
         (_filled(num_document + gap, 0), torch.arange(own_capacity).repeat(num_rollouts), _filled(tail, 0))
     )

@@ -46,8 +46,9 @@ class AttentionRoute(Protocol):
 def make_route(name: RouteName, device: torch.device, *, own_capacity: int) -> AttentionRoute:
     """The route of a run.
 
-    `auto` is two_part on a CPU; on CUDA flex, whose one kernel serves every pass, or two_part where Triton is
-    missing; elsewhere dense, the only one that needs nothing but torch's public functions.
+    `auto` is two_part on a CPU; on CUDA flex, because one kernel call serves every pass, or two_part where Triton
+    is missing; elsewhere dense, the only one that needs nothing but torch's public functions. Which of flex and
+    two_part is faster on a GPU has not been measured.
 
     Args:
         name: `train.attention`.

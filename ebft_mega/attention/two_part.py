@@ -98,7 +98,7 @@ class _TwoPart(Function):
     """Both parts of both kinds of query as one node of the graph, so that only merged results are kept."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         pattern: AttentionPattern,
         kernel: PrefixKernel,
@@ -133,7 +133,7 @@ class _TwoPart(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, document_grad: Tensor, own_grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, document_grad: Tensor, own_grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, kernel = ctx.plan, ctx.kernel
         document_grad, own_grad = _with_dense_rows(document_grad), _with_dense_rows(own_grad)
         document_query, own_query, document_key, document_value, own_key, own_value, *results = ctx.saved_tensors

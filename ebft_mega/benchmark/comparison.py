@@ -61,11 +61,12 @@ def compare(
     """
     architecture = model.architecture
     timings = {name: Timing() for name in sides}
+    norms = {}
     built = build_sides(sides, case, model, groups)
     for name, side in built.items():
         side.warm_up()
-        check_counts(side, architecture)
-        say(f"{case.name} {name}: counts are those of the formulas")
+        norms[name] = check_counts(side, architecture)
+        say(f"{case.name} {name}: counts are those of the formulas, gradient norm {norms[name]:.6g}")
     for run in range(case.runs):
         for name, side in built.items():
             time_step(side, run, timings[name])
@@ -77,14 +78,23 @@ def compare(
     for name in sides:
         peaks[name] = peak_bytes_in_child(name, case, model)
         say(f"{case.name} {name}: peak {peaks[name] / 1e6:.0f} MB")
-    return entry(case, model, costs, timings, peaks, device_peak(model, groups.device))
+    found = entry(case, model, costs, timings, peaks, device_peak(model, groups.device))
+    for name, norm in norms.items():
+        found[name]["grad_norm"] = norm
+    return found
 
 
-def check_counts(side: Side, architecture: Architecture) -> None:
-    """Run one step and hold its matrix products against the side's formulas."""
+def check_counts(side: Side, architecture: Architecture) -> float:
+    """Run one step and hold its matrix products against the side's formulas.
+
+    Returns:
+        The norm of the step's gradient.
+    Raises:
+        RuntimeError: they differ.
+    """
     side.timers.reset()
     with ProductCounter(side.timers) as counter:
-        side.run(0)
+        norm = side.run(0)
     for phase, parts in PHASES.items():
         expected = [side.cost.phases[part] for part in parts]
         counted = count_phase(counter.products, phase, architecture)
@@ -94,6 +104,7 @@ def check_counts(side: Side, architecture: Architecture) -> None:
                 f"{side.name} did {counted.linear_flops} FLOPs in linear layers and {counted.head_flops} in the head "
                 f"in the phase {phase}; the formulas say {flops.linear} and {flops.head}"
             )
+    return norm
 
 
 def time_step(side: Side, step: int, timing: Timing) -> None:

@@ -79,7 +79,7 @@ class _Builder:
         if baseline is None:
             cost = cost_of_step(shape, reuse)
         else:
-            cost = cost_of_naive_step(shape, baseline.checkpoints_layers)
+            cost = cost_of_naive_step(shape, baseline.checkpoints_layers, keeps_weights=baseline.kernel == "eager")
         short_case = self._case.of_two_blocks()
         short_config = short_case.config(self._model, reuse, checkpoints_layers)
         short_trainer = dataclasses.replace(trainer, config=short_config, plan=short_config.block_plan)

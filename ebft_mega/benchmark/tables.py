@@ -21,6 +21,11 @@ def sides_of(case: Mapping[str, Any]) -> list[str]:
     return [name for name in SIDE_NAMES if name in case]
 
 
+def linear_flops(side: Mapping[str, Any]) -> int:
+    """What a side does in linear layers and the head, without what it does again."""
+    return sum(phase["linear_flops"] + phase["head_flops"] for phase in side["phases"].values())
+
+
 def times_table(cases: Iterable[Mapping[str, Any]]) -> str:
     """Seconds, memory and their ratios to the eager baseline, a line per case and side."""
     rows = []
@@ -72,6 +77,19 @@ def phase_seconds_table(case: Mapping[str, Any]) -> str:
     return markdown(["side", *TIMED_PHASES], rows)
 
 
+def growth_table(cases: Iterable[Mapping[str, Any]]) -> str:
+    """How linear work and attention grow, what is computed a second time left out."""
+    rows = []
+    for case in cases:
+        for name in sides_of(case):
+            linear, phases = linear_flops(case[name]), case[name]["phases"].values()
+            attention = sum(phase["attention_flops"] for phase in phases)
+            sizes = [str(case[key]) for key in ("sequence_length", "samples", "stride")]
+            per_position = f"{linear / 1e9 / case['sequence_length']:.4f}"
+            rows.append([*sizes, SIDE_NAMES[name], f"{linear / 1e9:,.1f}", per_position, f"{attention / 1e9:,.1f}"])
+    return markdown(["L", "n", "stride", "side", "linear and head GFLOP", "per position of the row", "attention"], rows)
+
+
 def large_model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Counts of a model that is never run, in TFLOP per row and as multiples of the bound."""
     rows = []
@@ -88,6 +106,7 @@ def report(bench: Mapping[str, Any]) -> str:
     for case in bench["cases"]:
         title = f"## {case['name']}: L={case['sequence_length']}, n={case['samples']}, stride={case['stride']}"
         parts += [title, phase_seconds_table(case), phases_table(case)]
+    parts += ["## Linear work and attention, each once", growth_table(bench["cases"])]
     parts += ["## 7B, counted only: TFLOP per row", large_model_table(bench["large_model"])]
     return "\n\n".join(parts) + "\n"
 

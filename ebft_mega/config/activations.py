@@ -103,14 +103,14 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
     keeps 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 5*I': the
     projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
     projection want it; gate and up, the activated gate, up once more (megatron-core adds 0 to it), and the product.
-    With norms of heads Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
+    With norms of heads 2*Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
     4 * head_dim values a position, shared by the rows of a micro-batch, for rotary angles.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
     inside = 4 * query + 3 * key_value + 5 * architecture.intermediate_size // tensor
     if architecture.qk_norm:
-        inside += query + key_value
+        inside += 2 * query + key_value
     values = positions_between_layers(config, packed) * 6 * architecture.hidden_size + packed.positions * inside
     angles = packed.tokens * 4 * architecture.head_dim
     normalisers = packed.positions * architecture.num_attention_heads // tensor * FLOAT32_BYTES

@@ -39,7 +39,7 @@ FLOAT64_BYTES = 8
 # order of the layers is known.
 MAX_LIVE_PARAMETERS = 10**9
 SAMPLED_LOGIT_BYTES = 12  # per logit, at most: in `train.dtype` and twice in float32
-NUCLEUS_BYTES = 24  # per logit, for the sort and its running sums (`rollout/sampling.py`)
+NUCLEUS_LOGIT_BYTES = 28  # the same with `top_p` < 1: a sort and its running sums (`rollout/sampling.py`)
 
 Reuse = Literal["checkpoints", "activations", "off"]
 Needs = dict[str, int]  # bytes by what they are for
@@ -257,7 +257,7 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 
     moments = [at(0, layer(document)), at(later, layer(blocks.rollouts_per_row))]
     if policy_stage(plan, stage).has_head:
-        logit = SAMPLED_LOGIT_BYTES + (NUCLEUS_BYTES if config.ebft.top_p < 1 else 0)
+        logit = NUCLEUS_LOGIT_BYTES if config.ebft.top_p < 1 else SAMPLED_LOGIT_BYTES
         columns = vocabulary_columns(plan.architecture, plan.parallel.tensor_parallel)
         in_chunk = max(1, HEAD_ROWS // (rows * blocks.num_samples)) * rows * blocks.num_samples
         chunk = min(in_chunk, rows * blocks.rollouts_per_row)

@@ -5,7 +5,7 @@ from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, forward_f
 from ebft_mega.model.architecture import Architecture
 
 
-def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False) -> StepCost:
+def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False, keeps_weights: bool = True) -> StepCost:
     """What one row costs when nothing is shared and nothing is left out.
 
     The row is repeated for each of its n samples. Token t of all blocks is drawn after a forward over the row and
@@ -15,13 +15,18 @@ def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False) -> St
     Args:
         shape: with rollouts.
         checkpoints_layers: keep only layer inputs for the policy's backward pass and compute the layers again.
+        keeps_weights: attention keeps its weights for the backward pass; a fused kernel computes the scores again.
     """
     plan, samples = shape.plan, shape.plan.num_samples
     lengths = [plan.sequence_length + plan.num_blocks * t for t in range(plan.generate_length + 1)]
     generate = _passes(shape.architecture, samples, lengths[:-1])
     features = _passes(shape.feature_architecture, samples, lengths[-1:])
     forward = _passes(shape.architecture, samples, lengths[-1:])
-    again = Flops(forward.flops.linear, 0, forward.flops.attention) if checkpoints_layers else Flops()
+    again = Flops()
+    if checkpoints_layers:
+        again += Flops(linear=forward.flops.linear, attention=forward.flops.attention)
+    if not keeps_weights:
+        again += Flops(attention=forward.flops.attention // 2)
     backward = PhaseCost(forward.rows, forward.layers, forward.head_rows, forward.pairs, forward.flops.times(2), again)
     return StepCost(generate, features, forward, backward)
 

@@ -59,7 +59,9 @@ PHASES = (
     ("perf/data_seconds", "data"),
     ("perf/rollout_seconds", "rollout"),
     ("perf/features_seconds", "features"),
+    ("perf/reward_seconds", "reward"),
     ("perf/learn_seconds", "learn"),
+    ("perf/update_seconds", "update"),
 )
 SHOWN_BLOCKS = 6
 CONTEXT_CHARACTERS = 400

@@ -72,7 +72,7 @@ def speed_metrics(
 
     Args:
         step_seconds: wall time of the step, loading included.
-        phase_seconds: by phase: data, rollout, features and so on.
+        phase_seconds: by phase: data, rollout, features, reward, learn, update.
         communication_seconds: time within the phases and between them that this rank communicated.
         peak_flops_per_device: floating-point operations per second; None leaves the utilisation out.
     Communication: none.

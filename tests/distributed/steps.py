@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.model import head, sizes
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.rollout import generate
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from ebft_mega.train.summary import step_metrics
@@ -44,6 +46,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     model_type: str = "llama"
     tied: bool = True
+    head_rows: int = sizes.HEAD_ROWS  # of a chunk of the head
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups) 
     """A few steps of one case."""
     config = config_of(case, directory, layout.overrides)
     assert config.model.config is not None
+    head.HEAD_ROWS = generate.HEAD_ROWS = case.head_rows
     architecture = Architecture.from_hf(config.model.config, "test")
     trainer = build_trainer(config, architecture, architecture, groups)
     outcome = Outcome()

@@ -17,11 +17,11 @@ LAYOUTS = (
     Layout(1, 2, 2, zero_stage=1),
     Layout(2, 2, 1, sequence_parallel=True),
 )
-NUM_CASES = 5
+NUM_CASES = 8
 SEQUENCE_LENGTH = 24
 
 
-def random_case(generator: random.Random, name: str) -> Case:
+def random_case(generator: random.Random, name: str, layout: Layout) -> Case:
     """Any geometry that fits the row, and any mix of settings."""
     choose = generator.choice
     generated, context = choose((1, 2, 3, 4)), choose((1, 3, 4))
@@ -43,16 +43,20 @@ def random_case(generator: random.Random, name: str) -> Case:
         "train.activation_checkpointing": choose(("none", "full")),
         "zero.hold_parameters": choose(("rollout", "step", "none")),
         "zero.feature_network": choose(("resident", "sharded")),
+        "train.attention": choose(("two_part", "dense")),
     }
+    stay_whole = layout.zero_stage < 3 or overrides["zero.hold_parameters"] == "step"
+    can_keep_activations = stay_whole and overrides["train.activation_checkpointing"] == "none"
+    overrides["learn.reuse_rollout"] = choose(("off", "checkpoints", "activations")[: 2 + can_keep_activations])
     texts = tuple(f"{key}={value}" for key, value in overrides.items())
-    return Case(name, texts, choose(("llama", "qwen2", "qwen3")), choose((True, False)))
+    return Case(name, texts, choose(("llama", "qwen2", "qwen3")), choose((True, False)), choose((5, 16, 512)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_random_configurations_take_the_plain_steps(layout, groups, tmp_path):
     generator = random.Random(str(layout))
-    cases = tuple(random_case(generator, f"random {number}") for number in range(NUM_CASES))
+    cases = tuple(random_case(generator, f"random {number}", layout) for number in range(NUM_CASES))
     by_rank = run_ranks(layout.world_size, run_cases, layout, cases, str(tmp_path))
     for case in cases:
         truth = plain_steps(case, groups, str(tmp_path))

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.model.partition import padded_vocabulary
 from ebft_mega.model.head import ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
+from ebft_mega.model.partition import padded_vocabulary
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.rollout.noise import noise_keys
@@ -21,6 +21,7 @@ from tests.distributed.ranks import run_ranks
 RANKS = [2, 4]
 ROWS, SAMPLES, BLOCKS, CHOICES = 3, 4, 5, 2
 TEMPERATURE = 0.6
+HIDDEN = 16  # values in a row before the head
 TOP_P = [1.0, 0.9, 0.3]
 COLLECTIVES = [
     *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather", "scatter"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 
 from ebft_mega.attention.flex import FlexAttention, _block_mask, num_compilations
 from ebft_mega.attention.pattern import AttentionPattern
@@ -31,6 +31,7 @@ def padded_mask(block_mask):
 
 
 @given(patterns())
+@example(AttentionPattern((5, 140, 300), 20, range(400), 400, 3, 3))  # tiles that are needed whole
 def test_tiles_and_pairs_are_the_pattern_and_filler_sees_nothing(pattern):
     capacity = max(pattern.own_keys, 5)
     mask = padded_mask(_block_mask(pattern, capacity, CPU))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ebft_mega.attention.routes import AttentionRoute
+from ebft_mega.benchmark.case import BenchCase
 from ebft_mega.benchmark.comparison import PHASES, check_counts
 from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter, count_phase
 from ebft_mega.benchmark.sides import OUR_SIDES, build_sides, random_rows
@@ -85,6 +87,40 @@ def test_eager_attention_of_the_baseline_is_counted_right(groups):
         assert count_phase(counter.products, phase, ARCHITECTURE).batched_flops == attention
 
 
+@dataclasses.dataclass(frozen=True)
+class RecordingRoute:
+    """Attention that writes down how many pairs each call asks for."""
+
+    route: AttentionRoute
+    timers: LabelledTimers
+    pairs: dict[str, int]
+
+    def attend(self, pattern, *tensors):
+        phase = self.timers.current
+        self.pairs[phase] = self.pairs.get(phase, 0) + pattern.num_pairs
+        return self.route.attend(pattern, *tensors)
+
+
+@pytest.mark.parametrize("reuse", OUR_SIDES.values())
+@pytest.mark.parametrize("embed_method", ["last_token", "mean_pooling"])
+def test_our_attention_asks_for_the_pairs_that_are_counted(reuse, embed_method, groups):
+    case = TINY_CASES["stride<G"]
+    config = case.config(TINY_MODEL, reuse)
+    config = config.model_copy(update={"ebft": config.ebft.model_copy(update={"embed_method": embed_method})})
+    timers, pairs = LabelledTimers(), {}
+    trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
+    trainer = dataclasses.replace(trainer, timers=timers, reuse=reuse)
+    for stage in (trainer.stage, trainer.feature_network.stage):
+        stage.attention = RecordingRoute(stage.attention, timers, pairs)
+    train_step(trainer, random_rows(case, VOCABULARY), 0, 0.0)
+    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    policy, whole, pooled = shape.policy_layer(False).pairs, cost_of_step(shape, reuse).features.pairs, shape.pooled
+    layers = ARCHITECTURE.num_hidden_layers
+    expected = {"rollout": layers * policy, "features": 2 * whole + pooled.pairs}
+    # Learning asks again only where something is computed again.
+    assert pairs == expected | ({} if reuse == "activations" else {"learn": layers * policy})
+
+
 def test_the_counter_knows_every_kind_of_product():
     timers = LabelledTimers()
     linear, rows = nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
@@ -96,3 +132,28 @@ def test_the_counter_knows_every_kind_of_product():
     assert [p.phase for p in counter.products] == ["learn"] * 5
     assert [p.flops for p in counter.products] == [210, 210, 210, 210, 420]
     assert [p.batch for p in counter.products] == [None] * 4 + [2]
+
+
+def counted_at_production_geometry(name, groups):
+    """A real step on a row of 1,024 tokens with the default geometry, of a model of four narrow layers."""
+    side = build_sides([name], BenchCase("", 1024), TINY_MODEL, groups)[name]
+    with ProductCounter(side.timers) as counter:
+        side.run(0)
+    phases = {phase: count_phase(counter.products, phase, TINY_MODEL.architecture) for phase in PHASES}
+    return phases, TINY_MODEL.architecture.num_hidden_layers
+
+
+def test_our_step_has_the_promised_rows(groups):
+    phases, layers = counted_at_production_geometry("ours", groups)
+    assert (phases["rollout"].layer_rows, phases["rollout"].head_rows) == (4_572 * layers, 3_683)
+    assert (phases["features"].layer_rows, phases["features"].head_rows) == (5_088 * layers * 3 // 4, 0)
+    # Once more for the gradient: the layers' recomputation and the logits of each chunk, but no forward of its own.
+    assert (phases["learn"].layer_rows, phases["learn"].head_rows) == (4_572 * layers, 3_683)
+
+
+@pytest.mark.slow
+def test_the_baseline_has_the_rows_of_the_existing_trainers(groups):
+    phases, layers = counted_at_production_geometry("naive", groups)
+    assert (phases["rollout"].layer_rows, phases["rollout"].head_rows) == (46_992 * layers, 46_992)
+    assert (phases["features"].layer_rows, phases["features"].head_rows) == (8_160 * layers, 8_160)
+    assert (phases["learn"].layer_rows, phases["learn"].head_rows) == (8_160 * layers, 8_160)

@@ -2,15 +2,24 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
 from ebft_mega.benchmark import comparison
-from ebft_mega.benchmark.case import BenchCase
+from ebft_mega.benchmark.case import MODELS, BenchCase
 from ebft_mega.benchmark.comparison import Timing, compare, entry, ratios
-from ebft_mega.benchmark.plots import draw_costs, linear_flops
+from ebft_mega.benchmark.plots import draw_costs
 from ebft_mega.benchmark.suite import CASES, large_model_costs
-from ebft_mega.benchmark.tables import markdown, phases_table, report, times_table
+from ebft_mega.benchmark.tables import (
+    growth_table,
+    large_model_table,
+    linear_flops,
+    markdown,
+    phases_table,
+    report,
+    times_table,
+)
 from ebft_mega.cost.naive import cost_of_naive_step
 from ebft_mega.cost.ours import StepShape, cost_of_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL
@@ -54,6 +63,7 @@ def test_a_compared_case_has_what_the_bench_file_promises(compared):
     assert compared["ours"]["rows_generate"] == 24 + 18 * 3
     assert compared["naive"]["rows_generate"] == 3 * (4 * 28 + 6 * (0 + 1 + 2 + 3))
     assert compared["ratios"]["peak ours / naive"] == 0.25
+    assert compared["ours"]["grad_norm"] == pytest.approx(compared["naive"]["grad_norm"], rel=1e-4)
     json.dumps(compared)
 
 
@@ -92,8 +102,16 @@ def test_tables_say_what_was_not_run():
 def test_the_report_has_every_case():
     cases = [made_up(case, {"ours": [1.0]}) for case in TINY_CASES.values()]
     text = report({"cases": cases, "large_model": large_model_costs()})
-    assert text.count("\n## ") == 1 + len(cases)
+    assert text.count("\n## ") == 2 + len(cases)
     assert "| 1024 | ours, checkpoints | 64.6 | 48.6 | 0.0 | 194.3 | 307.6 | 1.276 |" in text
+
+
+def test_growth_is_told_per_position():
+    case = made_up(TINY_CASES["stride=G"], {"ours": [1.0]})
+    ours = growth_table([case]).splitlines()[-1].split(" | ")
+    assert ours[:3] == ["| 28", "3", "4"]
+    assert float(ours[4]) == pytest.approx(linear_flops(case["ours"]) / 1e9, abs=0.05)
+    assert float(ours[5]) == pytest.approx(linear_flops(case["ours"]) / 1e9 / 28, abs=5e-5)
 
 
 def test_markdown_tables_are_tables():
@@ -106,6 +124,23 @@ def test_costs_are_drawn(tmp_path):
     assert (tmp_path / "costs.png").read_bytes()[:4] == b"\x89PNG"
     works = [linear_flops(case["ours"]) for case in cases]
     assert works[2] - works[1] == works[1] - works[0]
+
+
+def test_the_documentation_has_the_counts_of_the_code():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert large_model_table(large_model_costs()) in text
+    plan, sizes = CASES[2], MODELS["7b"].architecture
+    shape = StepShape(sizes, sizes, plan.config(MODELS["7b"], "off").block_plan)
+    naive, ours = cost_of_naive_step(shape), cost_of_step(shape, "checkpoints")
+    counts = {
+        "rows while generating": (naive.generate.rows, ours.generate.rows),
+        "head rows while generating": (naive.generate.head_rows, ours.generate.head_rows),
+        "pairs while generating": (naive.generate.pairs, ours.generate.pairs),
+        "pairs in the feature network": (naive.features.pairs, ours.features.pairs),
+        "rows of its backward pass": (naive.policy_backward.rows, ours.policy_backward.rows),
+    }
+    for what, (of_naive, of_ours) in counts.items():
+        assert f"| {what} | {of_naive:,} | {of_ours:,} | {of_ours / of_naive:.3f} |" in text
 
 
 def test_the_suite_varies_one_thing_at_a_time():

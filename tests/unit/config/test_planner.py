@@ -17,8 +17,8 @@ LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
 PARAMETERS = 100 * 16 + 4 * LAYER + 16
 GENERATED = 3 * 4 * 7  # 3 blocks (anchors 8, 16, 24), 4 samples, 7 of 8 tokens
 PACKED = 24 + GENERATED
-# Values that a layer keeps per token: 6 of H, 3 of the queries' width 16 and of the keys' 8, 5 of I.
-KEEPS = 6 * 16 + 3 * (16 + 8) + 5 * 24
+# Values that a layer keeps per token: 6 of H, 4 of the queries' width 16 and 3 of the keys' 8, 5 of I.
+KEEPS = 6 * 16 + 4 * 16 + 3 * 8 + 5 * 24
 ROTARY = 4 * 4  # angles, per position of a pass
 
 OFF, CHECKPOINTS, ACTIVATIONS = (Choices(reuse, False) for reuse in ("off", "checkpoints", "activations"))
@@ -35,6 +35,12 @@ def degrees(tensor=1, pipeline=1, sequence=False):
 
 def planned(inputs, chosen=OFF, stage=0, **changes):
     return memory.plan_memory(*plan_of(inputs, **changes), chosen, stage)
+
+
+def activations_kept(positions):
+    """Of the same layer, recorded while sampling: 1 to 7 keys and values of 12 rollouts instead of their projection."""
+    cached = 2 * 24 * 8 + 12 * sum(2 * t * 8 - (16 + 3 * 8) for t in range(1, 8))
+    return layer_kept(positions) + 4 * 2 * cached
 
 
 def layer_kept(positions):
@@ -100,7 +106,8 @@ def test_rollout_phase_by_hand(inputs):
     found = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["rollout"]
     assert found["kept checkpoints of the rollouts"] == 4 * 5 * hidden  # of four layers, and of the last one's output
     found = planned(inputs, ACTIVATIONS, train__dtype="float32").phases["rollout"]
-    assert found["kept activations of the rollouts"] == 4 * 4 * layer_kept(PACKED)
+    assert found["kept activations of the rollouts"] == 4 * 4 * activations_kept(PACKED)
+    assert "keys and values" not in found
 
 
 def test_the_document_may_be_the_largest_moment(inputs):
@@ -109,19 +116,19 @@ def test_the_document_may_be_the_largest_moment(inputs):
     found = planned(inputs, train__dtype="float32", zero__stage=0, ebft__n_samples_per_prompt=1, **changes)
     assert found.phases["rollout"] == {
         "keys and values": 4 // 2 * 2 * 24 * (2 * 2 * 4) * 2 * 4,
-        "one layer": 2 * 24 * (3 * 16 + max(5 * 24, 6 * 16 + 3 * 8)) * 4,
+        "one layer": 2 * 24 * (3 * 16 + max(5 * 24, 8 * 16 + 2 * 8)) * 4,
     }
 
 
 def test_a_nucleus_is_searched_in_sorted_logits(inputs):
     rollout = planned(inputs, ebft__top_p=0.9).phases["rollout"]
-    assert rollout["a chunk of logits"] == 2 * 3 * 4 * 100 * (12 + 24)
+    assert rollout["a chunk of logits"] == 2 * 3 * 4 * 100 * 28
 
 
 @pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8)])
 def test_features_phase_by_hand(inputs, method, read):
     packed, values = 32 + 3 * 4 * 8, 2 * 3 * 5 * read * 16  # 2 rows, 3 blocks, 4 samples and a target
-    layer, gram = 2 * packed * (3 * 16 + 5 * 24) * 4, (3 + 1) * values * 8
+    layer, gram = 2 * packed * (3 * 16 + 8 * 16 + 2 * 8) * 4, (3 + 1) * values * 8
     moment = {"one layer": layer} if layer > gram else {"Gram matrices (float64)": gram}
     found = planned(inputs, train__dtype="float32", ebft__embed_method=method).phases["features"]
     assert found == moment | {"rows of the tapped layers": 4 * 3 * values * 4}  # of 3 taps, of 4 micro-batches
@@ -129,14 +136,15 @@ def test_features_phase_by_hand(inputs, method, read):
 
 def test_learn_phase_by_hand(inputs):
     hidden, layer = 2 * PACKED * 16 * 4, layer_kept(PACKED)
-    gradients = 2 * PACKED * (2 * 16 + 2 * 24) * 4 + 2 * 24 * 16 * 4
+    # Of the MLP 2 of I, of the attention 8 of the queries and 5 of the keys when 5 of I are gone.
+    gradients = 2 * PACKED * (2 * 16 + max(2 * 24, 8 * 16 + 5 * 8 - 5 * 24)) * 4 + 2 * 24 * 16 * 4
     matrix, gathered = 100 * 16 * 4, {"gathered parameters": PARAMETERS * 4}
     one_layer = {"gradients of one layer": gradients, "gradient of the head's matrix": matrix} | gathered
     found = planned(inputs, train__dtype="float32").phases["learn"]
     rows = 2 * (3 + GENERATED)
     head = {
         "scored rows and their gradient": 4 * rows * 16 * 4,
-        "a chunk of logits": rows * 100 * 12,
+        "a chunk of logits": rows * 100 * (4 + 4),
         "gradient of the head's matrix": matrix,
     } | gathered
     assert sum(head.values()) > sum(one_layer.values())
@@ -148,14 +156,17 @@ def test_learn_phase_by_hand(inputs):
     kept = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["learn"]
     assert kept == recomputed | {"kept checkpoints of the rollouts": 4 * 5 * hidden}
     kept = planned(inputs, ACTIVATIONS, train__dtype="float32", zero__hold_parameters="step").phases["learn"]
-    assert kept == head | {"kept activations of the rollouts": 4 * 4 * layer}
+    assert kept == head | {"kept activations of the rollouts": 4 * 4 * activations_kept(PACKED)}
 
 
 def test_a_chunk_of_the_head_is_limited(inputs):
     """With 100 samples two rows of one block are 200 rows of logits, and 512 rows hold two blocks of three."""
     found = planned(inputs, ebft__n_samples_per_prompt=100).phases
     assert found["rollout"]["a chunk of logits"] == 400 * 100 * 12
-    assert found["learn"]["a chunk of logits"] == 512 * 100 * 12
+    # bfloat16: logits, two copies in float32, and the next chunk's logits.
+    assert found["learn"]["a chunk of logits"] == 512 * 100 * (2 + 4 + 4 + 2)
+    found = planned(inputs, ebft__n_samples_per_prompt=13).phases
+    assert found["learn"]["a chunk of logits"] == (512 * (2 + 4 + 4) + (2 * (3 + 3 * 13 * 7) - 512) * 2) * 100
 
 
 def test_slices_by_hand(inputs):
@@ -167,7 +178,7 @@ def test_slices_by_hand(inputs):
     assert found.states["parameters"] == 4 * own
     assert found.phases["rollout"]["keys and values"] == 2 * PACKED * (2 * 1 * 4) * 4 * 4
     assert found.phases["rollout"]["a chunk of logits"] == 2 * 3 * 4 * 32 * 12
-    inside, normalisers = 3 * (4 + 4) + 5 * 6, 4 * 2 * PACKED * 1
+    inside, normalisers = 4 * 4 + 3 * 4 + 5 * 6, 4 * 2 * PACKED * 1
     layer = 4 * (2 * PACKED * (6 * 16 + inside) + PACKED * ROTARY) + normalisers
     assert found.phases["learn"]["activations"] == 4 * layer
     found = planned(inputs, parallel=degrees(tensor=4, sequence=True), **changes)

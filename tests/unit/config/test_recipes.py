@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.config.load import load_config
-from ebft_mega.config.memory import plan_memory, worst_stage
+from ebft_mega.config.memory import Choices, peak_bytes, plan_memory
 from ebft_mega.config.planner import GIB_BYTES, describe_run
+from ebft_mega.config.reuse import choices
 from ebft_mega.config.validate import check_run
 from ebft_mega.errors import InputError
 from tests.unit.config.conftest import write_dataset, write_tokenizer
@@ -20,8 +21,17 @@ RECIPES = {
     "llama-3.1-8b-8gpu": ("Llama-3.1-8B", 8, (1, 1, 8)),
     "qwen2.5-32b-16nodes": ("Qwen2.5-32B", 128, (8, 2, 8)),
 }
-# An 80 GB accelerator, less a fifth for what the table leaves out: allocator slack, communication buffers, libraries.
-ROOM_BYTES = 0.8 * 80e9
+# What learning takes over from the rollouts on 80 GB.
+REUSE = {
+    "qwen2.5-7b-8gpu": "checkpoints",
+    "qwen2.5-7b-4nodes": "activations",
+    "llama-3.1-8b-8gpu": "checkpoints",
+    "qwen2.5-32b-16nodes": "activations",
+}
+DEVICE_BYTES = 80 * 10**9
+# Less a fifth for what the table leaves out: allocator slack, communication buffers, libraries.
+ROOM_BYTES = 0.8 * DEVICE_BYTES
+CHECKPOINTS = Choices("checkpoints", feature_network_is_sharded=False)
 # Production rows: 127 blocks of 8 tokens and 4 samples in 1024 tokens.
 BLOCKS, ROLLOUTS = 127, 4 * 127
 
@@ -68,8 +78,10 @@ def test_layout_and_memory(stand_ins, recipe):
     sizes = plan.parallel
     assert (sizes.tensor_parallel, sizes.pipeline_parallel, sizes.data_parallel) == (tensor, pipeline, data)
     assert plan.notes == ()
-    peak = plan_memory(config, plan, worst_stage(config, plan)).peak_bytes
-    assert peak < ROOM_BYTES
+    chosen = choices(config, plan, DEVICE_BYTES)
+    assert chosen == Choices(REUSE[recipe], feature_network_is_sharded=False)
+    assert peak_bytes(config, plan, chosen) < ROOM_BYTES
+    peak = peak_bytes(config, plan, CHECKPOINTS)
     lines = [" ".join(line.split()) for line in describe_run(config, plan).splitlines()]
     assert f"peak (states and the largest phase) {peak / GIB_BYTES:.3f}" in lines
     assert f"processes {world_size}" in lines
@@ -79,8 +91,9 @@ def test_the_configuration_page_shows_what_the_dry_run_prints(stand_ins):
     page = (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
     for recipe, (_, world_size, (tensor, pipeline, data)) in RECIPES.items():
         config, plan = planned(stand_ins, recipe)
-        peak = plan_memory(config, plan, worst_stage(config, plan)).peak_bytes / GIB_BYTES
-        assert f"| `{recipe}.yaml` | {world_size} | {tensor} x {pipeline} x {data} | {peak:.1f} |" in page
+        peak = peak_bytes(config, plan, choices(config, plan, DEVICE_BYTES)) / GIB_BYTES
+        layout = f"{tensor} x {pipeline} x {data}"
+        assert f"| `{recipe}.yaml` | {world_size} | {layout} | {REUSE[recipe]} | {peak:.1f} |" in page
     text = describe_run(*planned(stand_ins, "qwen2.5-32b-16nodes"))
     shown = page.partition("```text\nranks ")[2].partition("```")[0].splitlines()
     assert len(shown) == 4
@@ -99,7 +112,7 @@ def test_hyper_parameters_are_the_authors(stand_ins, recipe):
 
 def test_memory_of_the_7b_recipe_recomputed(stand_ins):
     """Numbers from the model card's sizes, without the planner's functions."""
-    memory = plan_memory(*planned(stand_ins, "qwen2.5-7b-8gpu"))
+    memory = plan_memory(*planned(stand_ins, "qwen2.5-7b-8gpu"), CHECKPOINTS)
     share = PARAMETERS["Qwen2.5-7B"] // 8  # divisible
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + (3584 + 1024) + 3 * 3584 * 18944 + 2 * 3584
     assert memory.states == {
@@ -109,25 +122,28 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
         "master parameters (float32)": 4 * share,
         "frozen feature network": 2 * (152064 * 3584 + 21 * layer),  # the deepest tap is at 3/4 of 28 layers
     }
-    cached = 1016 + ROLLOUTS * 7
+    # ce_coef wants the targets of all 1024 tokens, so the document ends at 1023; two rows.
+    positions, gathered = 2 * (1023 + ROLLOUTS * 7), 2 * PARAMETERS["Qwen2.5-7B"]
+    kept = positions * 29 * 3584 * 2
     assert memory.phases["rollout"] == {
-        "gathered parameters": 2 * PARAMETERS["Qwen2.5-7B"],
-        "keys and values": 2 * cached * 28 * (2 * 512) * 2,
-        "attention weights of one layer": 2 * 28 * ROLLOUTS * (1016 + 7) * 6,
-        "logits of one token per rollout": 2 * ROLLOUTS * 152064 * 10,
+        "kept checkpoints of the rollouts": kept,
+        "gathered parameters": gathered,
+        "keys and values": positions * 28 * (2 * 512) * 2,
+        "a chunk of logits": 512 * 152064 * 12,
     }
-    learned, generated = 1023 + ROLLOUTS * 7, ROLLOUTS * 7
-    layer_keeps = learned * (8 * 3584 + 4 * 512 + 4 * 18944) * 2 + 28 * generated * (1023 + 7) * 6
+    keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 5 * 18944) + positions // 2 * 4 * 128
     assert memory.phases["learn"] == {
-        "gathered parameters": 2 * 10**9,
-        "activations": 2 * (28 * learned * 3584 * 2 + layer_keeps),
-        "scored logits and gradients": 2 * learned * 152064 * 12,
+        "kept checkpoints of the rollouts": kept,
+        "gathered parameters": gathered,
+        "one layer, recomputed": keeps * 2 + positions * 28 * 4,
+        "gradients of one layer": (positions * (2 * 3584 + 2 * 18944) + 2 * 18944 * 3584) * 2,
     }
-    packed = 1024 + ROLLOUTS * 8
-    layer_keeps = packed * (8 * 3584 + 4 * 512 + 4 * 18944) * 2 + 28 * ROLLOUTS * 8 * (1024 + 8) * 6
+    packed = 2 * (1024 + ROLLOUTS * 8)
     assert memory.phases["features"] == {
-        "activations of one layer": 2 * layer_keeps,
-        "rows of the tapped layers": 3 * 2 * BLOCKS * 5 * 3584 * (2 + 8),
+        "kept checkpoints of the rollouts": kept,
+        "gathered parameters": gathered,
+        "one layer": packed * (3 * 3584 + 5 * 18944) * 2,
+        "rows of the tapped layers": 3 * 2 * BLOCKS * 5 * 3584 * 2,
     }
     assert memory.phases["update"] == {"temporaries of AdamW (float32)": 8 * share}
     assert memory.peak_bytes == sum(memory.states.values()) + sum(memory.phases["learn"].values())
@@ -136,7 +152,8 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
 def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     """Eight slices, two stages, sequence parallel, two micro-batches: both stages from the model card's sizes."""
     config, plan = planned(stand_ins, "qwen2.5-32b-16nodes")
-    first, last = (plan_memory(config, plan, stage) for stage in (0, 1))
+    kept = Choices("activations", feature_network_is_sharded=False)
+    first, last = (plan_memory(config, plan, kept, stage) for stage in (0, 1))
     matrices = 2 * 5120 * 5120 + 2 * 5120 * 1024 + 5120 + 2048 + 3 * 5120 * 27648
     layer = matrices // 8 + 2 * 5120
     embedding = 152064 * 5120 // 8  # 64 blocks of 2376 ids: no padding
@@ -148,22 +165,34 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     assert last.states["frozen feature network"] == 2 * 24 * layer
     for memory, parameters in ((first, on_first), (last, on_last)):
         assert all(memory.phases[phase]["gathered parameters"] == 2 * parameters for phase in ("rollout", "learn"))
-    # Two micro-batches decode in turn; one key-value head of 128 per slice.
-    assert first.phases["rollout"]["keys and values"] == 2 * (1016 + ROLLOUTS * 7) * 32 * (2 * 128) * 2
-    assert "logits of one token per rollout" not in first.phases["rollout"]
-    assert last.phases["rollout"]["logits of one token per rollout"] == ROLLOUTS * (152064 // 8) * 10
-    # 1F1B without checkpointing: two micro-batches in flight on the first stage, one on the last; what is between
-    # the layers is an eighth.
-    learned, generated = 1023 + ROLLOUTS * 7, ROLLOUTS * 7
+    # Kept of both micro-batches, on either stage; what is between the layers is an eighth.
+    document, learned = 1023, 1023 + ROLLOUTS * 7
     shard = -(-learned // 8)
-    inside = learned * (3 * 640 + 4 * 128 + 4 * 3456) + shard * 5 * 5120
-    layer_keeps = 2 * inside + 5 * generated * (1023 + 7) * 6
-    for memory, in_flight in ((first, 2), (last, 1)):
-        assert memory.phases["learn"]["activations"] == in_flight * 32 * layer_keeps
-    assert last.phases["learn"]["scored logits and gradients"] == learned * (152064 // 8) * 12
+    values = shard * 6 * 5120 + learned * (4 * 640 + 3 * 128 + 5 * 3456) + learned * 4 * 128
+    grown = sum(2 * token * 128 - (640 + 3 * 128) for token in range(1, 8))
+    layer_keeps = 2 * (values + 2 * 128 * document + ROLLOUTS * grown) + learned * 5 * 4
+    for memory in (first, last):
+        for phase in ("rollout", "features", "learn"):
+            assert memory.phases[phase]["kept activations of the rollouts"] == 2 * 32 * layer_keeps
+    assert "a chunk of logits" not in first.phases["rollout"] | first.phases["learn"]
+    assert last.phases["rollout"]["a chunk of logits"] == ROLLOUTS * (152064 // 8) * 12  # fewer than 512
+
+    # Two micro-batches decode in turn; one key-value head of 128 per slice.
+    first, last = (plan_memory(config, plan, CHECKPOINTS, stage) for stage in (0, 1))
+    assert first.phases["rollout"]["keys and values"] == 2 * learned * 32 * (2 * 128) * 2
+    for memory, inputs in ((first, 32), (last, 33)):  # the last stage keeps its output, too
+        assert memory.phases["features"]["kept checkpoints of the rollouts"] == 2 * inputs * shard * 5120 * 2
+
+    # 1F1B without anything kept: two micro-batches in flight on the first stage, one on the last.
+    off = Choices("off", feature_network_is_sharded=False)
+    layer_keeps = 2 * values + learned * 5 * 4
+    for stage, in_flight in ((0, 2), (1, 1)):
+        learn = plan_memory(config, plan, off, stage).phases["learn"]
+        assert learn["activations"] == in_flight * 32 * layer_keeps
     config, plan = planned(stand_ins, "qwen2.5-32b-16nodes", "train.activation_checkpointing=full")
-    recomputing = plan_memory(config, plan, 0).phases["learn"]["activations"]
-    assert recomputing == 2 * 32 * shard * 5120 * 2 + layer_keeps
+    learn = plan_memory(config, plan, off, 0).phases["learn"]
+    assert learn["activations"] == 2 * 32 * shard * 5120 * 2
+    assert learn["one layer, recomputed"] == layer_keeps
 
 
 def test_more_replicas_than_rows_are_refused_with_layouts_that_work(stand_ins):
