@@ -132,7 +132,8 @@ class StridedLayout:
             own_keys=own_key.shape[3],
         )
         if self.read is not None:
-            document_query = document_query[:, :, list(self.read.document)]
+            asking = self.read.positions[: len(self.read.document)]
+            document_query = document_query.index_select(2, asking)
             own_query = own_query[:, :, :, self.tokens_per_rollout - self.read.tokens_per_rollout :]
         on_document, on_rollouts = self.route.attend(
             pattern, document_query, own_query, document_key, document_value, own_key, own_value

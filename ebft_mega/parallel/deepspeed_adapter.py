@@ -123,11 +123,11 @@ class DeepSpeedEngine:
         gather every layer again and release what was gathered here. Layer by layer it has to be the hooks, which find
         a tied head's weight too, but only inside of the engine's forward.
         """
+        if self._hold_parameters == "none":
+            yield self._run_by_layer
+            return
         parameters = list(self.module.parameters())
         gathered: list[Any] = []
-        if self._hold_parameters == "none":
-            yield torch.no_grad()(self._engine)
-            return
         if self._hold_parameters == "step":
             hold(parameters)
         elif self._hold_parameters == "rollout":
@@ -137,6 +137,10 @@ class DeepSpeedEngine:
             yield runner(self._view, recording)
         finally:
             release(gathered)
+
+    @torch.no_grad()
+    def _run_by_layer(self, compute: Callable[[Any], Any]) -> Any:
+        return self._engine(compute)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `ZeroEngine`."""

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.reward.duplicates import duplicate_share
@@ -87,6 +88,9 @@ def speed_metrics(
         features = trainer.feature_network.stage.architecture
         generated = config.train.global_batch_size * trainer.plan.generated_per_row
         metrics["perf/rollout_tokens_per_second"] = generated / step_seconds
+    compiled = num_compilations()
+    if compiled:  # it grows in the first step and at the first evaluation; later it would cost a minute each time
+        metrics["perf/compiled_kernels"] = float(compiled)
     if peak_flops_per_device is not None:
         metrics["perf/mfu"] = model_flops_utilisation(
             config, policy, features, step_seconds, dist.get_world_size(), peak_flops_per_device

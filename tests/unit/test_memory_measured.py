@@ -76,9 +76,11 @@ def measured(function):
         if type(event.extra_fields).__name__ != "_ExtraFields_Allocation":
             continue
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        # Also before an allocation: threads of a communication library give blocks back without a record.
+        now -= live.pop(address, 0)
         if size > 0:
             live[address] = size
-        now += size if size > 0 else -live.pop(address, 0)
+            now += size
         for name, span in spans.items():
             if span.start_time_ns <= event.start_time_ns <= span.end_time_ns:
                 peaks[name] = max(peaks[name], now)

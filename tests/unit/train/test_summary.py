@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ebft_mega.attention import flex
 from ebft_mega.config.load import load_config
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
@@ -66,6 +67,12 @@ def test_utilisation_of_a_device_whose_peak_is_known(trainer):
 def test_without_rollouts_there_is_a_utilisation_but_no_rollout_tokens(trainer):
     found = speed_metrics(trainer("ebft.rl_coef=0"), 2.0, {}, 0.0, 1e9)
     assert found["perf/mfu"] > 0 and "perf/rollout_tokens_per_second" not in found
+
+
+def test_compiled_kernels_are_counted_where_there_are_any(trainer, monkeypatch):
+    assert "perf/compiled_kernels" not in speed_metrics(trainer(), 2.0, {}, 0.0, None)
+    monkeypatch.setattr(flex, "_compilations", 3)
+    assert speed_metrics(trainer(), 2.0, {}, 0.0, None)["perf/compiled_kernels"] == 3.0
 
 
 def test_memory_by_phase_and_of_the_run():
