@@ -268,8 +268,9 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
     """The packed pass, a layer at a time, or the Gram matrices of a micro-batch; and the rows that are read of taps.
 
-    K*(n + 1)*T rows of H / t values (T is 1 for `last_token`, else G) are kept of every tap of the stage and of every
-    micro-batch in `train.dtype`. Gram matrices are made of them in float64, one micro-batch and, for their squares,
+    The deepest tapped layer counts as a whole one, though only rows that are read go through its MLP. K*(n + 1)*T rows
+    of H / t values (T is 1 for `last_token`, else G) are kept of every tap of the stage and of every micro-batch in
+    `train.dtype`. Gram matrices are made of them in float64, one micro-batch and, for their squares,
     one tap at a time.
     """
     blocks, architecture = plan.block_plan, plan.feature_architecture

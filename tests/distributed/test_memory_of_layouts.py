@@ -3,36 +3,57 @@
 import dataclasses
 from pathlib import Path
 
-import torch
+import pytest
+import torch.distributed as dist
 
-from ebft_mega.config.memory import Choices, plan_memory
+from ebft_mega.config.memory import plan_memory
 from ebft_mega.config.validate import ParallelSizes
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.step import train_step
-from ebft_mega.types import TokenBatch
+from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import Layout
-from tests.unit.test_memory_measured import PHASES, measured, planned, rows_of, started
+from tests.unit.test_memory_measured import PHASES, chosen, measured, planned, rows_of, started
+
+ONE_ROW = ("train.micro_batch_size=1",)  # four micro-batches
+# Data-parallel ranks with whole parameters: what DeepSpeed's buffers need besides is not in the formulas.
+STEP = ("zero.hold_parameters=step",)
 
 
 def compare(layout: Layout, cases: tuple[tuple[str, tuple[str, ...]], ...], directory: str):
-    """Predicted and measured bytes of each phase, by case."""
+    """Predicted and measured bytes of each phase on this rank, by case."""
     groups = make_process_groups(connect(), layout.tensor, layout.pipeline)
-    sizes = ParallelSizes(layout.tensor, layout.pipeline, layout.data)
+    own = Path(directory) / f"rank-{dist.get_rank()}"
+    own.mkdir()
     found = []
     for reuse, overrides in cases:
-        own = Path(directory) / f"rank{torch.distributed.get_rank()}"
-        own.mkdir(exist_ok=True)
         config, plan = planned(own, (*layout.overrides, f"learn.reuse_rollout={reuse}", *overrides))
+        sizes = ParallelSizes(layout.tensor, layout.pipeline, layout.data)
         plan = dataclasses.replace(plan, parallel=sizes, num_micro_batches=plan.num_micro_batches // layout.data)
-        memory = plan_memory(config, plan, Choices(reuse, config.zero.feature_network=="sharded"), groups.pipeline_rank)
+        memory = plan_memory(config, plan, chosen(reuse), groups.pipeline_rank)
         trainer = started(config, plan, groups, reuse)
-        batch = rows_of(config)
-        local = slice(
-            len(batch.tokens) * groups.data_parallel_rank // layout.data,
-            len(batch.tokens) * (groups.data_parallel_rank + 1) // layout.data,
-        )
-        batch = TokenBatch(batch.tokens[local], batch.document_ids[local], batch.row_indices[local])
-        _, _, peaks = measured(lambda: train_step(trainer, batch, 1, 1e-3))
+        batch = rows_of(config).split(config.train.global_batch_size // layout.data)[groups.data_parallel_rank]
+        _, _, peaks = measured(lambda trainer=trainer, batch=batch: train_step(trainer, batch, 1, 1e-3))
         found.append(({phase: memory.phase_bytes(phase) for phase in PHASES}, peaks))
-        print(found[-1], memory.phases)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [
+        (Layout(1, 1, 2, 0), (("off", ONE_ROW), ("checkpoints", ONE_ROW), ("activations", ONE_ROW))),
+        (Layout(1, 2, 1, 0), (("checkpoints", ()), ("activations", ()))),
+        (Layout(2, 1, 1, 3), (("activations", STEP),)),
+    ],
+    ids=["two-stages", "two-slices", "two-replicas"],
+)
+def test_every_rank_needs_what_the_formulas_say(layout, cases, tmp_path):
+    for rank, results in enumerate(run_ranks(layout.world_size, compare, layout, cases, str(tmp_path))):
+        for (reuse, _), (predicted, found) in zip(cases, results, strict=True):
+            shares = {phase: predicted[phase] / found[phase] for phase in PHASES}
+            print(rank, reuse, {phase: f"{share:.3f}" for phase, share in shares.items()})
+            for phase in ("rollout", "features", "learn"):
+                assert shares[phase] >= 0.9, (rank, reuse, phase)
+            # A stage may have the deepest tapped layer alone, which is smaller than the whole one that is counted.
+            for phase in ("rollout", "learn"):
+                assert shares[phase] <= 1.12, (rank, reuse, phase)

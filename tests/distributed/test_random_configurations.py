@@ -44,6 +44,7 @@ def random_case(generator: random.Random, name: str, layout: Layout) -> Case:
         "zero.hold_parameters": choose(("rollout", "step", "none")),
         "zero.feature_network": choose(("resident", "sharded")),
         "train.attention": choose(("two_part", "dense")),
+        "zero.stage": layout.zero_stage,  # the plain steps' configuration must be a valid one, too
     }
     stay_whole = layout.zero_stage < 3 or overrides["zero.hold_parameters"] == "step"
     can_keep_activations = stay_whole and overrides["train.activation_checkpointing"] == "none"

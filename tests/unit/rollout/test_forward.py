@@ -10,6 +10,7 @@ from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.optimizer import runner
+from ebft_mega.rollout import generate
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
@@ -92,6 +93,19 @@ def test_what_is_kept_is_one_copy_of_every_layer_s_input_and_is_let_go(setting):
     assert total == (len(s.stage.layers) + 1) * length * ROWS * s.stage.architecture.hidden_size * 4
     gradients(s, sampled)
     assert not any(inputs._pieces)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 10, 24])
+def test_chunks_of_blocks_draw_and_score_the_same_tokens(setting, monkeypatch, rows_at_once):
+    """One block at a time, one or two of them (six rows each), or all anchors but not all rollouts."""
+    s = setting
+    whole = sample(s, "checkpoints")
+    monkeypatch.setattr(generate, "HEAD_ROWS", rows_at_once)
+    parts = sample(s, "checkpoints")
+    assert torch.equal(parts.rollout.tokens, whole.rollout.tokens)
+    for own, other in zip(parts.kept.scores, whole.kept.scores, strict=True):
+        torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.normalizers, other.normalizers, atol=1e-5, rtol=0)
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(setting):
