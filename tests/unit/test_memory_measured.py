@@ -28,6 +28,8 @@ zero: {stage: 0}
 """
 PHASES = ("rollout", "features", "learn", "update")
 REUSES = ("off", "checkpoints", "activations")
+# 2256 scored rows in chunks of 512.
+MANY_LOGITS = ("model.config.vocab_size=8192", "ebft.n_samples_per_prompt=20", "ebft.stride=16")
 ONE_ROW = ("train.micro_batch_size=1", "train.global_batch_size=2", "ebft.ce_coef=0.1")
 
 
@@ -118,6 +120,7 @@ SETTINGS = {
 CASES = [
     *(pytest.param(reuse, (), id=f"{reuse}-two-rows") for reuse in REUSES),
     *(pytest.param(reuse, ONE_ROW, id=f"{reuse}-one-row-cross-entropy") for reuse in REUSES),
+    pytest.param("checkpoints", MANY_LOGITS, id="checkpoints-many-logits"),
     *(pytest.param(*setting, id=name, marks=pytest.mark.slow) for name, setting in SETTINGS.items()),
 ]
 

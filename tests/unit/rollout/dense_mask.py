@@ -13,9 +13,9 @@ from ebft_mega.rollout.plan import BlockPlan
 def strided_mask(plan: BlockPlan, num_samples: int | None = None, tokens_per_block: int | None = None) -> Tensor:
     """Which position of the packed sequence may attend to which.
 
-    The sequence is the row's P tokens, then token t of rollout r = k * n + j (sample j of block k) at `P + t * R + r`. Row
-    tokens see themselves and what is before them in the row; a generated token sees the row before its
-    block's anchor (the whole prefix, not a window), itself and what is before it in its own rollout.
+    The sequence is the row's P tokens, then token t of rollout r = k * n + j (sample j of block k) at
+    `P + t * R + r`. Row tokens see themselves and what is before them in the row; a generated token sees the row
+    before its block's anchor (the whole prefix, not a window), itself and what is before it in its own rollout.
 
     Args:
         num_samples: n; the plan's by default.

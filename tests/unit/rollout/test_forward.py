@@ -1,5 +1,6 @@
 """What a rollout keeps for the gradient pass, and that the pass computes nothing twice."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,33 @@ def test_gradients_equal_those_of_a_separate_forward_pass(setting, reuse):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_bfloat16_gradients_are_as_far_from_the_true_ones_as_those_of_a_separate_pass(groups):
+    """Of the same sampled tokens; the weights are bfloat16 numbers, so that float64 shows what rounding does."""
+    architecture = Architecture.from_hf(tiny_config("llama"), "test")
+    tokens = torch.randint(0, 131, (ROWS, 24), generator=torch.Generator().manual_seed(1))
+    batch = TokenBatch(tokens, torch.zeros_like(tokens), torch.arange(ROWS))
+    settings = []
+    for dtype in (torch.bfloat16, torch.float64):
+        stage = Stage(architecture, StageShape.whole(architecture), groups, dtype)
+        load_weights(stage, RandomWeights(architecture, seed=1))
+        settings.append(SimpleNamespace(stage=stage, batch=batch, targets=True))
+    low, exact = settings
+    exact.stage.load_state_dict(
+        {name: value.double() for name, value in low.stage.state_dict().items() if value is not None}
+    )
+    for reuse in ("checkpoints", "activations"):
+        sampled = sample(low, reuse)
+        _, found = gradients(low, sampled)
+        _, apart = gradients(low, replace(sampled, kept=None))
+        _, true = gradients(exact, replace(sampled, kept=None))
+        scale = sum(value.norm() ** 2 for value in true.values()) ** 0.5
+        own, other = (
+            sum((gradient[name].double() - value).norm() ** 2 for name, value in true.items()) ** 0.5 / scale
+            for gradient in (found, apart)
+        )
+        assert 1e-3 < own < 1.2 * other, (reuse, own, other)
 
 
 def test_layers_run_once_forward_and_once_more_for_checkpoints_alone(setting):
