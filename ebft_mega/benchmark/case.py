@@ -10,11 +10,11 @@ from ebft_mega.config.schema import (
     EbftConfig,
     LearnConfig,
     ModelConfig,
+    Reuse,
     RunConfig,
     TrainConfig,
     ZeroConfig,
 )
-from ebft_mega.cost.ours import Reuse
 from ebft_mega.model.architecture import Architecture
 
 NOWHERE = Path("unused")  # a benchmark reads no dataset and writes no run directory

@@ -11,8 +11,9 @@ from ebft_mega.benchmark.case import BenchCase, BenchModel
 from ebft_mega.benchmark.counting import LabelledTimers
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
 from ebft_mega.benchmark.step_major import DenseKernel
+from ebft_mega.config.schema import Reuse
 from ebft_mega.cost.naive import cost_of_naive_step
-from ebft_mega.cost.ours import Reuse, StepShape, cost_of_step
+from ebft_mega.cost.ours import StepShape, cost_of_step
 from ebft_mega.cost.work import StepCost
 from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.partition import StageShape

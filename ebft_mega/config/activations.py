@@ -100,15 +100,15 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
     """What one layer keeps of a micro-batch for its backward pass, its output included and its input not.
 
     Per position between layers 6*H: both norms' results before and after their weights (a norm fused into one kernel
-    keeps 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 5*I': the
+    keeps 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 3*I': the
     projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
-    projection want it; gate and up, the activated gate, up once more (megatron-core adds 0 to it), and the product.
+    projection want it; gate, up, and the product.
     With norms of heads 2*Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
     4 * head_dim values a position, shared by the rows of a micro-batch, for rotary angles.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
-    inside = 4 * query + 3 * key_value + 5 * architecture.intermediate_size // tensor
+    inside = 4 * query + 3 * key_value + 3 * architecture.intermediate_size // tensor
     if architecture.qk_norm:
         inside += 2 * query + key_value
     values = positions_between_layers(config, packed) * 6 * architecture.hidden_size + packed.positions * inside
@@ -120,12 +120,12 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
 def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
     """What one layer needs at once of a micro-batch without recording gradients, its input included.
 
-    Per position between layers 3*H; per token inside the larger of 5*I' (the MLP) and 8*Q' + 2*KV' (two-part
+    Per position between layers 3*H; per token inside the larger of 3*I' (the MLP) and 8*Q' + 2*KV' (two-part
     attention of rollouts: projection, rotary embedding, and both parts in the order of their kernel).
     """
     tensor = config.parallel.tensor_parallel_size
     attention = 8 * query_width(architecture, tensor) + 2 * key_value_width(architecture, tensor)
-    inside = max(attention, 5 * architecture.intermediate_size // tensor)
+    inside = max(attention, 3 * architecture.intermediate_size // tensor)
     values = positions_between_layers(config, packed) * 3 * architecture.hidden_size + packed.positions * inside
     return values * element_bytes(config.train.dtype)
 
@@ -133,13 +133,13 @@ def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: P
 def layer_backward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
     """What the backward pass of one layer needs besides what the layer has kept.
 
-    Per position between layers 2*H and per token 2*I' of gradients, when the MLP's activation is differentiated; or
-    8*Q' + 5*KV', when the attention is and the 5*I' of the MLP are gone. And the gradient of the largest weight,
+    Per position between layers 2*H and per token 3*I', when the MLP's activation is differentiated; or 8*Q' + 5*KV',
+    when the attention is and the 3*I' of the MLP are gone. And the gradient of the largest weight,
     2*I' * H values.
     """
     tensor, hidden = config.parallel.tensor_parallel_size, architecture.hidden_size
     inner = architecture.intermediate_size // tensor
-    in_attention = 8 * query_width(architecture, tensor) + 5 * key_value_width(architecture, tensor) - 5 * inner
+    in_attention = 8 * query_width(architecture, tensor) + 5 * key_value_width(architecture, tensor) - 3 * inner
     between = positions_between_layers(config, packed) * 2 * hidden
-    values = between + packed.positions * max(2 * inner, in_attention) + 2 * inner * hidden
+    values = between + packed.positions * max(3 * inner, in_attention) + 2 * inner * hidden
     return values * element_bytes(config.train.dtype)

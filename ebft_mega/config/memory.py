@@ -9,7 +9,6 @@ except that under sequence parallelism the positions between layers are.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ebft_mega.config.activations import (
     FLOAT32_BYTES,
@@ -28,7 +27,7 @@ from ebft_mega.config.activations import (
     vocabulary_columns,
 )
 from ebft_mega.config.layout import feature_stage, policy_stage
-from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.partition import stage_parameters
@@ -41,7 +40,6 @@ MAX_LIVE_PARAMETERS = 10**9
 SAMPLED_LOGIT_BYTES = 12  # per logit, at most: in `train.dtype` and twice in float32
 NUCLEUS_LOGIT_BYTES = 28  # the same with `top_p` < 1: a sort and its running sums (`rollout/sampling.py`)
 
-Reuse = Literal["checkpoints", "activations", "off"]
 Needs = dict[str, int]  # bytes by what they are for
 
 
@@ -164,12 +162,11 @@ def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, docum
 def head_chunk_bytes(rows: int, dtype: str) -> int:
     """What one column of the head needs for the gradient of `rows` scored rows, `HEAD_ROWS` of them at a time.
 
-    Per row of a chunk the logit (b) and a float32 copy at its temperature, in bfloat16 for a moment two; and b for each
-    row of the next chunk, whose logits come before the last ones are gone.
+    Per row of a chunk the logit (b) and a float32 copy at its temperature, in bfloat16 for a moment two.
     """
-    width, chunk = element_bytes(dtype), min(rows, HEAD_ROWS)
+    width = element_bytes(dtype)
     copies = 1 if width == FLOAT32_BYTES else 2
-    return chunk * (width + copies * FLOAT32_BYTES) + min(rows - chunk, HEAD_ROWS) * width
+    return min(rows, HEAD_ROWS) * (width + copies * FLOAT32_BYTES)
 
 
 def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int = 0) -> MemoryPlan:

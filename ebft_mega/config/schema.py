@@ -259,6 +259,9 @@ class ZeroConfig(Section):
     )
 
 
+Reuse = Literal["checkpoints", "activations", "off"]  # what the gradient pass takes over from the rollout
+
+
 class LearnConfig(Section):
     """The pass that computes gradients."""
 

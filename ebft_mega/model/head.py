@@ -174,6 +174,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             row_gradient[chunk] = towards_logits @ weight
             if weight_gradient is not None:
                 weight_gradient.addmm_(towards_logits.T, rows[chunk])
+            del logits, towards_logits  # before the next chunk's are made
         return ctx.shard.sum(row_gradient), weight_gradient, None, None, None, None, None
 
 

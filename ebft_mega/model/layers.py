@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.attention import StridedCoreAttention
@@ -36,6 +37,8 @@ def transformer_config(
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # Not only Transformer Engine's: an activation module that the layer's specification names.
+        use_te_activation_func=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -61,6 +64,7 @@ def layer_submodules(architecture: Architecture) -> TransformerLayerSubmodules:
     attention = submodules.self_attention
     attention.module = SharedHeadsSelfAttention
     attention.submodules.core_attention = StridedCoreAttention
+    submodules.mlp.submodules.activation_func = GatedSilu
     if architecture.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return submodules
@@ -72,6 +76,43 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         """A norm over the last dimension, in the dtype of the other parameters."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class GatedSilu(nn.Module):
+    """The MLP's activation, which keeps for its backward pass only what the projection before it returned.
+
+    megatron-core's own keeps the activated gate and a copy of `up` besides; its fused one compiles itself at run time.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        """Without parameters."""
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """[..., 2 * I], the gate's values first -> silu(gate) * up, [..., I]."""
+        activated: Tensor = _GatedSilu.apply(gate_and_up)
+        return activated
+
+
+class _GatedSilu(torch.autograd.Function):
+    """Recomputes the activated gate in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_and_up)
+        towards_gate, towards_up = result.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), gradient, out=towards_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=towards_gate)
+        return result
 
 
 class SharedHeadsSelfAttention(SelfAttention):

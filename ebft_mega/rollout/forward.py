@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from ebft_mega.model.kept import KeptInputs, replay
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.layout import packed_positions
 from ebft_mega.rollout.plan import BlockPlan
-
-Reuse = Literal["off", "checkpoints", "activations"]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import PipelinedModel, Stage
@@ -22,7 +22,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.closed_forms import block_rewards
-from ebft_mega.rollout.forward import KeptForward, Reuse
+from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
