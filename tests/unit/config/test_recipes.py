@@ -131,18 +131,18 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
         "keys and values": positions * 28 * (2 * 512) * 2,
         "a chunk of logits": 512 * 152064 * 12,
     }
-    keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 5 * 18944) + positions // 2 * 4 * 128
+    keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 3 * 18944) + positions // 2 * 4 * 128
     assert memory.phases["learn"] == {
         "kept checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
         "one layer, recomputed": keeps * 2 + positions * 28 * 4,
-        "gradients of one layer": (positions * (2 * 3584 + 2 * 18944) + 2 * 18944 * 3584) * 2,
+        "gradients of one layer": (positions * (2 * 3584 + 3 * 18944) + 2 * 18944 * 3584) * 2,
     }
     packed = 2 * (1024 + ROLLOUTS * 8)
     assert memory.phases["features"] == {
         "kept checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
-        "one layer": packed * (3 * 3584 + 5 * 18944) * 2,
+        "one layer": packed * (3 * 3584 + 3 * 18944) * 2,
         "rows of the tapped layers": 3 * 2 * BLOCKS * 5 * 3584 * 2,
     }
     assert memory.phases["update"] == {"temporaries of AdamW (float32)": 8 * share}
@@ -168,7 +168,7 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     # Kept of both micro-batches, on either stage; what is between the layers is an eighth.
     document, learned = 1023, 1023 + ROLLOUTS * 7
     shard = -(-learned // 8)
-    values = shard * 6 * 5120 + learned * (4 * 640 + 3 * 128 + 5 * 3456) + learned * 4 * 128
+    values = shard * 6 * 5120 + learned * (4 * 640 + 3 * 128 + 3 * 3456) + learned * 4 * 128
     grown = sum(2 * token * 128 - (640 + 3 * 128) for token in range(1, 8))
     layer_keeps = 2 * (values + 2 * 128 * document + ROLLOUTS * grown) + learned * 5 * 4
     for memory in (first, last):
