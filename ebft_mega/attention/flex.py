@@ -17,6 +17,7 @@ from torch.utils import _triton
 from ebft_mega.attention.pattern import AttentionPattern
 
 TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
+MIN_HEAD_DIM = 16  # torch's compiler refuses smaller heads
 _PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
 _SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.attention.dense import DenseAttention
-from ebft_mega.attention.flex import FlexAttention, flex_is_available
+from ebft_mega.attention.flex import MIN_HEAD_DIM, FlexAttention, flex_is_available
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.two_part import TwoPartAttention
 
@@ -43,28 +43,32 @@ class AttentionRoute(Protocol):
         """
 
 
-def make_route(name: RouteName, device: torch.device, *, own_capacity: int) -> AttentionRoute:
+def make_route(name: RouteName, device: torch.device, *, own_capacity: int, head_dim: int) -> AttentionRoute:
     """The route of a run.
 
     `auto` is two_part on a CPU; on CUDA flex, because one kernel call serves every pass, or two_part where Triton
-    is missing; elsewhere dense, the only one that needs nothing but torch's public functions. Which of flex and
-    two_part is faster on a GPU has not been measured.
+    is missing or heads are too small for it; elsewhere dense, the only one that needs nothing but torch's public
+    functions. Which of flex and two_part is faster on a GPU has not been measured.
 
     Args:
         name: `train.attention`.
         device: where the tensors lie.
         own_capacity: most keys of one rollout in any pass, G.
+        head_dim: values of a head.
     Raises:
-        ValueError: flex where it has no backward pass, or two_part where none of its kernels runs.
+        ValueError: flex where it has no backward pass or for heads that it does not take, or two_part where none of
+            its kernels runs.
     """
     if name == "auto":
-        if flex_is_available(device):
+        if flex_is_available(device) and head_dim >= MIN_HEAD_DIM:
             name = "flex"
         else:
             name = "two_part" if device.type in ("cpu", "cuda") else "dense"
     if name == "flex":
         if not flex_is_available(device):
             raise ValueError(f"flex attention needs CUDA and Triton: it has no backward pass on {device.type}")
+        if head_dim < MIN_HEAD_DIM:
+            raise ValueError(f"flex attention takes heads of {MIN_HEAD_DIM} values or more, not of {head_dim}")
         return FlexAttention(own_capacity)
     if name == "two_part":
         if device.type not in ("cpu", "cuda"):

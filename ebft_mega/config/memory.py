@@ -140,7 +140,8 @@ def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, docum
     `checkpoints`: the input of each of its L layers, and on the last stage the last layer's output: b*H a position
     each. `activations`: what each layer keeps for its backward pass; of token t of a rollout the keys and values of
     all t tokens so far (2 * t * KV') in the place of its projection (Q' + 3 * KV'), and of the document's keys and
-    values a copy.
+    values a copy. That is two-part attention; flex and dense keep for every pass a copy of all keys and values,
+    (G - 1) * 2 * KV' * (D + R * G) a row and layer.
 
     Args:
         document, tokens: positions of the document and tokens of each rollout that have been read.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.dataset import open_dataset
 from ebft_mega.data.loader import fixed_rows
@@ -49,11 +50,17 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     architecture = Architecture.from_directory(request.model)
     dataset = open_dataset(request.data)
     _check_tokenizer(request.model, dataset.manifest.tokenizer_sha256, request.data)
-    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype)
+    route = make_route(
+        config.train.attention,
+        groups.device,
+        own_capacity=config.ebft.generate_max_len,
+        head_dim=architecture.head_dim,
+    )
+    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype, attention=route)
     load_weights(policy, SafetensorsWeights(request.model, architecture))
     policy.to(groups.device).requires_grad_(False).eval()
     model = PipelinedModel.of(policy)
-    network = _feature_network(request.feature_model, config, groups, dtype)
+    network = _feature_network(request.feature_model, config, groups, dtype, route)
     settings = evaluation_settings(config)
 
     length = config.data.sequence_length
@@ -91,11 +98,13 @@ def main_documents(rows: TokenBatch) -> list[str]:
     return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
 
 
-def _feature_network(directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype) -> FeatureNetwork:
+def _feature_network(
+    directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype, route: AttentionRoute
+) -> FeatureNetwork:
     architecture, ebft = Architecture.from_directory(directory), config.ebft
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
     source = SafetensorsWeights(directory, architecture, deepest)
-    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype)
+    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype, attention=route)
     return build_feature_network(architecture, source, settings, groups)
 
 

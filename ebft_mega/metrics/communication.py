@@ -136,7 +136,8 @@ def communication_stopwatch(device: torch.device) -> Stopwatch:
 def timed_communication(stopwatch: Stopwatch) -> Iterator[None]:
     """Time everything that this process communicates meanwhile; arguments, results and errors pass unchanged.
 
-    An asynchronous call counts for what its start and its `wait` take, not for what runs beside it.
+    An asynchronous call counts for what its start and its `wait` take, not for what runs beside it. On CUDA that holds
+    for calls on the current stream; collectives that DeepSpeed puts on a stream of its own count in full.
 
     Args:
         stopwatch: is started and stopped around each call, from whatever thread calls.

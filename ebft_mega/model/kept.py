@@ -86,4 +86,5 @@ class _Replay(torch.autograd.Function):
             torch.autograd.backward(leaving, gradient)
             assert entering.grad is not None, "every layer passes a gradient on"
             gradient = entering.grad
+            del entering, leaving  # before the next layer's are made
         return gradient, None, None, None, None

@@ -64,7 +64,8 @@ class StageShape:
         final norm, as in Hugging Face.
         """
         layers = split_layers(depth, num_stages)[stage]
-        norm = stage == num_stages - 1 and depth == architecture.num_hidden_layers
+        # With the last layer: a pipeline may be longer than the network is deep.
+        norm = depth == architecture.num_hidden_layers and len(layers) > 0 and layers.stop == depth
         return cls(layers.start, len(layers), stage == 0, has_final_norm=norm, has_head=False)
 
     def taps_within(self, taps: tuple[int, ...]) -> tuple[int, ...]:

@@ -163,7 +163,7 @@ class Stage(nn.Module):
     def forward(self, compute: Callable[["Stage"], Any]) -> Any:
         """Run `compute(self)` as this module's forward, so that an engine's hooks surround it.
 
-        `compute` calls `hidden_states` and `logits`; it returns a tensor or a tuple of tensors.
+        `compute` calls the stage's other methods; it returns a tensor or a tuple of tensors.
         """
         return compute(self)
 
@@ -242,7 +242,8 @@ class Stage(nn.Module):
                 # A stage of a feature network has the final norm only if the model's last layer is tapped.
                 is_last = depth == self.architecture.num_hidden_layers
                 tapped = self.final_norm(hidden) if is_last and self.final_norm is not None else hidden
-                rows.append(select_positions(tapped, where, self.hidden.sequence_shards, self.groups))
+                selected = select_positions(tapped, where, self.hidden.sequence_shards, self.groups)
+                rows += [selected] * taps.count(depth)  # a depth that two fractions name counts twice
         return hidden, rows
 
     def angles(self, positions: Tensor, pieces: Sequence[int] | None = None) -> Tensor:

@@ -123,6 +123,9 @@ class DeepSpeedEngine:
         gather every layer again and release what was gathered here. Layer by layer it has to be the hooks, which find
         a tied head's weight too, but only inside of the engine's forward.
         """
+        assert not recording or self._hold_parameters in ("step", "anyway"), (
+            "parameters that are let go have no values for the backward pass"
+        )
         if self._hold_parameters == "none":
             yield self._run_by_layer
             return
@@ -131,7 +134,6 @@ class DeepSpeedEngine:
         if self._hold_parameters == "step":
             hold(parameters)
         elif self._hold_parameters == "rollout":
-            assert not recording, "parameters that are let go have no values for the backward pass"
             gathered = gather(parameters)
         try:
             yield runner(self._view, recording)

@@ -202,6 +202,7 @@ def replayed_backward(
     forward: Callable[[int], Tensor],
     backward: Callable[[Tensor, Tensor | None], None],
     entering_gradient: Callable[[int], Tensor],
+    release: Callable[[int], None],
 ) -> None:
     """Gradients of all micro-batches whose forward pass every stage still has: only gradients travel, last to first.
 
@@ -211,6 +212,7 @@ def replayed_backward(
         forward: micro-batch -> what its kept forward pass returned, or on the last stage the scalar loss.
         backward: (what `forward` returned, gradient of it or None on the last stage) accumulates gradients.
         entering_gradient: micro-batch -> after its backward pass, gradient of the hidden states that entered.
+        release: lets go of a micro-batch's forward pass.
     Communication: per micro-batch the gradient of the hidden states from each stage to the one before.
     """
     for index in range(num_micro_batches):
@@ -222,6 +224,8 @@ def replayed_backward(
         backward(output, gradient)
         if groups.pipeline_rank:
             hand_over(groups, backward=entering_gradient(index))
+        del output, gradient
+        release(index)
 
 
 def share_from_last_stage(

@@ -57,8 +57,14 @@ class KeptForward:
     def entering_gradient(self) -> Tensor:
         """After the backward pass: gradient of the hidden states that entered the stage, [S / shards, B, H]."""
         leaves = self.entering if self.placeholder is None else [self.placeholder]
-        gradients = [leaf.grad for leaf in leaves]
-        return torch.cat([gradient for gradient in gradients if gradient is not None])
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert len(gradients) == len(leaves), "every pass passes a gradient on"
+        return torch.cat(gradients)
+
+    def release(self) -> None:
+        """Let everything go: the gradient has been taken."""
+        self.pieces, self.scores, self.entering, self.leaving = [], [], [], []
+        self.inputs = self.placeholder = None
 
 
 def join_scores(parts: Sequence[RowScores]) -> RowScores | None:

@@ -14,7 +14,7 @@ from ebft_mega.model.sizes import HEAD_ROWS
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward
-from ebft_mega.rollout.layout import generated_positions, to_sequence
+from ebft_mega.rollout.layout import anchor_positions, generated_positions, to_sequence
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
@@ -144,7 +144,7 @@ class _Decoding:
             hidden = stage.whole_sequence(hidden, positions.numel())
             if is_document:
                 # All samples of a block draw their first token from the same logits.
-                hidden = hidden[torch.tensor(plan.anchors, device=device) - 1]
+                hidden = hidden[anchor_positions(plan, device) - 1]
             tokens = self._draw(stage, slot, hidden.unflatten(0, (plan.num_blocks, -1)))
         self.drawn[slot.micro_batch].append(tokens)
         return tokens

@@ -33,6 +33,11 @@ def from_sequence(values: Tensor, plan: BlockPlan) -> Tensor:
     return values.unflatten(1, (-1, plan.num_blocks, plan.num_samples)).permute(0, 3, 2, 1)
 
 
+def anchor_positions(plan: BlockPlan, device: torch.device) -> Tensor:
+    """The plan's anchors, int64 [K], made where they are used: a copy from the host would wait for the device."""
+    return torch.arange(plan.num_blocks, device=device) * plan.stride + plan.context_length
+
+
 def generated_positions(plan: BlockPlan, first: int, count: int, device: torch.device) -> Tensor:
     """Rotary positions of tokens `first .. first + count - 1` of every rollout, token-major.
 
@@ -41,7 +46,8 @@ def generated_positions(plan: BlockPlan, first: int, count: int, device: torch.d
     Returns:
         int64 [count * K * n].
     """
-    anchors = torch.tensor(plan.anchors, device=device).repeat_interleave(plan.num_samples)
+    # [K, n] without `repeat_interleave`, for the same reason
+    anchors = anchor_positions(plan, device)[:, None].expand(-1, plan.num_samples).flatten()
     return (torch.arange(first, first + count, device=device)[:, None] + anchors).flatten()
 
 

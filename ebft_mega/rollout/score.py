@@ -11,7 +11,7 @@ from ebft_mega.model.head import RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward, join_scores
-from ebft_mega.rollout.layout import from_sequence, packed_sequence, to_sequence
+from ebft_mega.rollout.layout import anchor_positions, from_sequence, packed_sequence, to_sequence
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import PolicyLogprobs
 
@@ -115,7 +115,7 @@ def _scored(
     if rollouts is not None:
         # All samples of a block draw their first token from the row before the anchor: n choices. A later row has one,
         # repeated to the same number.
-        positions += [torch.tensor(plan.anchors, device=device) - 1, torch.arange(document, len(hidden), device=device)]
+        positions += [anchor_positions(plan, device) - 1, torch.arange(document, len(hidden), device=device)]
         later = to_sequence(rollouts[..., 1:]).T[..., None]  # [T * R, B, 1]
         choices += [rollouts[..., 0].permute(2, 0, 1), later.expand(-1, -1, plan.num_samples)]
         temperatures += [request.temperature] * 2

@@ -225,7 +225,7 @@ def build_trainer(
     """
     dtype = DTYPES[config.train.dtype]
     chosen = chosen or default_choices(config)
-    attention = _attention(config, groups.device)
+    attention = attention_route(config, architecture, groups.device)
     source = _policy_weights(config, architecture)
     shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
 
@@ -269,7 +269,7 @@ def build_trainer(
             dtype=dtype,
             is_sharded=chosen.feature_network_is_sharded,
             sequence_parallel=config.parallel.sequence_parallel,
-            attention=attention,
+            attention=attention_route(config, feature_architecture, groups.device),
         )
         feature_source = _feature_weights(config, feature_architecture, source)
         feature_network = build_feature_network(feature_architecture, feature_source, feature_settings, groups)
@@ -285,11 +285,11 @@ def build_trainer(
     )
 
 
-def _attention(config: RunConfig, device: torch.device) -> AttentionRoute:
+def attention_route(config: RunConfig, architecture: Architecture, device: torch.device) -> AttentionRoute:
     """The attention route that the configuration names."""
     name = config.train.attention
     try:
-        return make_route(name, device, own_capacity=config.ebft.generate_max_len)
+        return make_route(name, device, own_capacity=config.ebft.generate_max_len, head_dim=architecture.head_dim)
     except ValueError as error:
         key = "train.attention"
         raise ConfigError([Problem(config.place(key), key, f"{name}, on a {device.type}: {error}", "auto")]) from None

@@ -189,11 +189,15 @@ def learn(
     def hidden_buffer(index: int) -> Tensor:
         return trainer.stage.hidden.empty(requests[index].num_positions(plan), len(requests[index].tokens))
 
-    def entering_gradient(index: int) -> Tensor:
-        return forwards.pop(index).entering_gradient()
-
     if forwards:
-        replayed_backward(groups, len(requests), forward, backward, entering_gradient)
+        replayed_backward(
+            groups,
+            len(requests),
+            forward,
+            backward,
+            entering_gradient=lambda index: forwards[index].entering_gradient(),
+            release=lambda index: forwards[index].release(),
+        )
     else:
         one_forward_one_backward(groups, len(requests), forward, backward, hidden_buffer)
     shapes = [shape for request in requests for shape in (*request.shapes(), (), (), ())]

@@ -165,7 +165,7 @@ def test_values_and_gradients_on_a_gpu(name, pattern):
     drawn = random_tensors(pattern, rows=1, head_dim=64, dtype=torch.bfloat16, requires_grad=False)
     tensors = [tensor.to(device).requires_grad_() for tensor in drawn]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    route = make_route(name, device, own_capacity=8)
+    route = make_route(name, device, own_capacity=8, head_dim=32)
     outputs, expected = route.attend(pattern, *tensors), naive_attend(pattern, *wide)
     for out, want in zip(
         (*outputs, *_gradients(outputs, tensors)), (*expected, *_gradients(expected, wide)), strict=True
@@ -191,14 +191,18 @@ def test_dense_warns_once_per_pattern_and_names_the_cost(caplog):
 
 def test_routes_by_name(monkeypatch):
     cuda, other = torch.device("cuda"), torch.device("meta")
-    assert isinstance(make_route("auto", CPU, own_capacity=8), TwoPartAttention)
-    assert isinstance(make_route("two_part", CPU, own_capacity=8), TwoPartAttention)
-    assert isinstance(make_route("dense", CPU, own_capacity=8), DenseAttention)
-    assert isinstance(make_route("auto", other, own_capacity=8), DenseAttention)
+    assert isinstance(make_route("auto", CPU, own_capacity=8, head_dim=32), TwoPartAttention)
+    assert isinstance(make_route("two_part", CPU, own_capacity=8, head_dim=32), TwoPartAttention)
+    assert isinstance(make_route("dense", CPU, own_capacity=8, head_dim=32), DenseAttention)
+    assert isinstance(make_route("auto", other, own_capacity=8, head_dim=32), DenseAttention)
     with pytest.raises(ValueError, match="no backward pass on cpu"):
-        make_route("flex", CPU, own_capacity=8)
+        make_route("flex", CPU, own_capacity=8, head_dim=32)
     with pytest.raises(ValueError, match="not for meta"):
-        make_route("two_part", other, own_capacity=8)
+        make_route("two_part", other, own_capacity=8, head_dim=32)
     for triton, expected in ((True, FlexAttention(8)), (False, TwoPartAttention())):
         monkeypatch.setattr(_triton, "has_triton", lambda triton=triton: triton)
-        assert make_route("auto", cuda, own_capacity=8) == expected
+        assert make_route("auto", cuda, own_capacity=8, head_dim=32) == expected
+    monkeypatch.setattr(_triton, "has_triton", lambda: True)
+    assert make_route("auto", cuda, own_capacity=8, head_dim=8) == TwoPartAttention()
+    with pytest.raises(ValueError, match="heads of 16 values or more, not of 8"):
+        make_route("flex", cuda, own_capacity=8, head_dim=8)

@@ -29,7 +29,6 @@ from ebft_mega.types import PolicyLogprobs, TokenBatch
 from tests.conftest import tiny_config
 from tests.unit.model.test_against_transformers import random_hf_model
 
-TAPS = (1, 2, 3)
 SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
 RL_COEF, CE_COEF, ALIGNMENT_COEF, DIVERSITY_COEF = 1.0, 0.3, 1.0, 0.7
 NUM_ROWS = 2
@@ -43,6 +42,8 @@ class Case:
     whitening: str = "sample"
     model_type: str = "llama"
     vocab_size: int = 131
+    feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
+    taps: tuple[int, ...] = (1, 2, 3)  # of four layers
 
 
 CASES = {
@@ -54,6 +55,9 @@ CASES = {
     "n=1": Case(BlockPlan(20, 4, 4, 4, 1), whitening="none"),
     "n=2": Case(BlockPlan(20, 4, 4, 4, 2), embed_method="mean_pooling"),
     "n=5": Case(BlockPlan(20, 4, 4, 4, 5), embed_method="mean_pooling", feature_norm="per_layer", whitening="none"),
+    # Two fractions may name one depth, which then counts twice.
+    "repeated": Case(BlockPlan(20, 4, 4, 4, 3), feature_layers=(0.25, 0.3, 0.75, 0.8), taps=(1, 1, 3, 3)),
+    "all-layers": Case(BlockPlan(20, 4, 4, 4, 3), feature_layers=(0.5, 1.0), taps=(2, 4)),
     "per-layer": Case(BlockPlan(20, 4, 4, 4, 4), feature_norm="per_layer"),
     # Six token ids and one generated token: many groups hold equal rollouts.
     "duplicates": Case(BlockPlan(16, 1, 2, 1, 4), vocab_size=6),
@@ -78,9 +82,9 @@ def setting(request, groups, tmp_path):
         stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
         load_weights(stage, source)
         stages.append((stage, source))
-    settings = FeatureSettings((0.25, 0.5, 0.75), case.embed_method, case.feature_norm, torch.float64)
+    settings = FeatureSettings(case.feature_layers, case.embed_method, case.feature_norm, torch.float64)
     network = build_feature_network(architecture, stages[1][1], settings, groups)
-    assert network.taps == TAPS
+    assert network.taps == case.taps
     tokens = torch.randint(
         0, case.vocab_size, (NUM_ROWS, case.plan.sequence_length), generator=torch.Generator().manual_seed(1)
     )
@@ -147,7 +151,7 @@ def naive_features(s, sequence: Tensor) -> Tensor:
     """[D]: the feature of the last G tokens of one sequence."""
     window = s.plan.generate_length
     hidden = s.hf_feature(sequence[None], output_hidden_states=True).hidden_states
-    layers = torch.stack([hidden[tap][0, -window:] for tap in TAPS], dim=1)  # [G, T, H]
+    layers = torch.stack([hidden[tap][0, -window:] for tap in s.case.taps], dim=1)  # [G, T, H]
     if s.case.feature_norm == "joint":
         features = layers.flatten(1)
         features = features / features.norm(dim=1, keepdim=True)

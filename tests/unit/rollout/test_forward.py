@@ -140,6 +140,14 @@ def test_nothing_is_kept_unless_it_is_asked_for(setting):
     assert sample(setting, "off").kept is None
 
 
+@pytest.mark.parametrize("reuse", ["checkpoints", "activations"])
+def test_a_released_forward_pass_holds_nothing(setting, reuse):
+    kept = sample(setting, reuse).kept
+    assert [field for field, value in vars(kept).items() if value]
+    kept.release()
+    assert not [field for field, value in vars(kept).items() if value]
+
+
 def test_kept_log_probabilities_are_those_of_the_sampled_tokens(setting):
     """A separate forward pass finds them, too; without it nothing but the targets goes through the head again."""
     s = setting
