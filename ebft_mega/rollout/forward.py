@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.head import RowScores
-from ebft_mega.model.kept import KeptInputs, replay
+from ebft_mega.model.kept import KeptInputs
+from ebft_mega.model.replay import replay
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.layout import packed_positions
 from ebft_mega.rollout.plan import BlockPlan

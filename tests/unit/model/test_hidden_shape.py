@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.model.stage import HiddenShape
+from ebft_mega.model.hidden import HiddenShape
 
 
 def shape_of(shards: int) -> HiddenShape:

@@ -1,0 +1,64 @@
+"""The gradient out of what a rollout left: each layer is run once more from its kept input.
+
+The update is strictly on-policy, so the passes that sampled the tokens were the policy's forward pass. With every
+layer's input kept, the gradient needs no second one: a layer is recomputed when its turn comes, as under activation
+checkpointing, but nothing is computed before that.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.kept import KeptInputs
+from ebft_mega.model.stage import Stage
+
+
+def replay(
+    stage: Stage,
+    kept: KeptInputs,
+    entering: Tensor,
+    positions: Tensor,
+    layout: StridedLayout,
+    pieces: Sequence[int],
+) -> Tensor:
+    """A stage's layers over the packed pass, out of what was kept; computed only in the backward pass.
+
+    Args:
+        kept: emptied by the backward pass, layer by layer.
+        entering: what the first layer's gradient flows to, [S / shards, B, H] with gradient; its value is not read.
+        positions: int64 [S]; layout: of the packed pass.
+        pieces: positions of each pass that filled `kept`.
+    Returns:
+        [S / shards, B, H] before the final norm; where the stage has no head a placeholder for its gradient.
+    Communication: in the backward pass that of the layers, forward and backward.
+    """
+    hidden: Tensor = _Replay.apply(entering, stage, kept, stage.angles(positions, pieces), layout)
+    return hidden
+
+
+class _Replay(torch.autograd.Function):
+    """Reentrant checkpointing of all layers without its first forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, entering: Tensor, stage: Stage, kept: KeptInputs, angles: Tensor, layout: StridedLayout
+    ) -> Tensor:
+        ctx.stage, ctx.kept, ctx.angles, ctx.layout = stage, kept, angles, layout
+        return kept.take(stage.shape.num_layers) if stage.shape.has_head else kept.placeholder()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        for index in reversed(range(len(ctx.stage.layers))):
+            entering = ctx.kept.take(index).requires_grad_()
+            with torch.enable_grad():
+                leaving, _ = ctx.stage.layers[index](entering, ctx.layout, rotary_pos_emb=ctx.angles)
+            torch.autograd.backward(leaving, gradient)
+            assert entering.grad is not None, "every layer passes a gradient on"
+            gradient = entering.grad
+            del entering, leaving  # before the next layer's are made
+        return gradient, None, None, None, None
