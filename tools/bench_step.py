@@ -1,7 +1,7 @@
 """Time and count one optimizer step of a naive baseline and of this trainer, side by side.
 
 Both run on the same model (a toy, if no other is named), weights and rows in this process, taking turns; peak memory is
-measured in a process for each. What is counted is checked while it runs. The toy takes about 20 minutes on two cores;
+measured in a process for each. What is counted is checked while it runs. The toy takes about 35 minutes on two cores;
 `--quick` takes some seconds.
 """
 

@@ -51,7 +51,8 @@ def draw_costs(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.set_xticks([case[key] for case in varied], [str(case[key]) for case in varied])
             axes.minorticks_off()
             axes.grid(alpha=0.25)
-    grid[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
