@@ -51,8 +51,8 @@ class PrefixKernel(Protocol):
 class CpuKernel:
     """Torch's CPU flash kernel; the ragged edge as an additive mask.
 
-    It reads the keys of a group for all its heads as they are, and it takes float64. A longer edge saves kernel calls, a
-    shorter one hidden pairs.
+    It reads the keys of a group for all its heads as they are, and it takes float64. A longer edge saves kernel calls,
+    a shorter one hidden pairs.
     """
 
     edge = 64
