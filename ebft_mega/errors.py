@@ -53,9 +53,27 @@ class InputError(InputProblems):
 
 
 class DamagedDataError(EbftError):
-    """A document failed its checksum while it was read (exit code 4)."""
+    """Data that was whole before the run is damaged, shorter, gone or out of reach when it is read (exit code 4).
+
+    Args:
+        shard: path or URL of the file.
+        offset: byte in it; None where no place can be named.
+        expected, found: what the index says and what is there.
+        document: number of the document in its dataset; None where it is not known.
+    """
 
     exit_code = EXIT_DAMAGED_DATA
+
+    def __init__(self, shard: str, offset: int | None, expected: str, found: str, document: int | None = None):
+        # All arguments go to the base, so that the error survives pickling between processes.
+        super().__init__(shard, offset, expected, found, document)
+        self.shard, self.offset, self.expected, self.found, self.document = shard, offset, expected, found, document
+
+    def __str__(self) -> str:
+        place = [self.shard]
+        place += [f"offset {self.offset}"] * (self.offset is not None)
+        place += [f"document {self.document}"] * (self.document is not None)
+        return f"{': '.join(place)}: expected {self.expected}, found {self.found}"
 
 
 class PeerFailedError(EbftError):

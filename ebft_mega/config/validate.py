@@ -234,7 +234,7 @@ def _model_directory(config: RunConfig, key: str, directory: Path) -> Architectu
 
 def _rows(config: RunConfig, key: str, directory: Path, seed: int | None) -> RowSupply:
     """The rows of a dataset whose files have been checked."""
-    from ebft_mega.data.dataset import open_dataset
+    from ebft_mega.data.opening import open_dataset
     from ebft_mega.data.stream import RowStream
 
     try:

@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,25 @@ from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.order import epoch_permutation
 from ebft_mega.data.stream import RowStream, StreamState
+from ebft_mega.errors import DamagedDataError
 from ebft_mega.types import TokenBatch
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that could not be read and became filler."""
+
+    number: int  # of the row, counted through the whole run
+    index: int  # of the row in the global batch of its step
+    damage: DamagedDataError
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """This rank's rows of one global batch."""
+
+    rows: TokenBatch
+    skipped: tuple[SkippedRow, ...] = ()  # these rows are filler in `rows` (row index -1)
 
 
 class BatchLoader:
@@ -65,7 +84,7 @@ class BatchLoader:
         """Records that a step has used one global batch."""
         self._next_row += self._global_batch_size
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         """Yields this rank's slice of each global batch, from the state on, without end.
 
         Raises:
@@ -73,9 +92,9 @@ class BatchLoader:
         """
         first_row = self._next_row
 
-        def read_batch(number: int) -> TokenBatch:
+        def read_batch(number: int) -> LoadedBatch:
             first = first_row + number * self._global_batch_size + self._first_local
-            return read_rows(self._stream, range(first, first + self._local_batch_size), self._first_local)
+            return LoadedBatch(read_rows(self._stream, range(first, first + self._local_batch_size), self._first_local))
 
         if self._prefetch_batches:
             return _read_ahead(read_batch, self._prefetch_batches)
@@ -146,7 +165,7 @@ def fixed_rows(
     return read_rows(stream, order[first:last].tolist(), first)
 
 
-def _read_ahead(read_batch: Callable[[int], TokenBatch], num_batches: int) -> Iterator[TokenBatch]:
+def _read_ahead(read_batch: Callable[[int], LoadedBatch], num_batches: int) -> Iterator[LoadedBatch]:
     """Yields batches 0, 1, ... that a thread reads ahead; an error is raised in the place of its batch."""
     # One thread: batches are read in order, and neighbouring rows share the document that they have in
     # common.

@@ -52,7 +52,8 @@ class ShardFiles:
             try:
                 return _read_fully(self._descriptor(shard), offset, num_bytes)
             except OSError as error:
-                raise DamagedDataError(f"{self._paths[shard]}: offset {offset}: {error.strerror}") from error
+                path = str(self._paths[shard])
+                raise DamagedDataError(path, offset, f"{num_bytes} bytes", str(error.strerror)) from error
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
@@ -112,10 +113,9 @@ def read_member(files: ShardFiles, shard_path: Path, record: np.void, document: 
     offset, payload_bytes = int(record["offset"]), int(record["payload_bytes"])
     expected_bytes = TAR_BLOCK_BYTES + payload_bytes
     data = files.read(int(record["shard"]), offset, expected_bytes)
-    place = f"{shard_path}: offset {offset}: document {document}"
     if len(data) != expected_bytes:
-        raise DamagedDataError(f"{place}: expected {expected_bytes} bytes, found {len(data)} bytes")
+        raise DamagedDataError(str(shard_path), offset, f"{expected_bytes} bytes", f"{len(data)} bytes", document)
     expected, found = int(record["crc32"]), zlib.crc32(data)
     if found != expected:
-        raise DamagedDataError(f"{place}: expected crc32 {expected:08x}, found crc32 {found:08x}")
+        raise DamagedDataError(str(shard_path), offset, f"crc32 {expected:08x}", f"crc32 {found:08x}", document)
     return data[TAR_BLOCK_BYTES:]

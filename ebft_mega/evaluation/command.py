@@ -9,8 +9,8 @@ import torch
 
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.dataset import open_dataset
 from ebft_mega.data.loader import fixed_rows
+from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.progress import track
 from ebft_mega.data.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem

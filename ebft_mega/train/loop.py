@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.cost.mfu import peak_flops
-from ebft_mega.data.loader import BatchLoader
+from ebft_mega.data.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
@@ -117,7 +117,7 @@ def train(
         DamagedDataError: a document failed its checksum.
     Communication: collective over all ranks.
     """
-    batches: Iterator[TokenBatch] = iter(loader)
+    batches: Iterator[LoadedBatch] = iter(loader)
     skipped = SkippedSteps()
     stopwatch = communication_stopwatch(trainer.groups.device)
     if observer is not None and held_out is not None:
@@ -154,7 +154,7 @@ def step_profiler(trainer: Trainer, observer: Observer | None) -> StepProfiler:
 
 
 def measured_step(
-    trainer: Trainer, batches: Iterator[TokenBatch], step: int, total_steps: int, stopwatch: Stopwatch
+    trainer: Trainer, batches: Iterator[LoadedBatch], step: int, total_steps: int, stopwatch: Stopwatch
 ) -> tuple[StepResult, dict[str, float]]:
     """One optimizer step, and everything that is known about it.
 
@@ -169,7 +169,7 @@ def measured_step(
     stopwatch.reset()
     timers.reset()
     with timers.phase("data"):
-        batch = next(batches).to(device)
+        batch = next(batches).rows.to(device)
     rate = learning_rate(
         step,
         peak=settings.lr,

@@ -18,8 +18,9 @@ from ebft_mega.config.memory import Choices
 from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
-from ebft_mega.data.dataset import Dataset, open_dataset
+from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.stream import RowStream
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, ConfigError, EbftError, PeerFailedError, Problem
@@ -92,7 +93,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
     if trace_directory is not None:
         with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG):
             trainer = build_chosen_trainer(config, plan, groups)
-            trace_step(trainer, next(iter(loader)).to(groups.device), trace_directory)
+            trace_step(trainer, next(iter(loader)).rows.to(groups.device), trace_directory)
             dist.barrier()
         return EXIT_DONE
 

@@ -34,6 +34,7 @@ LIGHT_MODULES = (
     "ebft_mega.model.partition",
     "ebft_mega.model.sizes",
     "ebft_mega.data.dataset",
+    "ebft_mega.data.opening",
     "ebft_mega.metrics.sinks",
     "ebft_mega.report.comparison",
     "ebft_mega.report.run_report",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.data.build import build_dataset
-from ebft_mega.data.dataset import open_dataset
+from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.output import new_directory
 from ebft_mega.data.progress import track
 from ebft_mega.data.sources import list_text_files

@@ -14,8 +14,9 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ebft_mega.data import writer as writer_module
-from ebft_mega.data.dataset import Dataset, open_dataset
+from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.format import Manifest, fingerprint
+from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.data.writer import DatasetWriter
 from ebft_mega.errors import DamagedDataError, InputError
@@ -287,7 +288,7 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
 def test_reading_leaves_no_file_open_and_warns_of_nothing(dataset_directory: Path) -> None:
     program = (
         "import os, sys\n"
-        "from ebft_mega.data.dataset import open_dataset\n"
+        "from ebft_mega.data.opening import open_dataset\n"
         f"dataset = open_dataset({str(dataset_directory)!r})\n"
         "before = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc') else 0\n"
         "for number in range(dataset.manifest.documents): dataset.read_document(number)\n"

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data.dataset import Dataset, open_dataset
+from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.stream import RowStream, StreamState
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import DamagedDataError, InputError
@@ -89,7 +90,7 @@ def test_a_row_longer_than_the_dataset_is_refused(dataset: Dataset) -> None:
 
 def take(stream: RowStream, num_batches: int, **options: int) -> list[torch.Tensor]:
     loader = BatchLoader(stream, 8, **options)
-    return [batch.tokens for batch in itertools.islice(loader, num_batches)]
+    return [batch.rows.tokens for batch in itertools.islice(loader, num_batches)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -114,7 +115,7 @@ def test_ranks_slice_the_same_global_batches(dataset: Dataset, size: int, prefet
 
 def test_batch_fields(dataset: Dataset) -> None:
     stream = RowStream(dataset, 16, seed=9)
-    batch = next(iter(BatchLoader(stream, 8, data_parallel_rank=1, data_parallel_size=2, next_row=3)))
+    batch = next(iter(BatchLoader(stream, 8, data_parallel_rank=1, data_parallel_size=2, next_row=3))).rows
     assert batch.tokens.dtype == batch.document_ids.dtype == batch.row_indices.dtype == torch.int64
     assert batch.row_indices.tolist() == [4, 5, 6, 7]
     assert batch.document_ids[2].tolist() == stream.row(3 + 6).document_ids.tolist()
@@ -124,13 +125,13 @@ def test_state_moves_by_commits_only(dataset: Dataset) -> None:
     stream = RowStream(dataset, 16, seed=9)
     loader = BatchLoader(stream, 4, next_row=8)
     batches = iter(loader)
-    first, second = next(batches), next(batches)
+    first, second = next(batches).rows, next(batches).rows
     assert loader.state == StreamState(9, 8, dataset.manifest.fingerprint, 16)
-    assert torch.equal(next(iter(loader)).tokens, first.tokens)
+    assert torch.equal(next(iter(loader)).rows.tokens, first.tokens)
     loader.commit()
     assert loader.state.next_row == 12
     resumed = BatchLoader(stream, 2, next_row=loader.state.next_row)  # another global batch size
-    assert torch.equal(next(iter(resumed)).tokens, second.tokens[:2])
+    assert torch.equal(next(iter(resumed)).rows.tokens, second.tokens[:2])
 
 
 def test_an_error_in_the_background_reaches_the_consumer_in_its_place(
@@ -141,7 +142,7 @@ def test_an_error_in_the_background_reaches_the_consumer_in_its_place(
 
     def fail_at_ten(number: int) -> object:
         if number == 10:
-            raise DamagedDataError("row 10")
+            raise DamagedDataError("shard", None, "row 10", "nothing")
         return read(number)
 
     monkeypatch.setattr(stream, "row", fail_at_ten)
