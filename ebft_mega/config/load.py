@@ -16,7 +16,7 @@ from ebft_mega.errors import ConfigError, Problem
 
 OVERRIDE = "--set"
 # Values for required keys that are missing or wrong, so that everything else can still be checked.
-_STAND_INS: dict[str, Any] = {"output_dir": "unset", "shards": "unset", "sequence_length": 2}
+_STAND_INS: dict[str, Any] = {"output_dir": "unset", "sequence_length": 2}
 # Names that the same thing has in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
 OTHER_NAMES = {
     "adam_betas": "train.betas",
@@ -164,7 +164,8 @@ def _build(tree: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     top = {name: value for name, value in tree.items() if name not in SECTIONS} | values
     config, found = _valid_part(RunConfig, top, "")
     problems += found
-    refused = frozenset(problem.key for problem in problems)
+    # A key inside a mapping such as data.sources takes the whole mapping with it.
+    refused = frozenset(".".join(problem.key.split(".")[:2]) for problem in problems) | {p.key for p in problems}
     return config, problems + broken_rules(config, refused)
 
 
@@ -174,33 +175,57 @@ def _valid_part(section: type[Section], values: Mapping[str, Any], prefix: str) 
         return section.model_validate(dict(values)), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    problems = {str(item["loc"][0]): _explain(section, prefix, item, values) for item in reversed(details)}
-    good = {name: value for name, value in values.items() if name not in problems}
-    required = {name: value for name, value in _STAND_INS.items() if name in problems}
+    explained = [_explain(section, prefix, tuple(map(str, item["loc"])), item["type"], values) for item in details]
+    problems = {problem.key: problem for problem in reversed(explained)}
+    wrong = {str(item["loc"][0]) for item in details}
+    good = {name: value for name, value in values.items() if name not in wrong}
+    required = {name: value for name, value in _STAND_INS.items() if name in wrong}
     return section.model_validate(required | good), list(reversed(problems.values()))
 
 
-def _explain(section: type[Section], prefix: str, detail: Any, values: Mapping[str, Any]) -> Problem:
-    """Put one pydantic error into words."""
-    name = str(detail["loc"][0])
+def _explain(
+    section: type[Section], prefix: str, place: tuple[str, ...], kind: str, values: Mapping[str, Any]
+) -> Problem:
+    """Put one pydantic error into words.
+
+    Args:
+        place: path of the value within the section; kind: pydantic's name of what is wrong with it.
+    """
+    name = place[0]
     key = prefix + name
-    if detail["type"] == "extra_forbidden":
+    if kind == "extra_forbidden" and len(place) == 1:
         return _unknown_key(section, key, values[name])
     field = section.model_fields[name]
     if name not in values:
         return Problem("", key, "nothing", f"{allowed_text(field)} (this key is required)")
+    inner = _section_of_values(field.annotation)
+    if inner is not None and len(place) > 2 and isinstance(values[name][place[1]], Mapping) and place[2] != "[key]":
+        return _explain(inner, f"{key}.{place[1]}.", place[2:], kind, values[name][place[1]])
+    if inner is not None and len(place) > 1:
+        value, expected = values[name][place[1]], f"a section with the keys {', '.join(inner.model_fields)}"
+        if place[-1] == "[key]":
+            value, expected = place[1], "a name of letters, digits, _ and -, a letter first"
+        return Problem("", f"{key}.{place[1]}", _describe(value), expected)
     choices = [str(choice) for choice in get_args(field.annotation)]
     near = difflib.get_close_matches(str(values[name]), choices, n=1) if isinstance(values[name], str) else []
     return Problem("", key, _describe(values[name]), allowed_text(field), near[0] if near else "")
+
+
+def _section_of_values(annotation: Any) -> type[Section] | None:
+    """The section that a key maps names to (`data.sources`); None for every other kind of key."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_of_values(part))), None)
 
 
 def _unknown_key(section: type[Section], key: str, value: Any) -> Problem:
     reason = refusal_reason(key.rpartition(".")[2])
     if reason:
         return Problem("", key, _describe(value), f"no such key: {reason}")
-    holder = "the file" if section is RunConfig else key.partition(".")[0]
+    holder = "the file" if section is RunConfig else key.rpartition(".")[0]
     expected = f"one of the keys of {holder}: {', '.join(section.model_fields)}"
-    return Problem("", key, f"an unknown key (value {_describe(value)})", expected, nearest_key(key))
+    known = [*all_keys(), *(f"{holder}.{name}" for name in section.model_fields if section is not RunConfig)]
+    return Problem("", key, f"an unknown key (value {_describe(value)})", expected, nearest_key(key, known))
 
 
 def _describe(value: Any) -> str:

@@ -15,8 +15,6 @@ from ebft_mega.model.architecture import Architecture
 
 # The values that are built; a later version that builds another one deletes its row.
 NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "data.document_masking": (False,),
-    "data.on_error": ("raise",),
     "train.max_run_minutes": (None,),
     "zero.offload_optimizer": ("none",),
     "checkpoint.interval": (None,),
@@ -91,6 +89,13 @@ def _architecture(config: RunConfig) -> Iterator[Problem]:
     except InputError as error:
         for problem in error.problems:
             yield Problem("", f"model.config.{problem.key}", problem.found, problem.expected)
+
+
+def _one_kind_of_data(config: RunConfig) -> Iterator[Problem]:
+    given = [name for name in ("shards", "sources") if getattr(config.data, name) is not None]
+    if len(given) != 1:
+        found = "both data.shards and data.sources" if given else "neither data.shards nor data.sources"
+        yield Problem("", "data.sources" if given else "data", found, "exactly one of the two")
 
 
 def _one_length(config: RunConfig) -> Iterator[Problem]:
@@ -195,6 +200,7 @@ RULES = (
     Rule((), _unsupported_values),
     Rule(("model.init_from", "model.config"), _one_model),
     Rule(("model.config",), _architecture),
+    Rule(("data.shards", "data.sources"), _one_kind_of_data),
     Rule(("train.max_steps", "train.max_tokens"), _one_length),
     Rule(("train.max_tokens", "train.global_batch_size", "data.sequence_length"), _at_least_one_step),
     Rule(_GEOMETRY, _blocks_fit),
@@ -230,6 +236,11 @@ def notes(config: RunConfig) -> list[str]:
         found.append("ebft.n_samples_per_prompt is 1: the advantage is the reward itself and the diversity is 0.")
     if config.uses_rollouts and ebft.n_samples_per_prompt == 2:
         found.append("ebft.n_samples_per_prompt is 2: the diversity term has no baseline.")
+    data = config.data
+    skips = {"max_skipped_rows", "max_skipped_share"} & data.model_fields_set
+    if data.on_error == "raise" and skips:
+        names = " and ".join(f"data.{name}" for name in sorted(skips))
+        found.append(f"{names} changes nothing: data.on_error is raise.")
     if config.train.warmup_steps >= config.total_steps:
         found.append(
             f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "

@@ -40,6 +40,11 @@ def _as_whole_number(value: Any) -> Any:
 
 LocalPath = Annotated[Path, BeforeValidator(_as_path)]
 PATH = "a local path (relative paths start at the repository root)"
+_HTTPS = (
+    r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"  # no user name or query: both may carry secrets, and places are logged
+)
+DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path)]
+DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
 COUNT = "an integer >= 1"
 COEFFICIENT = "a number >= 0"
 
@@ -65,25 +70,104 @@ class ModelConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """The text to train on."""
+class SourceConfig(Section):
+    """One of several datasets that are mixed."""
 
-    shards: LocalPath = key(allowed=PATH, meaning="Dataset directory made by `tools/build_shards.py`.")
+    shards: DatasetPlace = key(allowed=DATASET_PLACE, meaning="As `data.shards`.")
+    weight: float = key(
+        1.0, allowed="a number > 0", meaning="Share of the rows, relative to the other sources' weights.", gt=0
+    )
+    max_epochs: float | None = key(
+        None,
+        allowed="a number > 0, epochs",
+        meaning="How often the source may be read; afterwards the others go on without it. Not set: without end.",
+        gt=0,
+    )
+
+
+SourceName = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_-]*$")]
+
+
+class DataConfig(Section):
+    """The text to train on: exactly one of `shards` and `sources`."""
+
+    shards: DatasetPlace | None = key(
+        None,
+        allowed=DATASET_PLACE,
+        meaning="Dataset directory made by `tools/build_shards.py`, or a directory of text webdataset shards, which is "
+        "tokenized once.",
+    )
+    sources: Annotated[dict[SourceName, SourceConfig], Field(min_length=1)] | None = key(
+        None,
+        allowed="a mapping of names (letters, digits, _ and -) to sections with shards, weight and max_epochs",
+        meaning="Several datasets, mixed row by row in exact proportion to their weights.",
+    )
     sequence_length: int = key(allowed="an integer >= 2, tokens", meaning="P: tokens in one packed row.", ge=2)
     document_masking: bool = key(
         False,
         allowed="true or false",
-        meaning="Hide the other documents of a row from each token's attention.",
+        meaning="Hide the other documents of a row from each token, restart positions at each document, and drop "
+        "anchors whose context or target crosses a boundary.",
     )
     on_error: Literal["raise", "skip"] = key(
-        "raise", allowed="raise", meaning="What happens when a document fails its checksum."
+        "raise",
+        allowed="raise or skip",
+        meaning="What happens when data turns out to be damaged in mid-run: the run ends with exit code 4, or the row "
+        "is left out and recorded in `data_errors.jsonl`.",
     )
+    max_skipped_rows: int = key(
+        100,
+        allowed="an integer >= 0, rows",
+        meaning="(ours) With `on_error: skip`: rows that may be left out before the run ends with exit code 4.",
+        ge=0,
+    )
+    max_skipped_share: float = key(
+        0.001,
+        allowed="a number >= 0 and <= 1",
+        meaning="(ours) The same as a share of all rows of the run; the smaller of the two holds.",
+        ge=0,
+        le=1,
+    )
+    workers: int = key(
+        1,
+        allowed="an integer >= 0, processes",
+        meaning="(ours) Processes per rank that read rows ahead; 0: a thread. The order of rows never depends on it.",
+        ge=0,
+    )
+    tokenizer: LocalPath | None = key(
+        None,
+        allowed=PATH,
+        meaning="(ours) Tokenizer directory for text shards; not set: that of `model.init_from`.",
+    )
+    cache: LocalPath = key(
+        Path("runs/cache"),
+        allowed=PATH,
+        meaning="(ours) Where shards from https URLs and tokenized text shards are kept; runs may share it.",
+    )
+    cache_gigabytes: float = key(
+        100.0,
+        allowed="a number >= 0, 1e9 bytes",
+        meaning="(ours) Most bytes of downloaded shards in the cache; the least recently used are deleted first. "
+        "Too few for a few shards: single documents are fetched instead.",
+        ge=0,
+    )
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name; `shards` alone is one source."""
+        if self.sources is not None:
+            return self.sources
+        return {"shards": SourceConfig(shards=self.shards)} if self.shards is not None else {}
+
+    def source_key(self, name: str) -> str:
+        """The dotted key that names a source's place."""
+        return "data.shards" if self.sources is None else f"data.sources.{name}.shards"
 
 
 class EvaluationConfig(Section):
     """Evaluation on held-out rows at step 0, at every interval and at the end; none without `shards`."""
 
-    shards: LocalPath | None = key(None, allowed=PATH, meaning="Held-out dataset directory.")
+    shards: DatasetPlace | None = key(None, allowed=DATASET_PLACE, meaning="Held-out dataset directory.")
     interval: int | None = key(
         None,
         allowed=COUNT + ", optimizer steps",

@@ -13,6 +13,29 @@ from ebft_mega.config.schema import all_keys
 from ebft_mega.config.yaml_source import plain_scalar, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError
 
+DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
+NO_DATASET_PLACES = (
+    "pipe:cat x",
+    "http://host/data",
+    "file:///data",
+    "s3://bucket/data",
+    "https://user:secret@host/data",
+    "https://host/data?token=secret",
+    "https://host/a b",
+    "https://",
+)
+SOURCES = """\
+output_dir: runs/a
+model: {init_from: runs/init}
+data:
+  sequence_length: 128
+  sources:
+    python:
+      shards: data/python
+      weight: 0.7
+    mixed: {shards: "https://host:8443/data/mixed", weight: 0.3, max_epochs: 2.5}
+train: {max_steps: 5}
+"""
 BASE = """\
 output_dir: runs/a
 model: {init_from: runs/init}
@@ -140,8 +163,6 @@ trian: {lr: 1}
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("data.document_masking", "true"),
-        ("data.on_error", "skip"),
         ("train.max_run_minutes", "60.0"),
         ("zero.offload_optimizer", "cpu"),
         ("checkpoint.interval", "10"),
@@ -203,8 +224,12 @@ def test_experts_inside_the_model_section(problems):
         ("zero.feature_network=split", "auto, resident or sharded"),
         ("parallel.tensor_parallel_size=0", "an integer >= 1"),
         ("seed=-1", "an integer from 0 to 2**63 - 1"),
-        ("data.shards=pipe:cat x", "a local path (relative paths start at the repository root)"),
-        ("data.shards=https://host/x.tar", "a local path (relative paths start at the repository root)"),
+        *((f"data.shards={place}", DATASET_PLACE) for place in NO_DATASET_PLACES),
+        *((f"evaluation.shards={place}", DATASET_PLACE) for place in NO_DATASET_PLACES),
+        (
+            "data.sources={}",
+            "a mapping of names (letters, digits, _ and -) to sections with shards, weight and max_epochs",
+        ),
         ("output_dir=''", "a local path (relative paths start at the repository root)"),
         ("output_dir=null", "a local path (relative paths start at the repository root)"),
         ("zero=3", "a section with the keys stage, hold_parameters, feature_network, offload_optimizer"),
@@ -213,6 +238,41 @@ def test_experts_inside_the_model_section(problems):
 def test_wrong_values(problems, override, expected):
     (line,) = problems(BASE, override)
     assert line.startswith("--set: ") and line.endswith(f"; expected {expected}")
+
+
+def test_sources_are_read_and_written_back(load, tmp_path):
+    data = load(SOURCES).data
+    assert {name: (str(source.shards), source.weight, source.max_epochs) for name, source in data.sources.items()} == {
+        "python": ("data/python", 0.7, None),
+        "mixed": ("https://host:8443/data/mixed", 0.3, 2.5),
+    }
+    assert data.source_key("mixed") == "data.sources.mixed.shards" and data.named_sources == data.sources
+    (tmp_path / "again.yaml").write_text(resolved_yaml(load(SOURCES)))
+    assert load_config(tmp_path / "again.yaml").data == data
+    assert load(SOURCES, "data.sources.python.weight=2").data.sources["python"].weight == 2
+    alone = load(BASE).data
+    assert [str(source.shards) for source in alone.named_sources.values()] == ["data/train"]
+    assert alone.source_key("shards") == "data.shards"
+
+
+def test_everything_wrong_with_sources_is_named_with_its_line(problems):
+    text = SOURCES.replace("weight: 0.7", "wieght: 0.7").replace("max_epochs: 2.5", "max_epochs: 0")
+    text = text.replace("train:", "    'no name': {shards: a}\n    three: 3\n    d: {}\ntrain:")
+    assert problems(text, "data.shards=a") == [
+        "c.yaml:8: data.sources.python.wieght: found an unknown key (value 0.7); expected one of the keys of "
+        "data.sources.python: shards, weight, max_epochs. Did you mean 'data.sources.python.weight'?",
+        "c.yaml:9: data.sources.mixed.max_epochs: found 0; expected a number > 0, epochs",
+        "c.yaml:10: data.sources.no name: found 'no name'; expected a name of letters, digits, _ and -, a letter first",
+        "c.yaml:11: data.sources.three: found 3; expected a section with the keys shards, weight, max_epochs",
+        f"c.yaml:12: data.sources.d.shards: found nothing; expected {DATASET_PLACE} (this key is required)",
+    ]
+
+
+def test_exactly_one_kind_of_data(problems):
+    assert problems(SOURCES, "data.shards=a") == [
+        "c.yaml:5: data.sources: found both data.shards and data.sources; expected exactly one of the two"
+    ]
+    assert "found neither data.shards nor data.sources" in problems(BASE, "data.shards=null")[0]
 
 
 def test_sequence_too_short_for_context_and_generation(problems):
@@ -308,10 +368,10 @@ def test_profile_needs_both_keys_and_lies_within_the_run(problems, load):
 def test_missing_file_sections_and_keys(problems, load, tmp_path):
     lines = problems("seed: 1\n")
     assert [line.split(": found")[0] for line in lines] == [
-        "c.yaml: data.shards",
         "c.yaml: data.sequence_length",
         "c.yaml: output_dir",
         "c.yaml: model",
+        "c.yaml: data",
         "c.yaml: train",
     ]
     with pytest.raises(ConfigError, match="absent.yaml.*No such file"):

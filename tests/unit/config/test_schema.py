@@ -5,14 +5,22 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.config.rules import NOT_YET_SUPPORTED, yaml_text
-from ebft_mega.config.schema import RunConfig, all_keys, allowed_text
+from ebft_mega.config.schema import RunConfig, SourceConfig, all_keys, allowed_text
 
 INTERFACE_DEFAULTS = {
     "seed": 0,
     "model.init_from": None,
     "model.config": None,
+    "data.shards": None,
+    "data.sources": None,
     "data.document_masking": False,
     "data.on_error": "raise",
+    "data.max_skipped_rows": 100,
+    "data.max_skipped_share": 0.001,
+    "data.workers": 1,
+    "data.tokenizer": None,
+    "data.cache": Path("runs/cache"),
+    "data.cache_gigabytes": 100.0,
     "evaluation.shards": None,
     "evaluation.interval": None,
     "evaluation.rows": 64,
@@ -64,7 +72,7 @@ INTERFACE_DEFAULTS = {
     "profile.start": None,
     "profile.steps": None,
 }
-REQUIRED = {"output_dir", "data.shards", "data.sequence_length"}
+REQUIRED = {"output_dir", "data.sequence_length"}
 
 
 def test_keys_are_exactly_those_of_the_interface():
@@ -108,6 +116,13 @@ def test_configuration_page_lists_every_key_default_and_allowed_value():
         assert (default, allowed) == (default_text(field), allowed_text(field)), key
         assert meaning.startswith(field.description), key
         assert ("Built so far" in meaning) == (key in NOT_YET_SUPPORTED), key
+
+
+def test_configuration_page_lists_the_keys_of_a_source():
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for name, field in SourceConfig.model_fields.items():
+        row = f"| `data.sources.NAME.{name}` | {default_text(field)} | {allowed_text(field)} | {field.description} |"
+        assert row in page.splitlines(), row
 
 
 def default_text(field):
