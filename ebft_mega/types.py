@@ -12,7 +12,7 @@ A *row* is what the papers call a document of a step; a *document* is one source
 several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever they leave the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,64 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their name
 
 
 @dataclass(frozen=True)
+class RowDocuments:
+    """Where the documents of isolated rows start, for the host and for the device."""
+
+    starts: tuple[tuple[int, ...], ...]  # B rows, of each the first position of every document; the first is 0
+    token_starts: Tensor  # int64 [B, P], the first position of each token's document
+
+    def split(self, rows: int) -> "tuple[RowDocuments, ...]":
+        """Cut into batches of this many rows, the last one maybe smaller."""
+        parts = self.token_starts.split(rows)
+        return tuple(RowDocuments(self.starts[i * rows : (i + 1) * rows], part) for i, part in enumerate(parts))
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Rows of raw text as they leave the loader."""
 
     tokens: Tensor  # int64 [B, P]
     document_ids: Tensor  # int64 [B, P], number of the source document in the data set
     row_indices: Tensor  # int64 [B], index of each row in the global batch of its step; -1 is filler
+    documents: RowDocuments | None = None  # None: documents of a row are not isolated from each other
+
+    def isolated(self) -> "TokenBatch":
+        """The same rows, with their documents isolated: neighbouring tokens with equal ids are one document.
+
+        To be called where the rows lie in host memory: a device would be waited for.
+        """
+        changes = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        is_start = F.pad(changes, (1, 0), value=True)
+        starts = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in is_start)
+        positions = torch.arange(is_start.shape[1], device=is_start.device)
+        token_starts = torch.where(is_start, positions, 0).cummax(dim=1).values
+        return replace(self, documents=RowDocuments(starts, token_starts))
 
     def split(self, rows: int) -> "tuple[TokenBatch, ...]":
         """Cut into batches of this many rows, the last one maybe smaller; no rows are no batches."""
         if not len(self.tokens):
             return ()
         fields = (self.tokens, self.document_ids, self.row_indices)
-        return tuple(TokenBatch(*parts) for parts in zip(*(field.split(rows) for field in fields), strict=True))
+        tokens, ids, indices = (field.split(rows) for field in fields)
+        documents = [None] * len(tokens) if self.documents is None else self.documents.split(rows)
+        return tuple(TokenBatch(*parts) for parts in zip(tokens, ids, indices, documents, strict=True))
 
     def filled_up(self, num_rows: int) -> "TokenBatch":
         """The same rows and filler behind them (token 0, row index -1), so that all replicas have equally many."""
         missing = num_rows - len(self.tokens)
-        tokens, documents = (F.pad(field, (0, 0, 0, missing)) for field in (self.tokens, self.document_ids))
-        return TokenBatch(tokens, documents, F.pad(self.row_indices, (0, missing), value=-1))
+        tokens, ids = (F.pad(field, (0, 0, 0, missing)) for field in (self.tokens, self.document_ids))
+        documents = self.documents
+        if documents is not None:
+            filler = F.pad(documents.token_starts, (0, 0, 0, missing))
+            documents = RowDocuments((*documents.starts, *[(0,)] * missing), filler)
+        return TokenBatch(tokens, ids, F.pad(self.row_indices, (0, missing), value=-1), documents)
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same rows on another device."""
-        return TokenBatch(self.tokens.to(device), self.document_ids.to(device), self.row_indices.to(device))
+        documents = self.documents
+        if documents is not None:
+            documents = replace(documents, token_starts=documents.token_starts.to(device))
+        return TokenBatch(self.tokens.to(device), self.document_ids.to(device), self.row_indices.to(device), documents)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ORDER = (
     "tokens",
+    "kept",
     "rollouts",
     "gram",
     "alignment",
@@ -42,7 +43,6 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
     Returns:
         One line per tensor or number that differs.
     """
-    import torch
     from safetensors.torch import load_file
 
     tensors = [load_file(path / "step.safetensors") for path in (first, second)]
@@ -57,7 +57,7 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
         elif left.shape != right.shape:
             lines.append(f"{name}: shape {tuple(left.shape)} against {tuple(right.shape)}")
         else:
-            allowed = 0.0 if left.dtype == torch.int64 else tolerance
+            allowed = tolerance if left.is_floating_point() else 0.0
             difference = (left.double() - right.double()).abs()
             wrong = ~(difference <= allowed)  # NaN counts as different
             if wrong.any():

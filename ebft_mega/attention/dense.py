@@ -1,6 +1,7 @@
 """Attention with the whole mask written out: the fallback that runs anywhere."""
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -36,7 +37,7 @@ class DenseAttention:
 
 @lru_cache(maxsize=2)  # few: a pass's layers follow each other with one pattern, and a mask may be large
 def _mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
-    _warn_of_cost(pattern)
+    _warn_of_cost(replace(pattern, document_starts=None))  # where documents start changes with every batch
     return pattern.mask(device)
 
 

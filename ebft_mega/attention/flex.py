@@ -1,7 +1,8 @@
 """Attention as one sparse kernel: torch's flex_attention over document and rollouts in block-major order.
 
 The kernel is compiled once per shape. Shapes are those of a run's passes: documents and rollouts are padded to tiles,
-and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape.
+and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape. Where isolated
+documents start is data of a kernel, not part of it.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils import _triton
@@ -116,37 +118,57 @@ def _padded(document: Tensor, own: Tensor, document_room: int, own_room: int) ->
 
 @lru_cache(maxsize=_PATTERNS)
 def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> BlockMask:
-    """The pattern over the padded positions of `_padded`: which tiles are needed, and which pairs within them."""
+    """The pattern over the padded positions of `_padded`: which tiles are needed, and which pairs within them.
+
+    Isolated rows have a mask each; shapes do not depend on where their documents start.
+    """
     query_limit, query_rollout, query_token = _query_sides(pattern, device)
     key_position, key_rollout, key_token = _key_sides(pattern, own_capacity, device)
+    query_start = _query_starts(pattern, device)  # [rows, queries]
 
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_prefix = key_position[key] < query_limit[query]
         own_past = (key_rollout[key] == query_rollout[query]) & (key_token[key] <= query_token[query])
         return in_prefix | own_past
 
+    def sees_in_document(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_document = (key_position[key] < query_limit[query]) & (key_position[key] >= query_start[row, query])
+        own_past = (key_rollout[key] == query_rollout[query]) & (key_token[key] <= query_token[query])
+        return in_document | own_past
+
+    mask_mod = sees if pattern.document_starts is None else sees_in_document
     keys = torch.arange(key_position.numel(), device=device)
-    row = torch.zeros((), dtype=torch.int64, device=device)
+    rows = torch.arange(len(query_start), device=device)[:, None, None]
     any_pair, all_pairs = [], []
     for queries in torch.arange(query_limit.numel(), device=device).split(TILE):
-        tiles = sees(row, row, queries[:, None], keys[None, :]).unflatten(1, (-1, TILE))
-        any_pair.append(tiles.any(2).any(0))
-        all_pairs.append(tiles.all(2).all(0))
-    needed, full = torch.stack(any_pair), torch.stack(all_pairs)
+        pairs = mask_mod(rows, rows, queries[:, None], keys[None, :]).expand(len(query_start), -1, -1)
+        tiles = pairs.unflatten(2, (-1, TILE))
+        any_pair.append(tiles.any(3).any(1))
+        all_pairs.append(tiles.all(3).all(1))
+    needed, full = torch.stack(any_pair, dim=1), torch.stack(all_pairs, dim=1)  # [rows, query tiles, key tiles]
     return BlockMask.from_kv_blocks(
         *_tile_lists(needed & ~full),
         *_tile_lists(full),
         BLOCK_SIZE=TILE,
-        mask_mod=sees,
+        mask_mod=mask_mod,
         seq_lengths=(query_limit.numel(), key_position.numel()),
     )
 
 
 def _tile_lists(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of tiles: how many are wanted, int32 [1, 1, rows], and which, first ones first, [1, 1, rows, columns]."""
-    counts = wanted.sum(1, dtype=torch.int32)
-    order = wanted.int().argsort(dim=1, descending=True, stable=True).int()
-    return counts[None, None], order[None, None].contiguous()
+    """Of [rows, query tiles, key tiles]: how many key tiles are wanted, int32 [rows, 1, query tiles], and which.
+
+    The wanted ones come first, in order: int32 [rows, 1, query tiles, key tiles].
+    """
+    counts = wanted.sum(2, dtype=torch.int32)
+    order = wanted.int().argsort(dim=2, descending=True, stable=True).int()
+    return counts[:, None], order[:, None].contiguous()
+
+
+def _query_starts(pattern: AttentionPattern, device: torch.device) -> Tensor:
+    """Of every padded query the first document key that it sees: int32 [rows, queries]; one row if not isolated."""
+    filler = _in_tiles(pattern.num_queries, 1) - pattern.num_queries
+    return _ints(F.pad(pattern.first_keys(torch.device("cpu")), (0, filler)), device)
 
 
 def _query_sides(pattern: AttentionPattern, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Who may see whom in one pass: the definition that every route is held to."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ class AttentionPattern:
     A document query at position p sees the document keys 0..p. A query of a rollout of block k sees the document
     keys 0..anchors[k]-1 and, of its own rollout, the keys up to its own; it sees no other rollout. Rollouts are
     block-major (rollout k * num_samples + j), and the last of a rollout's keys belongs to the last of its queries.
+    With `document_starts` a row holds several documents, of which none sees another: a query at position p sees no key
+    before the start of its document, a rollout of block k none before that of the document of position anchors[k] - 1.
     Hashable, so that what is derived from a pattern can be kept by it.
     """
 
@@ -22,6 +26,9 @@ class AttentionPattern:
     document_keys: int  # D, document keys there are: positions 0..D-1
     own_queries: int  # Tq: the last Tq tokens of each rollout ask; 0 for none
     own_keys: int  # Tk >= Tq, keys of each rollout
+    # B rows, of each the first position of every document, increasing from 0; None: every row is one document. Starts
+    # beyond the document keys mean nothing.
+    document_starts: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         asking = self.document_queries
@@ -34,6 +41,9 @@ class AttentionPattern:
             raise ValueError(f"{self.document_keys} document keys, but the queries see {needed}")
         if not 0 <= self.own_queries <= self.own_keys:
             raise ValueError(f"{self.own_queries} queries of a rollout with {self.own_keys} keys")
+        for starts in self.document_starts or ():
+            if starts[:1] != (0,) or not _increasing(starts):
+                raise ValueError(f"document starts must increase from 0, not {starts}")
 
     @property
     def num_rollouts(self) -> int:
@@ -51,6 +61,17 @@ class AttentionPattern:
         return tuple(anchor for anchor in self.anchors for _ in range(self.num_samples))
 
     @property
+    def seen_from(self) -> tuple[tuple[int, ...], ...]:
+        """B rows of Nd + K, the first document key that each document query and each block's rollouts see.
+
+        One row that stands for all where they are not isolated.
+        """
+        asking = (*self.document_queries, *(anchor - 1 for anchor in self.anchors))
+        if self.document_starts is None:
+            return ((0,) * len(asking),)
+        return tuple(tuple(starts[bisect_right(starts, p) - 1] for p in asking) for starts in self.document_starts)
+
+    @property
     def num_queries(self) -> int:
         """Nd + R * Tq."""
         return len(self.document_queries) + self.num_rollouts * self.own_queries
@@ -62,10 +83,17 @@ class AttentionPattern:
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs that are needed, per row and head."""
+        """Query-key pairs that are needed, per row and head; of isolated rows all together, per head."""
         hidden_keys = self.own_queries * (self.own_queries - 1) // 2  # own keys in the future of their queries
         own_pairs = self.own_queries * self.own_keys - hidden_keys
-        return sum(self.document_limits) + self.own_queries * sum(self.rollout_limits) + self.num_rollouts * own_pairs
+        per_row = (
+            sum(self.document_limits) + self.own_queries * sum(self.rollout_limits) + self.num_rollouts * own_pairs
+        )
+        if self.document_starts is None:
+            return per_row
+        num_document, per_block = len(self.document_queries), self.num_samples * self.own_queries
+        hidden = (sum(row[:num_document]) + per_block * sum(row[num_document:]) for row in self.seen_from)
+        return per_row * len(self.document_starts) - sum(hidden)
 
     @property
     def dense_pairs(self) -> int:
@@ -76,14 +104,15 @@ class AttentionPattern:
         """Who sees whom, written out.
 
         Returns:
-            bool [Nd + R * Tq, D + R * Tk], true where a query sees a key; the rollouts' queries and keys in
-            block-major order, the tokens of a rollout next to each other.
+            bool [Nd + R * Tq, D + R * Tk], of isolated rows [B, 1, Nd + R * Tq, D + R * Tk], true where a query sees a
+            key; the rollouts' queries and keys in block-major order, the tokens of a rollout next to each other.
         """
         rollouts = torch.arange(self.num_rollouts, device=device)
         limits = torch.tensor(self.document_limits + self.rollout_limits, dtype=torch.int64, device=device)
         repeats = [1] * len(self.document_queries) + [self.own_queries] * self.num_rollouts
         limits = limits.repeat_interleave(torch.tensor(repeats, dtype=torch.int64, device=device))
-        sees_document = torch.arange(self.document_keys, device=device) < limits[:, None]
+        document_keys = torch.arange(self.document_keys, device=device)
+        sees_document = document_keys < limits[:, None]
 
         same_rollout = rollouts.repeat_interleave(self.own_queries)[:, None] == rollouts.repeat_interleave(
             self.own_keys
@@ -93,10 +122,19 @@ class AttentionPattern:
         key_token = torch.arange(self.own_keys, device=device).repeat(self.num_rollouts)
         sees_own = torch.zeros(self.num_queries, same_rollout.shape[1], dtype=torch.bool, device=device)
         sees_own[len(self.document_queries) :] = same_rollout & (key_token <= query_token[:, None])
-        return torch.cat((sees_document, sees_own), dim=1)
+        if self.document_starts is None:
+            return torch.cat((sees_document, sees_own), dim=1)
+        sees_document = sees_document & (document_keys >= self.first_keys(device)[:, :, None])  # [B, queries, D]
+        return torch.cat((sees_document, sees_own.expand(len(sees_document), -1, -1)), dim=2)[:, None]
+
+    def first_keys(self, device: torch.device) -> Tensor:
+        """Of every query the first document key that it sees, int64 [B, Nd + R * Tq]; one row if not isolated."""
+        seen_from = torch.tensor(self.seen_from, dtype=torch.int64, device=device)
+        document, blocks = seen_from.split((len(self.document_queries), len(self.anchors)), dim=1)
+        return torch.cat((document, blocks.repeat_interleave(self.num_samples * self.own_queries, dim=1)), dim=1)
 
 
 def _increasing(numbers: tuple[int, ...] | range) -> bool:
     if isinstance(numbers, range):
         return numbers.step > 0 or len(numbers) < 2
-    return all(first < second for first, second in zip(numbers, numbers[1:], strict=False))
+    return all(first < second for first, second in pairwise(numbers))

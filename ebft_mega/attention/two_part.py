@@ -2,11 +2,14 @@
 
 No score outlives a kernel call: kept for the backward pass are queries, keys, values, outputs and one log-normaliser
 per query. The document's keys and values are read where they are, by all samples and heads; nothing is copied per
-sample.
+sample. Isolated documents are calls of their own on views of their rows and keys.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ from ebft_mega.attention.prefix_kernels import PrefixKernel, prefix_kernel
 
 # Plans kept: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
 _PLANS = 64
+# Of isolated rows, whose plans never come again: as many as there are micro-batches under way on a pipeline stage.
+_ISOLATED_PLANS = 16
+_ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -54,43 +60,126 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
 class _Span:
     """Neighbouring queries that one kernel call serves."""
 
-    rows: slice
-    num_keys: int  # document keys that any of them sees
-    hidden: Tensor  # bool [rows, width]: who does not see which of the last keys
+    batch: slice  # the rows of the micro-batch that they are in
+    queries: slice
+    keys: slice  # document keys that any of them sees
+    hidden: Tensor  # bool [queries, width]: who does not see which of the last keys
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document whose queries are its first ones, one after another: a causal kernel serves them."""
+
+    batch: slice
+    positions: slice  # of queries and keys alike
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What a pattern's calls are."""
 
-    causal: int  # document queries 0..causal-1 that a causal kernel serves; else 0 and there are spans
+    causal: tuple[_Document, ...]  # serve the document queries; if there are none, spans do
     document: tuple[_Span, ...]
-    rollouts: tuple[_Span, ...]  # rows: rollout-major, then tokens
+    rollouts: tuple[_Span, ...]  # queries: rollout-major, then tokens
     own_future: Tensor | None  # bool [Tq, Tk]; None if nothing is hidden
 
 
-@lru_cache(maxsize=_PLANS)
+@dataclass(frozen=True)
+class _Limits:
+    """How many document keys queries see that belong to one document of one row (or of all rows alike)."""
+
+    batch: slice
+    first_key: int  # where the document starts
+    first_query: int  # how many limits of its row are before
+    limits: tuple[int, ...]  # increasing, more than `first_key`
+
+
 def _plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
-    asking, num_queries, num_keys = pattern.document_queries, pattern.own_queries, pattern.own_keys
-    causal = len(asking) if asking and asking[-1] == len(asking) - 1 else 0
-    document = () if causal else _spans(pattern.document_limits, 1, edge, device)
-    rollouts = _spans(pattern.anchors, pattern.num_samples * num_queries, edge, device) if num_queries else ()
-    future = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(1 + num_keys - num_queries)
-    return _Plan(causal, document, rollouts, future if num_queries > 1 else None)
+    """The calls of a pattern; rows of one document each are as if they were not isolated."""
+    if pattern.document_starts is None or all(len(starts) == 1 for starts in pattern.document_starts):
+        return _shared_plan(replace(pattern, document_starts=None), edge, device)
+    return _isolated_plan(pattern, edge, device)
 
 
-def _spans(limits: tuple[int, ...], rows_each: int, edge: int, device: torch.device) -> tuple[_Span, ...]:
-    """Cut queries by increasing limits, `rows_each` per limit, where the ragged edge would grow beyond `edge` keys."""
+@lru_cache(maxsize=_PLANS)
+def _shared_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
+    rollouts = (_Limits(_ALL_ROWS, 0, 0, pattern.anchors),) if pattern.own_queries else ()
+    per_block = pattern.num_samples * pattern.own_queries
+    future = _own_future(pattern, device)
+    if _asks_from_the_start(pattern):
+        causal = (_Document(_ALL_ROWS, slice(0, len(pattern.document_queries))),)
+        return _Plan(causal, (), _spans(rollouts, per_block, edge, device), future)
+    document = (_Limits(_ALL_ROWS, 0, 0, pattern.document_limits),)
+    return _Plan((), _spans(document, 1, edge, device), _spans(rollouts, per_block, edge, device), future)
+
+
+@lru_cache(maxsize=_ISOLATED_PLANS)
+def _isolated_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
+    starts = pattern.document_starts
+    assert starts is not None, "a plan of isolated rows"
+    rollouts: tuple[_Span, ...] = ()
+    if pattern.own_queries:
+        per_block = pattern.num_samples * pattern.own_queries
+        rollouts = _isolated_spans(pattern.anchors, starts, per_block, edge, device)
+    future = _own_future(pattern, device)
+    if _asks_from_the_start(pattern):
+        length = len(pattern.document_queries)
+        ends = ((*row[1:], length) for row in starts)
+        causal = tuple(
+            _Document(slice(index, index + 1), slice(start, min(end, length)))
+            for index, (row, row_ends) in enumerate(zip(starts, ends, strict=True))
+            for start, end in zip(row, row_ends, strict=True)
+            if start < length
+        )
+        return _Plan(causal, (), rollouts, future)
+    document = _isolated_spans(pattern.document_limits, starts, 1, edge, device)
+    return _Plan((), document, rollouts, future)
+
+
+def _asks_from_the_start(pattern: AttentionPattern) -> bool:
+    asking = pattern.document_queries
+    return bool(asking) and asking[-1] == len(asking) - 1
+
+
+def _own_future(pattern: AttentionPattern, device: torch.device) -> Tensor | None:
+    num_queries, num_keys = pattern.own_queries, pattern.own_keys
+    if num_queries <= 1:
+        return None
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(1 + num_keys - num_queries)
+
+
+@lru_cache(maxsize=_ISOLATED_PLANS)  # the same for all tokens of a decode
+def _isolated_spans(
+    limits: tuple[int, ...], starts: tuple[tuple[int, ...], ...], queries_each: int, edge: int, device: torch.device
+) -> tuple[_Span, ...]:
+    """Spans of every row's queries, none across documents; a query is in the document of the last key that it sees."""
+    parts = []
+    for index, row in enumerate(starts):
+        # A limit that is a start belongs to the document before it.
+        cuts = [bisect_right(limits, start) for start in row] + [len(limits)]
+        for start, (first, end) in zip(row, pairwise(cuts), strict=True):
+            if first < end:
+                parts.append(_Limits(slice(index, index + 1), start, first, limits[first:end]))
+    return _spans(parts, queries_each, edge, device)
+
+
+def _spans(parts: Sequence[_Limits], queries_each: int, edge: int, device: torch.device) -> tuple[_Span, ...]:
+    """Cut queries by increasing limits, `queries_each` per limit, where the ragged edge would exceed `edge` keys."""
     spans = []
-    start = 0
-    while start < len(limits):
-        end = start + 1
-        while end < len(limits) and limits[end] - limits[start] <= edge:
-            end += 1
-        per_row = torch.tensor(limits[start:end], device=device).repeat_interleave(rows_each)
-        hidden = torch.arange(limits[start], limits[end - 1], device=device) >= per_row[:, None]
-        spans.append(_Span(slice(start * rows_each, end * rows_each), limits[end - 1], hidden))
-        start = end
+    # One copy to the device for all spans: each would wait for it.
+    everything = torch.tensor([limit for part in parts for limit in part.limits], dtype=torch.int64, device=device)
+    for part, on_device in zip(parts, everything.split([len(part.limits) for part in parts]), strict=True):
+        limits, start = part.limits, 0
+        while start < len(limits):
+            end = start + 1
+            while end < len(limits) and limits[end] - limits[start] <= edge:
+                end += 1
+            per_query = on_device[start:end].repeat_interleave(queries_each)
+            hidden = torch.arange(limits[start], limits[end - 1], device=device) >= per_query[:, None]
+            first, last = part.first_query + start, part.first_query + end
+            queries = slice(first * queries_each, last * queries_each)
+            spans.append(_Span(part.batch, queries, slice(part.first_key, limits[end - 1]), hidden))
+            start = end
     return tuple(spans)
 
 
@@ -112,8 +201,7 @@ class _TwoPart(Function):
         plan = _plan(pattern, kernel.edge, document_key.device)
         document = document_key, document_value
         if plan.causal:
-            seen = (tensor[:, :, : plan.causal] for tensor in document)
-            document_out, document_lse = kernel.causal_forward(document_query, *seen)
+            document_out, document_lse = _causal_forward(kernel, plan.causal, document_query, *document)
         else:
             document_out, document_lse = _prefix_forward(kernel, plan.document, document_query, *document)
 
@@ -144,11 +232,9 @@ class _TwoPart(Function):
         document = document_key, document_value
 
         if plan.causal:
-            seen = (tensor[:, :, : plan.causal] for tensor in document)
-            grads = kernel.causal_backward(document_grad, document_query, *seen, document_out, document_lse)
-            grad_document_query = grads[0]
-            for total, part in zip(sums, grads[1:], strict=True):
-                total[:, :, : plan.causal] += part
+            grad_document_query = _causal_backward(
+                kernel, plan.causal, document_grad, document_query, *document, document_out, document_lse, sums
+            )
         else:
             grad_document_query = _prefix_backward(
                 kernel, plan.document, document_grad, document_query, *document, document_out, document_lse, sums
@@ -179,16 +265,64 @@ class _TwoPart(Function):
         )
 
 
+def _causal_forward(
+    kernel: PrefixKernel, documents: tuple[_Document, ...], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All document queries' outputs [B, heads, Nd, d] and log-normalisers [B, heads, Nd]."""
+    if len(documents) == 1:
+        return kernel.causal_forward(query, key[:, :, : query.shape[2]], value[:, :, : query.shape[2]])
+    out, lse = _empty_results(query)
+    for document in documents:
+        batch, positions = document.batch, document.positions
+        own = (tensor[batch, :, positions] for tensor in (query, key, value))
+        out[batch, :, positions], lse[batch, :, positions] = kernel.causal_forward(*own)
+    return out, lse
+
+
+def _causal_backward(
+    kernel: PrefixKernel,
+    documents: tuple[_Document, ...],
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The document queries' gradient [B, heads, Nd, d]; what keys and values get is added to `sums`."""
+    parts = []
+    for document in documents:
+        own = (tensor[document.batch, :, document.positions] for tensor in (grad, query, key, value, out, lse))
+        grads = kernel.causal_backward(*own)
+        for total, part in zip(sums, grads[1:], strict=True):
+            total[document.batch, :, document.positions] += part
+        parts.append(grads[0])
+    if len(parts) == 1:
+        return parts[0]
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for document, part in zip(documents, parts, strict=True):
+        grad_query[document.batch, :, document.positions] = part
+    return grad_query
+
+
 def _prefix_forward(
     kernel: PrefixKernel, spans: tuple[_Span, ...], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All spans' outputs [B, heads, rows, d] and log-normalisers [B, heads, rows]."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    """All spans' outputs [B, heads, queries, d] and log-normalisers [B, heads, queries]."""
+    out, lse = _empty_results(query)
     for span in spans:
-        seen = key[:, :, : span.num_keys], value[:, :, : span.num_keys]
-        out[:, :, span.rows], lse[:, :, span.rows] = kernel.forward(query[:, :, span.rows], *seen, span.hidden)
+        batch, queries = span.batch, span.queries
+        seen = key[batch, :, span.keys], value[batch, :, span.keys]
+        out[batch, :, queries], lse[batch, :, queries] = kernel.forward(query[batch, :, queries], *seen, span.hidden)
     return out, lse
+
+
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for outputs and log-normalisers of queries."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return out, torch.empty(query.shape[:3], dtype=wide, device=query.device)
 
 
 def _prefix_backward(
@@ -202,16 +336,16 @@ def _prefix_backward(
     lse: Tensor,
     sums: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The queries' gradient [B, heads, rows, d]; what keys and values get is added to `sums`."""
+    """The queries' gradient [B, heads, queries, d]; what keys and values get is added to `sums`."""
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for span in spans:
-        rows = span.rows
-        seen = key[:, :, : span.num_keys], value[:, :, : span.num_keys]
-        parts = out[:, :, rows], lse[:, :, rows]
-        grads = kernel.backward(grad[:, :, rows], query[:, :, rows], *seen, *parts, span.hidden)
-        grad_query[:, :, rows] = grads[0]
+        batch, queries = span.batch, span.queries
+        seen = key[batch, :, span.keys], value[batch, :, span.keys]
+        parts = out[batch, :, queries], lse[batch, :, queries]
+        grads = kernel.backward(grad[batch, :, queries], query[batch, :, queries], *seen, *parts, span.hidden)
+        grad_query[batch, :, queries] = grads[0]
         for total, part in zip(sums, grads[1:], strict=True):
-            total[:, :, : span.num_keys] += part
+            total[batch, :, span.keys] += part
     return grad_query
 
 

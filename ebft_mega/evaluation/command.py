@@ -70,6 +70,8 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         everything.document_ids[request.skip_rows :],
         everything.row_indices[request.skip_rows :],
     )
+    if config.data.document_masking:
+        rows = rows.isolated()
     batches = rows.to(groups.device).split(settings.micro_batch_size)
     parts: list[Evaluation] = [
         evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
@@ -83,6 +85,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "rows": request.rows,
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
+        "document_masking": config.data.document_masking,
         **evaluation.means,
         "per_row": evaluation.per_row,
         "row_groups": main_documents(rows),

@@ -1,7 +1,8 @@
 """How a policy does on held-out text: cross-entropy, and how near its rollouts come to the text in feature space.
 
 All figures are taken at the training temperature, on fixed rows, with noise that depends only on the seed and the
-row, so that two models are compared under the same draws.
+row, so that two models are compared under the same draws. Where documents are isolated, figures of rollouts are means
+over the blocks that lie within one document; a row without any has none of them, for every model alike.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from ebft_mega.reward.closed_forms import (
     raw_cosine,
     unbiased_feature_matching,
 )
-from ebft_mega.reward.duplicates import duplicate_share_per_row
+from ebft_mega.reward.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.types import Rollout, TokenBatch
@@ -66,15 +68,16 @@ class ShownBlock:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures, per row in row order, under the `eval/*` names."""
+    """Held-out figures, per row in row order, under the `eval/*` names; None where a row does not have one."""
 
-    per_row: dict[str, list[float]]
+    per_row: dict[str, list[float | None]]
     shown: tuple[ShownBlock, ...]
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean over rows of every figure."""
-        return {name: sum(values) / len(values) for name, values in self.per_row.items()}
+        """Mean of every figure over the rows that have it; a figure that no row has is left out."""
+        known = {name: [value for value in values if value is not None] for name, values in self.per_row.items()}
+        return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 @torch.no_grad()
@@ -110,13 +113,18 @@ def _evaluate_together(
 ) -> Evaluation:
     """Evaluate a few micro-batches."""
     plan = settings.plan
-    requests = [ScoreRequest(batch.tokens, None, targets=True, temperature=1.0) for batch in batches]
-    per_row: dict[str, list[float]] = {}
+    requests = [
+        ScoreRequest(batch.tokens, None, targets=True, temperature=1.0, documents=batch.documents) for batch in batches
+    ]
+    per_row: dict[str, list[float | None]] = {}
 
-    def note(batch: TokenBatch, figures: dict[str, Tensor]) -> None:
-        """Keep the figures [B] of rows that are no filler."""
+    def note(batch: TokenBatch, figures: dict[str, Tensor], has_figures: Tensor | None = None) -> None:
+        """Keep the figures [B] of rows that are no filler; `has_figures` bool [B], None: all rows have them."""
+        real = batch.row_indices >= 0
+        known = [True] * len(real) if has_figures is None else has_figures[real].tolist()
         for name, values in figures.items():
-            per_row.setdefault(name, []).extend(values[batch.row_indices >= 0].tolist())
+            pairs = zip(values[real].tolist(), known, strict=False)
+            per_row.setdefault(name, []).extend(value if is_known else None for value, is_known in pairs)
 
     for batch, logprobs in zip(batches, score_without_gradient(policy, requests, plan), strict=True):
         assert logprobs.target is not None, "targets were asked for"
@@ -127,7 +135,9 @@ def _evaluate_together(
     rollouts = [item.rollout for item in sampled]
     grams = feature_network.grams(batches, rollouts, plan)
     for batch, gram, rollout in zip(batches, grams, rollouts, strict=True):
-        note(batch, _rollout_figures(gram, rollout, settings))
+        kept = None if batch.documents is None else kept_blocks(batch, plan)
+        figures = _rollout_figures(gram, rollout, settings, kept)
+        note(batch, figures, None if kept is None else kept.any(dim=1))
     return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan))
 
 
@@ -148,30 +158,40 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
     return merge([part for part in parts if part is not None])
 
 
-def _rollout_figures(gram: Tensor, rollout: Rollout, settings: EvaluationSettings) -> dict[str, Tensor]:
-    """Per-row figures [B] that need rollouts."""
+def _rollout_figures(
+    gram: Tensor, rollout: Rollout, settings: EvaluationSettings, kept: Tensor | None
+) -> dict[str, Tensor]:
+    """Per-row figures [B] that need rollouts; of the kept blocks bool [B, K] if given, then NaN for a row without."""
     figures = {
-        "eval/alignment": block_rewards(gram, "sample", 1.0, 1.0).alignment.mean(dim=(1, 2)),
-        "eval/raw_cosine": raw_cosine(gram).mean(dim=(1, 2)),
-        "eval/cfm_loss": block_rewards(gram, settings.whitening, 1.0, 1.0).cfm.mean(dim=1),
-        "eval/duplicate_share": duplicate_share_per_row(rollout.tokens),
+        "eval/alignment": block_rewards(gram, "sample", 1.0, 1.0).alignment,
+        "eval/raw_cosine": raw_cosine(gram),
+        "eval/cfm_loss": block_rewards(gram, settings.whitening, 1.0, 1.0).cfm,
+        "eval/duplicate_share": has_duplicates(rollout.tokens).to(torch.float64),
     }
     if settings.plan.num_samples > 1:
-        figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram).mean(dim=1)
-    return figures
+        figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram)
+    return {name: _row_means(values, kept) for name, values in figures.items()}
+
+
+def _row_means(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Means [B] of values [B, K] or [B, n, K] over all blocks or over kept ones, bool [B, K]."""
+    if kept is None:
+        return values.mean(dim=tuple(range(1, values.dim())))
+    by_block = values if values.dim() == 2 else values.mean(dim=1)
+    return by_block.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
-    """A few blocks of a batch's first row; none of filler."""
-    if batch.row_indices[0] < 0:
-        return ()
+    """A few blocks of a batch's first row that count; none of filler."""
+    kept = kept_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
     alignment = block_rewards(gram[:1], "sample", 1.0, 1.0).alignment[0]
-    blocks = range(0, plan.num_blocks, max(1, plan.num_blocks // SHOWN_BLOCKS))
+    blocks = kept[:: max(1, len(kept) // SHOWN_BLOCKS)]
+    starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()
     return tuple(
         ShownBlock(
             row=int(batch.row_indices[0]),
             block=block,
-            context=batch.tokens[0, : plan.anchors[block]].tolist(),
+            context=batch.tokens[0, starts[plan.anchors[block] - 1] : plan.anchors[block]].tolist(),
             target=batch.tokens[0, plan.anchors[block] : plan.anchors[block] + plan.generate_length].tolist(),
             rollouts=rollout.tokens[0, :, block].tolist(),
             alignment=alignment[:, block].tolist(),

@@ -77,12 +77,13 @@ class FeatureNetwork:
         received: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states for the next stage, and the rows of this stage's taps that this rank is to multiply."""
-        sequence, positions = packed_sequence(batch.tokens, rollout.tokens, plan)
+        sequence, positions = packed_sequence(batch.tokens, rollout.tokens, plan, batch.documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
             document_length=plan.sequence_length,
             tokens_per_rollout=plan.generate_length,
+            documents=batch.documents,
         )
         entering = sequence if received is None else received
         if not stage.shape.num_layers and received is not None:

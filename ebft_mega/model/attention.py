@@ -2,7 +2,8 @@
 
 A pass carries, along the sequence, document positions followed by generated ones in token-major order (token 0 of
 every rollout, then token 1, ...). The document is there once, whatever the number of samples: all rollouts of a row
-read the same keys and values.
+read the same keys and values. Where rows are isolated, "the document" is all that a row holds, and its documents do
+not see each other.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.types import RowDocuments
 
 
 class Layout(Protocol):
@@ -78,6 +80,7 @@ class StridedLayout:
     read: ReadRows | None = None  # None: all rows
     # Where each position of the pass lies in the sequence that layers see, int64 [S]; None: in order, then filler.
     order: Tensor | None = None
+    document_starts: tuple[tuple[int, ...], ...] | None = None  # of isolated rows, as in `AttentionPattern`
 
     @property
     def num_rollouts(self) -> int:
@@ -99,9 +102,13 @@ class StridedLayout:
         tokens_per_rollout: int,
         cache: KeyValueCache | None = None,
         order: Tensor | None = None,
+        documents: RowDocuments | None = None,
     ) -> "StridedLayout":
-        """The layout of a pass over rows of a plan."""
-        return cls(plan.anchors, plan.num_samples, document_length, tokens_per_rollout, route, cache, None, order)
+        """The layout of a pass over rows of a plan; with `documents` those of a row do not see each other."""
+        starts = None if documents is None else documents.starts
+        return cls(
+            plan.anchors, plan.num_samples, document_length, tokens_per_rollout, route, cache, None, order, starts
+        )
 
     def reading(self, read: ReadRows) -> "StridedLayout":
         """The same pass, in which only some rows ask."""
@@ -109,7 +116,8 @@ class StridedLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend within the pass; see `StridedCoreAttention`. With `read` only its rows are returned, in order."""
-        sequence = query.shape[0]
+        sequence, num_rows = query.shape[:2]
+        assert self.document_starts is None or len(self.document_starts) == num_rows, "documents of other rows"
         if self.order is not None:
             query, key, value = (tensor[self.order] for tensor in (query, key, value))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, S, d]
@@ -130,6 +138,7 @@ class StridedLayout:
             document_keys=document_key.shape[2],
             own_queries=self.tokens_per_rollout if self.read is None else self.read.tokens_per_rollout,
             own_keys=own_key.shape[3],
+            document_starts=self.document_starts,
         )
         if self.read is not None:
             asking = self.read.positions[: len(self.read.document)]

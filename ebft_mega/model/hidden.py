@@ -47,12 +47,14 @@ class HiddenShape:
         """Values of the positions of consecutive passes at their places in that order, zero for filler.
 
         Args:
-            values: [sum of pieces]; pieces: as in `order`.
+            values: [sum of pieces, ...]; pieces: as in `order`.
         Returns:
-            [sum of padded pieces].
+            [sum of padded pieces, ...].
         """
-        padded = [F.pad(part, (0, self.padded(len(part)) - len(part))) for part in values.split(list(pieces))]
-        return torch.cat([part.view(self.sequence_shards, -1) for part in padded], dim=1).flatten()
+        others = (0, 0) * (values.dim() - 1)
+        padded = [F.pad(part, (*others, 0, self.padded(len(part)) - len(part))) for part in values.split(list(pieces))]
+        by_shard = [part.unflatten(0, (self.sequence_shards, -1)) for part in padded]
+        return torch.cat(by_shard, dim=1).flatten(0, 1)
 
     def empty(self, length: int, rows: int) -> Tensor:
         """A buffer for this rank's part of a pass of `length` positions: [S, rows, H]."""

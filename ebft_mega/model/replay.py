@@ -30,7 +30,7 @@ def replay(
     Args:
         kept: emptied by the backward pass, layer by layer.
         entering: what the first layer's gradient flows to, [S / shards, B, H] with gradient; its value is not read.
-        positions: int64 [S]; layout: of the packed pass.
+        positions: int64 [S] or [S, B]; layout: of the packed pass.
         pieces: positions of each pass that filled `kept`.
     Returns:
         [S / shards, B, H] before the final norm; where the stage has no head a placeholder for its gradient.

@@ -142,7 +142,7 @@ class Stage(nn.Module):
         Args:
             entering: tokens int64 [B, S] where the stage has the embedding, else the hidden states that the stage
                 before returned.
-            positions: int64 [S], rotary positions; layout: what may attend to what.
+            positions: int64 [S] or, where rows differ, [S, B], rotary positions; layout: what may attend to what.
             kept: where to put the inputs of the layers.
         Returns:
             [S, B, H] before the final norm. With sequence parallelism [padded S / ranks, B, H], this rank's positions.
@@ -201,9 +201,9 @@ class Stage(nn.Module):
         """Rotary angles of a pass, in the order in which layers see it.
 
         Args:
-            positions: int64 [S]; pieces: as in `HiddenShape.order`, None for a pass in one piece.
+            positions: int64 [S] or [S, B]; pieces: as in `HiddenShape.order`, None for a pass in one piece.
         Returns:
-            float32 [S and filler, 1, 1, head_dim].
+            float32 [S and filler, 1 or B, 1, head_dim].
         """
         in_sequence = self.hidden.in_sequence(positions, pieces or (len(positions),))
         return rotary_angles(self.rotary_frequencies, in_sequence)

@@ -6,25 +6,36 @@ from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import LossTerms, PolicyLogprobs, TokenCounts
 
 
-def count_tokens(plan: BlockPlan, global_batch_size: int, rl_coef: float, ce_coef: float) -> TokenCounts:
+def count_tokens(
+    plan: BlockPlan, num_rows: int, rl_coef: float, ce_coef: float, num_blocks: int | None = None
+) -> TokenCounts:
     """Denominators of a step's losses, over the global batch.
 
     Known before the first forward, so no share has to be rescaled by how a micro-batch or a rank was filled.
 
     Args:
-        global_batch_size: rows of the step, over all ranks.
+        num_rows: rows of the step that count, over all ranks.
         rl_coef, ce_coef: a term with coefficient 0 is not computed and counts no tokens.
+        num_blocks: blocks that count, over all ranks; None: all of those rows.
     Returns:
-        TokenCounts: every generated token, and all P - 1 next-token positions of every row.
+        TokenCounts: every generated token of those blocks, and all P - 1 next-token positions of every row, also those
+        at which another document begins.
     """
+    if num_blocks is None:
+        num_blocks = num_rows * plan.num_blocks
     return TokenCounts(
-        rollout_tokens=global_batch_size * plan.generated_per_row if rl_coef else 0,
-        target_tokens=global_batch_size * (plan.sequence_length - 1) if ce_coef else 0,
+        rollout_tokens=num_blocks * plan.num_samples * plan.generate_length if rl_coef else 0,
+        target_tokens=num_rows * (plan.sequence_length - 1) if ce_coef else 0,
     )
 
 
 def loss_terms(
-    logprobs: PolicyLogprobs, advantages: Tensor | None, counts: TokenCounts, rl_coef: float, ce_coef: float
+    logprobs: PolicyLogprobs,
+    advantages: Tensor | None,
+    counts: TokenCounts,
+    rl_coef: float,
+    ce_coef: float,
+    counted_rows: Tensor | None = None,
 ) -> LossTerms:
     """A micro-batch's share of the step's losses.
 
@@ -34,9 +45,11 @@ def loss_terms(
 
     Args:
         logprobs: of the micro-batch; a term whose log-probabilities are None is 0.
-        advantages: float64 [B, n, K]; constants, no gradient flows into them. Needed with `logprobs.rollout`.
-        counts: denominators over the global batch.
+        advantages: float64 [B, n, K]; constants, no gradient flows into them; 0 where a block does not count. Needed
+            with `logprobs.rollout`.
+        counts: denominators over the global batch; a term that nothing counts in is 0.
         rl_coef, ce_coef: weights of the two terms.
+        counted_rows: bool [B], rows whose targets count; None: all.
     Returns:
         LossTerms in the log-probabilities' dtype (float32), scalars; `total` has the gradient, `rl` and `ce`
         are values only. The shares of all micro-batches of all ranks sum to the step's losses.
@@ -51,10 +64,13 @@ def loss_terms(
         if advantages is None:
             raise ValueError("log-probabilities of rollouts need the rollouts' advantages")
         weights = advantages.detach().to(logprobs.rollout.dtype)[..., None]
-        rl = -(weights * logprobs.rollout).sum() / counts.rollout_tokens
+        rl = -(weights * logprobs.rollout).sum() / max(counts.rollout_tokens, 1)
         shares.append(rl_coef * rl)
     if logprobs.target is not None:
-        ce = -logprobs.target.sum() / counts.target_tokens
+        target = logprobs.target
+        if counted_rows is not None:
+            target = target.masked_fill(~counted_rows[:, None], 0.0)
+        ce = -target.sum() / max(counts.target_tokens, 1)
         shares.append(ce_coef * ce)
     if not shares:
         raise ValueError("neither rollouts nor targets to learn from")

@@ -13,7 +13,8 @@ def plot_evaluation(path: Path) -> Path:
     from matplotlib.figure import Figure
 
     content = json.loads(path.read_text(encoding="utf-8"))
-    per_row = content["per_row"]
+    known = {name: [value for value in values if value is not None] for name, values in content["per_row"].items()}
+    per_row = {name: values for name, values in known.items() if values}
     figure = Figure(figsize=(3.2 * len(per_row), 2.8), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(per_row), squeeze=False)[0], per_row.items(), strict=True):
         axes.hist(values, bins=24, color="#4878a8")

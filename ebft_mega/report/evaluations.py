@@ -14,7 +14,7 @@ from ebft_mega.report.metric_names import EVALUATION_METRICS, EvaluationMetric
 from ebft_mega.report.records import read_json
 
 # What two evaluations must share, or their rows are not paired.
-SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "feature_model")
+SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Evaluation:
 
     path: Path
     content: Mapping[str, Any]
-    per_row: Mapping[str, NDArray[np.float64]]  # metric key to float64 [R]
+    # Metric key to float64 [R]; NaN for a row whose isolated documents hold no block: it has no figures of rollouts.
+    per_row: Mapping[str, NDArray[np.float64]]
     row_groups: tuple[str, ...] | None  # [R], document or package of each row
 
     def value(self, key: str) -> float | None:
@@ -88,6 +89,8 @@ def differences(
 ) -> list[Difference]:
     """Paired differences of two arms with their intervals, for every metric that both measured by row.
 
+    Rows that one of them has no figure for are left out; a metric with fewer than two others is, too.
+
     Args:
         evaluations: by arm, from `read_evaluations`.
         arm, against: the difference is `arm` minus `against`.
@@ -99,10 +102,13 @@ def differences(
         if metric.key not in ours.per_row or metric.key not in theirs.per_row:
             continue
         difference = ours.per_row[metric.key] - theirs.per_row[metric.key]
-        by_row = paired_bootstrap(difference, num_resamples, seed)
-        found.append(
-            Difference(arm, against, metric, by_row, _by_group(difference, ours.row_groups, num_resamples, seed))
-        )
+        paired = np.flatnonzero(~np.isnan(difference))
+        if len(paired) < 2:
+            continue
+        groups = None if ours.row_groups is None else [ours.row_groups[row] for row in paired]
+        by_row = paired_bootstrap(difference[paired], num_resamples, seed)
+        by_group = _by_group(difference[paired], groups, num_resamples, seed)
+        found.append(Difference(arm, against, metric, by_row, by_group))
     return found
 
 
@@ -122,11 +128,13 @@ def _read_one(path: Path) -> Evaluation:
         raise InputError([Problem(str(path), "rows", repr(num_rows), "a number of rows, at least 2")])
     per_row: dict[str, NDArray[np.float64]] = {}
     for key, values in content.get("per_row", {}).items():
+        # Rows may lack figures of rollouts, never the cross-entropy.
+        is_missing = [value is None and _may_lack(content, key) for value in values]
         vector = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
         if vector.shape != (num_rows,):
             problems.append(Problem(str(path), f"per_row.{key}", f"{len(values)} values", f"{num_rows}"))
-        elif not np.isfinite(vector).all():
-            bad = int(np.flatnonzero(~np.isfinite(vector))[0])
+        elif not (np.isfinite(vector) | is_missing).all():
+            bad = int(np.flatnonzero(~(np.isfinite(vector) | is_missing))[0])
             problems.append(Problem(str(path), f"per_row.{key}", f"row {bad} is not finite", "finite numbers"))
         else:
             per_row[key] = vector
@@ -136,6 +144,10 @@ def _read_one(path: Path) -> Evaluation:
     if problems:
         raise InputError(problems)
     return Evaluation(path, content, per_row, None if groups is None else tuple(map(str, groups)))
+
+
+def _may_lack(content: Mapping[str, Any], key: str) -> bool:
+    return bool(content.get("document_masking")) and key != "eval/ce_loss"
 
 
 def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[Problem]:

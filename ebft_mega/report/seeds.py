@@ -103,6 +103,9 @@ def seed_differences(
         if any(key not in arms[name].per_row for arms in evaluations.values() for name in (arm, against)):
             continue
         rows = np.stack([arms[arm].per_row[key] - arms[against].per_row[key] for arms in evaluations.values()])
+        rows = rows[:, ~np.isnan(rows).any(axis=0)]  # a row may lack a figure, with every seed alike
+        if rows.shape[1] < 2:
+            continue
         interval = paired_bootstrap(rows.mean(axis=0), NUM_RESAMPLES)
         found.append(SeedDifference(arm, against, metric, tuple(rows.mean(axis=1).tolist()), interval))
     return found

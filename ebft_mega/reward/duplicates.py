@@ -45,6 +45,19 @@ def copy_duplicate_rows(gram: Tensor, rollouts: Tensor) -> Tensor:
     return rows.gather(-1, index[..., None, :].expand_as(gram))
 
 
+def has_duplicates(rollouts: Tensor) -> Tensor:
+    """Of every block whether two or more of its rollouts are equal.
+
+    Args:
+        rollouts: int64 [B, n, K, G].
+    Returns:
+        bool [B, K].
+    Communication: none.
+    """
+    first = first_equal(rollouts.transpose(1, 2))
+    return (first != torch.arange(first.shape[-1], device=first.device)).any(dim=-1)
+
+
 def duplicate_share_per_row(rollouts: Tensor) -> Tensor:
     """Share of a row's blocks in which two or more rollouts are equal.
 
@@ -54,9 +67,7 @@ def duplicate_share_per_row(rollouts: Tensor) -> Tensor:
         float64 [B], in [0, 1].
     Communication: none.
     """
-    first = first_equal(rollouts.transpose(1, 2))
-    repeated = first != torch.arange(first.shape[-1], device=first.device)
-    return repeated.any(dim=-1).to(torch.float64).mean(dim=-1)
+    return has_duplicates(rollouts).to(torch.float64).mean(dim=-1)
 
 
 def duplicate_share(rollouts: Tensor) -> Tensor:

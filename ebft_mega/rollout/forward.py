@@ -13,6 +13,7 @@ from ebft_mega.model.replay import replay
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.layout import packed_positions
 from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.types import RowDocuments
 
 
 @dataclass
@@ -26,12 +27,20 @@ class KeptForward:
     leaving: list[Tensor] = field(default_factory=list)  # activations: hidden states before the final norm, by pass
     placeholder: Tensor | None = None  # checkpoints: where the gradient arrives for the stage before
 
-    def hidden_states(self, stage: Stage, document: Tensor, rollouts: Tensor, plan: BlockPlan) -> Tensor:
+    def hidden_states(
+        self,
+        stage: Stage,
+        document: Tensor,
+        rollouts: Tensor,
+        plan: BlockPlan,
+        documents: RowDocuments | None = None,
+    ) -> Tensor:
         """Hidden states of the packed pass before the final norm, whose gradient flows into the stage.
 
         Args:
             document: int64 [B, D], the document positions of the pass.
             rollouts: int64 [B, R * T], what was fed back, token-major.
+            documents: of isolated rows.
         Returns:
             [S / shards, B, H], each pass's positions behind those of the pass before; where the stage has no head only
             the gradient of it means something.
@@ -40,13 +49,14 @@ class KeptForward:
         if self.inputs is None:
             return torch.cat(self.leaving)
         device, shape = document.device, stage.hidden
-        positions = packed_positions(plan, self.pieces[0], len(self.pieces) - 1, device)
+        positions = packed_positions(plan, self.pieces[0], len(self.pieces) - 1, device, documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
             document_length=self.pieces[0],
             tokens_per_rollout=len(self.pieces) - 1,
             order=shape.order(self.pieces),
+            documents=documents,
         )
         if stage.shape.has_embedding:
             tokens = torch.cat((document, rollouts), dim=1)

@@ -14,7 +14,7 @@ from ebft_mega.model.sizes import HEAD_ROWS
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward
-from ebft_mega.rollout.layout import anchor_positions, generated_positions, to_sequence
+from ebft_mega.rollout.layout import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
@@ -56,7 +56,8 @@ def generate_rollouts(
 
     The document prefix is processed once; its keys and values serve all samples. The first token comes from the
     logits at `anchor - 1`, so G tokens cost one document pass and G - 1 decode passes of K * n rows. Pipeline
-    stages work on different micro-batches at the same time; nothing is flushed between passes.
+    stages work on different micro-batches at the same time; nothing is flushed between passes. Of isolated rows a
+    rollout continues the document that the token before its anchor belongs to, and sees nothing of the others.
 
     Args:
         model: the policy with whole parameters; recording gradients if `reuse` is `activations`.
@@ -121,15 +122,16 @@ class _Decoding:
         plan, batch = self.plan, self.micro_batches[slot.micro_batch]
         device, is_document = batch.tokens.device, slot.pass_index == 0
         if is_document:
-            positions = torch.arange(self.document_length, device=device)
+            positions = document_positions(self.document_length, device, batch.documents)
         else:
-            positions = generated_positions(plan, slot.pass_index - 1, 1, device)
+            positions = generated_positions(plan, slot.pass_index - 1, 1, device, batch.documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
             document_length=self.document_length if is_document else 0,
             tokens_per_rollout=0 if is_document else 1,
             cache=self.caches[slot.micro_batch],
+            documents=batch.documents,
         )
         if received is None:
             entering = batch.tokens[:, : self.document_length]
@@ -141,7 +143,7 @@ class _Decoding:
         if not stage.shape.has_head:
             return hidden
         with torch.no_grad():
-            hidden = stage.whole_sequence(hidden, positions.numel())
+            hidden = stage.whole_sequence(hidden, len(positions))
             if is_document:
                 # All samples of a block draw their first token from the same logits.
                 hidden = hidden[anchor_positions(plan, device) - 1]
@@ -154,7 +156,7 @@ class _Decoding:
     ) -> Tensor:
         """Run the layers and keep what the gradient pass is to take over."""
         kept = self.kept[slot.micro_batch]
-        kept.pieces.append(positions.numel())
+        kept.pieces.append(len(positions))
         if self.reuse == "checkpoints" and kept.inputs is None:
             kept.inputs = KeptInputs(stage.shape.num_layers, has_output=stage.shape.has_head)
         if self.reuse == "activations" and not stage.shape.has_embedding:

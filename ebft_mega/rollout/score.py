@@ -13,7 +13,7 @@ from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward, join_scores
 from ebft_mega.rollout.layout import anchor_positions, from_sequence, packed_sequence, to_sequence
 from ebft_mega.rollout.plan import BlockPlan
-from ebft_mega.types import PolicyLogprobs
+from ebft_mega.types import PolicyLogprobs, RowDocuments
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ScoreRequest:
     rollouts: Tensor | None  # int64 [B, n, K, G]; None: no rollout log-probabilities
     targets: bool  # whether the log-probabilities of the row's own tokens are wanted
     temperature: float  # of the rollouts' log-probabilities
+    documents: RowDocuments | None = None  # of isolated rows
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the log-probabilities, rollouts before targets."""
@@ -79,10 +80,10 @@ def score(
     """
     document, fed_back = request.tokens[:, : request.document_length(plan)], request.fed_back(plan)
     if kept is None:
-        hidden = _hidden_states(stage, document, fed_back, plan, received)
+        hidden = _hidden_states(stage, document, fed_back, plan, received, request.documents)
         pieces, known = [request.num_positions(plan)], None
     else:
-        hidden = kept.hidden_states(stage, document, to_sequence(fed_back), plan)
+        hidden = kept.hidden_states(stage, document, to_sequence(fed_back), plan, request.documents)
         pieces, known = kept.pieces, join_scores(kept.scores)
     if not stage.shape.has_head:
         return (hidden,)
@@ -91,12 +92,21 @@ def score(
 
 
 def _hidden_states(
-    stage: Stage, document: Tensor, fed_back: Tensor, plan: BlockPlan, received: Tensor | None
+    stage: Stage,
+    document: Tensor,
+    fed_back: Tensor,
+    plan: BlockPlan,
+    received: Tensor | None,
+    documents: RowDocuments | None,
 ) -> Tensor:
     """One packed pass through the stage."""
-    sequence, positions = packed_sequence(document, fed_back, plan)
+    sequence, positions = packed_sequence(document, fed_back, plan, documents)
     layout = StridedLayout.of(
-        plan, stage.attention, document_length=document.shape[1], tokens_per_rollout=fed_back.shape[3]
+        plan,
+        stage.attention,
+        document_length=document.shape[1],
+        tokens_per_rollout=fed_back.shape[3],
+        documents=documents,
     )
     return stage.hidden_states(sequence if received is None else received, positions, layout)
 

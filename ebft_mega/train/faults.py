@@ -67,15 +67,21 @@ def _describe_micro_batch(result: StepResult, index: int) -> dict[str, Any]:
             per_row["logprobs"] = learned.logprobs.rollout
         if learned.logprobs.target is not None:
             per_row["target_logprobs"] = learned.logprobs.target
-    return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], per_row)}
+    counted = None
+    if result.weights is not None:
+        counted = result.weights.blocks[index].sum(dim=1).tolist()
+    return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], per_row, counted)}
 
 
-def _describe_rows(rows: TokenBatch, per_row: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _describe_rows(
+    rows: TokenBatch, per_row: dict[str, Tensor], counted_blocks: list[int] | None
+) -> list[dict[str, Any]]:
     described = []
     for position, row in enumerate(rows.row_indices.tolist()):
         documents = rows.document_ids[position].unique().tolist()
         row_statistics = {name: statistics(values[position]) for name, values in per_row.items()}
-        described.append({"row": row, "documents": documents, **row_statistics})
+        weight = {} if counted_blocks is None else {"counted_blocks": counted_blocks[position]}
+        described.append({"row": row, "documents": documents, **weight, **row_statistics})
     return described
 
 

@@ -2,6 +2,7 @@
 
 Rows of raw text -> n rollouts from every anchor -> inner products of features -> rewards -> advantages ->
 REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on-policy: one update per rollout.
+What does not count (filler rows, blocks across isolated documents) goes through all this with weight 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.weights import StepWeights, step_weights
 from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 
 
@@ -66,7 +68,14 @@ class Experience:
     rollout: Rollout
     gram: Tensor  # float64 [B, K, n + 1, n + 1]
     rewards: BlockRewards
-    advantages: Tensor  # float64 [B, n, K]
+    advantages: Tensor  # float64 [B, n, K], 0 where a block does not count
+    kept: Tensor | None = None  # bool [B, K], which blocks count; None: all
+
+    @property
+    def counted_reward(self) -> Tensor:
+        """Rewards float64 [B, n, K], 0 where a block does not count."""
+        reward = self.rewards.reward
+        return reward if self.kept is None else reward.masked_fill(~self.kept[:, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class StepResult:
     experiences: tuple[Experience, ...]  # empty when rl_coef is 0
     learned: tuple[Learned, ...]
     update: Update
+    weights: StepWeights | None = None  # None: all rows and blocks count
 
 
 def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: float) -> StepResult:
@@ -96,10 +106,12 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
     Returns:
         StepResult of this rank's replica; `train.summary.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
-        reduced; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and `learn`; one norm over all.
+        reduced, and what `step_weights` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
+        `learn`; one norm over all.
     """
     config, timers = trainer.config, trainer.timers
     micro_batches = batch.split(config.train.micro_batch_size)
+    weights = step_weights(micro_batches, trainer.plan, config, trainer.groups)
 
     sampled: list[Sampled] = []
     experiences: list[Experience] = []
@@ -118,25 +130,32 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
         with timers.phase("features"):
             grams = trainer.feature_network.grams(micro_batches, rollouts, trainer.plan)
         with timers.phase("reward"):
-            experiences = [judge(gram, rollout, config) for gram, rollout in zip(grams, rollouts, strict=True)]
+            kept: Sequence[Tensor | None] = weights.blocks if weights is not None else [None] * len(grams)
+            experiences = [
+                judge(gram, rollout, config, blocks)
+                for gram, rollout, blocks in zip(grams, rollouts, kept, strict=True)
+            ]
     with timers.phase("learn"):
-        learned = learn(trainer, micro_batches, experiences, [item.kept for item in sampled])
+        learned = learn(trainer, micro_batches, experiences, [item.kept for item in sampled], weights)
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
-    return StepResult(micro_batches, tuple(experiences), tuple(learned), update)
+    return StepResult(micro_batches, tuple(experiences), tuple(learned), update, weights)
 
 
-def judge(gram: Tensor, rollout: Rollout, config: RunConfig) -> Experience:
+def judge(gram: Tensor, rollout: Rollout, config: RunConfig, kept: Tensor | None = None) -> Experience:
     """Rewards and advantages of a micro-batch's rollouts, from inner products of features alone.
 
     Args:
         gram: float64 [B, K, n + 1, n + 1].
+        kept: bool [B, K], blocks that count; None: all.
     Communication: none; every rank of a replica has the same matrices.
     """
     ebft = config.ebft
     rewards = block_rewards(gram, ebft.reward_whitening, ebft.alignment_coef, ebft.diversity_coef)
     advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
-    return Experience(rollout, gram, rewards, advantages)
+    if kept is not None:
+        advantages = advantages.masked_fill(~kept[:, None], 0.0)
+    return Experience(rollout, gram, rewards, advantages, kept)
 
 
 def learn(
@@ -144,12 +163,14 @@ def learn(
     micro_batches: Sequence[TokenBatch],
     experiences: Sequence[Experience],
     kept: Sequence[KeptForward | None],
+    weights: StepWeights | None = None,
 ) -> list[Learned]:
     """Add up the gradient of all micro-batches: the policy's forward with gradient, the loss, the way back.
 
     Args:
         experiences: per micro-batch; none when only the text is learned from.
         kept: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
+        weights: what counts; None: everything.
     Returns:
         Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
     Communication: the engine's layer-by-layer parameter gathers; along the pipeline the gradients of hidden states
@@ -157,13 +178,17 @@ def learn(
         its last stage.
     """
     ebft, plan, engine, groups = trainer.config.ebft, trainer.plan, trainer.engine, trainer.groups
-    counts = count_tokens(plan, trainer.config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
+    num_rows, num_blocks = trainer.config.train.global_batch_size, None
+    if weights is not None:
+        num_rows, num_blocks = weights.num_rows, weights.num_blocks
+    counts = count_tokens(plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks)
     requests = [
         ScoreRequest(
             tokens=rows.tokens,
             rollouts=experiences[index].rollout.tokens if experiences else None,
             targets=ebft.ce_coef > 0,
             temperature=ebft.temperature,
+            documents=rows.documents,
         )
         for index, rows in enumerate(micro_batches)
     ]
@@ -176,9 +201,10 @@ def learn(
         if not groups.is_last_stage:
             return scores[0]
         advantages = experiences[index].advantages if experiences else None
-        terms = loss_terms(request.logprobs(scores), advantages, counts, ebft.rl_coef, ebft.ce_coef)
+        rows = weights.rows[index] if weights is not None else None
+        terms = loss_terms(request.logprobs(scores), advantages, counts, ebft.rl_coef, ebft.ce_coef, rows)
         values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
-        return guarded(terms.total, [experiences[index].rewards.reward] if experiences else [])
+        return guarded(terms.total, [experiences[index].counted_reward] if experiences else [])
 
     def backward(output: Tensor, gradient: Tensor | None) -> None:
         if gradient is None:

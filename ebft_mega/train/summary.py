@@ -10,15 +10,18 @@ from torch import Tensor
 from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.reward.duplicates import duplicate_share
+from ebft_mega.reward.duplicates import duplicate_share, has_duplicates
 from ebft_mega.train.step import StepResult, Trainer
+from ebft_mega.train.weights import StepWeights
 
 
 def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> dict[str, float]:
-    """Exact global means of a step's losses and reward terms.
+    """Exact global means of a step's losses and reward terms, over all that counts.
 
     Returns:
-        Scalars under the `ebft/*` and `train/*` names: nats per token for losses.
+        Scalars under the `ebft/*` and `train/*` names: nats per token for losses. Where documents are isolated,
+        `data/dropped_anchor_share`: of the blocks of real rows those that no document holds whole. Where damaged rows
+        may be skipped, `data/skipped_rows` of this step.
     Communication: one all-reduce of a dozen float64 over the data-parallel group.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
@@ -28,23 +31,26 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     }
     if result.experiences:
         rewards = [experience.rewards for experience in result.experiences]
-        advantages = torch.cat([experience.advantages.flatten() for experience in result.experiences])
+        advantages = torch.cat([experience.advantages for experience in result.experiences])
         rollouts = torch.cat([experience.rollout.tokens for experience in result.experiences])
-        sums |= {
-            "ebft/alignment": torch.cat([item.alignment.flatten() for item in rewards]).mean(),
-            "ebft/diversity": torch.cat([item.diversity.flatten() for item in rewards]).mean(),
-            "ebft/mean_reward": torch.cat([item.reward.flatten() for item in rewards]).mean(),
-            "ebft/cfm_loss": torch.cat([item.cfm.flatten() for item in rewards]).mean(),
-            "ebft/duplicate_share": duplicate_share(rollouts),
-            "advantage": advantages.mean(),
-            "advantage_squared": advantages.square().mean(),
+        of_blocks = {
+            "ebft/alignment": torch.cat([item.alignment for item in rewards]),
+            "ebft/diversity": torch.cat([item.diversity for item in rewards]),
+            "ebft/mean_reward": torch.cat([item.reward for item in rewards]),
+            "ebft/cfm_loss": torch.cat([item.cfm for item in rewards]),
+            "advantage": advantages,
+            "advantage_squared": advantages.square(),
         }
+        if result.weights is None:
+            # Every rank has equally many blocks.
+            sums |= {name: values.mean() / groups.data_parallel_size for name, values in of_blocks.items()}
+            sums["ebft/duplicate_share"] = duplicate_share(rollouts) / groups.data_parallel_size
+        else:
+            of_blocks["ebft/duplicate_share"] = has_duplicates(rollouts)
+            kept, count = torch.cat(result.weights.blocks), max(result.weights.num_blocks, 1)
+            sums |= {name: _kept_sum(values, kept) / count for name, values in of_blocks.items()}
+    # Shares of global means by now: loss shares carry global denominators, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
-    # Loss shares already carry global denominators; every other entry is a mean over equally many local values.
-    scale = [
-        1.0 if key.endswith("_loss") and key != "ebft/cfm_loss" else 1.0 / groups.data_parallel_size for key in sums
-    ]
-    values = values * torch.tensor(scale, dtype=torch.float64, device=values.device)
     dist.all_reduce(values, group=groups.data_parallel)
     metrics = dict(zip(sums, values.tolist(), strict=True))
     if result.experiences:
@@ -59,6 +65,25 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     )
     metrics["train/grad_norm"] = result.update.grad_norm
     metrics["train/lr"] = learning_rate
+    return metrics | _weight_metrics(trainer, result.weights)
+
+
+def _kept_sum(values: Tensor, kept: Tensor) -> Tensor:
+    """Sum over kept blocks, bool [B, K], of values [B, K] or of their mean over samples [B, n, K]; float64."""
+    by_block = values.to(torch.float64)
+    if by_block.dim() == 3:
+        by_block = by_block.mean(dim=1)
+    return by_block.masked_fill(~kept, 0.0).sum()
+
+
+def _weight_metrics(trainer: Trainer, weights: StepWeights | None) -> dict[str, float]:
+    """What of the global batch did not count."""
+    config, metrics = trainer.config, {}
+    if weights is not None and config.data.document_masking and trainer.feature_network is not None:
+        all_blocks = weights.num_rows * trainer.plan.num_blocks
+        metrics["data/dropped_anchor_share"] = 1 - weights.num_blocks / all_blocks if all_blocks else 0.0
+    if weights is not None and config.data.on_error == "skip":
+        metrics["data/skipped_rows"] = float(config.train.global_batch_size - weights.num_rows)
     return metrics
 
 

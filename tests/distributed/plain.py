@@ -12,6 +12,7 @@ from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import judge
 from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step
@@ -28,6 +29,7 @@ class Truth:
     grad_norms: list[float] = field(default_factory=list)
     rollouts: list[Tensor] = field(default_factory=list)
     grams: list[Tensor] = field(default_factory=list)
+    alignments: list[float] = field(default_factory=list)  # mean over the blocks that count
     parameters: dict[str, Tensor] = field(default_factory=dict)  # under their Hugging Face names
     # Elements whose gradient was once so small, beside others of its tensor, that rounding decides where Adam, which
     # divides by the gradient's size, moves them.
@@ -57,20 +59,25 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
     )
     truth = Truth()
     sizes: dict[str, list[Tensor]] = {}
-    counts = count_tokens(plan, config.train.global_batch_size, ebft.rl_coef, ebft.ce_coef)
     for step in range(NUM_STEPS):
-        rows = rows_of_step(step, groups)
+        rows = rows_of_step(step, groups, case)
+        real, kept = rows.row_indices >= 0, kept_blocks(rows, plan)
+        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, int(kept.sum()))
         rollout = advantages = None
         if ebft.rl_coef > 0:
             (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
             rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
-            advantages = judge(gram, rollout, config).advantages
+            experience = judge(gram, rollout, config, kept)
+            advantages = experience.advantages
+            counted = experience.rewards.alignment.transpose(1, 2)[kept]
+            truth.alignments.append(counted.mean().item() if len(counted) else 0.0)
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)
-        request = ScoreRequest(rows.tokens, rollout.tokens if rollout else None, ebft.ce_coef > 0, ebft.temperature)
+        rollouts = rollout.tokens if rollout else None
+        request = ScoreRequest(rows.tokens, rollouts, ebft.ce_coef > 0, ebft.temperature, rows.documents)
         logprobs = request.logprobs(score(stage, request, plan))
-        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef)
+        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, real)
         optimizer.zero_grad()
         terms.total.backward()
         limit = config.train.grad_clip or float("inf")
@@ -82,7 +89,7 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
         scale = 1.0
         if advantages is not None and logprobs.rollout is not None:
             scale = (advantages[..., None] * logprobs.rollout).abs().mean().item()
-        truth.loss_scales.append(scale)
+        truth.loss_scales.append(scale or 1.0)  # 0 where nothing counts
         truth.grad_norms.append(norm.item())
     named = ((name, parameter.detach()) for name, parameter in stage.named_parameters())
     truth.parameters = dict(hf_tensors(named, stage))

@@ -20,6 +20,7 @@ from ebft_mega.train.summary import step_metrics
 from ebft_mega.types import TokenBatch
 
 GLOBAL_BATCH = 4
+MASKING = "data.document_masking=true"
 NUM_STEPS = 3
 LEARNING_RATE = 1e-3
 
@@ -47,6 +48,7 @@ class Case:
     model_type: str = "llama"
     tied: bool = True
     head_rows: int = sizes.HEAD_ROWS  # of a chunk of the head
+    filler: tuple[int, ...] = ()  # rows of every global batch in the place of damaged ones
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,28 @@ def config_of(case: Case, directory: str, overrides: tuple[str, ...] = ()) -> Ru
     return load_config(path, (*case.overrides, *overrides))
 
 
-def rows_of_step(step: int, groups: ProcessGroups) -> TokenBatch:
-    """This replica's slice of a step's global batch of made-up rows."""
+# First tokens of the documents in each row of a global batch. The last two rows, which are a replica of their own
+# where there are two, hold fewer blocks than the others; over the steps the rows change their places within a half.
+DOCUMENT_STARTS = ((0, 9), (0,), (0, 4, 5, 18), tuple(range(0, 24, 3)))
+
+
+def rows_of_step(step: int, groups: ProcessGroups, case: Case | None = None) -> TokenBatch:
+    """This replica's slice of a step's global batch of made-up rows; isolated and damaged as the case says."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, 131, (GLOBAL_BATCH, 24), generator=generator)
+    documents = torch.zeros_like(tokens)
+    for row in range(GLOBAL_BATCH):
+        documents[row ^ (step % 2), list(DOCUMENT_STARTS[row])] = 1
     indices = torch.arange(GLOBAL_BATCH)
+    if case is not None:
+        damaged = list(case.filler)
+        tokens[damaged], documents[damaged], indices[damaged] = 0, 0, -1
     local = slice(
         GLOBAL_BATCH * groups.data_parallel_rank // groups.data_parallel_size,
         GLOBAL_BATCH * (groups.data_parallel_rank + 1) // groups.data_parallel_size,
     )
-    return TokenBatch(tokens[local], torch.zeros_like(tokens[local]), indices[local])
+    rows = TokenBatch(tokens[local], documents[local].cumsum(dim=1), indices[local])
+    return rows.isolated() if case is not None and MASKING in case.overrides else rows
 
 
 def run_cases(layout: Layout, cases: tuple[Case, ...], directory: str) -> dict[str, Outcome]:
@@ -127,7 +141,7 @@ def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups) 
     trainer = build_trainer(config, architecture, architecture, groups)
     outcome = Outcome()
     for step in range(NUM_STEPS):
-        result = train_step(trainer, rows_of_step(step, groups), step, LEARNING_RATE)
+        result = train_step(trainer, rows_of_step(step, groups, case), step, LEARNING_RATE)
         outcome.metrics.append(step_metrics(trainer, result, LEARNING_RATE))
         if result.experiences:
             outcome.rollouts.append(torch.cat([item.rollout.tokens for item in result.experiences]))

@@ -7,13 +7,31 @@ import torch
 
 from tests.distributed.plain import Truth, plain_steps
 from tests.distributed.ranks import run_ranks
-from tests.distributed.steps import NUM_STEPS, Case, Layout, Outcome, run_cases
+from tests.distributed.steps import MASKING, NUM_STEPS, Case, Layout, Outcome, run_cases
 
 LLAMA = Case("llama tied")
 QWEN2 = Case("qwen2 untied", model_type="qwen2", tied=False)
 QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
 ACTIVATIONS = Case(
     "activations kept, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
+)
+ISOLATED = (
+    Case("isolated", (MASKING, "train.micro_batch_size=2"), "qwen3"),
+    Case("isolated, a separate forward pass", (MASKING, "learn.reuse_rollout=off", "train.attention=dense"), "qwen2"),
+    Case(
+        "isolated, activations kept",
+        (
+            MASKING,
+            "learn.reuse_rollout=activations",
+            "zero.hold_parameters=step",
+            "ebft.embed_method=mean_pooling",
+            "train.micro_batch_size=2",
+        ),
+    ),
+    # All rows of one of two replicas.
+    Case("filler", ("data.on_error=skip",), filler=(2, 3)),
+    Case("isolated, with filler", (MASKING, "data.on_error=skip"), filler=(0,)),
+    Case("filler only", ("data.on_error=skip", "train.weight_decay=0.1"), filler=(0, 1, 2, 3)),
 )
 VARIANTS = {
     "nucleus and joint mean pooling": Case(
@@ -42,21 +60,21 @@ VARIANTS = {
 L = Layout
 FAST = {
     L(1, 1, 1): (LLAMA,),
-    L(2, 1, 1): (LLAMA,),
-    L(1, 2, 1): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
-    L(1, 1, 2): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
+    L(2, 1, 1): (LLAMA, *ISOLATED),
+    L(1, 2, 1): (LLAMA, QWEN2, QWEN3, *VARIANTS.values(), *ISOLATED[:3:2]),
+    L(1, 1, 2): (LLAMA, QWEN2, QWEN3, *VARIANTS.values(), *ISOLATED[:3:2]),
     L(1, 2, 2): (LLAMA,),
 }
 SLOW = {
     L(2, 2, 1): (LLAMA,),
     L(2, 1, 2): (LLAMA, *VARIANTS.values()),
-    L(2, 2, 2): (LLAMA, QWEN2, QWEN3, ACTIVATIONS),
+    L(2, 2, 2): (LLAMA, QWEN2, QWEN3, ACTIVATIONS, *ISOLATED),
     # Three feature layers: the last stage has none of them.
     L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"], VARIANTS["sharded feature network"]),
     L(1, 4, 1): (LLAMA, QWEN2, QWEN3),
     **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
     **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
-    L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values()),
+    L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values(), *ISOLATED),
     L(2, 2, 2, sequence_parallel=True): (LLAMA, QWEN3),
 }
 MATRIX = [
@@ -94,7 +112,7 @@ def test_layout_takes_the_plain_steps(layout, case, truth_of, directory):
         for step in range(NUM_STEPS):
             found = outcome.metrics[step]
             loss = abs(found["train/loss"] - truth.losses[step]) / truth.loss_scales[step]
-            norm = abs(found["train/grad_norm"] / truth.grad_norms[step] - 1)
+            norm = abs(found["train/grad_norm"] - truth.grad_norms[step]) / (truth.grad_norms[step] or 1.0)
             assert loss <= 1e-5 and norm <= 1e-4, step
             largest |= {"loss": max(largest["loss"], loss), "norm": max(largest["norm"], norm)}
     for name, parameter in truth.parameters.items():
@@ -131,6 +149,32 @@ def ranks_of_replicas(layout: Layout) -> list[list[int]]:
         ]
         for replica in range(layout.data)
     ]
+
+
+COUNTING = [
+    pytest.param(layout, case, id=f"{layout}-{case.name}", marks=[pytest.mark.slow] if slow else [])
+    for slow, layouts in ((False, FAST), (True, SLOW))
+    for layout, cases in layouts.items()
+    for case in cases
+    if case in ISOLATED
+]
+
+
+@pytest.mark.parametrize(("layout", "case"), COUNTING)
+def test_metrics_are_means_over_what_counts(layout, case, truth_of, directory):
+    """Blocks counted by hand: row 0 of `DOCUMENT_STARTS` keeps three of five, row 1 all, row 2 one, row 3 none."""
+    kept_of_rows = (3, 5, 1, 0) if MASKING in case.overrides else (5, 5, 5, 5)
+    for outcome in (outcomes[case.name] for outcomes in steps_of(layout, directory)):
+        for step, alignment in enumerate(truth_of(case).alignments):
+            found = outcome.metrics[step]
+            assert found["ebft/alignment"] == pytest.approx(alignment, abs=1e-3), step
+            counting = [row for row in range(4) if row ^ (step % 2) not in case.filler]
+            kept = sum(kept_of_rows[row] for row in counting)
+            if MASKING in case.overrides:
+                assert found["data/dropped_anchor_share"] == pytest.approx(1 - kept / (5 * len(counting)))
+            else:
+                assert "data/dropped_anchor_share" not in found
+            assert found.get("data/skipped_rows", 0.0) == len(case.filler)
 
 
 def test_the_comparison_would_see_a_wrong_step(truth_of):

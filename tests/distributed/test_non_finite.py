@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ebft_mega.data.loader import LoadedBatch
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.groups import connect, make_process_groups
@@ -111,15 +113,20 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(layout, tmp_path):
 class Rows:
     """Stands for the loader: the same made-up rows for ever."""
 
+    skips_damaged_rows = False
+    stream = SimpleNamespace(sources=())
+    state = SimpleNamespace(next_row=0, sequence_length=1, sources=())
+
     def __init__(self, groups):
         self.groups = groups
         self.committed = 0
 
     def __iter__(self):
         while True:
-            yield rows_of_step(0, self.groups)
+            yield LoadedBatch(rows_of_step(0, self.groups))
 
-    def commit(self):
+    def commit(self, skipped_rows):
+        assert not skipped_rows
         self.committed += 1
 
 
@@ -194,7 +201,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
     healthy, spoiled = (dump["micro_batches"][0] for dump in dumps)
     assert spoiled["loss"]["total"] == "nan" and isinstance(healthy["loss"]["total"], float)
     row = healthy["rows"][0]
-    assert row["documents"] == [0]
+    assert row["documents"] == [1, 2]
     assert row["reward"]["count"] == 3 * 5 and row["logprobs"]["count"] == 3 * 5 * 4
     assert row["target_logprobs"]["count"] == 23
     assert row["logprobs"]["not_finite"] == 0 and row["logprobs"]["min"] <= row["logprobs"]["mean"] < 0

@@ -1,6 +1,7 @@
 """Passes to try attention on: patterns as runs have them, random tensors, and the masked softmax written out."""
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -13,6 +14,20 @@ NAMES = ("document_query", "own_query", "document_key", "document_value", "own_k
 
 @st.composite
 def patterns(draw):
+    """One pass of a run with random geometry, as `shared_patterns`; half of them with isolated documents in two rows.
+
+    A row has one document or several, of one token or more, which start anywhere: at anchors, beside them, in targets.
+    """
+    pattern = draw(shared_patterns())
+    if draw(st.booleans()):
+        return pattern
+    last = max(pattern.document_keys, 1)
+    row = st.sets(st.integers(1, last), max_size=last).map(lambda starts: (0, *sorted(starts)))
+    return replace(pattern, document_starts=(draw(row), draw(row)))
+
+
+@st.composite
+def shared_patterns(draw):
     """One pass of a run with random geometry: s < G and s > G, one block or several, one sample or several."""
     generate_length = draw(st.integers(1, 5))
     stride, context_length = draw(st.integers(1, 9)), draw(st.integers(1, 5))

@@ -1,5 +1,7 @@
 """flex_attention runs forward on a CPU; its gradients are tested where there is a GPU (test_attention_routes)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -12,38 +14,41 @@ from tests.unit.attention_passes import assert_same, naive_attend, patterns, ran
 CPU = torch.device("cpu")
 
 
-def padded_mask(block_mask):
-    """Who sees whom over the padded positions, as the kernel takes it: whole tiles, then pairs within the others."""
+def padded_mask(block_mask, row):
+    """Who sees whom over a row's padded positions, as the kernel takes it: whole tiles, then pairs within others."""
     rows, columns = block_mask.seq_lengths
     allowed = torch.zeros(rows // 128, 128, columns // 128, 128, dtype=torch.bool)
-    pairs = block_mask.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(columns)[None, :])
+    pairs = block_mask.mask_mod(torch.tensor(row), None, torch.arange(rows)[:, None], torch.arange(columns)[None, :])
     pairs = pairs.view(allowed.shape)
     lists = (
         (block_mask.kv_num_blocks, block_mask.kv_indices, False),
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
     )
     for counts, indices, whole in lists:
-        for row, count in enumerate(counts[0, 0].tolist()):
-            for column in indices[0, 0, row, :count].tolist():
-                assert not allowed[row, :, column].any(), "a tile is listed twice"
-                allowed[row, :, column] = True if whole else pairs[row, :, column]
+        for tile, count in enumerate(counts[row, 0].tolist()):
+            for column in indices[row, 0, tile, :count].tolist():
+                assert not allowed[tile, :, column].any(), "a tile is listed twice"
+                allowed[tile, :, column] = True if whole else pairs[tile, :, column]
     return allowed.view(rows, columns)
 
 
 @given(patterns())
 @example(AttentionPattern((5, 140, 300), 20, range(400), 400, 3, 3))  # tiles that are needed whole
+@example(AttentionPattern((5, 140, 300), 20, range(400), 400, 3, 3, ((0,), (0, 1, 130, 256, 399))))
 def test_tiles_and_pairs_are_the_pattern_and_filler_sees_nothing(pattern):
     capacity = max(pattern.own_keys, 5)
-    mask = padded_mask(_block_mask(pattern, capacity, CPU))
+    block_mask = _block_mask(pattern, capacity, CPU)
     num_document, num_queries, rollouts = len(pattern.document_queries), pattern.num_queries, pattern.num_rollouts
     document_room = -(-pattern.document_keys // 128) * 128
-    own = mask[:, document_room : document_room + rollouts * capacity].unflatten(1, (rollouts, capacity))
-    own = own[:, :, : pattern.own_keys].flatten(1)
-    assert torch.equal(
-        torch.cat((mask[:num_queries, : pattern.document_keys], own[:num_queries]), dim=1), pattern.mask(CPU)
-    )
-    assert mask.sum() == pattern.num_pairs, "filler sees or is seen"
-    assert mask.shape[0] % 128 == mask.shape[1] % 128 == 0 and num_document <= num_queries
+    num_rows = len(pattern.document_starts or ((0,),))
+    expected = pattern.mask(CPU).expand(num_rows, 1, -1, -1)[:, 0]
+    masks = [padded_mask(block_mask, row) for row in range(num_rows)]
+    for mask, wanted in zip(masks, expected, strict=True):
+        own = mask[:, document_room : document_room + rollouts * capacity].unflatten(1, (rollouts, capacity))
+        own = own[:, :, : pattern.own_keys].flatten(1)
+        assert torch.equal(torch.cat((mask[:num_queries, : pattern.document_keys], own[:num_queries]), dim=1), wanted)
+    assert sum(mask.sum() for mask in masks) == pattern.num_pairs, "filler sees or is seen"
+    assert masks[0].shape[0] % 128 == masks[0].shape[1] % 128 == 0 and num_document <= num_queries
 
 
 def passes_of_a_run(plan):
@@ -60,13 +65,17 @@ def passes_of_a_run(plan):
 
 
 @pytest.mark.slow
-def test_a_run_compiles_once_per_shape_and_never_after_its_first_step():
+@pytest.mark.parametrize("is_isolated", [False, True])
+def test_a_run_compiles_once_per_shape_and_never_after_its_first_step(is_isolated):
+    """Isolated documents start elsewhere in every step."""
     plan = BlockPlan(sequence_length=200, stride=8, context_length=8, generate_length=8, num_samples=3)
     route = FlexAttention(own_capacity=plan.generate_length)
     before = num_compilations()
     after_step = []
     for step in range(3):
         for pattern in passes_of_a_run(plan):
+            if is_isolated:
+                pattern = replace(pattern, document_starts=((0, 50 + 20 * step), tuple(range(0, 200, 30 + step))))
             tensors = random_tensors(pattern, head_dim=16, dtype=torch.float32, seed=step, requires_grad=False)
             with torch.no_grad():
                 found = dict(enumerate(route.attend(pattern, *tensors)))

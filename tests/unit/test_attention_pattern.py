@@ -6,13 +6,13 @@ from ebft_mega.attention.pattern import AttentionPattern
 from tests.unit.attention_passes import patterns
 
 
-def sees(pattern, query, key):
-    """The rule in words, for one query and one key: ("document", position) or ("own", rollout, token)."""
-    if query[0] == "document":
-        return key[0] == "document" and key[1] <= query[1]
-    if key[0] == "document":
-        return key[1] < pattern.anchors[query[1] // pattern.num_samples]
-    return key[1] == query[1] and key[2] <= query[2]
+def sees(pattern, starts, query, key):
+    """The rule in words, for one query and one key of a row: ("document", position) or ("own", rollout, token)."""
+    if key[0] == "own":
+        return query[0] == "own" and key[1] == query[1] and key[2] <= query[2]
+    anchor = query[1] + 1 if query[0] == "document" else pattern.anchors[query[1] // pattern.num_samples]
+    first = max(start for start in starts if start < anchor)
+    return first <= key[1] < anchor
 
 
 @given(patterns())
@@ -23,13 +23,17 @@ def test_mask_and_counts_follow_the_rule(pattern):
     queries += [("own", rollout, token) for rollout in rollouts for token in range(first, pattern.own_keys)]
     keys = [("document", position) for position in range(pattern.document_keys)]
     keys += [("own", rollout, token) for rollout in rollouts for token in range(pattern.own_keys)]
-    expected = torch.tensor([[sees(pattern, query, key) for key in keys] for query in queries], dtype=torch.bool)
+    rows = pattern.document_starts or ((0,),)
+    expected = [[[sees(pattern, starts, query, key) for key in keys] for query in queries] for starts in rows]
+    expected = torch.tensor(expected, dtype=torch.bool).view(len(rows), 1, len(queries), len(keys))
+    if pattern.document_starts is None:
+        expected = expected[0, 0]
 
     mask = pattern.mask(torch.device("cpu"))
-    assert torch.equal(mask, expected.view(len(queries), len(keys)))
-    assert (pattern.num_queries, pattern.num_keys) == mask.shape
+    assert torch.equal(mask, expected)
+    assert (pattern.num_queries, pattern.num_keys) == mask.shape[-2:]
     assert pattern.num_pairs == mask.sum()
-    assert pattern.dense_pairs == mask.numel()
+    assert pattern.dense_pairs == mask.numel() // len(rows)
 
 
 def test_counts_of_the_production_size():
@@ -53,6 +57,9 @@ def test_counts_of_the_production_size():
         ({"document_queries": (11,)}, "10 document keys, but the queries see 12"),
         ({"own_queries": 4}, "4 queries of a rollout with 3 keys"),
         ({"own_queries": -1}, "-1 queries of a rollout"),
+        ({"document_starts": ((0, 3), (1, 2))}, "document starts must increase from 0"),
+        ({"document_starts": ((0, 3, 3),)}, "document starts must increase from 0"),
+        ({"document_starts": ((),)}, "document starts must increase from 0"),
     ],
 )
 def test_impossible_patterns_are_refused(change, problem):

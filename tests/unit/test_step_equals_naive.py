@@ -1,7 +1,8 @@
 """The packed, cached step against a naive one: every block of every sample by itself, through transformers, in float64.
 
 The naive side knows nothing of packing, caches, shared documents or Gram matrices: it re-forwards the whole prefix
-for each token it samples, forms the features and whitens them with explicit matrices.
+for each token it samples, forms the features and whitens them with explicit matrices. Isolated documents it forwards
+one by one, each at positions from 0.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.optimizer import runner
 from ebft_mega.reward.closed_forms import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
@@ -44,6 +46,7 @@ class Case:
     vocab_size: int = 131
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
     taps: tuple[int, ...] = (1, 2, 3)  # of four layers
+    starts: tuple[tuple[int, ...], ...] | None = None  # of both rows' documents, isolated from each other
 
 
 CASES = {
@@ -61,6 +64,18 @@ CASES = {
     "per-layer": Case(BlockPlan(20, 4, 4, 4, 4), feature_norm="per_layer"),
     # Six token ids and one generated token: many groups hold equal rollouts.
     "duplicates": Case(BlockPlan(16, 1, 2, 1, 4), vocab_size=6),
+    # Anchors 3, 5, ..., 23; boundaries at an anchor, right behind one, inside a target; a document of one token.
+    "isolated": Case(BlockPlan(25, 2, 3, 2, 3), starts=((0, 5, 6, 13), (0, 12))),
+    "isolated, mean pooling": Case(
+        BlockPlan(30, 2, 3, 3, 3),
+        embed_method="mean_pooling",
+        feature_norm="per_layer",
+        model_type="qwen3",
+        starts=((0, 1, 2, 11, 29), (0, 8, 14, 23)),
+    ),
+    "isolated, stride>G": Case(BlockPlan(34, 7, 2, 4, 2), model_type="qwen2", starts=((0, 10), (0, 2, 15, 16))),
+    "isolated, nothing kept": Case(BlockPlan(14, 2, 2, 2, 3), starts=((0, *range(1, 14)), (0, *range(1, 14, 2)))),
+    "isolated, a document a row": Case(BlockPlan(20, 4, 4, 4, 3), starts=((0,), (0,))),
 }
 
 
@@ -89,6 +104,11 @@ def setting(request, groups, tmp_path):
         0, case.vocab_size, (NUM_ROWS, case.plan.sequence_length), generator=torch.Generator().manual_seed(1)
     )
     batch = TokenBatch(tokens, torch.zeros_like(tokens), torch.tensor([5, 9]))
+    if case.starts is not None:
+        documents = [
+            [sum(p >= start for start in row) for p in range(case.plan.sequence_length)] for row in case.starts
+        ]
+        batch = TokenBatch(tokens, torch.tensor(documents), batch.row_indices).isolated()
     return SimpleNamespace(
         case=case,
         plan=case.plan,
@@ -112,6 +132,24 @@ def with_float64_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def document_of(s, row: int, position: int) -> tuple[int, int]:
+    """Start and end of the document that a position of a row is in."""
+    starts = (0,) if s.case.starts is None else s.case.starts[row]
+    ends = (*starts[1:], s.plan.sequence_length)
+    return next((start, end) for start, end in zip(starts, ends, strict=True) if start <= position < end)
+
+
+def context_of(s, row: int, anchor: int) -> Tensor:
+    """What a block's rollouts continue."""
+    return s.batch.tokens[row, document_of(s, row, anchor - 1)[0] : anchor]
+
+
+def counts_in(s, row: int, anchor: int) -> bool:
+    """Whether a block's context and target are of one document, token by token."""
+    window = range(anchor - s.plan.context_length, anchor + s.plan.generate_length)
+    return len({document_of(s, row, position) for position in window}) == 1
+
+
 def naive_rollouts(s) -> Tensor:
     """[B, n, K, G]: the whole sequence is forwarded again for every token of every sample."""
     plan = s.plan
@@ -123,7 +161,7 @@ def naive_rollouts(s) -> Tensor:
             )
             for sample in range(plan.num_samples):
                 for block, anchor in enumerate(plan.anchors):
-                    sequence = torch.cat((s.batch.tokens[row, :anchor], rollouts[row, sample, block, :t]))
+                    sequence = torch.cat((context_of(s, row, anchor), rollouts[row, sample, block, :t]))
                     logits = s.hf_policy(sequence[None]).logits[0, -1]
                     rollouts[row, sample, block, t] = sample_tokens(
                         logits, keys[0, sample, block], SAMPLING.temperature, SAMPLING.top_p, s.model.vocabulary
@@ -134,15 +172,19 @@ def naive_rollouts(s) -> Tensor:
 def naive_logprobs(s, rollouts: Tensor) -> tuple[Tensor, Tensor]:
     """[B, n, K, G] at the sampling temperature and [B, P - 1] at temperature 1, with gradient."""
     plan, tokens = s.plan, s.batch.tokens
-    targets = s.hf_policy(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    logits = []
+    for row in range(NUM_ROWS):
+        documents = sorted({document_of(s, row, position) for position in range(plan.sequence_length)})
+        logits.append(torch.cat([s.hf_policy(tokens[row, start:end][None]).logits[0] for start, end in documents]))
+    targets = torch.stack(logits)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     scored = torch.zeros(rollouts.shape, dtype=torch.float64)
     parts = []
     for row in range(NUM_ROWS):
         for sample in range(plan.num_samples):
             for block, anchor in enumerate(plan.anchors):
                 own = rollouts[row, sample, block]
-                sequence = torch.cat((tokens[row, :anchor], own))
-                logits = s.hf_policy(sequence[None]).logits[0, anchor - 1 : -1] / SAMPLING.temperature
+                sequence = torch.cat((context_of(s, row, anchor), own))
+                logits = s.hf_policy(sequence[None]).logits[0, -len(own) - 1 : -1] / SAMPLING.temperature
                 parts.append(logits.log_softmax(-1).gather(-1, own[:, None])[:, 0])
     return torch.stack(parts).view(scored.shape), targets
 
@@ -212,14 +254,19 @@ def test_packed_step_equals_naive_step(setting, reuse):
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
     (gram,) = s.network.grams([s.batch], [rollout], plan)
     rewards = block_rewards(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
-    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF)
+    kept = kept_blocks(s.batch, plan)
+    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF).masked_fill(~kept[:, None], 0.0)
     naive_advantages = torch.zeros_like(advantages)
     with torch.no_grad():
         for row in range(NUM_ROWS):
             for block, anchor in enumerate(plan.anchors):
-                prefix = s.batch.tokens[row, :anchor]
+                assert kept[row, block] == counts_in(s, row, anchor)
+                if not kept[row, block]:
+                    continue
+                prefix = context_of(s, row, anchor)
                 x = torch.stack([naive_features(s, torch.cat((prefix, own))) for own in rollout.tokens[row, :, block]])
-                y = naive_features(s, s.batch.tokens[row, : anchor + plan.generate_length])
+                target = s.batch.tokens[row, anchor : anchor + plan.generate_length]
+                y = naive_features(s, torch.cat((prefix, target)))
                 everything = torch.cat((x, y[None]))
                 assert (gram[row, block] - everything @ everything.T).abs().max() <= 1e-9
                 alignment, diversity, cfm = naive_block(x, y, s.case.whitening)
@@ -230,15 +277,18 @@ def test_packed_step_equals_naive_step(setting, reuse):
     assert (advantages - naive_advantages).abs().max() <= 1e-6
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
-    request = ScoreRequest(s.batch.tokens, rollout.tokens, targets=True, temperature=SAMPLING.temperature)
+    request = ScoreRequest(s.batch.tokens, rollout.tokens, True, SAMPLING.temperature, s.batch.documents)
     ours = PolicyLogprobs(*score(s.policy, request, plan, kept=sampled.kept))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
     assert (ours.target - expected_targets).abs().max() <= 1e-9
 
-    counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF)
+    counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF, int(kept.sum()))
     terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF)
-    expected_loss = RL_COEF * (-advantages[..., None] * expected_logprobs).mean() - CE_COEF * expected_targets.mean()
+    expected_loss = -CE_COEF * expected_targets.mean()
+    if kept.any():
+        of_tokens = (-advantages[..., None] * expected_logprobs).transpose(1, 2)[kept]  # [kept blocks, n, G]
+        expected_loss = expected_loss + RL_COEF * of_tokens.mean()
     assert abs(terms.total.item() - expected_loss.item()) <= 1e-9
     terms.total.backward()
     expected_loss.backward()
@@ -258,6 +308,18 @@ def test_rollouts_alone_and_targets_alone_score_the_same(setting):
     (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan)
     torch.testing.assert_close(both[0], alone, atol=1e-12, rtol=0)
     torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)
+
+
+def test_the_isolated_cases_keep_some_blocks_and_drop_others():
+    """Otherwise they would not test what they are for."""
+    shares = {}
+    for name, case in CASES.items():
+        if case.starts is not None:
+            s = SimpleNamespace(case=case, plan=case.plan)
+            kept = [counts_in(s, row, anchor) for row in range(NUM_ROWS) for anchor in case.plan.anchors]
+            shares[name] = sum(kept) / len(kept)
+    assert shares.pop("isolated, nothing kept") == 0 and shares.pop("isolated, a document a row") == 1
+    assert all(0.2 < share < 0.8 for share in shares.values()), shares
 
 
 def test_the_duplicates_case_has_duplicates():

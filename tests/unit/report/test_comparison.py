@@ -7,6 +7,7 @@ import pytest
 
 from ebft_mega.errors import InputError
 from ebft_mega.report.comparison import write_comparison
+from ebft_mega.report.evaluation_plot import plot_evaluation
 from ebft_mega.report.seeds import write_study
 
 ROWS = 64
@@ -87,6 +88,49 @@ def test_groups_can_take_a_claim_back(tmp_path):
     assert f"[{difference['by_group']['low']:+.4f}" in summary["statements"][0], "the wider interval is quoted"
 
 
+def without_figures(directory, rows, key="eval/alignment"):
+    """The same evaluation with isolated documents, of which some rows hold no whole block."""
+    path = directory / "evaluation.json"
+    content = json.loads(path.read_text())
+    values = [None if row in rows else value for row, value in enumerate(content["per_row"][key])]
+    known = [value for value in values if value is not None]
+    content |= {"document_masking": True, "per_row": content["per_row"] | {key: values}}
+    path.write_text(json.dumps({**content, key: float(np.mean(known))} if known else content))
+
+
+def test_rows_without_figures_are_left_out_of_pairs(tmp_path):
+    groups = [f"g{row // 8}" for row in range(ROWS)]
+    arms = {}
+    for seed, (name, shift) in enumerate({"warm start": 0.0, "EBFT": 0.3}.items()):
+        shifts = {"eval/ce_loss": 0.0, "eval/alignment": shift, "eval/raw_cosine": shift}
+        arms[name] = write_evaluation(tmp_path / name, shifts, groups, seed=seed)
+        without_figures(arms[name], range(3, ROWS, 2))
+        without_figures(arms[name], range(1, ROWS), "eval/raw_cosine")
+    write_comparison(arms, tmp_path / "out")
+    directions, summary = shown(tmp_path / "out")
+    # One row is no pair of rows.
+    assert {key[2]: found for key, found in directions.items()} == {"eval/ce_loss": "none", "eval/alignment": "higher"}
+    found = {entry["metric"]: entry for entry in summary["differences"]}["eval/alignment"]
+    rows = [json.loads((arm / "evaluation.json").read_text())["per_row"]["eval/alignment"] for arm in arms.values()]
+    pairs = [new - old for old, new in zip(*rows, strict=True) if new is not None]
+    assert len(pairs) == 33 and found["by_row"]["mean"] == pytest.approx(np.mean(pairs))
+    assert found["by_group"]["low"] > 0
+    assert "with isolated documents" in summary["conditions"]
+
+    write_study({0: arms, 1: arms}, tmp_path / "study", "warm start")
+    study = {entry["metric"]: entry for entry in json.loads((tmp_path / "study" / "study.json").read_text())}
+    assert set(study) == {"eval/ce_loss", "eval/alignment"}
+    assert study["eval/alignment"]["by_seed"] == pytest.approx([np.mean(pairs)] * 2)
+    assert plot_evaluation(arms["EBFT"] / "evaluation.json").read_bytes().startswith(b"\x89PNG")
+
+
+def test_isolated_and_shared_rows_are_not_compared(tmp_path, arms):
+    without_figures(arms["EBFT"], [])
+    with pytest.raises(InputError) as caught:
+        write_comparison(arms, tmp_path / "out")
+    assert {problem.key for problem in caught.value.problems} == {"document_masking"}
+
+
 def test_unlike_files_are_all_named(tmp_path, arms):
     write_evaluation(tmp_path / "c", {"eval/ce_loss": 0.0}, temperature=1.0)
     write_evaluation(tmp_path / "e", {"eval/ce_loss": 0.0}, data="tuning")
@@ -101,6 +145,9 @@ def test_unlike_files_are_all_named(tmp_path, arms):
     [
         ({"per_row": {"eval/ce_loss": [1.0]}}, "per_row.eval/ce_loss"),
         ({"per_row": {"eval/ce_loss": [None] * ROWS}}, "per_row.eval/ce_loss"),
+        ({"per_row": {"eval/ce_loss": [None] * ROWS}, "document_masking": True}, "per_row.eval/ce_loss"),
+        ({"per_row": {"eval/alignment": [None] * ROWS}}, "per_row.eval/alignment"),
+        ({"per_row": {"eval/alignment": [float("nan")] * ROWS}, "document_masking": True}, "per_row.eval/alignment"),
         ({"rows": 1}, "rows"),
         ({"row_groups": ["a"]}, "row_groups"),
     ],

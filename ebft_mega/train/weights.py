@@ -1,0 +1,47 @@
+"""What of a step's rows counts, where not everything does: filler for damaged rows, blocks across documents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.types import TokenBatch
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Which rows and blocks of this replica's micro-batches count, and how many do over the global batch."""
+
+    rows: tuple[Tensor, ...]  # per micro-batch bool [B], false for filler
+    blocks: tuple[Tensor, ...]  # per micro-batch bool [B, K], see `kept_blocks`
+    num_rows: int
+    num_blocks: int
+
+
+def step_weights(
+    micro_batches: Sequence[TokenBatch], plan: BlockPlan, config: RunConfig, groups: ProcessGroups
+) -> StepWeights | None:
+    """Find out what counts; None if the configuration says that everything does.
+
+    Raises:
+        ValueError: documents are to be isolated, and these rows are not.
+    Communication: none if everything counts; else one all-reduce of two int64 over the data-parallel group, for which
+        the host waits: both are denominators of losses and metrics.
+    """
+    if config.data.document_masking and any(rows.documents is None for rows in micro_batches):
+        raise ValueError("data.document_masking needs rows that were isolated (TokenBatch.isolated)")
+    if not config.data.document_masking and config.data.on_error != "skip":
+        return None
+    rows = tuple(batch.row_indices >= 0 for batch in micro_batches)
+    blocks = tuple(kept_blocks(batch, plan) for batch in micro_batches)
+    sums = [torch.stack([part.sum() for part in parts]).sum() for parts in (rows, blocks)]
+    counts = torch.stack(sums)
+    dist.all_reduce(counts, group=groups.data_parallel)
+    num_rows, num_blocks = counts.tolist()
+    return StepWeights(rows, blocks, num_rows, num_blocks)

@@ -1,0 +1,224 @@
+"""Documents that share a row do not know each other, and what they cut in two has no weight."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebft_mega.config.load import load_config
+from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
+from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import RandomWeights, load_weights
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.parallel.optimizer import Update, runner
+from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.step import Experience, StepResult
+from ebft_mega.train.trace import _local_tensors
+from ebft_mega.train.weights import StepWeights, step_weights
+from ebft_mega.types import BlockRewards, Rollout, TokenBatch
+from tests.conftest import tiny_config
+
+PLAN = BlockPlan(29, 3, 3, 2, 3)
+SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
+# Two documents that hold blocks, and one of one token between them; the second row begins with the next one.
+STARTS = ((0, 13, 14), (0, 15))
+CHANGED, KEPT = slice(0, 13), slice(14, 29)  # of the first row: the document that is rewritten, and another one
+
+
+def batch_of(starts, length, tokens=None, indices=None):
+    """Isolated rows whose documents start there."""
+    rows = len(starts)
+    if tokens is None:
+        tokens = torch.randint(0, 131, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[7 + sum(position >= start for start in row) for position in range(length)] for row in starts])
+    indices = torch.arange(rows) if indices is None else torch.tensor(indices)
+    return TokenBatch(tokens, ids, indices).isolated()
+
+
+def rows_of_documents(length, num_rows=2):
+    row = st.sets(st.integers(1, length - 1)).map(lambda starts: (0, *sorted(starts)))
+    return st.lists(row, min_size=num_rows, max_size=num_rows).map(tuple)
+
+
+@given(rows_of_documents(12, num_rows=3))
+def test_starts_are_where_ids_change_and_travel_with_their_rows(starts):
+    batch = batch_of(starts, 12)
+    assert batch.documents.starts == starts
+    expected = [[max(start for start in row if start <= position) for position in range(12)] for row in starts]
+    assert batch.documents.token_starts.tolist() == expected
+
+    first, second = batch.split(2)
+    for part, rows in ((first, slice(0, 2)), (second, slice(2, 3)), (batch.to(torch.device("cpu")), slice(0, 3))):
+        assert part.documents.starts == starts[rows]
+        assert part.documents.token_starts.tolist() == expected[rows]
+        assert torch.equal(part.tokens, batch.tokens[rows])
+    filled = second.filled_up(3)
+    assert filled.documents.starts == (starts[2], (0,), (0,))
+    assert filled.documents.token_starts.tolist() == [expected[2], [0] * 12, [0] * 12]
+
+
+def test_rows_that_are_not_isolated_stay_so():
+    tokens = torch.zeros(3, 4, dtype=torch.int64)
+    batch = TokenBatch(tokens, tokens, torch.arange(3))
+    parts = (batch, *batch.split(2), batch.filled_up(4), batch.to(torch.device("cpu")))
+    assert all(part.documents is None for part in parts)
+    assert kept_blocks(batch.filled_up(4), BlockPlan(4, 1, 1, 1, 2)).tolist() == [[True] * 3] * 3 + [[False] * 3]
+
+
+@given(
+    rows_of_documents(20),
+    st.sampled_from([BlockPlan(20, 2, 4, 2, 1), BlockPlan(20, 5, 2, 3, 1), BlockPlan(20, 1, 1, 4, 1)]),
+    st.booleans(),
+)
+def test_a_block_counts_if_its_context_and_target_are_of_one_document(starts, plan, is_filler):
+    batch = batch_of(starts, 20, indices=[3, -1 if is_filler else 0])
+    windows = [slice(anchor - plan.context_length, anchor + plan.generate_length) for anchor in plan.anchors]
+    expected = [[len(set(ids[window])) == 1 for window in windows] for ids in batch.document_ids.tolist()]
+    if is_filler:
+        expected[1] = [False] * plan.num_blocks
+    assert kept_blocks(batch, plan).tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def models(groups):
+    """A policy and a feature network in float64."""
+    architecture = Architecture.from_hf(tiny_config("llama"), "test")
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
+    load_weights(stage, RandomWeights(architecture, seed=1))
+    settings = FeatureSettings((0.25, 0.5, 0.75), "mean_pooling", "joint", torch.float64)
+    network = build_feature_network(architecture, RandomWeights(architecture, seed=2), settings, groups)
+    return SimpleNamespace(stage=stage, policy=PipelinedModel.of(stage), network=network)
+
+
+def step_of(models, batch, reuse):
+    """Rollouts, Gram matrices, log-probabilities, and the gradient of those of the kept document of the first row."""
+    policy = PipelinedModel.of(models.stage, runner(models.stage, recording=reuse == "activations"))
+    (sampled,) = generate_rollouts(policy, [batch], PLAN, SAMPLING, 0, reuse, with_targets=reuse != "off")
+    (gram,) = models.network.grams([batch], [sampled.rollout], PLAN)
+    request = ScoreRequest(batch.tokens, sampled.rollout.tokens, True, 0.8, batch.documents)
+    of_rollouts, of_targets = score(models.stage, request, PLAN, kept=sampled.kept)
+    continues = [anchor - 1 in range(KEPT.start, KEPT.stop) for anchor in PLAN.anchors]
+    own = (of_rollouts[0][:, continues], of_targets[0, KEPT.start : KEPT.stop - 1])
+    models.stage.zero_grad()
+    sum(part.sum() for part in own).backward()
+    gradients = {name: value.grad.clone() for name, value in models.stage.named_parameters()}
+    values = {"rollouts": sampled.rollout.tokens, "gram": gram, "logprobs": of_rollouts, "targets": of_targets}
+    return SimpleNamespace(**values, gradients=gradients, continues=continues)
+
+
+@pytest.mark.parametrize("reuse", ["off", "checkpoints", "activations"])
+def test_rewriting_a_document_changes_nothing_in_the_others(models, reuse):
+    before = batch_of(STARTS, PLAN.sequence_length)
+    tokens = before.tokens.clone()
+    tokens[0, CHANGED] = (tokens[0, CHANGED] + 17) % 131
+    first = step_of(models, before, reuse)
+    second = step_of(models, replace(before, tokens=tokens), reuse)
+
+    kept, continues = kept_blocks(before, PLAN), first.continues
+    assert not torch.equal(first.rollouts, second.rollouts)
+    for name in ("rollouts", "logprobs"):
+        old, new = getattr(first, name), getattr(second, name)
+        assert torch.equal(old[0][:, continues], new[0][:, continues]) and torch.equal(old[1], new[1]), name
+    assert torch.equal(first.targets[0, KEPT.start :], second.targets[0, KEPT.start :])
+    assert torch.equal(first.targets[1], second.targets[1])
+    of_kept = kept[0] & torch.tensor(continues)
+    assert of_kept.sum() >= 3
+    torch.testing.assert_close(first.gram[0, of_kept], second.gram[0, of_kept], atol=1e-14, rtol=0)
+    assert torch.equal(first.gram[1], second.gram[1])
+    for name, gradient in first.gradients.items():
+        torch.testing.assert_close(second.gradients[name], gradient, atol=1e-12, rtol=1e-12)
+
+
+def test_without_isolation_the_rewritten_document_is_seen(models):
+    """Otherwise the test above would pass whatever is computed."""
+    before = replace(batch_of(STARTS, PLAN.sequence_length), documents=None)
+    tokens = before.tokens.clone()
+    tokens[0, CHANGED] = (tokens[0, CHANGED] + 17) % 131
+    first, second = step_of(models, before, "off"), step_of(models, replace(before, tokens=tokens), "off")
+    assert (first.targets[0, KEPT.start :] - second.targets[0, KEPT.start :]).abs().min() > 1e-6
+    assert torch.equal(first.targets[1], second.targets[1])
+
+
+def config_of(tmp_path, *overrides):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: o\nmodel: {init_from: m}\ndata: {shards: s, sequence_length: 1024}\ntrain: {max_steps: 1}\n"
+    )
+    return load_config(path, overrides)
+
+
+def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
+    batch = batch_of(STARTS, PLAN.sequence_length, indices=[4, -1])
+    parts = batch.split(1)
+    shared = [replace(part, documents=None) for part in parts]
+    assert step_weights(shared, PLAN, config_of(tmp_path), groups) is None
+    skipping = step_weights(shared, PLAN, config_of(tmp_path, "data.on_error=skip"), groups)
+    assert (skipping.num_rows, skipping.num_blocks) == (1, PLAN.num_blocks)
+    isolated = step_weights(parts, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
+    assert [part.tolist() for part in isolated.rows] == [[True], [False]]
+    assert torch.equal(torch.cat(isolated.blocks), kept_blocks(batch, PLAN))
+    assert isolated.num_blocks == kept_blocks(batch, PLAN).sum() < PLAN.num_blocks
+    with pytest.raises(ValueError, match="rows that were isolated"):
+        step_weights(shared, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
+
+
+def result_of(batch, blocks):
+    """A step with one rollout per block, as far as a trace and a dump look at it."""
+    shape = (len(batch.tokens), 1, PLAN.num_blocks)
+    rewards = BlockRewards(*(torch.ones(shape, dtype=torch.float64) for _ in range(3)), torch.ones(shape)[:, 0])
+    gram = torch.zeros(2, PLAN.num_blocks, 2, 2)
+    experience = Experience(Rollout(torch.zeros(*shape, 2)), gram, rewards, rewards.reward)
+    if blocks is not None:
+        experience = replace(experience, kept=blocks)
+    weights = None if blocks is None else StepWeights((batch.row_indices >= 0,), (blocks,), 2, int(blocks.sum()))
+    return StepResult((batch,), (experience,), (), Update(1.0, True), weights)
+
+
+def test_a_trace_names_the_kept_blocks_of_isolated_rows_alone():
+    batch = batch_of(STARTS, PLAN.sequence_length)
+    kept = kept_blocks(batch, PLAN)
+    assert torch.equal(_local_tensors(result_of(batch, kept))["kept"], kept.to(torch.uint8))
+    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), kept))
+    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), None))
+
+
+def evaluation_of(models, batch):
+    return evaluate(models.policy, models.network, batch, EvaluationSettings(PLAN, SAMPLING, "sample", 2))
+
+
+def test_an_evaluation_is_over_the_blocks_that_count_and_a_row_without_has_no_figures(models):
+    """The second row, a document per token, has a cross-entropy and nothing else; filler has nothing."""
+    batch = batch_of((STARTS[0], tuple(range(29)), STARTS[1]), 29).filled_up(4)
+    found = evaluation_of(models, batch)
+    assert json.loads(json.dumps(found.per_row, allow_nan=False)) == found.per_row
+    for name, values in found.per_row.items():
+        assert [value is None for value in values] == [False, name != "eval/ce_loss", False], name
+        known = [value for value in values if value is not None]
+        assert found.means[name] == pytest.approx(np.mean(known))
+
+    (sampled,) = generate_rollouts(models.policy, [batch], PLAN, SAMPLING, -1)
+    (gram,) = models.network.grams([batch], [sampled.rollout], PLAN)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosine = (gram[..., :-1, -1] / lengths[..., :-1] / lengths[..., -1:]).mean(dim=-1)
+    for row in (0, 2):
+        expected = cosine[row][kept_blocks(batch, PLAN)[row]].mean().item()
+        assert found.per_row["eval/raw_cosine"][row] == pytest.approx(expected, abs=1e-12)
+    for block in found.shown:
+        assert kept_blocks(batch, PLAN)[block.row, block.block]
+        start = max(start for start in STARTS[0] if start < PLAN.anchors[block.block])
+        assert block.context == batch.tokens[0, start : PLAN.anchors[block.block]].tolist()
+
+
+def test_a_figure_that_no_row_has_is_left_out_of_the_means(models):
+    found = evaluation_of(models, batch_of((tuple(range(29)),), 29))
+    assert list(found.means) == ["eval/ce_loss"] and found.shown == ()
