@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.data.format import TOKENIZER_DIRECTORY, Manifest
-from ebft_mega.data.reader import ShardFiles, read_member
+from ebft_mega.data.format import TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
+from ebft_mega.data.reader import ShardBytes, read_member
 from ebft_mega.errors import DamagedDataError
 
 
@@ -14,18 +14,44 @@ from ebft_mega.errors import DamagedDataError
 class Dataset:
     """An opened dataset. Copies in other processes (forked or unpickled) open their own files."""
 
-    directory: Path
+    directory: Path  # local: manifest, index and tokenizer are here, the shards maybe elsewhere
     manifest: Manifest
     index: np.ndarray  # INDEX_DTYPE [documents], memory-mapped
-    files: ShardFiles = field(repr=False)
+    files: ShardBytes = field(repr=False)
 
     @property
     def tokenizer_directory(self) -> Path:
         """The copy of the tokenizer that made the tokens."""
         return self.directory / TOKENIZER_DIRECTORY
 
-    def read_document(self, number: int) -> np.ndarray:
+    def tokens(self, number: int) -> np.ndarray:
         """Reads one document and checks its checksum and its token ids.
+
+        Args:
+            number: document number, 0 <= number < manifest.documents.
+
+        Returns:
+            uint16 or uint32 [tokens of the document - 1], little endian, read-only: what the shard holds, without
+            the end-of-document token.
+
+        Raises:
+            IndexError: no such document.
+            DamagedDataError: the shard cannot be read, the checksum differs or a token id lies outside the
+                vocabulary.
+        """
+        manifest = self.manifest
+        if not 0 <= number < manifest.documents:
+            raise IndexError(f"document {number} of {manifest.documents}")
+        shard, crc32, offset, payload_bytes, _ = self.index[number].item()
+        member = read_member(self.files, shard, offset, payload_bytes, crc32, number)
+        stored = np.frombuffer(member, "<u2" if manifest.dtype == "uint16" else "<u4", offset=TAR_BLOCK_BYTES)
+        if stored.size and int(stored.max()) >= manifest.vocab_size:
+            expected, found = f"token ids below {manifest.vocab_size}", str(int(stored.max()))
+            raise DamagedDataError(self.files.place(shard), offset, expected, found, number)
+        return stored
+
+    def read_document(self, number: int) -> np.ndarray:
+        """Reads one document as it stands on the line of tokens.
 
         Args:
             number: document number, 0 <= number < manifest.documents.
@@ -34,18 +60,9 @@ class Dataset:
             int64 [tokens of the document], the end-of-document token last.
 
         Raises:
-            IndexError: no such document.
-            DamagedDataError: the checksum differs or a token id lies outside the vocabulary.
+            IndexError, DamagedDataError: as `tokens`.
         """
-        if not 0 <= number < self.manifest.documents:
-            raise IndexError(f"document {number} of {self.manifest.documents}")
-        record = self.index[number]
-        shard_path = self.directory / self.manifest.shards[int(record["shard"])].name
-        payload = read_member(self.files, shard_path, record, number)
-        stored = np.frombuffer(payload, np.dtype(self.manifest.dtype).newbyteorder("<"))
-        if stored.size and int(stored.max()) >= self.manifest.vocab_size:
-            expected, found = f"token ids below {self.manifest.vocab_size}", str(int(stored.max()))
-            raise DamagedDataError(str(shard_path), int(record["offset"]), expected, found, number)
+        stored = self.tokens(number)
         tokens = np.empty(stored.size + 1, np.int64)
         tokens[:-1] = stored
         tokens[-1] = self.manifest.eos_id

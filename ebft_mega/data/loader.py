@@ -1,20 +1,28 @@
-"""Global batches of rows, this rank's slice of each, read ahead in the background."""
+"""Global batches of rows, this rank's slice of each, read ahead by a thread or by worker processes."""
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.order import epoch_permutation
-from ebft_mega.data.stream import RowStream, StreamState
+from ebft_mega.data.order import permutation
+from ebft_mega.data.state import StreamState, check_resumable, resumed_row
+from ebft_mega.data.stream import Row, RowStream
 from ebft_mega.errors import DamagedDataError
 from ebft_mega.types import TokenBatch
+
+PREFETCH_BATCHES = 2  # read ahead by the thread, or by each worker process
+
+OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +43,23 @@ class LoadedBatch:
 
 
 class BatchLoader:
-    """Endless batches of one data-parallel rank.
+    """The batches of one data-parallel rank, as long as there are whole global batches.
 
     Global batch b holds rows [b * global_batch_size, (b + 1) * global_batch_size) after the first one; a rank
     gets a contiguous slice. Tensor- and pipeline-parallel peers pass the same data-parallel rank and so read
-    the same rows. The state moves when a step commits, never by reading ahead; every new iteration starts at
-    the state.
+    the same rows. All ranks come to the end at the same batch. The state moves when a step commits, never by
+    reading ahead; every new iteration starts at the state. Neither the order nor the end depends on who reads ahead.
 
     Args:
         stream: rows in training order.
         global_batch_size: rows of an optimizer step over all ranks.
         data_parallel_rank: this rank's place in its data-parallel group.
         data_parallel_size: ranks in that group; divides `global_batch_size`.
-        next_row: first row to use, counted through all epochs.
-        prefetch_batches: batches read ahead by a background thread; 0 reads in the caller. The order never
-            depends on it.
+        next_row: first row to use, counted through the whole run.
+        workers: processes that read ahead, whole batches in turn; 0 is a thread of this process. Processes are
+            forked when an iteration starts, and end with it or with this process.
+        pin_memory: hand out page-locked memory; needs an accelerator.
+        on_error: "raise" stops at a row that cannot be read, "skip" puts filler in its place and says so.
     """
 
     def __init__(
@@ -59,7 +69,10 @@ class BatchLoader:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         next_row: int = 0,
-        prefetch_batches: int = 2,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        on_error: OnError = "raise",
     ):
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size}")
@@ -67,65 +80,204 @@ class BatchLoader:
             raise ValueError(f"global batch size {global_batch_size} over {data_parallel_size} data-parallel ranks")
         if next_row < 0:
             raise ValueError(f"next_row {next_row}")
+        if workers < 0:
+            raise ValueError(f"workers {workers}")
+        if pin_memory and not torch.accelerator.is_available():
+            raise ValueError("pinned memory without an accelerator")
         self._stream = stream
         self._global_batch_size = global_batch_size
         local_batch_size = global_batch_size // data_parallel_size
-        self._first_local = data_parallel_rank * local_batch_size
-        self._local_batch_size = local_batch_size
+        first_index = data_parallel_rank * local_batch_size
+        self._indices = range(first_index, first_index + local_batch_size)
         self._next_row = next_row
-        self._prefetch_batches = prefetch_batches
+        self._skipped_rows = 0
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._on_error = on_error
+
+    @property
+    def stream(self) -> RowStream:
+        """The rows that the batches are cut from."""
+        return self._stream
+
+    @property
+    def skips_damaged_rows(self) -> bool:
+        """Whether a row that cannot be read becomes filler."""
+        return self._on_error == "skip"
 
     @property
     def state(self) -> StreamState:
         """Where the committed steps have come to."""
-        return self._stream.state(self._next_row)
+        return self._stream.state(self._next_row, self._skipped_rows)
 
-    def commit(self) -> None:
-        """Records that a step has used one global batch."""
+    def commit(self, skipped_rows: int = 0) -> None:
+        """Records that a step has used one global batch.
+
+        Args:
+            skipped_rows: rows of it that were filler, over all ranks.
+        """
         self._next_row += self._global_batch_size
+        self._skipped_rows += skipped_rows
 
-    def __iter__(self) -> Iterator[LoadedBatch]:
-        """Yields this rank's slice of each global batch, from the state on, without end.
+    def resume(self, saved: StreamState, allow_changed: bool = False) -> list[str]:
+        """Goes on from a saved state; call it before iterating.
+
+        Args:
+            saved: the state of a run with any number of ranks and workers and any global batch size.
+            allow_changed: go on with data that has changed.
+
+        Returns:
+            What has changed, in words for the user; empty if nothing has.
+
+        Raises:
+            InputError: the data has changed and `allow_changed` is false, or its rows end before the state.
+        """
+        next_row = resumed_row(saved, self._stream.sequence_length)
+        total = self._stream.total_rows
+        if total is not None and next_row > total:
+            raise bad_input("resuming", "next_row", f"{total} rows in all", f"at least the {next_row} used before")
+        notes = check_resumable(saved, self._stream.state(next_row), allow_changed)
+        self._next_row, self._skipped_rows = next_row, saved.skipped_rows
+        return notes
+
+    def __iter__(self) -> Generator[LoadedBatch, None, None]:
+        """Yields this rank's slice of each whole global batch, from the state on.
 
         Raises:
             DamagedDataError: when the batch that holds the damaged document is reached.
         """
-        first_row = self._next_row
+        first = self._next_row
+        total = self._stream.total_rows
+        numbers: Iterator[int] = (
+            itertools.count(first, self._global_batch_size)
+            if total is None
+            else iter(range(first, total - self._global_batch_size + 1, self._global_batch_size))
+        )
+        return self._batches(numbers)
 
-        def read_batch(number: int) -> LoadedBatch:
-            first = first_row + number * self._global_batch_size + self._first_local
-            return LoadedBatch(read_rows(self._stream, range(first, first + self._local_batch_size), self._first_local))
+    def _batches(self, numbers: Iterator[int]) -> Generator[LoadedBatch, None, None]:
+        """The batches that begin with these rows."""
+        reader = _BatchReader(self._stream, self._indices, self._on_error)
+        read_ahead = _with_processes if self._workers else _with_thread
+        for delivery in read_ahead(reader, numbers, self._workers, self._pin_memory):
+            if isinstance(delivery, DamagedDataError):
+                raise delivery
+            yield delivery
 
-        if self._prefetch_batches:
-            return _read_ahead(read_batch, self._prefetch_batches)
-        return (read_batch(number) for number in itertools.count())
 
+@dataclass(frozen=True)
+class _ReadRows:
+    """A batch as arrays.
 
-def read_rows(stream: RowStream, numbers: Sequence[int], first_index: int) -> TokenBatch:
-    """Reads rows into a batch.
-
-    Args:
-        stream: rows.
-        numbers: row numbers through all epochs, B of them.
-        first_index: index of the first of these rows in its global batch.
-
-    Returns:
-        Tokens and document ids int64 [B, P], row indices int64 [B], in CPU memory.
-
-    Raises:
-        DamagedDataError: a document of these rows fails its check.
+    Unlike tensors they cross from process to process in one message: nothing must be fetched from the sender later,
+    when it may have ended.
     """
-    tokens = np.empty((len(numbers), stream.sequence_length), np.int64)
-    document_ids = np.empty_like(tokens)
-    for position, number in enumerate(numbers):
-        row = stream.row(number)
-        tokens[position] = row.tokens
-        document_ids[position] = row.document_ids
-    return TokenBatch(
-        tokens=torch.from_numpy(tokens),
-        document_ids=torch.from_numpy(document_ids),
-        row_indices=torch.arange(first_index, first_index + len(numbers)),
+
+    tokens: np.ndarray  # int64 [B, P]
+    document_ids: np.ndarray  # int64 [B, P]
+    indices: np.ndarray  # int64 [B]
+    skipped: tuple[SkippedRow, ...] = ()
+
+    def batch(self) -> LoadedBatch:
+        """The same batch as tensors in the same memory."""
+        tokens, document_ids, indices = map(torch.from_numpy, (self.tokens, self.document_ids, self.indices))
+        return LoadedBatch(TokenBatch(tokens, document_ids, indices), self.skipped)
+
+    def pin_memory(self) -> LoadedBatch:
+        """The same batch in page-locked memory, from which copies to an accelerator need not wait."""
+        rows = self.batch().rows
+        pinned = TokenBatch(rows.tokens.pin_memory(), rows.document_ids.pin_memory(), rows.row_indices.pin_memory())
+        return LoadedBatch(pinned, self.skipped)
+
+
+class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
+    """Reads this rank's slice of the global batch that begins with a row.
+
+    An error is a value here: the process that reads is not the one that should stop.
+    """
+
+    def __init__(self, stream: RowStream, indices: range, on_error: OnError):
+        self._stream = stream
+        self._indices = indices
+        self._on_error = on_error
+
+    def __getitem__(self, first_row: int) -> _ReadRows | DamagedDataError:
+        rows = []
+        skipped = []
+        indices = np.arange(self._indices.start, self._indices.stop)
+        for place, index in enumerate(self._indices):
+            number = first_row + index
+            try:
+                rows.append(self._stream.row(number))
+            except DamagedDataError as damage:
+                if self._on_error == "raise":
+                    return damage
+                skipped.append(SkippedRow(number, index, damage))
+                rows.append(self._stream.filler(number))
+                indices[place] = -1
+        return _read_rows(rows, indices, tuple(skipped))
+
+
+def _read_rows(rows: list[Row], indices: np.ndarray, skipped: tuple[SkippedRow, ...] = ()) -> _ReadRows:
+    tokens, document_ids = np.stack([row.tokens for row in rows]), np.stack([row.document_ids for row in rows])
+    return _ReadRows(tokens, document_ids, indices, skipped)
+
+
+def _with_thread(
+    reader: _BatchReader, numbers: Iterator[int], workers: int, pin_memory: bool
+) -> Iterator[LoadedBatch | DamagedDataError]:
+    """Reads the batches ahead in one thread of this process, in order."""
+
+    def read(number: int) -> LoadedBatch | DamagedDataError:
+        delivery = reader[number]
+        if isinstance(delivery, DamagedDataError):
+            return delivery
+        return delivery.pin_memory() if pin_memory else delivery.batch()
+
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-prefetch")
+    pending = deque(executor.submit(read, number) for number in itertools.islice(numbers, PREFETCH_BATCHES))
+    try:
+        while pending:
+            delivery = pending.popleft().result()
+            pending.extend(executor.submit(read, number) for number in itertools.islice(numbers, 1))
+            yield delivery
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _with_processes(
+    reader: _BatchReader, numbers: Iterator[int], workers: int, pin_memory: bool
+) -> Iterator[LoadedBatch | DamagedDataError]:
+    """Reads the batches ahead in forked processes, each a whole batch in turn; they arrive in order."""
+    deliveries: Iterable[_ReadRows | LoadedBatch | DamagedDataError] = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=_Numbers(numbers),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH_BATCHES,
+        multiprocessing_context="fork",
+        # Without a generator of its own it would draw from the run's global one.
+        generator=torch.Generator(),
     )
+    for delivery in deliveries:
+        yield delivery.batch() if isinstance(delivery, _ReadRows) else delivery  # else pinned, or an error
+
+
+class _Numbers:
+    """Row numbers as a sampler, which must be iterable and may be endless."""
+
+    def __init__(self, numbers: Iterator[int]):
+        self._numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return self._numbers
+
+
+def _as_it_is(delivery: Any) -> Any:
+    """Keeps the loader from taking a batch apart."""
+    return delivery
 
 
 def fixed_rows(
@@ -151,30 +303,17 @@ def fixed_rows(
         This rank's rows, [B, P]; `row_indices` counts over all ranks.
 
     Raises:
-        InputError: the dataset holds fewer rows.
+        InputError: the dataset holds fewer whole rows.
         DamagedDataError: a document fails its check.
     """
-    stream = RowStream(dataset, sequence_length, seed=None)
-    if not 0 < num_rows <= stream.rows_per_epoch:
+    stream = RowStream.of(dataset, sequence_length, seed=None)
+    rows_per_epoch = dataset.manifest.tokens // sequence_length
+    if not 0 < num_rows <= rows_per_epoch:
         found = f"{num_rows} rows of {sequence_length} tokens"
-        expected = f"at least 1 and at most {stream.rows_per_epoch}, which is what the dataset holds"
+        expected = f"at least 1 and at most {rows_per_epoch}, which is what the dataset holds"
         raise bad_input(str(dataset.directory), "evaluation.rows", found, expected)
     first = num_rows * data_parallel_rank // data_parallel_size
     last = num_rows * (data_parallel_rank + 1) // data_parallel_size
-    order = epoch_permutation(stream.rows_per_epoch, "rows", 0, 0, dataset.manifest.fingerprint)
-    return read_rows(stream, order[first:last].tolist(), first)
-
-
-def _read_ahead(read_batch: Callable[[int], LoadedBatch], num_batches: int) -> Iterator[LoadedBatch]:
-    """Yields batches 0, 1, ... that a thread reads ahead; an error is raised in the place of its batch."""
-    # One thread: batches are read in order, and neighbouring rows share the document that they have in
-    # common.
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-prefetch")
-    pending = deque(executor.submit(read_batch, number) for number in range(num_batches))
-    try:
-        for number in itertools.count(num_batches):
-            batch = pending.popleft().result()
-            pending.append(executor.submit(read_batch, number))
-            yield batch
-    finally:
-        executor.shutdown(cancel_futures=True)
+    order = permutation(rows_per_epoch, "rows", 0, 0, dataset.manifest.fingerprint)
+    rows = [stream.row(number) for number in order[first:last].tolist()]
+    return _read_rows(rows, np.arange(first, last)).batch().rows

@@ -1,19 +1,52 @@
-"""Reading byte ranges of local shards, and checking each document as it is read."""
+"""Byte ranges of shards, wherever these are, and the check of each document that is read."""
 
 import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Protocol
 
 from ebft_mega.data.format import TAR_BLOCK_BYTES
 from ebft_mega.errors import DamagedDataError
 
 
+class ShardBytes(Protocol):
+    """The shards of one dataset as byte ranges.
+
+    An implementation may be pickled and may be used in a forked process; each process holds its own
+    descriptors, connections and threads.
+    """
+
+    def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        """Reads a byte range; fewer bytes come back only where the shard ends.
+
+        Args:
+            shard: position of the shard in the manifest.
+            offset: first byte.
+            num_bytes: bytes to read.
+
+        Raises:
+            DamagedDataError: the shard cannot be opened or read.
+        """
+        ...
+
+    def place(self, shard: int) -> str:
+        """Path or URL of a shard, for messages."""
+        ...
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Announces the shards that are read next, the first of them soonest; returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Gives up descriptors, connections and threads; a later read opens them again."""
+        ...
+
+
 class ShardFiles:
-    """Open shard files of one dataset, at most `max_open` of them.
+    """Local shard files of one dataset (`ShardBytes`), at most `max_open` of them open at a time.
 
     Reads carry their offset (`os.pread`), so a forked worker may share a descriptor; the table itself belongs
     to one process and starts empty in a forked or unpickled copy.
@@ -50,10 +83,16 @@ class ShardFiles:
             self._start_empty()
         with self._lock:
             try:
-                return _read_fully(self._descriptor(shard), offset, num_bytes)
+                return read_fully(self._descriptor(shard), offset, num_bytes)
             except OSError as error:
-                path = str(self._paths[shard])
-                raise DamagedDataError(path, offset, f"{num_bytes} bytes", str(error.strerror)) from error
+                raise DamagedDataError(self.place(shard), offset, f"{num_bytes} bytes", str(error.strerror)) from error
+
+    def place(self, shard: int) -> str:
+        """Path of a shard."""
+        return str(self._paths[shard])
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Does nothing: a local file is there already."""
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
@@ -84,8 +123,11 @@ class ShardFiles:
         self._start_empty()
 
 
-def _read_fully(descriptor: int, offset: int, num_bytes: int) -> bytes:
-    """One `pread` returns at most 2 GiB and may return less: repeat until done or at the end of the file."""
+def read_fully(descriptor: int, offset: int, num_bytes: int) -> bytes:
+    """Reads a byte range of an open file; fewer bytes come back only where the file ends.
+
+    One `pread` returns at most 2 GiB and may return less, so it is repeated.
+    """
     parts = [os.pread(descriptor, num_bytes, offset)]
     done = len(parts[0])
     while done < num_bytes and parts[-1]:
@@ -94,28 +136,29 @@ def _read_fully(descriptor: int, offset: int, num_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_member(files: ShardFiles, shard_path: Path, record: np.void, document: int) -> bytes:
-    """Reads a document's payload and checks it, with its tar header, against the index.
+def read_member(files: ShardBytes, shard: int, offset: int, payload_bytes: int, crc32: int, document: int) -> bytes:
+    """Reads a document's tar header and payload and checks them against the index.
 
     Args:
-        files: the dataset's shard files.
-        shard_path: the file that `record` points into, for messages.
-        record: the document's `INDEX_DTYPE` record.
+        files: the dataset's shards.
+        shard, offset, payload_bytes, crc32: of the document's `INDEX_DTYPE` record.
         document: number of the document, for messages.
 
     Returns:
-        The payload, `record["payload_bytes"]` bytes.
+        The header and behind it the payload, `TAR_BLOCK_BYTES + payload_bytes` bytes: a document may be large,
+        so the payload is not copied out of what was read.
 
     Raises:
         DamagedDataError: the file is shorter than the index says or the checksum differs; names shard,
             offset, expected and found.
     """
-    offset, payload_bytes = int(record["offset"]), int(record["payload_bytes"])
     expected_bytes = TAR_BLOCK_BYTES + payload_bytes
-    data = files.read(int(record["shard"]), offset, expected_bytes)
+    data = files.read(shard, offset, expected_bytes)
     if len(data) != expected_bytes:
-        raise DamagedDataError(str(shard_path), offset, f"{expected_bytes} bytes", f"{len(data)} bytes", document)
-    expected, found = int(record["crc32"]), zlib.crc32(data)
-    if found != expected:
-        raise DamagedDataError(str(shard_path), offset, f"crc32 {expected:08x}", f"crc32 {found:08x}", document)
-    return data[TAR_BLOCK_BYTES:]
+        expected, found = f"{expected_bytes} bytes", f"{len(data)} bytes"
+        raise DamagedDataError(files.place(shard), offset, expected, found, document)
+    found_crc32 = zlib.crc32(data)
+    if found_crc32 != crc32:
+        expected, found = f"crc32 {crc32:08x}", f"crc32 {found_crc32:08x}"
+        raise DamagedDataError(files.place(shard), offset, expected, found, document)
+    return data

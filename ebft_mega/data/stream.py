@@ -1,13 +1,28 @@
-"""Random access to the packed rows of a dataset, numbered through all epochs. Imports no torch."""
+"""Random access to the packed rows of a run, mixed from its sources. Imports no torch."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.order import epoch_permutation
-from ebft_mega.data.packing import document_ends, row_spans
+from ebft_mega.data.document_cache import DOCUMENT_CACHE_BYTES, DocumentCache
+from ebft_mega.data.mixing import Mixture, integer_weights
+from ebft_mega.data.packing import PackedLine, Span, Window
+from ebft_mega.data.state import SourceState, StreamState
+from ebft_mega.errors import InputError, Problem
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that a run reads, and how much of it."""
+
+    name: str
+    dataset: Dataset
+    weight: Fraction = Fraction(1)  # share of the rows, in proportion to the other sources' weights
+    max_epochs: float | None = None  # passes over it in the whole run, whole rows only; None: without end
 
 
 @dataclass(frozen=True)
@@ -15,117 +30,209 @@ class Row:
     """One packed row of raw text."""
 
     tokens: np.ndarray  # int64 [P]
-    document_ids: np.ndarray  # int64 [P], number of the document in the dataset; its end token carries it too
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """Where a run stands in its data: all that exact resumption needs, whatever the number of ranks."""
-
-    seed: int | None
-    next_row: int  # first row that no committed step has used
-    fingerprint: str
-    sequence_length: int
-
-
-@dataclass(frozen=True)
-class _EpochOrder:
-    epoch: int
-    documents: np.ndarray  # int64 [documents], document number at each position of the line of tokens
-    ends: np.ndarray  # int64 [documents], where each of them ends on that line
-    rows: np.ndarray | None  # int64 [rows_per_epoch], the piece of the line that each row is; None: in order
+    # int64 [P]: epoch * documents of the dataset + number of the document, so that neighbours are equal where they
+    # are one document, also where an epoch ends. An end-of-document token carries its document's.
+    document_ids: np.ndarray
+    source: int  # position in the stream's sources
 
 
 class RowStream:
-    """The packed rows of a dataset in the order of a seed; any row can be read at any time.
+    """The rows of a run in the order of a seed; any row can be read at any time, at the same cost.
 
-    In each epoch the documents are permuted and packed, and then the rows are permuted too: a long document
-    fills many neighbouring rows, and without the second permutation they would all fall into the same few
-    batches.
+    Each source is a line of documents without end, packed into rows (see `packing`); the sources take turns by their
+    weights (see `mixing`).
 
     Args:
-        dataset: an opened dataset.
+        sources: at least one; their names and their datasets differ.
         sequence_length: tokens in a row, P.
-        seed: seed of the order; None keeps documents and rows in dataset order, the same in every epoch.
+        seed: seed of the order; None keeps shards, documents and rows in dataset order, the same in every epoch.
+        document_cache_bytes: of the documents read last that are kept of each source, see `DocumentCache`.
 
     Raises:
-        InputError: the dataset has fewer tokens than one row.
+        InputError: with all problems: a source with fewer tokens than one row, a `max_epochs` that allows no row,
+            two sources of one name or dataset, several tokenizers, or weights that are not possible.
     """
 
-    def __init__(self, dataset: Dataset, sequence_length: int, seed: int | None):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        sequence_length: int,
+        seed: int | None,
+        document_cache_bytes: int = DOCUMENT_CACHE_BYTES,
+    ):
         if sequence_length < 1:
             raise ValueError(f"sequence_length {sequence_length} is not positive")
-        if dataset.manifest.tokens < sequence_length:
-            where = str(dataset.directory)
-            found = f"{dataset.manifest.tokens} tokens"
-            expected = f"at least one row of data.sequence_length = {sequence_length} tokens"
-            raise bad_input(where, "tokens", found, expected)
-        self.dataset = dataset
+        if not sources:
+            raise ValueError("no sources")
+        self.sources = tuple(sources)
         self.sequence_length = sequence_length
         self.seed = seed
-        self._order: _EpochOrder | None = None
-        self._last_document: tuple[int, np.ndarray] | None = None
+        problems = _problems(self.sources, sequence_length)
+        if problems:
+            raise InputError(problems)
+        shares = integer_weights([each.name for each in sources], [each.weight for each in sources])
+        self._mixture = Mixture(shares, [_max_rows(each, sequence_length) for each in sources])
+        self._lines = [_line(each.dataset, sequence_length, seed) for each in sources]
+        self._documents = [DocumentCache(each.dataset, document_cache_bytes) for each in sources]
+        self._entered: list[Window | None] = [None] * len(sources)
+
+    @classmethod
+    def of(cls, dataset: Dataset, sequence_length: int, seed: int | None) -> "RowStream":
+        """The rows of a single dataset, without end; the arguments are those of the constructor."""
+        return cls([Source(dataset.directory.name, dataset)], sequence_length, seed)
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Whole rows in one pass over the dataset."""
-        return self.dataset.manifest.tokens // self.sequence_length
+    def total_rows(self) -> int | None:
+        """Rows of the run that there are; None: without end, because a source is."""
+        return self._mixture.total_rows
 
     @property
-    def tail_tokens(self) -> int:
-        """Tokens at the end of every epoch that fill no row; other documents stand there in every epoch."""
-        return self.dataset.manifest.tokens % self.sequence_length
+    def tail_tokens(self) -> tuple[int, ...]:
+        """Tokens of each source that its `max_epochs` allows and that fill no whole row; 0 for one without end."""
+        return tuple(0 if limit is None else limit % self.sequence_length for limit in map(_max_tokens, self.sources))
 
-    def state(self, next_row: int) -> StreamState:
-        """The state of a run that has used the rows before `next_row`."""
-        return StreamState(self.seed, next_row, self.dataset.manifest.fingerprint, self.sequence_length)
+    def rows_by_source(self, num_rows: int) -> tuple[int, ...]:
+        """How many of the first rows of the run come from each source.
+
+        Raises:
+            IndexError: there are fewer rows.
+        """
+        return self._mixture.rows_by_source(num_rows)
+
+    def state(self, next_row: int, skipped_rows: int = 0) -> StreamState:
+        """The state of a run that has used the rows before `next_row`.
+
+        Args:
+            next_row: at most `total_rows`.
+            skipped_rows: of those rows, the ones that were damaged.
+        """
+        total_weight = sum(each.weight for each in self.sources)
+        sources = tuple(
+            SourceState(
+                name=each.name,
+                fingerprint=each.dataset.manifest.fingerprint,
+                tokenizer_sha256=each.dataset.manifest.tokenizer_sha256,
+                weight=str(each.weight / total_weight),
+                max_epochs=each.max_epochs,
+                rows=rows,
+            )
+            for each, rows in zip(self.sources, self.rows_by_source(next_row), strict=True)
+        )
+        return StreamState(
+            seed=self.seed,
+            next_row=next_row,
+            sequence_length=self.sequence_length,
+            sources=sources,
+            skipped_rows=skipped_rows,
+        )
+
+    def locate(self, number: int) -> tuple[int, list[Span]]:
+        """Where the tokens of a row are.
+
+        Args:
+            number: row number counted through the whole run from 0.
+
+        Returns:
+            The source of the row and the pieces of its documents in order, P tokens together.
+
+        Raises:
+            IndexError: the run has fewer rows.
+        """
+        source, row = self._mixture.locate(number)
+        line = self._lines[source]
+        window = line.window_of_row(row)
+        if window is not self._entered[source]:
+            self._entered[source] = window
+            self.sources[source].dataset.files.expect(line.shards_from(window))
+        return source, line.spans_of_row(row)
 
     def row(self, number: int) -> Row:
         """Reads one row.
 
         Args:
-            number: row number counted through all epochs from 0.
+            number: row number counted through the whole run from 0.
 
         Returns:
             The row, tokens and document ids int64 [P].
 
         Raises:
+            IndexError: the run has fewer rows.
             DamagedDataError: a document of the row fails its check.
         """
-        if number < 0:
-            raise IndexError(f"row {number}")
-        epoch, position = divmod(number, self.rows_per_epoch)
-        order = self._epoch_order(epoch)
-        row_on_line = position if order.rows is None else int(order.rows[position])
+        source, spans = self.locate(number)
+        manifest = self.sources[source].dataset.manifest
+        documents = self._documents[source]
         tokens = np.empty(self.sequence_length, np.int64)
         document_ids = np.empty(self.sequence_length, np.int64)
         filled = 0
-        for span in row_spans(order.ends, row_on_line, self.sequence_length):
-            document = int(order.documents[span.position])
+        for span in spans:
+            stored = documents.tokens(span.document)
             stop = filled + span.stop - span.start
-            tokens[filled:stop] = self._document(document)[span.start : span.stop]
-            document_ids[filled:stop] = document
-            filled = stop
-        return Row(tokens, document_ids)
-
-    def _epoch_order(self, epoch: int) -> _EpochOrder:
-        order = self._order
-        if order is None or order.epoch != epoch:
-            manifest = self.dataset.manifest
-            if self.seed is None:
-                documents, rows = np.arange(manifest.documents), None
+            if span.stop > len(stored):  # the document's last token is the end of the document, which is not stored
+                tokens[filled : stop - 1] = stored[span.start :]
+                tokens[stop - 1] = manifest.eos_id
             else:
-                key = (self.seed, epoch, manifest.fingerprint)
-                documents = epoch_permutation(manifest.documents, "documents", *key)
-                rows = epoch_permutation(self.rows_per_epoch, "rows", *key)
-            order = _EpochOrder(epoch, documents, document_ends(self.dataset.index["tokens"][documents]), rows)
-            self._order = order
-        return order
+                tokens[filled:stop] = stored[span.start : span.stop]
+            document_ids[filled:stop] = span.epoch * manifest.documents + span.document
+            filled = stop
+        return Row(tokens, document_ids, source)
 
-    def _document(self, number: int) -> np.ndarray:
-        # In dataset order neighbouring rows share a document, which is then read and checked once.
-        last = self._last_document
-        if last is None or last[0] != number:
-            last = (number, self.dataset.read_document(number))
-            self._last_document = last
-        return last[1]
+    def filler(self, number: int) -> Row:
+        """What stands in the place of a row that cannot be read: end-of-document tokens, one document id.
+
+        Args:
+            number: row number counted through the whole run from 0.
+        """
+        source, _ = self._mixture.locate(number)
+        tokens = np.full(self.sequence_length, self.sources[source].dataset.manifest.eos_id, np.int64)
+        return Row(tokens, np.zeros_like(tokens), source)
+
+
+def _line(dataset: Dataset, sequence_length: int, seed: int | None) -> PackedLine:
+    manifest = dataset.manifest
+    return PackedLine(
+        [shard.documents for shard in manifest.shards],
+        [shard.tokens for shard in manifest.shards],
+        dataset.index["tokens"],
+        manifest.fingerprint,
+        sequence_length,
+        seed,
+    )
+
+
+def _max_tokens(source: Source) -> int | None:
+    if source.max_epochs is None:
+        return None
+    return math.floor(Fraction(str(source.max_epochs)) * source.dataset.manifest.tokens)
+
+
+def _max_rows(source: Source, sequence_length: int) -> int | None:
+    tokens = _max_tokens(source)
+    return None if tokens is None else tokens // sequence_length
+
+
+def _problems(sources: Sequence[Source], sequence_length: int) -> list[Problem]:
+    """What makes it impossible to read these sources together, or one of them at all."""
+    problems = []
+    first = sources[0]
+    for number, source in enumerate(sources):
+        where, manifest = str(source.dataset.directory), source.dataset.manifest
+        one_row = f"at least one row of data.sequence_length = {sequence_length} tokens"
+        if manifest.tokens < sequence_length:
+            problems.append(Problem(where, "tokens", f"{manifest.tokens} tokens", one_row))
+        elif _max_rows(source, sequence_length) == 0:
+            found = f"{source.max_epochs}, which is {_max_tokens(source)} tokens of source {source.name}"
+            problems.append(Problem(where, "max_epochs", found, one_row))
+        if manifest.tokenizer_sha256 != first.dataset.manifest.tokenizer_sha256:
+            found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
+            expected = f"the tokenizer of source {first.name}, sha256 {first.dataset.manifest.tokenizer_sha256}"
+            problems.append(Problem(where, "tokenizer", found, expected))
+        for other in sources[:number]:
+            if source.name == other.name:
+                problems.append(
+                    Problem(where, "name", source.name, f"another name than that of {other.dataset.directory}")
+                )
+            if manifest.fingerprint == other.dataset.manifest.fingerprint:
+                found = f"the dataset of source {other.name} once more"
+                problems.append(Problem(where, "fingerprint", found, "each dataset once, with a weight"))
+    return problems

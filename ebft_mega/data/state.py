@@ -1,0 +1,138 @@
+"""Where a run stands in its data: what is saved, and what must be the same when a run goes on from it."""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ebft_mega.data.format import Count, Sha256
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.errors import InputError, Problem
+
+STATE_VERSION: Literal[1] = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SourceState(_Record):
+    """What a run reads from one source, and how far it has come."""
+
+    name: str
+    fingerprint: Sha256  # of the dataset
+    tokenizer_sha256: Sha256
+    weight: Annotated[str, Field(pattern=r"^[1-9][0-9]*(/[1-9][0-9]*)?$")]  # exact share of the rows, such as 3/10
+    max_epochs: float | None
+    rows: Count  # of the committed ones; follows from the rest, and is there to be read
+
+
+class StreamState(_Record):
+    """All that exact resumption needs, whatever the number of ranks and workers and the global batch size."""
+
+    version: Literal[1] = STATE_VERSION
+    seed: int | None
+    next_row: Count  # first row of the run that no committed step has used
+    sequence_length: Annotated[int, Field(ge=1)]
+    sources: tuple[SourceState, ...]
+    skipped_rows: Count = 0  # of the rows before next_row, those that were damaged and became filler
+
+    def to_json(self) -> str:
+        """The state as one JSON object."""
+        return self.model_dump_json()
+
+    def sources_at(self) -> str:
+        """How far each source has come, in words."""
+        return ", ".join(f"row {source.rows} of {source.name}" for source in self.sources)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "data state") -> "StreamState":
+        """Reads what `to_json` wrote.
+
+        Args:
+            text: a JSON object.
+            where: the file that it comes from, for messages.
+
+        Raises:
+            InputError: it is no such state, with all problems found.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise bad_input(where, "data state", error, "a JSON object") from error
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if version != STATE_VERSION:
+            raise bad_input(where, "version", version, STATE_VERSION)
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = []
+            for item in error.errors():
+                problems.append(Problem(where, ".".join(map(str, item["loc"])), repr(item["input"])[:200], item["msg"]))
+            raise InputError(problems) from error
+
+
+def check_resumable(saved: StreamState, current: StreamState, allow_changed: bool = False) -> list[str]:
+    """Compares the data that a run has used with the data that it is about to go on with.
+
+    Args:
+        saved: the state that the run left.
+        current: the state that the new stream would have at `resumed_row`.
+        allow_changed: go on with what has changed, which cannot be exact.
+
+    Returns:
+        What has changed and what that means, for the user; nothing has changed where it is empty.
+
+    Raises:
+        InputError: something has changed and `allow_changed` is false; lists every difference, with the saved value
+            as the expected one.
+    """
+    changes = list(_changes(saved, current))
+    if not changes:
+        return []
+    if not allow_changed:
+        raise InputError([Problem("resuming", key, str(new), f"{old}, as before") for key, old, new in changes])
+    notes = [f"{key} was {old} and is {new} now" for key, old, new in changes]
+    if saved.sequence_length != current.sequence_length:
+        notes.append(
+            f"row {saved.next_row} of {saved.sequence_length} tokens became row {current.next_row} of "
+            f"{current.sequence_length} tokens"
+        )
+    notes.append(f"the sources go on at {current.sources_at()}; they were left at {saved.sources_at()}")
+    notes.append(_consequence({key.rsplit(".", 1)[-1] for key, _, _ in changes}, saved, current))
+    return notes
+
+
+def resumed_row(saved: StreamState, sequence_length: int) -> int:
+    """The first row to use after a state, for rows of another length: the same number of tokens, rounded up."""
+    return -(-saved.next_row * saved.sequence_length // sequence_length)
+
+
+def _changes(saved: StreamState, current: StreamState) -> Iterator[tuple[str, object, object]]:
+    """Key, old value and new value of everything that differs."""
+    for key in ("seed", "sequence_length"):
+        old, new = getattr(saved, key), getattr(current, key)
+        if old != new:
+            yield key, old, new
+    names, new_names = ([source.name for source in state.sources] for state in (saved, current))
+    if names != new_names:
+        yield "sources", ", ".join(names), ", ".join(new_names)
+    new_sources = {source.name: source for source in current.sources}
+    for old_source in saved.sources:
+        new_source = new_sources.get(old_source.name)
+        for key in ("fingerprint", "tokenizer_sha256", "weight", "max_epochs") if new_source else ():
+            old, new = getattr(old_source, key), getattr(new_source, key)
+            if old != new:
+                yield f"sources.{old_source.name}.{key}", old, new
+
+
+def _consequence(changed: set[str], saved: StreamState, current: StreamState) -> str:
+    if changed == {"max_epochs"} and saved.sources_at() == current.sources_at():
+        return "the rows before and those to come are the same until the first source ends"
+    if changed == {"sequence_length"}:
+        return (
+            "documents of the windows under way may be seen twice or missed in this epoch, because rows of another "
+            "length are shuffled anew; what lies before and behind them is not touched"
+        )
+    return "documents of the epochs under way may be seen twice or missed"
