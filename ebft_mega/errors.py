@@ -1,6 +1,6 @@
 """Every error that this package raises on purpose, and the exit code that each one ends a run with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -33,6 +33,10 @@ class Problem:
         text = f"{self.where}: {self.key}: found {self.found}; expected {self.expected}"
         return f"{text}. Did you mean {self.suggestion!r}?" if self.suggestion else text
 
+    def within(self, where: str) -> "Problem":
+        """The same problem, found on behalf of another place: the configuration key that names the file, say."""
+        return replace(self, where=f"{where}: {self.where}")
+
 
 class InputProblems(EbftError):
     """Several problems at once, found before anything has started (exit code 2)."""
@@ -41,7 +45,10 @@ class InputProblems(EbftError):
 
     def __init__(self, problems: "list[Problem] | tuple[Problem, ...]"):
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__(self.problems)  # what pickling between processes hands to the constructor again
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
 
 
 class ConfigError(InputProblems):
@@ -74,6 +81,12 @@ class DamagedDataError(EbftError):
         place += [f"offset {self.offset}"] * (self.offset is not None)
         place += [f"document {self.document}"] * (self.document is not None)
         return f"{': '.join(place)}: expected {self.expected}, found {self.found}"
+
+
+class SkipBudgetError(EbftError):
+    """More rows had to be left out for damaged data than the configuration allows (exit code 4)."""
+
+    exit_code = EXIT_DAMAGED_DATA
 
 
 class PeerFailedError(EbftError):

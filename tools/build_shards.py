@@ -1,4 +1,7 @@
-"""Turns text (a directory of files, or JSON lines) into a dataset directory of webdataset token shards."""
+"""Turns text (files, JSON lines, text webdatasets) into a dataset directory of webdataset token shards.
+
+A build that was stopped goes on where it stopped when the same command is given again.
+"""
 
 import argparse
 import sys
@@ -9,40 +12,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.build import DEFAULT_SHARD_BYTES, build_dataset
 from ebft_mega.data.command import run_command
 from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.data.workers import available_cores
 
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="directory of text or JSONL files, or a JSONL file")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="directory of text files, of JSONL files (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz) or of text webdataset "
+        "shards (.tar), or such a file; several are read in this order",
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece or Hugging Face directory")
     parser.add_argument("--output", type=Path, required=True, help="dataset directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
     parser.add_argument("--text-key", default="text", help="key of the text in a JSON line (default: text)")
-    parser.add_argument("--licence", help="recorded with every document (default: from corpus.json, else unknown)")
+    parser.add_argument("--text-member", default="txt", help="suffix of the text in a webdataset (default: txt)")
+    parser.add_argument("--licence", help="of documents that name none (default: from corpus.json, else unknown)")
+    parser.add_argument("--licence-key", metavar="KEY", help="key of a document's licence in its JSON record")
+    parser.add_argument(
+        "--keep-key",
+        dest="keep_keys",
+        metavar="KEY",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="keys of a document's JSON record to keep in its metadata",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave out documents whose text an earlier one has (default: yes)",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out documents that cannot be used, and list them"
+    )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
+    parser.add_argument("--part-bytes", type=int, help="input that a process takes at a time (default: by the inputs)")
+    parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("shard_bytes", "part_bytes", "processes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: found {value}; expected at least 1")
+    return arguments
 
 
 def main() -> None:
     """Builds the dataset and prints what it holds."""
     arguments = parse_arguments()
-    result = build_dataset(
-        arguments.input,
-        load_tokenizer(arguments.tokenizer),
-        arguments.output,
-        pattern=arguments.pattern,
-        text_key=arguments.text_key,
-        licence=arguments.licence,
-        shard_bytes=arguments.shard_bytes,
-        overwrite=arguments.overwrite,
-    )
-    manifest = result.manifest
+    options = dict(vars(arguments))
+    sources, tokenizer, output = options.pop("input"), options.pop("tokenizer"), options.pop("output")
+    result = build_dataset(sources, load_tokenizer(tokenizer), output, **options)
+    manifest, record = result.manifest, result.record
+    skipped = f", {record.skipped} that cannot be used" if record.skipped else ""
     print(
-        f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
-        f"{len(manifest.shards)} shards, {result.empty_documents} empty documents left out, "
-        f"fingerprint {manifest.fingerprint}"
+        f"{output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
+        f"{len(manifest.shards)} shards; left out: {record.empty} empty documents, "
+        f"{record.duplicates} duplicates{skipped}; fingerprint {manifest.fingerprint}"
     )
 
 

@@ -8,17 +8,18 @@ from ebft_mega.errors import EbftError, InputProblems
 MAX_SHOWN_PROBLEMS = 50
 
 
-def run_command(main: Callable[[], None]) -> int:
+def run_command(main: Callable[[], int | None]) -> int:
     """Runs a tool.
 
     Args:
-        main: the tool; raises `EbftError` for what the user can mend.
+        main: the tool; raises `EbftError` for what the user can mend. It may return an exit code.
 
     Returns:
-        The process's exit code: 0, or that of the error, whose problems are printed on standard error.
+        The process's exit code: that of `main`, 0 if it gives none, or that of the error, whose problems are
+        printed on standard error.
     """
     try:
-        main()
+        exit_code = main()
     except InputProblems as error:
         for problem in error.problems[:MAX_SHOWN_PROBLEMS]:
             print(f"error: {problem}", file=sys.stderr)
@@ -28,4 +29,4 @@ def run_command(main: Callable[[], None]) -> int:
     except EbftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return exit_code or 0

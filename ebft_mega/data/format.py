@@ -6,6 +6,8 @@ A dataset directory holds
     index.npy               one `INDEX_DTYPE` record per document, in document order
     shard-000000.tar ...    webdataset shards: per document `000000123.u16` (or `.u32`) and `000000123.json`
     tokenizer/              the tokenizer that made the tokens
+    build.json              how it was made, see `ebft_mega.data.build_record`; for people
+    skipped.jsonl           documents that a build with --skip-bad left out, if there are any; for people
 
 A payload holds the token ids of a whole document, little endian, without the end-of-document token: that one
 is added when the document is read. Wherever a document's length is counted, its end-of-document token is
@@ -102,6 +104,11 @@ def payload_suffix(dtype: str) -> str:
 def document_key(number: int) -> str:
     """Webdataset key of a document: its number in the dataset, never a path of the source."""
     return f"{number:09d}"
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard: its position in the dataset."""
+    return f"shard-{number:06d}.tar"
 
 
 def fingerprint(fields: dict[str, object]) -> str:

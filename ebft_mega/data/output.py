@@ -1,12 +1,22 @@
 """Output directories that appear complete or not at all."""
 
+import fcntl
+import json
+import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ebft_mega.data.inputs import bad_input
+from ebft_mega.errors import InputError
+
+_IDENTITY_NAME = "identity.json"
+_LOCK_NAME = "lock"
+_RESULT_NAME = "result"
 
 
 @contextmanager
@@ -31,6 +41,84 @@ def new_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
         _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str) -> Iterator[tuple[Path, Path]]:
+    """A hidden directory beside `path` that outlives a process which is stopped, so that the next one goes on.
+
+    When the block ends, what stands under the second directory takes the name `path` and the rest is removed. A
+    bad input removes everything; any other error, a signal or a loss of power leaves it as it is.
+
+    Args:
+        path: the directory to make.
+        marker: see `new_directory`.
+        overwrite: see `new_directory`.
+        identity: of the work; the remains of other work are removed, with a note on standard error.
+
+    Yields:
+        The directory for intermediate results, and within it the one that becomes `path` (it may not exist yet).
+
+    Raises:
+        InputError: something stands at `path` that may not be replaced, or another process is at the same work.
+    """
+    path = path.absolute()
+    _refuse_other_contents(path, marker, overwrite)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK_NAME).open("a") as lock:
+        if not _takes_lock(lock, partial / _LOCK_NAME):
+            raise bad_input("--output", str(path), "another process that is making it", "one process at a time")
+        _keep_only_same_work(partial, identity)
+        try:
+            yield partial, partial / _RESULT_NAME
+        except InputError:
+            shutil.rmtree(partial)
+            raise
+        except BaseException:
+            print(f"note: what is done stays in {partial}; the same command goes on with it", file=sys.stderr)
+            raise
+        # The remains of a process that is killed from here on are of no use to the next one.
+        (partial / _IDENTITY_NAME).unlink()
+        _put_in_place(partial / _RESULT_NAME, path)
+        shutil.rmtree(partial)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when a file's contents would outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _takes_lock(lock: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have finished in between and removed the file, or even made another.
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _keep_only_same_work(partial: Path, identity: str) -> None:
+    identity_file = partial / _IDENTITY_NAME
+    content = json.dumps({"identity": identity})
+    remains = [item for item in partial.iterdir() if item.name != _LOCK_NAME]
+    if identity_file.is_file() and identity_file.read_text() == content:
+        print(f"note: going on with what an earlier process left in {partial}", file=sys.stderr)
+        return
+    if remains:
+        print(f"note: inputs or options are not those of {partial}; starting anew", file=sys.stderr)
+    # First of all: what is half removed is no longer anybody's work.
+    identity_file.unlink(missing_ok=True)
+    for item in remains:
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink(missing_ok=True)
+    identity_file.write_text(content)
 
 
 def _refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:

@@ -1,30 +1,54 @@
-"""Documents of text from a directory of files or from JSON lines."""
+"""Documents of text from files, and from JSON lines."""
 
 import fnmatch
-import gzip
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ebft_mega.data.compression import CutFileError, open_lines
 from ebft_mega.data.inputs import bad_input
-from ebft_mega.errors import Problem
+from ebft_mega.errors import InputError, Problem
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 _SKIPPED_DIRECTORIES = ("__pycache__",)
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is taken from a JSON line or a webdataset sample."""
+
+    text_key: str = "text"  # of a JSON line
+    text_member: str = "txt"  # of a webdataset sample
+    licence_key: str | None = None  # of a JSON line or a sample's `.json` member
+    keep_keys: tuple[str, ...] = ()  # of the same, copied into the dataset
 
 
 @dataclass(frozen=True)
 class TextDocument:
-    """One text and where it stands; `path` is relative to the input."""
+    """One text and where it comes from."""
 
     text: str
-    sha256: str  # of the text as UTF-8
-    path: str
-    where: str  # file, and line in a JSONL file, for messages
+    sha256: bytes  # of the text as UTF-8
+    path: str  # relative to the input, with the line of a JSONL file or the key in an archive
+    licence: str | None = None  # None where the document does not name its own
+    fields: Mapping[str, object] = field(default_factory=dict)  # `ReadOptions.keep_keys`
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the text as UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class BadText:
+    """A document that cannot be used, or a file that cannot be read to its end."""
+
+    problem: Problem
+    path: str  # as in TextDocument
+    is_file: bool = False  # nobody knows what else the file held
 
 
 def list_text_files(directory: Path, pattern: str) -> list[Path]:
@@ -43,84 +67,135 @@ def list_text_files(directory: Path, pattern: str) -> list[Path]:
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(directory).as_posix())
 
 
-def list_inputs(path: Path, pattern: str = "*") -> tuple[list[Path], bool]:
-    """Input files in the order in which they are read.
-
-    Args:
-        path: a `.jsonl` or `.jsonl.gz` file, a directory that holds nothing else, or a directory of text
-            files.
-        pattern: shell pattern on the file names of a directory.
-
-    Returns:
-        The files, and whether they are JSON lines.
-
-    Raises:
-        InputError: there is nothing to read.
-    """
-    if path.is_file():
-        if path.name.endswith(JSONL_SUFFIXES):
-            return [path], True
-        raise bad_input("--input", str(path), "a file", "a directory, or a .jsonl or .jsonl.gz file")
-    if not path.is_dir():
-        raise bad_input("--input", str(path), "no such file or directory", "a directory or JSONL file")
-    files = list_text_files(path, pattern)
-    if not files:
-        raise bad_input("--input", str(path), f"no file that matches {pattern!r}", "text or JSONL files")
-    return files, all(file.name.endswith(JSONL_SUFFIXES) for file in files)
-
-
 def read_text_file(file: Path, base: Path) -> TextDocument:
-    """Reads a text file exactly: line ends and byte-order marks stay as they are.
+    """Reads a text file exactly: line ends, NUL characters and byte-order marks stay as they are.
 
     Raises:
         InputError: the file cannot be read or is not UTF-8.
     """
+    document = decode_text(_read_bytes(file), str(file), file.relative_to(base).as_posix())
+    if isinstance(document, BadText):
+        raise InputError([document.problem])
+    return document
+
+
+def decode_text(
+    content: bytes,
+    where: str,
+    path: str,
+    record: Mapping[str, object] | None = None,
+    options: ReadOptions | None = None,
+) -> TextDocument | BadText:
+    """Makes a document of UTF-8 bytes.
+
+    Args:
+        content: the text.
+        where: what it was read from, for messages; a bad byte's line is added.
+        path: see `TextDocument`.
+        record: fields that came with the text.
+        options: which of them are kept.
+    """
     try:
-        content = file.read_bytes()
         text = content.decode("utf-8")
-    except OSError as error:
-        raise bad_input(str(file), "text", str(error.strerror), "a readable file") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise bad_input(f"{file}:{line}", "text", found, "UTF-8 text") from error
-    digest = hashlib.sha256(content).hexdigest()
-    return TextDocument(text, digest, file.relative_to(base).as_posix(), str(file))
+        return BadText(Problem(f"{where}:{line}", "text", found, "UTF-8 text"), path)
+    return _with_fields(text, hashlib.sha256(content).digest(), where, path, record or {}, options or ReadOptions())
 
 
-def read_jsonl(file: Path, base: Path, text_key: str) -> Iterator[TextDocument | Problem]:
-    """Reads the documents of a JSONL file; a bad line gives a problem in its place. Blank lines are left out.
+def read_jsonl(
+    file: Path, path: str, options: ReadOptions, begin: int = 0, end: int | None = None, first_line: int | None = 0
+) -> Iterator[TextDocument | BadText]:
+    """Reads the documents of a JSONL file; a bad line gives a `BadText` in its place. Blank lines are left out.
 
     Args:
-        file: JSON lines, plain or with gzip.
-        base: the folder that document paths are relative to.
-        text_key: the member of each object that holds the text.
+        file: JSON lines, plain or compressed with gzip or zstandard.
+        path: of the file, relative to the input.
+        options: which members of an object are read.
+        begin, end: only lines whose first byte lies in this range; plain files alone can be read in ranges.
+        first_line: lines before `begin`; None has them counted when a bad line is found, and other documents'
+            paths are then wrong.
     """
-    name = file.relative_to(base).as_posix()
     number = 0
-    with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
-        try:
-            for line in lines:
+    try:
+        with open_lines(file) as lines:
+            position = begin
+            if begin:
+                lines.seek(begin - 1)
+                position += len(lines.readline()) - 1
+            while end is None or position < end:
+                line = lines.readline()
+                if not line:
+                    return
                 number += 1
-                if line.strip():
-                    yield _parse_line(line, f"{file}:{number}", f"{name}:{number}", text_key)
-        except (OSError, EOFError, zlib.error) as error:
-            yield Problem(f"{file}:{number + 1}", "file", str(error), "a complete gzip file")
+                position += len(line)
+                if not line.strip():
+                    continue
+                document = _parse_line(line, file, path, (first_line or 0) + number, options)
+                if isinstance(document, BadText) and first_line is None:
+                    first_line = count_lines(file, 0, begin)
+                    document = _parse_line(line, file, path, first_line + number, options)
+                yield document
+    except OSError as error:
+        expected = "a complete compressed file" if isinstance(error, CutFileError) else "a readable file"
+        line_number = (first_line or 0) + number + 1
+        found = str(error.strerror or error)
+        yield BadText(Problem(f"{file}:{line_number}", "file", found, expected), f"{path}:{line_number}", is_file=True)
 
 
-def _parse_line(line: bytes, where: str, path: str, text_key: str) -> TextDocument | Problem:
-    expected = f"a JSON object with a string {text_key!r}"
+def count_lines(file: Path, begin: int, end: int) -> int:
+    """Lines of a plain file whose first byte lies in a range of bytes, `end` at most the file's size.
+
+    Reads the range, about 1 GB a second.
+    """
+    if end <= begin:
+        return 0
+    count = int(begin == 0)  # elsewhere a line begins after a line end
+    with file.open("rb") as content:
+        content.seek(max(0, begin - 1))
+        remaining = end - 1 - max(0, begin - 1)
+        while remaining > 0 and (chunk := content.read(min(_CHUNK_BYTES, remaining))):
+            count += chunk.count(b"\n")
+            remaining -= len(chunk)
+    return count
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise bad_input(str(file), "text", str(error.strerror), "a readable file") from error
+
+
+def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOptions) -> TextDocument | BadText:
+    where, path, key = f"{file}:{number}", f"{name}:{number}", options.text_key
+    expected = f"a JSON object with a string {key!r}"
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return Problem(where, text_key, str(error), expected)
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return BadText(Problem(where, key, str(error), expected), path)
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
         found = f"keys {sorted(record)}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
-        if isinstance(record, dict) and text_key in record:
-            found = f"a JSON {type(record[text_key]).__name__}"
-        return Problem(where, text_key, found, expected)
+        if isinstance(record, dict) and key in record:
+            found = f"a JSON {type(record[key]).__name__}"
+        return BadText(Problem(where, key, found, expected), path)
     try:
-        content = record[text_key].encode("utf-8")
+        content = record[key].encode("utf-8")
     except UnicodeEncodeError as error:
-        return Problem(where, text_key, f"a lone surrogate at character {error.start}", "valid Unicode text")
-    return TextDocument(record[text_key], hashlib.sha256(content).hexdigest(), path, where)
+        return BadText(Problem(where, key, f"a lone surrogate at character {error.start}", "valid Unicode text"), path)
+    return _with_fields(record[key], hashlib.sha256(content).digest(), where, path, record, options)
+
+
+def _with_fields(
+    text: str, digest: bytes, where: str, path: str, record: Mapping[str, object], options: ReadOptions
+) -> TextDocument | BadText:
+    """The document with the licence and the fields that its record holds."""
+    licence = record.get(options.licence_key) if options.licence_key else None
+    if isinstance(licence, list) and all(isinstance(item, str) for item in licence):
+        licence = ", ".join(licence)
+    if not isinstance(licence, str | None):
+        found = f"a JSON {type(licence).__name__}"
+        return BadText(Problem(where, str(options.licence_key), found, "a string or a list of strings"), path)
+    fields = {key: record[key] for key in options.keep_keys if key in record}
+    return TextDocument(text, digest, path, licence or None, fields)

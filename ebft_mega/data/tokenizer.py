@@ -19,7 +19,7 @@ from ebft_mega.data.inputs import bad_input, read_json_object
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     SENTENCEPIECE_NAME,
     HUGGING_FACE_NAME,
     CONFIG_NAME,
@@ -156,7 +156,7 @@ def _main_file(directory: Path) -> Path | None:
 
 
 def _files(directory: Path) -> tuple[Path, ...]:
-    return tuple(directory / name for name in _TOKENIZER_FILES if (directory / name).is_file())
+    return tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:

@@ -5,7 +5,8 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,60 @@ from ebft_mega.data.format import (
     TOKENIZER_DIRECTORY,
     Manifest,
     document_key,
+    file_sha256,
     fingerprint,
     payload_suffix,
+    shard_name,
     token_dtype,
 )
 from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.tokenizer import Tokenizer, copy_tokenizer
 
+# A stream's order is made of windows of whole shards, so a shard of tiny documents is closed early.
+MAX_SHARD_DOCUMENTS = 65_536
 
-class DatasetWriter:
-    """Writes documents into webdataset shards, then the index and the manifest.
+
+@dataclass(frozen=True)
+class WrittenShards:
+    """Finished shards."""
+
+    entries: list[dict[str, Any]]  # `ShardEntry` fields
+    index: np.ndarray  # INDEX_DTYPE [documents]; `shard` counts from the first of these shards
+    max_token_id: int
+
+
+class ShardWriter:
+    """Writes documents into webdataset shards `shard-000000.tar`, ...
+
+    Memory: one document, and about 2 kB for each document of the shard being written.
 
     Args:
         directory: an existing, empty directory.
-        tokenizer: made the token ids that will be added; it is copied into the dataset.
+        tokenizer: made the token ids that will be added.
         shard_bytes: a shard is closed once it holds at least this many bytes.
+        first_document: number of the first document in its dataset.
+        max_documents: a shard is closed once it holds this many documents.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_bytes: int):
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        shard_bytes: int,
+        first_document: int = 0,
+        max_documents: int = MAX_SHARD_DOCUMENTS,
+    ):
         self._directory = directory
         self._tokenizer = tokenizer
         self._shard_bytes = shard_bytes
+        self._max_documents = max_documents
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._stored_type = np.dtype(self._dtype).newbyteorder("<")
         self._suffix = payload_suffix(self._dtype)
         self._shards: list[dict[str, Any]] = []
         self._records: list[np.ndarray] = []
         self._payload_crcs: list[int] = []  # of the shard being written
+        self._first_document = first_document
         self._num_documents = 0
         self._max_token_id = 0
         self._tar: Any = None
@@ -81,55 +109,24 @@ class DatasetWriter:
             self._open_shard()
         self._tar.write(
             {
-                "__key__": document_key(self._num_documents),
+                "__key__": document_key(self._first_document + self._num_documents),
                 self._suffix: payload,
                 "json": json.dumps(meta, sort_keys=True, separators=(",", ":")).encode(),
             }
         )
         self._payload_crcs.append(zlib.crc32(payload))
         self._num_documents += 1
-        if self._tar.tarstream.offset >= self._shard_bytes:
+        if self._tar.tarstream.offset >= self._shard_bytes or len(self._payload_crcs) >= self._max_documents:
             self._close_shard()
 
-    def finish(self) -> Manifest:
-        """Closes the last shard and writes the index, the tokenizer copy and the manifest.
-
-        Raises:
-            ValueError: no document was added.
-        """
-        if not self._num_documents:
-            raise ValueError("a dataset needs at least one document")
+    def finish_shards(self) -> WrittenShards:
+        """Closes the last shard; without any document there is none."""
         self._close_shard()
-        index = np.concatenate(self._records)
-        buffer = io.BytesIO()
-        np.save(buffer, index, allow_pickle=False)
-        (self._directory / INDEX_NAME).write_bytes(buffer.getbuffer())
-        copy_tokenizer(self._tokenizer.files[0].parent, self._directory / TOKENIZER_DIRECTORY)
-        fields = {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "dtype": self._dtype,
-            "vocab_size": self._tokenizer.vocab_size,
-            "eos_id": self._tokenizer.eos_id,
-            "tokenizer_sha256": self._tokenizer.sha256,
-            "documents": self._num_documents,
-            "tokens": int(index["tokens"].sum()),
-            # The end-of-document token is read back too.
-            "max_token_id": max(self._max_token_id, self._tokenizer.eos_id),
-            "shards": self._shards,
-            "index": {
-                "name": INDEX_NAME,
-                "bytes": buffer.getbuffer().nbytes,
-                "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
-            },
-        }
-        fields["fingerprint"] = fingerprint(fields)
-        text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
-        (self._directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
-        return Manifest.model_validate_json(text)
+        index = np.concatenate(self._records) if self._records else np.empty(0, INDEX_DTYPE)
+        return WrittenShards(self._shards, index, self._max_token_id)
 
     def close(self) -> None:
-        """Closes files that are still open; needed only when `finish` was not reached."""
+        """Closes files that are still open; needed only when the last shard was not finished."""
         if self._tar is not None:
             self._tar.close()
         if self._file is not None:
@@ -138,7 +135,7 @@ class DatasetWriter:
     def _open_shard(self) -> None:
         from webdataset import TarWriter
 
-        self._file = (self._directory / f"shard-{len(self._shards):06d}.tar").open("wb")
+        self._file = (self._directory / shard_name(len(self._shards))).open("wb")
         # Without `mtime` the tar headers hold the time, and a rebuild differs.
         self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
 
@@ -162,6 +159,79 @@ class DatasetWriter:
             }
         )
         self._payload_crcs = []
+
+
+class DatasetWriter(ShardWriter):
+    """Writes documents into webdataset shards, then the index and the manifest.
+
+    Args:
+        directory: an existing, empty directory.
+        tokenizer: made the token ids that will be added; it is copied into the dataset.
+        shard_bytes: a shard is closed once it holds at least this many bytes.
+        max_documents: a shard is closed once it holds this many documents.
+    """
+
+    def __init__(
+        self, directory: Path, tokenizer: Tokenizer, shard_bytes: int, max_documents: int = MAX_SHARD_DOCUMENTS
+    ):
+        super().__init__(directory, tokenizer, shard_bytes, max_documents=max_documents)
+
+    def finish(self) -> Manifest:
+        """Closes the last shard and writes the index, the tokenizer copy and the manifest.
+
+        Raises:
+            ValueError: no document was added.
+        """
+        if not self._num_documents:
+            raise ValueError("a dataset needs at least one document")
+        shards = self.finish_shards()
+        return complete_dataset(self._directory, self._tokenizer, shards.entries, [shards.index], shards.max_token_id)
+
+
+def complete_dataset(
+    directory: Path,
+    tokenizer: Tokenizer,
+    entries: Sequence[Mapping[str, Any]],
+    indexes: Iterable[np.ndarray],
+    max_token_id: int,
+) -> Manifest:
+    """Writes the index, the tokenizer copy and the manifest of a directory that holds finished shards.
+
+    Args:
+        directory: the dataset.
+        tokenizer: made the token ids; it is copied into the dataset.
+        entries: `ShardEntry` fields of all shards, in order; at least one.
+        indexes: INDEX_DTYPE arrays that together describe all documents, one in memory at a time.
+        max_token_id: largest id in the shards.
+    """
+    documents = sum(entry["documents"] for entry in entries)
+    index_path = directory / INDEX_NAME
+    index = np.lib.format.open_memmap(index_path, "w+", INDEX_DTYPE, (documents,))
+    filled = 0
+    for records in indexes:
+        index[filled : filled + len(records)] = records
+        filled += len(records)
+    index.flush()
+    del index
+    copy_tokenizer(tokenizer.files[0].parent, directory / TOKENIZER_DIRECTORY)
+    fields = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "documents": documents,
+        "tokens": sum(entry["tokens"] for entry in entries),
+        # The end-of-document token is read back too.
+        "max_token_id": max(max_token_id, tokenizer.eos_id),
+        "shards": list(entries),
+        "index": {"name": INDEX_NAME, "bytes": index_path.stat().st_size, "sha256": file_sha256(index_path)},
+    }
+    fields["fingerprint"] = fingerprint(fields)
+    text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
+    (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    return Manifest.model_validate_json(text)
 
 
 def _index_shard(path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]) -> tuple[np.ndarray, str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.data.build import build_dataset
+from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.output import new_directory
 from ebft_mega.data.progress import track
 from ebft_mega.data.sources import list_text_files
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.writer import MAX_SHARD_DOCUMENTS, DatasetWriter
 from ebft_mega.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -56,7 +58,7 @@ def test_directory_order_ignores_hidden_and_compiled_files(tmp_path: Path, token
     assert texts_of(tmp_path / "all", tokenizer) == [
         f"# {n}\r\n" for n in ("a.py", "a/b/c.py", "a/z.py", "b.py", "notes.md")
     ]
-    assert result.empty_documents == 1
+    assert result.record.empty == 1
     build_dataset(source, tokenizer, tmp_path / "python", pattern="*.py")
     assert len(texts_of(tmp_path / "python", tokenizer)) == 4
 
@@ -68,7 +70,7 @@ def test_json_lines(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     source = write_jsonl(tmp_path / name, [lines[0], "", *lines[1:], '{"content": ""}'])
     result = build_dataset(source, tokenizer, tmp_path / "out", text_key="content", licence="MIT")
     assert texts_of(tmp_path / "out", tokenizer) == texts
-    assert result.empty_documents == 1
+    assert result.record.empty == 1
     shard = (tmp_path / "out" / "shard-000000.tar").read_bytes()
     for part in (f'"path":"{name}:3"', '"licence":"MIT"', hashlib.sha256(texts[1].encode()).hexdigest()):
         assert part.encode() in shard
@@ -120,6 +122,35 @@ def test_text_that_is_not_utf8_is_reported(tmp_path: Path, tokenizer: Tokenizer)
     ]
     assert "0xff at offset 10" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_many_documents_are_closed_early(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    writer = DatasetWriter(tmp_path, tokenizer, 1 << 30, max_documents=4)
+    for _ in range(10):
+        writer.add([5], {})
+    assert [shard.documents for shard in writer.finish().shards] == [4, 4, 2]
+    assert MAX_SHARD_DOCUMENTS == 65_536
+    assert open_dataset(tmp_path).manifest.documents == 10
+
+
+def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ['{"code": "x", "l": "MIT"}', f'{{"code": "{name}", "repo": "r"}}'])
+    arguments = ["--input", tmp_path / "b.jsonl", tmp_path / "a.jsonl", "--tokenizer", tokenizer_directory]
+    arguments += ["--text-key", "code", "--licence-key", "l", "--keep-key", "repo", "--processes", "1"]
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "3 documents" in done.stdout
+    assert "1 duplicates" in done.stdout
+    dataset, tokenizer = open_dataset(tmp_path / "out"), load_tokenizer(tokenizer_directory)
+    assert [tokenizer.decode(dataset.tokens(number)) for number in range(3)] == ["x", "b", "a"]
+    assert [read_metadata(dataset, number)["licence"] for number in range(3)] == ["MIT", "unknown", "unknown"]
+    assert read_metadata(dataset, 2)["fields"] == {"repo": "r"}
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "all", "--no-deduplicate")
+    assert "4 documents" in done.stdout
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "no", "--processes", 0)
+    assert done.returncode == 2
+    assert "--processes: found 0; expected at least 1" in done.stderr
 
 
 def test_inputs_without_text_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -202,7 +233,7 @@ def test_three_commands_from_text_to_a_dataset(tmp_path: Path) -> None:
     assert "Traceback" not in again.stderr
 
 
-@pytest.mark.parametrize("name", ["build_corpus", "train_tokenizer", "build_shards"])
+@pytest.mark.parametrize("name", ["build_corpus", "train_tokenizer", "build_shards", "inspect_shards"])
 def test_help_imports_nothing_heavy(name: str) -> None:
     program = (
         "import runpy, sys\n"

@@ -1,0 +1,159 @@
+"""Work that is cut into parts, done by several processes, with one progress line."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_any
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ebft_mega.data.progress import Meter
+from ebft_mega.errors import EbftError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]
+Job = Callable[[Argument, Advance], Result]
+
+_SHOW_SECONDS = 0.5
+
+
+class WorkerDiedError(EbftError):
+    """A worker process ended without an answer."""
+
+
+class _StoppedError(Exception):
+    """The process that asked for the work has given it up."""
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """A pool of processes that starts with the first work that has more than one part.
+
+    Workers end with the process that started them, however that ends.
+
+    Args:
+        processes: at most so many work at a time; with 1 everything happens in the caller's process.
+    """
+
+    def __init__(self, processes: int):
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+        # Shared with the processes of the pool: what they have done, and whether to give up.
+        self._count: Any = None
+        self._stop: Any = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._stop.value = int(kind is not None)
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(
+        self,
+        job: Callable[[Argument, Advance], Result],
+        arguments: Sequence[Argument],
+        total: int | None,
+        description: str,
+    ) -> Iterator[Result]:
+        """Does a job for each of its arguments.
+
+        Args:
+            job: takes one argument and a function that it calls with counts of what it has done. With several
+                processes all three of job, argument and result are pickled.
+            arguments: one for each part.
+            total: sum of these counts, None where it is not known.
+            description: for the progress line.
+
+        Yields:
+            The results in the order of their ends, which may be any.
+
+        Raises:
+            WorkerDiedError: a process ended without an answer.
+            InputError: and whatever else a job raises.
+        """
+        if not arguments:
+            return
+        with Meter(total, description) as meter:
+            if self._processes == 1 or len(arguments) == 1:
+                yield from _run_here(job, arguments, meter)
+            else:
+                yield from self._run_in_pool(job, arguments, meter)
+
+    def _run_in_pool(
+        self, job: Callable[[Argument, Advance], Result], arguments: Sequence[Argument], meter: Meter
+    ) -> Iterator[Result]:
+        if self._pool is None:
+            # Fresh interpreters: a forked one would inherit threads' locks in whatever state they are.
+            context = multiprocessing.get_context("spawn")
+            self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
+            self._pool = ProcessPoolExecutor(
+                min(self._processes, len(arguments)), context, _start_worker, (self._count, self._stop)
+            )
+        self._count.value = 0
+        try:
+            pending: set[Future[Result]] = {self._pool.submit(_run_there, job, argument) for argument in arguments}
+            while pending:
+                done, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
+                meter.show(self._count.value)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise WorkerDiedError("a worker process died, perhaps for want of memory (try fewer processes)") from error
+
+
+def _run_here(
+    job: Callable[[Argument, Advance], Result], arguments: Sequence[Argument], meter: Meter
+) -> Iterator[Result]:
+    count = 0
+
+    def advance(done: int) -> None:
+        nonlocal count
+        count += done
+        meter.show(count)
+
+    for argument in arguments:
+        yield job(argument, advance)
+
+
+# Set once in each worker process: a counter and a flag that the parent shares.
+_shared: tuple[Any, Any] | None = None
+
+
+def _start_worker(count: Any, stop: Any) -> None:
+    global _shared
+    _shared = (count, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and sets the flag
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for_any([parent.sentinel])
+        os._exit(1)
+
+
+def _run_there(job: Callable[[Argument, Advance], Result], argument: Argument) -> Result:
+    assert _shared is not None  # set when the process started
+    count, stop = _shared
+
+    def advance(done: int) -> None:
+        if stop.value:
+            raise _StoppedError
+        with count.get_lock():
+            count.value += done
+
+    return job(argument, advance)

@@ -1,0 +1,171 @@
+"""Shows what a dataset directory holds, prints single documents, and verifies every byte of it."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.data.build_record import BuildRecord, read_build_record
+from ebft_mega.data.cache import ShardCache
+from ebft_mega.data.command import run_command
+from ebft_mega.data.dataset import Dataset
+from ebft_mega.data.format import Manifest
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.inspection import (
+    Lengths,
+    Rows,
+    count_metadata,
+    length_histogram,
+    lengths_of,
+    plot_lengths,
+    read_metadata,
+    rows_of,
+)
+from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.progress import track
+from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.data.verify import verify_dataset
+from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
+
+GIGABYTE = 10**9
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Exit codes: 0; 2 the dataset cannot be opened; 4 something in it is damaged."
+    )
+    parser.add_argument("dataset", help="dataset directory, or its https URL (with --cache)")
+    parser.add_argument("--verify", action="store_true", help="read everything and compare every checksum")
+    parser.add_argument("--show", type=int, metavar="N", help="print document N with its metadata")
+    parser.add_argument("--metadata", action="store_true", help="count licences and sources (reads every document's)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of documents")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="of the rows counted (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument("--cache", type=Path, help="directory for what is downloaded from a URL")
+    parser.add_argument("--cache-gigabytes", type=float, default=100.0, help="shards it may hold (default: 100)")
+    arguments = parser.parse_args()
+    if arguments.sequence_length < 1:
+        parser.error(f"--sequence-length: found {arguments.sequence_length}; expected at least 1")
+    return arguments
+
+
+def main() -> int:
+    """Prints what was asked for; the exit code says whether anything is damaged."""
+    arguments = parse_arguments()
+    cache = ShardCache(arguments.cache, int(arguments.cache_gigabytes * GIGABYTE)) if arguments.cache else None
+    dataset = open_dataset(arguments.dataset, cache)
+    try:
+        if arguments.show is not None:
+            show_document(dataset, arguments.show, arguments.json)
+        else:
+            show_dataset(dataset, arguments)
+        sys.stdout.flush()
+        return verify(dataset) if arguments.verify else EXIT_DONE
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    finally:
+        dataset.close()
+
+
+def show_document(dataset: Dataset, number: int, as_json: bool) -> None:
+    """Prints a document's metadata and text."""
+    documents = dataset.manifest.documents
+    if not 0 <= number < documents:
+        raise bad_input("--show", "document", number, f"a number from 0 to {documents - 1}")
+    tokens = dataset.tokens(number)
+    metadata = read_metadata(dataset, number)
+    text = load_tokenizer(dataset.tokenizer_directory).decode(tokens.tolist())
+    if as_json:
+        print(json.dumps({"document": number, "metadata": metadata, "tokens": tokens.tolist(), "text": text}))
+        return
+    print(f"document {number}: {len(tokens)} tokens and the end-of-document token")
+    for key, value in metadata.items():
+        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    print(f"\n{text}")
+
+
+def show_dataset(dataset: Dataset, arguments: argparse.Namespace) -> None:
+    """Prints counts and lengths."""
+    lengths, rows = lengths_of(dataset), rows_of(dataset, arguments.sequence_length)
+    record = read_build_record(dataset.directory)
+    metadata = count_metadata(dataset) if arguments.metadata else None
+    if arguments.plot:
+        plot_lengths(lengths, arguments.plot)
+    manifest = dataset.manifest
+    if arguments.json:
+        fields = manifest.model_dump(mode="json", exclude={"shards", "index"})
+        fields["shards"] = len(manifest.shards)
+        fields["bytes"] = sum(shard.bytes for shard in manifest.shards)
+        parts = {"lengths": asdict(lengths), "rows": asdict(rows), "build": asdict(record) if record else None}
+        print(json.dumps({"dataset": fields, **parts, "metadata": metadata}))
+        return
+    print_manifest(arguments.dataset, manifest)
+    if record:
+        print_build(record)
+    print_lengths(lengths, rows)
+    for key, counts in (metadata or {}).items():
+        print(f"\nDocuments by {key}")
+        for value, count in sorted(counts.items(), key=lambda item: -item[1]):
+            print(f"  {count:>12,}  {value}")
+
+
+def print_manifest(place: str, manifest: Manifest) -> None:
+    """Prints what the manifest says."""
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    print(place)
+    print(f"  documents    {manifest.documents:,}")
+    print(f"  tokens       {manifest.tokens:,} (with one end-of-document token each), {manifest.dtype}")
+    print(f"  shards       {len(manifest.shards):,}, {num_bytes:,} bytes")
+    print(f"  tokenizer    {manifest.vocab_size:,} tokens, end of document {manifest.eos_id}")
+    print(f"               sha256 {manifest.tokenizer_sha256}")
+    print(f"  fingerprint  {manifest.fingerprint}")
+
+
+def print_build(record: BuildRecord) -> None:
+    """Prints what `build.json` says."""
+    files = ", ".join(f"{count:,} files of {source}" for source, count in record.input_files.items())
+    print(f"  made from    {files}; {record.text_bytes:,} bytes of text")
+    print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
+    licences = sorted(record.licences.items(), key=lambda item: -item[1])
+    print(f"  licences     {', '.join(f'{licence} ({count:,})' for licence, count in licences)}")
+
+
+def print_lengths(lengths: Lengths, rows: Rows) -> None:
+    """Prints statistics of the lengths."""
+    percentiles = ", ".join(f"{percent} %: {value:,}" for percent, value in lengths.percentiles.items())
+    print("\nLengths of documents in tokens")
+    print(f"  shortest {lengths.shortest:,}, longest {lengths.longest:,}, mean {lengths.mean:,.1f}")
+    print(f"  {percentiles}")
+    print("\n".join(length_histogram(lengths)))
+    share = 100 * rows.rows_with_several_documents / max(1, rows.rows)
+    print(
+        f"\nRows of {rows.sequence_length:,} tokens, documents as stored: {rows.rows:,} and {rows.tail_tokens:,} tokens"
+        f" over; {share:.1f} % of them hold more than one document"
+    )
+
+
+def verify(dataset: Dataset) -> int:
+    """Reads every shard; lists all damage on standard error."""
+    manifest = dataset.manifest
+    documents = tokens = num_bytes = num_problems = 0
+    for report in track(verify_dataset(dataset), len(manifest.shards), "verifying shards"):
+        documents += report.documents
+        tokens += report.tokens
+        num_bytes += report.bytes
+        num_problems += len(report.problems)
+        for problem in report.problems:
+            print(f"error: {problem}", file=sys.stderr)
+    outcome = f"{num_problems} problems" if num_problems else "every checksum is right"
+    counts = f"{documents:,} of {manifest.documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes"
+    print(f"verified {counts}: {outcome}", file=sys.stderr)
+    return EXIT_DAMAGED_DATA if num_problems else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
