@@ -9,6 +9,7 @@ from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.config.reuse import USABLE_SHARE, choices, possible_reuses
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.supply import allowed_skipped_rows, rows_of_run
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.model.architecture import tapped_layers
 from ebft_mega.model.partition import StageShape
@@ -80,18 +81,24 @@ def _block_text(config: RunConfig, plan: RunPlan) -> str:
 
 
 def _data_text(config: RunConfig, plan: RunPlan) -> str:
-    supply, manifest = plan.train_rows, plan.train_rows.manifest
-    rows = plan.total_steps * config.train.global_batch_size
+    sources, rows = plan.train_rows.sources, rows_of_run(config)
     table: list[tuple[str, object]] = [
-        ("documents", manifest.documents),
-        ("tokens", manifest.tokens),
-        ("rows per epoch", supply.rows_per_epoch),
-        ("tail tokens per epoch (no whole row)", supply.tail_tokens),
+        ("documents", sum(source.manifest.documents for source in sources)),
+        ("tokens", sum(source.manifest.tokens for source in sources)),
         ("optimizer steps", plan.total_steps),
         ("rows per step", config.train.global_batch_size),
         ("rows of the run", rows),
         ("tokens of the run", rows * config.data.sequence_length),
-        ("epochs of the run", f"{rows / supply.rows_per_epoch:.2f}"),
+        ("rows there are", "without end" if plan.train_rows.total_rows is None else plan.train_rows.total_rows),
+        ("documents isolated", "yes" if config.data.document_masking else "no"),
+    ]
+    for source in sources:
+        name = "epochs of the run" if len(sources) == 1 else f"epochs of {source.name}"
+        share = f", {float(source.share):.2%} of the rows: {source.rows:,}" if len(sources) > 1 else ""
+        table.append((name, f"{source.epochs:.2f}{share}"))
+    if config.data.on_error == "skip":
+        table.append(("damaged rows that may be skipped", allowed_skipped_rows(config)))
+    table += [
         ("processes", plan.parallel.world_size),
         ("data-parallel size", plan.data_parallel_size),
         ("micro-batches per replica and step", plan.num_micro_batches),

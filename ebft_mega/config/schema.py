@@ -159,6 +159,11 @@ class DataConfig(Section):
             return self.sources
         return {"shards": SourceConfig(shards=self.shards)} if self.shards is not None else {}
 
+    @property
+    def mixture_key(self) -> str:
+        """The dotted key of all sources together."""
+        return "data.shards" if self.sources is None else "data.sources"
+
     def source_key(self, name: str) -> str:
         """The dotted key that names a source's place."""
         return "data.shards" if self.sources is None else f"data.sources.{name}.shards"

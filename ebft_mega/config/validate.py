@@ -1,14 +1,21 @@
 """Checks against the world: the number of processes, the model directory, the datasets. No torch."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ebft_mega.config.model_files import weight_file_problems
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.supply import (
+    HeldOutSupply,
+    TrainingSupply,
+    held_out_supply,
+    supply_notes,
+    supply_problems,
+    training_supply,
+)
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.partition import (
@@ -17,9 +24,6 @@ from ebft_mega.model.partition import (
     valid_tensor_parallel_sizes,
 )
 from ebft_mega.rollout.plan import BlockPlan
-
-if TYPE_CHECKING:
-    from ebft_mega.data.format import Manifest
 
 T = TypeVar("T")
 
@@ -39,15 +43,6 @@ class ParallelSizes:
 
 
 @dataclass(frozen=True)
-class RowSupply:
-    """The packed rows that a dataset gives."""
-
-    manifest: "Manifest"
-    rows_per_epoch: int
-    tail_tokens: int  # of every epoch, too few for another row
-
-
-@dataclass(frozen=True)
 class RunPlan:
     """What a run will do, worked out from its configuration and its inputs before anything starts."""
 
@@ -57,8 +52,8 @@ class RunPlan:
     parallel: ParallelSizes
     num_micro_batches: int  # per replica and optimizer step
     total_steps: int
-    train_rows: RowSupply
-    evaluation_rows: RowSupply | None
+    train_rows: TrainingSupply
+    evaluation_rows: HeldOutSupply | None
     notes: tuple[str, ...]  # settings that work but may surprise
 
     @property
@@ -165,21 +160,12 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
     # With the policy's sizes unknown, the feature model's would be taken for them.
     models = [model for model in (architecture, feature_architecture) if model] if architecture else []
     sizes = attempt(check_world, config, world_size, models)
-    train_rows = attempt(_rows, config, "data.shards", config.data.shards, config.seed)
-    held_out = config.evaluation.shards
-    evaluation_rows = attempt(_rows, config, "evaluation.shards", held_out, None) if held_out else None
+    train_rows = attempt(training_supply, config)
+    evaluation_rows = attempt(held_out_supply, config) if config.evaluation.shards else None
 
     if architecture and feature_architecture:
         problems += _vocabularies_differ(config, architecture, feature_architecture)
-    for key, rows in (("data.shards", train_rows), ("evaluation.shards", evaluation_rows)):
-        if rows:
-            problems += _tokens_unknown_to_model(config, key, rows.manifest, architecture)
-    if train_rows and evaluation_rows:
-        problems += _tokenizers_differ(config, train_rows.manifest, evaluation_rows.manifest)
-    if train_rows:
-        problems += _too_few_rows(config, "data.shards", train_rows, "train.global_batch_size")
-    if evaluation_rows:
-        problems += _too_few_rows(config, "evaluation.shards", evaluation_rows, "evaluation.rows")
+    problems += supply_problems(config, train_rows, evaluation_rows, architecture)
     if problems or not (sizes and architecture and feature_architecture and train_rows):
         raise InputError(problems)
     num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * sizes.data_parallel)
@@ -194,7 +180,8 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
         evaluation_rows=evaluation_rows,
         notes=(
             *notes(config),
-            *_input_notes(config, architecture, train_rows, evaluation_rows),
+            *_length_notes(config, architecture),
+            *supply_notes(config, train_rows, evaluation_rows),
             *_pipeline_notes(config, sizes, num_micro_batches, feature_architecture),
         ),
     )
@@ -202,7 +189,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
 
 def _named(config: RunConfig, key: str, problems: tuple[Problem, ...] | list[Problem]) -> list[Problem]:
     """Problems of a file with the configuration key that led to it."""
-    return [dataclasses.replace(p, where=f"{config.place(key)}: {key}: {p.where}") for p in problems]
+    return [problem.within(f"{config.place(key)}: {key}") for problem in problems]
 
 
 def _policy_architecture(config: RunConfig) -> Architecture:
@@ -232,22 +219,6 @@ def _model_directory(config: RunConfig, key: str, directory: Path) -> Architectu
     return architecture
 
 
-def _rows(config: RunConfig, key: str, directory: Path, seed: int | None) -> RowSupply:
-    """The rows of a dataset whose files have been checked."""
-    from ebft_mega.data.opening import open_dataset
-    from ebft_mega.data.stream import RowStream
-
-    try:
-        dataset = open_dataset(directory)
-        try:
-            stream = RowStream(dataset, config.data.sequence_length, seed)
-            return RowSupply(dataset.manifest, stream.rows_per_epoch, stream.tail_tokens)
-        finally:
-            dataset.close()
-    except InputError as error:
-        raise InputError(_named(config, key, error.problems)) from None
-
-
 def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Architecture) -> list[Problem]:
     if policy.vocab_size == features.vocab_size:
         return []
@@ -256,54 +227,13 @@ def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Arch
     return [Problem(config.place(key), key, found, f"{policy.vocab_size} tokens, as the policy has")]
 
 
-def _tokens_unknown_to_model(
-    config: RunConfig, key: str, manifest: "Manifest", architecture: Architecture | None
-) -> list[Problem]:
-    """Token ids that the model may not have, or that another tokenizer gave."""
-    from ebft_mega.data.tokenizer import tokenizer_sha256
-
-    problems = []
-    if architecture and manifest.vocab_size > architecture.vocab_size:
-        found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
-        expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
-        problems.append(Problem(config.place(key), key, found, expected))
-    model = config.model.init_from
-    wanted = tokenizer_sha256(model) if model and model.is_dir() else None
-    if wanted and wanted != manifest.tokenizer_sha256:
-        found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
-        problems.append(Problem(config.place(key), key, found, f"the tokenizer of {model}, sha256 {wanted}"))
-    return problems
-
-
-def _tokenizers_differ(config: RunConfig, train: "Manifest", held_out: "Manifest") -> list[Problem]:
-    if train.tokenizer_sha256 == held_out.tokenizer_sha256:
+def _length_notes(config: RunConfig, architecture: Architecture) -> list[str]:
+    if config.data.sequence_length <= architecture.max_position_embeddings:
         return []
-    key = "evaluation.shards"
-    found = f"tokens of a tokenizer with sha256 {held_out.tokenizer_sha256}"
-    return [Problem(config.place(key), key, found, f"the tokenizer of data.shards, sha256 {train.tokenizer_sha256}")]
-
-
-def _too_few_rows(config: RunConfig, key: str, supply: RowSupply, needs_key: str) -> list[Problem]:
-    section, name = needs_key.split(".")
-    needed = getattr(getattr(config, section), name)
-    if supply.rows_per_epoch >= needed:
-        return []
-    found = f"{supply.rows_per_epoch} rows of {config.data.sequence_length} tokens"
-    return [Problem(config.place(key), key, found, f"at least the {needed} rows of {needs_key}")]
-
-
-def _input_notes(
-    config: RunConfig, architecture: Architecture, train: RowSupply, held_out: RowSupply | None
-) -> list[str]:
-    found = []
-    if config.data.sequence_length > architecture.max_position_embeddings:
-        found.append(
-            f"data.sequence_length {config.data.sequence_length} is longer than the model's "
-            f"max_position_embeddings {architecture.max_position_embeddings}."
-        )
-    if held_out and held_out.manifest.fingerprint == train.manifest.fingerprint:
-        found.append("evaluation.shards is the training dataset itself: nothing is held out.")
-    return found
+    return [
+        f"data.sequence_length {config.data.sequence_length} is longer than the model's "
+        f"max_position_embeddings {architecture.max_position_embeddings}."
+    ]
 
 
 def _pipeline_notes(

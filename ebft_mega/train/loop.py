@@ -4,12 +4,15 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.supply import allowed_skipped_rows
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.tokenizer import Tokenizer
@@ -20,6 +23,7 @@ from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.train.faults import dump_step
 from ebft_mega.train.schedule import learning_rate
+from ebft_mega.train.skipped_rows import SkippedRows
 from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.train.watchdog import Watchdog
@@ -114,24 +118,33 @@ def train(
 
     Raises:
         NonFiniteStepError: `MAX_SKIPPED_IN_A_ROW` updates in a row were skipped by all ranks.
-        DamagedDataError: a document failed its checksum.
+        DamagedDataError: a document failed its checksum, and `data.on_error` is `raise`.
+        SkipBudgetError: more rows were damaged than may be skipped.
     Communication: collective over all ranks.
     """
-    batches: Iterator[LoadedBatch] = iter(loader)
+    config = trainer.config
     skipped = SkippedSteps()
+    skipped_rows = SkippedRows(allowed_skipped_rows(config), config.output_dir, trainer.groups)
     stopwatch = communication_stopwatch(trainer.groups.device)
     if observer is not None and held_out is not None:
         observer.writer.note("evaluating the initial model")
     report(observer, 0, evaluate_now(trainer, held_out, 0, observer))
     watchdog.beat("evaluation of the initial model")
-    with step_profiler(trainer, observer) as profiler, timed_communication(stopwatch):
+    with (
+        closing(iter(loader)) as batches,
+        step_profiler(trainer, observer) as profiler,
+        timed_communication(stopwatch),
+    ):
         for step in range(total_steps):
             with profiler.step(step):
-                result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)
-            loader.commit()
+                loaded, result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)
             done = step + 1
             skipped.count(trainer, result, done)
             metrics["train/skipped_steps"] = float(skipped.total)
+            left_out = int(metrics.get("data/skipped_rows", 0))
+            loader.commit(left_out)
+            skipped_rows.count(done, loaded.skipped, left_out)
+            metrics |= data_metrics(loader)
             watchdog.beat(f"step {done}")
 
             due = held_out is not None and held_out.interval is not None and done % held_out.interval == 0
@@ -155,7 +168,7 @@ def step_profiler(trainer: Trainer, observer: Observer | None) -> StepProfiler:
 
 def measured_step(
     trainer: Trainer, batches: Iterator[LoadedBatch], step: int, total_steps: int, stopwatch: Stopwatch
-) -> tuple[StepResult, dict[str, float]]:
+) -> tuple[LoadedBatch, StepResult, dict[str, float]]:
     """One optimizer step, and everything that is known about it.
 
     Args:
@@ -169,7 +182,8 @@ def measured_step(
     stopwatch.reset()
     timers.reset()
     with timers.phase("data"):
-        batch = next(batches).rows.to(device)
+        loaded = next(batches)
+        batch = rows_of_step(loaded.rows, trainer.config, device)
     rate = learning_rate(
         step,
         peak=settings.lr,
@@ -185,7 +199,29 @@ def measured_step(
     metrics |= seconds_over_ranks(step_seconds, device)
     if timers.memory is not None:
         metrics |= memory_metrics(timers.memory)
-    return result, metrics
+    return loaded, result, metrics
+
+
+def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> TokenBatch:
+    """Rows as a step takes them: on its device, and isolated by document if the configuration says so."""
+    return (rows.isolated() if config.data.document_masking else rows).to(device)
+
+
+def data_metrics(loader: BatchLoader) -> dict[str, float]:
+    """How far the committed steps have come in the data: tokens and epochs, by source where there are several.
+
+    Rows that were left out count as read. Communication: none.
+    """
+    state, sources = loader.state, loader.stream.sources
+    metrics = {"data/tokens": float(state.next_row * state.sequence_length)}
+    for source, part in zip(sources, state.sources, strict=True):
+        tokens = float(part.rows * state.sequence_length)
+        name = f"/{source.name}" if len(sources) > 1 else ""
+        metrics[f"data/tokens{name}"] = tokens
+        metrics[f"data/epochs{name}"] = tokens / source.dataset.manifest.tokens
+    if loader.skips_damaged_rows:
+        metrics["data/skipped_rows_total"] = float(state.skipped_rows)
+    return metrics
 
 
 def seconds_over_ranks(step_seconds: float, device: torch.device) -> dict[str, float]:

@@ -4,7 +4,7 @@ import datetime
 import logging
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ebft_mega.attention.routes import AttentionRoute, make_route
+from ebft_mega.config.data_sources import open_place, open_training_rows
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.memory import Choices
 from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
-from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.loader import BatchLoader, fixed_rows
-from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.stream import RowStream
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, ConfigError, EbftError, PeerFailedError, Problem
 from ebft_mega.evaluation.heldout import evaluation_settings
@@ -53,7 +51,8 @@ from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
-from ebft_mega.train.loop import HeldOut, Observer, train
+from ebft_mega.train.agreement import require_agreement
+from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.trace import trace_step
 from ebft_mega.train.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
@@ -83,17 +82,12 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         parallel.pipeline_parallel_size,
         collective_timeout,
     )
-    dataset = open_dataset(config.data.shards)
-    loader = BatchLoader(
-        RowStream(dataset, config.data.sequence_length, config.seed),
-        config.train.global_batch_size,
-        groups.data_parallel_rank,
-        groups.data_parallel_size,
-    )
+    loader = make_loader(config, groups)
+    require_agreement(config.data.mixture_key, loader.state.to_json())
     if trace_directory is not None:
-        with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG):
+        with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG), closing(iter(loader)) as batches:
             trainer = build_chosen_trainer(config, plan, groups)
-            trace_step(trainer, next(iter(loader)).rows.to(groups.device), trace_directory)
+            trace_step(trainer, rows_of_step(next(batches).rows, config, groups.device), trace_directory)
             dist.barrier()
         return EXIT_DONE
 
@@ -109,7 +103,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
 
     try:
         with Watchdog(step_timeout, log_path, lambda: record_failure(output, EXIT_HANG, steps_done())) as watchdog:
-            _train_and_export(config, plan, groups, loader, dataset, watchdog)
+            _train_and_export(config, plan, groups, loader, watchdog)
             dist.barrier()
     except BaseException as error:
         leave_soon()
@@ -124,6 +118,23 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         write_status(output, "done", EXIT_DONE, steps_done(), checkpoint=None)
     dist.barrier()
     return EXIT_DONE
+
+
+def make_loader(config: RunConfig, groups: ProcessGroups) -> BatchLoader:
+    """This replica's batches, from the first row of the run on.
+
+    Raises:
+        InputError: a dataset cannot be opened or does not fit the others.
+    """
+    return BatchLoader(
+        open_training_rows(config),
+        config.train.global_batch_size,
+        groups.data_parallel_rank,
+        groups.data_parallel_size,
+        workers=config.data.workers,
+        pin_memory=groups.device.type == "cuda",
+        on_error=config.data.on_error,
+    )
 
 
 def refuse_without_gpu(config: RunConfig, device: torch.device) -> None:
@@ -159,12 +170,12 @@ def _train_and_export(
     plan: RunPlan,
     groups: ProcessGroups,
     loader: BatchLoader,
-    dataset: Dataset,
     watchdog: Watchdog,
 ) -> None:
     """The run itself, with what it writes."""
     output = config.output_dir
-    observer = _observer(config, plan, dataset) if groups.is_first else None
+    tokenizer_directory = loader.stream.sources[0].dataset.tokenizer_directory  # all sources have the same one
+    observer = _observer(config, plan, tokenizer_directory) if groups.is_first else None
     try:
         trainer = build_chosen_trainer(config, plan, groups)
         watchdog.beat("building of the model")
@@ -173,7 +184,7 @@ def _train_and_export(
         tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
         if groups.is_first:
             dtype = DTYPES[config.train.dtype]
-            write_model(output / "hf", plan.architecture, tensors, dtype, dataset.tokenizer_directory)
+            write_model(output / "hf", plan.architecture, tensors, dtype, tokenizer_directory)
         else:
             for _ in tensors:  # gathering a parameter is collective
                 pass
@@ -315,17 +326,18 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
     if config.evaluation.shards is None:
         return None
     rows = fixed_rows(
-        open_dataset(config.evaluation.shards),
+        open_place(config, "evaluation.shards", config.evaluation.shards),
         config.data.sequence_length,
         config.evaluation.rows,
         groups.data_parallel_rank,
         groups.data_parallel_size,
     )
     rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
-    return HeldOut(rows.to(groups.device), evaluation_settings(config), config.evaluation.interval)
+    rows = rows_of_step(rows, config, groups.device)
+    return HeldOut(rows, evaluation_settings(config), config.evaluation.interval)
 
 
-def _observer(config: RunConfig, plan: RunPlan, dataset: Dataset) -> Observer:
+def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path) -> Observer:
     """Open the run directory for writing: the files of an earlier run there are replaced."""
     output = config.output_dir
     (output / "config.resolved.yaml").write_text(resolved_yaml(config), encoding="utf-8")
@@ -335,4 +347,4 @@ def _observer(config: RunConfig, plan: RunPlan, dataset: Dataset) -> Observer:
     writer = MetricsWriter(output, plan.total_steps, console=True)
     for note in plan.notes:
         writer.note(f"note: {note}")
-    return Observer(writer, samples, load_tokenizer(dataset.tokenizer_directory))
+    return Observer(writer, samples, load_tokenizer(tokenizer_directory))

@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ebft_mega.config.load import load_config
 from ebft_mega.config.memory import Choices, plan_memory
-from ebft_mega.config.validate import ParallelSizes, RowSupply, RunPlan
+from ebft_mega.config.supply import TrainingSupply
+from ebft_mega.config.validate import ParallelSizes, RunPlan
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
@@ -40,7 +41,7 @@ def planned(directory, overrides):
     config = load_config(path, list(overrides))
     architecture = Architecture.from_hf(config.model.config, "test")
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-    rows = RowSupply(None, rows_per_epoch=0, tail_tokens=0)
+    rows = TrainingSupply((), None)
     sizes = ParallelSizes(1, 1, 1)
     return config, RunPlan(architecture, architecture, config.block_plan, sizes, micro_batches, 2, rows, None, ())
 

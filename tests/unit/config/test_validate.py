@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ebft_mega.config.load import load_config
+from ebft_mega.config.planner import describe_run
+from ebft_mega.config.supply import allowed_skipped_rows
 from ebft_mega.config.validate import check_run, check_world
 from ebft_mega.errors import ConfigError, InputError
 
@@ -27,8 +29,9 @@ def test_plan_of_a_good_run(inputs):
     assert plan.data_parallel_size == 2
     assert plan.num_micro_batches == 8 // (2 * 2)
     assert plan.total_steps == 10
-    assert (plan.train_rows.rows_per_epoch, plan.train_rows.tail_tokens) == (20, 20)
-    assert plan.train_rows.manifest.tokens == 100 + 300 + 199 + 57 + 4
+    (source,) = plan.train_rows.sources
+    assert source.manifest.tokens == 100 + 300 + 199 + 57 + 4
+    assert (source.rows, source.epochs, plan.train_rows.total_rows) == (80, 80 * 32 / 660, None)
     assert plan.evaluation_rows.manifest.documents == 2
     assert plan.architecture.hidden_size == 16 and plan.feature_architecture == plan.architecture
     assert plan.block_plan.num_blocks == 3
@@ -267,3 +270,71 @@ def test_note_on_evaluating_the_training_data(inputs):
 def test_no_sampling_notes_without_rollouts(inputs):
     path = inputs.write(ebft__n_samples_per_prompt=1, ebft__rl_coef=0, ebft__ce_coef=1)
     assert check_run(load_config(path), 1).notes == ()
+
+
+SOURCES = {"a": {"shards": "train", "weight": 3}, "b": {"shards": "held_out", "max_epochs": 2.5}}
+
+
+def with_sources(inputs, sources=SOURCES, **changes):
+    """A configuration with several sources; paths are below the inputs."""
+    placed = {name: {**keys, "shards": str(inputs.root / keys["shards"])} for name, keys in sources.items()}
+    return load_config(inputs.write(data={"sources": placed, "sequence_length": 32}, **changes))
+
+
+def test_sources_share_the_rows_until_one_ends(inputs):
+    plan = check_run(with_sources(inputs, train__max_steps=100), world_size=2)
+    a, b = plan.train_rows.sources
+    cap = int(2.5 * 279) // 32
+    assert (a.key, b.key, a.share, b.share) == ("data.sources.a.shards", "data.sources.b.shards", 0.75, 0.25)
+    assert (a.rows, b.rows, plan.train_rows.total_rows) == (800 - cap, cap, None)
+    assert b.epochs == cap * 32 / 279 and b.tail_tokens == int(2.5 * 279) % 32
+    assert any(f"data.sources.b.shards: the last {b.tail_tokens} tokens within max_epochs" in n for n in plan.notes)
+    assert any("a training dataset itself (data.sources.b.shards)" in note for note in plan.notes)
+    text = describe_run(with_sources(inputs, train__max_steps=100), plan)
+    assert "epochs of b" in text and f"25.00% of the rows: {cap}" in text
+
+
+def test_everything_wrong_with_the_sources_comes_at_once(inputs):
+    inputs.add_tokenizer("other", '{"model": 2}')
+    inputs.add_dataset("foreign", "other", [400])
+    sources = {"a": {"shards": "nowhere"}, "b": {"shards": "gone"}, "c": {"shards": "foreign"}}
+    lines = problems_of(with_sources(inputs, sources))
+    assert len([line for line in lines if "no such directory" in line]) == 2
+    assert "data.sources.a.shards" in lines[0] and "data.sources.b.shards" in lines[1]
+    lines = problems_of(with_sources(inputs, {"a": {"shards": "train"}, "c": {"shards": "foreign"}}))
+    assert any("data.sources" in line and "the tokenizer of source a" in line for line in lines)
+    lines = problems_of(with_sources(inputs, {"a": {"shards": "train"}, "b": {"shards": "train"}}))
+    assert any("each dataset once" in line for line in lines)
+    uneven = {"a": {"shards": "train", "weight": 0.123457}, "b": {"shards": "held_out", "weight": 1}}
+    assert any("repeat within 10000 rows, such as" in line for line in problems_of(with_sources(inputs, uneven)))
+
+
+def test_sources_that_end_before_the_run(inputs):
+    sources = {"a": {"shards": "train", "max_epochs": 1}, "b": {"shards": "held_out", "max_epochs": 2}}
+    (line,) = problems_of(with_sources(inputs, sources))
+    assert "data.sources: found 37 rows of 32 tokens" in line and "at least the 80 rows of the run" in line
+    assert check_run(with_sources(inputs, sources, train__max_steps=4), 1).train_rows.total_rows == 37
+
+
+def problems_of(config):
+    """What `check_run` finds wrong."""
+    with pytest.raises(InputError) as caught:
+        check_run(config, 1)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(("rows", "share", "allowed"), [(100, 0.001, 0), (100, 0.1, 8), (7, 1.0, 7), (100, 0.0, 0)])
+def test_the_budget_for_damaged_rows_is_the_smaller_of_number_and_share(inputs, rows, share, allowed):
+    data = {"data__max_skipped_rows": rows, "data__max_skipped_share": share, "data__on_error": "skip"}
+    config = load_config(inputs.write(**data))
+    assert allowed_skipped_rows(config) == allowed
+    assert any("allows no row of this run's 80" in note for note in check_run(config, 1).notes) == (not allowed)
+
+
+def test_text_shards_need_a_tokenizer(inputs, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.tar").write_bytes(bytes(1024))
+    fields = {"model__init_from": None, "model__config": dict(inputs.model_fields), "evaluation__shards": None}
+    (line,) = problems_of(load_config(inputs.write(data__shards=str(texts), **fields)))
+    assert "data.tokenizer: found not set; expected a tokenizer directory" in line

@@ -1,0 +1,87 @@
+"""The rows that a configuration asks for: datasets opened, mixed and packed. No torch."""
+
+from fractions import Fraction
+from pathlib import Path
+
+from ebft_mega.config.schema import DataConfig, RunConfig
+from ebft_mega.data.cache import ShardCache
+from ebft_mega.data.dataset import Dataset
+from ebft_mega.data.format import MANIFEST_NAME
+from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.stream import RowStream, Source
+from ebft_mega.data.text import tokenized_dataset
+from ebft_mega.data.workers import available_cores
+from ebft_mega.errors import InputError, Problem
+
+BYTES_PER_GIGABYTE = 1e9
+
+
+def open_training_rows(config: RunConfig) -> RowStream:
+    """The training rows of a run, in their order.
+
+    Raises:
+        InputError: everything that is wrong with any of the sources.
+    """
+    data = config.data
+    problems: list[Problem] = []
+    sources: list[Source] = []
+    for name, source in data.named_sources.items():
+        try:
+            dataset = open_place(config, data.source_key(name), source.shards)
+        except InputError as error:
+            problems += error.problems
+            continue
+        # Through its text, 0.7 is seven tenths; the binary number is not.
+        sources.append(Source(name, dataset, Fraction(str(source.weight)), source.max_epochs))
+    if not problems:
+        try:
+            return RowStream(sources, data.sequence_length, config.seed)
+        except InputError as error:
+            key = data.mixture_key
+            problems += [problem.within(f"{config.place(key)}: {key}") for problem in error.problems]
+    for opened in sources:
+        opened.dataset.close()
+    raise InputError(problems)
+
+
+def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
+    """Open the dataset that a key names.
+
+    Text shards are tokenized first, once; datasets behind URLs are read through the cache.
+
+    Args:
+        key: dotted key, for messages.
+        place: local directory or https URL.
+    Raises:
+        InputError: everything that is wrong with it, with the key.
+    """
+    try:
+        if isinstance(place, Path) and _holds_text(place):
+            tokenizer = _text_tokenizer(config)
+            place = tokenized_dataset(place, tokenizer, config.data.cache, available_cores())
+        return open_dataset(place, shard_cache(config.data))
+    except InputError as error:
+        raise InputError([problem.within(f"{config.place(key)}: {key}") for problem in error.problems]) from None
+
+
+def shard_cache(data: DataConfig) -> ShardCache:
+    """The cache for shards from URLs; it takes no room until one is read."""
+    return ShardCache(data.cache, int(data.cache_gigabytes * BYTES_PER_GIGABYTE))
+
+
+def _holds_text(directory: Path) -> bool:
+    """Whether a directory holds webdataset shards that `tools/build_shards.py` did not make."""
+    return not (directory / MANIFEST_NAME).exists() and any(directory.glob("*.tar"))
+
+
+def _text_tokenizer(config: RunConfig) -> Path:
+    """The tokenizer for text shards.
+
+    Raises:
+        InputError: none is named.
+    """
+    directory = config.data.tokenizer or config.model.init_from
+    if directory is None:
+        expected = "a tokenizer directory: these shards have no dataset.json and there is no model.init_from"
+        raise InputError([Problem(config.place("data.tokenizer"), "data.tokenizer", "not set", expected)])
+    return directory

@@ -1,0 +1,169 @@
+"""The rows that a run's datasets give, against what the run, the model and the other datasets ask for. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ebft_mega.config.data_sources import open_place, open_training_rows
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.format import Manifest
+from ebft_mega.data.tokenizer import tokenizer_sha256
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class SourceSupply:
+    """What a run takes from one source."""
+
+    name: str
+    key: str  # dotted key that names the dataset
+    manifest: Manifest
+    share: Fraction  # of the rows, as long as all sources last
+    rows: int  # of the whole run
+    epochs: float  # that these rows are
+    tail_tokens: int  # tokens within max_epochs that fill no row; 0 without max_epochs
+
+
+@dataclass(frozen=True)
+class TrainingSupply:
+    """The packed rows that a run trains on."""
+
+    sources: tuple[SourceSupply, ...]
+    total_rows: int | None  # that there are; None: without end
+
+
+@dataclass(frozen=True)
+class HeldOutSupply:
+    """The packed rows that evaluations may choose from."""
+
+    manifest: Manifest
+    rows_per_epoch: int
+
+
+def rows_of_run(config: RunConfig) -> int:
+    """Rows that all optimizer steps together read."""
+    return config.total_steps * config.train.global_batch_size
+
+
+def allowed_skipped_rows(config: RunConfig) -> int:
+    """Rows that a run may leave out: `data.max_skipped_rows`, or less if its share of all rows is less."""
+    share = Fraction(str(config.data.max_skipped_share))
+    return min(config.data.max_skipped_rows, int(share * rows_of_run(config)))
+
+
+def training_supply(config: RunConfig) -> TrainingSupply:
+    """Open and check the training data.
+
+    Raises:
+        InputError: everything that is wrong with any of the sources, or the rows end before the run does.
+    """
+    stream = open_training_rows(config)
+    try:
+        needed, total = rows_of_run(config), stream.total_rows
+        if total is not None and total < needed:
+            key = config.data.mixture_key
+            found = f"{total} rows of {config.data.sequence_length} tokens until every source's max_epochs is reached"
+            expected = f"at least the {needed} rows of the run (optimizer steps x train.global_batch_size)"
+            raise InputError([Problem(config.place(key), key, found, expected)])
+        all_weights = sum(source.weight for source in stream.sources)
+        length = config.data.sequence_length
+        return TrainingSupply(
+            tuple(
+                SourceSupply(
+                    name=source.name,
+                    key=config.data.source_key(source.name),
+                    manifest=source.dataset.manifest,
+                    share=source.weight / all_weights,
+                    rows=rows,
+                    epochs=rows * length / source.dataset.manifest.tokens,
+                    tail_tokens=tail,
+                )
+                for source, rows, tail in zip(
+                    stream.sources, stream.rows_by_source(needed), stream.tail_tokens, strict=True
+                )
+            ),
+            total,
+        )
+    finally:
+        for source in stream.sources:
+            source.dataset.close()
+
+
+def held_out_supply(config: RunConfig) -> HeldOutSupply:
+    """Open and check the held-out data, which is there (`evaluation.shards`).
+
+    Raises:
+        InputError: everything that is wrong with it.
+    """
+    place, key = config.evaluation.shards, "evaluation.shards"
+    assert place is not None, "called only with a held-out dataset"
+    dataset = open_place(config, key, place)
+    dataset.close()
+    return HeldOutSupply(dataset.manifest, dataset.manifest.tokens // config.data.sequence_length)
+
+
+def supply_problems(
+    config: RunConfig,
+    training: TrainingSupply | None,
+    held_out: HeldOutSupply | None,
+    architecture: Architecture | None,
+) -> Iterator[Problem]:
+    """Data that does not fit the model or the batch, or held-out data that does not fit the training data.
+
+    What could not be opened is None and has its problems already.
+    """
+    manifests = {source.key: source.manifest for source in training.sources} if training else {}
+    if held_out:
+        manifests["evaluation.shards"] = held_out.manifest
+    for key, manifest in manifests.items():
+        yield from _tokens_unknown_to_model(config, key, manifest, architecture)
+    if training and held_out:
+        first = training.sources[0]
+        if first.manifest.tokenizer_sha256 != held_out.manifest.tokenizer_sha256:
+            key, found = "evaluation.shards", f"tokens of a tokenizer with sha256 {held_out.manifest.tokenizer_sha256}"
+            expected = f"the tokenizer of {first.key}, sha256 {first.manifest.tokenizer_sha256}"
+            yield Problem(config.place(key), key, found, expected)
+    if training:
+        rows = sum(source.manifest.tokens // config.data.sequence_length for source in training.sources)
+        yield from _too_few_rows(config, config.data.mixture_key, rows, "train.global_batch_size")
+    if held_out:
+        yield from _too_few_rows(config, "evaluation.shards", held_out.rows_per_epoch, "evaluation.rows")
+
+
+def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Iterator[Problem]:
+    """Fewer whole rows in one pass over the data than another key asks for."""
+    section, name = needs_key.split(".")
+    needed = getattr(getattr(config, section), name)
+    if rows < needed:
+        found = f"{rows} rows of {config.data.sequence_length} tokens"
+        yield Problem(config.place(key), key, found, f"at least the {needed} rows of {needs_key}")
+
+
+def _tokens_unknown_to_model(
+    config: RunConfig, key: str, manifest: Manifest, architecture: Architecture | None
+) -> Iterator[Problem]:
+    """Token ids that the model may not have, or that another tokenizer gave."""
+    if architecture and manifest.vocab_size > architecture.vocab_size:
+        found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
+        expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
+        yield Problem(config.place(key), key, found, expected)
+    model = config.model.init_from
+    wanted = tokenizer_sha256(model) if model and model.is_dir() else None
+    if wanted and wanted != manifest.tokenizer_sha256:
+        found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
+        yield Problem(config.place(key), key, found, f"the tokenizer of {model}, sha256 {wanted}")
+
+
+def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:
+    """What works and may surprise, one sentence each."""
+    for source in training.sources:
+        if held_out and held_out.manifest.fingerprint == source.manifest.fingerprint:
+            yield f"evaluation.shards is a training dataset itself ({source.key}): nothing is held out."
+        if source.tail_tokens:
+            yield f"{source.key}: the last {source.tail_tokens} tokens within max_epochs fill no row and are not read."
+    if config.data.on_error == "skip" and not allowed_skipped_rows(config):
+        yield (
+            f"data.on_error skip allows no row of this run's {rows_of_run(config)}: data.max_skipped_rows is "
+            f"{config.data.max_skipped_rows} and data.max_skipped_share {config.data.max_skipped_share}."
+        )
