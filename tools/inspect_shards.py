@@ -57,7 +57,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Prints what was asked for; the exit code says whether anything is damaged."""
     arguments = parse_arguments()
-    cache = ShardCache(arguments.cache, int(arguments.cache_gigabytes * GIGABYTE)) if arguments.cache else None
+    # What is verified is the server's copy, so nothing of a URL is read from, or kept in, the cache.
+    limit_bytes = 0 if arguments.verify else int(arguments.cache_gigabytes * GIGABYTE)
+    cache = ShardCache(arguments.cache, limit_bytes) if arguments.cache else None
     dataset = open_dataset(arguments.dataset, cache)
     try:
         if arguments.show is not None:

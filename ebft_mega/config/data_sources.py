@@ -59,7 +59,7 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
         if isinstance(place, Path) and _holds_text(place):
             tokenizer = _text_tokenizer(config)
             place = tokenized_dataset(place, tokenizer, config.data.cache, available_cores())
-        return open_dataset(place, shard_cache(config.data))
+        return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error)
     except InputError as error:
         raise InputError([problem.within(f"{config.place(key)}: {key}") for problem in error.problems]) from None
 

@@ -1,12 +1,14 @@
 """The rows that a run's datasets give, against what the run, the model and the other datasets ask for. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
-from ebft_mega.config.data_sources import open_place, open_training_rows
+from ebft_mega.config.data_sources import BYTES_PER_GIGABYTE, open_place, open_training_rows, shard_cache
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.format import Manifest
+from ebft_mega.data.remote import whole_shard_bytes
 from ebft_mega.data.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.model.architecture import Architecture
@@ -118,6 +120,7 @@ def supply_problems(
         manifests["evaluation.shards"] = held_out.manifest
     for key, manifest in manifests.items():
         yield from _tokens_unknown_to_model(config, key, manifest, architecture)
+    yield from _cache_too_small_for_all(config, manifests)
     if training and held_out:
         first = training.sources[0]
         if first.manifest.tokenizer_sha256 != held_out.manifest.tokenizer_sha256:
@@ -129,6 +132,20 @@ def supply_problems(
         yield from _too_few_rows(config, config.data.mixture_key, rows, "train.global_batch_size")
     if held_out:
         yield from _too_few_rows(config, "evaluation.shards", held_out.rows_per_epoch, "evaluation.rows")
+
+
+def _cache_too_small_for_all(config: RunConfig, manifests: Mapping[str, Manifest]) -> Iterator[Problem]:
+    """Remote datasets of which each would fit into the cache, but not all of them: they would push each other out."""
+    sources = config.data.named_sources.items()
+    places: dict[str, Path | str | None] = {config.data.source_key(name): source.shards for name, source in sources}
+    places["evaluation.shards"] = config.evaluation.shards
+    limit = shard_cache(config.data).limit_bytes
+    needs = [whole_shard_bytes(manifest) for key, manifest in manifests.items() if isinstance(places[key], str)]
+    needed = sum(need for need in needs if need <= limit)
+    if needed > limit:
+        key = "data.cache_gigabytes"
+        found = f"{config.data.cache_gigabytes}, for datasets that need {needed / BYTES_PER_GIGABYTE:.3g} together"
+        yield Problem(config.place(key), key, found, "at least that, or so little that documents are fetched singly")
 
 
 def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Iterator[Problem]:

@@ -1,6 +1,8 @@
 """What can be found wrong with a dataset directory before any document is read."""
 
+import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,12 @@ from ebft_mega.data.format import (
     fingerprint,
     payload_suffix,
 )
-from ebft_mega.data.inputs import bad_input, read_json_object
-from ebft_mega.data.reader import ShardFiles
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.reader import ShardBytes
 from ebft_mega.data.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
+
+_MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -33,41 +37,83 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
     """
     path = directory / MANIFEST_NAME
-    fields = read_json_object(path, "the manifest of a dataset made by tools/build_shards.py")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise bad_input(path, MANIFEST_NAME, "no such file", _MANIFEST) from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Reads the contents of a `dataset.json`.
+
+    Args:
+        content: the file's bytes.
+        where: its path or URL, for messages.
+
+    Raises:
+        InputError: as `read_manifest`.
+    """
+    try:
+        fields = json.loads(content)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise bad_input(where, MANIFEST_NAME, error, _MANIFEST) from error
+    if not isinstance(fields, dict):
+        raise bad_input(where, MANIFEST_NAME, f"a JSON {type(fields).__name__}", _MANIFEST)
     found, expected = (fields.get("format"), fields.get("version")), (FORMAT_NAME, FORMAT_VERSION)
     if found != expected:
-        raise bad_input(path, "format, version", found, expected)
+        raise bad_input(where, "format, version", found, expected)
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         problems = []
         for item in error.errors():
             key = ".".join(map(str, item["loc"]))
-            problems.append(Problem(str(path), key, repr(item["input"])[:200], item["msg"]))
+            problems.append(Problem(where, key, repr(item["input"])[:200], item["msg"]))
         raise InputError(problems) from error
 
 
-def manifest_problems(directory: Path, manifest: Manifest) -> list[Problem]:
-    """Contradictions between the manifest's own fields, and with the tokenizer beside it."""
-    where = str(directory / MANIFEST_NAME)
-    tokenizer = tokenizer_sha256(directory / TOKENIZER_DIRECTORY)
+def fingerprint_problems(where: str, manifest: Manifest) -> list[Problem]:
+    """A fingerprint that is not that of the manifest's own fields."""
+    expected = fingerprint(manifest.model_dump(mode="json"))
+    if manifest.fingerprint == expected:
+        return []
+    return [Problem(where, "fingerprint", manifest.fingerprint, expected)]
+
+
+def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
+    """Contradictions between the manifest's own fields.
+
+    Args:
+        where: path or URL of the manifest, for messages.
+        manifest: the manifest.
+    """
     below_vocab = f"a token id below vocab_size {manifest.vocab_size}"
-    expected_values: list[tuple[str, object, object]] = [
-        ("fingerprint", manifest.fingerprint, fingerprint(manifest.model_dump(mode="json"))),
+    problems = fingerprint_problems(where, manifest)
+    for key, found, expected in (
         ("documents", manifest.documents, sum(shard.documents for shard in manifest.shards)),
         ("tokens", manifest.tokens, sum(shard.tokens for shard in manifest.shards)),
-    ]
-    problems = [
-        Problem(where, key, str(found), str(expected)) for key, found, expected in expected_values if found != expected
-    ]
+    ):
+        if found != expected:
+            problems.append(Problem(where, key, str(found), str(expected)))
     for key, token in (("max_token_id", manifest.max_token_id), ("eos_id", manifest.eos_id)):
         if token >= manifest.vocab_size:
             problems.append(Problem(where, key, str(token), below_vocab))
-    if tokenizer != manifest.tokenizer_sha256:
-        found = f"a tokenizer with sha256 {tokenizer}" if tokenizer else "no tokenizer"
-        expected = f"the tokenizer that made the tokens, sha256 {manifest.tokenizer_sha256}"
-        problems.append(Problem(str(directory / TOKENIZER_DIRECTORY), "tokenizer", found, expected))
+    names = Counter(shard.name for shard in manifest.shards)
+    for name, count in names.items():
+        if count > 1:
+            problems.append(Problem(where, "shards", f"{count} shards named {name}", "different names"))
     return problems
+
+
+def tokenizer_problems(directory: Path, manifest: Manifest) -> list[Problem]:
+    """A copy of the tokenizer that is missing or not the one that made the tokens."""
+    tokenizer = tokenizer_sha256(directory / TOKENIZER_DIRECTORY)
+    if tokenizer == manifest.tokenizer_sha256:
+        return []
+    found = f"a tokenizer with sha256 {tokenizer}" if tokenizer else "no tokenizer"
+    expected = f"the tokenizer that made the tokens, sha256 {manifest.tokenizer_sha256}"
+    return [Problem(str(directory / TOKENIZER_DIRECTORY), "tokenizer", found, expected)]
 
 
 def shard_problems(directory: Path, manifest: Manifest) -> list[Problem]:
@@ -102,10 +148,46 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
         return problem(error, f"records of {INDEX_DTYPE}")
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.documents,):
         return problem(f"{index.shape} of {index.dtype}", f"({manifest.documents},) of {INDEX_DTYPE}")
-    return []
+    return record_problems(str(path), np.asarray(index), manifest)
 
 
-def swapped_shard_problems(directory: Path, manifest: Manifest, index: np.ndarray, files: ShardFiles) -> list[Problem]:
+def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[Problem]:
+    """Records that contradict the manifest or each other: the first one of each shard.
+
+    The documents of a shard must follow each other in the order of their numbers, without overlap, at tar blocks
+    within the shard's size, and be as many, with as many tokens, as the manifest says.
+
+    Args:
+        where: path of the index, for messages.
+        index: INDEX_DTYPE [documents].
+        manifest: of the dataset.
+    """
+    if len(index) != sum(entry.documents for entry in manifest.shards):
+        return []  # a contradiction within the manifest, which `manifest_problems` reports
+    itemsize = np.dtype(manifest.dtype).itemsize
+    problems, first = [], 0
+    for number, entry in enumerate(manifest.shards):
+        records = index[first : first + entry.documents]
+        offset, payload_bytes, tokens = (records[name] for name in ("offset", "payload_bytes", "tokens"))
+        # A sum of 64-bit numbers may wrap around; each of them alone must lie within the shard, too.
+        stop = offset + payload_bytes + np.uint64(TAR_BLOCK_BYTES)
+        right = records["shard"] == number
+        right &= (offset <= entry.bytes) & (payload_bytes <= entry.bytes) & (stop <= entry.bytes)
+        right &= offset % np.uint64(TAR_BLOCK_BYTES) == 0
+        right &= tokens * np.uint64(itemsize) == payload_bytes + np.uint64(itemsize)
+        right[1:] &= offset[1:] >= stop[:-1]
+        if not right.all():
+            wrong = int(np.argmin(right))
+            found = f"{records[wrong]} of {', '.join(INDEX_DTYPE.names or ())}"
+            expected = f"a member of shard {number} behind the one before, within {entry.bytes} bytes"
+            problems.append(Problem(where, f"document {first + wrong}", found, expected))
+        elif int(tokens.sum()) != entry.tokens:
+            problems.append(Problem(where, entry.name, f"{int(tokens.sum())} tokens", f"{entry.tokens} tokens"))
+        first += entry.documents
+    return problems
+
+
+def swapped_shard_problems(directory: Path, manifest: Manifest, index: np.ndarray, files: ShardBytes) -> list[Problem]:
     """Shards that stand in another one's place.
 
     Equal sizes hide a swap from the size check. The header of a shard's first document carries that

@@ -1,47 +1,62 @@
-"""Opening a dataset directory: everything that can be checked before a document is read. Imports no torch."""
+"""Opening a dataset, local or remote: everything that can be checked before a document is read. Imports no torch."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 
+from ebft_mega.data.cache import ShardCache
 from ebft_mega.data.checks import (
     index_problems,
     manifest_problems,
     read_manifest,
     shard_problems,
     swapped_shard_problems,
+    tokenizer_problems,
 )
 from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import INDEX_NAME
+from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME
+from ebft_mega.data.https import DEFAULT_TRANSFER, HttpsClient, Transfer, https_address_problem
 from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.reader import ShardFiles
+from ebft_mega.data.remote import OnError, RemoteShards, remote_description, remote_shard_problems
 from ebft_mega.errors import InputError
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _WHAT = "dataset directory made by tools/build_shards.py"
 
 
-def open_dataset(path: Path | str) -> Dataset:
-    """Opens a dataset directory after checking everything that can be checked without reading the shards.
+def open_dataset(
+    place: Path | str,
+    cache: ShardCache | None = None,
+    *,
+    on_error: OnError = "raise",
+    transfer: Transfer = DEFAULT_TRANSFER,
+) -> Dataset:
+    """Opens a dataset after checking everything that can be checked without reading the shards.
 
-    Presence and size of every file, the index hash, the fingerprint and the tokenizer copy are checked, and
-    whether a shard stands in another one's place. Document checksums are checked at every read.
+    Presence and size of every file, the index and its hash, the fingerprint and the tokenizer copy are checked, and,
+    of local shards, whether one stands in another one's place. Document checksums are checked at every read.
 
     Args:
-        path: a local directory made by `tools/build_shards.py`. URLs and `pipe:` commands are refused.
+        place: a local directory made by `tools/build_shards.py`, or the https URL of one. Every other scheme, and
+            `pipe:` commands, are refused.
+        cache: where the files of a URL are kept; not used for a local directory.
+        on_error: of a URL, what a downloaded shard with a wrong sha256 is: an error at every read from it, or, with
+            "skip", a reason to tell its documents apart by their checksums.
+        transfer: patience with the server of a URL.
 
     Raises:
         InputError: with all problems found.
     """
-    directory = Path(path)
-    if _URL.match(str(path)):
-        raise bad_input(path, "dataset", "a URL or a command", f"a local {_WHAT}")
+    if _URL.match(str(place)):
+        return _open_remote(str(place), cache, on_error, transfer)
+    directory = Path(place)
     if not directory.is_dir():
-        raise bad_input(path, "dataset", "no such directory", f"a {_WHAT}")
+        raise bad_input(place, "dataset", "no such directory", f"a {_WHAT}")
     manifest = read_manifest(directory)
-    problems = manifest_problems(directory, manifest) + shard_problems(directory, manifest)
-    problems += index_problems(directory, manifest)
+    problems = manifest_problems(str(directory / MANIFEST_NAME), manifest) + tokenizer_problems(directory, manifest)
+    problems += shard_problems(directory, manifest) + index_problems(directory, manifest)
     if problems:
         raise InputError(problems)
     index = np.load(directory / INDEX_NAME, mmap_mode="r", allow_pickle=False)
@@ -51,3 +66,25 @@ def open_dataset(path: Path | str) -> Dataset:
         files.close()
         raise InputError(problems)
     return Dataset(directory, manifest, index, files)
+
+
+def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, transfer: Transfer) -> Dataset:
+    found = https_address_problem(address)
+    if found is not None:
+        # The address may hold a password, so it is not repeated.
+        scheme = address.partition(":")[0]
+        raise bad_input(f"{scheme}:...", "dataset", f"a URL or a command with {found}", f"a local or https {_WHAT}")
+    if cache is None:
+        raise bad_input(address, "dataset", "no directory for a cache", "one that keeps what is downloaded")
+    address = address.rstrip("/")
+    client = HttpsClient(transfer)
+    try:
+        directory, manifest = remote_description(address, cache, client)
+    except OSError as error:  # of the disk; what the server does wrong has errors of its own
+        raise bad_input(cache.directory, "cache", error.strerror or error, "a directory that can be written") from error
+    problems = manifest_problems(f"{address}/{MANIFEST_NAME}", manifest)
+    problems += remote_shard_problems(address, manifest, client)
+    if problems:
+        raise InputError(problems)
+    index = np.load(directory / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+    return Dataset(directory, manifest, index, RemoteShards(address, manifest, directory, cache, client, on_error))

@@ -139,11 +139,11 @@ def train(
             with profiler.step(step):
                 loaded, result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)
             done = step + 1
-            skipped.count(trainer, result, done)
-            metrics["train/skipped_steps"] = float(skipped.total)
             left_out = int(metrics.get("data/skipped_rows", 0))
             loader.commit(left_out)
             skipped_rows.count(done, loaded.skipped, left_out)
+            skipped.count(trainer, result, done)
+            metrics["train/skipped_steps"] = float(skipped.total)
             metrics |= data_metrics(loader)
             watchdog.beat(f"step {done}")
 

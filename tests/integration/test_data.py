@@ -8,6 +8,7 @@ import pytest
 
 from ebft_mega.data.opening import open_dataset
 from tests.integration.conftest import launch, settings
+from tests.unit.data.https_server import make_certificate, trusted_server
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
 PLAIN = ("ebft.rl_coef=0", "ebft.ce_coef=1", "evaluation.shards=null")
@@ -97,6 +98,29 @@ def test_text_shards_are_tokenized_once(data, tmp_path):
     written = made.stat().st_mtime_ns
     assert launch([*arguments, "--dry-run"], ranks=None).returncode == 0
     assert made.stat().st_mtime_ns == written
+
+
+def test_shards_behind_a_url_are_downloaded_once_for_all_ranks(data, tmp_path, monkeypatch):
+    public, output = tmp_path / "public", tmp_path / "out"
+    shutil.copytree(data.train, public / "train")
+    shutil.copytree(data.held_out, public / "held_out")
+    with trusted_server(public, make_certificate(tmp_path), monkeypatch) as server:
+        more = (
+            f"data.shards={server.url}/train",
+            f"evaluation.shards={server.url}/held_out",
+            f"data.cache={tmp_path / 'cache'}",
+            "train.max_steps=2",
+        )
+        arguments = [*CONFIG, *settings(data, output, *more)]
+        completed = launch(arguments, ranks=2)
+        assert completed.returncode == 0, completed.stdout
+        shards = [f"{part}/{path.name}" for part in ("train", "held_out") for path in (public / part).glob("*.tar")]
+        assert all(len(server.asked("GET", shard)) == 1 for shard in shards)
+        one_too_small = max(
+            sum(p.stat().st_size for p in (public / part).glob("*.tar")) for part in ("train", "held_out")
+        )
+        refused = launch([*arguments, "--dry-run", "--set", f"data.cache_gigabytes={one_too_small / 1e9}"], ranks=None)
+        assert refused.returncode == 2 and "data.cache_gigabytes" in refused.stdout, refused.stdout
 
 
 def test_sources_that_end_before_the_run_are_refused_before_it_starts(data, tmp_path):

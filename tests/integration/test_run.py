@@ -40,7 +40,7 @@ TRAIN_KEYS = {
         "perf/rollout_tokens_per_second",
         "memory/peak_bytes",
     ),
-    *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max"),
+    *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max", "data/tokens", "data/epochs"),
 }
 EVALUATION_KEYS = {
     *("eval/ce_loss", "eval/cfm_loss", "eval/feature_matching_loss", "eval/alignment", "eval/raw_cosine"),

@@ -250,7 +250,7 @@ def test_missing_directories_are_refused(tmp_path: Path) -> None:
 def test_commands_and_urls_are_never_executed(copy: Path, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     command = f"pipe:touch {proof}"
-    for url in (command, "https://example.com/dataset", "s3://bucket/dataset"):
+    for url in (command, "http://example.com/dataset", "s3://bucket/dataset", f"file://{copy}", "data:,x"):
         assert "URL or a command" in refused(url)
     shards = json.loads((copy / "dataset.json").read_text())["shards"]
     for name in (command, "../shard-000000.tar", "http://host/a.tar", "pipe:x.tar"):
@@ -269,12 +269,12 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    class WithPickle(writer_module.DatasetWriter):
+    class WithPickle(writer_module.ShardWriter):
         def _open_shard(self) -> None:
             super()._open_shard()
             self._tar.write({"__key__": "000000000", "pyd": pickle.dumps(_Malicious())})
 
-    monkeypatch.setattr("ebft_mega.data.build.DatasetWriter", WithPickle)
+    monkeypatch.setattr("ebft_mega.data.parts.ShardWriter", WithPickle)
     directory = make_dataset({"a.py": "a = 1\n"})
     assert open_dataset(directory).read_document(0)[-1] == 1
     np.save(directory / "index.npy", np.array([_Malicious()], object), allow_pickle=True)

@@ -1,0 +1,389 @@
+"""Datasets on an https server: manifest, index and tokenizer are copied, shards are cached or read by byte ranges.
+
+Imports no torch.
+"""
+
+import logging
+import os
+import shutil
+import threading
+import zlib
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ebft_mega.data.cache import ShardCache, WrongShardError
+from ebft_mega.data.checks import fingerprint_problems, index_problems, parse_manifest, tokenizer_problems
+from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME, TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
+from ebft_mega.data.https import HttpsClient
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.order import WINDOW_DOCUMENTS
+from ebft_mega.data.reader import read_fully
+from ebft_mega.data.tokenizer import TOKENIZER_FILES
+from ebft_mega.errors import DamagedDataError, InputError, Problem
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST_LIMIT_BYTES = 1 << 28
+_TOKENIZER_LIMIT_BYTES = 1 << 28
+_SIMULTANEOUS_CHECKS = 16
+# For a shard that somebody else is downloading; then its documents are asked for one by one. Many processes that
+# waited without end, one after the other, for a server that hangs would be stopped as hanging themselves.
+_WAIT_SECONDS = 60.0
+
+OnError = Literal["raise", "skip"]
+# Public buckets that may not be listed answer 403 for a file that is not there.
+_ABSENT_TOKENIZER_STATUS = (403, 404, 410)
+
+
+def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
+    """Copies manifest, index and tokenizer of a remote dataset, unless whole copies are there.
+
+    The manifest is fetched every time. The copies lie in a directory named by its fingerprint, so a dataset that
+    changed is another one. One process of a node copies at a time; the others wait and use the same copy.
+
+    Args:
+        address: https URL of the dataset directory.
+        cache: of this node.
+        client: to read with.
+
+    Returns:
+        The local directory, and the manifest.
+
+    Raises:
+        InputError: no manifest, a wrong one, or files that are not what it describes.
+    """
+    content = _read_manifest(f"{address}/{MANIFEST_NAME}", client)
+    manifest = parse_manifest(content, f"{address}/{MANIFEST_NAME}")
+    # Its own fingerprint names the directory: it must be the right one.
+    if problems := fingerprint_problems(f"{address}/{MANIFEST_NAME}", manifest):
+        raise InputError(problems)
+    directory = cache.dataset_directory(manifest.fingerprint)
+    with cache.lock(manifest.fingerprint):
+        if _description_problems(directory, content, manifest):
+            incoming = directory.with_suffix(".incoming")
+            for leftover in (incoming, directory):
+                shutil.rmtree(leftover, ignore_errors=True)
+            (incoming / TOKENIZER_DIRECTORY).mkdir(parents=True)
+            try:
+                _copy_description(address, incoming, content, manifest, client)
+            except DamagedDataError as error:
+                raise bad_input(error.shard, Path(error.shard).name, error.found, error.expected) from error
+            problems = _description_problems(incoming, content, manifest)
+            if problems:
+                raise InputError([problem.within(address) for problem in problems])
+            incoming.rename(directory)
+    return directory, manifest
+
+
+def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient) -> list[Problem]:
+    """Shards that are missing, out of reach or of another size; asks for each one's size only, 16 at a time."""
+
+    def problem(shard: int) -> Problem | None:
+        entry = manifest.shards[shard]
+        url, expected = f"{address}/{entry.name}", f"{entry.bytes} bytes"
+        try:
+            found = f"{client.size(url)} bytes"
+        except DamagedDataError as error:
+            found = error.found
+        return None if found == expected else Problem(url, entry.name, found, expected)
+
+    with ThreadPoolExecutor(_SIMULTANEOUS_CHECKS, thread_name_prefix="shard-sizes") as executor:
+        found_problems = executor.map(problem, range(len(manifest.shards)))
+        return [item for item in found_problems if item is not None]
+
+
+def whole_shard_bytes(manifest: Manifest) -> int:
+    """Size of a cache from which on shards are downloaded whole; below it documents are read by byte ranges.
+
+    Documents are read in random order within a window of shards, and a row may reach into the next window. A cache
+    that does not hold two windows would delete shards that it needs again at once.
+
+    Args:
+        manifest: of the dataset.
+
+    Returns:
+        Bytes that hold any two windows, or the whole dataset where that is less.
+    """
+    # The documents of a window, all but its last shard, are fewer than WINDOW_DOCUMENTS. The most bytes that so few
+    # documents can have are those of the shards with the longest documents.
+    shards = sorted(manifest.shards, key=lambda shard: shard.bytes / shard.documents, reverse=True)
+    window_bytes = documents = 0
+    for shard in shards:
+        if documents >= WINDOW_DOCUMENTS:
+            break
+        window_bytes += shard.bytes
+        documents += shard.documents
+    window_bytes += max(shard.bytes for shard in shards)
+    return min(2 * window_bytes, sum(shard.bytes for shard in shards))
+
+
+class RemoteShards:
+    """The shards of a dataset on an https server (`ShardBytes`).
+
+    Where the cache is large enough (`whole_shard_bytes`), a shard is downloaded whole when it is first read, and
+    one background thread downloads the expected ones ahead. Otherwise, and where a shard finds no room or somebody
+    else takes long to download it, a read is a request for a byte range.
+
+    A shard that comes with a wrong sha256 is damage, at every read from it. With `on_error` "skip" it is logged, and
+    its documents are read by byte ranges and told apart by their checksums: only the damaged ones are lost.
+
+    A document that a local copy gives wrongly is not damage yet: the copy is deleted and downloaded again, once in
+    a process.
+
+    Args:
+        address: https URL of the dataset directory.
+        manifest: of the dataset.
+        directory: local directory with its index.
+        cache: of this node.
+        client: to read with.
+        on_error: what a shard with a wrong sha256 is.
+        max_open: descriptors to keep open.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        manifest: Manifest,
+        directory: Path,
+        cache: ShardCache,
+        client: HttpsClient,
+        on_error: OnError = "raise",
+        max_open: int = 64,
+    ):
+        self._downloads = _Downloads(address, manifest, cache, client)
+        self._directory = directory
+        self._first_documents = [0, *accumulate(shard.documents for shard in manifest.shards)]
+        self._on_error = on_error
+        self._max_open = max_open
+        self._whole = cache.limit_bytes >= whole_shard_bytes(manifest)
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._wrong: dict[int, WrongShardError] = {}
+        self._renewed: set[int] = set()
+        self._index: np.ndarray | None = None
+        self._ahead: _DownloadsAhead | None = None
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        """Reads a byte range; see `ShardBytes.read`.
+
+        Raises:
+            DamagedDataError: the server does not give these bytes.
+            WrongShardError: it gives another shard.
+        """
+        entry = self._downloads.manifest.shards[shard]
+        stop = min(offset + num_bytes, entry.bytes)
+        if offset >= stop:
+            return b""
+        if self._process != os.getpid():
+            self._start_empty()  # the parent's lock may be held, its descriptors and its thread are its own
+        with self._lock:
+            while (descriptor := self._descriptor(shard, offset)) is not None:
+                data = read_fully(descriptor, offset, stop - offset)
+                if shard in self._renewed or (len(data) == stop - offset and self._as_indexed(shard, offset, data)):
+                    return data
+                logger.warning("%s: the cached copy is damaged and is downloaded again", self.place(shard))
+                self._renewed.add(shard)
+                self._downloads.cache.discard(entry, descriptor)
+                os.close(self._descriptors.pop(shard))
+        return b"".join(self._downloads.client.chunks(self.place(shard), offset, stop, entry.bytes))
+
+    def place(self, shard: int) -> str:
+        """URL of a shard."""
+        return self._downloads.url(shard)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Lets the background thread download these shards, in this order, after those that it still has to do."""
+        if not self._whole:
+            return
+        if self._process != os.getpid():
+            self._start_empty()
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = _DownloadsAhead(self._downloads)
+            self._ahead.add(shards)
+
+    def close(self) -> None:
+        """Closes descriptors and ends the background thread; a later read opens them again."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        # Missing only when the constructor itself failed.
+        if hasattr(self, "_process"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        names = ("_downloads", "_directory", "_first_documents", "_on_error", "_max_open", "_whole")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._start_empty()
+
+    def _descriptor(self, shard: int, offset: int) -> int | None:
+        """The open local copy of a shard that is to be read at an offset; None where byte ranges are asked for."""
+        if not self._whole:
+            return None
+        if shard not in self._descriptors and shard not in self._wrong:
+            self._open(shard)
+        if shard in self._wrong and self._on_error == "raise":
+            wrong = self._wrong[shard]
+            raise WrongShardError(wrong.shard, offset, wrong.expected, wrong.found)
+        if shard not in self._descriptors:
+            return None
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def _open(self, shard: int) -> None:
+        # Copies that were deleted to make room give their disk space back only when they are closed.
+        for other in [other for other, opened in self._descriptors.items() if not os.fstat(opened).st_nlink]:
+            os.close(self._descriptors.pop(other))
+        try:
+            descriptor = self._downloads.open(shard, _WAIT_SECONDS)
+        except WrongShardError as wrong:
+            logger.warning("%s", wrong)
+            self._wrong[shard] = wrong
+            return
+        if descriptor is not None:
+            if len(self._descriptors) >= self._max_open:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = descriptor
+
+    def _as_indexed(self, shard: int, offset: int, data: bytes) -> bool:
+        """Whether what was read is not a document that fails its checksum."""
+        manifest = self._downloads.manifest
+        if self._index is None:
+            # Not the dataset's own array, which is copied whole where this object is pickled.
+            self._index = np.asarray(np.load(self._directory / INDEX_NAME, mmap_mode="r", allow_pickle=False))
+        offsets = self._index["offset"]
+        first = self._first_documents[shard]
+        documents = range(first, first + manifest.shards[shard].documents)
+        position = bisect_left(documents, offset, key=offsets.__getitem__)
+        if position == len(documents):
+            return True
+        record = self._index[documents[position]]
+        if int(record["offset"]) != offset or TAR_BLOCK_BYTES + int(record["payload_bytes"]) != len(data):
+            return True
+        return zlib.crc32(data) == int(record["crc32"])
+
+
+class _ClosedError(Exception):
+    """The dataset was closed while the background thread was downloading."""
+
+
+@dataclass(frozen=True)
+class _Downloads:
+    """Where the shards are, and where their copies go."""
+
+    address: str
+    manifest: Manifest
+    cache: ShardCache
+    client: HttpsClient
+
+    def url(self, shard: int) -> str:
+        return f"{self.address}/{self.manifest.shards[shard].name}"
+
+    def open(self, shard: int, wait_seconds: float, goes_on: Callable[[], bool] = lambda: True) -> int | None:
+        entry, url = self.manifest.shards[shard], self.url(shard)
+
+        def download() -> Iterator[bytes]:
+            for chunk in self.client.chunks(url, 0, entry.bytes, entry.bytes):
+                if not goes_on():
+                    raise _ClosedError
+                yield chunk
+
+        return self.cache.open(entry, url, download, wait_seconds)
+
+
+class _DownloadsAhead:
+    """A background thread that fills the cache. It is a daemon: an interpreter that ends does not wait for it."""
+
+    def __init__(self, downloads: _Downloads):
+        self._downloads = downloads
+        self._closed = False
+        self.expected: deque[int] = deque()  # the first of them is under way
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name="shards-ahead", daemon=True)
+        self.thread.start()
+
+    def add(self, shards: Sequence[int]) -> None:
+        with self.changed:
+            for shard in shards:
+                if shard not in self.expected:
+                    self.expected.append(shard)
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.expected or self._closed)
+                if self._closed:
+                    return
+                shard = self.expected[0]
+            # A shard that somebody else is downloading needs nothing. What fails here fails again, and is reported,
+            # when the shard is read.
+            with suppress(DamagedDataError, OSError, _ClosedError):
+                descriptor = self._downloads.open(shard, wait_seconds=0, goes_on=lambda: not self._closed)
+                if descriptor is not None:
+                    os.close(descriptor)
+            with self.changed:
+                self.expected.popleft()
+                self.changed.notify_all()
+
+
+def _read_manifest(url: str, client: HttpsClient) -> bytes:
+    expected = "the manifest of a dataset made by tools/build_shards.py"
+    try:
+        content = client.small_file(url, _MANIFEST_LIMIT_BYTES)
+    except DamagedDataError as error:
+        raise bad_input(url, MANIFEST_NAME, error.found, expected) from error
+    if content is None:
+        raise bad_input(url, MANIFEST_NAME, "no such file", expected)
+    return content
+
+
+def _description_problems(directory: Path, manifest_content: bytes, manifest: Manifest) -> list[Problem]:
+    """What is missing or wrong in a local copy of manifest, index and tokenizer."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file() or path.read_bytes() != manifest_content:
+        return [Problem(str(path), MANIFEST_NAME, "no copy", "a copy of the manifest")]
+    return index_problems(directory, manifest) + tokenizer_problems(directory, manifest)
+
+
+def _copy_description(
+    address: str, directory: Path, manifest_content: bytes, manifest: Manifest, client: HttpsClient
+) -> None:
+    (directory / MANIFEST_NAME).write_bytes(manifest_content)
+    with (directory / INDEX_NAME).open("wb") as file:
+        num_bytes = manifest.index.bytes
+        for chunk in client.chunks(f"{address}/{INDEX_NAME}", 0, num_bytes, num_bytes):
+            file.write(chunk)
+    for name in TOKENIZER_FILES:
+        url = f"{address}/{TOKENIZER_DIRECTORY}/{name}"
+        content = client.small_file(url, _TOKENIZER_LIMIT_BYTES, _ABSENT_TOKENIZER_STATUS)
+        if content is not None:
+            (directory / TOKENIZER_DIRECTORY / name).write_bytes(content)
