@@ -1,26 +1,31 @@
 """What every rank must find alike before a run starts, although each looks for itself."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch.distributed as dist
 
 from ebft_mega.errors import InputError, Problem
 
 
-def require_agreement(key: str, value: str) -> None:
-    """Compare a text over all ranks: machines may hold different copies of what should be one file.
+def require_agreement(texts: Mapping[str, str]) -> None:
+    """Compare texts over all ranks: machines may hold different copies of what should be one file.
 
     Args:
-        key: what the text describes, for the message.
+        texts: by what they describe, the same keys on every rank.
     Raises:
-        InputError: on every rank, with the ranks of each version.
-    Communication: one gathering of the text over the world.
+        InputError: on every rank, with the ranks of each version of each text that differs.
+    Communication: one gathering of the texts over the world.
     """
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, value)
-    ranks: defaultdict[str, list[int]] = defaultdict(list)
-    for rank, text in enumerate(texts):
-        ranks[str(text)].append(rank)
-    if len(ranks) > 1:
-        found = "; ".join(f"ranks {', '.join(map(str, members))}: {text}" for text, members in ranks.items())
-        raise InputError([Problem("all ranks", key, found, "the same on every rank")])
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, dict(texts))
+    problems = []
+    for key in texts:
+        ranks: defaultdict[str, list[int]] = defaultdict(list)
+        for rank, of_rank in enumerate(found):
+            ranks[of_rank[key]].append(rank)
+        if len(ranks) > 1:
+            versions = "; ".join(f"ranks {', '.join(map(str, members))}: {text}" for text, members in ranks.items())
+            problems.append(Problem("all ranks", key, versions, "the same on every rank"))
+    if problems:
+        raise InputError(problems)

@@ -1,6 +1,7 @@
 """One run, from its configuration to its final model: everything is built here and nowhere else."""
 
 import datetime
+import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
@@ -83,7 +84,14 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         collective_timeout,
     )
     loader = make_loader(config, groups)
-    require_agreement(config.data.mixture_key, loader.state.to_json())
+    held_out = plan.evaluation_rows
+    require_agreement(
+        {
+            "configuration, sha256": hashlib.sha256(resolved_yaml(config).encode()).hexdigest(),
+            config.data.mixture_key: loader.state.to_json(),
+            "evaluation.shards": held_out.manifest.fingerprint if held_out else "none",
+        }
+    )
     if trace_directory is not None:
         with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG), closing(iter(loader)) as batches:
             trainer = build_chosen_trainer(config, plan, groups)
