@@ -31,7 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
     parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.set and arguments.config is None:
+        parser.error("--set overrides keys of --config, which is not given")
+    return arguments
 
 
 def settings(arguments: argparse.Namespace) -> RunConfig:

@@ -37,12 +37,13 @@ class DenseAttention:
 
 @lru_cache(maxsize=2)  # few: a pass's layers follow each other with one pattern, and a mask may be large
 def _mask(pattern: AttentionPattern, device: torch.device) -> Tensor:
-    _warn_of_cost(replace(pattern, document_starts=None))  # where documents start changes with every batch
+    # Where documents start changes with every batch, how many rows have a mask of their own does not.
+    _warn_of_cost(replace(pattern, document_starts=None), len(pattern.document_starts or (None,)))
     return pattern.mask(device)
 
 
 @lru_cache(maxsize=256)
-def _warn_of_cost(pattern: AttentionPattern) -> None:
+def _warn_of_cost(pattern: AttentionPattern, num_masks: int) -> None:
     """Once per pattern: a warning that names what the mask costs."""
     logger.warning(
         "dense attention: %d query-key pairs per row and head where %d are needed (%.1f times), "
@@ -50,5 +51,5 @@ def _warn_of_cost(pattern: AttentionPattern) -> None:
         pattern.dense_pairs,
         pattern.num_pairs,
         pattern.dense_pairs / max(pattern.num_pairs, 1),
-        pattern.dense_pairs,
+        pattern.dense_pairs * num_masks,
     )

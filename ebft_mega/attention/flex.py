@@ -21,6 +21,8 @@ from ebft_mega.attention.pattern import AttentionPattern
 TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
 MIN_HEAD_DIM = 16  # torch's compiler refuses smaller heads
 _PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
+# Of isolated rows, whose masks never come again: as many as there are micro-batches under way on a pipeline stage.
+_ISOLATED_PATTERNS = 16
 _SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
 
 # In the place of a rollout's number: a key outside all rollouts, a query outside all rollouts. They match nothing.
@@ -63,7 +65,8 @@ class FlexAttention:
         """
         if pattern.own_keys > self.own_capacity:
             raise ValueError(f"{pattern.own_keys} keys per rollout do not fit into a capacity of {self.own_capacity}")
-        block_mask = _block_mask(pattern, self.own_capacity, document_key.device)
+        mask_of = _shared_mask if pattern.document_starts is None else _isolated_mask
+        block_mask = mask_of(pattern, self.own_capacity, document_key.device)
         query = _padded(document_query, own_query, len(pattern.document_queries), pattern.own_queries)
         key = _padded(document_key, own_key, _in_tiles(pattern.document_keys), self.own_capacity)
         value = _padded(document_value, own_value, _in_tiles(pattern.document_keys), self.own_capacity)
@@ -116,7 +119,6 @@ def _padded(document: Tensor, own: Tensor, document_room: int, own_room: int) ->
     return padded
 
 
-@lru_cache(maxsize=_PATTERNS)
 def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> BlockMask:
     """The pattern over the padded positions of `_padded`: which tiles are needed, and which pairs within them.
 
@@ -153,6 +155,10 @@ def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.devi
         mask_mod=mask_mod,
         seq_lengths=(query_limit.numel(), key_position.numel()),
     )
+
+
+_shared_mask = lru_cache(maxsize=_PATTERNS)(_block_mask)
+_isolated_mask = lru_cache(maxsize=_ISOLATED_PATTERNS)(_block_mask)
 
 
 def _tile_lists(wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,8 @@ class AttentionPattern:
 
     @property
     def dense_pairs(self) -> int:
-        """Query-key pairs of the whole rectangle, per row and head."""
-        return self.num_queries * self.num_keys
+        """Query-key pairs of the whole rectangle, per row and head; of isolated rows all together, per head."""
+        return self.num_queries * self.num_keys * len(self.document_starts or (None,))
 
     def mask(self, device: torch.device) -> Tensor:
         """Who sees whom, written out.

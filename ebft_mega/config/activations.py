@@ -104,7 +104,7 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
     projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
     projection want it; gate, up, and the product.
     With norms of heads 2*Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
-    4 * head_dim values a position, shared by the rows of a micro-batch, for rotary angles.
+    4 * head_dim values a position for rotary angles, which rows of a micro-batch share unless documents are isolated.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
@@ -112,7 +112,7 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
     if architecture.qk_norm:
         inside += 2 * query + key_value
     values = positions_between_layers(config, packed) * 6 * architecture.hidden_size + packed.positions * inside
-    angles = packed.tokens * 4 * architecture.head_dim
+    angles = (packed.positions if config.data.document_masking else packed.tokens) * 4 * architecture.head_dim
     normalisers = packed.positions * architecture.num_attention_heads // tensor * FLOAT32_BYTES
     return (values + angles) * width + normalisers
 

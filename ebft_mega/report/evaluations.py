@@ -15,6 +15,8 @@ from ebft_mega.report.records import read_json
 
 # What two evaluations must share, or their rows are not paired.
 SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")
+# Of files that were written before there was a choice.
+EARLIER_VALUES = {"document_masking": False}
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,20 @@ def _may_lack(content: Mapping[str, Any], key: str) -> bool:
     return bool(content.get("document_masking")) and key != "eval/ce_loss"
 
 
+def _shared(evaluation: Evaluation, field: str) -> Any:
+    return evaluation.content.get(field, EARLIER_VALUES.get(field))
+
+
 def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[Problem]:
     problems = [
         Problem(
             str(evaluation.path),
             field,
-            repr(evaluation.content.get(field)),
-            f"{first.content.get(field)!r}, as for {first_name!r}: rows are compared in pairs",
+            repr(_shared(evaluation, field)),
+            f"{_shared(first, field)!r}, as for {first_name!r}: rows are compared in pairs",
         )
         for field in SHARED_FIELDS
-        if evaluation.content.get(field) != first.content.get(field)
+        if _shared(evaluation, field) != _shared(first, field)
     ]
     if evaluation.row_groups != first.row_groups:
         problems.append(Problem(str(evaluation.path), "row_groups", "other groups", f"the groups of {first_name!r}"))

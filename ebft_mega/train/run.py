@@ -83,7 +83,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         parallel.pipeline_parallel_size,
         collective_timeout,
     )
-    loader = make_loader(config, groups)
+    loader = make_loader(config, groups, is_trace=trace_directory is not None)
     held_out = plan.evaluation_rows
     require_agreement(
         {
@@ -128,9 +128,11 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
     return EXIT_DONE
 
 
-def make_loader(config: RunConfig, groups: ProcessGroups) -> BatchLoader:
+def make_loader(config: RunConfig, groups: ProcessGroups, is_trace: bool) -> BatchLoader:
     """This replica's batches, from the first row of the run on.
 
+    Args:
+        is_trace: only one batch will be read, by this process, and all of it has to be whole.
     Raises:
         InputError: a dataset cannot be opened or does not fit the others.
     """
@@ -139,9 +141,9 @@ def make_loader(config: RunConfig, groups: ProcessGroups) -> BatchLoader:
         config.train.global_batch_size,
         groups.data_parallel_rank,
         groups.data_parallel_size,
-        workers=config.data.workers,
+        workers=0 if is_trace else config.data.workers,
         pin_memory=groups.device.type == "cuda",
-        on_error=config.data.on_error,
+        on_error="raise" if is_trace else config.data.on_error,
     )
 
 

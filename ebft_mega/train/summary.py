@@ -21,7 +21,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     Returns:
         Scalars under the `ebft/*` and `train/*` names: nats per token for losses. Where documents are isolated,
         `data/dropped_anchor_share`: of the blocks of real rows those that no document holds whole. Where damaged rows
-        may be skipped, `data/skipped_rows` of this step.
+        may be skipped, `data/skipped_rows` of this step. Means over blocks are left out of a step in which none counts.
     Communication: one all-reduce of a dozen float64 over the data-parallel group.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
@@ -29,7 +29,8 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         "ebft/rl_loss": torch.stack([item.terms.rl for item in result.learned]).sum(),
         "ebft/ce_loss": torch.stack([item.terms.ce for item in result.learned]).sum(),
     }
-    if result.experiences:
+    has_blocks = bool(result.experiences) and (result.weights is None or result.weights.num_blocks > 0)
+    if has_blocks:
         rewards = [experience.rewards for experience in result.experiences]
         advantages = torch.cat([experience.advantages for experience in result.experiences])
         rollouts = torch.cat([experience.rollout.tokens for experience in result.experiences])
@@ -47,16 +48,16 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
             sums["ebft/duplicate_share"] = duplicate_share(rollouts) / groups.data_parallel_size
         else:
             of_blocks["ebft/duplicate_share"] = has_duplicates(rollouts)
-            kept, count = torch.cat(result.weights.blocks), max(result.weights.num_blocks, 1)
+            kept, count = torch.cat(result.weights.blocks), result.weights.num_blocks
             sums |= {name: _kept_sum(values, kept) / count for name, values in of_blocks.items()}
     # Shares of global means by now: loss shares carry global denominators, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
     dist.all_reduce(values, group=groups.data_parallel)
     metrics = dict(zip(sums, values.tolist(), strict=True))
-    if result.experiences:
+    if has_blocks:
         mean, square = metrics.pop("advantage"), metrics.pop("advantage_squared")
         metrics["ebft/advantages_std"] = math.sqrt(max(0.0, square - mean * mean))
-    else:
+    if not result.experiences:
         del metrics["ebft/rl_loss"]
     if ebft.ce_coef == 0:
         del metrics["ebft/ce_loss"]

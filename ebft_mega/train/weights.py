@@ -36,7 +36,9 @@ def step_weights(
     """
     if config.data.document_masking and any(rows.documents is None for rows in micro_batches):
         raise ValueError("data.document_masking needs rows that were isolated (TokenBatch.isolated)")
-    if not config.data.document_masking and config.data.on_error != "skip":
+    # Without rollouts there are no blocks, and isolation drops nothing else.
+    drops_blocks = config.data.document_masking and config.uses_rollouts
+    if not drops_blocks and config.data.on_error != "skip":
         return None
     rows = tuple(batch.row_indices >= 0 for batch in micro_batches)
     blocks = tuple(kept_blocks(batch, plan) for batch in micro_batches)

@@ -22,10 +22,11 @@ from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.step import Experience, StepResult
+from ebft_mega.train.step import Experience, Learned, StepResult
+from ebft_mega.train.summary import step_metrics
 from ebft_mega.train.trace import _local_tensors
 from ebft_mega.train.weights import StepWeights, step_weights
-from ebft_mega.types import BlockRewards, Rollout, TokenBatch
+from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 from tests.conftest import tiny_config
 
 PLAN = BlockPlan(29, 3, 3, 2, 3)
@@ -168,6 +169,8 @@ def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
     assert [part.tolist() for part in isolated.rows] == [[True], [False]]
     assert torch.equal(torch.cat(isolated.blocks), kept_blocks(batch, PLAN))
     assert isolated.num_blocks == kept_blocks(batch, PLAN).sum() < PLAN.num_blocks
+    text_only = ("data.document_masking=true", "ebft.rl_coef=0", "ebft.ce_coef=1")
+    assert step_weights(parts, PLAN, config_of(tmp_path, *text_only), groups) is None
     with pytest.raises(ValueError, match="rows that were isolated"):
         step_weights(shared, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
 
@@ -190,6 +193,25 @@ def test_a_trace_names_the_kept_blocks_of_isolated_rows_alone():
     assert torch.equal(_local_tensors(result_of(batch, kept))["kept"], kept.to(torch.uint8))
     assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), kept))
     assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), None))
+
+
+def test_means_over_blocks_are_left_out_of_a_step_in_which_none_counts(tmp_path, groups):
+    batch = batch_of(STARTS, PLAN.sequence_length)
+    config = config_of(tmp_path, "data.document_masking=true", "ebft.ce_coef=1")
+    trainer = SimpleNamespace(config=config, groups=groups, plan=PLAN, feature_network=object())
+    terms = LossTerms(rl=torch.tensor(0.0), ce=torch.tensor(2.0), total=torch.tensor(2.0))
+
+    def metrics(kept):
+        learned = (Learned(PolicyLogprobs(None, None), terms),)
+        return step_metrics(trainer, replace(result_of(batch, kept), learned=learned), 0.1)
+
+    counted, none = metrics(kept_blocks(batch, PLAN)), metrics(torch.zeros(2, PLAN.num_blocks, dtype=torch.bool))
+    assert set(counted) - set(none) == {
+        *("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss"),
+        *("ebft/advantages_std", "ebft/duplicate_share"),
+    }
+    assert (none["ebft/rl_loss"], none["train/loss"], none["data/dropped_anchor_share"]) == (0.0, 2.0, 1.0)
+    assert 0 < counted["data/dropped_anchor_share"] < 1
 
 
 def evaluation_of(models, batch):

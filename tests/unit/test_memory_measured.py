@@ -49,7 +49,9 @@ def planned(directory, overrides):
 def rows_of(config):
     rows, length = config.train.global_batch_size, config.data.sequence_length
     tokens = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(0))
-    return TokenBatch(tokens, torch.zeros_like(tokens), torch.arange(rows))
+    documents = (torch.arange(length) // 11).expand(rows, -1)
+    batch = TokenBatch(tokens, documents, torch.arange(rows))
+    return batch.isolated() if config.data.document_masking else batch
 
 
 def events_of(recorded):
@@ -122,6 +124,7 @@ CASES = [
     *(pytest.param(reuse, (), id=f"{reuse}-two-rows") for reuse in REUSES),
     *(pytest.param(reuse, ONE_ROW, id=f"{reuse}-one-row-cross-entropy") for reuse in REUSES),
     pytest.param("checkpoints", MANY_LOGITS, id="checkpoints-many-logits"),
+    pytest.param("activations", ("data.document_masking=true",), id="activations-isolated-documents"),
     *(pytest.param(*setting, id=name, marks=pytest.mark.slow) for name, setting in SETTINGS.items()),
 ]
 

@@ -66,3 +66,11 @@ def test_budgets_scale_what_is_not_fixed(quickstart):
     more = quickstart["scale_for"](2 * full - fixed)
     assert more.steps(100) == 200
     assert more.evaluation_rows == quickstart["FULL_ROWS"]
+
+
+def test_evaluation_refuses_overrides_of_a_file_that_is_not_given():
+    command = [sys.executable, "tools/evaluate.py", "--model", "m", "--data", "d", "--output", "o"]
+    completed = subprocess.run(
+        [*command, "--set", "data.document_masking=true"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert completed.returncode == 2 and "--set overrides keys of --config" in completed.stderr

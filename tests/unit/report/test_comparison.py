@@ -131,6 +131,14 @@ def test_isolated_and_shared_rows_are_not_compared(tmp_path, arms):
     assert {problem.key for problem in caught.value.problems} == {"document_masking"}
 
 
+def test_a_file_from_before_there_was_isolation_is_one_without(tmp_path, arms):
+    path = arms["EBFT"] / "evaluation.json"
+    content = json.loads(path.read_text())
+    for masking in ({}, {"document_masking": False}):
+        path.write_text(json.dumps(content | masking))
+        write_comparison(arms, tmp_path / f"out{len(masking)}")
+
+
 def test_unlike_files_are_all_named(tmp_path, arms):
     write_evaluation(tmp_path / "c", {"eval/ce_loss": 0.0}, temperature=1.0)
     write_evaluation(tmp_path / "e", {"eval/ce_loss": 0.0}, data="tuning")
