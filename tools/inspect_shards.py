@@ -51,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.sequence_length < 1:
         parser.error(f"--sequence-length: found {arguments.sequence_length}; expected at least 1")
+    if not 0 <= arguments.cache_gigabytes < float("inf"):
+        parser.error(f"--cache-gigabytes: found {arguments.cache_gigabytes}; expected a number >= 0")
     return arguments
 
 

@@ -62,6 +62,9 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
         return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error)
     except InputError as error:
         raise InputError([problem.within(f"{config.place(key)}: {key}") for problem in error.problems]) from None
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+        raise InputError([Problem(config.place(key), key, found, "files that can be read")]) from None
 
 
 def shard_cache(data: DataConfig) -> ShardCache:

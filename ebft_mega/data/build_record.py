@@ -28,6 +28,8 @@ class BuildRecord:
 
 
 def read_build_record(directory: Path) -> BuildRecord | None:
-    """The record of a dataset directory, None if it has none."""
-    path = directory / BUILD_RECORD_NAME
-    return BuildRecord(**json.loads(path.read_bytes())) if path.is_file() else None
+    """The record of a dataset directory; None if it has none that can be read, for nothing depends on it."""
+    try:
+        return BuildRecord(**json.loads((directory / BUILD_RECORD_NAME).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from ebft_mega.errors import EbftError, InputProblems
+from ebft_mega.errors import EXIT_FAILED, EbftError, InputProblems
 
 MAX_SHOWN_PROBLEMS = 50
 
@@ -29,4 +29,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     except EbftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a directory that may not be written
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
     return exit_code or 0

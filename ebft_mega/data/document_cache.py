@@ -15,7 +15,8 @@ class DocumentCache:
     """Verified documents of one dataset, those that were used last, up to a number of bytes.
 
     A row needs a whole document, because a checksum covers a whole document. The rows of a long document are spread
-    over a window, so a short one is hardly ever found here again, and a long one almost always.
+    over a window, so a short one is hardly ever found here again, and a long one almost always, unless the long ones
+    of the window are more than the limit together.
 
     Args:
         dataset: where the documents are read.

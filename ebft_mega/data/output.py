@@ -33,9 +33,8 @@ def new_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
     """
     path = path.absolute()
     _refuse_other_contents(path, marker, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden_sibling(path)
-    temporary.mkdir()
+    _make_directory(temporary, path)
     try:
         yield temporary
         _put_in_place(temporary, path)
@@ -65,7 +64,7 @@ def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str
     path = path.absolute()
     _refuse_other_contents(path, marker, overwrite)
     partial = path.with_name(f".{path.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    _make_directory(partial, path)
     with (partial / _LOCK_NAME).open("a") as lock:
         if not _takes_lock(lock, partial / _LOCK_NAME):
             raise bad_input("--output", str(path), "another process that is making it", "one process at a time")
@@ -84,6 +83,14 @@ def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str
         shutil.rmtree(partial)
 
 
+def _make_directory(directory: Path, path: Path) -> None:
+    """Makes a directory, and those above it, for what becomes `path`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad_input("--output", str(path), f"{error.filename}: {error.strerror}", "a place to write to") from error
+
+
 def flush_to_disk(path: Path) -> None:
     """Returns when a file's contents would outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -100,6 +107,9 @@ def _takes_lock(lock: IO[str], path: Path) -> bool:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+    except OSError as error:
+        found = f"a file system without locks ({error.strerror})"
+        raise bad_input("--output", str(path.parent), found, "one with locks, such as a local disk") from error
 
 
 def _keep_only_same_work(partial: Path, identity: str) -> None:

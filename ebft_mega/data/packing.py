@@ -164,7 +164,7 @@ class PackedLine:
             windows = epoch_windows(self._shard_documents, *key, self._window_documents)
             tokens_before = np.concatenate(([0], np.cumsum(self._shard_tokens[windows.shards])))
             found = windows, tokens_before[windows.first]
-            kept = {key: value for key, value in self._epochs.items() if abs(key - epoch) == 1}
+            kept = {other: value for other, value in self._epochs.items() if abs(other - epoch) == 1}
             self._epochs = {**kept, epoch: found}
         return found
 

@@ -161,6 +161,7 @@ def scan_part(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     path = _scan_path(job.directory, job.number)
     hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES)
     np.save(path.with_suffix(".npy"), hashes, allow_pickle=False)
+    flush_to_disk(path.with_suffix(".npy"))  # before the record that says that it is there
     scan = Scan(len(hashes), empty, bad, tuple(problems[:MAX_LISTED_PROBLEMS]), tuple(lines))
     _write_durably(path, json.dumps(asdict(scan)))
     return job.number, scan

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ class _ListedFile(NamedTuple):
     input: int
     name: str  # relative to the input's base
     size: int
-    changed: int  # time, ns
+    changed: int  # time of the last change of its contents, as tools such as rsync may set it, ns
+    touched: int  # time of the last change of anything about it, which only the system sets, ns
 
 
 def make_plan(
@@ -136,7 +138,14 @@ def make_plan(
         inputs.append(Input(base, base.absolute().name, licence or _corpus_licence(source), holds_texts))
         for file in files:
             status = file.stat()
-            listed.append(_ListedFile(number, file.relative_to(base).as_posix(), status.st_size, status.st_mtime_ns))
+            name = file.relative_to(base).as_posix()
+            listed.append(_ListedFile(number, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        if holds_texts and (others := sum(file.name.endswith(CONTAINER_SUFFIXES) for file in files)):
+            print(
+                f"note: {source} holds {others} JSONL or tar files among {len(files)}: each file is read as one text "
+                "(--pattern chooses)",
+                file=sys.stderr,
+            )
     if problems:
         raise InputError(problems)
     if part_bytes is None:

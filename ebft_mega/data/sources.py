@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,17 +55,34 @@ class BadText:
 def list_text_files(directory: Path, pattern: str) -> list[Path]:
     """Files below a directory whose name matches a pattern, sorted by path relative to it.
 
-    Hidden files and folders and `__pycache__` are left out; links to folders are not followed.
+    Hidden files and folders and `__pycache__` are left out; links to folders are not followed, and links to nothing and
+    what is neither file nor folder (sockets, devices) are left out.
 
     Args:
         directory: the folder to search.
         pattern: shell pattern on the file name, such as `*.py`.
+
+    Raises:
+        InputError: with all folders and files that cannot be looked at: what is in them would be missing.
     """
     found = []
-    for folder, subfolders, names in os.walk(directory):
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(directory, onerror=unreadable.append):
         subfolders[:] = [name for name in subfolders if name[0] != "." and name not in _SKIPPED_DIRECTORIES]
-        found += [Path(folder, name) for name in names if name[0] != "." and fnmatch.fnmatchcase(name, pattern)]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(directory).as_posix())
+        for name in names:
+            if name[0] != "." and fnmatch.fnmatchcase(name, pattern):
+                try:
+                    found += [Path(folder, name)] * stat.S_ISREG(os.stat(Path(folder, name)).st_mode)
+                except FileNotFoundError:  # a link to nothing
+                    continue
+                except OSError as error:
+                    unreadable.append(error)
+    if unreadable:
+        expected = "a file or folder that can be read"
+        raise InputError(
+            [Problem(str(error.filename), "--input", str(error.strerror), expected) for error in unreadable]
+        )
+    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
 def read_text_file(file: Path, base: Path) -> TextDocument:
@@ -173,7 +191,7 @@ def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOp
     expected = f"a JSON object with a string {key!r}"
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an integer beyond Python's limit
         return BadText(Problem(where, key, str(error), expected), path)
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         found = f"keys {sorted(record)}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"

@@ -132,7 +132,7 @@ def _consequence(changed: set[str], saved: StreamState, current: StreamState) ->
         return "the rows before and those to come are the same until the first source ends"
     if changed == {"sequence_length"}:
         return (
-            "documents of the windows under way may be seen twice or missed in this epoch, because rows of another "
-            "length are shuffled anew; what lies before and behind them is not touched"
+            "documents of the windows under way, and of a row beside them, may be seen twice or missed in this epoch, "
+            "because rows of another length are shuffled anew"
         )
     return "documents of the epochs under way may be seen twice or missed"

@@ -77,11 +77,11 @@ def _samples(tar: Any, options: ReadOptions) -> Iterator[_Sample | BadText]:
                 yield sample
             sample = _Sample(key)
         sample.suffixes.append(suffix)
-        if suffix in (options.text_member, _RECORD_SUFFIX):
+        if suffix in (options.text_member.lower(), _RECORD_SUFFIX):
             data = tar.extractfile(member).read()
             if len(data) != member.size:
                 raise tarfile.ReadError(f"{member.name}: {len(data)} of {member.size} bytes")
-            if suffix == options.text_member:
+            if suffix == options.text_member.lower():
                 sample.text = data
             if suffix == _RECORD_SUFFIX:
                 sample.record = data
@@ -100,7 +100,7 @@ def _document(sample: _Sample, where: str, path: str, options: ReadOptions) -> T
     if sample.record is not None and (options.licence_key or options.keep_keys):
         try:
             record = json.loads(sample.record)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an integer beyond Python's limit
             return BadText(Problem(where, _RECORD_SUFFIX, str(error), "a JSON object"), path)
     if not isinstance(record, dict):
         return BadText(Problem(where, _RECORD_SUFFIX, f"a JSON {type(record).__name__}", "a JSON object"), path)

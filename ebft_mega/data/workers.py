@@ -99,15 +99,15 @@ class Workers:
             # Fresh interpreters: a forked one would inherit threads' locks in whatever state they are.
             context = multiprocessing.get_context("spawn")
             self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
-            self._pool = ProcessPoolExecutor(
-                min(self._processes, len(arguments)), context, _start_worker, (self._count, self._stop)
-            )
-        self._count.value = 0
+            # Processes start as they are needed, so a later call with more parts finds room for them.
+            self._pool = ProcessPoolExecutor(self._processes, context, _start_worker, (self._count, self._stop))
+        self._count.get_obj().value = 0
         try:
             pending: set[Future[Result]] = {self._pool.submit(_run_there, job, argument) for argument in arguments}
             while pending:
                 done, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
-                meter.show(self._count.value)
+                # Without the lock: a worker that was killed may hold it for ever.
+                meter.show(self._count.get_obj().value)
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:

@@ -23,7 +23,7 @@ from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.train.faults import dump_step
 from ebft_mega.train.schedule import learning_rate
-from ebft_mega.train.skipped_rows import SkippedRows
+from ebft_mega.train.skipped_rows import SkippedRows, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.train.watchdog import Watchdog
@@ -131,10 +131,14 @@ def train(
     report(observer, 0, evaluate_now(trainer, held_out, 0, observer))
     watchdog.beat("evaluation of the initial model")
     with (
-        closing(iter(loader)) as batches,
+        closing(iter(loader)) as own_batches,
         step_profiler(trainer, observer) as profiler,
         timed_communication(stopwatch),
     ):
+        batches: Iterator[LoadedBatch] = own_batches
+        if loader.skips_damaged_rows:
+            eos = loader.stream.sources[0].dataset.manifest.eos_id  # the same of all sources: they share a tokenizer
+            batches = read_alike(own_batches, eos, trainer.groups)
         for step in range(total_steps):
             with profiler.step(step):
                 loaded, result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)

@@ -54,6 +54,7 @@ from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
 from ebft_mega.train.agreement import require_agreement
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
+from ebft_mega.train.skipped_rows import ERRORS_NAME
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.trace import trace_step
 from ebft_mega.train.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
@@ -335,13 +336,15 @@ def _feature_weights(config: RunConfig, architecture: Architecture, initial_poli
 def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> HeldOut | None:
     if config.evaluation.shards is None:
         return None
+    dataset = open_place(config, "evaluation.shards", config.evaluation.shards)
     rows = fixed_rows(
-        open_place(config, "evaluation.shards", config.evaluation.shards),
+        dataset,
         config.data.sequence_length,
         config.evaluation.rows,
         groups.data_parallel_rank,
         groups.data_parallel_size,
     )
+    dataset.close()
     rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
     rows = rows_of_step(rows, config, groups.device)
     return HeldOut(rows, evaluation_settings(config), config.evaluation.interval)
@@ -354,6 +357,7 @@ def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path) -> Ob
     write_environment(output, {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()})
     samples = output / "samples.jsonl"
     samples.unlink(missing_ok=True)
+    (output / ERRORS_NAME).unlink(missing_ok=True)
     writer = MetricsWriter(output, plan.total_steps, console=True)
     for note in plan.notes:
         writer.note(f"note: {note}")

@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ebft_mega.data.loader import SkippedRow
+from ebft_mega.data.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import SkipBudgetError
 from ebft_mega.parallel.groups import ProcessGroups
 
@@ -18,13 +19,39 @@ ERRORS_NAME = "data_errors.jsonl"
 logger = logging.getLogger(__name__)
 
 
+def read_alike(batches: Iterator[LoadedBatch], filler_token: int, groups: ProcessGroups) -> Iterator[LoadedBatch]:
+    """The same batches, with filler in the place of every row that any rank of the replica could not read.
+
+    Each rank reads by itself, and what is damaged for one may be whole for another: a local copy, a server that failed
+    once. All ranks of a replica have to work on the same rows.
+
+    Args:
+        filler_token: the end-of-document token, as in the loader's own filler.
+    Communication: with several ranks in a replica, for each batch one all-reduce of B int64 over them.
+    """
+    for loaded in batches:
+        rows = loaded.rows
+        indices = rows.row_indices.to(groups.device)
+        if dist.get_world_size(groups.model_parallel) > 1:
+            dist.all_reduce(indices, op=dist.ReduceOp.MIN, group=groups.model_parallel)
+        row_indices = indices.to(rows.row_indices.device)
+        unread = (row_indices < 0)[:, None]
+        alike = replace(
+            rows,
+            tokens=rows.tokens.masked_fill(unread, filler_token),
+            document_ids=rows.document_ids.masked_fill(unread, 0),
+            row_indices=row_indices,
+        )
+        yield replace(loaded, rows=alike)
+
+
 class SkippedRows:
     """The rows of a run that were left out so far, the same number on every rank.
 
     Args:
         allowed: how many there may be.
         output_dir: where `data_errors.jsonl` gets one line for each, written by the first rank.
-        groups: rows differ between data-parallel ranks.
+        groups: of the run.
         before: rows that the run had left out before it was resumed.
     """
 
@@ -37,18 +64,20 @@ class SkippedRows:
 
         Args:
             step: optimizer steps done, this one included.
-            skipped: those of this rank.
-            everywhere: how many they are over all data-parallel ranks, as every rank knows.
+            skipped: those that this rank could not read.
+            everywhere: how many rows were left out in all, as every rank knows.
         Raises:
             SkipBudgetError: on all ranks, once there are more than allowed.
-        Communication: none in a step without such rows; else over the data-parallel group one gathering of their
-            descriptions and one barrier over all ranks, so that none ends before they are written.
+        Communication: none in a step without such rows; else over the world one gathering of their descriptions and
+            one barrier, so that no rank ends before they are written.
         """
         if not everywhere:
             return
-        parts: list[Any] = [None] * self._groups.data_parallel_size
-        dist.all_gather_object(parts, [_described(step, row) for row in skipped], group=self._groups.data_parallel)
-        records = [record for part in parts for record in part]
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, [_described(step, row) for row in skipped])
+        # Most often all ranks of a replica tell of the same damage; any of them may be the only one.
+        by_row = {record["row"]: record for part in reversed(parts) for record in part}
+        records = [by_row[row] for row in sorted(by_row)]
         self.total += everywhere
         if self._groups.is_first:
             _append(self._path, records)

@@ -1,16 +1,23 @@
 """What ranks must know of each other's data: that it is the same, and how many rows were left out."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch.distributed as dist
 
-from ebft_mega.data.loader import SkippedRow
+from ebft_mega.data.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.train import loop
 from ebft_mega.train.agreement import require_agreement
 from ebft_mega.train.skipped_rows import ERRORS_NAME, SkippedRows
 from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import rows_of_step
+from tests.distributed.test_non_finite import Beats, build
 
 
 def compare(values):
@@ -26,6 +33,53 @@ def test_ranks_with_other_data_are_named_on_every_rank():
     texts = run_ranks(3, compare, ["old", "new", "old"])
     assert texts == ["all ranks: data: found ranks 0, 2: old; ranks 1: new; expected the same on every rank"] * 3
     assert run_ranks(2, compare, ["same", "same"]) == [None, None]
+
+
+class HalfDamaged:
+    """Stands for the loader of two ranks that are one replica; only the second one finds a row of step 2 damaged."""
+
+    skips_damaged_rows = True
+    state = SimpleNamespace(next_row=0, sequence_length=1, sources=(SimpleNamespace(rows=0),), skipped_rows=0)
+    stream = SimpleNamespace(
+        sources=(SimpleNamespace(dataset=SimpleNamespace(manifest=SimpleNamespace(eos_id=3, tokens=1))),)
+    )
+
+    def __init__(self, groups):
+        self.groups, self.left_out = groups, []
+
+    def __iter__(self):
+        for step in range(3):
+            rows, skipped = rows_of_step(0, self.groups), ()
+            if step == 1 and dist.get_rank() == 1:
+                indices = rows.row_indices.clone()
+                indices[0] = -1
+                rows = replace(rows, row_indices=indices)
+                skipped = (SkippedRow(40, 0, DamagedDataError("a shard", 512, "crc32 1", "crc32 2", 3)),)
+            yield LoadedBatch(rows, skipped)
+
+    def commit(self, skipped_rows):
+        self.left_out.append(skipped_rows)
+
+
+def train_on_half_damaged(directory, tensor, pipeline):
+    """Rows left out by step, and the parameters' sum, after three steps."""
+    trainer = build(directory, tensor, pipeline, f"output_dir={directory}", "data.on_error=skip", *ANY_NUMBER)
+    loader = HalfDamaged(trainer.groups)
+    loop.train(trainer, loader, None, 3, None, Beats())
+    return loader.left_out, sum(float(values.double().sum()) for _, values in trainer.engine.local_parameters())
+
+
+ANY_NUMBER = ("data.max_skipped_rows=100", "data.max_skipped_share=1")
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)], ids=["tensor", "pipeline"])
+def test_a_row_that_one_rank_of_a_replica_cannot_read_is_left_out_by_all(tmp_path, tensor, pipeline):
+    """Without agreement the ranks would wait for each other for ever."""
+    results = run_ranks(2, train_on_half_damaged, str(tmp_path), tensor, pipeline)
+    assert [left_out for left_out, _ in results] == [[0, 1, 0]] * 2
+    assert all(math.isfinite(total) for _, total in results)
+    (record,) = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
+    assert (record["step"], record["row"], record["shard"]) == (2, 40, "a shard")
 
 
 def leave_out(directory: Path):

@@ -61,6 +61,8 @@ def damaged(data, tmp_path_factory):
 
 def test_damaged_rows_are_left_out_and_written_down(data, damaged, tmp_path):
     output = tmp_path / "out"
+    output.mkdir()
+    (output / "data_errors.jsonl").write_text("of an earlier run\n")
     more = ("data.on_error=skip", "data.max_skipped_rows=1000", "data.max_skipped_share=1", "train.max_steps=12")
     completed = launch([*CONFIG, *settings(data, output, f"data.shards={damaged}", *PLAIN, *more)], ranks=2)
     assert completed.returncode == 0, completed.stdout

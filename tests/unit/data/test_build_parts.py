@@ -235,6 +235,24 @@ def test_another_input_or_option_starts_anew(
         os.rename(tmp_path / "out", tmp_path / f"done with {change}")
 
 
+def test_a_file_rewritten_with_its_old_size_and_time_is_another_file(
+    tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patches, pytest.raises(OSError):
+        patches.setattr("ebft_mega.data.build._join", stop)
+        build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+    path = next(path for path in sorted(sources[0].rglob("*.py")) if path.read_bytes())
+    times = path.stat()
+    path.write_bytes(b"#" * times.st_size)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "fresh", **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_a_file_that_changes_during_the_build_is_refused(
     tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,3 +325,21 @@ def test_parts_are_cut_by_the_inputs_alone(tmp_path: Path) -> None:
     with (tmp_path / "large.jsonl").open("wb") as sparse:
         sparse.truncate(100 * LARGEST_PART_BYTES)
     assert len(make_plan([tmp_path], "large*", None, ReadOptions(), None, {}).parts) == 100
+
+
+def process_id(argument: int, advance: Callable[[int], None]) -> int:
+    """A job that takes long enough for all processes of a pool to get one."""
+    time.sleep(0.2)
+    return os.getpid()
+
+
+def test_a_short_beginning_leaves_room_for_more_processes() -> None:
+    with Workers(3) as workers:
+        assert len(list(workers.run(process_id, [0, 1], None, "few"))) == 2
+        assert len(set(workers.run(process_id, range(12), None, "many"))) == 3
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path, sources: list[Path], tokenizer: Tokenizer) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="expected a place to write to"):
+        build_dataset(sources, tokenizer, tmp_path / "file" / "out")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ebft_mega.data.build_record import read_build_record
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
 from ebft_mega.data.opening import open_dataset
@@ -156,3 +157,10 @@ def test_a_dataset_that_cannot_be_opened(
     assert done.returncode == 2
     assert "shard-000001.tar" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_build_record_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert read_build_record(tmp_path) is None
+    for content in ("{", "[]", '{"documents": 1}', "\xff"):
+        (tmp_path / "build.json").write_text(content, encoding="latin-1")
+        assert read_build_record(tmp_path) is None

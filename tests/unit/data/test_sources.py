@@ -1,8 +1,10 @@
 """What a build reads: JSON lines in ranges, compressed files, text webdatasets, and damage to any of them."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from ebft_mega.data.compression import CutFileError, open_lines
 from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.plan import Input, Reader, Unit
-from ebft_mega.data.sources import BadText, ReadOptions, TextDocument, count_lines, read_jsonl
+from ebft_mega.data.sources import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl
 from ebft_mega.data.text_archives import read_text_archive
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
@@ -340,3 +342,42 @@ def test_a_file_that_cannot_be_opened_is_listed(tmp_path: Path) -> None:
     (bad,) = reader.read_unit(Unit(0, "absent.py", 0, 5, is_range=False), 0)
     assert isinstance(bad, BadText)
     assert bad.is_file
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open/a.py", "secret/b.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("text")
+    (tmp_path / "open" / "nowhere.py").symlink_to("gone")
+    assert [path.name for path in list_text_files(tmp_path, "*.py")] == ["a.py", "b.py"]
+    look = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="secret: --input: found Permission denied"):
+        list_text_files(tmp_path, "*.py")
+
+
+def test_a_number_too_long_for_python_is_a_bad_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dump = tmp_path / "dump.jsonl"
+    dump.write_text('{"text": "one"}\n{"text": "two", "number": ' + "9" * 5000 + "}\n")
+    with pytest.raises(InputError, match=r"dump\.jsonl:2"):
+        build_dataset(dump, tokenizer, tmp_path / "out")
+    assert build_dataset(dump, tokenizer, tmp_path / "out", skip_bad=True).record.skipped == 1
+
+
+def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "dump"
+    source.mkdir()
+    (source / "README.md").write_text("my dump")
+    (source / "data.jsonl").write_text('{"text": "one"}\n')
+    build_dataset(source, tokenizer, tmp_path / "out")
+    assert "holds 1 JSONL or tar files among 2: each file is read as one text" in capsys.readouterr().err
+    build_dataset(source, tokenizer, tmp_path / "again", pattern="*.jsonl")
+    assert "note" not in capsys.readouterr().err
