@@ -124,7 +124,8 @@ def train(
     """
     config = trainer.config
     skipped = SkippedSteps()
-    skipped_rows = SkippedRows(allowed_skipped_rows(config), config.output_dir, trainer.groups)
+    allowed, before = allowed_skipped_rows(config), loader.state.skipped_rows
+    skipped_rows = SkippedRows(allowed, config.output_dir, trainer.groups, before)
     stopwatch = communication_stopwatch(trainer.groups.device)
     if observer is not None and held_out is not None:
         observer.writer.note("evaluating the initial model")

@@ -55,7 +55,7 @@ class SkippedRows:
         before: rows that the run had left out before it was resumed.
     """
 
-    def __init__(self, allowed: int, output_dir: Path, groups: ProcessGroups, before: int = 0):
+    def __init__(self, allowed: int, output_dir: Path, groups: ProcessGroups, before: int):
         self._allowed, self._path, self._groups = allowed, output_dir / ERRORS_NAME, groups
         self.total = before
 

@@ -86,7 +86,7 @@ def leave_out(directory: Path):
     """Rank 1 leaves rows out in the second step, both do in the third; three are too many."""
     groups = make_process_groups(connect())
     rank = dist.get_rank()
-    account = SkippedRows(2, directory, groups)
+    account = SkippedRows(2, directory, groups, before=0)
     damage = DamagedDataError(f"shard of rank {rank}", 512, "crc32 1", "crc32 2", 3)
     account.count(1, [], 0)
     account.count(2, [SkippedRow(9, 3, damage)] if rank else [], 1)

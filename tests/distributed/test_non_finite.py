@@ -115,7 +115,7 @@ class Rows:
 
     skips_damaged_rows = False
     stream = SimpleNamespace(sources=())
-    state = SimpleNamespace(next_row=0, sequence_length=1, sources=())
+    state = SimpleNamespace(next_row=0, sequence_length=1, sources=(), skipped_rows=0)
 
     def __init__(self, groups):
         self.groups = groups

@@ -75,6 +75,7 @@ def test_damaged_rows_are_left_out_and_written_down(data, damaged, tmp_path):
     assert all(line["data/skipped_rows"] == sum(r["step"] == line["step"] for r in records) for line in steps)
 
 
+@pytest.mark.slow
 def test_more_damage_than_the_budget_ends_every_rank_with_code_4(data, damaged, tmp_path):
     output = tmp_path / "out"
     more = ("data.on_error=skip", "data.max_skipped_rows=2", "data.max_skipped_share=1", "train.max_steps=60")
@@ -84,6 +85,7 @@ def test_more_damage_than_the_budget_ends_every_rank_with_code_4(data, damaged, 
     assert len((output / "data_errors.jsonl").read_text().splitlines()) > 2
 
 
+@pytest.mark.slow
 def test_text_shards_are_tokenized_once(data, tmp_path):
     texts, cache = tmp_path / "texts", tmp_path / "cache"
     texts.mkdir()

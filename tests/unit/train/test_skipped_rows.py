@@ -14,7 +14,7 @@ def row(number):
 
 
 def test_rows_are_written_down_and_stop_the_run_beyond_the_budget(groups, tmp_path):
-    account = SkippedRows(3, tmp_path, groups)
+    account = SkippedRows(3, tmp_path, groups, before=0)
     account.count(1, [], 0)
     assert not (tmp_path / ERRORS_NAME).exists()
     account.count(2, [row(5)], 1)
