@@ -104,6 +104,7 @@ def test_text_shards_are_tokenized_once(data, tmp_path):
     assert made.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_shards_behind_a_url_are_downloaded_once_for_all_ranks(data, tmp_path, monkeypatch):
     public, output = tmp_path / "public", tmp_path / "out"
     shutil.copytree(data.train, public / "train")
