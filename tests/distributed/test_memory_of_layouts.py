@@ -52,8 +52,8 @@ def test_every_rank_needs_what_the_formulas_say(layout, cases, tmp_path):
         for (reuse, _), (predicted, found) in zip(cases, results, strict=True):
             shares = {phase: predicted[phase] / found[phase] for phase in PHASES}
             print(rank, reuse, {phase: f"{share:.3f}" for phase, share in shares.items()})
-            # Blocks that a communication thread gives back count as held until their address is used again: with gathers
-            # of parameters the measured peak is a few percent too high in some runs.
+            # Blocks that a communication thread gives back count as held until their address is used again: with
+            # gathers of parameters the measured peak is a few percent too high in some runs.
             least = 0.9 if layout.data == 1 else 0.85
             for phase in ("rollout", "features", "learn"):
                 assert shares[phase] >= least, (rank, reuse, phase)
