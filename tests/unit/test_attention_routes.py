@@ -199,6 +199,7 @@ def test_dense_warns_once_wherever_documents_start(caplog):
             isolated = replace(pattern, document_starts=((0, start), (0,)))
             DenseAttention().attend(isolated, *random_tensors(isolated))
     assert len(caplog.messages) == 1
+    assert f"a mask of {2 * 6 * (24 + 6 * 2)} bytes" in caplog.messages[0], "each of the two rows has its own"
 
 
 def test_layers_and_tokens_share_what_was_planned_and_rows_of_one_document_each_are_as_if_shared():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ebft_mega.config.activations import Pass, layer_kept_bytes
 from ebft_mega.config.load import load_config
 from ebft_mega.config.memory import Choices, plan_memory
 from ebft_mega.config.supply import TrainingSupply
@@ -127,6 +128,15 @@ CASES = [
     pytest.param("activations", ("data.document_masking=true",), id="activations-isolated-documents"),
     *(pytest.param(*setting, id=name, marks=pytest.mark.slow) for name, setting in SETTINGS.items()),
 ]
+
+
+def test_isolated_rows_have_rotary_angles_of_their_own(tmp_path):
+    packed = Pass(rows=8, tokens=100)
+    planned_bytes = []
+    for masking in ("false", "true"):
+        config, plan = planned(tmp_path, (f"data.document_masking={masking}",))
+        planned_bytes.append(layer_kept_bytes(plan.architecture, config, packed))
+    assert planned_bytes[1] - planned_bytes[0] == 7 * 100 * 4 * plan.architecture.head_dim * 4  # float32
 
 
 @pytest.mark.parametrize(("reuse", "overrides"), CASES)

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from fractions import Fraction
 
 import pytest
 from safetensors.numpy import save_file
@@ -292,6 +293,13 @@ def test_sources_share_the_rows_until_one_ends(inputs):
     assert any("a training dataset itself (data.sources.b.shards)" in note for note in plan.notes)
     text = describe_run(with_sources(inputs, train__max_steps=100), plan)
     assert "epochs of b" in text and f"25.00% of the rows: {cap}" in text
+
+
+def test_weights_are_taken_as_they_are_written(inputs):
+    """Seven tenths and three tenths; as binary numbers they would repeat after 2**54 rows."""
+    weights = {"a": {"shards": "train", "weight": 0.7}, "b": {"shards": "held_out", "weight": 0.3}}
+    shares = [source.share for source in check_run(with_sources(inputs, weights), 1).train_rows.sources]
+    assert shares == [Fraction(7, 10), Fraction(3, 10)]
 
 
 def test_everything_wrong_with_the_sources_comes_at_once(inputs):
