@@ -23,7 +23,7 @@ from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.train.faults import dump_step
 from ebft_mega.train.schedule import learning_rate
-from ebft_mega.train.skipped_rows import SkippedRows, read_alike
+from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.train.watchdog import Watchdog
@@ -124,8 +124,7 @@ def train(
     """
     config = trainer.config
     skipped = SkippedSteps()
-    allowed, before = allowed_skipped_rows(config), loader.state.skipped_rows
-    skipped_rows = SkippedRows(allowed, config.output_dir, trainer.groups, before)
+    allowed = allowed_skipped_rows(config)
     stopwatch = communication_stopwatch(trainer.groups.device)
     if observer is not None and held_out is not None:
         observer.writer.note("evaluating the initial model")
@@ -146,7 +145,9 @@ def train(
             done = step + 1
             left_out = int(metrics.get("data/skipped_rows", 0))
             loader.commit(left_out)
-            skipped_rows.count(done, loaded.skipped, left_out)
+            if left_out:
+                total = loader.state.skipped_rows
+                account_for(done, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
             skipped.count(trainer, result, done)
             metrics["train/skipped_steps"] = float(skipped.total)
             metrics |= data_metrics(loader)

@@ -1,4 +1,4 @@
-"""Rows that were left out because their data is damaged: written down, counted over all ranks, held to a budget."""
+"""Rows left out because their data is damaged: the same on all ranks of a replica, written down, within a budget."""
 
 import json
 import logging
@@ -45,49 +45,39 @@ def read_alike(batches: Iterator[LoadedBatch], filler_token: int, groups: Proces
         yield replace(loaded, rows=alike)
 
 
-class SkippedRows:
-    """The rows of a run that were left out so far, the same number on every rank.
+def account_for(
+    step: int, skipped: Sequence[SkippedRow], total: int, allowed: int, output_dir: Path, groups: ProcessGroups
+) -> None:
+    """Write down the rows that a step left out, and end the run if there have been too many.
+
+    All ranks call it after a step in which any of them left a row out.
 
     Args:
+        step: optimizer steps done, this one included.
+        skipped: the rows that this rank could not read.
+        total: rows that the run has left out so far, over all ranks, this step's included.
         allowed: how many there may be.
-        output_dir: where `data_errors.jsonl` gets one line for each, written by the first rank.
-        groups: of the run.
-        before: rows that the run had left out before it was resumed.
+        output_dir: where `data_errors.jsonl` gets one line for each row, written by the first rank.
+    Raises:
+        SkipBudgetError: on all ranks, if there are more than allowed.
+    Communication: over the world one gathering of descriptions, and one barrier so that no rank ends before they are
+        written.
     """
-
-    def __init__(self, allowed: int, output_dir: Path, groups: ProcessGroups, before: int):
-        self._allowed, self._path, self._groups = allowed, output_dir / ERRORS_NAME, groups
-        self.total = before
-
-    def count(self, step: int, skipped: Sequence[SkippedRow], everywhere: int) -> None:
-        """Add the rows of one step.
-
-        Args:
-            step: optimizer steps done, this one included.
-            skipped: those that this rank could not read.
-            everywhere: how many rows were left out in all, as every rank knows.
-        Raises:
-            SkipBudgetError: on all ranks, once there are more than allowed.
-        Communication: none in a step without such rows; else over the world one gathering of their descriptions and
-            one barrier, so that no rank ends before they are written.
-        """
-        if not everywhere:
-            return
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, [_described(step, row) for row in skipped])
-        # Most often all ranks of a replica tell of the same damage; any of them may be the only one.
-        by_row = {record["row"]: record for part in reversed(parts) for record in part}
-        records = [by_row[row] for row in sorted(by_row)]
-        self.total += everywhere
-        if self._groups.is_first:
-            _append(self._path, records)
-            logger.warning("step %d: %d rows left out, %d so far: %s", step, everywhere, self.total, records)
-        dist.barrier()
-        if self.total > self._allowed:
-            raise SkipBudgetError(
-                f"step {step}: {self.total} rows were left out because their data is damaged, and "
-                f"data.max_skipped_rows and data.max_skipped_share allow {self._allowed}; {self._path} lists them"
-            )
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [_described(step, row) for row in skipped])
+    # Most often all ranks of a replica tell of the same damage; any of them may be the only one.
+    by_row = {record["row"]: record for part in reversed(parts) for record in part}
+    records = [by_row[row] for row in sorted(by_row)]
+    path = output_dir / ERRORS_NAME
+    if groups.is_first:
+        _append(path, records)
+        logger.warning("step %d: %d rows left out, %d so far: %s", step, len(records), total, records)
+    dist.barrier()
+    if total > allowed:
+        raise SkipBudgetError(
+            f"step {step}: {total} rows were left out because their data is damaged, and "
+            f"data.max_skipped_rows and data.max_skipped_share allow {allowed}; {path} lists them"
+        )
 
 
 def _described(step: int, row: SkippedRow) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from ebft_mega.data.loader import SkippedRow
 from ebft_mega.errors import DamagedDataError, SkipBudgetError
-from ebft_mega.train.skipped_rows import ERRORS_NAME, SkippedRows
+from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 
 
 def row(number):
@@ -14,13 +14,10 @@ def row(number):
 
 
 def test_rows_are_written_down_and_stop_the_run_beyond_the_budget(groups, tmp_path):
-    account = SkippedRows(3, tmp_path, groups, before=0)
-    account.count(1, [], 0)
-    assert not (tmp_path / ERRORS_NAME).exists()
-    account.count(2, [row(5)], 1)
-    account.count(3, [row(9), row(10)], 2)
+    account_for(2, [row(5)], 1, 3, tmp_path, groups)
+    account_for(3, [row(9), row(10)], 3, 3, tmp_path, groups)
     with pytest.raises(SkipBudgetError, match=r"step 5: 4 rows were left out.* allow 3.*data_errors.jsonl") as caught:
-        account.count(5, [row(17)], 1)
+        account_for(5, [row(17)], 4, 3, tmp_path, groups)
     assert caught.value.exit_code == 4
     records = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
     assert [(record["step"], record["row"], record["row_in_batch"]) for record in records] == [
@@ -39,8 +36,3 @@ def test_rows_are_written_down_and_stop_the_run_beyond_the_budget(groups, tmp_pa
         "expected": "crc32 1",
         "found": "crc32 2",
     }
-
-
-def test_what_was_left_out_before_a_stop_counts(groups, tmp_path):
-    with pytest.raises(SkipBudgetError, match="4 rows"):
-        SkippedRows(3, tmp_path, groups, before=3).count(9, [row(40)], 1)
