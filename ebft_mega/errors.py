@@ -7,6 +7,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_HANG = 3
 EXIT_DAMAGED_DATA = 4
+EXIT_STOPPED = 75
 
 
 class EbftError(Exception):
@@ -57,6 +58,10 @@ class ConfigError(InputProblems):
 
 class InputError(InputProblems):
     """A file that the run needs (data set, tokenizer, model) is missing, damaged or of another kind."""
+
+
+class BrokenCheckpointError(InputProblems):
+    """A checkpoint folder is not whole, or its files are not those that were written."""
 
 
 class DamagedDataError(EbftError):

@@ -1,8 +1,4 @@
-"""Weights in Hugging Face's names and shapes, read tensor by tensor into a stage and written back out.
-
-A stage's parameter is packed from one or more Hugging Face tensors: megatron-core keeps query, key and value
-rows together per key-value group, and the MLP's gate above its up projection.
-"""
+"""Weights in Hugging Face's names and shapes, read tensor by tensor into a stage and written back out."""
 
 import hashlib
 import json
@@ -15,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +18,7 @@ from torch import Tensor, nn
 from ebft_mega.data.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import padded_vocabulary
+from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
 
@@ -35,6 +30,10 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """The full tensor of a Hugging Face name, on the CPU."""
+        ...
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """A part of it; no more than that is read where the source can do so."""
         ...
 
 
@@ -71,6 +70,12 @@ class SafetensorsWeights:
         """Read one tensor."""
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """Read a part of one tensor."""
+        with safe_open(self.files[name], "pt") as file:
+            part: Tensor = file.get_slice(name)[box]
+            return part
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -112,6 +117,10 @@ class RandomWeights:
         std = float(self.architecture.hf_config.get("initializer_range", 0.02))
         return torch.randn(shape, generator=generator) * std
 
+    def part(self, name: str, box: Box) -> Tensor:
+        """Draw one tensor and take a part of it."""
+        return self.tensor(name)[box]
+
 
 def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the model under its Hugging Face name.
@@ -144,105 +153,6 @@ def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict
     return shapes
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How one parameter of a stage is made of Hugging Face tensors: as slices, one per tensor-parallel rank."""
-
-    sources: tuple[str, ...]
-    to_slices: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-    from_slices: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-
-
-def packing_of(parameter: str, architecture: Architecture, first_layer: int, ranks: int) -> Packing:
-    """The packing of a stage's parameter.
-
-    Args:
-        parameter: name in `Stage.named_parameters()`.
-        first_layer: index in the model of the stage's first layer.
-        ranks: tensor-parallel size.
-    """
-    if parameter in ("embedding.weight", "head.weight"):
-        is_head = parameter == "head.weight" and not architecture.tie_word_embeddings
-        source = "lm_head.weight" if is_head else "model.embed_tokens.weight"
-        return _vocabulary_packing(source, architecture.vocab_size, ranks)
-    if parameter == "final_norm.weight":
-        return _whole_packing("model.norm.weight", ranks)
-    _, layer, rest = parameter.split(".", 2)
-    prefix = f"model.layers.{first_layer + int(layer)}."
-    norms = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    }
-    if rest in norms:
-        return _whole_packing(prefix + norms[rest], ranks)
-    if rest == "self_attention.linear_proj.weight":
-        return _input_packing(prefix + "self_attn.o_proj.weight", ranks)
-    if rest == "mlp.linear_fc2.weight":
-        return _input_packing(prefix + "mlp.down_proj.weight", ranks)
-    if rest == "mlp.linear_fc1.weight":
-        rows = architecture.intermediate_size // ranks
-        return _stacked_packing((prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"), (rows, rows), ranks)
-    kind = rest.removeprefix("self_attention.linear_qkv.")
-    sources = tuple(f"{prefix}self_attn.{name}_proj.{kind}" for name in "qkv")
-    query = architecture.num_attention_heads * architecture.head_dim
-    key_value = architecture.num_key_value_heads * architecture.head_dim
-    if architecture.num_key_value_heads < ranks:
-        # Query heads, then this rank's part of a key head and of its value head (`layers.SharedHeadsSelfAttention`).
-        return _stacked_packing(sources, (query // ranks, key_value // ranks, key_value // ranks), ranks)
-    return _grouped_packing(sources, (query, key_value, key_value), architecture.num_key_value_heads, ranks)
-
-
-def _whole_packing(source: str, ranks: int) -> Packing:
-    """The same tensor on every rank."""
-    return Packing((source,), lambda tensors: tensors * ranks, lambda slices: slices[:1])
-
-
-def _input_packing(source: str, ranks: int) -> Packing:
-    """A matrix whose input columns are shared out."""
-    return Packing(
-        (source,), lambda tensors: tensors[0].chunk(ranks, dim=1), lambda slices: (torch.cat(slices, dim=1),)
-    )
-
-
-def _vocabulary_packing(source: str, vocab_size: int, ranks: int) -> Packing:
-    """A matrix with one row per token; the rows that fill the vocabulary up are zero and belong to no file."""
-    filler = padded_vocabulary(vocab_size, ranks) - vocab_size
-
-    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return F.pad(tensors[0], (0, 0, 0, filler)).chunk(ranks)
-
-    return Packing((source,), to_slices, lambda slices: (torch.cat(slices)[:vocab_size],))
-
-
-def _stacked_packing(sources: tuple[str, ...], rows: tuple[int, ...], ranks: int) -> Packing:
-    """Several tensors whose output rows are shared out: a rank has `rows` of each, one tensor below the other."""
-
-    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(shares) for shares in zip(*(tensor.chunk(ranks) for tensor in tensors), strict=True))
-
-    def from_slices(slices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(shares) for shares in zip(*(part.split(rows) for part in slices), strict=True))
-
-    return Packing(sources, to_slices, from_slices)
-
-
-def _grouped_packing(sources: tuple[str, ...], rows: tuple[int, ...], groups: int, ranks: int) -> Packing:
-    """Query, key and value rows kept together per key-value group, and the groups shared out (megatron-core)."""
-    rows_per_group = [count // groups for count in rows]
-
-    def to_slices(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        grouped = torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1)
-        return tuple(part.flatten(0, 1) for part in grouped.chunk(ranks))
-
-    def from_slices(slices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        parts = torch.cat(slices).unflatten(0, (groups, -1)).split(rows_per_group, dim=1)
-        return tuple(part.flatten(0, 1) for part in parts)
-
-    return Packing(sources, to_slices, from_slices)
-
-
 def load_weights(
     stage: Stage,
     source: WeightSource,
@@ -256,14 +166,17 @@ def load_weights(
         is_reader: whether this rank reads the source (rank 0 of the partition's group, or everyone).
     Communication: that of `gathered`.
     """
-    groups = stage.groups
+    groups, shapes = stage.groups, hf_shapes(stage.architecture)
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
             with gathered(parameter):
                 if is_reader:
-                    tensors = tuple(source.tensor(hf_name) for hf_name in packing.sources)
-                    parameter.data.copy_(packing.to_slices(tensors)[groups.tensor_parallel_rank])
+                    boxes = (
+                        (hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank))
+                        for hf_name in packing.sources
+                    )
+                    parameter.data.copy_(packing.pack(tuple(source.part(*box) for box in boxes)))
 
 
 def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterator[tuple[str, Tensor]]:
@@ -288,7 +201,7 @@ def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterat
                     dist.all_gather(list(slices), parameter.contiguous(), group=groups.tensor_parallel)
                 else:
                     slices = (parameter,) * ranks
-                for pair in zip(packing.sources, packing.from_slices(slices), strict=True):
+                for pair in zip(packing.sources, packing.whole(slices), strict=True):
                     _announce(pair, groups)
                     yield pair
             _announce(None, groups)
