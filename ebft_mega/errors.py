@@ -64,6 +64,10 @@ class BrokenCheckpointError(InputProblems):
     """A checkpoint folder is not whole, or its files are not those that were written."""
 
 
+class CheckpointError(EbftError):
+    """A checkpoint could not be written, and the run was to stop with it or cannot do without it."""
+
+
 class DamagedDataError(EbftError):
     """Data that was whole before the run is damaged, shorter, gone or out of reach when it is read (exit code 4).
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.planner import describe_run  # noqa: E402
 from ebft_mega.config.validate import check_run  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.train.wishes import Signals  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +65,7 @@ def is_first_rank() -> bool:
 
 def main() -> int:
     """Run the job and return the exit code."""
+    started = time.monotonic()
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
     try:
@@ -74,9 +77,11 @@ def main() -> int:
             if is_first_rank():
                 print(describe_run(config, plan))
             return 0
+        # From here on a signal asks for a checkpoint instead of ending the process.
+        signals = Signals.listen() if trace_step is None else Signals()
         from ebft_mega.train.run import run_training
 
-        return run_training(config, plan, trace_step)
+        return run_training(config, plan, trace_step, signals, started)
     except EbftError as error:
         if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)

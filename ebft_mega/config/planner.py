@@ -13,6 +13,7 @@ from ebft_mega.config.supply import allowed_skipped_rows, rows_of_run
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.model.architecture import tapped_layers
 from ebft_mega.model.partition import StageShape
+from ebft_mega.model.sizes import CHECKPOINT_BYTES_PER_PARAMETER
 
 GIB_BYTES = 1 << 30
 
@@ -24,6 +25,7 @@ def describe_run(config: RunConfig, plan: RunPlan) -> str:
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),
+        _title("Checkpoints") + _checkpoint_text(config, plan),
         _title("Layout") + _layout_text(config, plan),
         _title("Each rank's part") + _parts_text(config, plan),
         _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan),
@@ -106,6 +108,30 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
     if plan.evaluation_rows:
         table.append(("held-out rows", f"{config.evaluation.rows:,} of {plan.evaluation_rows.rows_per_epoch:,}"))
     return _table(table)
+
+
+def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
+    """When there are checkpoints, and what they take."""
+    checkpoint, sizes = config.checkpoint, plan.parallel
+    size_bytes = CHECKPOINT_BYTES_PER_PARAMETER * plan.architecture.num_parameters
+    largest_part = max(part.parameters for part in rank_parts(config, plan))
+    held_bytes = CHECKPOINT_BYTES_PER_PARAMETER * largest_part / sizes.data_parallel
+    every = "only when the run is asked to save or to stop"
+    if checkpoint.interval is not None:
+        every = f"every {checkpoint.interval:,} optimizer steps, and after the last one"
+    kept = "all"
+    if checkpoint.keep_last is not None:
+        kept = f"the last {checkpoint.keep_last}"
+        if checkpoint.keep_every is not None:
+            kept += f", and those at multiples of {checkpoint.keep_every:,} steps"
+    return _table(
+        [
+            ("taken", every),
+            ("kept", kept),
+            ("size of one on the disk, GB", f"{size_bytes / 1e9:.3f}"),
+            ("host memory per rank while it is written, GB", f"at most about {held_bytes / 1e9:.3f}"),
+        ]
+    )
 
 
 def _layout_text(config: RunConfig, plan: RunPlan) -> str:

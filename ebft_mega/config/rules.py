@@ -15,12 +15,7 @@ from ebft_mega.model.architecture import Architecture
 
 # The values that are built; a later version that builds another one deletes its row.
 NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "train.max_run_minutes": (None,),
     "zero.offload_optimizer": ("none",),
-    "checkpoint.interval": (None,),
-    "checkpoint.keep_last": (None,),
-    "checkpoint.keep_every": (None,),
-    "checkpoint.resume": ("auto", "never"),
 }
 
 _STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
@@ -33,7 +28,7 @@ REFUSED_NAMES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"num_(local_)?experts\w*|n_routed_experts|\w*experts_per_tok|expert_parallel\w*|moe\w*|\w+_moe",
-        "mixture of experts is not part of this trainer: only dense Llama, Qwen2 and Qwen3 models are built",
+        "mixture of experts is not part of this trainer: only dense Llama, Mistral, Qwen2 and Qwen3 models are built",
     ),
     (
         r"q?lora\w*|peft\w*|adapter\w*",
@@ -246,6 +241,8 @@ def notes(config: RunConfig) -> list[str]:
             f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "
             f"({config.total_steps} steps): the learning rate never gets to train.lr."
         )
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep_last is None:
+        found.append("checkpoint.keep_every changes nothing: without checkpoint.keep_last all checkpoints are kept.")
     zero = config.zero
     if zero.stage < 3 and zero.hold_parameters != "rollout":
         found.append(

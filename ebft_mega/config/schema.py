@@ -61,7 +61,8 @@ class ModelConfig(Section):
     init_from: LocalPath | None = key(
         None,
         allowed=PATH,
-        meaning="Hugging Face model directory to start from: `config.json`, `*.safetensors` and a tokenizer.",
+        meaning="Model to start from: a Hugging Face directory (`config.json`, `*.safetensors`, a tokenizer), or a "
+        "checkpoint of another run, of which only the weights are taken.",
     )
     config: dict[str, Any] | None = key(
         None,
@@ -114,6 +115,12 @@ class DataConfig(Section):
         allowed="raise or skip",
         meaning="What happens when data turns out to be damaged in mid-run: the run ends with exit code 4, or the row "
         "is left out and recorded in `data_errors.jsonl`.",
+    )
+    allow_changed: bool = key(
+        False,
+        allowed="true or false",
+        meaning="(ours) Go on from a checkpoint although the data is not what it was saved with. Documents may then be "
+        "seen twice or missed.",
     )
     max_skipped_rows: int = key(
         100,
@@ -254,7 +261,7 @@ class EbftConfig(Section):
     feature_model: LocalPath | None = key(
         None,
         allowed=PATH,
-        meaning="(ours) Hugging Face directory of the frozen feature network; not set: the initial model.",
+        meaning="(ours) The frozen feature network, as `model.init_from`; not set: the initial model.",
     )
 
     @property
@@ -287,7 +294,11 @@ class TrainConfig(Section):
         meaning="Tokens of raw text to read; the run ends with the last whole optimizer step within it.",
     )
     max_run_minutes: float | None = key(
-        None, allowed="a number > 0, minutes", meaning="Wall time after which the run saves and stops.", gt=0
+        None,
+        allowed="a number > 0, minutes",
+        meaning="Wall time after which the run saves a checkpoint and stops (exit code 75). Leave the job's time limit "
+        "room for one step and one checkpoint.",
+        gt=0,
     )
     lr: float = key(1e-6, allowed="a number > 0", meaning="Highest learning rate.", gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = key(
@@ -367,19 +378,31 @@ class CheckpointConfig(Section):
     """Complete checkpoints during the run."""
 
     interval: int | None = key(
-        None, allowed=COUNT + ", optimizer steps", meaning="Optimizer steps between checkpoints.", ge=1
+        None,
+        allowed=COUNT + ", optimizer steps",
+        meaning="Optimizer steps between checkpoints, and one after the last step; not set: only when the run is asked "
+        "to save or to stop.",
+        ge=1,
     )
-    keep_last: int | None = key(None, allowed=COUNT, meaning="How many of the newest checkpoints are kept.", ge=1)
+    keep_last: int | None = key(
+        None, allowed=COUNT, meaning="How many of the newest checkpoints are kept; not set: all.", ge=1
+    )
     keep_every: int | None = key(
         None,
         allowed=COUNT + ", optimizer steps",
-        meaning="Checkpoints at multiples of this are kept for good.",
+        meaning="With `keep_last`: checkpoints at multiples of this are kept for good.",
         ge=1,
     )
     resume: Annotated[str, Field(min_length=1)] = key(
         "auto",
         allowed="auto, never or the path of a checkpoint",
-        meaning="`auto`: go on from the newest complete checkpoint in `output_dir`, if there is one.",
+        meaning="`auto`: go on from the newest complete checkpoint in `output_dir`, if there is one. A path (of a "
+        "checkpoint or of a run): go on from there, and after that from what the run itself has saved since.",
+    )
+    on_error: Literal["continue", "stop"] = key(
+        "continue",
+        allowed="continue or stop",
+        meaning="(ours) Whether a run goes on when a checkpoint cannot be written.",
     )
 
 

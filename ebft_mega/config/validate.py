@@ -165,6 +165,8 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
 
     if architecture and feature_architecture:
         problems += _vocabularies_differ(config, architecture, feature_architecture)
+    problems += _rows_longer_than_window(config, architecture, feature_architecture)
+    problems += _no_checkpoint_to_resume(config)
     problems += supply_problems(config, train_rows, evaluation_rows, architecture)
     if problems or not (sizes and architecture and feature_architecture and train_rows):
         raise InputError(problems)
@@ -225,6 +227,27 @@ def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Arch
     key = "ebft.feature_model"
     found = f"a vocabulary of {features.vocab_size} tokens"
     return [Problem(config.place(key), key, found, f"{policy.vocab_size} tokens, as the policy has")]
+
+
+def _rows_longer_than_window(
+    config: RunConfig, policy: Architecture | None, features: Architecture | None
+) -> list[Problem]:
+    """Every token attends to its whole prefix here, which a model with a sliding window has not learned."""
+    problems = []
+    for model in {id(model): model for model in (policy, features) if model}.values():
+        if model.sliding_window is not None and config.data.sequence_length > model.sliding_window:
+            key, found = "data.sequence_length", f"{config.data.sequence_length} tokens"
+            expected = f"at most the {model.sliding_window} tokens of the model's sliding_window"
+            problems.append(Problem(config.place(key), key, found, expected))
+    return problems
+
+
+def _no_checkpoint_to_resume(config: RunConfig) -> list[Problem]:
+    resume = config.checkpoint.resume
+    if resume in ("auto", "never") or Path(resume).is_dir():
+        return []
+    key, expected = "checkpoint.resume", "auto, never or the directory of a checkpoint or of a run"
+    return [Problem(config.place(key), key, f"{resume!r}, which is no directory", expected)]
 
 
 def _length_notes(config: RunConfig, architecture: Architecture) -> list[str]:

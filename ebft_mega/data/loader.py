@@ -1,9 +1,13 @@
 """Global batches of rows, this rank's slice of each, read ahead by a thread or by worker processes."""
 
 import itertools
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +25,8 @@ from ebft_mega.errors import DamagedDataError
 from ebft_mega.types import TokenBatch
 
 PREFETCH_BATCHES = 2  # read ahead by the thread, or by each worker process
+# Wishes that a run ends well. They are for the rank alone, also when a launcher or a shell sends them to everybody.
+SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGUSR1)
 
 OnError = Literal["raise", "skip"]
 
@@ -249,7 +255,7 @@ def _with_processes(
     reader: _BatchReader, numbers: Iterator[int], workers: int, pin_memory: bool
 ) -> Iterator[LoadedBatch | DamagedDataError]:
     """Reads the batches ahead in forked processes, each a whole batch in turn; they arrive in order."""
-    deliveries: Iterable[_ReadRows | LoadedBatch | DamagedDataError] = DataLoader(
+    loader: Iterable[_ReadRows | LoadedBatch | DamagedDataError] = DataLoader(
         reader,
         batch_size=None,
         sampler=_Numbers(numbers),
@@ -258,11 +264,41 @@ def _with_processes(
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH_BATCHES,
         multiprocessing_context="fork",
+        worker_init_fn=_heed_the_parent_only,
         # Without a generator of its own it would draw from the run's global one.
         generator=torch.Generator(),
     )
+    with _held_back(SIGNALS_OF_THE_RANK):  # forks take this over: no signal comes before they are ready for it
+        deliveries = iter(loader)
     for delivery in deliveries:
         yield delivery.batch() if isinstance(delivery, _ReadRows) else delivery  # else pinned, or an error
+
+
+@contextmanager
+def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Lets signals to this thread wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_the_parent_only(worker: int) -> None:
+    """Makes a worker process deaf to the rank's signals, but for a SIGTERM of the rank itself.
+
+    With that one torch and Python end a worker that does not come to its end, and wait for it then.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+            if sender == parent or os.getppid() != parent:
+                os._exit(0)
+
+    # The signals stay held back, as they were in the parent when it forked.
+    threading.Thread(target=watch, name="worker-signals", daemon=True).start()
 
 
 class _Numbers:

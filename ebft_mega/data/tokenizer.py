@@ -144,7 +144,7 @@ def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
     if _main_file(source) is None:
         raise bad_input(str(source), "tokenizer", "no tokenizer", "a tokenizer directory")
     destination.mkdir(parents=True, exist_ok=True)
-    for path in _files(source):
+    for path in tokenizer_files(source):
         shutil.copyfile(path, destination / path.name)
 
 
@@ -155,7 +155,8 @@ def _main_file(directory: Path) -> Path | None:
     return None
 
 
-def _files(directory: Path) -> tuple[Path, ...]:
+def tokenizer_files(directory: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer that are there, and nothing else of its directory."""
     return tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
 
 
@@ -174,7 +175,7 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         vocab_size=processor.vocab_size(),
         eos_id=eos_id,
         sha256=str(tokenizer_sha256(path.parent)),
-        files=_files(path.parent),
+        files=tokenizer_files(path.parent),
         processor=processor,
         meta_space_ids=_meta_space_ids(processor),
     )
@@ -207,7 +208,7 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=_eos_from_config(path.parent, backend.token_to_id),
         sha256=str(tokenizer_sha256(path.parent)),
-        files=_files(path.parent),
+        files=tokenizer_files(path.parent),
         backend=backend,
     )
 

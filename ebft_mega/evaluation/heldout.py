@@ -5,7 +5,7 @@ row, so that two models are compared under the same draws. Where documents are i
 over the blocks that lie within one document; a row without any has none of them, for every model alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    policy: PipelinedModel, feature_network: FeatureNetwork | None, rows: TokenBatch, settings: EvaluationSettings
+    policy: PipelinedModel,
+    feature_network: FeatureNetwork | None,
+    rows: TokenBatch,
+    settings: EvaluationSettings,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate this replica's held-out rows.
 
@@ -91,6 +95,8 @@ def evaluate(
         feature_network: None evaluates the cross-entropy alone.
         rows: held-out rows, `row_indices` counting over all replicas. Replicas with partitioned parameters must have
             equally many (`TokenBatch.filled_up`): every pass gathers. Filler is left out of the figures.
+        before_each: called before each few micro-batches, equally often on all ranks; what it raises ends the
+            evaluation.
     Returns:
         Evaluation, the same on every rank of the replica.
     Communication: that of scoring, generation and `FeatureNetwork.grams`; `merge` puts the replicas together.
@@ -98,10 +104,10 @@ def evaluate(
     batches = rows.split(settings.micro_batch_size)
     # Enough at a time to keep every pipeline stage busy; tapped rows are held for as many.
     together = BATCHES_PER_STAGE * policy.groups.pipeline_size
-    parts = [
-        _evaluate_together(policy, feature_network, batches[first : first + together], settings)
-        for first in range(0, len(batches), together)
-    ]
+    parts = []
+    for first in range(0, len(batches), together):
+        before_each()
+        parts.append(_evaluate_together(policy, feature_network, batches[first : first + together], settings))
     return merge(parts)
 
 

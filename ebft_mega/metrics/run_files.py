@@ -81,11 +81,11 @@ def failure_on_record(output_dir: Path) -> int | None:
     return int(status["exit_code"]) if status["state"] == "failed" else None
 
 
-def record_failure(output_dir: Path, exit_code: int, step: int) -> int:
+def record_failure(output_dir: Path, exit_code: int, step: int, checkpoint: str | None = None) -> int:
     """Write `failed` to `status.json` unless a rank of this run has already: the first failure is the cause.
 
     Args:
-        output_dir, step: as for `write_status`.
+        output_dir, step, checkpoint: as for `write_status`.
         exit_code: what this rank would end with.
     Returns:
         The exit code on record, with which every rank ends.
@@ -93,7 +93,7 @@ def record_failure(output_dir: Path, exit_code: int, step: int) -> int:
     earlier = failure_on_record(output_dir)
     if earlier is not None:
         return earlier
-    write_status(output_dir, "failed", exit_code, step, checkpoint=None)
+    write_status(output_dir, "failed", exit_code, step, checkpoint)
     return exit_code
 
 

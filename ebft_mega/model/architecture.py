@@ -1,20 +1,31 @@
 """What a decoder-only model looks like, read from a Hugging Face `config.json`: pure Python, no torch."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ebft_mega.errors import InputError, Problem
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# Hugging Face's names of the classes, by model type.
+CAUSAL_LM_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # A config may point the loader at code; nothing from a model directory is ever executed here.
-REFUSED_KEYS = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "trust_remote_code")
+CODE_KEYS = (
+    *("auto_map", "custom_pipelines", "trust_remote_code"),
+    *("_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
+)
+_MISTRAL_WINDOW = 4096  # where a Mistral config does not say
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches of a Llama, Qwen2 or Qwen3 model; field names follow Hugging Face."""
+    """Sizes and switches of a Llama, Mistral, Qwen2 or Qwen3 model; field names follow Hugging Face."""
 
     model_type: str
     vocab_size: int
@@ -28,6 +39,9 @@ class Architecture:
     rms_norm_eps: float
     tie_word_embeddings: bool
     hf_config: dict[str, Any]  # the whole config, for rotary frequencies and for export
+    # Positions that a token may look back at, itself among them (Mistral); None: all. The layers know no window, so
+    # rows must not be longer.
+    sliding_window: int | None = None
 
     @property
     def qkv_bias(self) -> bool:
@@ -66,48 +80,12 @@ class Architecture:
         Raises:
             InputError: every unsupported or missing field at once.
         """
-        problems: list[Problem] = []
-
-        def refuse(key: str, found: Any, expected: str) -> None:
-            problems.append(Problem(where, key, repr(found), expected))
-
-        for key in REFUSED_KEYS:
-            if config.get(key):
-                refuse(key, config[key], "no such key: code or kernels named by a model directory are never run")
-        model_type = config.get("model_type")
-        if model_type not in MODEL_TYPES:
-            refuse("model_type", model_type, "one of " + ", ".join(MODEL_TYPES))
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
-            value = config.get(key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                refuse(key, value, "a positive integer")
-        if problems:
-            raise InputError(problems)
-
+        # Later checks count on what the earlier ones let pass.
+        for check in (_unsupported_kind, _unsupported_sizes, _unsupported_switches):
+            problems = [Problem(where, key, repr(found), expected) for key, found, expected in check(config)]
+            if problems:
+                raise InputError(problems)
         heads = config["num_attention_heads"]
-        groups = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        if not isinstance(groups, int) or heads % groups:
-            refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
-        if not isinstance(head_dim, int) or head_dim % 2 or head_dim < 2:
-            refuse("head_dim", head_dim, "an even number")
-        if config.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", config["hidden_act"], "'silu'")
-        for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            if config.get(key):
-                refuse(key, config[key], "false: not yet supported")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear", "llama3"):
-            refuse("rope_parameters.rope_type", rope_type, "default, linear or llama3")
-        if problems:
-            raise InputError(problems)
         return cls(
             model_type=config["model_type"],
             vocab_size=config["vocab_size"],
@@ -115,12 +93,13 @@ class Architecture:
             intermediate_size=config["intermediate_size"],
             num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=groups,
-            head_dim=head_dim,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=config.get("max_position_embeddings") or 2048,
             rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             hf_config=dict(config),
+            sliding_window=_sliding_window(config),
         )
 
     @classmethod
@@ -139,7 +118,104 @@ class Architecture:
             ) from None
         except json.JSONDecodeError as error:
             raise InputError([Problem(f"{path}:{error.lineno}", "config.json", error.msg, "JSON")]) from None
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise InputError([Problem(str(path), "config.json", str(error), "JSON")]) from None
+        if not isinstance(config, dict):
+            raise InputError([Problem(str(path), "config.json", f"a JSON {type(config).__name__}", "a JSON object")])
         return cls.from_hf(config, str(path))
+
+    def exported_config(self, dtype: str) -> dict[str, Any]:
+        """Contents of `config.json` for weights of a dtype.
+
+        What was read is kept, and what a missing key was taken for is written out, so that no other reader takes it
+        for something else.
+
+        Args:
+            dtype: torch's name of it: float32, bfloat16, ...
+        """
+        read_as: dict[str, Any] = {
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        if self.model_type == "mistral":
+            read_as["sliding_window"] = self.sliding_window
+        # transformers 5 reads `dtype` and falls back on the older name; older versions know only that one.
+        written_as = {"architectures": [CAUSAL_LM_CLASSES[self.model_type]], "dtype": dtype, "torch_dtype": dtype}
+        return {**self.hf_config, **read_as, **written_as}
+
+
+# A key, what stands there, what would be valid.
+Refusal = tuple[str, Any, str]
+
+
+def _unsupported_kind(config: dict[str, Any]) -> Iterator[Refusal]:
+    """Another kind of model, code, or fields without which nothing else can be said."""
+    for key, value in code_keys(config):
+        yield key, value, "no such key: code or kernels named by a model directory are never run"
+    if config.get("quantization_config"):
+        yield "quantization_config", config["quantization_config"], "no such key: weights of 16 or 32 bits"
+    model_type = config.get("model_type")
+    if model_type not in CAUSAL_LM_CLASSES:
+        yield "model_type", model_type, "one of " + ", ".join(CAUSAL_LM_CLASSES)
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not _is_count(config.get(key)):
+            yield key, config.get(key), "a positive integer"
+
+
+def _unsupported_sizes(config: dict[str, Any]) -> Iterator[Refusal]:
+    """Sizes that do not go together."""
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    if not _is_count(groups) or heads % groups:
+        yield "num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})"
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if not _is_count(head_dim) or head_dim % 2:
+        yield "head_dim", head_dim, "an even number"
+    window = _sliding_window(config)
+    if window is not None and not _is_count(window):
+        yield "sliding_window", window, "null or a positive number of positions"
+    if not _is_count(config.get("max_position_embeddings") or 1):
+        yield "max_position_embeddings", config["max_position_embeddings"], "a positive number of positions"
+
+
+def _unsupported_switches(config: dict[str, Any]) -> Iterator[Refusal]:
+    """Variants that the layers here do not have."""
+    if config.get("hidden_act", "silu") != "silu":
+        yield "hidden_act", config["hidden_act"], "'silu'"
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if config.get(key):
+            yield key, config[key], "false: not yet supported"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "linear", "llama3"):
+        yield "rope_parameters.rope_type", rope_type, "default, linear or llama3"
+    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotated not in (None, 1):
+        yield "partial_rotary_factor", rotated, "1: heads are rotated whole"
+    windowed = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if windowed:
+        yield "layer_types", windowed[0], "full_attention for every layer"
+
+
+def _sliding_window(config: dict[str, Any]) -> Any:
+    """Only Mistral has one without saying so; Qwen's is behind a switch."""
+    return config.get("sliding_window", _MISTRAL_WINDOW) if config["model_type"] == "mistral" else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def code_keys(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of a Hugging Face JSON file that name code, at any depth, with their values."""
+    for key, value in config.items():
+        if key in CODE_KEYS and value:
+            yield prefix + key, value
+        elif isinstance(value, dict):
+            yield from code_keys(value, f"{prefix}{key}.")
 
 
 def tapped_layers(fractions: list[float] | tuple[float, ...], num_layers: int) -> tuple[int, ...]:

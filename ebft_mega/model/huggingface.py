@@ -1,9 +1,8 @@
 """Weights in Hugging Face's names and shapes, read tensor by tensor into a stage and written back out."""
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,25 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from ebft_mega.data.output import flush_to_disk, new_directory
 from ebft_mega.data.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.model_directory import plan_shards, write_json, write_shards
 from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weight_files import StoredTensor, stored_tensors
 from ebft_mega.parallel.groups import ProcessGroups
 
 SHARD_BYTES = 4 * 2**30
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+READABLE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Rotary frequencies, which follow from the configuration; old versions of transformers stored them.
+_FORMER_BUFFER = ".rotary_emb.inv_freq"
 
 
 class WeightSource(Protocol):
@@ -37,62 +43,97 @@ class WeightSource(Protocol):
         ...
 
 
+class InitialWeights(WeightSource, Protocol):
+    """A source that says what its weights are, wherever they lie."""
+
+    def pieces(self) -> list[str]:
+        """Names of the parts that have a hash of their own."""
+        ...
+
+    def digest(self, piece: str) -> str:
+        """The sha256 of a part, in hexadecimal; it may have to be read."""
+        ...
+
+
+def identity(digests: Mapping[str, str]) -> str:
+    """What a model's weights are, in one hash.
+
+    Args:
+        digests: of all pieces of an `InitialWeights`, by name.
+    """
+    return hashlib.sha256("".join(f"{piece}={digests[piece]}\n" for piece in sorted(digests)).encode()).hexdigest()
+
+
 class SafetensorsWeights:
-    """Weights of a Hugging Face directory; each call reads one tensor from its file."""
+    """Weights of a Hugging Face directory; each call reads one tensor, or a part of it, from its file."""
 
     def __init__(self, directory: Path, architecture: Architecture, num_layers: int | None = None):
-        """Check that every tensor is there with its shape.
+        """Check that every tensor is there with its shape, in a dtype that can be read, and that nothing else is.
 
         Args:
             directory: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
             num_layers: check (and need) only the lowest layers, and no head; None: the whole model.
         Raises:
-            InputError: missing or unreadable files, missing tensors, wrong shapes, all at once.
+            InputError: missing, cut off or contradictory files, or else tensors that do not fit, all at once.
         """
-        self.directory = directory
-        self.files = _tensor_files(directory)
-        problems = []
-        for name, shape in hf_shapes(architecture, num_layers).items():
-            if name not in self.files:
-                problems.append(Problem(str(directory), name, "no such tensor", f"shape {shape}"))
-                continue
-            found = self._shape(name)
-            if found != shape:
-                problems.append(Problem(str(self.files[name]), name, f"shape {found}", f"shape {shape}"))
+        stored, problems = stored_tensors(directory)
+        self._shapes = hf_shapes(architecture, num_layers)
+        problems = problems or _unfitting(directory, stored, architecture, self._shapes)
         if problems:
             raise InputError(problems)
+        self._stored = {name: stored[name] for name in self._shapes}
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.files[name], "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every tensor as it is stored."""
+        return {name: READABLE_DTYPES[stored.dtype] for name, stored in self._stored.items()}
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        with safe_open(self.files[name], "pt") as file:
+        with safe_open(self._stored[name].file, "pt") as file:
             return file.get_tensor(name)
 
     def part(self, name: str, box: Box) -> Tensor:
         """Read a part of one tensor."""
-        with safe_open(self.files[name], "pt") as file:
+        with safe_open(self._stored[name].file, "pt") as file:
             part: Tensor = file.get_slice(name)[box]
             return part
 
+    def pieces(self) -> list[str]:
+        """The files that hold the tensors."""
+        return sorted(self._files)
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor in a model directory."""
-    index_path = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    try:
-        if index_path.exists():
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            return {name: directory / Path(file).name for name, file in weight_map.items()}
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except FileNotFoundError:
-        problem = Problem(str(directory), "model.safetensors", "no such file", "safetensors weights")
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        problem = Problem(str(directory), "safetensors", f"unreadable: {error}", "safetensors weights")
-    raise InputError([problem])
+    def digest(self, piece: str) -> str:
+        """Hash of a file's contents."""
+        with self._files[piece].open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def _files(self) -> dict[str, Path]:
+        return {stored.file.name: stored.file for stored in self._stored.values()}
+
+
+def _unfitting(
+    directory: Path, stored: Mapping[str, StoredTensor], architecture: Architecture, needed: Mapping[str, Sequence[int]]
+) -> list[Problem]:
+    """Tensors that are missing, misshapen, of a dtype that is no weight's, or not part of the model."""
+    problems = []
+    for name, shape in needed.items():
+        if name not in stored:
+            problems.append(Problem(str(directory), name, "no such tensor", f"shape {shape}"))
+            continue
+        where, tensor = str(stored[name].file), stored[name]
+        if tensor.shape != shape:
+            problems.append(Problem(where, name, f"shape {tensor.shape}", f"shape {shape}"))
+        if tensor.dtype not in READABLE_DTYPES:
+            problems.append(Problem(where, name, f"dtype {tensor.dtype}", f"one of {', '.join(READABLE_DTYPES)}"))
+    known = {*hf_shapes(architecture), "lm_head.weight"}  # some write a tied head all the same
+    problems += [
+        Problem(str(tensor.file), name, "a tensor", f"none of this name in a {architecture.model_type} model")
+        for name, tensor in stored.items()
+        if name not in known and not name.endswith(_FORMER_BUFFER)
+    ]
+    return problems
 
 
 @dataclass(frozen=True)
@@ -121,9 +162,17 @@ class RandomWeights:
         """Draw one tensor and take a part of it."""
         return self.tensor(name)[box]
 
+    def pieces(self) -> list[str]:
+        """The tensors."""
+        return list(hf_shapes(self.architecture))
+
+    def digest(self, piece: str) -> str:
+        """Hash of a tensor's float32 values, which are drawn for it."""
+        return hashlib.sha256(self.tensor(piece).numpy().data).hexdigest()
+
 
 def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the model under its Hugging Face name.
+    """Shape of every tensor of the model under its Hugging Face name, in the order in which `hf_tensors` yields them.
 
     Args:
         num_layers: only the embedding and this many layers (a feature network); None: the whole model.
@@ -134,15 +183,14 @@ def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict
     for layer in range(a.num_hidden_layers if num_layers is None else num_layers):
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (a.hidden_size,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (a.hidden_size,)
-        for name, rows in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
-            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden_size)
-            if a.qkv_bias:
-                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-        if a.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (a.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (a.head_dim,)
         shapes[prefix + "self_attn.o_proj.weight"] = (a.hidden_size, query)
+        projections = {"q": query, "k": key_value, "v": key_value}
+        shapes |= {f"{prefix}self_attn.{kind}_proj.weight": (rows, a.hidden_size) for kind, rows in projections.items()}
+        if a.qkv_bias:
+            shapes |= {f"{prefix}self_attn.{kind}_proj.bias": (rows,) for kind, rows in projections.items()}
+        if a.qk_norm:
+            shapes |= {f"{prefix}self_attn.{kind}_norm.weight": (a.head_dim,) for kind in "qk"}
+        shapes[prefix + "post_attention_layernorm.weight"] = (a.hidden_size,)
         shapes[prefix + "mlp.gate_proj.weight"] = (a.intermediate_size, a.hidden_size)
         shapes[prefix + "mlp.up_proj.weight"] = (a.intermediate_size, a.hidden_size)
         shapes[prefix + "mlp.down_proj.weight"] = (a.hidden_size, a.intermediate_size)
@@ -236,54 +284,39 @@ def _hear(stage: int, groups: ProcessGroups) -> tuple[str, Tensor] | None:
 def write_model(
     directory: Path,
     architecture: Architecture,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     tokenizer: Path | None = None,
+    generation_config: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = True,
 ) -> None:
-    """Write a Hugging Face model directory, at most one shard of tensors in memory.
+    """Write a Hugging Face model directory, tensor by tensor.
 
-    The files are written under a temporary name beside `directory` and renamed when they are complete.
+    The files are written under another name beside `directory` and take its place when all of them are on the disk.
+
+    Memory: beside what `tensors` holds by itself, one tensor.
 
     Args:
-        tensors: Hugging Face names with full tensors.
+        tensors: Hugging Face names with full tensors, in the order of `hf_shapes`; read to the end.
         dtype: of the written weights.
         tokenizer: directory of the tokenizer to put beside the weights.
+        generation_config: a `generation_config.json` to put beside them.
+        shard_bytes: how many bytes of tensors a file may have.
+        overwrite: whether a model that is there already may be replaced.
+    Raises:
+        InputError: what stands at `directory` may not be replaced: another kind of directory, say.
+        ValueError: `tensors` are not those of the architecture.
+        OSError: the disk is full or gone. Then, too, what stood at `directory` is unharmed.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, partial / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * dtype.itemsize
-        if pending and sum(t.numel() * dtype.itemsize for t in pending.values()) + size > shard_bytes:
-            flush()
-        pending[name] = tensor.detach().to("cpu", dtype).contiguous().clone()
-        total += size
-    flush()
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (partial / f"shard-{index}.safetensors").rename(partial / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        (partial / "model.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
-    config = {**architecture.hf_config, "torch_dtype": str(dtype).removeprefix("torch.")}
-    config["architectures"] = [
-        {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[architecture.model_type]
-    ]
-    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    shards = plan_shards(hf_shapes(architecture), dtype, shard_bytes)
+    with new_directory(directory, CONFIG_NAME, overwrite) as partial:
+        write_shards(partial, shards, tensors)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial)
+        if generation_config is not None:
+            shutil.copyfile(generation_config, partial / GENERATION_CONFIG_NAME)
+        write_json(partial / CONFIG_NAME, architecture.exported_config(str(dtype).removeprefix("torch.")))
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+    flush_to_disk(directory.absolute().parent)

@@ -2,3 +2,6 @@
 
 HEAD_ROWS = 512
 """Rows that one chunk of the language-model head covers: logits of at most this many rows exist at a time."""
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""What a checkpoint holds of each parameter: the float32 weight and AdamW's two moments."""

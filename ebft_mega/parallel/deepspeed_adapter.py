@@ -3,7 +3,7 @@
 Workarounds name what happens without them; `tests/distributed/test_zero_traps.py` shows it. Not worked round, but kept
 to: a stage calls its own submodules (a weight that is read without calling its module is not gathered), runs one
 backward pass per forward pass (several within one would reduce a parameter twice), is built anew rather than copied,
-and is saved through `local_parameters` (a partitioned module's state_dict is empty).
+and is saved through `state_tensors` (a partitioned module's state_dict is empty).
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft_mega.parallel.groups import ProcessGroups
@@ -28,6 +29,7 @@ from ebft_mega.parallel.optimizer import (
     runner,
     sum_over,
 )
+from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.replicated import replicated_module
 from ebft_mega.parallel.roles import ParameterRole
 
@@ -144,12 +146,79 @@ class DeepSpeedEngine:
     def _run_by_layer(self, compute: Callable[[Any], Any]) -> Any:
         return self._engine(compute)
 
-    def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `ZeroEngine`."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
+    def state_tensors(self, kind: StateKind) -> Iterator[tuple[str, Tensor]]:
+        """See `ZeroEngine`; a new tensor each."""
         for name, parameter in self.module.named_parameters():
-            yield name, safe_get_full_fp32_param(parameter)
+            yield name, self._whole_state(kind, parameter)
+
+    @property
+    def applied_updates(self) -> int:
+        """See `ZeroEngine`."""
+        return applied_updates(self._engine.optimizer.optimizer, self._flat_partitions())
+
+    def prepare_moments(self, applied_updates: int) -> None:
+        """Make AdamW's state where there is none yet, and set its count.
+
+        Without it a fresh engine has nothing to put moments into (KeyError).
+        """
+        prepare_moments(self._engine.optimizer.optimizer, self._flat_partitions(), applied_updates)
+
+    def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace a parameter's master weight or moment, after `prepare_moments`.
+
+        Args:
+            value: the whole parameter's, float32; every rank keeps its partition.
+        """
+        if self._stage == 3:
+            set_partition(kind, parameter, value, self._groups.data_parallel_rank)
+        elif (found := self._fragment(kind, parameter)) is not None:
+            fragment, start = found
+            fragment.copy_(value.flatten()[start : start + len(fragment)])
+
+    def _whole_state(self, kind: StateKind, parameter: Any) -> Tensor:
+        """A parameter's whole master weight or moment, on every rank."""
+        if kind != "weights" and self.applied_updates == 0:
+            # AdamW makes its moments in its first step.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            return torch.zeros(shape, dtype=torch.float32, device=self._groups.device)
+        if self._stage < 3:
+            found = self._fragment(kind, parameter)
+            return whole_of_fragments(parameter, found, self._groups.data_parallel)
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        whole: Tensor
+        if kind == "weights":
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
+        return whole
+
+    def _fragment(self, kind: StateKind, parameter: Any) -> tuple[Tensor, int] | None:
+        """This rank's part of a parameter's master weight or moment below stage 3, and where in it the part begins.
+
+        The optimizer's own storage. DeepSpeed's functions find moments through links, which it makes after the first
+        group's first step: the parameters of all other groups are left without.
+        """
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._flat_partitions()[self._places[parameter][0]]
+        if kind != "weights":
+            flat = self._engine.optimizer.optimizer.state[flat][kind]
+        address = mapping.hp_fragment_address
+        return flat.detach().narrow(0, address.start, address.numel), mapping.lp_fragment_address.start
+
+    def _flat_partitions(self) -> Sequence[Tensor]:
+        """What AdamW steps on: this rank's float32 partition of each group of parameters."""
+        optimizer = self._engine.optimizer
+        partitions: Sequence[Tensor]
+        if self._whole_gradients:
+            partitions = optimizer.fp32_groups_flat_partition
+        elif self._stage == 3:
+            partitions = optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = optimizer.single_partition_of_fp32_groups
+        return partitions
 
     def _begin_backward(self) -> None:
         """Tell the optimizer that a new micro-batch's gradients come.
@@ -392,6 +461,44 @@ def view_of(module: nn.Module, build_stage: Callable[[], nn.Module]) -> nn.Modul
         for name, parameter in owner.named_parameters(recurse=False):
             setattr(twin, name, parameter)
     return view.eval()
+
+
+def whole_of_fragments(parameter: Tensor, own: tuple[Tensor, int] | None, group: dist.ProcessGroup) -> Tensor:
+    """A parameter's master weight or moment from the ranks' fragments of it, bit for bit.
+
+    DeepSpeed's own function adds fragments up as numbers, which makes a positive zero of a negative one; here their
+    bits are added to bits that are not set anywhere else.
+
+    Args:
+        own: this rank's fragment, float32, and where it begins; None: it has none.
+    Communication: one all-reduce of 4 bytes per element.
+    """
+    bits = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
+    if own is not None:
+        fragment, start = own
+        bits[start : start + len(fragment)] = fragment.view(torch.int32)
+    dist.all_reduce(bits, group=group)
+    return bits.view(torch.float32).view_as(parameter)
+
+
+def set_partition(kind: StateKind, parameter: Any, value: Tensor, data_parallel_rank: int) -> None:
+    """Replace this rank's partition of a parameter's master weight or moment (stage 3).
+
+    DeepSpeed's function for whole values fails on the last ranks where a parameter's elements do not divide evenly:
+    their partitions are longer than what is left of it.
+
+    Args:
+        value: the whole parameter's, float32.
+    """
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    part = value.flatten()[data_parallel_rank * size : (data_parallel_rank + 1) * size]
+    part = F.pad(part, (0, size - len(part)))
+    if kind == "weights":
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, kind)
 
 
 def gather(parameters: Iterable[Any]) -> list[Any]:

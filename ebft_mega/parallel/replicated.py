@@ -23,6 +23,7 @@ from ebft_mega.parallel.optimizer import (
     runner,
     sum_over,
 )
+from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 
 
@@ -91,10 +92,31 @@ class ReplicatedEngine:
         """See `ZeroEngine`."""
         yield runner(self.module, recording)
 
-    def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `ZeroEngine`."""
+    def state_tensors(self, kind: StateKind) -> Iterator[tuple[str, Tensor]]:
+        """See `ZeroEngine`; the engine's own storage."""
         for name, parameter in self.module.named_parameters():
-            yield name, self._masters[parameter]
+            yield name, self._state(kind, parameter)
+
+    @property
+    def applied_updates(self) -> int:
+        """See `ZeroEngine`."""
+        return applied_updates(self._optimizer, self._masters.values())
+
+    def prepare_moments(self, applied_updates: int) -> None:
+        """Make AdamW's state where there is none yet, and set its count."""
+        prepare_moments(self._optimizer, self._masters.values(), applied_updates)
+
+    def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace a parameter's master weight or moment, after `prepare_moments`."""
+        self._state(kind, parameter).copy_(value)
+
+    def _state(self, kind: StateKind, parameter: nn.Parameter) -> Tensor:
+        master = self._masters[parameter]
+        if kind == "weights":
+            return master
+        state = self._optimizer.state.get(master)
+        moment: Tensor = state[kind] if state else torch.zeros_like(master)
+        return moment
 
     def _accumulate(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None, "the hook runs when there is a gradient"

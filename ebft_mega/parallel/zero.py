@@ -1,15 +1,18 @@
 """Stages whose training state is divided over data-parallel ranks (ZeRO stages 0 to 3), one interface for all."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, frozen_config, gather, partitioned_module, release
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update, runner
+from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, StateReader, share_out
 from ebft_mega.parallel.replicated import ReplicatedEngine
 from ebft_mega.parallel.roles import ParameterRole
 
@@ -48,6 +51,7 @@ class ZeroEngine:
         """
         kind = ReplicatedEngine if settings.zero_stage == 0 else DeepSpeedEngine
         self._engine: ReplicatedEngine | DeepSpeedEngine = kind(build_stage, load, roles, settings, groups)
+        self._groups = groups
 
     @property
     def module(self) -> nn.Module:
@@ -101,11 +105,63 @@ class ZeroEngine:
         return self._engine.whole_parameters(recording)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 master weight of each of this stage's parameters, one at a time, whole on every rank.
+        """Name and float32 master weight of each of this stage's parameters; see `state_tensors`."""
+        return self.state_tensors("weights")
 
-        Communication: at stages 1 to 3 one collective of the parameter's size for each.
+    def state_tensors(self, kind: StateKind) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 state of each of this stage's parameters, one at a time, whole on every rank.
+
+        Moments are zero before the first update. Padding of partitions is left out.
+
+        Args:
+            kind: one of `STATE_KINDS`.
+        Returns:
+            Tensors to read, in the order of `named_parameters`. At stage 0 they are the engine's own: copy what has
+            to last.
+        Communication: over the data-parallel group, for each parameter: none at stage 0; at stages 1 and 2 one
+            all-reduce of 4 bytes per element; at stage 3 one all-gather of 4 bytes per element and padding. None for
+            moments before the first update.
         """
-        return self._engine.local_parameters()
+        return self._engine.state_tensors(kind)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each of this stage's parameters, also where they are partitioned."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    @property
+    def applied_updates(self) -> int:
+        """How often AdamW has been applied to this stage; steps that were skipped do not count."""
+        return self._engine.applied_updates
+
+    @torch.no_grad()
+    def restore(self, read: StateReader, applied_updates: int) -> None:
+        """Replace the whole state of the optimizer: master weights, moments and the count of updates.
+
+        The parameters that passes compute with stay as they are, so the stage must have been filled with the same
+        weights: a master weight rounded to `settings.dtype` is what the engine has then.
+
+        Args:
+            read: called for every kind of state and every parameter on one data-parallel rank each; returns its whole
+                float32 value, on any device. If it raises, the other ranks are left waiting for this one.
+            applied_updates: see there.
+        Communication: for each kind and parameter one broadcast of 4 bytes per element over the data-parallel group.
+        """
+        self._engine.prepare_moments(applied_updates)
+        shapes, groups = self.parameter_shapes(), self._groups
+        turns = [(kind, name, parameter) for kind in STATE_KINDS for name, parameter in self.module.named_parameters()]
+        readers = share_out([math.prod(shapes[name]) for _, name, _ in turns], groups.data_parallel_size)
+        for (kind, name, parameter), reader in zip(turns, readers, strict=True):
+            whole = torch.empty(shapes[name], dtype=torch.float32, device=groups.device)
+            if reader == groups.data_parallel_rank:
+                value = read(kind, name)
+                assert value.shape == whole.shape and value.dtype == whole.dtype, (kind, name, value.shape, value.dtype)
+                whole.copy_(value)
+                del value  # one parameter at a time
+            dist.broadcast(whole, group=groups.data_parallel, group_src=reader)
+            self._engine.set_state(kind, parameter, whole)
 
 
 class ShardedStage:

@@ -1,11 +1,14 @@
-"""What every rank must find alike before a run starts, although each looks for itself."""
+"""What every rank must know alike before a run starts."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.errors import EbftError, InputError, Problem
+
+T = TypeVar("T")
 
 
 def require_agreement(texts: Mapping[str, str]) -> None:
@@ -29,3 +32,23 @@ def require_agreement(texts: Mapping[str, str]) -> None:
             problems.append(Problem("all ranks", key, versions, "the same on every rank"))
     if problems:
         raise InputError(problems)
+
+
+def from_first_rank(compute: Callable[[], T]) -> T:
+    """What a function returns on the first rank, on every rank.
+
+    Raises:
+        EbftError: on every rank, what it raises there.
+    Communication: one broadcast of the result over the world.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(compute(), None)]
+        except EbftError as error:
+            answer = [(None, error)]
+    dist.broadcast_object_list(answer, src=0)
+    result, failure = answer[0]
+    if failure is not None:
+        raise failure
+    return result

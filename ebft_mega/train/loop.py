@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ebft_mega.checkpoint.run_state import EvaluationRecord
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.supply import allowed_skipped_rows
 from ebft_mega.cost.mfu import peak_flops
@@ -21,12 +22,15 @@ from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluat
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.faults import dump_step
+from ebft_mega.train.progress import Progress
 from ebft_mega.train.schedule import learning_rate
 from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
 from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.train.watchdog import Watchdog
+from ebft_mega.train.wishes import StopReason
 from ebft_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -69,41 +73,37 @@ class Observer:
                 file.write(json.dumps(record) + "\n")
 
 
-@dataclass
-class SkippedSteps:
-    """Counts the steps that all ranks skipped because something was not finite on one of them."""
+class EvaluationGivenUp(Exception):
+    """The run is to stop; the evaluation is made when it goes on."""
 
-    total: int = 0
-    in_a_row: int = 0
 
-    def count(self, trainer: Trainer, result: StepResult, number: int) -> None:
-        """Take in the step with this number, the first being 1.
+def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> None:
+    """Take in whether the step that has just been done was skipped.
 
-        Raises:
-            NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written
-                what the step looked like.
-        Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
-        """
-        if result.update.applied:
-            self.in_a_row = 0
-            return
-        self.total += 1
-        self.in_a_row += 1
-        logger.warning(
-            "step %d: skipped by all ranks, because a loss, a reward or a gradient was not finite on one of them "
-            "(%d in a row, %d in all)",
-            number,
-            self.in_a_row,
-            self.total,
+    Raises:
+        NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written what
+            the step looked like.
+    Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
+    """
+    skipped, number = progress.skipped, progress.step
+    skipped.count(result.update.applied)
+    if result.update.applied:
+        return
+    logger.warning(
+        "step %d: skipped by all ranks, because a loss, a reward or a gradient was not finite on one of them "
+        "(%d in a row, %d in all)",
+        number,
+        skipped.in_a_row,
+        skipped.total,
+    )
+    if skipped.in_a_row == MAX_SKIPPED_IN_A_ROW:
+        path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
+        logger.error("wrote %s", path)
+        dist.barrier()
+        raise NonFiniteStepError(
+            f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
+            f"finite; rows and statistics are in {path.parent}"
         )
-        if self.in_a_row == MAX_SKIPPED_IN_A_ROW:
-            path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
-            logger.error("wrote %s", path)
-            dist.barrier()
-            raise NonFiniteStepError(
-                f"step {number}: {self.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
-                f"finite; rows and statistics are in {path.parent}"
-            )
 
 
 def train(
@@ -111,25 +111,52 @@ def train(
     loader: BatchLoader,
     held_out: HeldOut | None,
     total_steps: int,
+    progress: Progress,
+    boundary: Boundary,
     observer: Observer | None,
     watchdog: Watchdog,
-) -> None:
-    """Run all optimizer steps.
+) -> StopReason:
+    """Run the optimizer steps that are left.
 
+    Args:
+        progress: where the run stands; moved on.
+        boundary: what happens between steps.
+    Returns:
+        Why the run stopped before its end, with its state in a complete checkpoint; NONE: all steps are done.
     Raises:
         NonFiniteStepError: `MAX_SKIPPED_IN_A_ROW` updates in a row were skipped by all ranks.
         DamagedDataError: a document failed its checksum, and `data.on_error` is `raise`.
         SkipBudgetError: more rows were damaged than may be skipped.
+        CheckpointError: a checkpoint could not be written, and the configuration or a wish to stop needs it.
     Communication: collective over all ranks.
     """
     config = trainer.config
-    skipped = SkippedSteps()
     allowed = allowed_skipped_rows(config)
     stopwatch = communication_stopwatch(trainer.groups.device)
-    if observer is not None and held_out is not None:
-        observer.writer.note("evaluating the initial model")
-    report(observer, 0, evaluate_now(trainer, held_out, 0, observer))
-    watchdog.beat("evaluation of the initial model")
+
+    def give_up_if_stopping() -> None:
+        if boundary.stop_is_wished():
+            raise EvaluationGivenUp
+
+    def complete() -> None:
+        """Evaluate after the current step and log it, unless the run is to stop: then both are left for later."""
+        assert progress.pending is not None, "there is something to complete"
+        try:
+            evaluated = evaluate_now(trainer, held_out, progress.step, observer, give_up_if_stopping)
+        except EvaluationGivenUp:
+            return
+        if evaluated:
+            progress.evaluations.append(EvaluationRecord(step=progress.step, metrics=evaluated))
+        report(observer, progress.step, progress.pending | evaluated)
+        progress.pending = None
+        watchdog.beat(f"evaluation after step {progress.step}")
+
+    if progress.pending is not None:
+        if observer is not None and held_out is not None:
+            observer.writer.note(f"evaluating the model of step {progress.step}")
+        complete()
+    if stopped := boundary.cross(progress, is_due=False):
+        return stopped
     with (
         closing(iter(loader)) as own_batches,
         step_profiler(trainer, observer) as profiler,
@@ -139,25 +166,41 @@ def train(
         if loader.skips_damaged_rows:
             eos = loader.stream.sources[0].dataset.manifest.eos_id  # the same of all sources: they share a tokenizer
             batches = read_alike(own_batches, eos, trainer.groups)
-        for step in range(total_steps):
-            with profiler.step(step):
-                loaded, result, metrics = measured_step(trainer, batches, step, total_steps, stopwatch)
-            done = step + 1
+        while progress.step < total_steps:
+            with profiler.step(progress.step):
+                loaded, result, metrics = measured_step(trainer, batches, progress.step, total_steps, stopwatch)
+            progress.step += 1
             left_out = int(metrics.get("data/skipped_rows", 0))
             loader.commit(left_out)
             if left_out:
                 total = loader.state.skipped_rows
-                account_for(done, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
-            skipped.count(trainer, result, done)
-            metrics["train/skipped_steps"] = float(skipped.total)
+                account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
+            count_skipped(progress, trainer, result)
+            metrics["train/skipped_steps"] = float(progress.skipped.total)
+            metrics["perf/checkpoint_seconds"] = boundary.take_seconds()
             metrics |= data_metrics(loader)
-            watchdog.beat(f"step {done}")
+            watchdog.beat(f"step {progress.step}")
 
-            due = held_out is not None and held_out.interval is not None and done % held_out.interval == 0
-            if due or done == total_steps:
-                metrics |= evaluate_now(trainer, held_out, done, observer)
-                watchdog.beat(f"evaluation after step {done}")
-            report(observer, done, metrics)
+            progress.pending = metrics
+            if is_due(progress.step, held_out.interval if held_out else None, total_steps):
+                complete()
+            else:
+                report(observer, progress.step, metrics)
+                progress.pending = None
+            interval = config.checkpoint.interval
+            if stopped := boundary.cross(
+                progress, interval is not None and is_due(progress.step, interval, total_steps)
+            ):
+                return stopped
+            watchdog.beat(f"checkpoints after step {progress.step}")
+    boundary.finish()
+    watchdog.beat("the last checkpoint")
+    return StopReason.NONE
+
+
+def is_due(step: int, interval: int | None, total_steps: int) -> bool:
+    """Whether something that happens at every interval and at the end happens after a step; None: only at the end."""
+    return step == total_steps or (interval is not None and step % interval == 0)
 
 
 def step_profiler(trainer: Trainer, observer: Observer | None) -> StepProfiler:
@@ -241,15 +284,23 @@ def seconds_over_ranks(step_seconds: float, device: torch.device) -> dict[str, f
     return {"perf/step_seconds_min": -negative_shortest, "perf/step_seconds_max": longest}
 
 
-def evaluate_now(trainer: Trainer, held_out: HeldOut | None, step: int, observer: Observer | None) -> dict[str, float]:
+def evaluate_now(
+    trainer: Trainer,
+    held_out: HeldOut | None,
+    step: int,
+    observer: Observer | None,
+    before_each: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Held-out figures of the policy as it is.
 
+    Args:
+        before_each: see `evaluate`.
     Communication: that of `evaluate`, and one gathering of a few numbers per row.
     """
     if held_out is None:
         return {}
     with trainer.policy() as policy:
-        local = evaluate(policy, trainer.feature_network, held_out.rows, held_out.settings)
+        local = evaluate(policy, trainer.feature_network, held_out.rows, held_out.settings, before_each)
     evaluation = gather(local, trainer.groups.data_parallel)
     if observer is not None:
         observer.show_blocks(step, evaluation)

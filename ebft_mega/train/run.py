@@ -5,7 +5,8 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ebft_mega.attention.routes import AttentionRoute, make_route
+from ebft_mega.checkpoint.folders import CHECKPOINTS, newest
+from ebft_mega.checkpoint.initial_model import open_weights
+from ebft_mega.checkpoint.run_state import STATE_NAME, Layout
+from ebft_mega.checkpoint.saver import CheckpointSaver
+from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
 from ebft_mega.config.data_sources import open_place, open_training_rows
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.memory import Choices
@@ -22,24 +28,34 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader, fixed_rows
 from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, ConfigError, EbftError, PeerFailedError, Problem
+from ebft_mega.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_HANG,
+    EXIT_STOPPED,
+    ConfigError,
+    EbftError,
+    PeerFailedError,
+    Problem,
+)
 from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.run_files import (
     STATUS_NAME,
+    RunState,
     failure_on_record,
     record_failure,
     setup_rank_log,
     write_environment,
     write_status,
 )
-from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.metrics.sinks import MetricsWriter, cut_after
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import (
+    InitialWeights,
     RandomWeights,
-    SafetensorsWeights,
     WeightSource,
     hf_tensors,
     load_weights,
@@ -52,28 +68,38 @@ from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
-from ebft_mega.train.agreement import require_agreement
+from ebft_mega.train.agreement import from_first_rank, require_agreement
+from ebft_mega.train.boundary import Boundary
+from ebft_mega.train.description import describing_files, generation_config
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
+from ebft_mega.train.progress import Progress, RunIdentity
+from ebft_mega.train.resume import Start, find_start, require_same_initial_model, require_whole_models
+from ebft_mega.train.run_lock import RunLock
 from ebft_mega.train.skipped_rows import ERRORS_NAME
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.trace import trace_step
 from ebft_mega.train.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
+from ebft_mega.train.wishes import LocalWishes, Signals, StopReason
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None) -> int:
+def run_training(
+    config: RunConfig, plan: RunPlan, trace_directory: Path | None, signals: Signals, started_monotonic: float
+) -> int:
     """Train, or trace one step.
 
     Args:
         plan: what `check_run` made of the configuration for this world size.
         trace_directory: write the trace of step 0 there and do nothing else.
+        signals: those that this process gets.
+        started_monotonic: `time.monotonic()` when the process started.
     Returns:
-        Exit code of every rank.
+        Exit code of every rank: 0, or 75 if the run stopped on request.
     Communication: every rank of the job calls it.
     """
-    step_timeout = datetime.timedelta(minutes=config.train.step_timeout_minutes)
+    step_timeout = timeout_of_steps(config)
     collective_timeout = step_timeout + COLLECTIVE_MARGIN
     parallel = config.parallel
     device = connect(collective_timeout)
@@ -93,6 +119,7 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
             "evaluation.shards": held_out.manifest.fingerprint if held_out else "none",
         }
     )
+    require_whole_models(config)
     if trace_directory is not None:
         with Watchdog(step_timeout, log_path=None, record=lambda: EXIT_HANG), closing(iter(loader)) as batches:
             trainer = build_chosen_trainer(config, plan, groups)
@@ -102,17 +129,38 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
 
     output = config.output_dir
     make_run_directory(config)
+    with ExitStack() as held_to_the_end:
+        lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(RunLock(output)).notes)
+        return _run(config, plan, groups, loader, signals, started_monotonic, lock_notes)
+
+
+def _run(
+    config: RunConfig,
+    plan: RunPlan,
+    groups: ProcessGroups,
+    loader: BatchLoader,
+    signals: Signals,
+    started_monotonic: float,
+    notes: tuple[str, ...],
+) -> int:
+    """The run, in a directory that is its own; returns the exit code."""
+    output = config.output_dir
+    wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_first)
+    log_path = setup_rank_log(output, dist.get_rank())
+    notes += tuple(f"the file {name} of an earlier run was deleted" for name in wishes.clear())
+    start = find_start(config, plan, loader)
+    progress = start.progress
     if groups.is_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
-    log_path = setup_rank_log(output, dist.get_rank())
 
-    def steps_done() -> int:
-        return loader.state.next_row // config.train.global_batch_size
+    def fail(exit_code: int) -> int:
+        return record_failure(output, exit_code, progress.step, newest(output / CHECKPOINTS))
 
     try:
-        with Watchdog(step_timeout, log_path, lambda: record_failure(output, EXIT_HANG, steps_done())) as watchdog:
-            _train_and_export(config, plan, groups, loader, watchdog)
+        with Watchdog(timeout_of_steps(config), log_path, lambda: fail(EXIT_HANG)) as watchdog:
+            start = replace(start, notes=(*notes, *start.notes))
+            stopped = _train_and_export(config, plan, groups, loader, start, wishes, watchdog)
             dist.barrier()
     except BaseException as error:
         leave_soon()
@@ -121,12 +169,19 @@ def run_training(config: RunConfig, plan: RunPlan, trace_directory: Path | None)
         peer_code = failure_on_record(output)
         if peer_code is not None and not isinstance(error, EbftError):
             raise PeerFailedError(peer_code) from error
-        record_failure(output, error.exit_code if isinstance(error, EbftError) else EXIT_FAILED, steps_done())
+        fail(error.exit_code if isinstance(error, EbftError) else EXIT_FAILED)
         raise
+    state: RunState = "stopped" if stopped else "done"
+    exit_code = EXIT_STOPPED if stopped else EXIT_DONE
     if groups.is_first:
-        write_status(output, "done", EXIT_DONE, steps_done(), checkpoint=None)
+        write_status(output, state, exit_code, progress.step, newest(output / CHECKPOINTS))
     dist.barrier()
-    return EXIT_DONE
+    return exit_code
+
+
+def timeout_of_steps(config: RunConfig) -> datetime.timedelta:
+    """How long a run may take from one thing that ends to the next."""
+    return datetime.timedelta(minutes=config.train.step_timeout_minutes)
 
 
 def make_loader(config: RunConfig, groups: ProcessGroups, is_trace: bool) -> BatchLoader:
@@ -181,21 +236,47 @@ def _train_and_export(
     plan: RunPlan,
     groups: ProcessGroups,
     loader: BatchLoader,
+    start: Start,
+    wishes: LocalWishes,
     watchdog: Watchdog,
-) -> None:
-    """The run itself, with what it writes."""
+) -> StopReason:
+    """The run itself, with what it writes; returns why it stopped before its end."""
     output = config.output_dir
     tokenizer_directory = loader.stream.sources[0].dataset.tokenizer_directory  # all sources have the same one
-    observer = _observer(config, plan, tokenizer_directory) if groups.is_first else None
+    observer = _observer(config, plan, tokenizer_directory, start) if groups.is_first else None
     try:
-        trainer = build_chosen_trainer(config, plan, groups)
+        trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
         watchdog.beat("building of the model")
+        identity = _identity(config, plan, groups, start)
+        watchdog.beat("hashing of the initial model")
+
+        described = describing_files(config, plan.architecture, tokenizer_directory)
+
+        def small_files(progress: Progress) -> dict[str, bytes]:
+            state = identity.state(progress, loader, trainer.engine.applied_updates)
+            return {**described, STATE_NAME: state.to_json().encode()}
+
+        checkpoint = config.checkpoint
+        boundary = Boundary(
+            trainer,
+            CheckpointSaver(output / CHECKPOINTS, groups, checkpoint.keep_last, checkpoint.keep_every),
+            wishes,
+            small_files,
+            announce=observer.writer.note if observer is not None else None,
+            saved=start.progress if start.is_in(output) else None,
+        )
         held_out = _held_out(config, trainer, groups)
-        train(trainer, loader, held_out, plan.total_steps, observer, watchdog)
+        stopped = train(trainer, loader, held_out, plan.total_steps, start.progress, boundary, observer, watchdog)
+        if stopped:
+            if observer is not None:
+                observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
+            return stopped
         tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
         if groups.is_first:
             dtype = DTYPES[config.train.dtype]
-            write_model(output / "hf", plan.architecture, tensors, dtype, tokenizer_directory)
+            write_model(
+                output / "hf", plan.architecture, tensors, dtype, tokenizer_directory, generation_config(config)
+            )
         else:
             for _ in tensors:  # gathering a parameter is collective
                 pass
@@ -206,16 +287,52 @@ def _train_and_export(
     if groups.is_first:
         report = write_run_report(output)
         print(f"report: {report}\nmodel:  {output / 'hf'}", flush=True)
+    return StopReason.NONE
 
 
-def build_chosen_trainer(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> Trainer:
+def _identity(config: RunConfig, plan: RunPlan, groups: ProcessGroups, start: Start) -> RunIdentity:
+    """What the run keeps to its end.
+
+    Communication: that of `require_same_initial_model`.
+    """
+    source = _feature_weights(config, plan.feature_architecture, _initial_weights(config, plan.architecture))
+    place = config.ebft.feature_model or config.model.init_from
+    parallel = plan.parallel
+    return RunIdentity(
+        seed=config.seed,
+        feature_network=require_same_initial_model(config, source, start) if config.uses_rollouts else None,
+        feature_source=f"random weights of seed {config.seed}" if place is None else str(place),
+        layout=Layout(
+            data_parallel=parallel.data_parallel,
+            tensor_parallel=parallel.tensor_parallel,
+            pipeline_parallel=parallel.pipeline_parallel,
+            sequence_parallel=config.parallel.sequence_parallel,
+            zero_stage=config.zero.stage,
+            world_size=dist.get_world_size(),
+        ),
+        started_from=start.started_from,
+    )
+
+
+def build_chosen_trainer(
+    config: RunConfig, plan: RunPlan, groups: ProcessGroups, saved: tuple[CheckpointTensors, int] | None = None
+) -> Trainer:
     """The trainer of a run, with what the configuration leaves to the memory of the accelerators.
 
+    Args:
+        saved: weights and optimizer state to go on from, and the number of updates that have been applied; None: the
+            initial model.
     Communication: collective over the world.
     """
     chosen = choices(config, plan, least_memory_bytes(groups.device))
     logger.info("chosen for this memory: %s", chosen)
-    return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen)
+    if saved is None:
+        return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen)
+    tensors, updates = saved
+    weights = CheckpointWeights(tensors)
+    trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights)
+    restore_engine(trainer.engine, trainer.stage, tensors, updates)
+    return trainer
 
 
 def least_memory_bytes(device: torch.device) -> int | None:
@@ -236,12 +353,15 @@ def build_trainer(
     feature_architecture: Architecture,
     groups: ProcessGroups,
     chosen: Choices | None = None,
+    policy_weights: WeightSource | None = None,
 ) -> Trainer:
     """Policy, engine and feature network.
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (often the same).
         chosen: what is left to the memory; None: as where it is not known.
+        policy_weights: where the policy has come to; None: the initial model. The feature network is always made of
+            the initial model.
     Raises:
         ConfigError: `train.attention` names a route that this device does not have.
     Communication: collective over the world (weights are read by the first rank of each data-parallel group).
@@ -249,7 +369,8 @@ def build_trainer(
     dtype = DTYPES[config.train.dtype]
     chosen = chosen or default_choices(config)
     attention = attention_route(config, architecture, groups.device)
-    source = _policy_weights(config, architecture)
+    initial = _initial_weights(config, architecture)
+    source = policy_weights or initial
     shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
 
     def build_stage() -> Stage:
@@ -294,7 +415,7 @@ def build_trainer(
             sequence_parallel=config.parallel.sequence_parallel,
             attention=attention_route(config, feature_architecture, groups.device),
         )
-        feature_source = _feature_weights(config, feature_architecture, source)
+        feature_source = _feature_weights(config, feature_architecture, initial)
         feature_network = build_feature_network(feature_architecture, feature_source, feature_settings, groups)
     return Trainer(
         config=config,
@@ -318,19 +439,19 @@ def attention_route(config: RunConfig, architecture: Architecture, device: torch
         raise ConfigError([Problem(config.place(key), key, f"{name}, on a {device.type}: {error}", "auto")]) from None
 
 
-def _policy_weights(config: RunConfig, architecture: Architecture) -> WeightSource:
+def _initial_weights(config: RunConfig, architecture: Architecture) -> InitialWeights:
     if config.model.init_from is not None:
-        return SafetensorsWeights(config.model.init_from, architecture)
+        return open_weights(config.model.init_from, architecture, hash_files=False)
     return RandomWeights(architecture, config.seed)
 
 
-def _feature_weights(config: RunConfig, architecture: Architecture, initial_policy: WeightSource) -> WeightSource:
+def _feature_weights(config: RunConfig, architecture: Architecture, initial_policy: InitialWeights) -> InitialWeights:
     """The initial policy's, or those of the model that `ebft.feature_model` names."""
     ebft = config.ebft
     if ebft.feature_model is None:
         return initial_policy
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
-    return SafetensorsWeights(ebft.feature_model, architecture, deepest)
+    return open_weights(ebft.feature_model, architecture, deepest, hash_files=False)
 
 
 def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> HeldOut | None:
@@ -350,15 +471,19 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
     return HeldOut(rows, evaluation_settings(config), config.evaluation.interval)
 
 
-def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path) -> Observer:
-    """Open the run directory for writing: the files of an earlier run there are replaced."""
-    output = config.output_dir
+def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path, start: Start) -> Observer:
+    """Open the run directory for writing; what an earlier start of the run wrote after its checkpoint is cut off."""
+    output, progress = config.output_dir, start.progress
     (output / "config.resolved.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     write_environment(output, {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()})
     samples = output / "samples.jsonl"
-    samples.unlink(missing_ok=True)
-    (output / ERRORS_NAME).unlink(missing_ok=True)
-    writer = MetricsWriter(output, plan.total_steps, console=True)
-    for note in plan.notes:
+    cut_after(samples, progress.logged_step)
+    cut_after(output / ERRORS_NAME, progress.step)
+    resumed_step = progress.logged_step if start.saved is not None and progress.logged_step >= 0 else None
+    writer = MetricsWriter(output, plan.total_steps, console=True, resumed_step=resumed_step)
+    for note in (*plan.notes, *start.notes):
         writer.note(f"note: {note}")
+    if writer.is_empty:  # the run goes on in another directory
+        for evaluation in progress.evaluations:
+            writer.log(evaluation.step, evaluation.metrics)
     return Observer(writer, samples, load_tokenizer(tokenizer_directory))

@@ -15,8 +15,10 @@ from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train import faults, loop
 from ebft_mega.train import step as step_module
+from ebft_mega.train.progress import Progress
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
+from ebft_mega.train.wishes import StopReason
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, config_of, rows_of_step
 
@@ -130,6 +132,22 @@ class Rows:
         self.committed += 1
 
 
+class QuietBoundary:
+    """Stands for what happens between steps: nothing."""
+
+    def stop_is_wished(self):
+        return False
+
+    def cross(self, progress, is_due):
+        return StopReason.NONE
+
+    def take_seconds(self):
+        return 0.0
+
+    def finish(self):
+        pass
+
+
 class Beats:
     """Stands for the watchdog: keeps what it was told."""
 
@@ -170,7 +188,7 @@ def train_until_it_stops(directory):
     loop.train_step = poisoned_later
     observer = loop.Observer(lines, Path(directory) / "samples.jsonl", None)
     try:
-        loop.train(trainer, Rows(trainer.groups), None, 100, observer, beats)
+        loop.train(trainer, Rows(trainer.groups), None, 100, Progress(), QuietBoundary(), observer, beats)
     except NonFiniteStepError as error:
         # What the other rank has written must be there by now.
         files = sorted(path.name for path in (Path(directory) / faults.DUMP_DIRECTORY).iterdir())

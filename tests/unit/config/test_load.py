@@ -163,12 +163,7 @@ trian: {lr: 1}
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("train.max_run_minutes", "60.0"),
         ("zero.offload_optimizer", "cpu"),
-        ("checkpoint.interval", "10"),
-        ("checkpoint.keep_last", "3"),
-        ("checkpoint.keep_every", "100"),
-        ("checkpoint.resume", "runs/b/checkpoints/step-00000010"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(problems, key, value):

@@ -15,6 +15,7 @@ INTERFACE_DEFAULTS = {
     "data.sources": None,
     "data.document_masking": False,
     "data.on_error": "raise",
+    "data.allow_changed": False,
     "data.max_skipped_rows": 100,
     "data.max_skipped_share": 0.001,
     "data.workers": 1,
@@ -69,6 +70,7 @@ INTERFACE_DEFAULTS = {
     "checkpoint.keep_last": None,
     "checkpoint.keep_every": None,
     "checkpoint.resume": "auto",
+    "checkpoint.on_error": "continue",
     "profile.start": None,
     "profile.steps": None,
 }

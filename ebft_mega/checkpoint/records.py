@@ -1,0 +1,93 @@
+"""JSON records that are read strictly: what is missing, unknown, repeated or of another type is an error."""
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+
+# More than any count, size or offset of a run, and what every reader of JSON holds exactly enough.
+LARGEST_COUNT = 2**63 - 1
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+MAX_PROBLEMS = 20  # a record that is wrong throughout needs no more to be recognised as such
+
+
+class Record(BaseModel):
+    """Base of the records in a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def parse_record(kind: type[R], text: str | bytes, where: str) -> R:
+    """Read one record from JSON text.
+
+    Args:
+        kind: what it should be.
+        text: the whole file; UTF-8 if it is bytes.
+        where: the file that it comes from, for messages.
+    Raises:
+        BrokenCheckpointError: it is no such record; each problem with its place, at most `MAX_PROBLEMS`.
+        InputError: a newer version of this program has written it. That is not broken, and is not to be passed over.
+    """
+    description = f"a whole {kind.__name__} as JSON"
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        json.loads(text, object_pairs_hook=_with_single_keys, parse_constant=_refuse_constant)
+        return kind.model_validate_json(text)
+    except UnicodeDecodeError as error:
+        problems = [Problem(where, "(text)", f"byte {error.start}, which is not UTF-8", description)]
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}"
+        problems = [Problem(place, "(text)", f"{error.msg} (column {error.colno})", description)]
+    except ValidationError as error:
+        problems = _problems_of_fields(error, where)
+    except (ValueError, RecursionError) as error:  # repeated keys, endless numbers, endless nesting
+        problems = [Problem(where, "(text)", str(error)[:200], description)]
+    raise BrokenCheckpointError(problems) from None
+
+
+def _problems_of_fields(error: ValidationError, where: str) -> list[Problem]:
+    """One problem per field.
+
+    Raises:
+        InputError: the version is a newer one.
+    """
+    problems = []
+    for item in error.errors(include_url=False):
+        key = ".".join(map(str, item["loc"])) or "(text)"
+        found = repr(item["input"])[:200]
+        if item["type"] == "literal_error" and item["loc"][-1] == "version":
+            known = item["ctx"]["expected"]
+            if isinstance(item["input"], int) and item["input"] > int(known):
+                raise InputError([Problem(where, key, f"{found}, of a newer version of this program", known)]) from None
+        problems.append(Problem(where, key, found, item["msg"]))
+    return problems[:MAX_PROBLEMS]
+
+
+def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; of equal ones, readers would take different values."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} more than once")
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which is not JSON")
+
+
+def _inner_path(name: str) -> str:
+    """Refuse everything that could lie outside a folder, or mean another file elsewhere."""
+    is_plain = name.isprintable() and "\\" not in name
+    if not is_plain or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("a file's path relative to the checkpoint folder, such as weights/rank-00000.safetensors")
+    return name
+
+
+InnerPath = Annotated[str, AfterValidator(_inner_path)]

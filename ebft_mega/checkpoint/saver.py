@@ -1,0 +1,189 @@
+"""Checkpoints that are written while training goes on, and count once every rank has written its part.
+
+The main threads of all ranks begin a checkpoint together (the copy to host memory, collective) and later settle it
+together (the commit); in between a thread of each rank writes and hashes that rank's files and communicates with
+nobody. A checkpoint that is never settled leaves a `.tmp` folder, which readers pass over.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.folders import point_latest, publish, temporary_folder
+from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_file, write_manifest
+from ebft_mega.checkpoint.retention import delete_expired
+from ebft_mega.checkpoint.snapshot import Piece, Written, take_snapshot, write_pieces
+from ebft_mega.checkpoint.tensor_index import INDEX_NAME, merge_indices
+from ebft_mega.model.sizes import CHECKPOINT_BYTES_PER_PARAMETER
+from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.zero import ZeroEngine
+
+logger = logging.getLogger(__name__)
+
+# Beside the tensors: state, configuration, indices, tokenizer.
+SMALL_FILES_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a checkpoint, the same on every rank."""
+
+    step: int
+    error: str | None  # why it does not count; None: it is complete
+    num_bytes: int = 0
+    seconds: float = 0.0  # from the beginning to the commit; training went on meanwhile
+
+
+@dataclass
+class _InFlight:
+    """A checkpoint that a thread of this rank writes."""
+
+    step: int
+    folder: Path
+    started: float
+    thread: threading.Thread | None = None
+    written: Written | None = None
+    error: str | None = None
+
+
+class CheckpointSaver:
+    """The checkpoints of one run.
+
+    Args:
+        root: the folder `checkpoints` of the run directory, which all ranks see.
+        groups: of this rank.
+        keep_last, keep_every: see `retention.expired`.
+    """
+
+    def __init__(self, root: Path, groups: ProcessGroups, keep_last: int | None, keep_every: int | None):
+        self._root, self._groups = root, groups
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._in_flight: _InFlight | None = None
+        self._cleaning: threading.Thread | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint has begun that is not settled, the same on every rank."""
+        return self._in_flight is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is still at it."""
+        flying = self._in_flight
+        return flying is not None and flying.thread is not None and flying.thread.is_alive()
+
+    def begin(self, step: int, engine: ZeroEngine, stage: Stage, small_files: Mapping[str, bytes]) -> Outcome | None:
+        """Copy everything to host memory and let a thread write it.
+
+        Args:
+            step: optimizer steps done.
+            small_files: contents by name of the files beside the tensors, written by the first rank.
+        Returns:
+            The failure, if there is no room for the checkpoint on the disk; else None.
+        Communication: that of `take_snapshot`, and one broadcast of a number. A checkpoint in flight must have been
+            settled.
+        """
+        assert self._in_flight is None, "the next checkpoint waits for the last one"
+        needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
+        missing = self._missing_bytes(needed)
+        if missing:
+            gigabytes = f"{needed / 1e9:.3f} GB are needed, {(needed - missing) / 1e9:.3f} GB are free"
+            return Outcome(step, f"no room on the disk of {self._root}: {gigabytes}")
+        flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
+        pieces = take_snapshot(engine, stage)
+        flying.thread = threading.Thread(
+            target=self._write, args=(flying, pieces, small_files), name=f"checkpoint-{step}", daemon=True
+        )
+        self._in_flight = flying
+        flying.thread.start()
+        return None
+
+    def settle(self) -> Outcome | None:
+        """Wait until every rank has written its part, and let the checkpoint count if all have.
+
+        Returns:
+            What became of it, the same on every rank; None if none was in flight.
+        Communication: one gathering of what was written, one broadcast of the outcome; when it returns, the commit has
+            happened or never will.
+        """
+        flying = self._in_flight
+        if flying is None:
+            return None
+        assert flying.thread is not None, "it was started"
+        flying.thread.join()
+        own = flying.error if flying.written is None else flying.written
+        parts: list[Written | str | None] | None = [None] * dist.get_world_size() if self._groups.is_first else None
+        dist.gather_object(own, parts, dst=0)
+        outcome = [self._committed(flying, parts)] if parts is not None else [None]
+        dist.broadcast_object_list(outcome, src=0, device=self._groups.device)
+        self._in_flight = None
+        assert outcome[0] is not None, "the first rank has sent it"
+        return outcome[0]
+
+    def finish(self) -> None:
+        """Wait for the deletion of old checkpoints, on the rank that does it."""
+        if self._cleaning is not None:
+            self._cleaning.join()
+            self._cleaning = None
+
+    def _missing_bytes(self, needed: int) -> int:
+        """Bytes that the disk has too few, as the first rank sees it."""
+        missing = torch.zeros((), dtype=torch.long, device=self._groups.device)
+        if self._groups.is_first:
+            self._root.mkdir(parents=True, exist_ok=True)
+            missing += max(0, needed - shutil.disk_usage(self._root).free)
+        dist.broadcast(missing, src=0)
+        return int(missing)
+
+    def _write(self, flying: _InFlight, pieces: tuple[Piece, ...], small_files: Mapping[str, bytes]) -> None:
+        """This rank's part; runs in a thread."""
+        try:
+            files: dict[str, FileRecord] = {}
+            if self._groups.is_first:
+                for name, content in small_files.items():
+                    files[name] = write_file(flying.folder, name, content)
+            written = write_pieces(flying.folder, dist.get_rank(), pieces)
+            flying.written = Written({**files, **written.files}, written.index)
+        except Exception as error:  # whatever it is, the other ranks have to hear of it
+            logger.exception("writing of %s failed", flying.folder)
+            flying.error = f"rank {dist.get_rank()}: {error}"
+
+    def _committed(self, flying: _InFlight, parts: list[Written | str | None]) -> Outcome:
+        """Let a checkpoint count, or remove what there is of it; on the first rank."""
+        failures = [part for part in parts if isinstance(part, str)]
+        written = [part for part in parts if isinstance(part, Written)]
+        error = "; ".join(failures) or None
+        num_bytes = 0
+        try:
+            if error is None:
+                num_bytes = self._commit(flying, written)
+        except Exception as problem:
+            logger.exception("commit of %s failed", flying.folder)
+            error = str(problem)
+        if error is not None:
+            shutil.rmtree(flying.folder, ignore_errors=True)
+            return Outcome(flying.step, error)
+        self.finish()
+        self._cleaning = threading.Thread(target=self._delete_expired, name="checkpoint-cleaning", daemon=True)
+        self._cleaning.start()
+        return Outcome(flying.step, None, num_bytes, time.monotonic() - flying.started)
+
+    def _commit(self, flying: _InFlight, written: list[Written]) -> int:
+        files = {name: record for part in written for name, record in part.files.items()}
+        index = merge_indices([part.index for part in written])
+        files[INDEX_NAME] = write_file(flying.folder, INDEX_NAME, index.to_json().encode())
+        write_manifest(flying.folder, Manifest(version=1, step=flying.step, files=files))
+        point_latest(self._root, publish(flying.folder, self._root).name)
+        return sum(record.bytes for record in files.values())
+
+    def _delete_expired(self) -> None:
+        for warning in delete_expired(self._root, self._keep_last, self._keep_every):
+            logger.warning("%s", warning)

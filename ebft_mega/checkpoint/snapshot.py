@@ -1,0 +1,137 @@
+"""The state of the policy and its optimizer as pieces of Hugging Face tensors: copied to host memory, then written."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ebft_mega.checkpoint.manifest import FileRecord, sync_directory
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.model.huggingface import hf_shapes
+from ebft_mega.model.packing import packing_of
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.tensor_file import TensorFileWriter, TensorSpec
+from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, share_out
+from ebft_mega.parallel.zero import ZeroEngine
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of one kind of state of a Hugging Face tensor."""
+
+    kind: StateKind
+    name: str
+    offsets: tuple[int, ...]  # where the box begins in each dimension
+    shape: tuple[int, ...]  # of the whole tensor
+    tensor: Tensor  # float32, on the CPU, nobody else's
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank wrote."""
+
+    files: dict[str, FileRecord]  # by path relative to the checkpoint's folder
+    index: TensorIndex  # of this rank's pieces alone
+
+
+def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[Piece, ...]:
+    """Copy this rank's share of the weights and moments to host memory.
+
+    Over all ranks every element of every Hugging Face tensor is in exactly one piece for each kind of state: vocabulary
+    padding and the last stage's copy of a tied embedding are left out, what is whole on all tensor-parallel ranks is
+    the first one's. The data-parallel ranks share a coordinate's tensors out so that none has more than its equal share
+    of the bytes and one tensor. Training may go on as soon as this returns.
+
+    Args:
+        stage: what the engine trains.
+    Returns:
+        Sorted by kind, in the order of the stage's parameters.
+    Memory: beside the pieces one whole parameter, float32.
+    Communication: that of `ZeroEngine.state_tensors` for each of the three kinds: over the data-parallel group 12 bytes
+        per element of the stage (at stage 3 and of the padding to partitions of equal length); at stage 0, and for the
+        moments before the first update, none.
+    """
+    roles, shapes, groups = stage.parameter_roles(), engine.parameter_shapes(), stage.groups
+    whole_shapes = hf_shapes(stage.architecture)
+    is_mine = {name: roles[name].is_counted(groups.tensor_parallel_rank) for name in shapes}
+    sizes = [math.prod(shape) * is_mine[name] for _ in STATE_KINDS for name, shape in shapes.items()]
+    owners = iter(share_out(sizes, groups.data_parallel_size))
+    pieces: list[Piece] = []
+    for kind in STATE_KINDS:
+        for name, parameter in engine.state_tensors(kind):
+            if next(owners) == groups.data_parallel_rank and is_mine[name]:
+                pieces += _pieces_of(kind, name, parameter, stage, whole_shapes)
+            del parameter  # so that the next one takes its place in memory
+    return tuple(pieces)
+
+
+def _pieces_of(
+    kind: StateKind, name: str, parameter: Tensor, stage: Stage, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Piece]:
+    """Copies of this rank's boxes of the tensors that a parameter is made of; none of an empty box."""
+    groups = stage.groups
+    packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
+    parts = packing.unpack(parameter.detach(), groups.tensor_parallel_rank)
+    for source, part in zip(packing.sources, parts, strict=True):
+        box = packing.box(shapes[source], groups.tensor_parallel_rank)
+        if part.numel() > 0:
+            copy = torch.empty(part.shape, dtype=torch.float32).copy_(part)
+            yield Piece(kind, source, tuple(side.start for side in box), shapes[source], copy)
+
+
+def write_pieces(
+    directory: Path, rank: int, pieces: Sequence[Piece], progress: Callable[[int], None] | None = None
+) -> Written:
+    """Write a rank's pieces, one safetensors file for each kind of state, and bring them to the disk.
+
+    Runs in any thread.
+
+    Args:
+        directory: the checkpoint's folder; made if it is not there.
+        rank: in the world, for the names of the files.
+        progress: told the bytes of every tensor after it was written.
+    Raises:
+        OSError: the disk is full or gone.
+    Communication: none.
+    """
+    files: dict[str, FileRecord] = {}
+    kinds: dict[str, dict[str, IndexedTensor]] = {}
+    for kind in STATE_KINDS:
+        own = [piece for piece in pieces if piece.kind == kind]
+        if not own:
+            continue
+        (directory / kind).mkdir(parents=True, exist_ok=True)
+        file = f"{kind}/rank-{rank:05d}.safetensors"
+        files[file] = _write_file(directory / file, own, progress or (lambda num_bytes: None))
+        kinds[kind] = {
+            piece.name: IndexedTensor(
+                shape=piece.shape,
+                pieces=(TensorPiece(file=file, offsets=piece.offsets, sizes=tuple(piece.tensor.shape)),),
+            )
+            for piece in own
+        }
+        sync_directory(directory / kind)
+    if files:
+        sync_directory(directory)
+    return Written(files, TensorIndex(version=1, kinds=kinds))
+
+
+def _write_file(path: Path, pieces: Sequence[Piece], progress: Callable[[int], None]) -> FileRecord:
+    specs = {piece.name: TensorSpec(torch.float32, tuple(piece.tensor.shape)) for piece in pieces}
+    assert len(specs) == len(pieces), f"{path} has two pieces of a tensor"
+    # The names are torch's: its distributed checkpoints can be read from these files too.
+    places = {piece.name: {"saved_offsets": list(piece.offsets)} for piece in pieces}
+    writer = TensorFileWriter(path, specs, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
+    try:
+        for piece in pieces:
+            writer.write(piece.name, piece.tensor)
+            progress(specs[piece.name].num_bytes)
+        written = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    return FileRecord(bytes=written.bytes, sha256=written.sha256)

@@ -1,0 +1,145 @@
+"""Where the pieces of every tensor of a checkpoint lie, so that a reader opens only the files that it needs."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from ebft_mega.checkpoint.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
+from ebft_mega.errors import Problem
+
+INDEX_NAME = "tensors.json"
+
+
+class TensorPiece(Record):
+    """A box of a tensor in one file, under the tensor's own name."""
+
+    file: InnerPath  # relative to the checkpoint's folder
+    offsets: tuple[Count, ...]  # where the box begins in each dimension
+    sizes: tuple[Count, ...]
+
+
+class IndexedTensor(Record):
+    """A tensor's whole shape, and its pieces, which together make it up."""
+
+    shape: tuple[Count, ...]
+    pieces: tuple[TensorPiece, ...]
+
+
+class TensorIndex(Record):
+    """The contents of `tensors.json`: for each kind of state, the tensors by their Hugging Face names."""
+
+    version: Literal[1]
+    kinds: dict[str, dict[str, IndexedTensor]]
+
+    def to_json(self) -> str:
+        """The index as one JSON object."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = INDEX_NAME) -> "TensorIndex":
+        """Read what `to_json` wrote.
+
+        Args:
+            where: the file that it comes from, for messages.
+        Raises:
+            BrokenCheckpointError: it is no such index.
+            InputError: a newer version of this program has written it.
+        """
+        return parse_record(cls, text, where)
+
+
+def merge_indices(parts: Iterable[TensorIndex]) -> TensorIndex:
+    """One index from those of several ranks: the same whatever their order.
+
+    Raises:
+        ValueError: they name different shapes for one tensor.
+    """
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    pieces: dict[tuple[str, str], list[TensorPiece]] = {}
+    for part in parts:
+        for kind, tensors in part.kinds.items():
+            for name, tensor in tensors.items():
+                shape = shapes.setdefault((kind, name), tensor.shape)
+                if shape != tensor.shape:
+                    raise ValueError(f"{kind}: {name} is {shape} to one rank and {tensor.shape} to another")
+                pieces.setdefault((kind, name), []).extend(tensor.pieces)
+    kinds: dict[str, dict[str, IndexedTensor]] = {}
+    for kind, name in sorted(shapes):
+        found = sorted(pieces[kind, name], key=lambda piece: (piece.offsets, piece.sizes, piece.file))
+        kinds.setdefault(kind, {})[name] = IndexedTensor(shape=shapes[kind, name], pieces=tuple(found))
+    return TensorIndex(version=1, kinds=kinds)
+
+
+def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Problem]:
+    """What an index that is whole would not have; at most `MAX_PROBLEMS`.
+
+    The pieces of a tensor lie inside its shape and fill it without overlap, no two of them in one file; a file holds
+    one kind of state, whose name its folder has; all kinds have the same tensors.
+
+    Args:
+        where: the file that the index comes from, for messages.
+    """
+    problems = []
+    shapes = {name: tensor.shape for tensors in index.kinds.values() for name, tensor in tensors.items()}
+    for kind, tensors in index.kinds.items():
+        for name, shape in shapes.items():
+            found = "no such tensor" if name not in tensors else str(tensors[name].shape)
+            if found != str(shape):
+                problems.append(Problem(where, f"{kind}: {name}", found, f"shape {shape}, as the other kinds have"))
+        for name, tensor in tensors.items():
+            expected = f"pieces that fill {tensor.shape} once"
+            problems += [Problem(where, f"{kind}: {name}", found, expected) for found in _flaws(kind, tensor)]
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    return problems[:MAX_PROBLEMS]
+
+
+def _flaws(kind: str, tensor: IndexedTensor) -> Iterator[str]:
+    """In words, what is wrong with the pieces of one tensor."""
+    inside = []
+    for piece in tensor.pieces:
+        if not piece.file.startswith(f"{kind}/"):
+            yield f"a piece in {piece.file}"
+        if _is_inside(piece, tensor.shape):
+            inside.append(piece)
+        else:
+            yield f"a piece at {piece.offsets} of {piece.sizes} in {piece.file}"
+    files = [piece.file for piece in tensor.pieces]
+    for file in sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else ():
+        yield f"more than one piece in {file}"
+    if len(inside) < len(tensor.pieces):
+        return
+    overlap = _overlap(inside)
+    if overlap is not None:
+        yield f"the pieces in {overlap[0].file} and {overlap[1].file}, which overlap"
+    filled, whole = sum(math.prod(piece.sizes) for piece in inside), math.prod(tensor.shape)
+    if overlap is None and filled != whole:
+        yield f"{filled} of {whole} elements"
+
+
+def _is_inside(piece: TensorPiece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is a box of at least one element within a shape."""
+    if not len(piece.offsets) == len(piece.sizes) == len(shape):
+        return False
+    ranges = zip(piece.offsets, piece.sizes, shape, strict=True)
+    return all(length >= 1 and start + length <= end for start, length, end in ranges)
+
+
+def _overlap(pieces: list[TensorPiece]) -> tuple[TensorPiece, TensorPiece] | None:
+    """Two boxes that share an element, if there are any.
+
+    Quick where pieces follow each other in the first dimension; where they lie side by side, all pairs are compared.
+    """
+    pieces = sorted(pieces, key=lambda piece: piece.offsets)
+    for index, piece in enumerate(pieces):
+        for other in pieces[index + 1 :]:
+            if other.offsets and other.offsets[0] >= piece.offsets[0] + piece.sizes[0]:
+                break
+            if _share_an_element(piece, other):
+                return piece, other
+    return None
+
+
+def _share_an_element(piece: TensorPiece, other: TensorPiece) -> bool:
+    sides = zip(piece.offsets, piece.sizes, other.offsets, other.sizes, strict=True)
+    return all(start < low + length and low < start + size for start, size, low, length in sides)

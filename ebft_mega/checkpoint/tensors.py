@@ -1,0 +1,140 @@
+"""Reading a checkpoint's tensors at any parallel layout: only the bytes that a rank needs, whoever wrote them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.errors import BrokenCheckpointError, Problem
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import hf_shapes
+from ebft_mega.model.packing import Box, packing_of
+from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
+from ebft_mega.parallel.zero import ZeroEngine
+
+
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """The tensors of a checkpoint. Files are those that the index names and are read as safetensors, nothing else."""
+
+    directory: Path
+    index: TensorIndex
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor.
+
+        Raises:
+            BrokenCheckpointError: there is no such tensor.
+        """
+        return tuple(self._indexed(kind, name).shape)
+
+    def part(self, kind: str, name: str, box: Box) -> Tensor:
+        """A part of a tensor from the pieces that overlap with it; of each no more than that is read.
+
+        Args:
+            kind: one of `STATE_KINDS`; name: of a Hugging Face tensor.
+            box: within the whole tensor; it may be empty.
+        Returns:
+            float32, on the CPU.
+        Raises:
+            BrokenCheckpointError: there is no such tensor or piece, or the pieces leave a part of the box open.
+        """
+        starts, stops = [side.start for side in box], [side.stop for side in box]
+        part = torch.empty([max(0, stop - start) for start, stop in zip(starts, stops, strict=True)])
+        missing = part.numel()
+        for piece in self._indexed(kind, name).pieces:
+            lower = [max(pair) for pair in zip(starts, piece.offsets, strict=True)]
+            ends = (offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True))
+            upper = [min(pair) for pair in zip(stops, ends, strict=True)]
+            if all(low < up for low, up in zip(lower, upper, strict=True)):
+                found = self._read(piece, name, _box(lower, upper, piece.offsets))
+                part[_box(lower, upper, starts)] = found
+                missing -= found.numel()
+        if missing:
+            where, found_text = str(self.directory), f"{missing} elements of it are in no piece"
+            raise BrokenCheckpointError([Problem(where, f"{kind}: {name}", found_text, "pieces of the whole tensor")])
+        return part
+
+    def _indexed(self, kind: str, name: str) -> IndexedTensor:
+        tensor = self.index.kinds.get(kind, {}).get(name)
+        if tensor is None:
+            raise BrokenCheckpointError([Problem(str(self.directory), f"{kind}: {name}", "no such tensor", "a tensor")])
+        return tensor
+
+    def _read(self, piece: TensorPiece, name: str, box: Box) -> Tensor:
+        path = self.directory / piece.file
+        try:
+            with safe_open(path, "pt") as file:
+                stored = file.get_slice(name)
+                found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+                if found == (expected := f"F32 {tuple(piece.sizes)}"):
+                    part: Tensor = stored[box]
+                    return part
+        except (OSError, SafetensorError) as error:
+            found, expected = f"unreadable: {error}", f"F32 {tuple(piece.sizes)}"
+        raise BrokenCheckpointError([Problem(str(path), name, found, expected)])
+
+
+def _box(lower: list[int], upper: list[int], origin: tuple[int, ...] | list[int]) -> Box:
+    """The box between two corners, as seen from an origin."""
+    return tuple(slice(low - zero, up - zero) for low, up, zero in zip(lower, upper, origin, strict=True))
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """The weights of a checkpoint as a `WeightSource`, for any layout and for warm starts."""
+
+    tensors: CheckpointTensors
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self.part(name, tuple(slice(0, size) for size in self.tensors.shape("weights", name)))
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """Read a part of one tensor."""
+        return self.tensors.part("weights", name, box)
+
+
+def check_tensors(
+    tensors: CheckpointTensors, architecture: Architecture, kinds: tuple[str, ...] = STATE_KINDS
+) -> None:
+    """Make sure that a checkpoint has all tensors of a model, with its shapes; nothing of them is read.
+
+    Raises:
+        BrokenCheckpointError: it has not; all problems at once.
+    """
+    problems = []
+    for kind in kinds:
+        indexed: Mapping[str, IndexedTensor] = tensors.index.kinds.get(kind, {})
+        for name, shape in hf_shapes(architecture).items():
+            found = f"shape {tuple(indexed[name].shape)}" if name in indexed else "no such tensor"
+            if found != f"shape {shape}":
+                problems.append(Problem(str(tensors.directory), f"{kind}: {name}", found, f"shape {shape}"))
+    if problems:
+        raise BrokenCheckpointError(problems)
+
+
+def restore_engine(engine: ZeroEngine, stage: Stage, tensors: CheckpointTensors, applied_updates: int) -> None:
+    """Put a checkpoint's weights and moments into an engine, whatever layout and ZeRO stage they come from.
+
+    Args:
+        engine: of a stage that was filled from `CheckpointWeights` of the same tensors (see `ZeroEngine.restore`).
+        stage: what the engine trains.
+        applied_updates: by which the moments have come about.
+    Raises:
+        BrokenCheckpointError: on one rank alone, if a file changed after it was checked.
+    Communication: that of `ZeroEngine.restore`.
+    """
+    groups, shapes = stage.groups, hf_shapes(stage.architecture)
+
+    def read(kind: StateKind, name: str) -> Tensor:
+        packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
+        boxes = ((source, packing.box(shapes[source], groups.tensor_parallel_rank)) for source in packing.sources)
+        return packing.pack(tuple(tensors.part(kind, source, box) for source, box in boxes))
+
+    engine.restore(read, applied_updates)

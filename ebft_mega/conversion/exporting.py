@@ -1,0 +1,80 @@
+"""A checkpoint of this trainer as a Hugging Face model directory."""
+
+import tempfile
+from pathlib import Path
+
+from ebft_mega.checkpoint.folders import CHECKPOINTS, newest, step_of
+from ebft_mega.checkpoint.initial_model import open_weights
+from ebft_mega.checkpoint.manifest import file_problems, read_listed
+from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_model_folder
+from ebft_mega.conversion.result import Converted
+from ebft_mega.conversion.stream import DTYPES, converted_tensors
+from ebft_mega.data.progress import track
+from ebft_mega.data.tokenizer import TOKENIZER_FILES, tokenizer_sha256
+from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import GENERATION_CONFIG_NAME, write_model
+
+
+def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, overwrite: bool = False) -> Converted:
+    """Write a checkpoint's model in Hugging Face's form, after every file that is read was compared with its hash.
+
+    Args:
+        path: a checkpoint folder, or a run directory or its `checkpoints`, of which the newest one is taken.
+        output: the directory to make.
+        dtype: of the written weights, by torch's name.
+        shard_bytes: how many bytes of tensors a file may have.
+        overwrite: replace a model at `output`.
+    Raises:
+        InputError: there is no checkpoint, or there are values that `dtype` cannot hold.
+        BrokenCheckpointError: files are missing or other ones than were written.
+    """
+    folder = open_model_folder(checkpoint_folder(path), hash_weights=False)
+    architecture = Architecture.from_directory(folder.directory)
+    files = track(folder.weight_files, len(folder.weight_files), "files checked")
+    problems = [problem for name in files for problem in file_problems(folder.directory, folder.manifest, [name])]
+    if problems:
+        raise BrokenCheckpointError(problems)
+    weights = open_weights(folder.directory, architecture, hash_files=False)
+    with tempfile.TemporaryDirectory() as copies:
+        small = Path(copies)
+        _copy_listed(folder, small)
+        has_tokenizer = tokenizer_sha256(small) is not None
+        generation_config = small / GENERATION_CONFIG_NAME
+        write_model(
+            output,
+            architecture,
+            converted_tensors(weights, architecture, DTYPES[dtype], folder.directory),
+            DTYPES[dtype],
+            tokenizer=small if has_tokenizer else None,
+            generation_config=generation_config if generation_config.is_file() else None,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+        )
+    return Converted(folder.directory, output, dtype, ("there is no tokenizer",) * (not has_tokenizer))
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that a path means.
+
+    Args:
+        path: a checkpoint folder, a folder of checkpoints, or a run directory.
+    Raises:
+        InputError: there is none.
+    """
+    if is_checkpoint(path) or (path.is_dir() and step_of(path.name) is not None):
+        return path
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    name = newest(root)
+    if name is None:
+        found = "no checkpoint" if path.is_dir() else "no such directory"
+        expected = "a checkpoint folder, or a run directory with complete checkpoints"
+        raise InputError([Problem("--checkpoint", str(path), found, expected)])
+    return root / name
+
+
+def _copy_listed(folder: ModelFolder, destination: Path) -> None:
+    """Copy those small files of a model that the manifest lists; one that somebody added later is not touched."""
+    for name in (GENERATION_CONFIG_NAME, *TOKENIZER_FILES):
+        if name in folder.manifest.files:
+            (destination / name).write_bytes(read_listed(folder.directory, folder.manifest, name))

@@ -1,0 +1,110 @@
+"""An untrusted Hugging Face directory, checked and rewritten in the form that training starts from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebft_mega.checkpoint.model_folder import is_checkpoint
+from ebft_mega.conversion.result import Converted
+from ebft_mega.conversion.stream import DTYPES, converted_tensors
+from ebft_mega.data.inputs import read_json_object
+from ebft_mega.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_sha256
+from ebft_mega.errors import InputError, InputProblems, Problem
+from ebft_mega.model.architecture import Architecture, code_keys
+from ebft_mega.model.huggingface import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SafetensorsWeights,
+    write_model,
+)
+from ebft_mega.model.weight_files import INDEX_NAME, stored_tensors
+
+_JSON_NAMES = (GENERATION_CONFIG_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int, overwrite: bool = False) -> Converted:
+    """Check a model directory and write what a model consists of, and nothing else of it, to another one.
+
+    Nothing in the directory is executed or unpickled: read are JSON, safetensors and tokenizer files.
+
+    Args:
+        source: a Hugging Face directory.
+        output: the directory to make.
+        dtype: of the written weights, by torch's name; None: the source's, and where it has several float32.
+        shard_bytes: how many bytes of tensors a file may have.
+        overwrite: replace a model at `output`.
+    Raises:
+        InputError: everything that is wrong with the directory, at once; values that are not finite, once all tensors
+            have been read.
+    """
+    if is_checkpoint(source):
+        problem = Problem(
+            "--input", str(source), "a checkpoint of this trainer", "a Hugging Face directory; see export"
+        )
+        raise InputError([problem])
+    architecture, weights = _checked(source)
+    dtypes = set(weights.dtypes.values())
+    only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    chosen = only if dtype is None else DTYPES[dtype]
+    write_model(
+        output,
+        architecture,
+        converted_tensors(weights, architecture, chosen, source),
+        chosen,
+        tokenizer=source if tokenizer_sha256(source) else None,
+        generation_config=source / GENERATION_CONFIG_NAME if (source / GENERATION_CONFIG_NAME).is_file() else None,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
+    return Converted(source, output, str(chosen).removeprefix("torch."), tuple(_notes(source, weights)))
+
+
+def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:
+    """The model in a directory without problems."""
+    problems: list[Problem] = []
+    architecture = weights = None
+    try:
+        architecture = Architecture.from_directory(source)
+        weights = SafetensorsWeights(source, architecture)
+    except InputProblems as error:
+        problems += error.problems
+    if architecture is None:
+        problems += stored_tensors(source)[1]
+    problems += _code_in_json(source)
+    if tokenizer_sha256(source) is not None:
+        try:
+            size = load_tokenizer(source).vocab_size
+        except InputProblems as error:
+            problems += error.problems
+        else:
+            if architecture is not None and size > architecture.vocab_size:
+                found, expected = f"{size} tokens", f"at most the model's vocab_size {architecture.vocab_size}"
+                problems.append(Problem(str(source), "tokenizer", found, expected))
+    if problems or architecture is None or weights is None:
+        raise InputError(problems)
+    return architecture, weights
+
+
+def _code_in_json(source: Path) -> list[Problem]:
+    """Files beside `config.json` that are no JSON objects or name code."""
+    problems = []
+    for name in _JSON_NAMES:
+        path = source / name
+        try:
+            content: dict[str, Any] = read_json_object(path, "JSON") if path.is_file() else {}
+        except InputError as error:
+            problems += error.problems
+            continue
+        expected = "no such key: code named by a model directory is never run"
+        problems += [Problem(str(path), key, json.dumps(value)[:100], expected) for key, value in code_keys(content)]
+    return problems
+
+
+def _notes(source: Path, weights: SafetensorsWeights) -> list[str]:
+    """What a user may miss in the result."""
+    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.pieces()}
+    left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
+    notes = [f"left out, and not opened: {', '.join(left_out)}"] * bool(left_out)
+    return notes + ["there is no tokenizer"] * (tokenizer_sha256(source) is None)

@@ -1,0 +1,47 @@
+"""What a conversion did, and what it took."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ebft_mega.model.weight_files import stored_tensors
+
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model directory that was written."""
+
+    source: Path
+    directory: Path
+    dtype: str
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        tensors, _ = stored_tensors(self.directory)
+        files = {tensor.file for tensor in tensors.values()}
+        size = sum(file.stat().st_size for file in files)
+        summary = f"{self.directory}: {len(tensors)} tensors in {len(files)} file(s), {size / 1e9:.3f} GB, {self.dtype}"
+        return "\n".join([summary, f"from {self.source}", *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Time and memory of this process from here on."""
+
+    started: float = field(default_factory=time.monotonic)  # seconds
+    peak_before: int = field(default_factory=lambda: _peak_bytes())
+
+    def __str__(self) -> str:
+        """In words, for what was done since."""
+        seconds, peak = time.monotonic() - self.started, _peak_bytes()
+        before, whole = self.peak_before / 2**20, peak / 2**20
+        return f"{seconds:.1f} s; peak memory {whole:.0f} MiB, {before:.0f} MiB of it before the work began"
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process had resident so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES

@@ -1,0 +1,50 @@
+"""A model's tensors one after another in the dtype asked for, with a look at every value."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ebft_mega.data.progress import track
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import WeightSource, hf_shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def converted_tensors(
+    source: WeightSource, architecture: Architecture, dtype: torch.dtype, where: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model in the order of `hf_shapes`.
+
+    Memory: one tensor as it is stored (mapped from its file, where it comes from one), and one in the new dtype.
+
+    Args:
+        where: what is converted, for messages.
+    Raises:
+        InputError: at the end, naming every tensor with values that are not finite, in the source or in `dtype`.
+    """
+    problems: list[Problem] = []
+    names = list(hf_shapes(architecture))
+    for name in track(names, len(names), "tensors"):
+        yield name, _converted(source, name, dtype, where, problems)
+    if problems:
+        raise InputError(problems)
+
+
+def _converted(source: WeightSource, name: str, dtype: torch.dtype, where: Path, problems: list[Problem]) -> Tensor:
+    """One tensor; a function of its own, so that nothing keeps it while the next one is read."""
+    stored = source.tensor(name)
+    converted = stored.to(dtype)
+    if not _is_finite(converted):
+        words = f"values beyond the range of {str(dtype).removeprefix('torch.')}"
+        found = words if _is_finite(stored) else "values that are infinite or no numbers"
+        problems.append(Problem(str(where), name, found, "finite values"))
+    return converted
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; the extremes need no second tensor, and are no numbers if any value is none."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

@@ -1,0 +1,138 @@
+"""Logits of the model here against those of transformers, on a text."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ebft_mega.checkpoint.initial_model import open_weights
+from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
+from ebft_mega.data.inputs import bad_input
+from ebft_mega.data.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.errors import InputError, InputProblems, Problem
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.attention import StridedLayout
+from ebft_mega.model.huggingface import CONFIG_NAME, SafetensorsWeights, load_weights
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.sizes import HEAD_ROWS
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.weight_files import INDEX_NAME
+from ebft_mega.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models' logits are apart, in float32."""
+
+    positions: int  # tokens of the text that were read
+    vocab_size: int
+    max_difference: float  # largest absolute difference of two logits
+    largest_logit: float  # of the reference, absolute
+
+    def __str__(self) -> str:
+        return (
+            f"max absolute difference {self.max_difference:.3e}; largest logit {self.largest_logit:.3e}; "
+            f"{self.positions} positions of {self.vocab_size} logits, float32"
+        )
+
+
+def compare_logits(
+    model: Path, reference: Path | None, text: Path, max_positions: int, groups: ProcessGroups
+) -> Comparison:
+    """Compare this package's model with transformers' on the first tokens of a text, in one process.
+
+    Args:
+        model: a Hugging Face directory or a checkpoint folder, whose logits are computed here.
+        reference: the Hugging Face directory that transformers loads; None: `model`.
+        text: a UTF-8 file.
+        max_positions: tokens to read at most; not more than the models' context either.
+        groups: of this one process.
+    Raises:
+        InputError: files are missing or unfitting, all problems at once.
+    Memory: one of the two models at a time, in float32, and the logits of all positions.
+    """
+    problems: list[Problem] = []
+    if is_checkpoint(model):
+        open_model_folder(model, hash_weights=False)
+        if reference is None:
+            raise bad_input("--reference", str(model), "not given, for a checkpoint", "a Hugging Face directory")
+    reference = reference or model
+    architectures = []
+    for directory in dict.fromkeys((model, reference)):
+        try:
+            architectures.append(Architecture.from_directory(directory))
+        except InputProblems as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    own, other = architectures[0], architectures[-1]
+    if own.vocab_size != other.vocab_size:
+        raise bad_input(str(reference), "vocab_size", other.vocab_size, f"{own.vocab_size}, as {model} has")
+    weights = open_weights(model, own)
+    files = SafetensorsWeights(reference, other).pieces()
+    tokens = _tokens(text, model if tokenizer_sha256(model) else reference, architectures, max_positions)
+    expected = _reference_logits(reference, files, tokens)
+    stage = Stage(own, StageShape.whole(own), groups, torch.float32)
+    load_weights(stage, weights)
+    return _compare(stage.requires_grad_(False).eval(), tokens, expected)
+
+
+def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_positions: int) -> Tensor:
+    """The first tokens of a text, int64 [1, S]."""
+    try:
+        ids = load_tokenizer(tokenizer).encode(text.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_input("--text", str(text), error, "a UTF-8 text file") from None
+    # transformers masks beyond a sliding window, and the layers here do not.
+    limits = [limit for a in architectures for limit in (a.max_position_embeddings, a.sliding_window) if limit]
+    ids = ids[: min(max_positions, *limits)]
+    if not ids or max(ids) >= architectures[0].vocab_size:
+        found = f"token {max(ids)}" if ids else "no tokens"
+        raise bad_input("--text", str(text), found, f"tokens below {architectures[0].vocab_size}")
+    return torch.tensor(ids)[None]
+
+
+def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tensor:
+    """What transformers computes, float32 [S, V].
+
+    It is shown the configuration and the safetensors files and nothing else of the directory, so that there is no
+    pickle, adapter or code that it could find.
+    """
+    with tempfile.TemporaryDirectory() as shown:
+        for name in (CONFIG_NAME, INDEX_NAME, *files):
+            if (reference / name).is_file():
+                (Path(shown) / name).symlink_to((reference / name).resolve())
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            shown,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        with torch.no_grad():
+            logits: Tensor = model.eval()(tokens, use_cache=False).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def _compare(stage: Stage, tokens: Tensor, expected: Tensor) -> Comparison:
+    length = tokens.shape[1]
+    device = stage.groups.device
+    stage.to(device)
+    layout = StridedLayout((), 1, length, 0, stage.attention)
+    hidden = stage.hidden_states(tokens.to(device), torch.arange(length, device=device), layout)[:, 0]
+    differences = [
+        (stage.logits(rows) - wanted.to(device)).abs().max()
+        for rows, wanted in zip(hidden.split(HEAD_ROWS), expected.split(HEAD_ROWS), strict=True)
+    ]
+    return Comparison(
+        positions=length,
+        vocab_size=expected.shape[1],
+        max_difference=float(torch.stack(differences).max()),
+        largest_logit=float(expected.abs().max()),
+    )

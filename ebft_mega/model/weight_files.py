@@ -1,0 +1,151 @@
+"""Which tensors a Hugging Face directory holds, from file names, sizes and headers: no torch, nothing is unpickled."""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.errors import Problem
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPE_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+}
+_LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_WEIGHTS = f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names (other formats can hold code)"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file announces it."""
+
+    file: Path
+    dtype: str  # in the format's spelling: F32, BF16, ...
+    shape: tuple[int, ...]
+
+
+def stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[Problem]]:
+    """The tensors of a model directory, by name.
+
+    Every `*.safetensors` file that is part of the model must be as long as its header says and have its tensors side
+    by side; an index must name files that are there, and exactly the tensors that they hold.
+
+    Args:
+        directory: a Hugging Face model directory.
+    Returns:
+        The tensors of all files that can be read, and everything that is wrong.
+    """
+    names, problems = _weight_files(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        for tensor, stored in _read_header(directory / name, problems).items():
+            if tensor in tensors:
+                found = f"in {tensors[tensor].file.name} and in {name}"
+                problems.append(Problem(str(directory), tensor, found, "one tensor of a name"))
+            tensors[tensor] = stored
+    if not problems and (directory / INDEX_NAME).is_file():
+        problems += _index_differs(directory / INDEX_NAME, tensors)
+    return tensors, problems
+
+
+def _weight_files(directory: Path) -> tuple[list[str], list[Problem]]:
+    """Names of the files with weights, and what is wrong with their choice."""
+    index, is_single = directory / INDEX_NAME, (directory / SINGLE_NAME).is_file()
+    if not index.is_file():
+        if is_single:
+            return [SINGLE_NAME], []
+        others = _names(directory.glob("*.safetensors")) or _names(directory.glob("*.bin"))
+        return [], [Problem(str(directory), "weights", ", ".join(others) or "none", _WEIGHTS)]
+    weight_map, problems = _read_index(index)
+    names = sorted(set(weight_map.values()))
+    if is_single and SINGLE_NAME not in names:
+        # transformers takes the one and others the other.
+        problems.append(Problem(str(directory), "weights", f"{SINGLE_NAME} beside {INDEX_NAME}", "one of the two"))
+    outside = [name for name in names if not _is_plain(name)]
+    problems += [Problem(str(index), "weight_map", repr(name), "plain file names") for name in outside]
+    present = [name for name in names if name not in outside and (directory / name).is_file()]
+    problems += [
+        Problem(str(directory / name), name, "no such file", f"a file that {INDEX_NAME} names")
+        for name in names
+        if name not in outside and name not in present
+    ]
+    return present, problems
+
+
+def _names(paths: Iterable[Path]) -> list[str]:
+    return sorted(path.name for path in paths)
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".safetensors")
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], list[Problem]]:
+    """The file of each tensor, as the index has it."""
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+        return {str(tensor): str(name) for tensor, name in content["weight_map"].items()}, []
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {}, [Problem(str(index), "weight_map", repr(error), "a JSON object of tensor and file names")]
+
+
+def _index_differs(index: Path, tensors: dict[str, StoredTensor]) -> list[Problem]:
+    """Tensors that are not where the index says, and tensors of its files that it does not name."""
+    weight_map, problems = _read_index(index)
+    for tensor in sorted(weight_map.keys() | tensors.keys()):
+        named = weight_map.get(tensor)
+        held = tensors[tensor].file.name if tensor in tensors else None
+        if named != held:
+            problems.append(Problem(str(index), tensor, f"in {named or 'no file'}", f"in {held or 'no file'}"))
+    return problems
+
+
+def _read_header(path: Path, problems: list[Problem]) -> dict[str, StoredTensor]:
+    """The tensors that a file announces; nothing after a problem was added."""
+
+    def refuse(found: str, expected: str, key: str = path.name) -> dict[str, StoredTensor]:
+        problems.append(Problem(str(path), key, found, expected))
+        return {}
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_LENGTH_BYTES)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else size
+        if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            return refuse(f"{size} bytes", "a complete safetensors header")
+        text = file.read(header_bytes)
+    try:
+        entries: Any = json.loads(text, object_pairs_hook=_distinct)
+        entries.pop("__metadata__", None)
+        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
+        tensors = {
+            name: StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in entries.items()
+        }
+        end = max((stop for _, stop in spans.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return refuse(repr(error), "a safetensors header")
+    if size != _LENGTH_BYTES + header_bytes + end:
+        return refuse(f"{size} bytes", f"{_LENGTH_BYTES + header_bytes + end} bytes")
+    position = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        width = DTYPE_BYTES.get(tensors[name].dtype)
+        expected = stop - start if width is None else width * math.prod(tensors[name].shape)
+        if start != position or stop - start != expected or min(tensors[name].shape, default=0) < 0:
+            return refuse(f"bytes {start} to {stop}", f"{expected} bytes from {position} on", name)
+        position = stop
+    return tensors
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("one name twice")
+    return content

@@ -1,0 +1,50 @@
+"""The float32 state of a stage's optimizer as tensors: what there is, who moves which of it, and AdamW's own form."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+StateKind = Literal["weights", "exp_avg", "exp_avg_sq"]
+STATE_KINDS: tuple[StateKind, ...] = ("weights", "exp_avg", "exp_avg_sq")  # float32 master weights, AdamW's moments
+# read(kind, parameter name): this (tensor, pipeline) coordinate's whole slice of a parameter's state, float32.
+StateReader = Callable[[StateKind, str], Tensor]
+
+
+def share_out(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Give every item to a rank so that all have about as much: the largest first, each to who has least.
+
+    Returns:
+        A rank per item, the same on every rank. No rank has more than its equal share and one item.
+    """
+    loads = [0] * num_ranks
+    owners = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        owners[item] = loads.index(min(loads))
+        loads[owners[item]] += sizes[item]
+    return owners
+
+
+def prepare_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], applied_updates: int) -> None:
+    """Give tensors the state that AdamW keeps, as if it had been applied this often; moments that are missing are zero.
+
+    AdamW itself makes its state in its first step, so before it there is nothing to put saved moments into. The form
+    is that of torch's AdamW: a step count of its own for each tensor (it is counted up in place), on the CPU.
+
+    Args:
+        tensors: what the optimizer steps on.
+    """
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        for kind in STATE_KINDS[1:]:
+            if kind not in state:
+                state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
+        state["step"] = torch.tensor(float(applied_updates), dtype=torch.float32)
+
+
+def applied_updates(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> int:
+    """How often AdamW has been applied; skipped steps do not count."""
+    counts = {int(state["step"]) if (state := optimizer.state.get(tensor)) else 0 for tensor in tensors}
+    assert len(counts) == 1, f"all of a stage is updated at once, but these are counted: {counts}"
+    return counts.pop()

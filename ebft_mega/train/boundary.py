@@ -1,0 +1,155 @@
+"""Between two steps: all ranks agree on what one of them was asked for, and checkpoints begin and come to count."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
+from ebft_mega.errors import CheckpointError
+from ebft_mega.train.progress import Progress
+from ebft_mega.train.step import Trainer
+from ebft_mega.train.wishes import LocalWishes, StopReason
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What any rank was asked for or still does, the same on every rank."""
+
+    stop: StopReason
+    save: bool
+    is_writing: bool
+
+
+class Boundary:
+    """What a run does between two optimizer steps, beside evaluating.
+
+    Args:
+        trainer: whose state is saved.
+        saver: writes checkpoints.
+        wishes: what this rank is asked for.
+        small_files: contents of the files of a checkpoint beside its tensors, when it begins.
+        announce: shows a line to people; None on ranks that do not.
+        saved: where the run has come from, if that very state lies in its own run directory.
+    Communication: every method is collective over the world.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        saver: CheckpointSaver,
+        wishes: LocalWishes,
+        small_files: Callable[[Progress], Mapping[str, bytes]],
+        announce: Callable[[str], None] | None,
+        saved: Progress | None,
+    ):
+        self._trainer, self._saver, self._wishes = trainer, saver, wishes
+        self._small_files = small_files
+        self._announce = announce
+        self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
+        self._stop = StopReason.NONE
+        self._seconds = 0.0
+
+    def stop_is_wished(self) -> bool:
+        """Whether the run is to stop; once it is, it stays so.
+
+        Communication: one all-reduce of three int64 over the world.
+        """
+        self._agree()
+        return self._stop != StopReason.NONE
+
+    def cross(self, progress: Progress, is_due: bool) -> StopReason:
+        """Do what has to be done before the next step.
+
+        Args:
+            progress: after the last step.
+            is_due: a checkpoint was to be taken here.
+        Returns:
+            Why the run stops here, with its state in a complete checkpoint; NONE: it goes on.
+        Raises:
+            CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
+        Communication: one all-reduce of three int64 over the world; when a checkpoint begins or comes to count, that of
+            `CheckpointSaver.begin` and `settle`.
+        """
+        started = time.perf_counter()
+        agreed = self._agree()
+        if self._saver.in_flight and not agreed.is_writing:
+            self._settle()
+        is_stopping = self._stop != StopReason.NONE
+        if agreed.save:
+            self._wishes.take_save()
+        if (is_due or agreed.save or is_stopping) and self._saved != _key(progress):
+            self._settle()
+            self._begin(progress)
+        if is_stopping:
+            self._settle()
+            if self._saved is None:
+                reason = f"the run was asked to stop ({self._stop.words}) at step {progress.step}"
+                raise CheckpointError(f"{reason}, and its state could not be saved")
+            self._wishes.take_stop()
+        self._seconds += time.perf_counter() - started
+        return self._stop
+
+    def finish(self) -> None:
+        """Let a checkpoint in flight count, at the end of the run.
+
+        Raises:
+            CheckpointError: as for `cross`.
+        """
+        self._settle()
+        self._saver.finish()
+
+    def take_seconds(self) -> float:
+        """Time that the run has spent here since it was last asked, in seconds. Communication: none."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _agree(self) -> Agreed:
+        """Hear what all ranks are asked for; a rank that was asked to stop is enough."""
+        own = (self._wishes.stop_reason(), self._wishes.save_wished(), self._saver.is_writing)
+        heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
+        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+        stop, save, is_writing = heard.tolist()
+        if stop and not self._stop:
+            self._stop = StopReason(stop)
+            logger.warning("asked to stop: %s", self._stop.words)
+        return Agreed(self._stop, bool(save), bool(is_writing))
+
+    def _begin(self, progress: Progress) -> None:
+        self._saved = _key(progress)
+        failure = self._saver.begin(
+            progress.step, self._trainer.engine, self._trainer.stage, self._small_files(progress)
+        )
+        if failure is not None:
+            self._report(failure)
+
+    def _settle(self) -> None:
+        outcome = self._saver.settle()
+        if outcome is not None:
+            self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        """Tell of a checkpoint; one that failed is as if it had never begun."""
+        if outcome.error is None:
+            size = f"{outcome.num_bytes / 1e9:.3f} GB in {outcome.seconds:.1f} s"
+            self._show(f"checkpoint of step {outcome.step}: complete, {size}")
+            return
+        self._saved = None
+        logger.error("checkpoint of step %d failed: %s", outcome.step, outcome.error)
+        self._show(f"checkpoint of step {outcome.step} FAILED: {outcome.error}")
+        if self._trainer.config.checkpoint.on_error == "stop":
+            raise CheckpointError(f"the checkpoint of step {outcome.step} could not be written: {outcome.error}")
+
+    def _show(self, text: str) -> None:
+        if self._announce is not None:
+            self._announce(text)
+
+
+def _key(progress: Progress) -> tuple[int, bool]:
+    """What of a state can change while the weights stay the same: the evaluation after a step comes later."""
+    return progress.step, progress.pending is None

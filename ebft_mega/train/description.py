@@ -1,0 +1,40 @@
+"""The files of a checkpoint that say what its tensors are, so that a checkpoint can be used without its run."""
+
+import json
+from pathlib import Path
+
+from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.tokenizer import tokenizer_files
+from ebft_mega.metrics.run_files import describe_environment
+from ebft_mega.model.architecture import Architecture
+
+GENERATION_NAME = "generation_config.json"
+
+
+def describing_files(config: RunConfig, architecture: Architecture, tokenizer_directory: Path) -> dict[str, bytes]:
+    """Contents by file name: configuration, environment, architecture, tokenizer and how to generate.
+
+    Args:
+        tokenizer_directory: of the training data.
+    """
+    files = {path.name: path.read_bytes() for path in tokenizer_files(tokenizer_directory)}
+    generation = generation_config(config)
+    if generation is not None:
+        files[GENERATION_NAME] = generation.read_bytes()
+    files["config.json"] = _as_json(architecture.exported_config("float32"))
+    files["environment.json"] = _as_json(describe_environment())
+    files["config.resolved.yaml"] = resolved_yaml(config).encode()
+    return files
+
+
+def generation_config(config: RunConfig) -> Path | None:
+    """The initial model's `generation_config.json`, if it has one."""
+    if config.model.init_from is None:
+        return None
+    path = config.model.init_from / GENERATION_NAME
+    return path if path.is_file() else None
+
+
+def _as_json(content: object) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,176 @@
+"""Where a run begins: at its first step, or at the newest checkpoint that every rank finds whole."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.folders import CHECKPOINTS, remove_leftovers, restore_replaced, set_aside
+from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files, unlisted_files
+from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
+from ebft_mega.checkpoint.resume import (
+    Candidates,
+    SavedRun,
+    candidates,
+    noted_changes,
+    origin,
+    read_run,
+    refused_changes,
+)
+from ebft_mega.checkpoint.run_state import StartedFrom
+from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
+from ebft_mega.checkpoint.tensors import CheckpointTensors
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.validate import RunPlan
+from ebft_mega.data.loader import BatchLoader
+from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
+from ebft_mega.model.huggingface import InitialWeights, identity
+from ebft_mega.train.agreement import from_first_rank
+from ebft_mega.train.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from."""
+
+    progress: Progress
+    saved: SavedRun | None  # None: a new run
+    started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named, now or when the run began
+    notes: tuple[str, ...]
+
+    @property
+    def saved_state(self) -> tuple[CheckpointTensors, int] | None:
+        """The weights and the optimizer's state to go on from, and the updates applied so far. Reads the index."""
+        if self.saved is None:
+            return None
+        path = self.saved.directory / INDEX_NAME
+        index = TensorIndex.from_json(path.read_text(encoding="utf-8"), str(path))
+        return CheckpointTensors(self.saved.directory, index), self.saved.state.optimizer_updates
+
+    def is_in(self, output_dir: Path) -> bool:
+        """Whether the state to go on from lies in a run directory of its own."""
+        return self.saved is not None and self.saved.directory.parent == output_dir / CHECKPOINTS
+
+
+def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
+    """Choose the checkpoint, check it, and move the loader to where it was taken.
+
+    Raises:
+        BrokenCheckpointError: the checkpoint that was named is not whole, or none of those that are there is.
+        ConfigError, InputError: something has changed that may not.
+    Communication: collective over the world; every file of the checkpoint is read and hashed by one rank.
+    """
+    root = config.output_dir / CHECKPOINTS
+    restored = from_first_rank(lambda: restore_replaced(root))
+    notes = [f"{name} has its name again: the run was killed while it replaced it" for name in restored]
+    found = from_first_rank(lambda: candidates(config))
+    notes += found.notes
+    saved = _newest_whole(found, notes)
+    if saved is not None:
+        refused = from_first_rank(lambda: refused_changes(saved, config, plan.architecture))
+        if refused:
+            raise ConfigError(refused)
+        notes += noted_changes(saved, config)
+        notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
+        notes.append(f"going on after step {saved.state.step} from {saved.directory}")
+    notes += from_first_rank(lambda: _tidy(root, found))
+    if saved is None:
+        return Start(Progress(), None, None, tuple(notes))
+    return Start(Progress.of(saved.state), saved, origin(saved, found), tuple(notes))
+
+
+def _newest_whole(found: Candidates, notes: list[str]) -> SavedRun | None:
+    """The first candidate without a problem; those before it are noted."""
+    all_problems: list[Problem] = []
+    for directory in found.paths:
+        saved, problems = from_first_rank(partial(_try, directory))
+        if saved is not None:
+            problems = _damaged_files(saved.directory, saved.manifest, "")
+            if not problems:
+                notes += from_first_rank(partial(_foreign_files, saved))
+                return saved
+        all_problems += problems
+        notes.append(f"passed over {directory}: " + "; ".join(map(str, problems)))
+    if all_problems:
+        expected = "a whole checkpoint; `checkpoint.resume: never` begins anew"
+        all_problems.append(Problem("checkpoint.resume", "all checkpoints", f"{len(found.paths)} broken", expected))
+        raise BrokenCheckpointError(all_problems)
+    return None
+
+
+def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:
+    try:
+        return read_run(directory), ()
+    except BrokenCheckpointError as error:
+        return None, error.problems
+
+
+def _damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[Problem]:
+    """What is wrong with the files of a checkpoint whose names begin so.
+
+    Communication: one gathering; each file is hashed by one rank.
+    """
+    own = share_of_files(manifest, dist.get_rank(), dist.get_world_size())
+    problems = file_problems(directory, manifest, [name for name in own if name.startswith(beginning)])
+    parts: list[list[Problem]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, problems)
+    return [problem for part in parts for problem in part]
+
+
+def require_whole_models(config: RunConfig) -> None:
+    """Check the weights of the models that a run starts from and that are checkpoints of other runs.
+
+    Raises:
+        BrokenCheckpointError: their files are not those that were written.
+    Communication: collective over the world; each file is hashed by one rank.
+    """
+    for directory in (config.model.init_from, config.ebft.feature_model):
+        if directory is not None and from_first_rank(partial(is_checkpoint, directory)):
+            manifest = from_first_rank(partial(read_manifest, directory))
+            problems = _damaged_files(directory, manifest, WEIGHTS_FOLDER)
+            if problems:
+                raise BrokenCheckpointError(problems)
+
+
+def _foreign_files(saved: SavedRun) -> list[str]:
+    names = unlisted_files(saved.directory, saved.manifest)
+    return [f"{saved.directory}: not read, because its manifest does not name them: {', '.join(names)}"] * bool(names)
+
+
+def _tidy(root: Path, found: Candidates) -> list[str]:
+    """Remove what a killed run left half written, and set aside what the run does not descend from."""
+    notes = []
+    for name in remove_leftovers(root):
+        notes.append(f"removed {name}: a checkpoint that was never completed")
+        logger.warning("%s", notes[-1])
+    names = set_aside(root, found.abandoned)
+    return notes + [f"set aside {name}: this run does not descend from it" for name in names]
+
+
+def require_same_initial_model(config: RunConfig, source: InitialWeights, start: Start) -> str:
+    """The identity of the model that the feature network is made of, which a run keeps for good.
+
+    Args:
+        source: the feature network's weights.
+    Returns:
+        sha256 of its weights, wherever they lie.
+    Raises:
+        InputError: the run that goes on began with other weights.
+    Communication: one gathering over the world; each piece of the model is hashed by one rank.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parts: list[dict[str, str]] = [{}] * size
+    dist.all_gather_object(parts, {piece: source.digest(piece) for piece in source.pieces()[rank::size]})
+    found = identity({piece: digest for part in parts for piece, digest in part.items()})
+    expected = None if start.saved is None else start.saved.state.feature_network
+    if start.saved is not None and expected != found:
+        key = "ebft.feature_model" if config.ebft.feature_model is not None else "model"
+        source_then = start.saved.state.feature_source
+        words = f"the initial model of this run, {source_then}, with sha256 {expected}"
+        raise InputError([Problem(config.place(key), key, f"weights with sha256 {found}", words)])
+    return found

@@ -1,0 +1,229 @@
+"""Wishes from outside to save or to stop: signals, files, the time limit, a launcher that is gone. Imports no torch."""
+
+import logging
+import os
+import signal
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from ebft_mega.train.run_lock import clock_of
+
+logger = logging.getLogger(__name__)
+
+SAVE_NAME = "SAVE"
+STOP_NAME = "STOP"
+SECONDS_PER_MINUTE = 60.0
+
+
+class StopReason(IntEnum):
+    """Why a run should stop. Where ranks have different reasons the greatest one counts for all."""
+
+    NONE = 0
+    TIME_LIMIT = 1
+    STOP_FILE = 2
+    LAUNCHER_GONE = 3
+    SIGUSR1 = 4
+    SIGTERM = 5
+
+    @property
+    def words(self) -> str:
+        """The same for people."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    StopReason.NONE: "nothing",
+    StopReason.TIME_LIMIT: "train.max_run_minutes",
+    StopReason.STOP_FILE: f"the file {STOP_NAME}",
+    StopReason.LAUNCHER_GONE: "the launcher is gone",
+    StopReason.SIGUSR1: "SIGUSR1",
+    StopReason.SIGTERM: "SIGTERM",
+}
+_REASONS = {signal.SIGUSR1: StopReason.SIGUSR1, signal.SIGTERM: StopReason.SIGTERM}
+
+
+class Launcher:
+    """The processes that have started this rank, whose end is a wish to stop: nobody would hand on another one.
+
+    These are the parent and, under the `deepspeed` command, the parent's parent: that command starts a
+    `deepspeed.launcher.launch`, which starts the ranks, and a signal that ends the command leaves the others running.
+    Never a process further up: a job outlives the shell that it was started from.
+
+    Args:
+        parent: of this process; None where nobody is watched.
+        command_pid: of the `deepspeed` command; None where the parent is another launcher.
+    """
+
+    def __init__(self, parent: psutil.Process | None = None, command_pid: int | None = None):
+        self._parent = parent
+        self._command_pid = command_pid
+
+    @classmethod
+    def of_this_rank(cls) -> "Launcher":
+        """The one that runs now; nobody where the environment has no RANK, for then no launcher has started this."""
+        if "RANK" not in os.environ:
+            return cls()
+        try:
+            parent = psutil.Process(os.getppid())
+            command = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+            if command is not None and any(Path(part).name == "deepspeed" for part in command.cmdline()[:2]):
+                return cls(parent, command.pid)
+        except psutil.Error:  # it ends at this moment, or belongs to somebody else
+            return cls()
+        return cls(parent)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether one of them has ended."""
+        if self._parent is None:
+            return False
+        if os.getppid() != self._parent.pid:
+            return True
+        try:
+            return self._command_pid is not None and self._parent.ppid() != self._command_pid
+        except psutil.Error:
+            return True
+
+
+class Signals:
+    """Notes SIGTERM and SIGUSR1 instead of ending the process. Without `listen` it notes nothing."""
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self._received = StopReason.NONE
+        self._replaced: dict[signal.Signals, Any] = {}
+        self._launcher = launcher or Launcher()
+
+    @classmethod
+    def listen(cls) -> "Signals":
+        """Note signals from now on, and remember who has started this process.
+
+        Call it in the main thread, before anything that takes long: until then a signal ends the process. A forked
+        child inherits the handlers, but not what they note.
+        """
+        signals = cls(Launcher.of_this_rank())
+        for number in _REASONS:
+            signals._replaced[number] = signal.signal(number, signals._note)
+            # System calls of libraries go on, whether these expect interruptions or not.
+            signal.siginterrupt(number, False)
+        return signals
+
+    def release(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced.clear()
+
+    @property
+    def received(self) -> StopReason:
+        """The strongest signal so far, `NONE` if there was none. A second one of the same kind changes nothing."""
+        return self._received
+
+    @property
+    def launcher_is_gone(self) -> bool:
+        """Whether the processes that have started this rank have ended."""
+        return self._launcher.is_gone
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = max(self._received, _REASONS[signal.Signals(number)])
+
+
+class LocalWishes:
+    """What this rank alone knows of wishes to save or to stop; all ranks have to agree on them.
+
+    Args:
+        signals: of this process.
+        output_dir: the run directory, in which people create the files SAVE and STOP; None: there are none.
+        started_monotonic: `time.monotonic()` when the process started.
+        max_run_minutes: time after which to stop; None: no limit.
+        watches_files: whether this rank looks for the files; one of the job is enough.
+    """
+
+    def __init__(
+        self,
+        signals: Signals,
+        output_dir: Path | None,
+        started_monotonic: float,
+        max_run_minutes: float | None,
+        watches_files: bool,
+    ):
+        self._signals = signals
+        self._directory = output_dir if watches_files else None
+        self._started = started_monotonic
+        self._limit_seconds = None if max_run_minutes is None else max_run_minutes * SECONDS_PER_MINUTE
+        # Files that could not be deleted: their wish is served, and must not be served again for ever.
+        self._served: dict[str, tuple[int, int]] = {}
+
+    def stop_reason(self) -> StopReason:
+        """Why this rank should stop now, as far as it knows. Costs a few system calls."""
+        reason = self._signals.received
+        if self._signals.launcher_is_gone:
+            reason = max(reason, StopReason.LAUNCHER_GONE)
+        if self._is_wished(STOP_NAME):
+            reason = max(reason, StopReason.STOP_FILE)
+        if self._limit_seconds is not None and time.monotonic() - self._started >= self._limit_seconds:
+            reason = max(reason, StopReason.TIME_LIMIT)
+        return reason
+
+    def save_wished(self) -> bool:
+        """Whether somebody has created the file SAVE."""
+        return self._is_wished(SAVE_NAME)
+
+    def take_save(self) -> None:
+        """Delete the file SAVE; to be called when the checkpoint begins, so that a later wish stays."""
+        self._take(SAVE_NAME)
+
+    def take_stop(self) -> None:
+        """Delete the file STOP, so that the next start does not stop at once."""
+        self._take(STOP_NAME)
+
+    def clear(self) -> list[str]:
+        """Delete what an earlier run left: files SAVE and STOP that are older than this process.
+
+        Returns:
+            Names of the files.
+        """
+        if self._directory is None:
+            return []
+        leftovers = []
+        for name in (SAVE_NAME, STOP_NAME):
+            path = self._directory / name
+            try:
+                age_seconds = clock_of(self._directory) - path.stat().st_mtime
+            except OSError:
+                continue
+            if age_seconds > time.monotonic() - self._started:
+                self._take(name)
+                leftovers.append(name)
+        return leftovers
+
+    def _is_wished(self, name: str) -> bool:
+        if self._directory is None:
+            return False
+        identity = _identity(self._directory / name)
+        return identity is not None and identity != self._served.get(name)
+
+    def _take(self, name: str) -> None:
+        if self._directory is None:
+            return
+        path = self._directory / name
+        identity = _identity(path)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if identity is not None:
+                self._served[name] = identity
+            logger.warning("%s has been read, but cannot be deleted (%s): touch it to be heard again", path, error)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from a later one of the same name, and from itself touched again; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,313 @@
+"""The policy's whole state leaves one parallel layout as Hugging Face tensors and enters another, bit for bit."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from ebft_mega.checkpoint.snapshot import Piece, take_snapshot, write_pieces
+from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, merge_indices
+from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
+from ebft_mega.model.partition import StageShape, stage_parameters
+from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.parallel.optimizer_state import STATE_KINDS
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
+from ebft_mega.train.run import build_trainer
+from ebft_mega.train.step import Trainer, train_step
+from ebft_mega.train.summary import step_metrics
+from tests.conftest import tiny_config
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step
+from tests.distributed.test_engine_state import computed_with, same, same_state, state_of
+from tests.distributed.traffic import PhaseNames, Traffic
+from tests.memory import peak_tensor_bytes
+
+FLOAT32, BFLOAT16 = Case("float32"), Case("bfloat16", ("train.dtype=bfloat16",))
+MODELS = {
+    "llama": Architecture.from_hf(tiny_config("llama"), "test"),
+    "qwen2": Architecture.from_hf(tiny_config("qwen2", tied=False), "test"),
+    "qwen3": Architecture.from_hf(tiny_config("qwen3", tied=False), "test"),
+}
+
+
+def engine_of(architecture: Architecture, groups: ProcessGroups, source: WeightSource, **options) -> ZeroEngine:
+    settings = OptimizerSettings((0.9, 0.95), 0.1, 0.5, options.pop("dtype", torch.float32), 1, **options)
+    shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
+    return ZeroEngine(
+        partial(Stage, architecture, shape, groups, settings.dtype),
+        lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
+        Stage.parameter_roles,
+        settings,
+        groups,
+    )
+
+
+def written_by_all(folder: Path, pieces: tuple[Piece, ...]) -> TensorIndex:
+    """Every rank's pieces written; the index of all of them, on every rank."""
+    written = write_pieces(folder, dist.get_rank(), pieces)
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, written.index)
+    index = merge_indices(parts)
+    assert coverage_problems(index) == []
+    (folder / "tensors.json").write_text(index.to_json())
+    dist.barrier()
+    return index
+
+
+def read(folder: Path) -> CheckpointTensors:
+    return CheckpointTensors(folder, TensorIndex.from_json((folder / "tensors.json").read_text()))
+
+
+def whole_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    tensors = read(folder)
+    return {
+        kind: {
+            name: tensors.part(kind, name, tuple(slice(0, size) for size in tensor.shape))
+            for name, tensor in tensors.index.kinds[kind].items()
+        }
+        for kind in STATE_KINDS
+    }
+
+
+# --- going on at the same layout
+
+
+def take(trainer: Trainer, case: Case, steps: range) -> list[dict[str, float]]:
+    metrics = []
+    for step in steps:
+        result = train_step(trainer, rows_of_step(step, trainer.groups, case), step, LEARNING_RATE)
+        found = step_metrics(trainer, result, LEARNING_RATE)
+        metrics.append({key: found[key] for key in ("train/loss", "train/grad_norm", "ebft/alignment")})
+    return metrics
+
+
+def stop_and_go_on(layout: Layout, case: Case, directory: str, num_steps: int) -> dict[str, bool]:
+    groups = make_process_groups(connect(), layout.tensor, layout.pipeline)
+    config = config_of(case, directory, layout.overrides)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    trainer = build_trainer(config, architecture, architecture, groups)
+    take(trainer, case, range(num_steps))
+    pieces = take_snapshot(trainer.engine, trainer.stage)
+    copies = [piece.tensor.clone() for piece in pieces]
+    folder = Path(directory) / f"{layout}-{case.name}"
+    index = written_by_all(folder, pieces)
+    tensors = CheckpointTensors(folder, index)
+    check_tensors(tensors, architecture)
+    twin = build_trainer(config, architecture, architecture, groups, policy_weights=CheckpointWeights(tensors))
+    restore_engine(twin.engine, twin.stage, tensors, trainer.engine.applied_updates)
+    checks = {
+        "same state": same_state(state_of(twin.engine), state_of(trainer.engine)),
+        "same parameters": same(computed_with(twin.engine), computed_with(trainer.engine)),
+    }
+    more = range(num_steps, 2 * num_steps)
+    checks["same metrics"] = take(twin, case, more) == take(trainer, case, more)
+    checks["same state after more steps"] = same_state(state_of(twin.engine), state_of(trainer.engine))
+    checks["same parameters after more steps"] = same(computed_with(twin.engine), computed_with(trainer.engine))
+    checks["something was learned"] = trainer.engine.applied_updates == twin.engine.applied_updates == 2 * num_steps
+    unchanged = all(torch.equal(copy, piece.tensor) for copy, piece in zip(copies, pieces, strict=True))
+    return {**checks, "pieces are copies": unchanged and read(folder).index == index}
+
+
+def run_layouts(
+    layouts: tuple[Layout, ...], cases: tuple[Case, ...], directory: str, num_steps: int
+) -> dict[str, dict[str, bool]]:
+    return {
+        f"{layout} {case.name}": stop_and_go_on(layout, case, directory, num_steps)
+        for layout in layouts
+        for case in cases
+    }
+
+
+TWO_RANKS = (Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2))
+OTHER_STAGES = tuple(replace(layout, zero_stage=stage) for layout in TWO_RANKS for stage in (0, 1, 2))
+SAME_LAYOUT = {
+    "one rank": ((Layout(1, 1, 1),), 1),
+    "two ranks": (TWO_RANKS, 1),
+    "one rank, other stages": (tuple(Layout(1, 1, 1, zero_stage=stage) for stage in (0, 1, 2)), 2),
+    "two ranks, other stages": (OTHER_STAGES, 2),
+    "eight ranks": (tuple(Layout(2, 2, 2, zero_stage=stage) for stage in (3, 2, 1, 0)), 2),
+}
+SLOW = ("one rank, other stages", "two ranks, other stages", "eight ranks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SAME_LAYOUT]
+)
+def test_going_on_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
+    """Losses, norms, weights, moments and the parameters of passes, bit for bit."""
+    layouts, num_steps = SAME_LAYOUT[name]
+    size = layouts[0].world_size
+    for found in run_ranks(size, run_layouts, layouts, (FLOAT32, BFLOAT16), str(tmp_path), num_steps):
+        for case, checks in found.items():
+            assert all(checks.values()), (case, [check for check, passed in checks.items() if not passed])
+
+
+# --- from one layout to another
+
+
+def made_up_state(folder: Path, architecture: Architecture) -> None:
+    """A checkpoint of random bits, zeros of both signs among them, in one file per kind."""
+    generator = torch.Generator().manual_seed(5)
+    pieces = []
+    for kind in STATE_KINDS:
+        for name, shape in hf_shapes(architecture).items():
+            tensor = torch.randn(shape, generator=generator)
+            tensor.view(-1)[:3] = torch.tensor([-0.0, 0.0, -1e-45])
+            pieces.append(Piece(kind, name, (0,) * len(shape), shape, tensor))
+    index = write_pieces(folder, 0, pieces).index
+    (folder / "tensors.json").write_text(index.to_json())
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a snapshot at one layout was, on one rank."""
+
+    num_bytes: int  # of this rank's pieces
+    peak_bytes: int
+    largest_bytes: int  # of the stage's parameters
+    elements: int  # of the stage
+    padded: int  # with the padding to partitions of equal length
+    communicated: dict[tuple[str, str, str], int]
+    coordinate: tuple[int, int]
+
+
+def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype, ...], name: str) -> list[Passage]:
+    """Read a checkpoint at a layout, write it, read that at the next one, and so on."""
+    device = connect()
+    folder, passages = Path(source), []
+    for number, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
+        groups = make_process_groups(device, layout.tensor, layout.pipeline)
+        tensors = read(folder)
+        engine = engine_of(MODELS[name], groups, CheckpointWeights(tensors), dtype=dtype, zero_stage=layout.zero_stage)
+        stage = engine.module
+        restore_engine(engine, stage, tensors, number + 1)
+        assert engine.applied_updates == number + 1
+        pieces, peak = peak_tensor_bytes(lambda: take_snapshot(engine, stage))  # noqa: B023
+        with Traffic(groups, PhaseNames()) as traffic:
+            take_snapshot(engine, stage)
+        folder = Path(f"{source}-{number}")
+        written_by_all(folder, pieces)
+        sizes = [math.prod(shape) for shape in engine.parameter_shapes().values()]
+        ranks = groups.data_parallel_size
+        expected = stage_parameters(MODELS[name], stage.shape, groups.tensor_parallel_size)
+        assert sum(sizes) == expected
+        passages.append(
+            Passage(
+                num_bytes=sum(piece.tensor.nbytes for piece in pieces),
+                peak_bytes=peak,
+                largest_bytes=4 * max(sizes),
+                elements=sum(sizes),
+                padded=sum(-(-size // ranks) * ranks for size in sizes),
+                communicated=dict(traffic.bytes),
+                coordinate=(groups.tensor_parallel_rank, groups.pipeline_rank),
+            )
+        )
+    return passages
+
+
+CHAINS = {
+    "two ranks": (
+        Layout(2, 1, 1),
+        Layout(1, 2, 1, zero_stage=0),
+        Layout(1, 1, 2, zero_stage=2),
+        Layout(2, 1, 1, zero_stage=1),
+        Layout(1, 2, 1),
+    ),
+    "four ranks": (Layout(1, 4, 1, zero_stage=1), Layout(2, 1, 2), Layout(2, 2, 1, zero_stage=2), Layout(4, 1, 1)),
+    "eight ranks": (Layout(2, 2, 2), Layout(2, 4, 1, zero_stage=1), Layout(2, 2, 2, zero_stage=0), Layout(2, 1, 4)),
+}
+# Padded vocabulary wherever there is tensor parallelism: 131 tokens are no multiple of anything.
+MOVES = [("two ranks", name) for name in MODELS] + [
+    (chain, name) for chain in CHAINS if chain != "two ranks" for name in MODELS
+]
+
+
+@cache
+def moved(chain: str, name: str, directory: str) -> tuple[Path, list[list[Passage]]]:
+    """The folder of the first checkpoint of a chain, and what each rank saw; run once for several tests."""
+    source = Path(directory) / f"{chain}-{name}".replace(" ", "-")
+    made_up_state(source, MODELS[name])
+    layouts = CHAINS[chain]
+    dtypes = tuple(torch.bfloat16 if number % 2 else torch.float32 for number in range(len(layouts)))
+    return source, run_ranks(layouts[0].world_size, pass_on, str(source), layouts, dtypes, name)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("moves"))
+
+
+every_move = pytest.mark.parametrize(
+    ("chain", "name"),
+    [pytest.param(*move, marks=[] if move[0] == "two ranks" else [pytest.mark.slow]) for move in MOVES],
+)
+
+
+@every_move
+def test_state_moves_between_layouts_stages_and_precisions_bit_for_bit(chain, name, directory):
+    source, _ = moved(chain, name, directory)
+    expected = whole_tensors(source)
+    for number in range(len(CHAINS[chain])):
+        assert same_state(whole_tensors(Path(f"{source}-{number}")), expected), CHAINS[chain][number]
+
+
+@every_move
+def test_a_snapshot_costs_what_its_docstring_says(chain, name, directory):
+    _, by_rank = moved(chain, name, directory)
+    for number, layout in enumerate(CHAINS[chain]):
+        passages = [found[number] for found in by_rank]
+        # Every element once, and shared fairly among the data-parallel ranks of a coordinate.
+        assert sum(passage.num_bytes for passage in passages) == 12 * MODELS[name].num_parameters
+        for passage in passages:
+            peers = [other.num_bytes for other in passages if other.coordinate == passage.coordinate]
+            assert len(peers) == layout.data
+            assert passage.num_bytes <= sum(peers) / len(peers) + passage.largest_bytes
+            assert passage.peak_bytes <= passage.num_bytes + 2 * passage.largest_bytes + 4096, (str(layout), passage)
+            expected = {}
+            if layout.zero_stage in (1, 2):
+                expected = {("outside", "data_parallel", "all-reduce"): 12 * passage.elements}
+            if layout.zero_stage == 3:
+                expected = {("outside", "data_parallel", "all-gather"): 12 * passage.padded}
+            assert passage.communicated == expected, str(layout)
+
+
+@every_move
+def test_torch_reads_the_weights_as_a_distributed_checkpoint(chain, name, directory):
+    source, _ = moved(chain, name, directory)
+    expected = whole_tensors(source)["weights"]
+    for number in range(len(CHAINS[chain])):
+        found = {tensor: torch.zeros(shape) for tensor, shape in hf_shapes(MODELS[name]).items()}
+        reader = HuggingFaceStorageReader(f"{source}-{number}/weights")
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        assert same(found, expected), CHAINS[chain][number]
+
+
+# --- a fresh engine
+
+
+def fresh_snapshot(directory: str) -> bool:
+    """Before the first update moments are zeros, and going on from them is beginning."""
+    groups = make_process_groups(connect())
+    architecture = MODELS["llama"]
+    engine = engine_of(architecture, groups, RandomWeights(architecture, 1), zero_stage=1)
+    pieces = take_snapshot(engine, engine.module)
+    index = written_by_all(Path(directory), pieces)
+    tensors = CheckpointTensors(Path(directory), index)
+    check_tensors(tensors, architecture)
+    restore_engine(engine, engine.module, tensors, 0)
+    assert engine.applied_updates == 0
+    return not any(piece.tensor.any() for piece in pieces if piece.kind != "weights")
+
+
+def test_a_snapshot_before_the_first_update(tmp_path):
+    assert all(run_ranks(1, fresh_snapshot, str(tmp_path)))

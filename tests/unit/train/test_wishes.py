@@ -1,0 +1,221 @@
+"""Wishes to save or to stop: signals, files, time, and chains of real processes whose upper ones are killed."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ebft_mega.train.wishes import LocalWishes, Signals, StopReason
+
+ROOT = Path(__file__).resolve().parents[3]
+SECONDS = 30
+
+
+@pytest.fixture
+def signals():
+    listening = Signals.listen()
+    yield listening
+    listening.release()
+
+
+def wishes(directory, signals=None, started=None, minutes=None, watches_files=True):
+    started = time.monotonic() if started is None else started
+    return LocalWishes(signals or Signals(), directory, started, minutes, watches_files)
+
+
+def test_the_greatest_reason_counts():
+    assert max(StopReason) is StopReason.SIGTERM and not StopReason.NONE
+    assert [reason.words for reason in StopReason][1:] == [
+        "train.max_run_minutes",
+        "the file STOP",
+        "the launcher is gone",
+        "SIGUSR1",
+        "SIGTERM",
+    ]
+
+
+def test_nothing_is_wished_at_first(signals, tmp_path):
+    local = wishes(tmp_path, signals, minutes=1)
+    assert local.stop_reason() is StopReason.NONE and not local.save_wished()
+
+
+@pytest.mark.parametrize(
+    "numbers", [("SIGTERM",), ("SIGUSR1",), ("SIGTERM", "SIGUSR1", "SIGUSR1"), ("SIGUSR1", "SIGTERM")]
+)
+def test_signals_are_noted_and_end_nothing(signals, tmp_path, numbers):
+    for name in numbers:
+        signal.raise_signal(signal.Signals[name])
+    expected = StopReason.SIGTERM if "SIGTERM" in numbers else StopReason.SIGUSR1
+    assert signals.received is expected
+    assert wishes(tmp_path, signals).stop_reason() is expected
+
+
+def test_handlers_are_put_back():
+    def other(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGUSR1, other)
+    try:
+        signals = Signals.listen()
+        assert signal.getsignal(signal.SIGUSR1) is not other
+        signals.release()
+        signals.release()
+        assert signal.getsignal(signal.SIGUSR1) is other and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_library_that_waits_for_the_system_does_not_notice(signals):
+    """A C function that reads from a pipe gets its byte, and no EINTR, when a signal comes in between."""
+    reader, writer = os.pipe()
+    main = threading.get_ident()
+    state = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
+
+    def interrupt():
+        deadline = time.monotonic() + SECONDS
+        while state.read_text().rsplit(")", 1)[1].split()[0] != "S" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        os.write(writer, b"x")
+
+    thread = threading.Thread(target=interrupt)
+    buffer = ctypes.create_string_buffer(1)
+    read = ctypes.CDLL(None).read
+    thread.start()
+    assert read(reader, buffer, 1) == 1
+    thread.join()
+    assert signals.received is StopReason.SIGUSR1
+    os.close(reader), os.close(writer)
+
+
+def test_the_time_limit(tmp_path):
+    started = time.monotonic() - 90
+    assert wishes(tmp_path, started=started, minutes=1.4).stop_reason() is StopReason.TIME_LIMIT
+    assert wishes(tmp_path, started=started, minutes=2.0).stop_reason() is StopReason.NONE
+    assert wishes(tmp_path, started=started).stop_reason() is StopReason.NONE
+
+
+def test_files_are_wishes_until_they_are_taken(tmp_path):
+    local, deaf, nowhere = wishes(tmp_path), wishes(tmp_path, watches_files=False), wishes(None)
+    (tmp_path / "SAVE").touch()
+    (tmp_path / "STOP").touch()
+    assert local.save_wished() and local.stop_reason() is StopReason.STOP_FILE
+    for other in (deaf, nowhere):
+        assert not other.save_wished() and other.stop_reason() is StopReason.NONE
+        other.take_save(), other.take_stop()
+        assert other.clear() == []
+    local.take_save()
+    assert not local.save_wished() and local.stop_reason() is StopReason.STOP_FILE
+    local.take_stop()
+    local.take_stop()
+    assert local.stop_reason() is StopReason.NONE and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_deleted_is_one_wish(tmp_path, caplog):
+    (tmp_path / "SAVE").mkdir()  # nobody deletes a directory as a file, not even root
+    local = wishes(tmp_path)
+    assert local.save_wished()
+    local.take_save()
+    assert not local.save_wished() and "cannot be deleted" in caplog.text
+    os.utime(tmp_path / "SAVE", (1, 1))
+    assert local.save_wished()
+
+
+def test_files_from_before_the_start_are_no_wishes(tmp_path):
+    before = time.time() - 100
+    for name in ("SAVE", "STOP"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (before, before))
+    assert wishes(tmp_path, started=time.monotonic() - 200).clear() == []  # they came while this process started
+    assert wishes(tmp_path, started=time.monotonic() - 50).clear() == ["SAVE", "STOP"]
+    assert list(tmp_path.iterdir()) == []
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+from ebft_mega.train.wishes import Signals
+signals = Signals.listen()
+print(os.getpid(), flush=True)
+for question in sys.stdin:
+    print(signals.launcher_is_gone, flush=True)
+"""
+STARTER = """
+import os, subprocess, sys
+print(os.getpid(), flush=True)  # before those of the processes below it
+subprocess.run(sys.argv[1:])
+"""
+
+
+class Chain:
+    """Processes of which each has started the next; the last one is a rank.
+
+    Args:
+        directory: for the programs.
+        names: of the upper processes; `launch` is taken for DeepSpeed's, `deepspeed` is a program of that name.
+        environment: of all of them.
+    """
+
+    def __init__(self, directory, names, environment):
+        command = [sys.executable, "-c", RANK.format(root=str(ROOT))]
+        for name in reversed(names):
+            program = directory / name
+            program.write_text(STARTER)
+            # `launch` is told by an argument that names its module; here one of Python's own options carries it.
+            options = ["-X", "deepspeed.launcher.launch"] if name == "launch" else []
+            command = [sys.executable, *options, str(program), *command]
+        environment = {name: value for name, value in os.environ.items() if name != "RANK"} | environment
+        self._first = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.pids = {name: int(self._first.stdout.readline()) for name in (*names, "rank")}
+
+    def kill(self, name):
+        """Kill one and wait until the next one has another parent."""
+        pid, names = self.pids[name], list(self.pids)
+        child = psutil.Process(self.pids[names[names.index(name) + 1]])
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS
+        while child.ppid() == pid:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def launcher_is_gone(self):
+        """What the rank says."""
+        self._first.stdin.write("?\n")
+        return self._first.stdout.readline() == "True\n"
+
+    def close(self):
+        """End the rank, and with it the others."""
+        rank = psutil.Process(self.pids["rank"])
+        self._first.stdin.close()
+        psutil.wait_procs([rank], timeout=SECONDS)
+        self._first.wait()
+        self._first.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("names", "killed", "environment", "is_gone"),
+    [
+        (("shell", "deepspeed", "launch"), "launch", {"RANK": "0"}, True),
+        (("shell", "deepspeed", "launch"), "deepspeed", {"RANK": "0"}, True),
+        (("shell", "deepspeed", "launch"), "shell", {"RANK": "0"}, False),
+        (("shell", "launch"), "shell", {"RANK": "0"}, False),  # started by hand: jobs outlive their shells
+        (("shell", "torchrun"), "torchrun", {"RANK": "1"}, True),
+        (("deepspeed", "torchrun"), "deepspeed", {"RANK": "1"}, False),
+        (("shell",), "shell", {}, False),
+    ],
+)
+def test_a_launcher_that_is_gone(tmp_path, names, killed, environment, is_gone):
+    chain = Chain(tmp_path, names, environment)
+    assert not chain.launcher_is_gone()
+    chain.kill(killed)
+    assert chain.launcher_is_gone() == is_gone
+    chain.close()
