@@ -10,6 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
 
+from ebft_mega.checkpoint.resume import described_start  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.planner import describe_run  # noqa: E402
 from ebft_mega.config.validate import check_run  # noqa: E402
@@ -75,7 +76,7 @@ def main() -> int:
         plan = check_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
         if arguments.dry_run:
             if is_first_rank():
-                print(describe_run(config, plan))
+                print(f"{describe_run(config, plan)}\n\n{described_start(config)}")
             return 0
         # From here on a signal asks for a checkpoint instead of ending the process.
         signals = Signals.listen() if trace_step is None else Signals()

@@ -193,6 +193,19 @@ def candidates(config: RunConfig) -> Candidates:
     )
 
 
+def described_start(config: RunConfig) -> str:
+    """Where a run of this configuration would go on from, for people; whether it is whole is not looked at.
+
+    Raises:
+        ConfigError: see `candidates`.
+    """
+    found = candidates(config)
+    if not found.paths:
+        return "The run begins at its first step."
+    older = ", or from an older one if that is not whole" if len(found.paths) > 1 else ""
+    return f"The run goes on from {found.paths[0]}{older}."
+
+
 def origin(saved: SavedRun, found: Candidates) -> StartedFrom | None:
     """The checkpoint that `checkpoint.resume` named when the run began that now goes on; None: it never named one.
 

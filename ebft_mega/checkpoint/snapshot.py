@@ -50,7 +50,7 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[Piece, ...]:
         stage: what the engine trains.
     Returns:
         Sorted by kind, in the order of the stage's parameters.
-    Memory: beside the pieces one whole parameter, float32.
+    Memory: beside the pieces two copies of one whole parameter, float32.
     Communication: that of `ZeroEngine.state_tensors` for each of the three kinds: over the data-parallel group 12 bytes
         per element of the stage (at stage 3 and of the padding to partitions of equal length); at stage 0, and for the
         moments before the first update, none.

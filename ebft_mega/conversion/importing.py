@@ -89,7 +89,7 @@ def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:
 
 def _code_in_json(source: Path) -> list[Problem]:
     """Files beside `config.json` that are no JSON objects or name code."""
-    problems = []
+    problems: list[Problem] = []
     for name in _JSON_NAMES:
         path = source / name
         try:

@@ -159,9 +159,10 @@ class ZeroEngine:
                 value = read(kind, name)
                 assert value.shape == whole.shape and value.dtype == whole.dtype, (kind, name, value.shape, value.dtype)
                 whole.copy_(value)
-                del value  # one parameter at a time
+                del value
             dist.broadcast(whole, group=groups.data_parallel, group_src=reader)
             self._engine.set_state(kind, parameter, whole)
+            del whole  # before the next one is made
 
 
 class ShardedStage:

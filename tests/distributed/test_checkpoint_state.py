@@ -1,6 +1,9 @@
 """The policy's whole state leaves one parallel layout as Hugging Face tensors and enters another, bit for bit."""
 
 import math
+import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +22,7 @@ from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
 from ebft_mega.model.partition import StageShape, stage_parameters
 from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
@@ -29,10 +33,12 @@ from tests.conftest import tiny_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step
 from tests.distributed.test_engine_state import computed_with, same, same_state, state_of
+from tests.distributed.test_zero_traps import replaced
 from tests.distributed.traffic import PhaseNames, Traffic
 from tests.memory import peak_tensor_bytes
 
-FLOAT32, BFLOAT16 = Case("float32"), Case("bfloat16", ("train.dtype=bfloat16",))
+FLOAT32 = Case("float32", ("train.micro_batch_size=2", "train.weight_decay=0.1"))
+BFLOAT16 = replace(FLOAT32, name="bfloat16", overrides=(*FLOAT32.overrides, "train.dtype=bfloat16"))
 MODELS = {
     "llama": Architecture.from_hf(tiny_config("llama"), "test"),
     "qwen2": Architecture.from_hf(tiny_config("qwen2", tied=False), "test"),
@@ -118,36 +124,41 @@ def stop_and_go_on(layout: Layout, case: Case, directory: str, num_steps: int) -
     return {**checks, "pieces are copies": unchanged and read(folder).index == index}
 
 
-def run_layouts(
-    layouts: tuple[Layout, ...], cases: tuple[Case, ...], directory: str, num_steps: int
-) -> dict[str, dict[str, bool]]:
-    return {
-        f"{layout} {case.name}": stop_and_go_on(layout, case, directory, num_steps)
-        for layout in layouts
-        for case in cases
-    }
+Going = tuple[Layout, Case]
+
+
+def run_all(goings: tuple[Going, ...], directory: str, num_steps: int) -> dict[str, dict[str, bool]]:
+    return {f"{layout} {case.name}": stop_and_go_on(layout, case, directory, num_steps) for layout, case in goings}
 
 
 TWO_RANKS = (Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2))
-OTHER_STAGES = tuple(replace(layout, zero_stage=stage) for layout in TWO_RANKS for stage in (0, 1, 2))
+BOTH = (FLOAT32, BFLOAT16)
+
+
+def at_stages(layouts: tuple[Layout, ...], *stages: int) -> tuple[Going, ...]:
+    return tuple((replace(layout, zero_stage=stage), case) for layout in layouts for stage in stages for case in BOTH)
+
+
 SAME_LAYOUT = {
-    "one rank": ((Layout(1, 1, 1),), 1),
-    "two ranks": (TWO_RANKS, 1),
-    "one rank, other stages": (tuple(Layout(1, 1, 1, zero_stage=stage) for stage in (0, 1, 2)), 2),
-    "two ranks, other stages": (OTHER_STAGES, 2),
-    "eight ranks": (tuple(Layout(2, 2, 2, zero_stage=stage) for stage in (3, 2, 1, 0)), 2),
+    "one rank": at_stages((Layout(1, 1, 1),), 3),
+    "two ranks": ((TWO_RANKS[0], FLOAT32), *((layout, BFLOAT16) for layout in TWO_RANKS)),
+    "one rank, other stages": at_stages((Layout(1, 1, 1),), 0, 1, 2),
+    "two ranks, all stages": at_stages(TWO_RANKS, 0, 1, 2, 3),
+    "eight ranks": at_stages((Layout(2, 2, 2),), 3, 2, 1, 0),
 }
-SLOW = ("one rank, other stages", "two ranks, other stages", "eight ranks")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SAME_LAYOUT]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "stages" in name or "eight" in name else [])
+        for name in SAME_LAYOUT
+    ],
 )
 def test_going_on_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
     """Losses, norms, weights, moments and the parameters of passes, bit for bit."""
-    layouts, num_steps = SAME_LAYOUT[name]
-    size = layouts[0].world_size
-    for found in run_ranks(size, run_layouts, layouts, (FLOAT32, BFLOAT16), str(tmp_path), num_steps):
+    goings, num_steps = SAME_LAYOUT[name], 1 if name in ("one rank", "two ranks") else 2
+    for found in run_ranks(goings[0][0].world_size, run_all, goings, str(tmp_path), num_steps):
         for case, checks in found.items():
             assert all(checks.values()), (case, [check for check, passed in checks.items() if not passed])
 
@@ -174,11 +185,42 @@ class Passage:
 
     num_bytes: int  # of this rank's pieces
     peak_bytes: int
+    most_at_once: int  # parameters that were whole at once, here and while the state was read
     largest_bytes: int  # of the stage's parameters
     elements: int  # of the stage
     padded: int  # with the padding to partitions of equal length
     communicated: dict[tuple[str, str, str], int]
     coordinate: tuple[int, int]
+
+
+def whole_at_once(engine: ZeroEngine, function: Callable[[], object]) -> int:
+    """The most parameters whose state a function has whole at once; masters that are whole anyway do not count."""
+    alive: list[weakref.ref] = []
+    most = 0
+    state_tensors, set_state = engine.state_tensors, engine._engine.set_state
+
+    def count(value: Tensor) -> None:
+        nonlocal most
+        deadline = time.monotonic() + 1.0  # a communication thread may let go of the last one a moment later
+        while any(known() is not None for known in alive) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        alive[:] = [*(known for known in alive if known() is not None), weakref.ref(value)]
+        most = max(most, len(alive))
+
+    def counted_tensors(kind):
+        for name, value in state_tensors(kind):
+            if isinstance(engine._engine, DeepSpeedEngine):
+                count(value)
+            yield name, value
+            del value
+
+    def counted_set(kind, parameter, value):
+        count(value)
+        set_state(kind, parameter, value)
+
+    with replaced(engine, "state_tensors", counted_tensors), replaced(engine._engine, "set_state", counted_set):
+        function()
+    return max(most, 1)
 
 
 def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype, ...], name: str) -> list[Passage]:
@@ -190,11 +232,11 @@ def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype,
         tensors = read(folder)
         engine = engine_of(MODELS[name], groups, CheckpointWeights(tensors), dtype=dtype, zero_stage=layout.zero_stage)
         stage = engine.module
-        restore_engine(engine, stage, tensors, number + 1)
+        most = whole_at_once(engine, partial(restore_engine, engine, stage, tensors, number + 1))
         assert engine.applied_updates == number + 1
         pieces, peak = peak_tensor_bytes(lambda: take_snapshot(engine, stage))  # noqa: B023
         with Traffic(groups, PhaseNames()) as traffic:
-            take_snapshot(engine, stage)
+            most = max(most, whole_at_once(engine, partial(take_snapshot, engine, stage)))
         folder = Path(f"{source}-{number}")
         written_by_all(folder, pieces)
         sizes = [math.prod(shape) for shape in engine.parameter_shapes().values()]
@@ -205,6 +247,7 @@ def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype,
             Passage(
                 num_bytes=sum(piece.tensor.nbytes for piece in pieces),
                 peak_bytes=peak,
+                most_at_once=most,
                 largest_bytes=4 * max(sizes),
                 elements=sum(sizes),
                 padded=sum(-(-size // ranks) * ranks for size in sizes),
@@ -216,20 +259,13 @@ def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype,
 
 
 CHAINS = {
-    "two ranks": (
-        Layout(2, 1, 1),
-        Layout(1, 2, 1, zero_stage=0),
-        Layout(1, 1, 2, zero_stage=2),
-        Layout(2, 1, 1, zero_stage=1),
-        Layout(1, 2, 1),
-    ),
+    "two ranks": (Layout(2, 1, 1), Layout(1, 2, 1, zero_stage=0), Layout(1, 1, 2, zero_stage=2)),
+    "two ranks again": (Layout(1, 1, 2), Layout(2, 1, 1, zero_stage=1), Layout(1, 2, 1), Layout(2, 1, 1, zero_stage=0)),
     "four ranks": (Layout(1, 4, 1, zero_stage=1), Layout(2, 1, 2), Layout(2, 2, 1, zero_stage=2), Layout(4, 1, 1)),
     "eight ranks": (Layout(2, 2, 2), Layout(2, 4, 1, zero_stage=1), Layout(2, 2, 2, zero_stage=0), Layout(2, 1, 4)),
 }
 # Padded vocabulary wherever there is tensor parallelism: 131 tokens are no multiple of anything.
-MOVES = [("two ranks", name) for name in MODELS] + [
-    (chain, name) for chain in CHAINS if chain != "two ranks" for name in MODELS
-]
+MOVES = [(chain, name) for chain in CHAINS for name in MODELS]
 
 
 @cache
@@ -272,7 +308,9 @@ def test_a_snapshot_costs_what_its_docstring_says(chain, name, directory):
             peers = [other.num_bytes for other in passages if other.coordinate == passage.coordinate]
             assert len(peers) == layout.data
             assert passage.num_bytes <= sum(peers) / len(peers) + passage.largest_bytes
-            assert passage.peak_bytes <= passage.num_bytes + 2 * passage.largest_bytes + 4096, (str(layout), passage)
+            if layout.data == 1 and layout.zero_stage == 0:  # what a communication thread gives back counts as held
+                assert passage.peak_bytes <= passage.num_bytes + 2 * passage.largest_bytes + 4096, str(layout)
+            assert passage.most_at_once == 1, str(layout)
             expected = {}
             if layout.zero_stage in (1, 2):
                 expected = {("outside", "data_parallel", "all-reduce"): 12 * passage.elements}

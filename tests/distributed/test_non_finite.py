@@ -201,7 +201,8 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
     for message, files, achievements, logged in run_ranks(2, train_until_it_stops, str(tmp_path)):
         assert message.startswith("step 6: 3 updates in a row") and str(tmp_path / "non_finite") in message
         assert files == names
-        assert achievements == ["evaluation of the initial model", *(f"step {step}" for step in range(1, 6))]
+        steps = [text for step in range(1, 6) for text in (f"step {step}", f"checkpoints after step {step}")]
+        assert achievements == ["evaluation after step 0", *steps]
         # Steps 2, 4, 5 and 6 were skipped; a step that went well starts the count in a row anew.
         assert [(step, metrics["train/skipped_steps"]) for step, metrics in logged] == [
             (1, 0.0),

@@ -35,6 +35,7 @@ TRAIN_KEYS = {
     *(f"memory/{phase}_peak_bytes" for phase in PHASES if ResidentMemory().can_restart),
     *(
         "perf/step_seconds",
+        "perf/checkpoint_seconds",
         "perf/communication_seconds",
         "perf/documents_per_second",
         "perf/rollout_tokens_per_second",

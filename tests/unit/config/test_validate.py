@@ -194,7 +194,7 @@ def test_index_names_a_missing_file(inputs):
     ("changes", "words"),
     [
         ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
-        ({"model_type": "gpt2"}, "one of llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "one of llama, mistral, qwen2, qwen3"),
         ({"vocab_size": 50}, "no token id outside the model's vocabulary of 50"),
     ],
 )

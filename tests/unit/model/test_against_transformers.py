@@ -34,12 +34,17 @@ MODELS = [
     tiny_config("llama"),
     tiny_config("llama", tied=False),
     tiny_config("llama", rope_parameters=LLAMA3_ROPE),
+    tiny_config("mistral"),
+    tiny_config("mistral", tied=False, sliding_window=None),
     tiny_config("qwen2"),
     tiny_config("qwen2", tied=False),
     tiny_config("qwen3"),
     tiny_config("qwen3", tied=False),
 ]
-IDS = ["llama", "llama-untied", "llama3-rope", "qwen2", "qwen2-untied", "qwen3", "qwen3-untied"]
+IDS = [
+    *("llama", "llama-untied", "llama3-rope", "mistral", "mistral-untied"),
+    *("qwen2", "qwen2-untied", "qwen3", "qwen3-untied"),
+]
 
 
 def random_hf_model(config: dict) -> torch.nn.Module:
@@ -113,6 +118,7 @@ def test_export_loads_with_transformers(config, groups, tmp_path):
     # A shard limit of 8 KiB makes many files and an index.
     tensors = hf_tensors(stage.named_parameters(), stage)
     write_model(tmp_path / "hf", architecture, tensors, torch.float32, shard_bytes=8192)
+    assert list(hf_shapes(architecture)) == [name for name, _ in hf_tensors(stage.named_parameters(), stage)]
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.arange(24)[None] % config["vocab_size"]
@@ -157,7 +163,7 @@ def test_missing_and_misshapen_tensors_are_named_at_once(tmp_path):
 def test_truncated_weights_are_refused(tmp_path):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00")
-    with pytest.raises(InputError, match="unreadable"):
+    with pytest.raises(InputError, match="a complete safetensors header"):
         SafetensorsWeights(tmp_path, architecture)
 
 
@@ -171,12 +177,54 @@ def test_truncated_weights_are_refused(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type"),
         ({"hidden_size": "32"}, "hidden_size"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"nested": {"auto_map": {"AutoModel": "x.Y"}}}, "nested.auto_map"),
+        ({"custom_pipelines": {"text": {"impl": "x.Y"}}}, "custom_pipelines"),
+        ({"model_type": "mistral", "sliding_window": "all"}, "sliding_window"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings"),
     ],
 )
 def test_unsupported_architectures_are_refused_by_name(change, key):
     with pytest.raises(InputError) as error:
         Architecture.from_hf(tiny_config("llama") | change, "config.json")
     assert [problem.key for problem in error.value.problems] == [key]
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({}, 4096),  # transformers' own default
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 64}, 64),
+        ({"model_type": "qwen2", "sliding_window": 64}, None),  # behind a switch that is off
+        ({"model_type": "llama", "sliding_window": 64}, None),
+    ],
+)
+def test_the_sliding_window_is_what_transformers_takes_it_for(fields, window):
+    config = tiny_config("mistral") | fields
+    architecture = Architecture.from_hf(config, "test")
+    assert architecture.sliding_window == window
+    exported = architecture.exported_config("float32")
+    others = {key: value for key, value in exported.items() if key != "model_type"}
+    transformers_config = AutoConfig.for_model(config["model_type"], **others)
+    if config["model_type"] == "mistral":
+        assert transformers_config.sliding_window == window
+    else:
+        assert Architecture.from_hf(exported, "test").sliding_window is None
+
+
+def test_a_window_is_the_same_attention_as_none_for_rows_that_are_not_longer(tmp_path):
+    """The rule by which rows are admitted; one token more, and it no longer holds."""
+    model = random_hf_model(tiny_config("mistral", sliding_window=24))
+    tokens = torch.arange(25)[None]
+    with torch.no_grad():
+        windowed = model(tokens).logits
+        model.config.sliding_window = None
+        whole = model(tokens).logits
+    assert torch.equal(windowed[:, :24], whole[:, :24])
+    assert not torch.allclose(windowed[:, 24], whole[:, 24], atol=1e-3)
 
 
 def test_num_parameters_counts_every_tensor_once():

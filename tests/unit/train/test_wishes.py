@@ -77,8 +77,10 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
     reader, writer = os.pipe()
     main = threading.get_ident()
     state = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
+    about_to_read = threading.Event()
 
     def interrupt():
+        about_to_read.wait()
         deadline = time.monotonic() + SECONDS
         while state.read_text().rsplit(")", 1)[1].split()[0] != "S" and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -89,6 +91,7 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
     buffer = ctypes.create_string_buffer(1)
     read = ctypes.CDLL(None).read
     thread.start()
+    about_to_read.set()
     assert read(reader, buffer, 1) == 1
     thread.join()
     assert signals.received is StopReason.SIGUSR1

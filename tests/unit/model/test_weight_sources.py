@@ -1,0 +1,205 @@
+"""Where weights come from: only what is needed is read, what does not fit is named, and an identity says which."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ebft_mega.errors import InputError
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import (
+    RandomWeights,
+    SafetensorsWeights,
+    hf_shapes,
+    identity,
+    load_weights,
+    write_model,
+)
+from ebft_mega.model.partition import StageShape
+from ebft_mega.model.stage import Stage
+from tests.conftest import tiny_config
+
+ARCHITECTURE = Architecture.from_hf(tiny_config("llama"), "test")
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def write(directory, architecture=ARCHITECTURE, seed=1, dtype=torch.float32, shard_bytes=10**9):
+    source = RandomWeights(architecture, seed)
+    pairs = ((name, source.tensor(name)) for name in hf_shapes(architecture))
+    write_model(directory, architecture, pairs, dtype, shard_bytes=shard_bytes)
+    return directory
+
+
+def add(directory, **tensors):
+    """Change the only file of a directory."""
+    path = directory / "model.safetensors"
+    save_file({**load_file(path), **{name.replace("__", "."): value for name, value in tensors.items()}}, path)
+
+
+def problems_of(directory, architecture=ARCHITECTURE, num_layers=None):
+    with pytest.raises(InputError) as caught:
+        SafetensorsWeights(directory, architecture, num_layers)
+    return [f"{problem.key}: {problem.found}; {problem.expected}" for problem in caught.value.problems]
+
+
+def whole_identity(source):
+    return identity({piece: source.digest(piece) for piece in source.pieces()})
+
+
+@given(
+    name=st.sampled_from(list(hf_shapes(ARCHITECTURE))),
+    corners=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=2, max_size=2),
+    is_random=st.booleans(),
+)
+def test_a_part_is_the_slice_of_the_whole(tmp_path_factory, name, corners, is_random):
+    source = RandomWeights(ARCHITECTURE, 1)
+    if not is_random:
+        source = SafetensorsWeights(write(tmp_path_factory.mktemp("model")), ARCHITECTURE)
+    whole = source.tensor(name)
+    box = tuple(slice(min(*ends, size), min(max(ends), size)) for ends, size in zip(corners, whole.shape, strict=False))
+    part = source.part(name, box)
+    assert part.shape == whole[box].shape and torch.equal(part, whole[box])
+
+
+def test_a_stage_reads_its_own_layers_and_no_more(groups, tmp_path):
+    """What the second of two stages asks for, counted."""
+    reads = []
+
+    class Counting(SafetensorsWeights):
+        def tensor(self, name):
+            raise AssertionError("a whole tensor was read")
+
+        def part(self, name, box):
+            reads.append((name, box))
+            return super().part(name, box)
+
+    source = Counting(write(tmp_path / "model"), ARCHITECTURE)
+    stage = Stage(ARCHITECTURE, StageShape.of_policy(ARCHITECTURE, 1, 2), groups, torch.float32)
+    load_weights(stage, source)
+    assert {name.split(".")[2] for name, _ in reads if "layers" in name} == {"2", "3"}
+    assert sum(name == EMBEDDING for name, _ in reads) == 1, "the copy that a tied head on another stage needs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_read_as_they_are(groups, tmp_path, dtype):
+    source = SafetensorsWeights(write(tmp_path / "model", dtype=dtype), ARCHITECTURE)
+    stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
+    load_weights(stage, source)
+    expected = RandomWeights(ARCHITECTURE, 1).tensor(EMBEDDING).to(dtype).float()
+    assert torch.equal(stage.embedding.weight, expected)
+    assert set(source.dtypes.values()) == {dtype}
+
+
+def test_what_does_not_fit_is_named_at_once(tmp_path):
+    directory = write(tmp_path / "model")
+    add(
+        directory,
+        model__norm__weight=torch.zeros(32, dtype=torch.int8),
+        model__layers__0__mlp__up_proj__weight=torch.zeros(48, 32, dtype=torch.float8_e4m3fn),
+        model__layers__1__mlp__up_proj__weight=torch.zeros(7),
+        model__layers__0__self_attn__q_norm__weight=torch.zeros(8),
+        model__vision__weight=torch.zeros(8),
+    )
+    assert sorted(problems_of(directory)) == [
+        "model.layers.0.mlp.up_proj.weight: dtype F8_E4M3; one of F32, BF16, F16",
+        "model.layers.0.self_attn.q_norm.weight: a tensor; none of this name in a llama model",
+        "model.layers.1.mlp.up_proj.weight: shape (7,); shape (48, 32)",
+        "model.norm.weight: dtype I8; one of F32, BF16, F16",
+        "model.vision.weight: a tensor; none of this name in a llama model",
+    ]
+
+
+def test_a_tied_head_and_old_buffers_do_no_harm(groups, tmp_path):
+    directory = write(tmp_path / "model")
+    head = torch.full((131, 32), 7.0)
+    add(directory, lm_head__weight=head, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
+    stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
+    load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
+    # Tied means tied: what the file has for the head counts for nothing, as in transformers.
+    assert torch.equal(stage.embedding.weight, RandomWeights(ARCHITECTURE, 1).tensor(EMBEDDING))
+
+
+def test_layers_that_are_not_needed_may_be_missing(tmp_path):
+    directory = write(tmp_path / "model")
+    path = directory / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".3." not in name}
+    save_file(kept, path)
+    assert len(problems_of(directory)) == 9
+    SafetensorsWeights(directory, ARCHITECTURE, num_layers=3)
+
+
+def test_an_identity_is_that_of_the_contents_wherever_they_lie(tmp_path):
+    first = write(tmp_path / "model", shard_bytes=20_000)
+    shutil.copytree(first, tmp_path / "elsewhere")
+    sources = [SafetensorsWeights(tmp_path / name, ARCHITECTURE) for name in ("model", "elsewhere")]
+    assert len(sources[0].pieces()) > 2
+    assert whole_identity(sources[0]) == whole_identity(sources[1])
+    path = tmp_path / "elsewhere" / sources[1].pieces()[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert whole_identity(sources[0]) != whole_identity(sources[1])
+    piece = sources[0].pieces()[0]
+    assert sources[0].digest(piece) == hashlib.sha256((first / piece).read_bytes()).hexdigest()
+
+
+def test_the_identity_of_random_weights_is_that_of_their_values():
+    small = Architecture.from_hf(tiny_config("llama", num_hidden_layers=1), "test")
+    source = RandomWeights(small, 3)
+    assert source.pieces() == list(hf_shapes(small))
+    name = source.pieces()[0]
+    assert source.digest(name) == hashlib.sha256(source.tensor(name).numpy().tobytes()).hexdigest()
+    wider = Architecture.from_hf(tiny_config("llama", num_hidden_layers=1, initializer_range=0.1), "test")
+    assert len({whole_identity(RandomWeights(a, seed)) for a in (small, wider) for seed in (3, 4)}) == 4
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.sampled_from(("00", "11")), min_size=1), st.randoms())
+def test_an_identity_knows_no_order_but_every_pair(digests, random):
+    pairs = list(digests.items())
+    random.shuffle(pairs)
+    assert identity(dict(pairs)) == identity(digests)
+    piece = random.choice(sorted(digests))
+    assert identity({**digests, piece: "22"}) != identity(digests)
+    assert identity({**digests, "e": "00"}) != identity(digests)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "training_args.bin"])
+def test_pickles_beside_the_weights_are_not_opened(groups, tmp_path, name):
+    import pickle
+
+    directory = write(tmp_path / "model")
+    (directory / name).write_bytes(pickle.dumps(Bomb(str(tmp_path / "exploded"))))
+    stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
+    load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
+    (directory / "model.safetensors").unlink()
+    assert "weights: " in problems_of(directory)[0]
+    assert not (tmp_path / "exploded").exists()
+    # The bomb is a real one.
+    pickle.loads((directory / name).read_bytes())
+    assert (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    """An object whose pickle makes a directory when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+def test_nested_and_long_configurations_are_refused_in_words(tmp_path):
+    for content in ("[" * 100_000, "[1]", "\xff", '"x"'):
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+        with pytest.raises(InputError, match="config.json"):
+            Architecture.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    Architecture.from_directory(tmp_path)

@@ -1,0 +1,63 @@
+"""Checkpoint folders put together by hand, without a trainer: cut into pieces, listed and hashed."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ebft_mega.checkpoint.folders import folder_name, point_latest
+from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.model.architecture import Architecture
+from ebft_mega.model.huggingface import WeightSource, hf_shapes
+
+
+def write_checkpoint(
+    root: Path, architecture: Architecture, source: WeightSource, step: int = 3, small_files: Path | None = None
+) -> Path:
+    """A checkpoint as two ranks would write it: matrices in two halves of rows, vectors by turns.
+
+    Args:
+        root: the run's `checkpoints`.
+        small_files: directory whose files (tokenizer, generation config) go beside the weights.
+    """
+    folder = root / folder_name(step)
+    folder.mkdir(parents=True)
+    for path in small_files.iterdir() if small_files else ():
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(architecture.exported_config("float32")))
+    kinds = {}
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        files = [{}, {}]
+        kinds[kind] = {}
+        for number, (name, shape) in enumerate(hf_shapes(architecture).items()):
+            tensor = source.tensor(name).float() if kind == "weights" else source.tensor(name).float() * 0
+            cuts = [0, shape[0] // 2, shape[0]] if len(shape) == 2 and shape[0] > 1 else [0, shape[0]]
+            pieces = []
+            for piece, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+                rank = (number + piece) % 2
+                files[rank][name] = tensor[start:stop].contiguous()
+                offsets, sizes = (start, *(0 for _ in shape[1:])), (stop - start, *shape[1:])
+                pieces.append(TensorPiece(file=f"{kind}/rank-{rank:05d}.safetensors", offsets=offsets, sizes=sizes))
+            kinds[kind][name] = IndexedTensor(shape=shape, pieces=tuple(pieces))
+        (folder / kind).mkdir()
+        for rank, tensors in enumerate(files):
+            save_file(tensors, folder / kind / f"rank-{rank:05d}.safetensors", metadata={"format": "pt"})
+    (folder / "tensors.json").write_text(TensorIndex(version=1, kinds=kinds).to_json())
+    list_files(folder, step)
+    point_latest(root, folder.name)
+    return folder
+
+
+def list_files(folder: Path, step: int = 3) -> None:
+    """Write the manifest of what is there."""
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(
+            bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+    write_manifest(folder, Manifest(version=1, step=step, files=files))
