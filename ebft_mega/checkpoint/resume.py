@@ -309,10 +309,10 @@ def _notes_on_latest(root: Path, own: list[Path]) -> tuple[str, ...]:
 
 def _named_checkpoint(given: Path) -> Path | None:
     """The checkpoint folder that a path means, without links in its path; None if there is none."""
-    if given.name.endswith(".tmp"):
-        return None  # it never came to count
+    if not os.path.isdir(given) or given.name.endswith(".tmp"):  # such a folder never came to count
+        return None
     if step_of(given.name) is not None or os.path.lexists(given / MANIFEST_NAME):
-        return _real(given) if os.path.isdir(given) else None
+        return _real(given)
     root = given / CHECKPOINTS if os.path.isdir(given / CHECKPOINTS) else given
     name = newest(root)
     return _real(root / name) if name is not None else None

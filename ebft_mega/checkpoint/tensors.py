@@ -100,9 +100,7 @@ class CheckpointWeights:
         return self.tensors.part("weights", name, box)
 
 
-def check_tensors(
-    tensors: CheckpointTensors, architecture: Architecture, kinds: tuple[str, ...] = STATE_KINDS
-) -> None:
+def check_tensors(tensors: CheckpointTensors, architecture: Architecture, kinds: tuple[str, ...] = STATE_KINDS) -> None:
     """Make sure that a checkpoint has all tensors of a model, with its shapes; nothing of them is read.
 
     Raises:

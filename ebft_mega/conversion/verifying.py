@@ -109,7 +109,7 @@ def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tens
         model: Any = AutoModelForCausalLM.from_pretrained(
             shown,
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -140,9 +140,9 @@ def at_stages(layouts: tuple[Layout, ...], *stages: int) -> tuple[Going, ...]:
 
 
 SAME_LAYOUT = {
-    "one rank": at_stages((Layout(1, 1, 1),), 3),
+    "one rank": ((Layout(1, 1, 1, zero_stage=0), FLOAT32), (Layout(1, 1, 1), BFLOAT16)),
     "two ranks": ((TWO_RANKS[0], FLOAT32), *((layout, BFLOAT16) for layout in TWO_RANKS)),
-    "one rank, other stages": at_stages((Layout(1, 1, 1),), 0, 1, 2),
+    "one rank, all stages": at_stages((Layout(1, 1, 1),), 0, 1, 2, 3),
     "two ranks, all stages": at_stages(TWO_RANKS, 0, 1, 2, 3),
     "eight ranks": at_stages((Layout(2, 2, 2),), 3, 2, 1, 0),
 }

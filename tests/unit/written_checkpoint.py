@@ -3,15 +3,27 @@
 import hashlib
 import json
 import shutil
+import zlib
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from ebft_mega.checkpoint.folders import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.huggingface import WeightSource, hf_shapes
+from ebft_mega.model.huggingface import RandomWeights, WeightSource, hf_shapes
+
+
+class VariedWeights(RandomWeights):
+    """Random weights whose norms and biases are random, too, so that no two tensors can be taken for each other."""
+
+    def tensor(self, name):
+        """Draw one tensor."""
+        drawn = super().tensor(name)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return drawn + 0.3 * torch.randn(drawn.shape, generator=generator) if drawn.ndim == 1 else drawn
 
 
 def write_checkpoint(

@@ -1,5 +1,6 @@
 """A checkpoint counts from one rename on; a kill at any moment leaves the last complete one to be found."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -182,18 +183,19 @@ OPERATIONS = ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir")
 
 def killed_before(number: int, action: Callable[[], None], monkeypatch) -> bool:
     """Run an action up to its operation with this number; whether it was cut off there."""
-    count = 0
+    done = itertools.count()
+
+    def counted(operation: Callable) -> Callable:
+        def run(*arguments, **options):
+            if next(done) >= number:
+                raise Killed
+            return operation(*arguments, **options)
+
+        return run
+
     with monkeypatch.context() as patch:
-        for operation in OPERATIONS:
-
-            def counted(*arguments, real=getattr(os, operation), **options):
-                nonlocal count
-                if count >= number:
-                    raise Killed
-                count += 1
-                return real(*arguments, **options)
-
-            patch.setattr(os, operation, counted)
+        for name in OPERATIONS:
+            patch.setattr(os, name, counted(getattr(os, name)))
         try:
             action()
         except Killed:

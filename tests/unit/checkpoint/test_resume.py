@@ -86,7 +86,7 @@ def test_all_small_files_that_are_not_as_written_are_named_at_once(root: Path, d
             (folder / name).unlink()
         elif damage == "changed":
             content = (folder / name).read_bytes()
-            (folder / name).write_bytes(content.replace(b"3", b"4"))
+            (folder / name).write_bytes(content[:-1] + b"#")
     with pytest.raises(BrokenCheckpointError) as caught:
         read_run(folder)
     text = str(caught.value)
@@ -193,9 +193,7 @@ def test_a_path_means_a_checkpoint_or_the_newest_of_a_run(tmp_path: Path, output
     assert found.is_explicit and found.abandoned == () and found.notes == ()
 
 
-@pytest.mark.parametrize(
-    "place", ["nowhere", "empty", "a file", "other/checkpoints/step-00000010.tmp", "x" * 5000, "\0"]
-)
+@pytest.mark.parametrize("place", ["nowhere", "empty", "a file", "other/checkpoints/step-00000010.tmp", "x" * 5000])
 def test_a_path_without_a_checkpoint_is_an_error_that_names_it(tmp_path: Path, output: Path, place: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a file").write_text("")

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, hf_shapes, write_model
 from tests.conftest import tiny_config
 from tests.unit.conversion.test_import import KINDS, Bomb, change
-from tests.unit.written_checkpoint import write_checkpoint
+from tests.unit.written_checkpoint import VariedWeights, write_checkpoint
 
-TEXT = "def twice(number):\n    return 2 * number\n" * 40
+TEXT = Path(__file__).read_text()
+VOCABULARY = 400
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,7 @@ def tokenizer(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizer")
     (root / "text").mkdir()
     (root / "text" / "a.py").write_text(TEXT)
-    train_tokenizer(root / "text", 280, root / "tokenizer")
+    train_tokenizer(root / "text", VOCABULARY, root / "tokenizer")
     return root
 
 
@@ -36,8 +38,8 @@ def text(tokenizer):
 
 
 def model(directory, tokenizer, kind="llama", tied=True, **fields):
-    architecture = Architecture.from_hf(tiny_config(kind, tied, vocab_size=280, **fields), "test")
-    source = RandomWeights(architecture, 1)
+    architecture = Architecture.from_hf(tiny_config(kind, tied, vocab_size=VOCABULARY, **fields), "test")
+    source = VariedWeights(architecture, 1)
     pairs = ((name, source.tensor(name)) for name in hf_shapes(architecture))
     write_model(directory, architecture, pairs, torch.float32, tokenizer / "tokenizer")
     return architecture, source
@@ -47,7 +49,7 @@ def model(directory, tokenizer, kind="llama", tied=True, **fields):
 def test_equal_models_agree(tmp_path, groups, tokenizer, text, kind, tied):
     model(tmp_path / "hf", tokenizer, kind, tied)
     result = compare_logits(tmp_path / "hf", None, text, 100, groups)
-    assert result.positions == 100 and result.vocab_size == 280
+    assert result.positions == 100 and result.vocab_size == VOCABULARY
     assert result.largest_logit > 1.0 and result.max_difference <= 1e-5
 
 
@@ -99,11 +101,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, groups, tokenizer, text):
     for name in ("model", "other"):
         with pytest.raises(InputError, match="config.json"):
             compare_logits(tmp_path / "hf", tmp_path / name, text, 10, groups)
-    smaller = Architecture.from_hf(tiny_config("llama", vocab_size=270), "test")
+    smaller = Architecture.from_hf(tiny_config("llama", vocab_size=399), "test")
     source = RandomWeights(smaller, 1)
     write_model(
         tmp_path / "small", smaller, ((name, source.tensor(name)) for name in hf_shapes(smaller)), torch.float32
     )
     with pytest.raises(InputError, match="vocab_size"):
         compare_logits(tmp_path / "hf", tmp_path / "small", text, 10, groups)
-    assert load_tokenizer(tmp_path / "hf").vocab_size == 280
+    assert load_tokenizer(tmp_path / "hf").vocab_size == VOCABULARY

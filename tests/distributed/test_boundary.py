@@ -1,0 +1,201 @@
+"""Between two steps: one rank's wish is every rank's, and a checkpoint counts for all ranks or for none."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ebft_mega.checkpoint import saver as saver_module
+from ebft_mega.checkpoint.folders import complete_folders, leftovers, newest
+from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
+from ebft_mega.checkpoint.saver import CheckpointSaver
+from ebft_mega.errors import CheckpointError
+from ebft_mega.train.boundary import Boundary
+from ebft_mega.train.progress import Progress
+from ebft_mega.train.wishes import StopReason
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_non_finite import build
+
+WISHING_RANK = 1
+
+
+class Wishes:
+    """What one rank is asked for, as the test says."""
+
+    def __init__(self):
+        self.stop, self.save, self.taken = StopReason.NONE, False, []
+
+    def stop_reason(self):
+        return self.stop
+
+    def save_wished(self):
+        return self.save
+
+    def take_save(self):
+        self.taken.append("save")
+        self.save = False
+
+    def take_stop(self):
+        self.taken.append("stop")
+
+
+class Bench:
+    """A boundary of two ranks, and what it said."""
+
+    def __init__(self, directory, *overrides):
+        self.root = Path(directory) / "checkpoints"
+        trainer = build(directory, 1, 1, f"output_dir={directory}", *overrides)
+        self.wishes, self.said = Wishes(), []
+        self.saver = CheckpointSaver(self.root, trainer.groups, keep_last=2, keep_every=None)
+        self.boundary = Boundary(
+            trainer, self.saver, self.wishes, lambda progress: {"state.json": b"{}"}, self.said.append, saved=None
+        )
+
+    def cross(self, step, is_due=False):
+        return self.boundary.cross(Progress(step=step, pending=None), is_due)
+
+    @property
+    def is_wishing(self):
+        return dist.get_rank() == WISHING_RANK
+
+    @property
+    def folders(self):
+        dist.barrier()
+        return [path.name for path in complete_folders(self.root)]
+
+
+def held_back(bench):
+    """Let no thread of this rank write until the event is set."""
+    go, write = threading.Event(), saver_module.write_pieces
+
+    def wait_and_write(*arguments):
+        go.wait()
+        return write(*arguments)
+
+    saver_module.write_pieces = wait_and_write
+    return go
+
+
+def save_on_request(directory):
+    bench = Bench(directory)
+    go = held_back(bench) if bench.is_wishing else threading.Event()
+    bench.wishes.save = bench.is_wishing
+    found = [(bench.cross(1), bench.saver.in_flight, bench.folders)]
+    found.append((bench.cross(2), bench.saver.in_flight, bench.folders))  # one rank is not done yet
+    go.set()
+    bench.boundary.finish()
+    found.append((bench.cross(3), bench.saver.in_flight, bench.folders))
+    manifest = read_manifest(bench.root / "step-00000001")
+    whole = file_problems(bench.root / "step-00000001", manifest, list(manifest.files))
+    foreign = unlisted_files(bench.root / "step-00000001", manifest)
+    return found, bench.wishes.taken, whole, foreign, newest(bench.root), len(bench.said)
+
+
+def test_one_rank_s_wish_saves_and_the_checkpoint_counts_when_all_ranks_have_written(tmp_path):
+    for found, taken, problems, foreign, latest, said in run_ranks(2, save_on_request, str(tmp_path)):
+        assert found == [
+            (StopReason.NONE, True, []),
+            (StopReason.NONE, True, []),
+            (StopReason.NONE, False, ["step-00000001"]),
+        ]
+        assert taken == ["save"] and problems == [] and foreign == []
+        assert latest == "step-00000001" and said == 1
+
+
+def stop_on_request(directory):
+    bench = Bench(directory)
+    before = bench.boundary.stop_is_wished()
+    bench.wishes.stop = StopReason.SIGUSR1 if bench.is_wishing else StopReason.NONE
+    during = bench.boundary.stop_is_wished()
+    bench.wishes.stop = StopReason.NONE  # a wish that was heard stays
+    return before, during, bench.cross(7), bench.folders, bench.wishes.taken, bench.saver.in_flight
+
+
+def test_one_rank_s_signal_stops_all_with_a_complete_checkpoint(tmp_path):
+    for result in run_ranks(2, stop_on_request, str(tmp_path)):
+        assert result == (False, True, StopReason.SIGUSR1, ["step-00000007"], ["stop"], False)
+
+
+def retention_and_repetition(directory):
+    bench = Bench(directory)
+    for step in (1, 2, 3):
+        bench.cross(step, is_due=True)
+    bench.wishes.save = bench.is_wishing
+    bench.cross(3)  # is saved already
+    bench.boundary.finish()
+    return bench.folders, len(bench.said)
+
+
+def test_next_checkpoint_waits_for_the_last_one_and_old_ones_go(tmp_path):
+    for folders, said in run_ranks(2, retention_and_repetition, str(tmp_path)):
+        assert folders == ["step-00000003", "step-00000002"] and said == 3
+
+
+def fail_to_write(directory, on_error):
+    bench = Bench(directory, f"checkpoint.on_error={on_error}")
+    bench.cross(1, is_due=True)
+    bench.boundary.finish()
+    if bench.is_wishing:
+
+        def full(*_):
+            raise OSError(28, os.strerror(28))
+
+        saver_module.write_pieces = full
+    bench.cross(2, is_due=True)
+    failure = None
+    try:
+        bench.boundary.finish()
+        if dist.get_rank() == 0:
+            bench.wishes.stop = StopReason.SIGTERM
+        bench.cross(3)
+    except CheckpointError as error:
+        failure = str(error)
+    dist.barrier()
+    return bench.folders, newest(bench.root), [path.name for path in leftovers(bench.root)], bench.said, failure
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_one_rank_s_full_disk_fails_the_checkpoint_on_all(tmp_path, on_error):
+    for folders, latest, left, said, failure in run_ranks(2, fail_to_write, str(tmp_path), on_error):
+        assert folders == ["step-00000001"] and latest == "step-00000001" and left == []
+        assert "rank 1: [Errno 28] No space left on device" in said[1] and "step 2 FAILED" in said[1]
+        expected = "the checkpoint of step 2 could not be written" if on_error == "stop" else "SIGTERM) at step 3"
+        assert expected in failure
+
+
+def no_room(directory):
+    bench = Bench(directory)
+    if dist.get_rank() == 0:
+        saver_module.shutil = type("Disk", (), {"disk_usage": staticmethod(lambda _: type("Use", (), {"free": 1000}))})
+    bench.cross(1, is_due=True)
+    return bench.folders, bench.saver.in_flight, bench.said
+
+
+def test_room_on_the_disk_is_looked_for_before_anything_is_written(tmp_path):
+    for folders, in_flight, said in run_ranks(2, no_room, str(tmp_path)):
+        assert folders == [] and not in_flight
+        assert "GB are needed, 0.000 GB are free" in said[0]
+
+
+def later_training(directory):
+    bench = Bench(directory)
+    trainer = bench.boundary._trainer
+    go = held_back(bench)
+    before = {name: values.clone() for name, values in trainer.engine.local_parameters()}
+    bench.cross(1, is_due=True)
+    with torch.no_grad():
+        trainer.engine.restore(lambda kind, name: torch.zeros_like(before[name]), applied_updates=1)
+    go.set()
+    bench.boundary.finish()
+    return bench.folders
+
+
+def test_what_is_written_is_what_was_there_when_it_began(tmp_path):
+    from tests.distributed.runs import tensors
+
+    assert run_ranks(2, later_training, str(tmp_path)) == [["step-00000001"]] * 2
+    written = tensors(tmp_path / "checkpoints" / "step-00000001")
+    assert all(values.any() for (kind, _), values in written.items() if kind == "weights")
