@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ebft_mega.attention.routes import AttentionRoute, make_route
+from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.loader import fixed_rows
 from ebft_mega.data.opening import open_dataset
@@ -18,7 +19,7 @@ from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settin
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.architecture import Architecture, tapped_layers
-from ebft_mega.model.huggingface import SafetensorsWeights, load_weights
+from ebft_mega.model.huggingface import load_weights
 from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
@@ -57,7 +58,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         head_dim=architecture.head_dim,
     )
     policy = Stage(architecture, StageShape.whole(architecture), groups, dtype, attention=route)
-    load_weights(policy, SafetensorsWeights(request.model, architecture))
+    load_weights(policy, open_weights(request.model, architecture))
     policy.to(groups.device).requires_grad_(False).eval()
     model = PipelinedModel.of(policy)
     network = _feature_network(request.feature_model, config, groups, dtype, route)
@@ -106,7 +107,7 @@ def _feature_network(
 ) -> FeatureNetwork:
     architecture, ebft = Architecture.from_directory(directory), config.ebft
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
-    source = SafetensorsWeights(directory, architecture, deepest)
+    source = open_weights(directory, architecture, deepest)
     settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype, attention=route)
     return build_feature_network(architecture, source, settings, groups)
 

@@ -67,11 +67,16 @@ class Job:
         return "".join(path.read_text(errors="replace") for path in self.consoles)
 
     def rank(self, number: int) -> psutil.Process:
-        """Process of a rank."""
-        for process in self.everybody:
-            if process.is_running() and process.environ().get("RANK") == str(number):
-                return process
-        raise AssertionError(f"no rank {number}:\n{self.console}")
+        """Process of a rank, once the job is holding."""
+        if not isinstance(self.processes[0], subprocess.Popen):
+            return psutil.Process(self.processes[number].pid)
+        ranks = self.launch_py.children()
+        return next(process for process in ranks if process.environ().get("RANK") == str(number))
+
+    @property
+    def launch_py(self) -> psutil.Process:
+        """DeepSpeed's second launcher, which the command has started."""
+        return next(process for process in self.everybody if "deepspeed.launcher.launch" in process.cmdline())
 
     def wait_until_holding(self, *ranks: int) -> None:
         """Until these ranks wait where they were told to."""
@@ -126,7 +131,7 @@ def code_of(process: Any, timeout: float) -> int | None:
 
 @contextmanager
 def forked(site: Site, output: Path, *overrides: str, ranks: int = RANKS, **faults: Any) -> Iterator[Job]:
-    """A job without a launcher, whose ranks start at once: they are forked from a process that has imported everything."""
+    """A job without a launcher, whose ranks start at once, forked from a process that has imported everything."""
     notes, environment = _prepare(output, faults)
     port = free_port()
     job = Job(output, notes, [notes / f"console-{rank}.txt" for rank in range(ranks)], [])
@@ -199,9 +204,9 @@ def _prepare(output: Path, faults: dict[str, Any]) -> tuple[Path, dict[str, str]
     return notes, environment
 
 
-def finish(site: Site, output: Path, *overrides: str) -> str:
-    """Start the run without faults, let it come to its end, and return what it printed."""
-    with forked(site, output, *overrides) as job:
+def finish(site: Site, output: Path, *overrides: str, **faults: Any) -> str:
+    """Start the run, with faults that do not end it, let it come to its end, and return what it printed."""
+    with forked(site, output, *overrides, **faults) as job:
         assert job.end() == [0] * RANKS, job.console
         return job.console
 

@@ -1,7 +1,7 @@
 """A rank of the main job that fails or waits where a test wants it to; stands for `launcher/train.py`.
 
-The environment says what: EBFT_FAULTS is a JSON object of the keys below, EBFT_FAULT_NOTES a directory. A rank that waits
-makes a file `holding-RANK` there, and goes on when there is a file `go`.
+The environment says what: EBFT_FAULTS is a JSON object of the keys below, EBFT_FAULT_NOTES a directory. A rank that
+waits makes a file `holding-RANK` there, and goes on when there is a file `go`.
 
     stage   waits at this stage of the first checkpoint that it writes (see STAGES)
     phase   waits in this phase (see PHASES) for the `call`-th time
@@ -69,7 +69,7 @@ def hold_at_stage(stage: str) -> None:
 
     def around(function):
         def held(*arguments, **options):
-            if where == "half":
+            if where == "half" and is_meant(*arguments):
                 half(*arguments)
             if where == "before":
                 hold()
@@ -79,6 +79,9 @@ def hold_at_stage(stage: str) -> None:
             return result
 
         return held
+
+    def is_meant(path, *more):
+        return stage != "old one half deleted" or ".expired" in Path(path).name  # others are what a kill has left
 
     def half(path, *more):
         """What such an operation leaves when it is interrupted."""

@@ -360,3 +360,12 @@ def test_text_of_a_layout(inputs):
 def test_text_of_shared_heads(inputs):
     lines = lines_of(planner.describe_run(*plan_of(inputs, 4, parallel=degrees(4))))
     assert any(" 1 1/2 of 0 " in line and line.startswith("1 0 1 ") for line in lines)
+
+
+def test_checkpoints_of_the_plan(inputs):
+    config, plan = plan_of(inputs, checkpoint={"interval": 50, "keep_last": 2, "keep_every": 100})
+    text = planner.describe_run(config, plan)
+    assert re.search(r"taken +every 50 optimizer steps, and after the last one\n", text)
+    assert re.search(r"kept +the last 2, and those at multiples of 100 steps\n", text)
+    assert re.search(rf"size of one on the disk, GB +{12 * PARAMETERS / 1e9:.3f}\n", text)
+    assert re.search(r"taken +only when the run is asked to save or to stop\n", planner.describe_run(*plan_of(inputs)))

@@ -346,3 +346,21 @@ def test_text_shards_need_a_tokenizer(inputs, tmp_path):
     fields = {"model__init_from": None, "model__config": dict(inputs.model_fields), "evaluation__shards": None}
     (line,) = problems_of(load_config(inputs.write(data__shards=str(texts), **fields)))
     assert "data.tokenizer: found not set; expected a tokenizer directory" in line
+
+
+def test_resume_from_what_is_not_there(inputs):
+    (line,) = found_problems(inputs, checkpoint={"resume": "runs/gone"})
+    assert "checkpoint.resume: found 'runs/gone', which is no directory; expected auto, never or" in line
+
+
+def test_rows_longer_than_a_sliding_window(inputs):
+    fields = inputs.model_fields | {"model_type": "mistral", "sliding_window": 16}
+    (inputs.root / "model" / "config.json").write_text(json.dumps(fields))
+    (line,) = found_problems(inputs)
+    assert "data.sequence_length: found 32 tokens; expected at most the 16 tokens of the model's sliding_window" in line
+
+
+def test_notes_on_retention_without_effect(inputs):
+    assert check_run(load_config(inputs.write(checkpoint={"keep_every": 5})), 1).notes == (
+        "checkpoint.keep_every changes nothing: without checkpoint.keep_last all checkpoints are kept.",
+    )
