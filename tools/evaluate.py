@@ -17,7 +17,7 @@ LONGEST_DEFAULT_ROW = 1024
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory, or a checkpoint folder")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")

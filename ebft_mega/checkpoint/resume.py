@@ -25,9 +25,9 @@ from ebft_mega.config.rules import yaml_text
 from ebft_mega.config.schema import SECTIONS, EbftConfig, RunConfig, all_keys
 from ebft_mega.config.yaml_source import read_yaml
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputProblems, Problem
+from ebft_mega.metrics.run_files import RESOLVED_CONFIG_NAME
 from ebft_mega.model.architecture import Architecture
 
-CONFIG_NAME = "config.resolved.yaml"
 MODEL_NAME = "config.json"
 
 # Keys whose change would make another run of it.
@@ -129,7 +129,7 @@ def read_run(directory: Path) -> SavedRun:
             return None
 
     state = attempt(RunState.from_json, STATE_NAME)
-    config = attempt(_read_config, CONFIG_NAME)
+    config = attempt(_read_config, RESOLVED_CONFIG_NAME)
     architecture = attempt(_read_architecture, MODEL_NAME)
     where = str(directory / MANIFEST_NAME)
     if state is not None and state.step != manifest.step:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import ebft_mega
 
 STATUS_NAME = "status.json"
+ENVIRONMENT_NAME = "environment.json"
+RESOLVED_CONFIG_NAME = "config.resolved.yaml"
 RunState = Literal["done", "stopped", "failed"]
 RECORDED_PACKAGES = (
     "torch",
@@ -123,7 +125,7 @@ def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None) 
         output_dir: the run directory.
         extra: facts that only the caller knows (world size, device name); they win over ours.
     """
-    path = output_dir / "environment.json"
+    path = output_dir / ENVIRONMENT_NAME
     write_json_atomically(path, {**describe_environment(), **(extra or {})})
     return path
 

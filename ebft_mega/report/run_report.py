@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.metrics.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME
 from ebft_mega.report import page
 from ebft_mega.report.metric_names import EVALUATION_METRICS
 from ebft_mega.report.plots import Chart, draw_chart, draw_phases
@@ -193,7 +194,7 @@ def _facts_section(output_dir: Path) -> str:
     status = output_dir / "status.json"
     if status.exists():
         parts.append(page.table(["outcome", ""], [[k, str(v)] for k, v in read_json(status).items()], 2))
-    for name in ("config.resolved.yaml", "environment.json"):
+    for name in (RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME):
         path = output_dir / name
         if path.exists():
             parts.append(page.folded(name, path.read_text(encoding="utf-8")))

@@ -6,10 +6,9 @@ from pathlib import Path
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.tokenizer import tokenizer_files
-from ebft_mega.metrics.run_files import describe_environment
+from ebft_mega.metrics.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME, describe_environment
 from ebft_mega.model.architecture import Architecture
-
-GENERATION_NAME = "generation_config.json"
+from ebft_mega.model.huggingface import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 
 def describing_files(config: RunConfig, architecture: Architecture, tokenizer_directory: Path) -> dict[str, bytes]:
@@ -21,10 +20,10 @@ def describing_files(config: RunConfig, architecture: Architecture, tokenizer_di
     files = {path.name: path.read_bytes() for path in tokenizer_files(tokenizer_directory)}
     generation = generation_config(config)
     if generation is not None:
-        files[GENERATION_NAME] = generation.read_bytes()
-    files["config.json"] = _as_json(architecture.exported_config("float32"))
-    files["environment.json"] = _as_json(describe_environment())
-    files["config.resolved.yaml"] = resolved_yaml(config).encode()
+        files[GENERATION_CONFIG_NAME] = generation.read_bytes()
+    files[CONFIG_NAME] = _as_json(architecture.exported_config("float32"))
+    files[ENVIRONMENT_NAME] = _as_json(describe_environment())
+    files[RESOLVED_CONFIG_NAME] = resolved_yaml(config).encode()
     return files
 
 
@@ -32,7 +31,7 @@ def generation_config(config: RunConfig) -> Path | None:
     """The initial model's `generation_config.json`, if it has one."""
     if config.model.init_from is None:
         return None
-    path = config.model.init_from / GENERATION_NAME
+    path = config.model.init_from / GENERATION_CONFIG_NAME
     return path if path.is_file() else None
 
 

@@ -1,5 +1,6 @@
 """Where a run begins: at its first step, or at the newest checkpoint that every rank finds whole."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.folders import CHECKPOINTS, remove_leftovers, restore_replaced, set_aside
-from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files, unlisted_files
+from ebft_mega.checkpoint.manifest import (
+    Manifest,
+    file_problems,
+    read_listed,
+    read_manifest,
+    share_of_files,
+    unlisted_files,
+)
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
 from ebft_mega.checkpoint.resume import (
     Candidates,
@@ -27,6 +35,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
+from ebft_mega.metrics.run_files import ENVIRONMENT_NAME, describe_environment
 from ebft_mega.model.huggingface import InitialWeights, identity
 from ebft_mega.train.agreement import from_first_rank
 from ebft_mega.train.progress import Progress
@@ -76,6 +85,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         if refused:
             raise ConfigError(refused)
         notes += noted_changes(saved, config)
+        notes += from_first_rank(lambda: _other_software(saved))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
     notes += from_first_rank(lambda: _tidy(root, found))
@@ -135,6 +145,14 @@ def require_whole_models(config: RunConfig) -> None:
             problems = _damaged_files(directory, manifest, WEIGHTS_FOLDER)
             if problems:
                 raise BrokenCheckpointError(problems)
+
+
+def _other_software(saved: SavedRun) -> list[str]:
+    """Releases that differ from those that the checkpoint was written with: results may then differ by rounding."""
+    then = json.loads(read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME))["packages"]
+    now = describe_environment()["packages"]
+    changed = [f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name) != version]
+    return [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)
 
 
 def _foreign_files(saved: SavedRun) -> list[str]:

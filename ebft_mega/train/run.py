@@ -42,6 +42,7 @@ from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.run_files import (
+    RESOLVED_CONFIG_NAME,
     STATUS_NAME,
     RunState,
     failure_on_record,
@@ -474,7 +475,7 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
 def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path, start: Start) -> Observer:
     """Open the run directory for writing; what an earlier start of the run wrote after its checkpoint is cut off."""
     output, progress = config.output_dir, start.progress
-    (output / "config.resolved.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    (output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(config), encoding="utf-8")
     write_environment(output, {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()})
     samples = output / "samples.jsonl"
     cut_after(samples, progress.logged_step)

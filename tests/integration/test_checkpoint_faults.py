@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 
-import psutil
 import pytest
 
 from ebft_mega.checkpoint.folders import complete_folders
@@ -137,18 +136,195 @@ MOMENTS = {"rollout": (3, 3), "learning": (3, 3), "evaluation": (2, 4)}
 TIME_LIMIT = ("train.max_run_minutes=30",)
 
 
-def stop_and_go_on(site, clean, start, wish, phase, expected_codes, **options):
-    """Ask a run to stop, look at what it leaves, and let it go on."""
+def stop_and_go_on(site, clean, output, start, wish, phase, codes, *settings, **options):
+    """Ask a run to stop, look at what it leaves, and let it go on.
+
+    Args:
+        start: `forked` or `launched`; takes `options`.
+        codes: expected of what was started.
+        settings: of the run until it stops.
+    """
     call, step = MOMENTS[phase]
-    output = start.output
-    with start(phase=phase, call=call, clock=3600.0 if wish == "the time limit" else 0.0) as job:
+    clock_seconds = 3600.0 if wish == "the time limit" else 0.0
+    with start(
+        site, output, *ON_REQUEST_ONLY, *TIME_LIMIT, *settings, phase=phase, call=call, clock=clock_seconds, **options
+    ) as job:
         job.wait_until_holding(*range(RANKS))
         WISHES[wish][0](job)
         job.go()
-        assert job.end() == expected_codes, job.console
+        assert job.end() == codes, job.console
     assert job.status == stopped_at(step), job.console
     assert entries(output) == ["latest", f"step-{step:08d}"]
     assert not (output / "STOP").exists() and not (output / "run.lock").exists()
     console = finish(site, output, *ON_REQUEST_ONLY)
     assert f"going on after step {step} from" in console
     assert_same_outcome(clean, output, STEPS)
+
+
+def test_a_signal_to_one_rank_in_mid_step_stops_all(site, clean, tmp_path):
+    stop_and_go_on(site, clean, tmp_path / "out", forked, "SIGUSR1 to a rank", "rollout", [75, 75])
+
+
+def test_ranks_whose_launcher_has_gone_stop_in_mid_evaluation(site, clean, tmp_path):
+    """The `deepspeed` command ends at once and leaves everybody behind; data are read by processes of their own."""
+    wish, settings = "SIGTERM to deepspeed", ("data.workers=1",)
+    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, "evaluation", [WISHES[wish][1]], *settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("wish", WISHES)
+def test_every_wish_in_every_phase(site, clean, tmp_path, wish, phase):
+    settings = ("data.workers=1",)
+    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, phase, [WISHES[wish][1]], *settings)
+
+
+@pytest.mark.slow
+def test_a_signal_that_also_ends_the_reader_of_the_output(site, clean, tmp_path):
+    """As in `deepspeed ... | tee log`: nobody reads any more what the ranks print."""
+    wish = "SIGTERM to the process group"
+    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, "learning", [WISHES[wish][1]], pipe=True)
+
+
+def test_a_second_job_is_refused_and_a_checkpoint_taken_on_request(site, clean, tmp_path):
+    output = tmp_path / "out"
+    with forked(site, output, *ON_REQUEST_ONLY, phase="learning", call=3) as job:
+        job.wait_until_holding(*range(RANKS))
+        with forked(site, output, *ON_REQUEST_ONLY) as second:
+            assert second.end() == [2] * RANKS
+            assert f"process {job.rank(0).pid} on " in second.console and "which is running" in second.console
+        (output / "SAVE").touch()
+        job.go()
+        assert job.end() == [0] * RANKS, job.console
+    assert entries(output) == ["latest", "step-00000003", f"step-{STEPS:08d}"] and not (output / "SAVE").exists()
+    assert_same_outcome(clean, output, STEPS)
+
+
+def test_a_full_disk_costs_one_checkpoint(site, clean, tmp_path):
+    output = tmp_path / "out"
+    console = finish(site, output, *LENGTH, full=1)
+    assert f"checkpoint of step {EVERY} FAILED: rank 1: " in console and "File too large" in console
+    assert console.count("FAILED") == 1 and entries(output) == KEPT
+    assert_same_outcome(clean, output, STEPS)
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(site, copy):
+    shutil.rmtree(checkpoint(copy, STEPS))
+    with forked(site, copy, *LENGTH, "checkpoint.on_error=stop", room=1000) as job:
+        assert job.end() == [1] * RANKS, job.console
+    assert f"the checkpoint of step {STEPS} could not be written: no room on the disk" in job.console
+    assert "are needed, 0.000 GB are free" in job.console
+    last = f"step-{STEPS - EVERY:08d}"
+    assert job.status == {"state": "failed", "exit_code": 1, "checkpoint": last, "step": STEPS}
+    assert entries(copy) == ["latest", last]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(site, tmp_path):
+    with forked(site, tmp_path / "out", *LENGTH, "output_dir=/proc/ebft") as job:
+        assert job.end() == [2] * RANKS
+    assert "output_dir: found /proc/ebft, which cannot be written" in job.console
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    ("weights/rank-00001.safetensors", truncate),
+    ("exp_avg/rank-00000.safetensors", flip_a_bit),
+    ("exp_avg_sq/rank-00001.safetensors", os.unlink),
+    ("manifest.json", truncate),
+    ("state.json", flip_a_bit),
+    ("tokenizer.model", os.unlink),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [DAMAGES[1], *(pytest.param(*case, marks=pytest.mark.slow) for case in DAMAGES if case != DAMAGES[1])],
+)
+def test_a_damaged_checkpoint_is_passed_over_or_refused(site, clean, copy, name, damage):
+    newest = checkpoint(copy, STEPS)
+    damage(newest / name)
+    with forked(site, copy, *LENGTH, f"checkpoint.resume={newest}") as job:
+        assert job.end() == [2] * RANKS
+    assert str(newest) in job.console and name in job.console
+    console = finish(site, copy, *LENGTH)
+    (note,) = [line for line in console.splitlines() if "passed over" in line]
+    assert str(newest) in note and name in note
+    assert f"going on after step {STEPS - EVERY} from" in console
+    assert entries(copy) == KEPT
+    assert_same_outcome(clean, copy, STEPS)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(site, copy):
+    for step in (STEPS - EVERY, STEPS):
+        truncate(checkpoint(copy, step) / DAMAGES[0][0])
+    before = (copy / "metrics.jsonl").read_bytes()
+    with forked(site, copy, *LENGTH) as job:
+        assert job.end() == [2] * RANKS
+    assert job.console.count(DAMAGES[0][0]) >= 2 and "checkpoint.resume: never" in job.console
+    assert entries(copy) == KEPT and (copy / "metrics.jsonl").read_bytes() == before
+
+
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._path),)
+
+
+def test_foreign_files_are_named_and_not_touched(site, clean, copy, tmp_path):
+    folder = checkpoint(copy, STEPS)
+    names = (".metadata", "weights/.metadata", "weights/rank-00009.safetensors", "pytorch_model.bin", "optimizer.pt")
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    console = finish(site, copy, *LENGTH)
+    assert f"going on after step {STEPS} from" in console and all(name in console for name in names)
+    assert not (tmp_path / "sprung").exists()
+    assert_same_outcome(clean, copy, STEPS)
+    pickle.loads((folder / names[0]).read_bytes())
+    assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+@pytest.fixture(scope="module")
+def others(site):
+    """Datasets that are not the run's: of other text, and of other text with a tokenizer made of it."""
+    directory = site.directory / "others"
+    shutil.copytree(site.directory / "text" / "train", directory / "text")
+    (directory / "text" / "more.py").write_text("".join(f"zebra{number} = quagga\n" for number in range(300)))
+    train_tokenizer(directory / "text", 300, directory / "tokenizer")
+    build_dataset(directory / "text", load_tokenizer(site.directory / "tokenizer"), directory / "text-only")
+    for split in ("train", "held_out"):
+        build_dataset(site.directory / "text" / split, load_tokenizer(directory / "tokenizer"), directory / split)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "old", "new"),
+    [
+        (("data.shards={others}/text-only",), "fingerprint", "", ""),
+        (("data.shards={others}/train", "evaluation.shards={others}/held_out"), "tokenizer", "", ""),
+        (("data.sequence_length=32",), "sequence_length", "24", "32"),
+        (("model.config.intermediate_size=64",), "intermediate_size", "48", "64"),
+        (("seed=12",), "seed", "11", "12"),
+        (("ebft.temperature=0.7",), "ebft.temperature", "0.8", "0.7"),
+    ],
+    ids=["text", "tokenizer", "sequence", "architecture", "seed", "ebft"],
+)
+def test_a_checkpoint_of_another_run_is_refused(site, others, copy, settings, key, old, new):
+    before = (copy / "metrics.jsonl").read_bytes()
+    with forked(site, copy, *LENGTH, *(setting.format(others=others) for setting in settings)) as job:
+        assert job.end() == [2] * RANKS, job.console
+    problem = next(line for line in job.console.splitlines() if key in line)
+    assert old in problem and new in problem
+    assert entries(copy) == KEPT and (copy / "metrics.jsonl").read_bytes() == before

@@ -238,6 +238,13 @@ def test_every_file_falls_to_one_rank_and_the_bytes_are_balanced(sizes: dict[str
     assert [share_of_files(backwards, rank, ranks) for rank in range(ranks)] == shares
 
 
+def test_one_large_file_is_weighed_against_many_small_ones() -> None:
+    sizes = {"large": 100, **{f"small{number}": 10 for number in range(10)}}
+    files = {name: FileRecord(bytes=size, sha256="a" * 64) for name, size in sizes.items()}
+    manifest = Manifest(version=1, step=0, files=files)
+    assert [len(share_of_files(manifest, rank, 2)) for rank in range(2)] == [1, 10]
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(folder: Path, monkeypatch) -> None:
     before = (folder / "state.json").read_bytes()
 

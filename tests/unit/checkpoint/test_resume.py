@@ -232,6 +232,12 @@ def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(
     assert origin(read_run(root / "step-00000003"), candidates(resuming(output, "auto"))) is None
 
 
+def test_a_run_that_begins_at_a_run_with_an_origin_has_one_of_its_own(tmp_path: Path, output: Path) -> None:
+    other = tmp_path / "other" / "checkpoints"
+    start = write_checkpoint(other, 10, StartedFrom(path="/elsewhere", manifest_sha256="f" * 64))
+    assert origin(read_run(start), candidates(resuming(output, start))) == began_at(start)
+
+
 def test_a_run_that_began_at_a_run_is_known_when_that_one_has_gone_on(tmp_path: Path, output: Path, root: Path) -> None:
     other = tmp_path / "other" / "checkpoints"
     start = write_checkpoint(other, 10)
@@ -276,6 +282,14 @@ def test_its_own_run_directory_means_its_newest(output: Path, root: Path) -> Non
     for place in (output, root):
         found = candidates(resuming(output, place))
         assert (found.paths, found.abandoned, found.notes) == (steps_of(root, 15), (), ())
+
+
+def test_a_checkpoint_of_its_own_is_named_as_the_others_there(tmp_path: Path, output: Path, root: Path) -> None:
+    for step in (5, 10):
+        write_checkpoint(root, step)
+    (tmp_path / "link").symlink_to(output)
+    found = candidates(resuming(tmp_path / "link", root / "step-00000005"))
+    assert (found.paths, found.abandoned) == ((tmp_path / "link" / "checkpoints" / "step-00000005",), (10,))
 
 
 def test_a_folder_that_cannot_be_read_is_of_no_line(tmp_path: Path, output: Path, root: Path) -> None:

@@ -52,11 +52,13 @@ def damaged_tilings(draw) -> tuple[tuple[int, ...], list[Box]]:
     shape, boxes = draw(tilings())
     number = draw(st.integers(0, len(boxes) - 1))
     offsets, sizes = boxes[number]
-    match draw(st.sampled_from(["move", "resize", "drop", "double", "swap"])):
+    match draw(st.sampled_from(["move", "resize", "drop", "double", "swap", "empty"])):
         case "drop":
             boxes.pop(number)
         case "double":
             boxes.append(boxes[number])
+        case "empty" if shape:
+            boxes.append((offsets, (0,) * len(shape)))
         case "swap":
             boxes[number] = (sizes, offsets)
         case kind if shape:

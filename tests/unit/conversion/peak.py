@@ -1,6 +1,6 @@
-"""Run a conversion in a process of its own and print the most memory that it had beyond what it began with, in bytes.
+"""Import and export in a process of its own; of each, print the most memory beyond what it began with, in bytes.
 
-    python -m tests.unit.conversion.peak import|export SOURCE OUTPUT SHARD_BYTES
+    python -m tests.unit.conversion.peak MODEL RUN OUTPUT SHARD_BYTES
 
 Everything is imported, and a small model converted, before the measurement begins.
 """
@@ -39,10 +39,10 @@ def warm_up() -> None:
 
 
 if __name__ == "__main__":
-    command, source, output, shard_bytes = sys.argv[1:]
+    model, run, output, shard_bytes = sys.argv[1:]
     warm_up()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is resident now
-    before = resident("VmRSS")
-    convert = import_model if command == "import" else export_checkpoint
-    convert(Path(source), Path(output), "bfloat16", int(shard_bytes))
-    print(resident("VmHWM") - before)
+    for convert, source in ((import_model, model), (export_checkpoint, run)):
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is resident now
+        before = resident("VmRSS")
+        convert(Path(source), Path(output) / convert.__name__, "bfloat16", int(shard_bytes))
+        print(resident("VmHWM") - before)
