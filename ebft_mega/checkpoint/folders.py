@@ -91,6 +91,7 @@ def publish(temporary: Path, root: Path) -> Path:
         for name in files if Path(parent) == temporary else ():
             flush_to_disk(temporary / name)
         sync_directory(Path(parent))
+    sync_directory(root.parent)  # for the root's own name, the first time
     replaced = root / f"{final.name}{_REPLACED}"
     is_taken = os.path.lexists(final)
     if is_taken:

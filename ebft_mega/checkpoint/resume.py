@@ -104,7 +104,7 @@ class Candidates:
     is_explicit: bool  # `checkpoint.resume` names a path: to begin anew instead is out of the question
     abandoned: tuple[int, ...] = ()  # steps in `output_dir` to set aside once a choice is made
     notes: tuple[str, ...] = ()
-    named: Path | None = None  # the checkpoint that the path means, if it is there
+    named: Path | None = None  # the checkpoint that the path means, if it is one and is there
 
 
 T = TypeVar("T")
@@ -150,11 +150,11 @@ def candidates(config: RunConfig) -> Candidates:
     `auto`: from the checkpoints in `output_dir`, the one with the most steps first, whatever `latest` says: one that
     is newer than `latest` came to count just before a run was killed.
 
-    A path: from that checkpoint; of a run directory or its folder of checkpoints, the newest one. If `output_dir`
-    holds checkpoints of a run that began there, those come first, the newest one foremost: so a job that is queued
-    again goes on instead of beginning anew. They are known by the checkpoint's hash; by its place only where that is
-    gone or the path names a run that may have gone on. Whatever else lies in `output_dir` is abandoned, but for the
-    checkpoint itself and those before it.
+    A path: from that checkpoint; of another run's directory or its folder of checkpoints, the newest one; of its own
+    directory, as with `auto`. If `output_dir` holds checkpoints of a run that began there, those come first, the newest
+    one foremost: so a job that is queued again goes on instead of beginning anew. They are known by the checkpoint's
+    hash; by its place only where that is gone or the path names a run that may have gone on. Whatever else lies in
+    `output_dir` is abandoned, but for the checkpoint itself and those before it.
 
     Raises:
         ConfigError: there is no checkpoint at the path, and none that began there.
@@ -167,12 +167,14 @@ def candidates(config: RunConfig) -> Candidates:
     if config.checkpoint.resume == "auto":
         return Candidates(tuple(own), is_explicit=False, notes=_notes_on_latest(root, own))
     given = Path(config.checkpoint.resume)
+    if own and _real(given) in (_real(config.output_dir), _real(root)):
+        return Candidates(tuple(own), is_explicit=True, notes=_notes_on_latest(root, own))
     named = _named_checkpoint(given)
+    may_have_moved_on = named is None or named != _real(given)
+    place = _real(given) if may_have_moved_on else None
     is_own = named is not None and named.parent == _real(root)
     if named is not None and is_own:
         named = root / named.name  # as the others there
-    may_have_moved_on = named is None or not (is_own or named == _real(given))
-    place = _real(given) if may_have_moved_on else None
     checksum = _manifest_checksum(named) if named is not None else None
     descendants = [folder for folder in own if _began_at(folder, checksum, place)]
     if named is None and not descendants:

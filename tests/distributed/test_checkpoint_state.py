@@ -319,6 +319,7 @@ def test_a_snapshot_costs_what_its_docstring_says(chain, name, directory):
             assert passage.communicated == expected, str(layout)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @every_move
 def test_torch_reads_the_weights_as_a_distributed_checkpoint(chain, name, directory):
     source, _ = moved(chain, name, directory)

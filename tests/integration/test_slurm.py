@@ -232,7 +232,7 @@ time.sleep(100)
 
 @pytest.fixture
 def stand_in_job(tmp_path):
-    """A repository whose launcher is a program that stops when it is asked to, until runs can save themselves."""
+    """A repository whose launcher is a program that stops when it is asked to, sooner than a run would."""
     repository = tmp_path / "repository"
     (repository / "launcher").mkdir(parents=True)
     (repository / "launcher" / "slurm").symlink_to(SCRIPTS)
@@ -274,6 +274,32 @@ def test_a_run_that_was_stopped_in_time_is_requeued(cluster, stand_in_job):
     code, text = run_stand_in_job(cluster, stand_in_job, "saves", signal.SIGUSR1)
     assert code == 75 and "says 75" in text, text
     assert cluster.noted("scontrol") == [["requeue", str(cluster.job_id)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["one_node.sbatch", "many_nodes.sbatch"])
+def test_a_requeued_run_goes_on_where_it_was_stopped(cluster, data, script):
+    """No stand-in but for Slurm itself."""
+    output = cluster.root / "out"
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1"} if script == "many_nodes.sbatch" else {}
+    arguments = [*CONFIG, *settings(data, output, "evaluation.interval=1000", "train.max_steps=100000")]
+    job = cluster.start(script, *arguments, **nodes)
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0]
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    code, text = finish(job)
+    status = status_of(output)
+    assert code == 75 and status["exit_code"] == 75 and status["state"] == "stopped", text
+    assert status["checkpoint"] == f"step-{status['step']:08d}"
+    assert cluster.noted("scontrol") == [["requeue", str(cluster.job_id)]]
+    arguments[-1] = f"train.max_steps={status['step'] + 2}"
+    code, text = cluster.run(script, *arguments, SLURM_RESTART_COUNT="1", **nodes)
+    assert code == 0 and f"The run goes on from {output / 'checkpoints' / status['checkpoint']}" in text, text
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(status["step"] + 3))
 
 
 def test_a_run_that_makes_no_progress_is_requeued_once(cluster, stand_in_job):

@@ -145,6 +145,7 @@ def test_what_is_published_has_its_name_and_everything_is_synced_before(root: Pa
     before, after = done[: done.index("rename to step-00000020")], done[done.index("rename to step-00000020") + 1 :]
     for name in ("", "/manifest.json", "/tokenizer.json", "/state.json", "/weights"):
         assert f"sync /step-00000020.tmp{name}" in before
+    assert f"sync {root.parent}" in before
     assert after == ["sync "]
     assert names(root) == ["step-00000020"]
 

@@ -275,13 +275,19 @@ def test_going_back_in_a_run_abandons_what_came_later(output: Path, root: Path) 
     assert candidates(resuming(output, root / "step-00000010")).paths == steps_of(root, 15)
 
 
-def test_its_own_run_directory_means_its_newest(output: Path, root: Path) -> None:
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "link"])
+def test_its_own_run_directory_is_like_auto(tmp_path: Path, output: Path, root: Path, place: str) -> None:
+    with pytest.raises(ConfigError):
+        candidates(resuming(output, output))
     start = write_checkpoint(root, 5)
     for step in (10, 15):
         write_checkpoint(root, step, began_at(start))
-    for place in (output, root):
-        found = candidates(resuming(output, place))
-        assert (found.paths, found.abandoned, found.notes) == (steps_of(root, 15), (), ())
+    point_latest(root, "step-00000010")  # the run was killed before this was step 15
+    (tmp_path / "link").symlink_to(output)
+    found = candidates(resuming(output, tmp_path / place))
+    assert (found.paths, found.is_explicit, found.abandoned) == (steps_of(root, 15, 10, 5), True, ())
+    assert "step-00000015 is newer" in found.notes[0]
+    assert origin(read_run(found.paths[0]), found) == began_at(start)
 
 
 def test_a_checkpoint_of_its_own_is_named_as_the_others_there(tmp_path: Path, output: Path, root: Path) -> None:
