@@ -163,7 +163,10 @@ def candidates(config: RunConfig) -> Candidates:
     root = config.output_dir / CHECKPOINTS
     own = complete_folders(root)
     if config.checkpoint.resume == "never":
-        return Candidates((), is_explicit=False, abandoned=_steps(own))
+        note = (
+            f"checkpoint.resume is never: the run begins anew beside {len(own)} checkpoints, also when it is requeued"
+        )
+        return Candidates((), is_explicit=False, abandoned=_steps(own), notes=(note,) * bool(own))
     if config.checkpoint.resume == "auto":
         return Candidates(tuple(own), is_explicit=False, notes=_notes_on_latest(root, own))
     given = Path(config.checkpoint.resume)
@@ -184,13 +187,12 @@ def candidates(config: RunConfig) -> Candidates:
     kept = {folder.name for folder in descendants}
     if named is not None and is_own:
         kept |= {folder.name for folder in own if _step(folder) <= _step(named)}
+    began = f"this run began at {given} (checkpoint.resume) and has saved checkpoints since"
     return Candidates(
         paths=(*descendants, *([named] if named is not None else [])),
         is_explicit=True,
         abandoned=_steps([folder for folder in own if folder.name not in kept]),
-        notes=(f"this run began at {given} (checkpoint.resume) and has saved checkpoints since",)
-        if descendants
-        else (),
+        notes=(began,) * bool(descendants),
         named=named,
     )
 

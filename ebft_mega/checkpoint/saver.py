@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.folders import point_latest, publish, temporary_folder
+from ebft_mega.checkpoint.folders import discard, point_latest, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_file, write_manifest
 from ebft_mega.checkpoint.retention import delete_expired
 from ebft_mega.checkpoint.snapshot import Piece, Written, take_snapshot, write_pieces
-from ebft_mega.checkpoint.tensor_index import INDEX_NAME, merge_indices
+from ebft_mega.checkpoint.tensor_index import INDEX_NAME, coverage_problems, merge_indices
 from ebft_mega.model.sizes import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
@@ -88,16 +87,16 @@ class CheckpointSaver:
             small_files: contents by name of the files beside the tensors, written by the first rank.
         Returns:
             The failure, if there is no room for the checkpoint on the disk; else None.
-        Communication: that of `take_snapshot`, and one broadcast of a number. A checkpoint in flight must have been
+        Communication: that of `take_snapshot`, and one broadcast of a text. A checkpoint in flight must have been
             settled.
         """
         assert self._in_flight is None, "the next checkpoint waits for the last one"
         needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
-        missing = self._missing_bytes(needed)
-        if missing:
-            gigabytes = f"{needed / 1e9:.3f} GB are needed, {(needed - missing) / 1e9:.3f} GB are free"
-            return Outcome(step, f"no room on the disk of {self._root}: {gigabytes}")
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
+        obstacle = [self._obstacle(flying.folder, needed)] if self._groups.is_first else [None]
+        dist.broadcast_object_list(obstacle, src=0, device=self._groups.device)
+        if obstacle[0] is not None:
+            return Outcome(step, obstacle[0])
         pieces = take_snapshot(engine, stage)
         flying.thread = threading.Thread(
             target=self._write, args=(flying, pieces, small_files), name=f"checkpoint-{step}", daemon=True
@@ -134,14 +133,19 @@ class CheckpointSaver:
             self._cleaning.join()
             self._cleaning = None
 
-    def _missing_bytes(self, needed: int) -> int:
-        """Bytes that the disk has too few, as the first rank sees it."""
-        missing = torch.zeros((), dtype=torch.long, device=self._groups.device)
-        if self._groups.is_first:
+    def _obstacle(self, folder: Path, needed_bytes: int) -> str | None:
+        """Why a checkpoint cannot be written, as far as the first rank sees it; its folder is then free."""
+        try:
             self._root.mkdir(parents=True, exist_ok=True)
-            missing += max(0, needed - shutil.disk_usage(self._root).free)
-        dist.broadcast(missing, src=0)
-        return int(missing)
+            if folder.exists() and (warnings := discard(folder)):
+                return "; ".join(warnings)
+            free = shutil.disk_usage(self._root).free
+        except OSError as error:
+            return f"{self._root}: {error}"
+        if free < needed_bytes:
+            sizes = f"{needed_bytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
+            return f"no room on the disk of {self._root}: {sizes}"
+        return None
 
     def _write(self, flying: _InFlight, pieces: tuple[Piece, ...], small_files: Mapping[str, bytes]) -> None:
         """This rank's part; runs in a thread."""
@@ -158,8 +162,12 @@ class CheckpointSaver:
 
     def _committed(self, flying: _InFlight, parts: list[Written | str | None]) -> Outcome:
         """Let a checkpoint count, or remove what there is of it; on the first rank."""
-        failures = [part for part in parts if isinstance(part, str)]
         written = [part for part in parts if isinstance(part, Written)]
+        failures = [
+            part or f"rank {rank}: its thread ended without a word"
+            for rank, part in enumerate(parts)
+            if not isinstance(part, Written)
+        ]
         error = "; ".join(failures) or None
         num_bytes = 0
         try:
@@ -179,6 +187,8 @@ class CheckpointSaver:
     def _commit(self, flying: _InFlight, written: list[Written]) -> int:
         files = {name: record for part in written for name, record in part.files.items()}
         index = merge_indices([part.index for part in written])
+        problems = coverage_problems(index, str(flying.folder))
+        assert not problems, problems
         files[INDEX_NAME] = write_file(flying.folder, INDEX_NAME, index.to_json().encode())
         write_manifest(flying.folder, Manifest(version=1, step=flying.step, files=files))
         point_latest(self._root, publish(flying.folder, self._root).name)

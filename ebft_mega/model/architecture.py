@@ -158,7 +158,7 @@ def _unsupported_kind(config: dict[str, Any]) -> Iterator[Refusal]:
     if config.get("quantization_config"):
         yield "quantization_config", config["quantization_config"], "no such key: weights of 16 or 32 bits"
     model_type = config.get("model_type")
-    if model_type not in CAUSAL_LM_CLASSES:
+    if not isinstance(model_type, str) or model_type not in CAUSAL_LM_CLASSES:
         yield "model_type", model_type, "one of " + ", ".join(CAUSAL_LM_CLASSES)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not _is_count(config.get(key)):
@@ -179,6 +179,9 @@ def _unsupported_sizes(config: dict[str, Any]) -> Iterator[Refusal]:
         yield "sliding_window", window, "null or a positive number of positions"
     if not _is_count(config.get("max_position_embeddings") or 1):
         yield "max_position_embeddings", config["max_position_embeddings"], "a positive number of positions"
+    epsilon = config.get("rms_norm_eps") or 1e-6
+    if not isinstance(epsilon, float | int) or isinstance(epsilon, bool) or not 0 < epsilon < 1:
+        yield "rms_norm_eps", epsilon, "a number between 0 and 1"
 
 
 def _unsupported_switches(config: dict[str, Any]) -> Iterator[Refusal]:
@@ -189,15 +192,18 @@ def _unsupported_switches(config: dict[str, Any]) -> Iterator[Refusal]:
         if config.get(key):
             yield key, config[key], "false: not yet supported"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        yield "rope_parameters", rope, "a mapping"
+        rope = {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear", "llama3"):
         yield "rope_parameters.rope_type", rope_type, "default, linear or llama3"
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1):
         yield "partial_rotary_factor", rotated, "1: heads are rotated whole"
-    windowed = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    if windowed:
-        yield "layer_types", windowed[0], "full_attention for every layer"
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
+        yield "layer_types", layer_types, "full_attention for every layer"
 
 
 def _sliding_window(config: dict[str, Any]) -> Any:

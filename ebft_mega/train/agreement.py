@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ebft_mega.errors import EbftError, InputError, Problem
+from ebft_mega.errors import InputError, Problem
 
 T = TypeVar("T")
 
@@ -38,14 +38,14 @@ def from_first_rank(compute: Callable[[], T]) -> T:
     """What a function returns on the first rank, on every rank.
 
     Raises:
-        EbftError: on every rank, what it raises there.
+        Exception: on every rank, what it raises there.
     Communication: one broadcast of the result over the world.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             answer = [(compute(), None)]
-        except EbftError as error:
+        except Exception as error:
             answer = [(None, error)]
     dist.broadcast_object_list(answer, src=0)
     result, failure = answer[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.folders import CHECKPOINTS, remove_leftovers, restore_replaced, set_aside
+from ebft_mega.checkpoint.folders import CHECKPOINTS, remove_leftovers, restore_replaced, set_aside, step_of
 from ebft_mega.checkpoint.manifest import (
     Manifest,
     file_problems,
@@ -18,7 +18,7 @@ from ebft_mega.checkpoint.manifest import (
     share_of_files,
     unlisted_files,
 )
-from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
+from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.resume import (
     Candidates,
     SavedRun,
@@ -29,13 +29,14 @@ from ebft_mega.checkpoint.resume import (
     refused_changes,
 )
 from ebft_mega.checkpoint.run_state import StartedFrom
-from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
-from ebft_mega.checkpoint.tensors import CheckpointTensors
+from ebft_mega.checkpoint.tensor_index import TensorIndex
+from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
 from ebft_mega.metrics.run_files import ENVIRONMENT_NAME, describe_environment
+from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import InitialWeights, identity
 from ebft_mega.train.agreement import from_first_rank
 from ebft_mega.train.progress import Progress
@@ -49,17 +50,16 @@ class Start:
 
     progress: Progress
     saved: SavedRun | None  # None: a new run
+    index: TensorIndex | None  # where its tensors lie
     started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named, now or when the run began
     notes: tuple[str, ...]
 
     @property
     def saved_state(self) -> tuple[CheckpointTensors, int] | None:
-        """The weights and the optimizer's state to go on from, and the updates applied so far. Reads the index."""
-        if self.saved is None:
+        """The weights and the optimizer's state to go on from, and the updates applied so far."""
+        if self.saved is None or self.index is None:
             return None
-        path = self.saved.directory / INDEX_NAME
-        index = TensorIndex.from_json(path.read_text(encoding="utf-8"), str(path))
-        return CheckpointTensors(self.saved.directory, index), self.saved.state.optimizer_updates
+        return CheckpointTensors(self.saved.directory, self.index), self.saved.state.optimizer_updates
 
     def is_in(self, output_dir: Path) -> bool:
         """Whether the state to go on from lies in a run directory of its own."""
@@ -79,7 +79,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
     notes = [f"{name} has its name again: the run was killed while it replaced it" for name in restored]
     found = from_first_rank(lambda: candidates(config))
     notes += found.notes
-    saved = _newest_whole(found, notes)
+    saved, broken = _newest_whole(found, notes)
     if saved is not None:
         refused = from_first_rank(lambda: refused_changes(saved, config, plan.architecture))
         if refused:
@@ -88,29 +88,32 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         notes += from_first_rank(lambda: _other_software(saved))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
-    notes += from_first_rank(lambda: _tidy(root, found))
+    notes += from_first_rank(lambda: _tidy(root, found.abandoned, broken))
     if saved is None:
-        return Start(Progress(), None, None, tuple(notes))
-    return Start(Progress.of(saved.state), saved, origin(saved, found), tuple(notes))
+        return Start(Progress(), None, None, None, tuple(notes))
+    index = from_first_rank(lambda: _tensor_index(saved, plan.architecture))
+    return Start(Progress.of(saved.state), saved, index, origin(saved, found), tuple(notes))
 
 
-def _newest_whole(found: Candidates, notes: list[str]) -> SavedRun | None:
-    """The first candidate without a problem; those before it are noted."""
+def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None, list[Path]]:
+    """The first candidate without a problem, and those before it, which are noted."""
     all_problems: list[Problem] = []
+    broken: list[Path] = []
     for directory in found.paths:
         saved, problems = from_first_rank(partial(_try, directory))
         if saved is not None:
             problems = _damaged_files(saved.directory, saved.manifest, "")
             if not problems:
                 notes += from_first_rank(partial(_foreign_files, saved))
-                return saved
+                return saved, broken
+        broken.append(directory)
         all_problems += problems
         notes.append(f"passed over {directory}: " + "; ".join(map(str, problems)))
     if all_problems:
         expected = "a whole checkpoint; `checkpoint.resume: never` begins anew"
         all_problems.append(Problem("checkpoint.resume", "all checkpoints", f"{len(found.paths)} broken", expected))
         raise BrokenCheckpointError(all_problems)
-    return None
+    return None, broken
 
 
 def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:
@@ -160,14 +163,23 @@ def _foreign_files(saved: SavedRun) -> list[str]:
     return [f"{saved.directory}: not read, because its manifest does not name them: {', '.join(names)}"] * bool(names)
 
 
-def _tidy(root: Path, found: Candidates) -> list[str]:
-    """Remove what a killed run left half written, and set aside what the run does not descend from."""
+def _tensor_index(saved: SavedRun, architecture: Architecture) -> TensorIndex:
+    """Where the tensors of a checkpoint lie: all of them, whole."""
+    index = open_model_folder(saved.directory, hash_weights=False).index
+    check_tensors(CheckpointTensors(saved.directory, index), architecture)
+    return index
+
+
+def _tidy(root: Path, abandoned: Sequence[int], broken: Sequence[Path]) -> list[str]:
+    """Remove what a killed run left half written, and set aside what the run does not go on from."""
     notes = []
     for name in remove_leftovers(root):
         notes.append(f"removed {name}: a checkpoint that was never completed")
         logger.warning("%s", notes[-1])
-    names = set_aside(root, found.abandoned)
-    return notes + [f"set aside {name}: this run does not descend from it" for name in names]
+    notes += [f"set aside {name}: this run does not descend from it" for name in set_aside(root, abandoned)]
+    # They would count as checkpoints to keep, and push whole ones out.
+    steps = [step for path in broken if path.parent == root and (step := step_of(path.name)) is not None]
+    return notes + [f"set aside {name}: it is not whole" for name in set_aside(root, steps, "broken")]
 
 
 def require_same_initial_model(config: RunConfig, source: InitialWeights, start: Start) -> str:

@@ -155,8 +155,14 @@ def _run(
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
 
+    def newest_checkpoint() -> str | None:
+        try:
+            return newest(output / CHECKPOINTS)
+        except OSError:  # must not hide what it is asked for
+            return None
+
     def fail(exit_code: int) -> int:
-        return record_failure(output, exit_code, progress.step, newest(output / CHECKPOINTS))
+        return record_failure(output, exit_code, progress.step, newest_checkpoint())
 
     try:
         with Watchdog(timeout_of_steps(config), log_path, lambda: fail(EXIT_HANG)) as watchdog:
@@ -175,7 +181,7 @@ def _run(
     state: RunState = "stopped" if stopped else "done"
     exit_code = EXIT_STOPPED if stopped else EXIT_DONE
     if groups.is_first:
-        write_status(output, state, exit_code, progress.step, newest(output / CHECKPOINTS))
+        write_status(output, state, exit_code, progress.step, newest_checkpoint())
     dist.barrier()
     return exit_code
 

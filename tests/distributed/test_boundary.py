@@ -166,6 +166,27 @@ def test_one_rank_s_full_disk_fails_the_checkpoint_on_all(tmp_path, on_error):
         assert expected in failure
 
 
+def end_without_a_word(directory):
+    bench = Bench(directory)
+    (bench.root / "step-00000001.tmp" / "weights").mkdir(parents=True, exist_ok=True)  # of a save that never ended
+    (bench.root / "step-00000001.tmp" / "weights" / "rank-00007.safetensors").touch()
+    if bench.is_wishing:
+
+        def leave(*_):
+            raise SystemExit
+
+        saver_module.write_pieces = leave
+    bench.cross(1, is_due=True)
+    bench.boundary.finish()
+    return bench.folders, [path.name for path in leftovers(bench.root)], bench.said
+
+
+def test_a_rank_that_wrote_nothing_is_no_rank_that_had_nothing_to_write(tmp_path):
+    for folders, left, said in run_ranks(2, end_without_a_word, str(tmp_path)):
+        assert folders == [] and left == []
+        assert said == ["checkpoint of step 1 FAILED: rank 1: its thread ended without a word"]
+
+
 def no_room(directory):
     bench = Bench(directory)
     if dist.get_rank() == 0:

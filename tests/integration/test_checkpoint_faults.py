@@ -116,7 +116,7 @@ def test_one_rank_is_killed(site, clean, tmp_path, seed):
         job.go()
         codes = job.end()
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, (phase, call, codes, job.console)
-        assert job.status["state"] == "failed" and job.status["exit_code"] == 1
+        assert job.status["state"] == "failed" and job.status["exit_code"] == 1, (job.status, job.console)
     finish(site, output, *LENGTH)
     assert_same_outcome(clean, output, STEPS)
 

@@ -25,6 +25,7 @@ from ebft_mega.checkpoint.resume import (
     REFUSED,
     SavedRun,
     candidates,
+    described_start,
     noted_changes,
     origin,
     read_run,
@@ -159,6 +160,9 @@ def test_never_abandons_what_is_there(output: Path, root: Path) -> None:
         write_checkpoint(root, step)
     found = candidates(resuming(output, "never"))
     assert (found.paths, found.is_explicit, found.abandoned) == ((), False, (5, 10))
+    assert found.notes == (
+        "checkpoint.resume is never: the run begins anew beside 2 checkpoints, also when it is requeued",
+    )
 
 
 def test_auto_tries_the_newest_first_whatever_latest_says(output: Path, root: Path) -> None:
@@ -173,6 +177,15 @@ def test_auto_tries_the_newest_first_whatever_latest_says(output: Path, root: Pa
     assert found.notes == (f"{root / 'latest'} names step-00000010; step-00000015 is newer",)
     point_latest(root, "step-00000099")
     assert candidates(resuming(output, "auto")).notes == (f"{root / 'latest'} names step-00000099, which is not there",)
+
+
+def test_a_dry_run_says_where_the_run_would_go_on(output: Path, root: Path) -> None:
+    assert described_start(resuming(output, "auto")) == "The run begins at its first step."
+    write_checkpoint(root, 5)
+    assert described_start(resuming(output, "auto")) == f"The run goes on from {root / 'step-00000005'}."
+    write_checkpoint(root, 10)
+    words = described_start(resuming(output, "auto"))
+    assert words == f"The run goes on from {root / 'step-00000010'}, or from an older one if that is not whole."
 
 
 @pytest.mark.parametrize("way", ["folder", "checkpoints", "run", "link"])

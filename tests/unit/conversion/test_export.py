@@ -17,7 +17,8 @@ from ebft_mega.model.huggingface import RandomWeights, hf_shapes, load_weights
 from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
-from tests.unit.conversion.test_import import KINDS, Bomb
+from tests.unit.conversion.test_import import KINDS
+from tests.unit.planted import Bomb
 from tests.unit.written_checkpoint import VariedWeights, write_checkpoint
 
 

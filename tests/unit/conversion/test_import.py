@@ -1,7 +1,6 @@
 """Directories from anywhere: what is fine is rewritten bit for bit, what is not is named, and nothing is executed."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ebft_mega.errors import InputError
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, SafetensorsWeights, hf_shapes
 from tests.conftest import tiny_config
+from tests.unit.planted import Bomb
 from tests.unit.written_checkpoint import write_checkpoint
 
 KINDS = [(kind, tied) for kind in ("llama", "mistral", "qwen2", "qwen3") for tied in (True, False)]
@@ -131,16 +131,6 @@ def test_a_configuration_that_names_code_is_refused(tmp_path, fields):
     change(tmp_path / "given", "config.json", **fields)
     (problem,) = problems_of(tmp_path / "given")
     assert problem.partition(":")[0].split(".")[-1] in {*fields, "auto_map"}
-
-
-class Bomb:
-    """An object whose pickle makes a directory when it is loaded."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_planted_code_and_pickles_are_neither_run_nor_copied(tmp_path):

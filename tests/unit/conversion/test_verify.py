@@ -15,7 +15,8 @@ from ebft_mega.errors import InputError
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, hf_shapes, write_model
 from tests.conftest import tiny_config
-from tests.unit.conversion.test_import import KINDS, Bomb, change
+from tests.unit.conversion.test_import import KINDS, change
+from tests.unit.planted import Bomb
 from tests.unit.written_checkpoint import VariedWeights, write_checkpoint
 
 TEXT = Path(__file__).read_text()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 
 import pytest
@@ -23,6 +24,7 @@ from ebft_mega.model.huggingface import (
 from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
+from tests.unit.planted import Bomb
 
 ARCHITECTURE = Architecture.from_hf(tiny_config("llama"), "test")
 EMBEDDING = "model.embed_tokens.weight"
@@ -166,14 +168,14 @@ def test_an_identity_knows_no_order_but_every_pair(digests, random):
     piece = random.choice(sorted(digests))
     assert identity({**digests, piece: "22"}) != identity(digests)
     assert identity({**digests, "e": "00"}) != identity(digests)
+    renamed = {"e" if name == piece else name: digest for name, digest in digests.items()}
+    assert identity(renamed) != identity(digests)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "training_args.bin"])
 def test_pickles_beside_the_weights_are_not_opened(groups, tmp_path, name):
-    import pickle
-
     directory = write(tmp_path / "model")
-    (directory / name).write_bytes(pickle.dumps(Bomb(str(tmp_path / "exploded"))))
+    (directory / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
     load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
     (directory / "model.safetensors").unlink()
@@ -184,16 +186,33 @@ def test_pickles_beside_the_weights_are_not_opened(groups, tmp_path, name):
     assert (tmp_path / "exploded").exists()
 
 
-class Bomb:
-    """An object whose pickle makes a directory when it is loaded."""
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.floats()
+    | st.sampled_from(["llama", "mistral", "linear", "x"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "type"]), inner),
+    max_leaves=4,
+)
 
-    def __init__(self, path):
-        self.path = path
 
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (self.path,)
+@given(
+    kind=st.sampled_from(("llama", "mistral", "qwen2", "qwen3")),
+    changes=st.dictionaries(
+        st.sampled_from([*tiny_config("llama"), "rope_parameters", "rope_scaling", "sliding_window", "layer_types"])
+        | st.sampled_from(["rms_norm_eps", "hidden_act", "partial_rotary_factor", "auto_map", "model_type"]),
+        JSON_VALUES,
+        max_size=3,
+    ),
+)
+def test_any_configuration_is_accepted_or_refused_in_words(kind, changes):
+    try:
+        architecture = Architecture.from_hf(tiny_config(kind) | changes, "test")
+    except InputError as error:
+        assert {problem.key.split(".")[0] for problem in error.problems} <= {*changes, "rope_parameters", "head_dim"}
+        return
+    assert architecture.num_parameters == sum(torch.Size(s).numel() for s in hf_shapes(architecture).values())
 
 
 def test_nested_and_long_configurations_are_refused_in_words(tmp_path):
