@@ -41,7 +41,8 @@ def settings(arguments: argparse.Namespace) -> RunConfig:
     """The configuration to evaluate under: the file's, or defaults, with rows as long as the model reads (or 1024)."""
     if arguments.config is not None:
         return load_config(arguments.config, arguments.set)
-    longest = Architecture.from_directory(arguments.model).max_position_embeddings
+    architecture = Architecture.from_directory(arguments.model)
+    longest = min(architecture.max_position_embeddings, architecture.sliding_window or LONGEST_DEFAULT_ROW)
     defaults = EbftConfig()
     # Whole blocks: (P - G - c) must be divisible by the stride.
     beyond_first_block = min(LONGEST_DEFAULT_ROW, longest) - defaults.generate_max_len - defaults.context_length

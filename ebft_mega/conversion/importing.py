@@ -32,7 +32,8 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
     Args:
         source: a Hugging Face directory.
         output: the directory to make.
-        dtype: of the written weights, by torch's name; None: the source's, and where it has several float32.
+        dtype: of the written weights, by torch's name; None: the source's, and where it has several, or float64,
+            float32.
         shard_bytes: how many bytes of tensors a file may have.
         overwrite: replace a model at `output`.
     Raises:
@@ -45,9 +46,7 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
         )
         raise InputError([problem])
     architecture, weights = _checked(source)
-    dtypes = set(weights.dtypes.values())
-    only = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    chosen = only if dtype is None else DTYPES[dtype]
+    chosen = _common_dtype(weights) if dtype is None else DTYPES[dtype]
     write_model(
         output,
         architecture,
@@ -59,6 +58,13 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
         overwrite=overwrite,
     )
     return Converted(source, output, str(chosen).removeprefix("torch."), tuple(_notes(source, weights)))
+
+
+def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
+    """The one dtype of all tensors, if it is one that is written; else float32."""
+    dtypes = set(weights.dtypes.values())
+    only = dtypes.pop()
+    return only if not dtypes and only in DTYPES.values() else torch.float32
 
 
 def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:

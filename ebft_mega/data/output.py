@@ -32,7 +32,7 @@ def new_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
         InputError: something stands at `path` that may not be replaced.
     """
     path = path.absolute()
-    _refuse_other_contents(path, marker, overwrite)
+    refuse_other_contents(path, marker, overwrite)
     temporary = _hidden_sibling(path)
     _make_directory(temporary, path)
     try:
@@ -62,7 +62,7 @@ def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str
         InputError: something stands at `path` that may not be replaced, or another process is at the same work.
     """
     path = path.absolute()
-    _refuse_other_contents(path, marker, overwrite)
+    refuse_other_contents(path, marker, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     _make_directory(partial, path)
     with (partial / _LOCK_NAME).open("a") as lock:
@@ -131,7 +131,8 @@ def _keep_only_same_work(partial: Path, identity: str) -> None:
     identity_file.write_text(content)
 
 
-def _refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:
+def refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:
+    """Raise what `new_directory` would raise for the same arguments."""
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():

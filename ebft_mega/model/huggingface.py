@@ -26,7 +26,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 SHARD_BYTES = 4 * 2**30
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
-READABLE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+READABLE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Rotary frequencies, which follow from the configuration; old versions of transformers stored them.
 _FORMER_BUFFER = ".rotary_emb.inv_freq"
 

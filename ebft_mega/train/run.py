@@ -27,6 +27,7 @@ from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.output import refuse_other_contents
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import (
     EXIT_DONE,
@@ -35,6 +36,7 @@ from ebft_mega.errors import (
     EXIT_STOPPED,
     ConfigError,
     EbftError,
+    InputError,
     PeerFailedError,
     Problem,
 )
@@ -55,6 +57,7 @@ from ebft_mega.metrics.sinks import MetricsWriter, cut_after
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import (
+    CONFIG_NAME,
     InitialWeights,
     RandomWeights,
     WeightSource,
@@ -84,6 +87,8 @@ from ebft_mega.train.wishes import LocalWishes, Signals, StopReason
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "hf"  # of a run directory: the final model
 
 
 def run_training(
@@ -225,7 +230,7 @@ def make_run_directory(config: RunConfig) -> None:
     """Make `output_dir`, before anything expensive.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made or written to, or something stands where the final model will be.
     """
     output = config.output_dir
     try:
@@ -236,6 +241,10 @@ def make_run_directory(config: RunConfig) -> None:
         found = f"{output}, which cannot be written ({error.strerror})"
         problem = Problem(config.place("output_dir"), "output_dir", found, "a writable directory, or one to be made")
         raise ConfigError([problem]) from None
+    try:
+        refuse_other_contents(output / MODEL_FOLDER, CONFIG_NAME, overwrite=True)
+    except InputError as error:
+        raise ConfigError([problem.within(config.place("output_dir")) for problem in error.problems]) from None
 
 
 def _train_and_export(
@@ -282,7 +291,7 @@ def _train_and_export(
         if groups.is_first:
             dtype = DTYPES[config.train.dtype]
             write_model(
-                output / "hf", plan.architecture, tensors, dtype, tokenizer_directory, generation_config(config)
+                output / MODEL_FOLDER, plan.architecture, tensors, dtype, tokenizer_directory, generation_config(config)
             )
         else:
             for _ in tensors:  # gathering a parameter is collective
@@ -293,7 +302,7 @@ def _train_and_export(
             observer.writer.close()
     if groups.is_first:
         report = write_run_report(output)
-        print(f"report: {report}\nmodel:  {output / 'hf'}", flush=True)
+        print(f"report: {report}\nmodel:  {output / MODEL_FOLDER}", flush=True)
     return StopReason.NONE
 
 

@@ -88,3 +88,12 @@ def test_damaged_checkpoint_is_no_start(root):
     file.write_bytes(content)
     with pytest.raises(AssertionError, match=f"BrokenCheckpointError.*{file.name}.*sha256"):
         next_run(root, "from-damaged", folder)
+
+
+def test_what_stands_in_the_place_of_the_final_model_is_seen_before_the_run(root):
+    (root / "taken" / "hf").mkdir(parents=True)
+    (root / "taken" / "hf" / "notes.txt").write_text("mine")
+    with pytest.raises(AssertionError, match="ConfigError.*hf: found other files"):
+        run_ranks(1, run, str(root), "taken", ALONE, SHORT)
+    assert (root / "taken" / "hf" / "notes.txt").read_text() == "mine"
+    assert not (root / "taken" / "metrics.jsonl").exists()

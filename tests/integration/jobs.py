@@ -179,7 +179,7 @@ def launched(site: Site, output: Path, *overrides: str, pipe: bool = False, **fa
             env={**os.environ, **environment, "DS_ACCELERATOR": "cpu", "PATH": f"{programs}:{os.environ['PATH']}"},
             stdout=subprocess.PIPE if pipe else stream,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         if pipe:
             subprocess.Popen(["tee"], stdin=process.stdout, stdout=stream, process_group=process.pid)

@@ -23,7 +23,7 @@ from tests.unit.written_checkpoint import VariedWeights, write_checkpoint
 
 
 def checkpoint(tmp_path, kind="llama", tied=True, **options):
-    architecture = Architecture.from_hf(tiny_config(kind, tied), "test")
+    architecture = Architecture.from_hf(tiny_config(kind, tied, initializer_range=0.1), "test")
     source = VariedWeights(architecture, 1)
     return architecture, source, write_checkpoint(tmp_path / "checkpoints", architecture, source, **options)
 

@@ -76,6 +76,12 @@ def test_several_dtypes_become_one(tmp_path):
     assert all(found[name].dtype == torch.float32 and torch.equal(found[name], given[name].float()) for name in given)
 
 
+def test_float64_comes_in_as_float32(tmp_path):
+    given = saved_model(tmp_path / "given", dtype=torch.float64)
+    found = imported(tmp_path / "given")
+    assert all(torch.equal(found[name], given[name].float()) for name in given)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_named(tmp_path, value):
     given = saved_model(tmp_path / "given")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ebft_mega.conversion import verifying
 from ebft_mega.conversion.verifying import compare_logits
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.data.tokenizer_training import train_tokenizer
@@ -39,7 +40,9 @@ def text(tokenizer):
 
 
 def model(directory, tokenizer, kind="llama", tied=True, **fields):
-    architecture = Architecture.from_hf(tiny_config(kind, tied, vocab_size=VOCABULARY, **fields), "test")
+    architecture = Architecture.from_hf(
+        tiny_config(kind, tied, vocab_size=VOCABULARY, initializer_range=0.1, **fields), "test"
+    )
     source = VariedWeights(architecture, 1)
     pairs = ((name, source.tensor(name)) for name in hf_shapes(architecture))
     write_model(directory, architecture, pairs, torch.float32, tokenizer / "tokenizer")
@@ -78,14 +81,25 @@ def test_no_more_positions_than_the_model_can_attend_to(tmp_path, groups, tokeni
     assert result.positions == 50 and result.max_difference <= 1e-5
 
 
-def test_transformers_sees_nothing_that_it_could_execute(tmp_path, groups, tokenizer, text):
+def test_transformers_sees_nothing_that_it_could_execute(tmp_path, groups, tokenizer, text, monkeypatch):
     model(tmp_path / "hf", tokenizer)
+    loader, seen = verifying.AutoModelForCausalLM, []
+    load = loader.from_pretrained
+
+    def watched(directory, **options):
+        seen.append(({path.name for path in Path(directory).iterdir()}, options))
+        return load(directory, **options)
+
+    monkeypatch.setattr(loader, "from_pretrained", watched)
     mark = tmp_path / "exploded"
     for name in ("pytorch_model.bin", "adapter_model.bin"):
         (tmp_path / "hf" / name).write_bytes(pickle.dumps(Bomb(mark)))
     (tmp_path / "hf" / "adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {"x": "y"}}')
     (tmp_path / "hf" / "modeling.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     assert compare_logits(tmp_path / "hf", None, text, 20, groups).max_difference <= 1e-5
+    ((names, options),) = seen
+    assert names == {"config.json", "model.safetensors"}
+    assert options["use_safetensors"] and options["local_files_only"] and not options["trust_remote_code"]
     change(tmp_path / "hf", "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
     with pytest.raises(InputError, match="auto_map"):
         compare_logits(tmp_path / "hf", None, text, 20, groups)

@@ -108,10 +108,10 @@ def test_what_does_not_fit_is_named_at_once(tmp_path):
         model__vision__weight=torch.zeros(8),
     )
     assert sorted(problems_of(directory)) == [
-        "model.layers.0.mlp.up_proj.weight: dtype F8_E4M3; one of F32, BF16, F16",
+        "model.layers.0.mlp.up_proj.weight: dtype F8_E4M3; one of F32, BF16, F16, F64",
         "model.layers.0.self_attn.q_norm.weight: a tensor; none of this name in a llama model",
         "model.layers.1.mlp.up_proj.weight: shape (7,); shape (48, 32)",
-        "model.norm.weight: dtype I8; one of F32, BF16, F16",
+        "model.norm.weight: dtype I8; one of F32, BF16, F16, F64",
         "model.vision.weight: a tensor; none of this name in a llama model",
     ]
 

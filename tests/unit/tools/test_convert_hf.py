@@ -40,7 +40,9 @@ def convert(monkeypatch, capsys):
 
 @pytest.fixture
 def model(tmp_path):
-    architecture = Architecture.from_hf(tiny_config("mistral", tied=False, vocab_size=VOCABULARY), "test")
+    architecture = Architecture.from_hf(
+        tiny_config("mistral", tied=False, vocab_size=VOCABULARY, initializer_range=0.1), "test"
+    )
     source = VariedWeights(architecture, 1)
     pairs = ((name, source.tensor(name)) for name in hf_shapes(architecture))
     (tmp_path / "text").mkdir()
