@@ -68,6 +68,10 @@ class CheckpointError(EbftError):
     """A checkpoint could not be written, and the run was to stop with it or cannot do without it."""
 
 
+class OustedError(EbftError):
+    """Another run has taken the run directory over, because this one gave no sign of life."""
+
+
 class DamagedDataError(EbftError):
     """Data that was whole before the run is damaged, shorter, gone or out of reach when it is read (exit code 4).
 

@@ -69,6 +69,8 @@ def main() -> int:
     started = time.monotonic()
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
+    # From here on a signal asks a run for a checkpoint instead of ending the process.
+    signals = Signals() if arguments.dry_run or trace_step else Signals.listen()
     try:
         be_rank_of_slurm_task(os.environ)
         config = load_config(arguments.config, arguments.overrides)
@@ -78,8 +80,6 @@ def main() -> int:
             if is_first_rank():
                 print(f"{describe_run(config, plan)}\n\n{described_start(config)}")
             return 0
-        # From here on a signal asks for a checkpoint instead of ending the process.
-        signals = Signals.listen() if trace_step is None else Signals()
         from ebft_mega.train.run import run_training
 
         return run_training(config, plan, trace_step, signals, started)

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 SMALL_FILES_BYTES = 64 * 2**20
 
 
+LONGEST_CLEANING_SECONDS = 60.0  # that the end of a run waits for
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a checkpoint, the same on every rank."""
@@ -51,6 +54,7 @@ class _InFlight:
     thread: threading.Thread | None = None
     written: Written | None = None
     error: str | None = None
+    written_bytes: int = 0  # of tensors, so far
 
 
 class CheckpointSaver:
@@ -78,6 +82,16 @@ class CheckpointSaver:
         """Whether this rank's thread is still at it."""
         flying = self._in_flight
         return flying is not None and flying.thread is not None and flying.thread.is_alive()
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of tensors that this rank's thread has written so far."""
+        return 0 if self._in_flight is None else self._in_flight.written_bytes
+
+    def wait(self, seconds: float) -> None:
+        """Wait for this rank's thread, but no longer than so. Communication: none."""
+        if self._in_flight is not None and self._in_flight.thread is not None:
+            self._in_flight.thread.join(seconds)
 
     def begin(self, step: int, engine: ZeroEngine, stage: Stage, small_files: Mapping[str, bytes]) -> Outcome | None:
         """Copy everything to host memory and let a thread write it.
@@ -128,10 +142,9 @@ class CheckpointSaver:
         return outcome[0]
 
     def finish(self) -> None:
-        """Wait for the deletion of old checkpoints, on the rank that does it."""
+        """Give the deletion of old checkpoints some time, on the rank that does it; the next start does the rest."""
         if self._cleaning is not None:
-            self._cleaning.join()
-            self._cleaning = None
+            self._cleaning.join(LONGEST_CLEANING_SECONDS)
 
     def _obstacle(self, folder: Path, needed_bytes: int) -> str | None:
         """Why a checkpoint cannot be written, as far as the first rank sees it; its folder is then free."""
@@ -154,7 +167,11 @@ class CheckpointSaver:
             if self._groups.is_first:
                 for name, content in small_files.items():
                     files[name] = write_file(flying.folder, name, content)
-            written = write_pieces(flying.folder, dist.get_rank(), pieces)
+
+            def count(num_bytes: int) -> None:
+                flying.written_bytes += num_bytes
+
+            written = write_pieces(flying.folder, dist.get_rank(), pieces, count)
             flying.written = Written({**files, **written.files}, written.index)
         except Exception as error:  # whatever it is, the other ranks have to hear of it
             logger.exception("writing of %s failed", flying.folder)
@@ -175,13 +192,15 @@ class CheckpointSaver:
                 num_bytes = self._commit(flying, written)
         except Exception as problem:
             logger.exception("commit of %s failed", flying.folder)
-            error = str(problem)
+            # Once it has its name it counts; `latest` is a hint, which the next start sets right.
+            error = str(problem) if flying.folder.exists() else None
         if error is not None:
             shutil.rmtree(flying.folder, ignore_errors=True)
             return Outcome(flying.step, error)
-        self.finish()
-        self._cleaning = threading.Thread(target=self._delete_expired, name="checkpoint-cleaning", daemon=True)
-        self._cleaning.start()
+        # A deletion that takes longer than from one checkpoint to the next leaves its successor what it does not do.
+        if self._cleaning is None or not self._cleaning.is_alive():
+            self._cleaning = threading.Thread(target=self._delete_expired, name="checkpoint-cleaning", daemon=True)
+            self._cleaning.start()
         return Outcome(flying.step, None, num_bytes, time.monotonic() - flying.started)
 
     def _commit(self, flying: _InFlight, written: list[Written]) -> int:

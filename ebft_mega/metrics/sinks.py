@@ -121,7 +121,6 @@ class MetricsWriter:
     def __init__(self, output_dir: Path, total_steps: int, console: bool, resumed_step: int | None = None):
         metrics_path = output_dir / "metrics.jsonl"
         cut_after(metrics_path, -1 if resumed_step is None else resumed_step)
-        self.is_empty = not metrics_path.exists() or not metrics_path.stat().st_size  # nothing was logged before
         self._failed: set[str] = set()
         self._console: ConsoleSink | None = open_console(total_steps, resumed_step or 0) if console else None
         self._sinks: list[Sink] = [JsonlSink(metrics_path)]

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
-from ebft_mega.errors import CheckpointError
+from ebft_mega.errors import CheckpointError, OustedError
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.wishes import LocalWishes, StopReason
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 1.0  # between two looks at how far the writing of a checkpoint has come
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Boundary:
         trainer: whose state is saved.
         saver: writes checkpoints.
         wishes: what this rank is asked for.
+        is_ousted: whether this rank knows that the run directory has become another run's.
         small_files: contents of the files of a checkpoint beside its tensors, when it begins.
         announce: shows a line to people; None on ranks that do not.
+        beat: told that something moves while the run waits for disks.
         saved: where the run has come from, if that very state lies in its own run directory.
     Communication: every method is collective over the world.
     """
@@ -44,24 +48,32 @@ class Boundary:
         trainer: Trainer,
         saver: CheckpointSaver,
         wishes: LocalWishes,
+        is_ousted: Callable[[], bool],
         small_files: Callable[[Progress], Mapping[str, bytes]],
         announce: Callable[[str], None] | None,
+        beat: Callable[[str], None],
         saved: Progress | None,
     ):
         self._trainer, self._saver, self._wishes = trainer, saver, wishes
+        self._is_ousted = is_ousted
         self._small_files = small_files
-        self._announce = announce
+        self._announce, self._beat = announce, beat
         self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
         self._stop = StopReason.NONE
         self._seconds = 0.0
 
-    def stop_is_wished(self) -> bool:
-        """Whether the run is to stop; once it is, it stays so.
+    def stop_is_wished(self, progress: Progress) -> bool:
+        """Whether the run is to stop, asked in the middle of an evaluation; a checkpoint that is wished for is taken.
 
-        Communication: one all-reduce of three int64 over the world.
+        Args:
+            progress: after the last step, with what the evaluation belongs to still pending.
+        Communication: one all-reduce of four int64 over the world, and that of a checkpoint that begins.
         """
-        self._agree()
-        return self._stop != StopReason.NONE
+        agreed = self._agree()
+        if agreed.save and not agreed.stop:
+            self._wishes.take_save()
+            self._save(progress)
+        return agreed.stop != StopReason.NONE
 
     def cross(self, progress: Progress, is_due: bool) -> StopReason:
         """Do what has to be done before the next step.
@@ -73,7 +85,8 @@ class Boundary:
             Why the run stops here, with its state in a complete checkpoint; NONE: it goes on.
         Raises:
             CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
-        Communication: one all-reduce of three int64 over the world; when a checkpoint begins or comes to count, that of
+            OustedError: another run has the directory now; nothing more is written there.
+        Communication: one all-reduce of four int64 over the world; when a checkpoint begins or comes to count, that of
             `CheckpointSaver.begin` and `settle`.
         """
         started = time.perf_counter()
@@ -83,9 +96,8 @@ class Boundary:
         is_stopping = self._stop != StopReason.NONE
         if agreed.save:
             self._wishes.take_save()
-        if (is_due or agreed.save or is_stopping) and self._saved != _key(progress):
-            self._settle()
-            self._begin(progress)
+        if is_due or agreed.save or is_stopping:
+            self._save(progress)
         if is_stopping:
             self._settle()
             if self._saved is None:
@@ -111,16 +123,23 @@ class Boundary:
 
     def _agree(self) -> Agreed:
         """Hear what all ranks are asked for; a rank that was asked to stop is enough."""
-        own = (self._wishes.stop_reason(), self._wishes.save_wished(), self._saver.is_writing)
+        wishes = self._wishes
+        own = (wishes.stop_reason(), wishes.save_wished(), self._saver.is_writing, self._is_ousted())
         heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        stop, save, is_writing = heard.tolist()
+        stop, save, is_writing, is_ousted = heard.tolist()
+        if is_ousted:
+            raise OustedError(f"{self._trainer.config.output_dir} has been taken over by another run: see its run.lock")
         if stop and not self._stop:
             self._stop = StopReason(stop)
             logger.warning("asked to stop: %s", self._stop.words)
         return Agreed(self._stop, bool(save), bool(is_writing))
 
-    def _begin(self, progress: Progress) -> None:
+    def _save(self, progress: Progress) -> None:
+        """Begin a checkpoint, unless this very state has one."""
+        if self._saved == _key(progress):
+            return
+        self._settle()
         self._saved = _key(progress)
         failure = self._saver.begin(
             progress.step, self._trainer.engine, self._trainer.stage, self._small_files(progress)
@@ -129,6 +148,21 @@ class Boundary:
             self._report(failure)
 
     def _settle(self) -> None:
+        """Wait until all ranks have written, and let the checkpoint in flight count.
+
+        Communication: an all-reduce of two int64 over the world about every second, then that of
+            `CheckpointSaver.settle`.
+        """
+        seen, is_writing = -1, self._saver.in_flight
+        while is_writing:
+            self._saver.wait(PATIENCE_SECONDS)
+            own = (self._saver.is_writing, self._saver.written_bytes)
+            heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
+            dist.all_reduce(heard)
+            is_writing, written = heard.tolist()
+            if written != seen:
+                self._beat("writing of a part of a checkpoint")
+                seen = written
         outcome = self._saver.settle()
         if outcome is not None:
             self._report(outcome)

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ebft_mega.config.supply import allowed_skipped_rows
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.tokenizer import Tokenizer
-from ebft_mega.errors import NonFiniteStepError
+from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.metrics.profiler import StepProfiler
@@ -106,6 +106,29 @@ def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> N
         )
 
 
+def commit_step(
+    progress: Progress,
+    trainer: Trainer,
+    loader: BatchLoader,
+    loaded: LoadedBatch,
+    result: StepResult,
+    metrics: Mapping[str, float],
+) -> None:
+    """Count the step that has just been done, its rows, and what of it was left out.
+
+    Raises:
+        SkipBudgetError: more rows were damaged than may be skipped.
+        NonFiniteStepError: see `count_skipped`.
+    Communication: if rows were left out, that of `account_for`.
+    """
+    config, left_out = trainer.config, int(metrics.get("data/skipped_rows", 0))
+    loader.commit(left_out)
+    if left_out:
+        total, allowed = loader.state.skipped_rows, allowed_skipped_rows(config)
+        account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
+    count_skipped(progress, trainer, result)
+
+
 def train(
     trainer: Trainer,
     loader: BatchLoader,
@@ -131,11 +154,10 @@ def train(
     Communication: collective over all ranks.
     """
     config = trainer.config
-    allowed = allowed_skipped_rows(config)
     stopwatch = communication_stopwatch(trainer.groups.device)
 
     def give_up_if_stopping() -> None:
-        if boundary.stop_is_wished():
+        if boundary.stop_is_wished(progress):
             raise EvaluationGivenUp
 
     def complete() -> None:
@@ -151,11 +173,16 @@ def train(
         progress.pending = None
         watchdog.beat(f"evaluation after step {progress.step}")
 
-    if progress.pending is not None:
+    def checkpoint_is_due() -> bool:
+        interval = config.checkpoint.interval
+        return interval is not None and progress.step > 0 and is_due(progress.step, interval, total_steps)
+
+    was_pending = progress.pending is not None
+    if was_pending:
         if observer is not None and held_out is not None:
             observer.writer.note(f"evaluating the model of step {progress.step}")
         complete()
-    if stopped := boundary.cross(progress, is_due=False):
+    if stopped := boundary.cross(progress, was_pending and checkpoint_is_due()):
         return stopped
     with (
         closing(iter(loader)) as own_batches,
@@ -170,12 +197,11 @@ def train(
             with profiler.step(progress.step):
                 loaded, result, metrics = measured_step(trainer, batches, progress.step, total_steps, stopwatch)
             progress.step += 1
-            left_out = int(metrics.get("data/skipped_rows", 0))
-            loader.commit(left_out)
-            if left_out:
-                total = loader.state.skipped_rows
-                account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
-            count_skipped(progress, trainer, result)
+            try:
+                commit_step(progress, trainer, loader, loaded, result, metrics)
+            except (SkipBudgetError, NonFiniteStepError):  # on every rank: what is written already need not be lost
+                boundary.finish()
+                raise
             metrics["train/skipped_steps"] = float(progress.skipped.total)
             metrics["perf/checkpoint_seconds"] = boundary.take_seconds()
             metrics |= data_metrics(loader)
@@ -187,10 +213,7 @@ def train(
             else:
                 report(observer, progress.step, metrics)
                 progress.pending = None
-            interval = config.checkpoint.interval
-            if stopped := boundary.cross(
-                progress, interval is not None and is_due(progress.step, interval, total_steps)
-            ):
+            if stopped := boundary.cross(progress, checkpoint_is_due()):
                 return stopped
             watchdog.beat(f"checkpoints after step {progress.step}")
     boundary.finish()

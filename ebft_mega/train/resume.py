@@ -2,14 +2,22 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.folders import CHECKPOINTS, remove_leftovers, restore_replaced, set_aside, step_of
+from ebft_mega.checkpoint.folders import (
+    CHECKPOINTS,
+    point_latest,
+    pointed_at,
+    remove_leftovers,
+    restore_replaced,
+    set_aside,
+    step_of,
+)
 from ebft_mega.checkpoint.manifest import (
     Manifest,
     file_problems,
@@ -53,6 +61,8 @@ class Start:
     index: TensorIndex | None  # where its tensors lie
     started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named, now or when the run began
     notes: tuple[str, ...]
+    abandoned: tuple[int, ...]  # steps of checkpoints that the run does not descend from
+    broken: tuple[Path, ...]  # checkpoints that were passed over
 
     @property
     def saved_state(self) -> tuple[CheckpointTensors, int] | None:
@@ -63,11 +73,14 @@ class Start:
 
     def is_in(self, output_dir: Path) -> bool:
         """Whether the state to go on from lies in a run directory of its own."""
-        return self.saved is not None and self.saved.directory.parent == output_dir / CHECKPOINTS
+        return self.saved is not None and self.saved.directory.resolve().parent == (output_dir / CHECKPOINTS).resolve()
 
 
 def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
     """Choose the checkpoint, check it, and move the loader to where it was taken.
+
+    Nothing on the disk changes but the name of a checkpoint that had stepped aside: a start that is refused must leave
+    everything as it is. `tidy` does the rest.
 
     Raises:
         BrokenCheckpointError: the checkpoint that was named is not whole, or none of those that are there is.
@@ -87,12 +100,41 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         notes += noted_changes(saved, config)
         notes += from_first_rank(lambda: _other_software(saved))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
+        problems = list(_rest_does_not_fit(config, plan, saved, loader))
+        if problems:
+            raise ConfigError(problems)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
-    notes += from_first_rank(lambda: _tidy(root, found.abandoned, broken))
-    if saved is None:
-        return Start(Progress(), None, None, None, tuple(notes))
-    index = from_first_rank(lambda: _tensor_index(saved, plan.architecture))
-    return Start(Progress.of(saved.state), saved, index, origin(saved, found), tuple(notes))
+        index = from_first_rank(lambda: _tensor_index(saved, plan.architecture))
+        progress, started_from = Progress.of(saved.state), origin(saved, found)
+        return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken))
+    set_aside_before = from_first_rank(lambda: sorted(path.name for path in root.glob("step-*.abandoned*")))
+    if set_aside_before and config.checkpoint.resume == "auto":
+        notes.append(f"beginning anew beside checkpoints that were set aside: {', '.join(set_aside_before)}")
+    return Start(Progress(), None, None, None, tuple(notes), found.abandoned, tuple(broken))
+
+
+def _rest_does_not_fit(config: RunConfig, plan: RunPlan, saved: SavedRun, loader: BatchLoader) -> Iterator[Problem]:
+    """What is left of a run, against what the configuration and the data give."""
+    done, total, train = saved.state.step, plan.total_steps, config.train
+    if done > total:
+        key = "train.max_steps" if train.max_tokens is None else "train.max_tokens"
+        expected = f"at least the {done} steps that are done, in {saved.directory}"
+        yield Problem(config.place(key), key, f"{total} optimizer steps", expected)
+        return
+    next_row, rows = loader.state.next_row, train.global_batch_size
+    if train.max_tokens is not None and next_row != done * rows:
+        # Its number of steps would be that of a run that always had this batch size.
+        key, found = "train.global_batch_size", f"{rows}, with train.max_tokens"
+        expected = f"as before ({done} steps have read {next_row} rows), or train.max_steps instead of train.max_tokens"
+        yield Problem(config.place(key), key, found, expected)
+        return
+    there_are = loader.stream.total_rows
+    needed = next_row + (total - done) * rows
+    if there_are is not None and needed > there_are:
+        key = config.data.mixture_key
+        found = f"{there_are} rows until every source's max_epochs is reached"
+        expected = f"at least {needed}: {next_row} that are read and those of {total - done} more steps"
+        yield Problem(config.place(key), key, found, expected)
 
 
 def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None, list[Path]]:
@@ -170,16 +212,32 @@ def _tensor_index(saved: SavedRun, architecture: Architecture) -> TensorIndex:
     return index
 
 
-def _tidy(root: Path, abandoned: Sequence[int], broken: Sequence[Path]) -> list[str]:
-    """Remove what a killed run left half written, and set aside what the run does not go on from."""
+def tidy(root: Path, start: Start) -> tuple[str, ...]:
+    """Make a run's checkpoints those that it goes on from, once nothing can refuse the start any more.
+
+    What a killed run left half written is removed; what the run does not descend from and what is broken is set aside;
+    `latest` names the checkpoint that the run goes on from.
+
+    Returns:
+        Notes on all that.
+    Communication: one broadcast over the world; the first rank does it.
+    """
+    return from_first_rank(partial(_tidy, root, start))
+
+
+def _tidy(root: Path, start: Start) -> tuple[str, ...]:
     notes = []
     for name in remove_leftovers(root):
         notes.append(f"removed {name}: a checkpoint that was never completed")
         logger.warning("%s", notes[-1])
-    notes += [f"set aside {name}: this run does not descend from it" for name in set_aside(root, abandoned)]
+    notes += [f"set aside {name}: this run does not descend from it" for name in set_aside(root, start.abandoned)]
     # They would count as checkpoints to keep, and push whole ones out.
-    steps = [step for path in broken if path.parent == root and (step := step_of(path.name)) is not None]
-    return notes + [f"set aside {name}: it is not whole" for name in set_aside(root, steps, "broken")]
+    steps = [step for path in start.broken if path.parent == root and (step := step_of(path.name)) is not None]
+    notes += [f"set aside {name}: it is not whole" for name in set_aside(root, steps, "broken")]
+    if start.saved is not None and start.is_in(root.parent) and pointed_at(root) != start.saved.directory.name:
+        # The run was killed after a checkpoint had come to count, and before `latest` said so.
+        point_latest(root, start.saved.directory.name)
+    return tuple(notes)
 
 
 def require_same_initial_model(config: RunConfig, source: InitialWeights, start: Start) -> str:

@@ -37,6 +37,7 @@ from ebft_mega.errors import (
     ConfigError,
     EbftError,
     InputError,
+    OustedError,
     PeerFailedError,
     Problem,
 )
@@ -77,7 +78,7 @@ from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.description import describing_files, generation_config
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
 from ebft_mega.train.progress import Progress, RunIdentity
-from ebft_mega.train.resume import Start, find_start, require_same_initial_model, require_whole_models
+from ebft_mega.train.resume import Start, find_start, require_same_initial_model, require_whole_models, tidy
 from ebft_mega.train.run_lock import RunLock
 from ebft_mega.train.skipped_rows import ERRORS_NAME
 from ebft_mega.train.step import Trainer
@@ -136,8 +137,11 @@ def run_training(
     output = config.output_dir
     make_run_directory(config)
     with ExitStack() as held_to_the_end:
-        lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(RunLock(output)).notes)
-        return _run(config, plan, groups, loader, signals, started_monotonic, lock_notes)
+        lock = RunLock(output)
+        lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
+        is_ousted = (lambda: lock.lost) if groups.is_first else (lambda: False)
+        wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_first)
+        return _run(config, plan, groups, loader, wishes, is_ousted, lock_notes)
 
 
 def _run(
@@ -145,20 +149,18 @@ def _run(
     plan: RunPlan,
     groups: ProcessGroups,
     loader: BatchLoader,
-    signals: Signals,
-    started_monotonic: float,
+    wishes: LocalWishes,
+    is_ousted: Callable[[], bool],
     notes: tuple[str, ...],
 ) -> int:
     """The run, in a directory that is its own; returns the exit code."""
     output = config.output_dir
-    wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_first)
     log_path = setup_rank_log(output, dist.get_rank())
     notes += tuple(f"the file {name} of an earlier run was deleted" for name in wishes.clear())
-    start = find_start(config, plan, loader)
-    progress = start.progress
     if groups.is_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
+    progress = Progress()
 
     def newest_checkpoint() -> str | None:
         try:
@@ -167,16 +169,24 @@ def _run(
             return None
 
     def fail(exit_code: int) -> int:
-        return record_failure(output, exit_code, progress.step, newest_checkpoint())
+        try:
+            return record_failure(output, exit_code, progress.step, newest_checkpoint())
+        except OSError:  # the disk may be what has failed
+            logger.exception("the outcome could not be recorded")
+            return exit_code
 
     try:
         with Watchdog(timeout_of_steps(config), log_path, lambda: fail(EXIT_HANG)) as watchdog:
-            start = replace(start, notes=(*notes, *start.notes))
-            stopped = _train_and_export(config, plan, groups, loader, start, wishes, watchdog)
+            start = find_start(config, plan, loader)
+            watchdog.beat("checking of the checkpoint")
+            progress, start = start.progress, replace(start, notes=(*notes, *start.notes))
+            stopped = _train_and_export(config, plan, groups, loader, start, wishes, is_ousted, watchdog)
             dist.barrier()
     except BaseException as error:
         leave_soon()
         logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
+        if isinstance(error, OustedError):
+            raise  # the directory and the outcome in it are another run's
         # A rank whose peer failed loses its connection; the peer's own word is the one that counts.
         peer_code = failure_on_record(output)
         if peer_code is not None and not isinstance(error, EbftError):
@@ -254,34 +264,38 @@ def _train_and_export(
     loader: BatchLoader,
     start: Start,
     wishes: LocalWishes,
+    is_ousted: Callable[[], bool],
     watchdog: Watchdog,
 ) -> StopReason:
     """The run itself, with what it writes; returns why it stopped before its end."""
     output = config.output_dir
     tokenizer_directory = loader.stream.sources[0].dataset.tokenizer_directory  # all sources have the same one
+    identity = _identity(config, plan, start)
+    watchdog.beat("hashing of the initial model")
+    trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
+    watchdog.beat("building of the model")
+    held_out = _held_out(config, trainer, groups)
+    described = describing_files(config, plan.architecture, tokenizer_directory) if groups.is_first else {}
+
+    def small_files(progress: Progress) -> dict[str, bytes]:
+        state = identity.state(progress, loader, trainer.engine.applied_updates)
+        return {**described, STATE_NAME: state.to_json().encode()}
+
+    # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
+    start = replace(start, notes=(*start.notes, *tidy(output / CHECKPOINTS, start)))
     observer = _observer(config, plan, tokenizer_directory, start) if groups.is_first else None
     try:
-        trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
-        watchdog.beat("building of the model")
-        identity = _identity(config, plan, groups, start)
-        watchdog.beat("hashing of the initial model")
-
-        described = describing_files(config, plan.architecture, tokenizer_directory)
-
-        def small_files(progress: Progress) -> dict[str, bytes]:
-            state = identity.state(progress, loader, trainer.engine.applied_updates)
-            return {**described, STATE_NAME: state.to_json().encode()}
-
         checkpoint = config.checkpoint
         boundary = Boundary(
             trainer,
             CheckpointSaver(output / CHECKPOINTS, groups, checkpoint.keep_last, checkpoint.keep_every),
             wishes,
+            is_ousted,
             small_files,
             announce=observer.writer.note if observer is not None else None,
+            beat=watchdog.beat,
             saved=start.progress if start.is_in(output) else None,
         )
-        held_out = _held_out(config, trainer, groups)
         stopped = train(trainer, loader, held_out, plan.total_steps, start.progress, boundary, observer, watchdog)
         if stopped:
             if observer is not None:
@@ -306,7 +320,7 @@ def _train_and_export(
     return StopReason.NONE
 
 
-def _identity(config: RunConfig, plan: RunPlan, groups: ProcessGroups, start: Start) -> RunIdentity:
+def _identity(config: RunConfig, plan: RunPlan, start: Start) -> RunIdentity:
     """What the run keeps to its end.
 
     Communication: that of `require_same_initial_model`.
@@ -488,18 +502,23 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
 
 
 def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path, start: Start) -> Observer:
-    """Open the run directory for writing; what an earlier start of the run wrote after its checkpoint is cut off."""
+    """Open the run directory for writing.
+
+    What an earlier start of this run wrote after its checkpoint is cut off; what another run wrote is cut off whole.
+    """
     output, progress = config.output_dir, start.progress
     (output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(config), encoding="utf-8")
     write_environment(output, {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()})
+    goes_on_here = start.is_in(output)
+    logged_step, done_step = (progress.logged_step, progress.step) if goes_on_here else (-1, -1)
     samples = output / "samples.jsonl"
-    cut_after(samples, progress.logged_step)
-    cut_after(output / ERRORS_NAME, progress.step)
-    resumed_step = progress.logged_step if start.saved is not None and progress.logged_step >= 0 else None
+    cut_after(samples, logged_step)
+    cut_after(output / ERRORS_NAME, done_step)
+    resumed_step = logged_step if logged_step >= 0 else None
     writer = MetricsWriter(output, plan.total_steps, console=True, resumed_step=resumed_step)
     for note in (*plan.notes, *start.notes):
         writer.note(f"note: {note}")
-    if writer.is_empty:  # the run goes on in another directory
+    if not goes_on_here:
         for evaluation in progress.evaluations:
             writer.log(evaluation.step, evaluation.metrics)
     return Observer(writer, samples, load_tokenizer(tokenizer_directory))

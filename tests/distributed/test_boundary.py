@@ -12,7 +12,7 @@ from ebft_mega.checkpoint import saver as saver_module
 from ebft_mega.checkpoint.folders import complete_folders, leftovers, newest
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
 from ebft_mega.checkpoint.saver import CheckpointSaver
-from ebft_mega.errors import CheckpointError
+from ebft_mega.errors import CheckpointError, OustedError
 from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.wishes import StopReason
@@ -50,8 +50,16 @@ class Bench:
         trainer = build(directory, 1, 1, f"output_dir={directory}", *overrides)
         self.wishes, self.said = Wishes(), []
         self.saver = CheckpointSaver(self.root, trainer.groups, keep_last=2, keep_every=None)
+        self.is_ousted, self.beats = False, []
         self.boundary = Boundary(
-            trainer, self.saver, self.wishes, lambda progress: {"state.json": b"{}"}, self.said.append, saved=None
+            trainer,
+            self.saver,
+            self.wishes,
+            lambda: self.is_ousted,
+            lambda progress: {"state.json": b"{}"},
+            self.said.append,
+            self.beats.append,
+            saved=None,
         )
 
     def cross(self, step, is_due=False):
@@ -107,9 +115,10 @@ def test_one_rank_s_wish_saves_and_the_checkpoint_counts_when_all_ranks_have_wri
 
 def stop_on_request(directory):
     bench = Bench(directory)
-    before = bench.boundary.stop_is_wished()
+    progress = Progress(step=7)
+    before = bench.boundary.stop_is_wished(progress)
     bench.wishes.stop = StopReason.SIGUSR1 if bench.is_wishing else StopReason.NONE
-    during = bench.boundary.stop_is_wished()
+    during = bench.boundary.stop_is_wished(progress)
     bench.wishes.stop = StopReason.NONE  # a wish that was heard stays
     return before, during, bench.cross(7), bench.folders, bench.wishes.taken, bench.saver.in_flight
 
@@ -117,6 +126,52 @@ def stop_on_request(directory):
 def test_one_rank_s_signal_stops_all_with_a_complete_checkpoint(tmp_path):
     for result in run_ranks(2, stop_on_request, str(tmp_path)):
         assert result == (False, True, StopReason.SIGUSR1, ["step-00000007"], ["stop"], False)
+
+
+def save_in_an_evaluation(directory):
+    bench = Bench(directory)
+    bench.wishes.save = bench.is_wishing
+    stops = bench.boundary.stop_is_wished(Progress(step=5, pending={"train/loss": 1.0}))
+    taken = list(bench.wishes.taken)
+    bench.boundary.finish()
+    return stops, taken, bench.folders, len(bench.said), len(bench.beats) > 0
+
+
+def test_a_wish_to_save_is_heard_in_an_evaluation(tmp_path):
+    for result in run_ranks(2, save_in_an_evaluation, str(tmp_path)):
+        assert result == (False, ["save"], ["step-00000005"], 1, True)
+
+
+def be_ousted(directory):
+    bench = Bench(directory)
+    bench.is_ousted = dist.get_rank() == 0
+    try:
+        bench.cross(5, is_due=True)
+    except OustedError as error:
+        return str(error), bench.folders
+    return None
+
+
+def test_a_run_that_was_ousted_writes_nothing_more(tmp_path):
+    for message, folders in run_ranks(2, be_ousted, str(tmp_path)):
+        assert "has been taken over by another run" in message and folders == []
+
+
+def fail_to_point(directory):
+    bench = Bench(directory)
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    saver_module.point_latest = full
+    bench.cross(1, is_due=True)
+    bench.boundary.finish()
+    return bench.folders, bench.said
+
+
+def test_a_checkpoint_that_has_its_name_counts_even_if_latest_does_not_say_so(tmp_path):
+    for folders, said in run_ranks(2, fail_to_point, str(tmp_path)):
+        assert folders == ["step-00000001"] and "complete" in said[0]
 
 
 def retention_and_repetition(directory):

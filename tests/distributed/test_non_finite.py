@@ -135,7 +135,7 @@ class Rows:
 class QuietBoundary:
     """Stands for what happens between steps: nothing."""
 
-    def stop_is_wished(self):
+    def stop_is_wished(self, progress):
         return False
 
     def cross(self, progress, is_due):

@@ -173,26 +173,26 @@ def launched(site: Site, output: Path, *overrides: str, pipe: bool = False, **fa
     command = [str(programs / "deepspeed"), "--num_gpus", str(RANKS), "--master_port", str(free_port())]
     command += [rank_with_faults.__file__, *site.arguments(output, overrides)]
     console = notes / "console.txt"
+    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{programs}:{os.environ['PATH']}"}
     with console.open("wb") as stream:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment, "DS_ACCELERATOR": "cpu", "PATH": f"{programs}:{os.environ['PATH']}"},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE if pipe else stream,
             stderr=subprocess.STDOUT,
             process_group=0,
         )
-        if pipe:
-            subprocess.Popen(["tee"], stdin=process.stdout, stdout=stream, process_group=process.pid)
-            process.stdout.close()
-    job = Job(output, notes, [console], [process])
-    try:
-        yield job
-    finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+            if pipe:  # it ends with its input, or with its process group
+                subprocess.Popen(["tee"], stdin=process.stdout, stdout=stream, process_group=process.pid)
+                process.stdout.close()
+            yield Job(output, notes, [console], [process])
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
 
 
 def _prepare(output: Path, faults: dict[str, Any]) -> tuple[Path, dict[str, str]]:

@@ -38,6 +38,7 @@ STAGES = {
     "old one half deleted": ("ebft_mega.checkpoint.folders:shutil.rmtree", "half", (0,)),
 }
 PHASES = {
+    "start": "ebft_mega.train.run:build_trainer",
     "rollout": "ebft_mega.train.step:generate_rollouts",
     "learning": "ebft_mega.train.step:learn",
     "evaluation": "ebft_mega.train.loop:evaluate",
