@@ -33,7 +33,7 @@ MANY = {"more data": (4, 1, 1), "tensor": (2, 2, 1), "pipeline": (2, 1, 2), "dat
 State = dict[str, dict[str, Tensor]]  # by kind and parameter
 
 every_layout = pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
+    "layout", [pytest.param(layout, marks=pytest.mark.slow) for layout in (*LAYOUTS, *MANY)]
 )
 
 

@@ -29,5 +29,6 @@ def wait_alone():
     return seconds
 
 
+@pytest.mark.slow
 def test_collectives_give_up():
     assert all(1.5 < seconds < 4.5 for seconds in run_ranks(2, wait_alone)[0])

@@ -131,7 +131,9 @@ def poison(engine: ZeroEngine, groups: ProcessGroups, name: str) -> list:
     return [parameters[-1].register_hook(lambda gradient: gradient * torch.nan)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "pipeline" else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(layout):
     """Also one that no norm counts. Weights and Adam's state stay: the next step is that of a run without this one."""
     ranks, tensor, pipeline = LAYOUTS[layout]

@@ -499,6 +499,7 @@ def test_parameters_are_gathered_once_for_a_rollout(pipeline):
         assert found["none calls"]["rollout"] >= 4 and found["none bytes"]["rollout"] >= 4 * whole
 
 
+@pytest.mark.slow
 def test_t7_1f1b_gathers_layer_by_layer_where_micro_batches_overlap():
     """Stages with a warm-up break DeepSpeed's trace of a step: correct, but it cannot gather ahead."""
     alone = run_ranks(2, hold_parameters, 1)[0]["rollout calls"]["learn"]

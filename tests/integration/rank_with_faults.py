@@ -33,7 +33,7 @@ STAGES = {
     "no manifest": ("ebft_mega.checkpoint.saver:write_manifest", "before", (0,)),
     "manifest written": ("ebft_mega.checkpoint.saver:publish", "before", (0,)),
     "renamed": ("ebft_mega.checkpoint.saver:point_latest", "before", (0,)),
-    "latest half replaced": ("ebft_mega.checkpoint.folders:write_file", "half", (0,)),
+    "latest half replaced": ("ebft_mega.checkpoint.saver:point_latest", "half", (0,)),
     "complete": ("ebft_mega.checkpoint.saver:point_latest", "after", (0,)),
     "old one half deleted": ("ebft_mega.checkpoint.folders:shutil.rmtree", "half", (0,)),
 }
@@ -89,7 +89,7 @@ def hold_at_stage(stage: str) -> None:
         if stage == "old one half deleted":
             (Path(path) / "manifest.json").unlink()
         else:
-            (Path(path) / f".{more[0]}.tmp").write_bytes(more[1][:3])
+            (Path(path) / ".latest.tmp").write_text(more[0][:3])
         hold()
 
     wrap(target, around)

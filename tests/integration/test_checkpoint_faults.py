@@ -165,6 +165,7 @@ def test_a_signal_to_one_rank_in_mid_step_stops_all(site, clean, tmp_path):
     stop_and_go_on(site, clean, tmp_path / "out", forked, "SIGUSR1 to a rank", "rollout", [75, 75])
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_has_gone_stop_in_mid_evaluation(site, clean, tmp_path):
     """The `deepspeed` command ends at once and leaves everybody behind; data are read by processes of their own."""
     wish, settings = "SIGTERM to deepspeed", ("data.workers=1",)

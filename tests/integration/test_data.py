@@ -22,6 +22,7 @@ def status_of(output):
     return json.loads((output / "status.json").read_text())
 
 
+@pytest.mark.slow
 def test_several_sources_with_isolated_documents(data, tmp_path):
     output = tmp_path / "out"
     more = (
@@ -59,6 +60,7 @@ def damaged(data, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_damaged_rows_are_left_out_and_written_down(data, damaged, tmp_path):
     output = tmp_path / "out"
     output.mkdir()

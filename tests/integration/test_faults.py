@@ -32,7 +32,7 @@ def sleep(number, frame):
         time.sleep(1)
 
 if os.environ.get("RANK") == "1":
-    signal.signal(signal.SIGUSR1, fail)
+    signal.signal(signal.SIGALRM, fail)
     signal.signal(signal.SIGUSR2, sleep)
 """
 
@@ -126,10 +126,11 @@ def started(launcher, data, directory):
         process.wait()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_rank_that_raises(launcher, data, tmp_path):
     with started(launcher, data, tmp_path) as job:
-        job.rank(FAILING_RANK).send_signal(signal.SIGUSR1)
+        job.rank(FAILING_RANK).send_signal(signal.SIGALRM)
         code, seconds = job.end()
     assert code == 1 and seconds < 60
     assert job.status["state"] == "failed" and job.status["exit_code"] == 1 and job.status["step"] >= 2

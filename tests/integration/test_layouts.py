@@ -53,7 +53,7 @@ def test_the_trace_of_a_layout_agrees_with_one_process(name, data, alone, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2", "pp2"])
+@pytest.mark.parametrize("name", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_a_whole_run_ends_as_with_data_parallel_ranks(name, data, tmp_path):
     runs = {}
     for layout in ("dp2", name):
@@ -83,8 +83,10 @@ def test_a_whole_run_ends_as_with_data_parallel_ranks(name, data, tmp_path):
     ("overrides", "says"),
     [
         ((f"{TENSOR}=3",), "parallel.tensor_parallel_size"),
-        ((f"{PIPELINE}=8",), "parallel.pipeline_parallel_size"),
-        ((f"{TENSOR}=2", "parallel.sequence_parallel=true"), "parallel.sequence_parallel"),
+        pytest.param((f"{PIPELINE}=8",), "parallel.pipeline_parallel_size", marks=pytest.mark.slow),
+        pytest.param(
+            (f"{TENSOR}=2", "parallel.sequence_parallel=true"), "parallel.sequence_parallel", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(overrides, says, data, tmp_path):

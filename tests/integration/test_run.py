@@ -112,6 +112,7 @@ def test_final_model_loads_with_transformers(run, data):
     assert tokenizer_sha256(run[0] / "hf") == open_dataset(data.train).manifest.tokenizer_sha256
 
 
+@pytest.mark.slow
 def test_evaluating_the_final_model_gives_the_run_s_own_figures(run, data, tmp_path):
     command = ["tools/evaluate.py", "--model", str(run[0] / "hf"), "--data", str(data.held_out)]
     command += ["--output", str(tmp_path), *CONFIG, "--rows", "4"]
@@ -128,6 +129,7 @@ def test_evaluating_the_final_model_gives_the_run_s_own_figures(run, data, tmp_p
     assert evaluation["eval/alignment"] == pytest.approx(sum(evaluation["per_row"]["eval/alignment"]) / 4)
 
 
+@pytest.mark.slow
 def test_evaluation_without_a_configuration_takes_rows_as_long_as_the_model_reads(run, data, tmp_path):
     command = ["tools/evaluate.py", "--model", str(run[0] / "hf"), "--data", str(data.held_out)]
     command += ["--output", str(tmp_path), "--rows", "2"]
@@ -137,6 +139,7 @@ def test_evaluation_without_a_configuration_takes_rows_as_long_as_the_model_read
     assert evaluation["sequence_length"] == 128 and evaluation["rows"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path):
     broken = tmp_path / "model"
     shutil.copytree(run[0] / "hf", broken)
@@ -212,6 +215,7 @@ def test_bad_input_starts_nothing(data, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_cannot_be_made_is_bad_input(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     completed = launch([*CONFIG, *settings(data, tmp_path / "file" / "out")], ranks=None)

@@ -132,6 +132,7 @@ def test_many_nodes(cluster, data):
     assert cluster.noted("scontrol") == []
 
 
+@pytest.mark.slow
 def test_one_node(cluster, data):
     output = cluster.root / "out"
     code, text = cluster.run("one_node.sbatch", *CONFIG, *settings(data, output, *SHORT))
@@ -302,6 +303,7 @@ def test_a_requeued_run_goes_on_where_it_was_stopped(cluster, data, script):
     assert steps == list(range(status["step"] + 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_no_progress_is_requeued_once(cluster, stand_in_job):
     for step, requeued in (("5", 1), ("6", 2), ("6", 2)):
         code, text = run_stand_in_job(cluster, stand_in_job, "saves", signal.SIGUSR1, STEP=step)

@@ -125,7 +125,7 @@ def test_a_bad_answer_names_place_expected_and_found(
     assert len(server.requests) == requests
 
 
-@pytest.mark.parametrize("fault", [Fault("hang"), Fault("stall", 60)])
+@pytest.mark.parametrize("fault", [Fault("hang"), pytest.param(Fault("stall", 60), marks=pytest.mark.slow)])
 def test_a_server_that_hangs_is_left(server: FileServer, url: str, fault: Fault) -> None:
     server.faults["file"] = fault
     with pytest.raises(DamagedDataError, match=r"no answer within 1\.5 s \(attempt 1 of 1\)"):
