@@ -1,7 +1,9 @@
 """What a start does, and does not do, to the run directory that it finds."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 
@@ -115,3 +117,20 @@ def test_fewer_rows_than_the_rest_of_the_run_reads(root):
     rows = open_dataset(root / "train").manifest.tokens // 2 // 24
     smaller = (*data, "train.global_batch_size=2", f"train.max_steps={rows // 2 - 1}")
     assert f"expected at least {24 + (rows // 2 - 5) * 2}: 24 that are read" in refusal(root, "finite", *smaller)
+
+
+@pytest.mark.slow
+def test_checkpoint_in_the_middle_of_an_evaluation(root):
+    """Parameters are gathered then; what goes on from it makes the evaluation and logs it as the run itself did."""
+    setting, steps = Setting(2, 1, 1), ("train.max_steps=2", "evaluation.interval=2")
+    (root / "asked").mkdir()
+    (root / "asked" / "SAVE").touch()
+    later = time.time() + 3600  # no leftover of an earlier run
+    os.utime(root / "asked" / "SAVE", (later, later))
+    assert run_ranks(2, run, str(root), "asked", setting, steps) == [0, 0]
+    folder = checkpoint(root / "asked", 0)
+    assert json.loads((folder / "state.json").read_text())["pending_metrics"] == {}
+    assert not (root / "asked" / "SAVE").exists()
+    resume = f"checkpoint.resume={folder}"
+    assert run_ranks(2, run, str(root), "answered", setting, (*steps, resume)) == [0, 0]
+    assert lines(root / "answered") == lines(root / "asked") and len(lines(root / "asked")) == 3

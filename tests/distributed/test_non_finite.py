@@ -101,7 +101,9 @@ def take_poisoned_steps(directory, tensor, pipeline):
     return outcomes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name == "tensor" else []) for name in LAYOUTS]
+)
 def test_all_ranks_skip_a_step_that_is_not_finite_on_one(layout, tmp_path):
     for rank, outcomes in enumerate(run_ranks(2, take_poisoned_steps, str(tmp_path), *LAYOUTS[layout])):
         for name, (poisoned, healthy) in outcomes.items():

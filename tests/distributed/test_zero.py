@@ -70,7 +70,8 @@ def plain_truth(grad_clip: float) -> Truth:
 
 
 every_layout = pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
+    "layout",
+    ["data", *(pytest.param(layout, marks=pytest.mark.slow) for layout in (*LAYOUTS, *MANY) if layout != "data")],
 )
 
 

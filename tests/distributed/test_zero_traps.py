@@ -204,6 +204,7 @@ def steps_over_the_world(is_patched: bool) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_w1_pipeline_stages_do_not_compare_what_they_gather():
     assert run_ranks(2, steps_over_the_world, True) == ["", ""]
     # Whether they disagree about the lengths of their lists or wait for each other until a timeout is a race.

@@ -187,6 +187,7 @@ def test_a_signal_that_also_ends_the_reader_of_the_output(site, clean, tmp_path)
     stop_and_go_on(site, clean, tmp_path / "out", launched, wish, "learning", [WISHES[wish][1]], pipe=True)
 
 
+@pytest.mark.slow
 def test_a_second_job_is_refused_and_a_checkpoint_taken_on_request(site, clean, tmp_path):
     output = tmp_path / "out"
     with forked(site, output, *ON_REQUEST_ONLY, phase="learning", call=3) as job:

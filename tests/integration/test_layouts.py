@@ -21,7 +21,7 @@ LAYOUTS = {
     "pp4": (4, (f"{PIPELINE}=4",)),
     "dp2-pp2-zero1": (4, (f"{PIPELINE}=2", "zero.stage=1")),
 }
-FAST = ("tp2", "pp2")
+FAST = ("tp2",)
 
 
 def trace(data, tmp_path, name: str, ranks: int | None, overrides: tuple[str, ...]):
@@ -53,7 +53,7 @@ def test_the_trace_of_a_layout_agrees_with_one_process(name, data, alone, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tp2", "pp2"])
 def test_a_whole_run_ends_as_with_data_parallel_ranks(name, data, tmp_path):
     runs = {}
     for layout in ("dp2", name):
@@ -79,14 +79,13 @@ def test_a_whole_run_ends_as_with_data_parallel_ranks(name, data, tmp_path):
         assert torch.quantile((tensor - weights[1][key]).abs().flatten(), 0.99) <= 1e-4, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         ((f"{TENSOR}=3",), "parallel.tensor_parallel_size"),
-        pytest.param((f"{PIPELINE}=8",), "parallel.pipeline_parallel_size", marks=pytest.mark.slow),
-        pytest.param(
-            (f"{TENSOR}=2", "parallel.sequence_parallel=true"), "parallel.sequence_parallel", marks=pytest.mark.slow
-        ),
+        ((f"{PIPELINE}=8",), "parallel.pipeline_parallel_size"),
+        ((f"{TENSOR}=2", "parallel.sequence_parallel=true"), "parallel.sequence_parallel"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(overrides, says, data, tmp_path):

@@ -154,6 +154,7 @@ def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path
     assert status["state"] == "failed" and status["step"] == 10
 
 
+@pytest.mark.slow
 def test_trace_has_the_named_tensors_and_leaves_no_run_directory(run, data, tmp_path):
     hf = run[0] / "hf"
     more = (f"model.init_from={hf}", "model.config=null")
@@ -187,6 +188,7 @@ def test_trace_has_the_named_tensors_and_leaves_no_run_directory(run, data, tmp_
     assert numbers["update_norm"] > 0 and numbers["parameter_checksum_after"] != checksum
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_ends_the_run_with_code_4(data, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(data.train, damaged)
