@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 
 DenseKernel = Literal["eager", "sdpa"]
 

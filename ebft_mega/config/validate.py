@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.model_files import weight_file_problems
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
@@ -23,7 +24,6 @@ from ebft_mega.model.partition import (
     tensor_parallel_obstacles,
     valid_tensor_parallel_sizes,
 )
-from ebft_mega.rollout.plan import BlockPlan
 
 T = TypeVar("T")
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.architecture import Architecture
-from ebft_mega.rollout.plan import BlockPlan
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import PipelinedModel
@@ -24,7 +25,6 @@ from ebft_mega.reward.closed_forms import (
 from ebft_mega.reward.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.layout import kept_blocks
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.types import Rollout, TokenBatch
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.rollout.plan import BlockPlan
 
 EmbedMethod = Literal["last_token", "mean_pooling"]
 FeatureNorm = Literal["joint", "per_layer"]

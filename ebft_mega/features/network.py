@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm, PooledRows, block_grams
 from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.stage import Stage
@@ -14,7 +15,6 @@ from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.layout import packed_sequence
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import Rollout, TokenBatch
 
 

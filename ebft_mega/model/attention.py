@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.routes import AttentionRoute
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.types import RowDocuments
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.types import LossTerms, PolicyLogprobs, TokenCounts
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.head import RowScores
 from ebft_mega.model.kept import KeptInputs
 from ebft_mega.model.replay import replay
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.layout import packed_positions
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import RowDocuments
 
 

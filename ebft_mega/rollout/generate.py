@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.model.attention import KeyValueCache, StridedLayout
 from ebft_mega.model.head import RowScores, score_rows
@@ -16,7 +17,6 @@ from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.layout import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.types import Rollout, TokenBatch
 

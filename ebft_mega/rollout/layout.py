@@ -8,7 +8,7 @@ rollouts of a row are block-major (block, then sample).
 import torch
 from torch import Tensor
 
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.types import RowDocuments, TokenBatch
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
@@ -25,7 +26,6 @@ from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.closed_forms import block_rewards
 from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.weights import StepWeights, step_weights
 from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch

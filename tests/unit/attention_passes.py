@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from ebft_mega.attention.pattern import AttentionPattern
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 
 NAMES = ("document_query", "own_query", "document_key", "document_value", "own_key", "own_value")
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 
 from ebft_mega.attention.flex import FlexAttention, _block_mask, num_compilations
 from ebft_mega.attention.pattern import AttentionPattern
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 from tests.unit.attention_passes import assert_same, naive_attend, patterns, random_tensors
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from ebft_mega.benchmark.step_major import (
     predicting_positions,
     step_major_sequence,
 )
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebft_mega.benchmark.case import MODELS
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.cost.naive import cost_of_naive_step
 from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops, LayerWork
-from ebft_mega.rollout.plan import BlockPlan
 
 LARGE = MODELS["7b"].architecture
 DEFAULT = BlockPlan(1024, 8, 8, 8, 4)

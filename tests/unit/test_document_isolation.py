@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
 from ebft_mega.features.build import FeatureSettings, build_feature_network
@@ -20,7 +21,6 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.layout import kept_blocks
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import Experience, Learned, StepResult
 from ebft_mega.train.summary import step_metrics

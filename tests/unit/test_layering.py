@@ -35,7 +35,7 @@ LAYERS = (
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")
 LIGHT_MODULES = (
     "ebft_mega.errors",
-    "ebft_mega.rollout.plan",
+    "ebft_mega.block_plan",
     "ebft_mega.model.architecture",
     "ebft_mega.model.partition",
     "ebft_mega.model.sizes",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import SafetensorsWeights, hf_tensors, load_weights
@@ -24,7 +25,6 @@ from ebft_mega.reward.closed_forms import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import PolicyLogprobs, TokenBatch

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.objective.losses import count_tokens, loss_terms
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.types import PolicyLogprobs, TokenCounts
 
 PLAN = BlockPlan(12, 2, 4, 2, 3)  # K = 4

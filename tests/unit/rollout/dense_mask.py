@@ -7,7 +7,7 @@ against; at production size the matrix would be three quarters empty, and nothin
 import torch
 from torch import Tensor
 
-from ebft_mega.rollout.plan import BlockPlan
+from ebft_mega.block_plan import BlockPlan
 
 
 def strided_mask(plan: BlockPlan, num_samples: int | None = None, tokens_per_block: int | None = None) -> Tensor:

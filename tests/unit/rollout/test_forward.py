@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.partition import StageShape
@@ -13,7 +14,6 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.optimizer import runner
 from ebft_mega.rollout import generate
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.plan import BlockPlan
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import TokenBatch
 from tests.conftest import tiny_config

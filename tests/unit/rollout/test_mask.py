@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ebft_mega.attention.two_part import TwoPartAttention
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.attention import StridedCoreAttention, StridedLayout
 from ebft_mega.rollout.layout import packed_sequence
-from ebft_mega.rollout.plan import BlockPlan
 from tests.unit.rollout.dense_mask import packed_positions, strided_mask
 
 PLANS = {
