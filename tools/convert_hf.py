@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.command import run_command
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
+from ebft_mega.io.command import run_command
 
 DTYPES = ("bfloat16", "float32", "float16")
 

@@ -11,10 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.build_record import BuildRecord, read_build_record
 from ebft_mega.data.cache import ShardCache
-from ebft_mega.data.command import run_command
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.format import Manifest
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.inspection import (
     Lengths,
     Rows,
@@ -26,10 +24,12 @@ from ebft_mega.data.inspection import (
     rows_of,
 )
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.progress import track
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.data.verify import verify_dataset
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
+from ebft_mega.io.command import run_command
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.progress_bar import track
 
 GIGABYTE = 10**9
 

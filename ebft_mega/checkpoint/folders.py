@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ebft_mega.checkpoint.manifest import sync_directory, write_file
-from ebft_mega.data.output import flush_to_disk
+from ebft_mega.io.output_directory import flush_to_disk
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from ebft_mega.checkpoint.records import Count, InnerPath, Record, parse_record
 from ebft_mega.data.format import Sha256
-from ebft_mega.data.output import flush_to_disk
 from ebft_mega.errors import BrokenCheckpointError, Problem
+from ebft_mega.io.output_directory import flush_to_disk
+from ebft_mega.io.records import Count, InnerPath, Record, parse_record
 
 MANIFEST_NAME = "manifest.json"
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from ebft_mega.checkpoint.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
 from ebft_mega.errors import Problem
+from ebft_mega.io.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
 
 INDEX_NAME = "tensors.json"
 

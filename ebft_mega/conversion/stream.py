@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebft_mega.data.progress import track
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.progress_bar import track
 from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import WeightSource, hf_shapes
 

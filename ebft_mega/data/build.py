@@ -12,8 +12,6 @@ import numpy as np
 from ebft_mega.data.build_record import SKIPPED_NAME, BuildRecord
 from ebft_mega.data.dedup import first_occurrences
 from ebft_mega.data.format import MANIFEST_NAME, Manifest, shard_name
-from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.output import flush_to_disk, unfinished_directory
 from ebft_mega.data.parts import (
     MAX_LISTED_PROBLEMS,
     Scan,
@@ -36,6 +34,8 @@ from ebft_mega.data.tokenizer import Tokenizer
 from ebft_mega.data.workers import Workers
 from ebft_mega.data.writer import complete_dataset
 from ebft_mega.errors import InputError
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.output_directory import flush_to_disk, unfinished_directory
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 # Part of an unfinished build's identity: another version must not go on with it.

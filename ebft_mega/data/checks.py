@@ -22,10 +22,10 @@ from ebft_mega.data.format import (
     fingerprint,
     payload_suffix,
 )
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.reader import ShardBytes
 from ebft_mega.data.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
 
 _MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 

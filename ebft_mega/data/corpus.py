@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.output import new_directory
-from ebft_mega.data.progress import track
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.output_directory import new_directory
+from ebft_mega.io.progress_bar import track
 
 CORPUS_MANIFEST_NAME = "corpus.json"
 LICENCE = "PSF-2.0"

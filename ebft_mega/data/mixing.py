@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ebft_mega.data.inputs import bad_input
+from ebft_mega.io.input_errors import bad_input
 
 MAX_PERIOD = 10_000  # rows
 

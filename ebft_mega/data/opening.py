@@ -17,10 +17,10 @@ from ebft_mega.data.checks import (
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME
 from ebft_mega.data.https import DEFAULT_TRANSFER, HttpsClient, Transfer, https_address_problem
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.reader import ShardFiles
 from ebft_mega.data.remote import OnError, RemoteShards, remote_description, remote_shard_problems
 from ebft_mega.errors import InputError
+from ebft_mega.io.input_errors import bad_input
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _WHAT = "dataset directory made by tools/build_shards.py"

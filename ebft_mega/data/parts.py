@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from ebft_mega.data.dedup import DIGEST_BYTES
-from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.output import flush_to_disk
 from ebft_mega.data.plan import Plan, Reader, Unit
 from ebft_mega.data.sources import BadText, TextDocument, count_lines
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.workers import Advance
 from ebft_mega.data.writer import ShardWriter
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.output_directory import flush_to_disk
 
 # Of one part: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000

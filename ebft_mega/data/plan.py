@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebft_mega.data.corpus import CORPUS_MANIFEST_NAME
-from ebft_mega.data.inputs import bad_input, read_json_object
 from ebft_mega.data.sources import (
     BadText,
     ReadOptions,
@@ -20,6 +19,7 @@ from ebft_mega.data.sources import (
 )
 from ebft_mega.data.text_archives import read_text_archive
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input, read_json_object
 
 PLAIN_JSONL_SUFFIX = ".jsonl"
 JSONL_SUFFIXES = (PLAIN_JSONL_SUFFIX, ".jsonl.gz", ".jsonl.zst", ".json.gz")

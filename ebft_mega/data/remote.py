@@ -24,11 +24,11 @@ from ebft_mega.data.cache import ShardCache, WrongShardError
 from ebft_mega.data.checks import fingerprint_problems, index_problems, parse_manifest, tokenizer_problems
 from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME, TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
 from ebft_mega.data.https import HttpsClient
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.order import WINDOW_DOCUMENTS
 from ebft_mega.data.reader import read_fully
 from ebft_mega.data.tokenizer import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem
+from ebft_mega.io.input_errors import bad_input
 
 logger = logging.getLogger(__name__)
 

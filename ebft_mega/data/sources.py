@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebft_mega.data.compression import CutFileError, open_lines
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
 
 _SKIPPED_DIRECTORIES = ("__pycache__",)
 _CHUNK_BYTES = 1 << 22

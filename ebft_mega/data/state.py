@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ebft_mega.data.format import Count, Sha256
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
 
 STATE_VERSION: Literal[1] = 1
 

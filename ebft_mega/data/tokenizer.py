@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ebft_mega.data.inputs import bad_input, read_json_object
+from ebft_mega.io.input_errors import bad_input, read_json_object
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"

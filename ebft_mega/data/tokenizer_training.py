@@ -5,12 +5,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebft_mega.data.inputs import bad_input
-from ebft_mega.data.output import new_directory
-from ebft_mega.data.progress import track
 from ebft_mega.data.sources import list_text_files, read_text_file
 from ebft_mega.data.tokenizer import CONFIG_NAME, SENTENCEPIECE_NAME, Tokenizer, load_tokenizer
 from ebft_mega.errors import EbftError, InputError, Problem
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.output_directory import new_directory
+from ebft_mega.io.progress_bar import track
 
 CHUNK_CHARACTERS = 3500
 MIN_VOCAB_SIZE = 300  # 256 bytes, the unknown and end-of-document tokens, and some characters

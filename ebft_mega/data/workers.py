@@ -11,8 +11,8 @@ from multiprocessing.connection import wait as wait_for_any
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ebft_mega.data.progress import Meter
 from ebft_mega.errors import EbftError
+from ebft_mega.io.progress_bar import Meter
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -27,7 +27,6 @@ from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader, fixed_rows
-from ebft_mega.data.output import refuse_other_contents
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import (
     EXIT_DONE,
@@ -43,6 +42,7 @@ from ebft_mega.errors import (
 )
 from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.io.output_directory import refuse_other_contents
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.run_files import (
     RESOLVED_CONFIG_NAME,

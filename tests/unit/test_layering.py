@@ -53,7 +53,7 @@ LIGHT_MODULES = (
     "ebft_mega.metrics.sinks",
     "ebft_mega.report.comparison",
     "ebft_mega.report.run_report",
-    "ebft_mega.checkpoint.records",
+    "ebft_mega.io.records",
     "ebft_mega.checkpoint.manifest",
     "ebft_mega.checkpoint.folders",
     "ebft_mega.checkpoint.retention",

@@ -11,12 +11,12 @@ import pytest
 from ebft_mega.data.build import build_dataset
 from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.output import new_directory
-from ebft_mega.data.progress import track
 from ebft_mega.data.sources import list_text_files
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.writer import MAX_SHARD_DOCUMENTS, DatasetWriter
 from ebft_mega.errors import InputError
+from ebft_mega.io.output_directory import new_directory
+from ebft_mega.io.progress_bar import track
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.data.build import build_dataset
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
 from ebft_mega.data.sources import ReadOptions
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.workers import WorkerDiedError, Workers
 from ebft_mega.errors import InputError
+from ebft_mega.io.input_errors import bad_input
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 60

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ebft_mega.data.inputs import bad_input
 from ebft_mega.errors import InputError
+from ebft_mega.io.input_errors import bad_input
 
 _IDENTITY_NAME = "identity.json"
 _LOCK_NAME = "lock"
