@@ -6,10 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
 from ebft_mega.io.command import run_command
-from ebft_mega.model.architecture import Architecture
 
 LONGEST_DEFAULT_ROW = 1024
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import (
     DataConfig,
     EbftConfig,
@@ -15,7 +16,6 @@ from ebft_mega.config.schema import (
     TrainConfig,
     ZeroConfig,
 )
-from ebft_mega.model.architecture import Architecture
 
 NOWHERE = Path("unused")  # a benchmark reads no dataset and writes no run directory
 

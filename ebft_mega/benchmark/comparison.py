@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.benchmark.case import BenchCase, BenchModel
 from ebft_mega.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.benchmark.memory import peak_bytes_in_child
@@ -16,7 +17,6 @@ from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_sides
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
 from ebft_mega.cost.ours import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.groups import ProcessGroups
 
 # Timed phases, and the counted ones that run in each.

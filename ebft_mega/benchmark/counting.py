@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.model.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.benchmark.case import BenchCase, BenchModel
 from ebft_mega.benchmark.counting import LabelledTimers
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
@@ -16,7 +17,6 @@ from ebft_mega.cost.naive import cost_of_naive_step
 from ebft_mega.cost.ours import StepShape, cost_of_step
 from ebft_mega.cost.work import StepCost
 from ebft_mega.model.huggingface import RandomWeights, load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.train.run import build_trainer

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.folders import CHECKPOINTS, complete_folders, newest, pointed_at, step_of
 from ebft_mega.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -26,7 +27,6 @@ from ebft_mega.config.schema import SECTIONS, EbftConfig, RunConfig, all_keys
 from ebft_mega.config.yaml_source import read_yaml
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputProblems, Problem
 from ebft_mega.metrics.run_files import RESOLVED_CONFIG_NAME
-from ebft_mega.model.architecture import Architecture
 
 MODEL_NAME = "config.json"
 

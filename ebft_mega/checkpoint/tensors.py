@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
 from ebft_mega.errors import BrokenCheckpointError, Problem
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import hf_shapes
 from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage

@@ -7,9 +7,9 @@ The counts are those of the modules as they are (megatron-core's layer in plain 
 
 from dataclasses import dataclass
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import padded_vocabulary
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import padded_vocabulary
 
 FLOAT32_BYTES = 4
 

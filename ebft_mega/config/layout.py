@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.validate import RunPlan
-from ebft_mega.model.architecture import Architecture, tapped_layers
-from ebft_mega.model.partition import (
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import (
     NUM_VOCABULARY_BLOCKS,
     StageShape,
     padded_vocabulary,
     stage_parameters,
 )
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.config.validate import RunPlan
 
 
 @dataclass(frozen=True)

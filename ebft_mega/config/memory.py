@@ -10,6 +10,9 @@ except that under sequence parallelism the positions between layers are.
 
 from dataclasses import dataclass
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import stage_parameters
+from ebft_mega.architecture.sizes import HEAD_ROWS
 from ebft_mega.config.activations import (
     FLOAT32_BYTES,
     Pass,
@@ -29,9 +32,6 @@ from ebft_mega.config.activations import (
 from ebft_mega.config.layout import feature_stage, policy_stage
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.config.validate import RunPlan
-from ebft_mega.model.architecture import Architecture, tapped_layers
-from ebft_mega.model.partition import stage_parameters
-from ebft_mega.model.sizes import HEAD_ROWS
 
 FLOAT64_BYTES = 8
 # DeepSpeed's `stage3_max_live_parameters`, left at its default: what stays gathered in the gradient pass once the

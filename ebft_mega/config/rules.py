@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.model.architecture import Architecture
 
 # The values that are built; a later version that builds another one deletes its row.
 NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import (
+    NUM_VOCABULARY_BLOCKS,
+    tensor_parallel_obstacles,
+    valid_tensor_parallel_sizes,
+)
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.model_files import weight_file_problems
 from ebft_mega.config.rules import notes
@@ -18,12 +24,6 @@ from ebft_mega.config.supply import (
     training_supply,
 )
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
-from ebft_mega.model.architecture import Architecture, tapped_layers
-from ebft_mega.model.partition import (
-    NUM_VOCABULARY_BLOCKS,
-    tensor_parallel_obstacles,
-    valid_tensor_parallel_sizes,
-)
 
 T = TypeVar("T")
 

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.folders import CHECKPOINTS, newest, step_of
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.manifest import file_problems, read_listed
@@ -12,7 +13,6 @@ from ebft_mega.conversion.stream import DTYPES, converted_tensors
 from ebft_mega.data.tokenizer import TOKENIZER_FILES, tokenizer_sha256
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import GENERATION_CONFIG_NAME, write_model
 
 

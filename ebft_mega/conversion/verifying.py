@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.sizes import HEAD_ROWS
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.data.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.huggingface import CONFIG_NAME, SafetensorsWeights, load_weights
-from ebft_mega.model.partition import StageShape
-from ebft_mega.model.sizes import HEAD_ROWS
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weight_files import INDEX_NAME
 from ebft_mega.parallel.groups import ProcessGroups

@@ -1,8 +1,8 @@
 """What one step of a trainer without packing or caches costs for one row; the existing ones work like this."""
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.ours import StepShape
 from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, forward_flops
-from ebft_mega.model.architecture import Architecture
 
 
 def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False, keeps_weights: bool = True) -> StepCost:

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pairs, forward_flops, rollout_pairs
-from ebft_mega.model.architecture import Architecture, tapped_layers
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.architecture import Architecture
 
 
 @dataclass(frozen=True)

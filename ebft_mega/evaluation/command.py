@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.schema import RunConfig
@@ -18,9 +20,7 @@ from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settin
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.types import DTYPES, TokenBatch

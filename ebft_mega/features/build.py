@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
-from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import WeightSource, load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import StageRunner

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.output_directory import flush_to_disk, new_directory
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.model_directory import plan_shards, write_json, write_shards
 from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.model.attention import StridedCoreAttention
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import padded_vocabulary
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import padded_vocabulary
 
 Box = tuple[slice, ...]  # a range in each of a tensor's dimensions; start and stop are given
 Parts = tuple[Tensor, ...]  # a box of each source

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.architecture.hf_config import Architecture
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.folders import (
     CHECKPOINTS,
     point_latest,
@@ -44,7 +45,6 @@ from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
 from ebft_mega.metrics.run_files import ENVIRONMENT_NAME, describe_environment
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import InitialWeights, identity
 from ebft_mega.train.agreement import from_first_rank
 from ebft_mega.train.progress import Progress

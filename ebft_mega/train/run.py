@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.folders import CHECKPOINTS, newest
 from ebft_mega.checkpoint.initial_model import open_weights
@@ -56,7 +58,6 @@ from ebft_mega.metrics.run_files import (
 )
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after
 from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.model.architecture import Architecture, tapped_layers
 from ebft_mega.model.huggingface import (
     CONFIG_NAME,
     InitialWeights,
@@ -66,7 +67,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.roles import ParameterRole

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.architecture import sizes
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.model import head, sizes
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.model import head
 from ebft_mega.model.huggingface import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.rollout import generate

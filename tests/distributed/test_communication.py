@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import StageShape, split_layers, stage_parameters
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape, split_layers, stage_parameters
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step

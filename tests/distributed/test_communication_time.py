@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.metrics.communication import HostStopwatch, timed_communication
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.deepspeed_adapter import disable_shared_memory_collectives
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.run import build_trainer

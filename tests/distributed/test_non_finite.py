@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.loader import LoadedBatch
 from ebft_mega.errors import NonFiniteStepError
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train import faults, loop
 from ebft_mega.train import step as step_module

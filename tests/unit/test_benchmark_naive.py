@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
 from ebft_mega.benchmark.sides import random_rows
@@ -16,7 +17,6 @@ from ebft_mega.benchmark.step_major import (
 )
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.huggingface import RandomWeights, load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step

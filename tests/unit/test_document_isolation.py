@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
 from ebft_mega.features.build import FeatureSettings, build_feature_network
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts

@@ -36,9 +36,9 @@ HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "senten
 LIGHT_MODULES = (
     "ebft_mega.errors",
     "ebft_mega.block_plan",
-    "ebft_mega.model.architecture",
-    "ebft_mega.model.partition",
-    "ebft_mega.model.sizes",
+    "ebft_mega.architecture.hf_config",
+    "ebft_mega.architecture.partition",
+    "ebft_mega.architecture.sizes",
     "ebft_mega.model.weight_files",
     "ebft_mega.data.build",
     "ebft_mega.data.dataset",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.folders import folder_name, point_latest, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -34,7 +35,6 @@ from ebft_mega.checkpoint.resume import (
 from ebft_mega.checkpoint.run_state import StartedFrom
 from ebft_mega.config.schema import RunConfig, all_keys
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError
-from ebft_mega.model.architecture import Architecture
 from tests.unit.checkpoint.folder_stand_ins import MODEL, fill, run_config, run_state, write_checkpoint
 
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config import activations, layout, memory, planner
 from ebft_mega.config.load import load_config
 from ebft_mega.config.memory import Choices, head_chunk_bytes
 from ebft_mega.config.reuse import choices
 from ebft_mega.config.validate import check_run
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.parallel.pipeline import ring_slots
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.

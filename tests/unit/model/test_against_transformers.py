@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import InputError
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.attention import ReadRows, StridedLayout
 from ebft_mega.model.head import ScoredTokens
 from ebft_mega.model.huggingface import (
@@ -18,7 +19,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import padded_vocabulary, valid_tensor_parallel_sizes
 from ebft_mega.model.huggingface import hf_shapes
 from ebft_mega.model.packing import packing_of
-from ebft_mega.model.partition import padded_vocabulary, valid_tensor_parallel_sizes
 from tests.conftest import tiny_config
 
 PARAMETERS = (

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ebft_mega.model.architecture import Architecture
-from ebft_mega.model.partition import StageShape
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from tests.conftest import tiny_config
 
 

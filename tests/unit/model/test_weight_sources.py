@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import InputError
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import (
     RandomWeights,
     SafetensorsWeights,
@@ -21,7 +22,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.errors import InputError
 from ebft_mega.model import model_directory
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, SafetensorsWeights, hf_shapes, write_model
 from ebft_mega.model.model_directory import plan_shards
 from tests.conftest import tiny_config

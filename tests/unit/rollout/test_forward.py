@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.model.huggingface import RandomWeights, load_weights
-from ebft_mega.model.partition import StageShape
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.parallel.optimizer import runner
 from ebft_mega.rollout import generate

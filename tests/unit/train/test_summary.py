@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.attention import flex
 from ebft_mega.config.load import load_config
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.model.architecture import Architecture
 from ebft_mega.train.summary import memory_metrics, speed_metrics
 
 CONFIG = """

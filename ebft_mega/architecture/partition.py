@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ebft_mega.model.architecture import Architecture
+from ebft_mega.architecture.hf_config import Architecture
 
 # The vocabulary is sampled from in this many blocks of consecutive ids, whatever the parallel layout
 # (`rollout/sampling.py`). A tensor-parallel slice is made of whole blocks, so the degree divides this number.
