@@ -12,9 +12,9 @@ sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
 
 from ebft_mega.checkpoint.resume import described_start  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
-from ebft_mega.config.planner import describe_run  # noqa: E402
-from ebft_mega.config.validate import check_run  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.planning.dry_run import describe_run  # noqa: E402
+from ebft_mega.planning.run_plan import check_run  # noqa: E402
 from ebft_mega.train.wishes import Signals  # noqa: E402
 
 

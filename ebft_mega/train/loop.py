@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from ebft_mega.checkpoint.run_state import EvaluationRecord
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.supply import allowed_skipped_rows
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.tokenizer import Tokenizer
@@ -22,6 +21,7 @@ from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluat
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.faults import dump_step
 from ebft_mega.train.progress import Progress

@@ -22,12 +22,8 @@ from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.run_state import STATE_NAME, Layout
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
-from ebft_mega.config.data_sources import open_place, open_training_rows
 from ebft_mega.config.load import resolved_yaml
-from ebft_mega.config.memory import Choices
-from ebft_mega.config.reuse import choices, default_choices
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.validate import RunPlan
 from ebft_mega.data.loader import BatchLoader, fixed_rows
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import (
@@ -71,6 +67,10 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
+from ebft_mega.planning.auto import choices, default_choices
+from ebft_mega.planning.datasets import open_place, open_training_rows
+from ebft_mega.planning.memory import Choices
+from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
 from ebft_mega.train.agreement import from_first_rank, require_agreement

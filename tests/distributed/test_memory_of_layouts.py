@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ebft_mega.config.memory import plan_memory
-from ebft_mega.config.validate import ParallelSizes
 from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.planning.memory import plan_memory
+from ebft_mega.planning.run_plan import ParallelSizes
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import Layout

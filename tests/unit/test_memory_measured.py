@@ -9,11 +9,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config.activations import Pass, layer_kept_bytes
 from ebft_mega.config.load import load_config
-from ebft_mega.config.memory import Choices, plan_memory
-from ebft_mega.config.supply import TrainingSupply
-from ebft_mega.config.validate import ParallelSizes, RunPlan
+from ebft_mega.planning.activation_memory import Pass, layer_kept_bytes
+from ebft_mega.planning.data_budget import TrainingSupply
+from ebft_mega.planning.memory import Choices, plan_memory
+from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch

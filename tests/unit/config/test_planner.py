@@ -5,12 +5,15 @@ import re
 import pytest
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config import activations, layout, memory, planner
 from ebft_mega.config.load import load_config
-from ebft_mega.config.memory import Choices, head_chunk_bytes
-from ebft_mega.config.reuse import choices
-from ebft_mega.config.validate import check_run
 from ebft_mega.parallel.pipeline import ring_slots
+from ebft_mega.planning import activation_memory as activations
+from ebft_mega.planning import dry_run as planner
+from ebft_mega.planning import memory
+from ebft_mega.planning import rank_layout as layout
+from ebft_mega.planning.auto import choices
+from ebft_mega.planning.memory import Choices, head_chunk_bytes
+from ebft_mega.planning.run_plan import check_run
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
 LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.config.load import load_config
-from ebft_mega.config.memory import Choices, peak_bytes, plan_memory
-from ebft_mega.config.planner import GIB_BYTES, describe_run
-from ebft_mega.config.reuse import choices
-from ebft_mega.config.validate import check_run
 from ebft_mega.errors import InputError
+from ebft_mega.planning.auto import choices
+from ebft_mega.planning.dry_run import GIB_BYTES, describe_run
+from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory
+from ebft_mega.planning.run_plan import check_run
 from tests.unit.config.conftest import write_dataset, write_tokenizer
 from tests.unit.config.stand_ins import MODELS, PARAMETERS, count, tensor_shapes, write_model
 

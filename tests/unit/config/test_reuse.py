@@ -2,11 +2,11 @@
 
 import pytest
 
-from ebft_mega.config import planner
 from ebft_mega.config.load import load_config
-from ebft_mega.config.memory import Choices, peak_bytes
-from ebft_mega.config.reuse import choices, chosen_reuse, feature_network_is_sharded, needed_bytes
-from ebft_mega.config.validate import check_run
+from ebft_mega.planning import dry_run as planner
+from ebft_mega.planning.auto import choices, chosen_reuse, feature_network_is_sharded, needed_bytes
+from ebft_mega.planning.memory import Choices, peak_bytes
+from ebft_mega.planning.run_plan import check_run
 
 # The fixture's model is so small that kept activations need most of all; parameters stay whole at stage 2.
 WHOLE = {"zero__stage": 2}

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from ebft_mega.config.load import load_config
-from ebft_mega.config.planner import describe_run
-from ebft_mega.config.supply import allowed_skipped_rows
-from ebft_mega.config.validate import check_run, check_world
 from ebft_mega.errors import ConfigError, InputError
+from ebft_mega.planning.data_budget import allowed_skipped_rows
+from ebft_mega.planning.dry_run import describe_run
+from ebft_mega.planning.run_plan import check_run, check_world
 
 
 def found_problems(inputs, world_size=1, **changes):

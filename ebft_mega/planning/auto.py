@@ -4,10 +4,10 @@ Keeping more of the rollouts spares arithmetic in every step, a feature network 
 its parameters. So the rollouts come first: the network is resident in what they leave.
 """
 
-from ebft_mega.config.memory import Choices, peak_bytes
 from ebft_mega.config.rules import activations_can_be_kept
 from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.config.validate import RunPlan
+from ebft_mega.planning.memory import Choices, peak_bytes
+from ebft_mega.planning.run_plan import RunPlan
 
 # Of the memory of an accelerator; the rest is for what the formulas leave out: allocator slack, communication buffers,
 # libraries.

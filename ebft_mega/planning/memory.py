@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
 from ebft_mega.architecture.sizes import HEAD_ROWS
-from ebft_mega.config.activations import (
+from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,
     Pass,
     document_length,
@@ -29,9 +30,8 @@ from ebft_mega.config.activations import (
     scored_rows,
     vocabulary_columns,
 )
-from ebft_mega.config.layout import feature_stage, policy_stage
-from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.config.validate import RunPlan
+from ebft_mega.planning.rank_layout import feature_stage, policy_stage
+from ebft_mega.planning.run_plan import RunPlan
 
 FLOAT64_BYTES = 8
 # DeepSpeed's `stage3_max_live_parameters`, left at its default: what stays gathered in the gradient pass once the

@@ -6,14 +6,14 @@ All sizes are worked out, not measured; `layout.py` and `memory.py` say how.
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.architecture.sizes import CHECKPOINT_BYTES_PER_PARAMETER
-from ebft_mega.config.activations import learn_tokens_per_row, scored_rows
-from ebft_mega.config.layout import RankPart, rank_parts
 from ebft_mega.config.load import resolved_yaml
-from ebft_mega.config.memory import Choices, peak_bytes, plan_memory, worst_stage
-from ebft_mega.config.reuse import USABLE_SHARE, choices, possible_reuses
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.supply import allowed_skipped_rows, rows_of_run
-from ebft_mega.config.validate import RunPlan
+from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
+from ebft_mega.planning.auto import USABLE_SHARE, choices, possible_reuses
+from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run
+from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
+from ebft_mega.planning.rank_layout import RankPart, rank_parts
+from ebft_mega.planning.run_plan import RunPlan
 
 GIB_BYTES = 1 << 30
 

@@ -12,10 +12,10 @@ from ebft_mega.architecture.partition import (
     valid_tensor_parallel_sizes,
 )
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.model_files import weight_file_problems
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.supply import (
+from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
+from ebft_mega.planning.data_budget import (
     HeldOutSupply,
     TrainingSupply,
     held_out_supply,
@@ -23,7 +23,7 @@ from ebft_mega.config.supply import (
     supply_problems,
     training_supply,
 )
-from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
+from ebft_mega.planning.model_files import weight_file_problems
 
 T = TypeVar("T")
 

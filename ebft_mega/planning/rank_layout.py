@@ -10,7 +10,7 @@ from ebft_mega.architecture.partition import (
     stage_parameters,
 )
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.config.validate import RunPlan
+from ebft_mega.planning.run_plan import RunPlan
 
 
 @dataclass(frozen=True)
