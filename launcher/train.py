@@ -15,7 +15,7 @@ from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import check_run  # noqa: E402
-from ebft_mega.train.wishes import Signals  # noqa: E402
+from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,7 +26,7 @@ from ebft_mega.config.rules import yaml_text
 from ebft_mega.config.schema import SECTIONS, EbftConfig, RunConfig, all_keys
 from ebft_mega.config.yaml_source import read_yaml
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputProblems, Problem
-from ebft_mega.metrics.run_files import RESOLVED_CONFIG_NAME
+from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME
 
 MODEL_NAME = "config.json"
 

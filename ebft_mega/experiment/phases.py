@@ -14,7 +14,7 @@ from typing import Any
 
 from ebft_mega.errors import EbftError
 from ebft_mega.metrics.console import format_duration
-from ebft_mega.metrics.run_files import write_json_atomically
+from ebft_mega.runtime.run_files import write_json_atomically
 
 
 class PhaseFailed(EbftError):

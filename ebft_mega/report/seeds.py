@@ -9,12 +9,12 @@ import numpy as np
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
-from ebft_mega.metrics.run_files import write_json_atomically
 from ebft_mega.report import page
 from ebft_mega.report.comparison import NUM_RESAMPLES, format_interval
 from ebft_mega.report.evaluations import Evaluation, read_evaluations
 from ebft_mega.report.metric_names import EVALUATION_METRICS, EvaluationMetric
 from ebft_mega.report.plots import draw_intervals
+from ebft_mega.runtime.run_files import write_json_atomically
 
 CAVEATS = (
     "Every seed trains its own warm start and arms. The interval is over held-out rows, of the differences "

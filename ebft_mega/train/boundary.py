@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
 from ebft_mega.errors import CheckpointError, OustedError
+from ebft_mega.runtime.stop_requests import LocalWishes, StopReason
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
-from ebft_mega.train.wishes import LocalWishes, StopReason
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebft_mega.metrics.run_files import write_json_atomically
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.runtime.run_files import write_json_atomically
 from ebft_mega.train.step import StepResult
 from ebft_mega.types import TokenBatch
 

@@ -42,16 +42,6 @@ from ebft_mega.evaluation.heldout import evaluation_settings
 from ebft_mega.features.build import FeatureSettings, build_feature_network
 from ebft_mega.io.output_directory import refuse_other_contents
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.metrics.run_files import (
-    RESOLVED_CONFIG_NAME,
-    STATUS_NAME,
-    RunState,
-    failure_on_record,
-    record_failure,
-    setup_rank_log,
-    write_environment,
-    write_status,
-)
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.huggingface import (
@@ -73,18 +63,28 @@ from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
-from ebft_mega.train.agreement import from_first_rank, require_agreement
+from ebft_mega.runtime.agreement import from_first_rank, require_agreement
+from ebft_mega.runtime.run_files import (
+    RESOLVED_CONFIG_NAME,
+    STATUS_NAME,
+    RunState,
+    failure_on_record,
+    record_failure,
+    setup_rank_log,
+    write_environment,
+    write_status,
+)
+from ebft_mega.runtime.run_lock import RunLock
+from ebft_mega.runtime.stop_requests import LocalWishes, Signals, StopReason
+from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
 from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.description import describing_files, generation_config
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
 from ebft_mega.train.progress import Progress, RunIdentity
 from ebft_mega.train.resume import Start, find_start, require_same_initial_model, require_whole_models, tidy
-from ebft_mega.train.run_lock import RunLock
 from ebft_mega.train.skipped_rows import ERRORS_NAME
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.trace import trace_step
-from ebft_mega.train.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
-from ebft_mega.train.wishes import LocalWishes, Signals, StopReason
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)

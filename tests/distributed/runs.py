@@ -18,8 +18,8 @@ from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.data.tokenizer_training import train_tokenizer
 from ebft_mega.parallel.groups import connect
 from ebft_mega.planning.run_plan import check_run
+from ebft_mega.runtime.stop_requests import Signals
 from ebft_mega.train.run import run_training
-from ebft_mega.train.wishes import Signals
 
 TEXT = """
 output_dir: unused

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.parallel.groups import connect
-from ebft_mega.train.agreement import from_first_rank
+from ebft_mega.runtime.agreement import from_first_rank
 from tests.distributed.ranks import run_ranks
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ebft_mega.data.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.train import loop
-from ebft_mega.train.agreement import require_agreement
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 from tests.distributed.ranks import run_ranks

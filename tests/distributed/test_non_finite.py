@@ -13,12 +13,12 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.loader import LoadedBatch
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train import faults, loop
 from ebft_mega.train import step as step_module
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
-from ebft_mega.train.wishes import StopReason
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, config_of, rows_of_step
 

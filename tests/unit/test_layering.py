@@ -62,8 +62,8 @@ LIGHT_MODULES = (
     "ebft_mega.checkpoint.resume",
     "ebft_mega.evaluation.bootstrap",
     "ebft_mega.experiment.arms",
-    "ebft_mega.train.run_lock",
-    "ebft_mega.train.wishes",
+    "ebft_mega.runtime.run_lock",
+    "ebft_mega.runtime.stop_requests",
     "ebft_mega.cost.mfu",
     "ebft_mega.cost.naive",
 )

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from ebft_mega.metrics import run_files
-from ebft_mega.metrics.run_files import (
+from ebft_mega.runtime import run_files
+from ebft_mega.runtime.run_files import (
     failure_on_record,
     setup_rank_log,
     write_environment,

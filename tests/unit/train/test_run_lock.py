@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.errors import InputError
-from ebft_mega.train import run_lock
-from ebft_mega.train.run_lock import LOCK_NAME, Holder, RunLock, clock_of
+from ebft_mega.runtime import run_lock
+from ebft_mega.runtime.run_lock import LOCK_NAME, Holder, RunLock, clock_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30
@@ -21,7 +21,7 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from ebft_mega.train.run_lock import RunLock
+from ebft_mega.runtime.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

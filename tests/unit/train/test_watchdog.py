@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[3]
 START = """
 import datetime, json, sys, threading, time
 from pathlib import Path
-from ebft_mega.metrics.run_files import failure_on_record, record_failure
-from ebft_mega.train import watchdog
+from ebft_mega.runtime.run_files import failure_on_record, record_failure
+from ebft_mega.runtime import watchdog
 watchdog.REPORT_SECONDS = 0.5
 directory = Path(sys.argv[1])
 def record():

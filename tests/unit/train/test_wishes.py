@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ebft_mega.train.wishes import LocalWishes, Signals, StopReason
+from ebft_mega.runtime.stop_requests import LocalWishes, Signals, StopReason
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30
@@ -144,7 +144,7 @@ def test_files_from_before_the_start_are_no_wishes(tmp_path):
 RANK = """
 import os, sys
 sys.path.insert(0, {root!r})
-from ebft_mega.train.wishes import Signals
+from ebft_mega.runtime.stop_requests import Signals
 signals = Signals.listen()
 print(os.getpid(), flush=True)
 for question in sys.stdin:

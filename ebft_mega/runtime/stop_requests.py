@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from ebft_mega.train.run_lock import clock_of
+from ebft_mega.runtime.run_lock import clock_of
 
 logger = logging.getLogger(__name__)
 
