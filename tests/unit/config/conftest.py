@@ -10,8 +10,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from ebft_mega.data.build.shard_writer import DatasetWriter
 from ebft_mega.data.tokenizer import tokenizer_sha256
-from ebft_mega.data.writer import DatasetWriter
 
 MODEL_FIELDS = {
     "model_type": "llama",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.build import build_dataset
+from ebft_mega.data.build.dataset_build import build_dataset
+from ebft_mega.data.build.work_plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
+from ebft_mega.data.build.worker_pool import WorkerDiedError, Workers
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
 from ebft_mega.data.sources import ReadOptions
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
-from ebft_mega.data.workers import WorkerDiedError, Workers
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 
@@ -105,7 +105,8 @@ def test_the_result_holds_what_a_plain_reading_gives(
 KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
-from ebft_mega.data import build, parts
+from ebft_mega.data.build.dataset_build import dataset_build as build
+from ebft_mega.data.build.dataset_build import work_units as parts
 from ebft_mega.data.tokenizer import load_tokenizer
 
 module, name, calls = {place!r}
@@ -171,15 +172,17 @@ def test_finished_parts_are_not_done_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patches:
-        patches.setattr("ebft_mega.data.build._join", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patches.setattr(
+            "ebft_mega.data.build.dataset_build._join", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        )
         with pytest.raises(OSError, match="disk full"):
             build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
 
     def again(*_: object) -> None:
         raise AssertionError("this part was done")
 
-    monkeypatch.setattr("ebft_mega.data.build.scan_part", again)
-    monkeypatch.setattr("ebft_mega.data.build.tokenize_part", again)
+    monkeypatch.setattr("ebft_mega.data.build.dataset_build.scan_part", again)
+    monkeypatch.setattr("ebft_mega.data.build.dataset_build.tokenize_part", again)
     build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
     assert contents(tmp_path / "out") == expected
 
@@ -220,7 +223,7 @@ def test_another_input_or_option_starts_anew(
 
     for change in ("a file", "an option"):
         with monkeypatch.context() as patches, pytest.raises(OSError):
-            patches.setattr("ebft_mega.data.build._join", stop)
+            patches.setattr("ebft_mega.data.build.dataset_build._join", stop)
             build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
         if change == "a file":
             (sources[0] / "new.py").write_text("new = 1\n")
@@ -242,7 +245,7 @@ def test_a_file_rewritten_with_its_old_size_and_time_is_another_file(
         raise OSError("disk full")
 
     with monkeypatch.context() as patches, pytest.raises(OSError):
-        patches.setattr("ebft_mega.data.build._join", stop)
+        patches.setattr("ebft_mega.data.build.dataset_build._join", stop)
         build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
     path = next(path for path in sorted(sources[0].rglob("*.py")) if path.read_bytes())
     times = path.stat()
@@ -256,7 +259,7 @@ def test_a_file_rewritten_with_its_old_size_and_time_is_another_file(
 def test_a_file_that_changes_during_the_build_is_refused(
     tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ebft_mega.data import build
+    from ebft_mega.data.build.dataset_build import dataset_build as build
 
     def and_change(*arguments: object) -> object:
         scans = build_scan(*arguments)
@@ -264,7 +267,7 @@ def test_a_file_that_changes_during_the_build_is_refused(
         return scans
 
     build_scan = build._scan
-    monkeypatch.setattr("ebft_mega.data.build._scan", and_change)
+    monkeypatch.setattr("ebft_mega.data.build.dataset_build._scan", and_change)
     with pytest.raises(InputError, match=r"module_05\.py: file: found other text"):
         build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
@@ -274,16 +277,16 @@ def test_a_file_that_changes_during_the_build_is_refused(
 def test_one_build_of_an_output_at_a_time(
     tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ebft_mega.data import build
+    from ebft_mega.data.build.dataset_build import dataset_build as build
 
     def and_another(*arguments: object) -> object:
-        monkeypatch.setattr("ebft_mega.data.build._scan", build_scan)
+        monkeypatch.setattr("ebft_mega.data.build.dataset_build._scan", build_scan)
         with pytest.raises(InputError, match="another process"):
             build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
         return build_scan(*arguments)
 
     build_scan = build._scan
-    monkeypatch.setattr("ebft_mega.data.build._scan", and_another)
+    monkeypatch.setattr("ebft_mega.data.build.dataset_build._scan", and_another)
     build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
     assert open_dataset(tmp_path / "out").manifest.documents
 

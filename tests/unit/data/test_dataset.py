@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from ebft_mega.data import writer as writer_module
+from ebft_mega.data.build.dataset_build import shard_writer as writer_module
+from ebft_mega.data.build.shard_writer import DatasetWriter
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.format import Manifest, fingerprint
 from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.tokenizer import load_tokenizer, tokenizer_sha256
-from ebft_mega.data.writer import DatasetWriter
 from ebft_mega.errors import DamagedDataError, InputError
 
 
@@ -274,7 +274,7 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
             super()._open_shard()
             self._tar.write({"__key__": "000000000", "pyd": pickle.dumps(_Malicious())})
 
-    monkeypatch.setattr("ebft_mega.data.parts.ShardWriter", WithPickle)
+    monkeypatch.setattr("ebft_mega.data.build.work_units.ShardWriter", WithPickle)
     directory = make_dataset({"a.py": "a = 1\n"})
     assert open_dataset(directory).read_document(0)[-1] == 1
     np.save(directory / "index.npy", np.array([_Malicious()], object), allow_pickle=True)

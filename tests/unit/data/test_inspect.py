@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ebft_mega.data.build_record import read_build_record
+from ebft_mega.data.build.build_record import read_build_record
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
 from ebft_mega.data.opening import open_dataset
@@ -65,8 +65,8 @@ def test_metadata_of_every_document(dataset: Dataset, texts: dict[str, str]) -> 
 
 
 def test_long_metadata(tmp_path: Path, tokenizer_directory: Path) -> None:
+    from ebft_mega.data.build.shard_writer import DatasetWriter
     from ebft_mega.data.tokenizer import load_tokenizer
-    from ebft_mega.data.writer import DatasetWriter
 
     writer = DatasetWriter(tmp_path, load_tokenizer(tokenizer_directory), 10_000)
     metadata = [{"path": "x" * length} for length in (10, 900, 1010, 1020, 5000)]

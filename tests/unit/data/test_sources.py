@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset import TarWriter
 
-from ebft_mega.data.build import build_dataset
+from ebft_mega.data.build.dataset_build import build_dataset
+from ebft_mega.data.build.work_plan import Input, Reader, Unit
 from ebft_mega.data.compression import CutFileError, open_lines
 from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.plan import Input, Reader, Unit
 from ebft_mega.data.sources import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl
 from ebft_mega.data.text_archives import read_text_archive
 from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from webdataset import TarWriter
 
+from ebft_mega.data.build.on_demand import tokenized_dataset
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.text import tokenized_dataset
 from ebft_mega.data.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 
@@ -40,7 +40,7 @@ def test_a_text_dataset_is_made_once(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("it was made")
 
-    monkeypatch.setattr("ebft_mega.data.text.build_dataset", again)
+    monkeypatch.setattr("ebft_mega.data.build.on_demand.build_dataset", again)
     assert tokenized_dataset(place, tokenizer_directory, tmp_path / "cache", 2) == first
     # Found by contents, wherever they lie and whenever they were written.
     shutil.copytree(place, tmp_path / "moved", copy_function=shutil.copyfile)

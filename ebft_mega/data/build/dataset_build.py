@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ebft_mega.data.build_record import SKIPPED_NAME, BuildRecord
-from ebft_mega.data.dedup import first_occurrences
-from ebft_mega.data.format import MANIFEST_NAME, Manifest, shard_name
-from ebft_mega.data.parts import (
+from ebft_mega.data.build.build_record import SKIPPED_NAME, BuildRecord
+from ebft_mega.data.build.deduplication import first_occurrences
+from ebft_mega.data.build.shard_writer import complete_dataset
+from ebft_mega.data.build.work_plan import ARCHIVE_SUFFIX, Plan, make_plan
+from ebft_mega.data.build.work_units import (
     MAX_LISTED_PROBLEMS,
     Scan,
     ScanJob,
@@ -28,11 +29,10 @@ from ebft_mega.data.parts import (
     scan_part,
     tokenize_part,
 )
-from ebft_mega.data.plan import ARCHIVE_SUFFIX, Plan, make_plan
+from ebft_mega.data.build.worker_pool import Workers
+from ebft_mega.data.format import MANIFEST_NAME, Manifest, shard_name
 from ebft_mega.data.sources import ReadOptions
 from ebft_mega.data.tokenizer import Tokenizer
-from ebft_mega.data.workers import Workers
-from ebft_mega.data.writer import complete_dataset
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import flush_to_disk, unfinished_directory
