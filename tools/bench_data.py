@@ -27,7 +27,7 @@ from ebft_mega.data.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, INDE
 from ebft_mega.data.opening import open_dataset
 from ebft_mega.data.reader import ShardFiles
 from ebft_mega.data.stream import RowStream, Source
-from ebft_mega.data.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
 from ebft_mega.data.verify import shard_documents
 
 VOCABULARIES = {"uint16": 50_000, "uint32": 151_000}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
+from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
 from ebft_mega.io.command import run_command
 
 

@@ -24,7 +24,7 @@ from ebft_mega.data.inspection import (
     rows_of,
 )
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.verify import verify_dataset
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
 from ebft_mega.io.command import run_command

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.tokenizer_training import train_tokenizer
+from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.io.command import run_command
 
 

@@ -10,7 +10,7 @@ from ebft_mega.checkpoint.manifest import file_problems, read_listed
 from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_model_folder
 from ebft_mega.conversion.result import Converted
 from ebft_mega.conversion.stream import DTYPES, converted_tensors
-from ebft_mega.data.tokenizer import TOKENIZER_FILES, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, tokenizer_sha256
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.progress_bar import track
 from ebft_mega.model.huggingface import GENERATION_CONFIG_NAME, write_model

@@ -23,7 +23,7 @@ from ebft_mega.data.format import (
     payload_suffix,
 )
 from ebft_mega.data.reader import ShardBytes
-from ebft_mega.data.tokenizer import tokenizer_sha256
+from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 

@@ -26,7 +26,7 @@ from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME, TAR_BLOCK_BYTES, TO
 from ebft_mega.data.https import HttpsClient
 from ebft_mega.data.order import WINDOW_DOCUMENTS
 from ebft_mega.data.reader import read_fully
-from ebft_mega.data.tokenizer import TOKENIZER_FILES
+from ebft_mega.data.text.tokenizer import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.data.tokenizer import copy_tokenizer
+from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.output_directory import flush_to_disk, new_directory
 from ebft_mega.model.model_directory import plan_shards, write_json, write_shards

@@ -15,7 +15,7 @@ from ebft_mega.checkpoint.run_state import EvaluationRecord
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.loader import BatchLoader, LoadedBatch
-from ebft_mega.data.tokenizer import Tokenizer
+from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication

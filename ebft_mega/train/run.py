@@ -25,7 +25,7 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, r
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.loader import BatchLoader, fixed_rows
-from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import (
     EXIT_DONE,
     EXIT_FAILED,

@@ -11,8 +11,8 @@ import pytest
 from ebft_mega.checkpoint.folders import complete_folders
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest
 from ebft_mega.data.build.dataset_build import build_dataset
-from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.data.tokenizer_training import train_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from tests.distributed.runs import checkpoint
 from tests.integration.jobs import RANKS, Site, assert_same_outcome, finish, forked, launched
 from tests.integration.rank_with_faults import STAGES

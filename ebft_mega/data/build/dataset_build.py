@@ -31,8 +31,8 @@ from ebft_mega.data.build.work_units import (
 )
 from ebft_mega.data.build.worker_pool import Workers
 from ebft_mega.data.format import MANIFEST_NAME, Manifest, shard_name
-from ebft_mega.data.sources import ReadOptions
-from ebft_mega.data.tokenizer import Tokenizer
+from ebft_mega.data.text.text_files import ReadOptions
+from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import flush_to_disk, unfinished_directory

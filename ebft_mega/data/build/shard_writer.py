@@ -28,7 +28,7 @@ from ebft_mega.data.format import (
     shard_name,
     token_dtype,
 )
-from ebft_mega.data.tokenizer import Tokenizer, copy_tokenizer
+from ebft_mega.data.text.tokenizer import Tokenizer, copy_tokenizer
 from ebft_mega.io.input_errors import bad_input
 
 # A stream's order is made of windows of whole shards, so a shard of tiny documents is closed early.

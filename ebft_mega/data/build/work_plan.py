@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ebft_mega.data.corpus import CORPUS_MANIFEST_NAME
-from ebft_mega.data.sources import (
+from ebft_mega.data.text.archives import read_text_archive
+from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
+from ebft_mega.data.text.text_files import (
     BadText,
     ReadOptions,
     TextDocument,
@@ -17,7 +18,6 @@ from ebft_mega.data.sources import (
     list_text_files,
     read_jsonl,
 )
-from ebft_mega.data.text_archives import read_text_archive
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input, read_json_object
 

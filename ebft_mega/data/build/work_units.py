@@ -19,8 +19,8 @@ from ebft_mega.data.build.deduplication import DIGEST_BYTES
 from ebft_mega.data.build.shard_writer import ShardWriter
 from ebft_mega.data.build.work_plan import Plan, Reader, Unit
 from ebft_mega.data.build.worker_pool import Advance
-from ebft_mega.data.sources import BadText, TextDocument, count_lines
-from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import flush_to_disk

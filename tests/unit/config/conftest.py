@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from ebft_mega.data.build.shard_writer import DatasetWriter
-from ebft_mega.data.tokenizer import tokenizer_sha256
+from ebft_mega.data.text.tokenizer import tokenizer_sha256
 
 MODEL_FIELDS = {
     "model_type": "llama",

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.conversion import verifying
 from ebft_mega.conversion.verifying import compare_logits
-from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.data.tokenizer_training import train_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.model.huggingface import RandomWeights, hf_shapes, write_model
 from tests.conftest import tiny_config

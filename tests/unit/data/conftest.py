@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.tokenizer import load_tokenizer
-from ebft_mega.data.tokenizer_training import train_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer_training import train_tokenizer
 
 SOURCE_LINES = [
     "def add(first, second):",

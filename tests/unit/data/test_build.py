@@ -12,8 +12,8 @@ from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.shard_writer import MAX_SHARD_DOCUMENTS, DatasetWriter
 from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.sources import list_text_files
-from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.text.text_files import list_text_files
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.io.progress_bar import track

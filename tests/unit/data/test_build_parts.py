@@ -15,8 +15,8 @@ from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.work_plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
 from ebft_mega.data.build.worker_pool import WorkerDiedError, Workers
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.sources import ReadOptions
-from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.text.text_files import ReadOptions
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 
@@ -107,7 +107,7 @@ import os, signal, sys
 from pathlib import Path
 from ebft_mega.data.build.dataset_build import dataset_build as build
 from ebft_mega.data.build.dataset_build import work_units as parts
-from ebft_mega.data.tokenizer import load_tokenizer
+from ebft_mega.data.text.tokenizer import load_tokenizer
 
 module, name, calls = {place!r}
 owner = {{"build": build, "parts": parts, "Path": Path}}[module]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.corpus import SPLIT_SHARES, assign_splits, build_corpus, package_of, standard_library
+from ebft_mega.data.text.corpus import SPLIT_SHARES, assign_splits, build_corpus, package_of, standard_library
 from ebft_mega.errors import InputError
 
 

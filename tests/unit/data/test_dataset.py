@@ -18,7 +18,7 @@ from ebft_mega.data.build.shard_writer import DatasetWriter
 from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.format import Manifest, fingerprint
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import DamagedDataError, InputError
 
 

@@ -66,7 +66,7 @@ def test_metadata_of_every_document(dataset: Dataset, texts: dict[str, str]) -> 
 
 def test_long_metadata(tmp_path: Path, tokenizer_directory: Path) -> None:
     from ebft_mega.data.build.shard_writer import DatasetWriter
-    from ebft_mega.data.tokenizer import load_tokenizer
+    from ebft_mega.data.text.tokenizer import load_tokenizer
 
     writer = DatasetWriter(tmp_path, load_tokenizer(tokenizer_directory), 10_000)
     metadata = [{"path": "x" * length} for length in (10, 900, 1010, 1020, 5000)]

@@ -18,12 +18,12 @@ from webdataset import TarWriter
 
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.work_plan import Input, Reader, Unit
-from ebft_mega.data.compression import CutFileError, open_lines
 from ebft_mega.data.inspection import read_metadata
 from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.sources import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl
-from ebft_mega.data.text_archives import read_text_archive
-from ebft_mega.data.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.text.archives import read_text_archive
+from ebft_mega.data.text.compression import CutFileError, open_lines
+from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 
 LINES = b"".join(json.dumps({"text": f"line {number}\n"}).encode() + b"\n" for number in range(2000))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.data.tokenizer_training import train_tokenizer
+from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.io.command import run_command
 from ebft_mega.model.huggingface import hf_shapes, write_model
 from tests.conftest import tiny_config

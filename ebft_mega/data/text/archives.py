@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ebft_mega.data.sources import BadText, ReadOptions, TextDocument, decode_text
+from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, decode_text
 from ebft_mega.errors import Problem
 
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebft_mega.data.compression import CutFileError, open_lines
+from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebft_mega.data.sources import list_text_files, read_text_file
-from ebft_mega.data.tokenizer import CONFIG_NAME, SENTENCEPIECE_NAME, Tokenizer, load_tokenizer
+from ebft_mega.data.text.text_files import list_text_files, read_text_file
+from ebft_mega.data.text.tokenizer import CONFIG_NAME, SENTENCEPIECE_NAME, Tokenizer, load_tokenizer
 from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
