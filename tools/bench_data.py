@@ -21,14 +21,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.build.shard_writer import DatasetWriter
-from ebft_mega.data.checks import index_problems
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, INDEX_NAME, Manifest, file_sha256
-from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.reader import ShardFiles
+from ebft_mega.data.store.checks import index_problems
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, INDEX_NAME, Manifest, file_sha256
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.reader import ShardFiles
+from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
-from ebft_mega.data.verify import shard_documents
 
 VOCABULARIES = {"uint16": 50_000, "uint32": 151_000}
 BATCH_ROWS = 64  # of one process

@@ -10,10 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.build.build_record import BuildRecord, read_build_record
-from ebft_mega.data.cache import ShardCache
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import Manifest
-from ebft_mega.data.inspection import (
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import Manifest
+from ebft_mega.data.store.inspection import (
     Lengths,
     Rows,
     count_metadata,
@@ -23,9 +22,10 @@ from ebft_mega.data.inspection import (
     read_metadata,
     rows_of,
 )
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.shard_cache import ShardCache
+from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.verify import verify_dataset
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input

@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from ebft_mega.data.format import Sha256
+from ebft_mega.data.store.format import Sha256
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.io.output_directory import flush_to_disk
 from ebft_mega.io.records import Count, InnerPath, Record, parse_record

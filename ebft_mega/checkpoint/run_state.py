@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from ebft_mega.data.format import Sha256
 from ebft_mega.data.state import StreamState
+from ebft_mega.data.store.format import Sha256
 from ebft_mega.io.records import Count, Record, parse_record
 
 STATE_NAME = "state.json"

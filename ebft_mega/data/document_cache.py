@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from ebft_mega.data.dataset import Dataset
+from ebft_mega.data.store.dataset import Dataset
 
 DOCUMENT_CACHE_BYTES = 64 * 1024 * 1024
 

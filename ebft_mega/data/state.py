@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ebft_mega.data.format import Count, Sha256
+from ebft_mega.data.store.format import Count, Sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 

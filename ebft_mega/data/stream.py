@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.document_cache import DOCUMENT_CACHE_BYTES, DocumentCache
 from ebft_mega.data.mixing import Mixture, integer_weights
 from ebft_mega.data.packing import PackedLine, Span, Window
 from ebft_mega.data.state import SourceState, StreamState
+from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.errors import InputError, Problem
 
 

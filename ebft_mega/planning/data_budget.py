@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.format import Manifest
-from ebft_mega.data.remote import whole_shard_bytes
+from ebft_mega.data.store.format import Manifest
+from ebft_mega.data.store.remote import whole_shard_bytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.planning.datasets import BYTES_PER_GIGABYTE, open_place, open_training_rows, shard_cache

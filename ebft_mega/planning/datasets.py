@@ -6,10 +6,10 @@ from pathlib import Path
 from ebft_mega.config.schema import DataConfig, RunConfig
 from ebft_mega.data.build.on_demand import tokenized_dataset
 from ebft_mega.data.build.worker_pool import available_cores
-from ebft_mega.data.cache import ShardCache
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import MANIFEST_NAME
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import MANIFEST_NAME
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.errors import InputError, Problem
 

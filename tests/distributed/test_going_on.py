@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Setting, checkpoint, lines, make_datasets, run
 

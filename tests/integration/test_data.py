@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
 from tests.integration.conftest import launch, settings
 from tests.unit.data.https_server import make_certificate, trusted_server
 

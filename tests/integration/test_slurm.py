@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
 from tests.integration.conftest import LAUNCH_TIMEOUT_SECONDS, REPOSITORY, settings
 
 SCRIPTS = REPOSITORY / "launcher" / "slurm"

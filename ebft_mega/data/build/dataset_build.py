@@ -30,7 +30,7 @@ from ebft_mega.data.build.work_units import (
     tokenize_part,
 )
 from ebft_mega.data.build.worker_pool import Workers
-from ebft_mega.data.format import MANIFEST_NAME, Manifest, shard_name
+from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
 from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError

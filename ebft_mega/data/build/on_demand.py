@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.work_plan import ARCHIVE_SUFFIX, list_inputs
-from ebft_mega.data.format import MANIFEST_NAME, file_sha256
+from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
 from ebft_mega.data.text.tokenizer import load_tokenizer
 
 # Part of a cached dataset's name: another version of the builder makes another one.

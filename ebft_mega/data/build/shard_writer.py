@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ebft_mega.data.format import (
+from ebft_mega.data.store.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_DTYPE,

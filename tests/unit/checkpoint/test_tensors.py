@@ -17,7 +17,7 @@ from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.snapshot import Piece, Written, write_pieces
 from ebft_mega.checkpoint.tensor_index import TensorIndex, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
-from ebft_mega.data.format import file_sha256
+from ebft_mega.data.store.format import file_sha256
 from ebft_mega.errors import BrokenCheckpointError
 from ebft_mega.model.huggingface import hf_shapes
 from tests.conftest import tiny_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import INDEX_DTYPE, TAR_BLOCK_BYTES, Manifest, token_dtype
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import INDEX_DTYPE, TAR_BLOCK_BYTES, Manifest, token_dtype
 
 EOS = 1
 

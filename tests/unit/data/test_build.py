@@ -10,8 +10,8 @@ import pytest
 
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.shard_writer import MAX_SHARD_DOCUMENTS, DatasetWriter
-from ebft_mega.data.inspection import read_metadata
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.inspection import read_metadata
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.text_files import list_text_files
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError

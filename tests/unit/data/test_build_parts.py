@@ -14,7 +14,7 @@ import pytest
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.work_plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
 from ebft_mega.data.build.worker_pool import WorkerDiedError, Workers
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.cache import ShardCache, WrongShardError
-from ebft_mega.data.format import ShardEntry
+from ebft_mega.data.store.format import ShardEntry
+from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError
 from ebft_mega.errors import DamagedDataError
 
 pytestmark = pytest.mark.timeout(60)

@@ -15,9 +15,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ebft_mega.data.build.dataset_build import shard_writer as writer_module
 from ebft_mega.data.build.shard_writer import DatasetWriter
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import Manifest, fingerprint
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import Manifest, fingerprint
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import DamagedDataError, InputError
 
@@ -288,7 +288,7 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
 def test_reading_leaves_no_file_open_and_warns_of_nothing(dataset_directory: Path) -> None:
     program = (
         "import os, sys\n"
-        "from ebft_mega.data.opening import open_dataset\n"
+        "from ebft_mega.data.store.opening import open_dataset\n"
         f"dataset = open_dataset({str(dataset_directory)!r})\n"
         "before = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc') else 0\n"
         "for number in range(dataset.manifest.documents): dataset.read_document(number)\n"
@@ -304,7 +304,7 @@ def test_reading_leaves_no_file_open_and_warns_of_nothing(dataset_directory: Pat
 
 
 def test_few_descriptors_serve_many_shards(dataset_directory: Path) -> None:
-    from ebft_mega.data.reader import ShardFiles
+    from ebft_mega.data.store.reader import ShardFiles
 
     dataset = open_dataset(dataset_directory)
     expected = [dataset.read_document(number).tolist() for number in range(30)]

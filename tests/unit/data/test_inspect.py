@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ebft_mega.data.build.build_record import read_build_record
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.errors import DamagedDataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

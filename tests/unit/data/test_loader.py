@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ebft_mega.data.dataset import Dataset
 from ebft_mega.data.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.errors import DamagedDataError, InputError
 from tests.unit.data.memory_dataset import EOS, damage, memory_dataset

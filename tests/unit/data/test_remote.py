@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data import order, remote
-from ebft_mega.data.cache import ShardCache
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import Manifest, fingerprint
-from ebft_mega.data.https import HttpsClient, Transfer, https_address_problem
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data import order
+from ebft_mega.data.store import remote
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import Manifest, fingerprint
+from ebft_mega.data.store.https import HttpsClient, Transfer, https_address_problem
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.errors import DamagedDataError, InputError
 from tests.unit.data.https_server import Fault, FileServer, make_certificate, serving, trusted_server
 
@@ -136,7 +137,7 @@ def test_a_server_that_hangs_is_left(server: FileServer, url: str, fault: Fault)
 
 def test_only_a_failed_attempt_is_waited_after(server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("ebft_mega.data.https.time.sleep", waits.append)
+    monkeypatch.setattr("ebft_mega.data.store.https.time.sleep", waits.append)
     client = HttpsClient(Transfer())
     for _ in range(2):
         assert b"".join(client.chunks(url, 0, len(CONTENT), len(CONTENT))) == CONTENT
@@ -685,8 +686,8 @@ def test_an_interpreter_does_not_wait_for_downloads_ahead(
     server.faults[dataset.manifest.shards[0].name] = Fault("stall", 100)
     program = (
         "from pathlib import Path\n"
-        "from ebft_mega.data.cache import ShardCache\n"
-        "from ebft_mega.data.opening import open_dataset\n"
+        "from ebft_mega.data.store.shard_cache import ShardCache\n"
+        "from ebft_mega.data.store.opening import open_dataset\n"
         f"dataset = open_dataset({remote_url!r}, ShardCache(Path({str(cache.directory)!r}), 1 << 30))\n"
         "dataset.files.expect([0])\n"
         "print(dataset.read_document(dataset.manifest.documents - 1).size)\n"

@@ -18,8 +18,8 @@ from webdataset import TarWriter
 
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.build.work_plan import Input, Reader, Unit
-from ebft_mega.data.inspection import read_metadata
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.inspection import read_metadata
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl

@@ -8,7 +8,7 @@ import pytest
 from webdataset import TarWriter
 
 from ebft_mega.data.build.on_demand import tokenized_dataset
-from ebft_mega.data.opening import open_dataset
+from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 

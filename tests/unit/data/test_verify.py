@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data import verify
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import INDEX_DTYPE, fingerprint
-from ebft_mega.data.opening import open_dataset
-from ebft_mega.data.verify import ShardReport, shard_documents, verify_dataset
+from ebft_mega.data.store import verify
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import INDEX_DTYPE, fingerprint
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.verify import ShardReport, shard_documents, verify_dataset
 from ebft_mega.errors import DamagedDataError, InputError
 
 pytestmark = pytest.mark.timeout(60)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import TAR_BLOCK_BYTES, document_key
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import TAR_BLOCK_BYTES, document_key
 from ebft_mega.errors import DamagedDataError
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ebft_mega.data.format import TAR_BLOCK_BYTES
+from ebft_mega.data.store.format import TAR_BLOCK_BYTES
 from ebft_mega.errors import DamagedDataError
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import TAR_BLOCK_BYTES, document_key, payload_suffix
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import TAR_BLOCK_BYTES, document_key, payload_suffix
 from ebft_mega.errors import DamagedDataError
 
 _READ_BYTES = 1 << 22

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from ebft_mega.data.format import (
+from ebft_mega.data.store.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -22,7 +22,7 @@ from ebft_mega.data.format import (
     fingerprint,
     payload_suffix,
 )
-from ebft_mega.data.reader import ShardBytes
+from ebft_mega.data.store.reader import ShardBytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ebft_mega.data.format import ShardEntry
+from ebft_mega.data.store.format import ShardEntry
 from ebft_mega.errors import DamagedDataError
 
 logger = logging.getLogger(__name__)

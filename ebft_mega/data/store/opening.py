@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.data.cache import ShardCache
-from ebft_mega.data.checks import (
+from ebft_mega.data.store.checks import (
     index_problems,
     manifest_problems,
     read_manifest,
@@ -14,11 +13,12 @@ from ebft_mega.data.checks import (
     swapped_shard_problems,
     tokenizer_problems,
 )
-from ebft_mega.data.dataset import Dataset
-from ebft_mega.data.format import INDEX_NAME, MANIFEST_NAME
-from ebft_mega.data.https import DEFAULT_TRANSFER, HttpsClient, Transfer, https_address_problem
-from ebft_mega.data.reader import ShardFiles
-from ebft_mega.data.remote import OnError, RemoteShards, remote_description, remote_shard_problems
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import INDEX_NAME, MANIFEST_NAME
+from ebft_mega.data.store.https import DEFAULT_TRANSFER, HttpsClient, Transfer, https_address_problem
+from ebft_mega.data.store.reader import ShardFiles
+from ebft_mega.data.store.remote import OnError, RemoteShards, remote_description, remote_shard_problems
+from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 

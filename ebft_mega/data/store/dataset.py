@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.data.format import TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
-from ebft_mega.data.reader import ShardBytes, read_member
+from ebft_mega.data.store.format import TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
+from ebft_mega.data.store.reader import ShardBytes, read_member
 from ebft_mega.errors import DamagedDataError
 
 
