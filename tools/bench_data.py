@@ -21,13 +21,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.build.shard_writer import DatasetWriter
+from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.checks import index_problems
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, INDEX_NAME, Manifest, file_sha256
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
-from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
 
 VOCABULARIES = {"uint16": 50_000, "uint32": 151_000}
@@ -98,7 +98,7 @@ def measure_reading(dataset: Dataset, dtype: str, options: argparse.Namespace) -
 
 def read_batches(stream: RowStream, rank: int, ranks: int, workers: int, num_batches: int) -> None:
     """Reads batches as one rank of a run does."""
-    from ebft_mega.data.loader import BatchLoader
+    from ebft_mega.data.rows.loader import BatchLoader
 
     loader = BatchLoader(stream, BATCH_ROWS * ranks, rank, ranks, workers=workers)
     for batch in itertools.islice(loader, num_batches):
@@ -110,7 +110,7 @@ def timed_together(work: Callable[[int], object], processes: int) -> tuple[float
 
     CPU seconds include those of the workers that a process starts and waits for.
     """
-    import ebft_mega.data.loader  # noqa: F401 (before the clock starts, and once for all processes)
+    import ebft_mega.data.rows.loader  # noqa: F401 (before the clock starts, and once for all processes)
 
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(processes), context.SimpleQueue()
@@ -139,8 +139,8 @@ def show(what: str, seconds: float, cpu_seconds: float, tokens: int) -> None:
 
 def measure_resuming(options: argparse.Namespace) -> None:
     """Prints what opening an index costs, and the time from a saved state to the place of its first row."""
-    from ebft_mega.data.loader import BatchLoader
-    from ebft_mega.data.state import StreamState
+    from ebft_mega.data.rows.loader import BatchLoader
+    from ebft_mega.data.rows.stream_state import StreamState
 
     with tempfile.TemporaryDirectory(prefix="bench-data-") as name:
         manifest = large_index(Path(name), options.resume_documents)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from ebft_mega.data.state import StreamState
+from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.data.store.format import Sha256
 from ebft_mega.io.records import Count, Record, parse_record
 

@@ -12,7 +12,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.loader import fixed_rows
+from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem

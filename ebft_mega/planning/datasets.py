@@ -6,11 +6,11 @@ from pathlib import Path
 from ebft_mega.config.schema import DataConfig, RunConfig
 from ebft_mega.data.build.on_demand import tokenized_dataset
 from ebft_mega.data.build.worker_pool import available_cores
+from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import MANIFEST_NAME
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
-from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.errors import InputError, Problem
 
 BYTES_PER_GIGABYTE = 1e9

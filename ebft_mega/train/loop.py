@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ebft_mega.checkpoint.run_state import EvaluationRecord
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
-from ebft_mega.data.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
 from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather

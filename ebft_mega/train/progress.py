@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ebft_mega.checkpoint.run_state import EvaluationRecord, Layout, RunState, StartedFrom
-from ebft_mega.data.loader import BatchLoader
+from ebft_mega.data.rows.loader import BatchLoader
 
 
 @dataclass

@@ -41,7 +41,7 @@ from ebft_mega.checkpoint.run_state import StartedFrom
 from ebft_mega.checkpoint.tensor_index import TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.loader import BatchLoader
+from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
 from ebft_mega.model.huggingface import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan

@@ -24,7 +24,7 @@ from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import (
     EXIT_DONE,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ebft_mega.data.loader import LoadedBatch, SkippedRow
+from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import SkipBudgetError
 from ebft_mega.parallel.groups import ProcessGroups
 

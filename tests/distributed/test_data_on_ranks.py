@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from ebft_mega.data.loader import LoadedBatch, SkippedRow
+from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.agreement import require_agreement

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.data.loader import LoadedBatch
+from ebft_mega.data.rows.loader import LoadedBatch
 from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.stop_requests import StopReason

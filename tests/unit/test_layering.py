@@ -49,7 +49,7 @@ LIGHT_MODULES = (
     "ebft_mega.data.store.https",
     "ebft_mega.data.store.shard_cache",
     "ebft_mega.data.build.on_demand",
-    "ebft_mega.data.stream",
+    "ebft_mega.data.rows.stream",
     "ebft_mega.metrics.sinks",
     "ebft_mega.report.comparison",
     "ebft_mega.report.run_report",

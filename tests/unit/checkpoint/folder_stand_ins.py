@@ -8,7 +8,7 @@ from ebft_mega.checkpoint.manifest import Manifest, write_file, write_manifest
 from ebft_mega.checkpoint.run_state import EvaluationRecord, Layout, RunState, StartedFrom
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.yaml_source import write_yaml
-from ebft_mega.data.state import SourceState, StreamState
+from ebft_mega.data.rows.stream_state import SourceState, StreamState
 
 MODEL = {
     "model_type": "llama",

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ebft_mega.data.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.errors import DamagedDataError, InputError
 from tests.unit.data.memory_dataset import EOS, damage, memory_dataset
 
@@ -145,8 +145,8 @@ WITH_WORKERS = """
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {root!r})
 from tests.unit.data.test_loader import small_dataset
-from ebft_mega.data.loader import BatchLoader
-from ebft_mega.data.stream import RowStream
+from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.data.rows.stream import RowStream
 batches = iter(BatchLoader(RowStream.of(small_dataset(), 8, 0), 4, workers=2))
 next(batches)
 pids = [child.pid for child in multiprocessing.active_children()]

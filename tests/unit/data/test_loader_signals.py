@@ -16,8 +16,8 @@ PROGRAM = """
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {root!r})
 from tests.unit.data.test_loader import small_dataset
-from ebft_mega.data.loader import BatchLoader
-from ebft_mega.data.stream import RowStream
+from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.data.rows.stream import RowStream
 noted = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: noted.append(number))

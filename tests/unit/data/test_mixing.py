@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.mixing import MAX_PERIOD, Mixture, assignment, integer_weights, nearest_shares
+from ebft_mega.data.rows.mixing import MAX_PERIOD, Mixture, assignment, integer_weights, nearest_shares
 from ebft_mega.errors import InputError
 
 share_lists = st.lists(st.integers(1, 40), min_size=1, max_size=7)

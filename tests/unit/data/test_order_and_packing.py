@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data.order import FeistelPermutation, epoch_windows, permutation
-from ebft_mega.data.packing import PackedLine, document_ends, pieces
+from ebft_mega.data.rows.order import FeistelPermutation, epoch_windows, permutation
+from ebft_mega.data.rows.packing import PackedLine, document_ends, pieces
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 shard_lists = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=8)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data import order
+from ebft_mega.data.rows import order
 from ebft_mega.data.store import remote
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest, fingerprint

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.state import SourceState, StreamState, check_resumable, resumed_row
+from ebft_mega.data.rows.stream_state import SourceState, StreamState, check_resumable, resumed_row
 from ebft_mega.errors import InputError
 
 CODE = SourceState(

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data import packing
-from ebft_mega.data.document_cache import DocumentCache
+from ebft_mega.data.rows import packing
+from ebft_mega.data.rows.document_cache import DocumentCache
+from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.stream import RowStream, Source
 from ebft_mega.errors import DamagedDataError, InputError
 from tests.unit.data.memory_dataset import EOS, damage, memory_dataset
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data.loader import BatchLoader, fixed_rows
+from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
+from ebft_mega.data.rows.stream import RowStream
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.stream import RowStream
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 

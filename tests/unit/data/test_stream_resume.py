@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ebft_mega.data.loader import BatchLoader
-from ebft_mega.data.state import StreamState
-from ebft_mega.data.stream import RowStream, Source
+from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.data.rows.stream import RowStream, Source
+from ebft_mega.data.rows.stream_state import StreamState
 from tests.unit.data.memory_dataset import memory_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ebft_mega.data.loader import SkippedRow
+from ebft_mega.data.rows.loader import SkippedRow
 from ebft_mega.errors import DamagedDataError, SkipBudgetError
 from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from ebft_mega.data.order import permutation
-from ebft_mega.data.state import StreamState, check_resumable, resumed_row
+from ebft_mega.data.rows.order import permutation
+from ebft_mega.data.rows.stream import Row, RowStream
+from ebft_mega.data.rows.stream_state import StreamState, check_resumable, resumed_row
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.stream import Row, RowStream
 from ebft_mega.errors import DamagedDataError
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.types import TokenBatch

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from ebft_mega.data.document_cache import DOCUMENT_CACHE_BYTES, DocumentCache
-from ebft_mega.data.mixing import Mixture, integer_weights
-from ebft_mega.data.packing import PackedLine, Span, Window
-from ebft_mega.data.state import SourceState, StreamState
+from ebft_mega.data.rows.document_cache import DOCUMENT_CACHE_BYTES, DocumentCache
+from ebft_mega.data.rows.mixing import Mixture, integer_weights
+from ebft_mega.data.rows.packing import PackedLine, Span, Window
+from ebft_mega.data.rows.stream_state import SourceState, StreamState
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.errors import InputError, Problem
 
