@@ -1,1 +1,1 @@
-"""What a run is told to do: the schema, how a file is read, what is checked and what `--dry-run` prints."""
+"""What a run is told to do: the keys, how a file is read, and the rules that values must agree on. No torch."""

@@ -1,1 +1,1 @@
-"""Raw text to fixed-length rows of tokens: tokenizers, shards, order, packing, stream and loader."""
+"""Raw text to fixed-length rows of tokens, in four rooms: text, store, build, rows."""

@@ -1,1 +1,1 @@
-""""""
+"""The process and its run directory: lock, stop requests, watchdog, agreement between ranks, outcome."""

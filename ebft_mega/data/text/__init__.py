@@ -1,1 +1,1 @@
-""""""
+"""Text as people bring it: files, archives, compression, tokenizers."""
