@@ -2,7 +2,7 @@
 
 What all adapters share: queries [B, heads, rows, d] and keys [B, groups, keys, d] with groups dividing heads; outputs
 with one log-normaliser per query (float32 or wider), and a backward that takes the *merged* output and log-normaliser
-of a softmax of which this prefix is a part (`ebft_mega.attention.parts`).
+of a softmax of which this prefix is a part (`ebft_mega.attention.softmax_merge`).
 """
 
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebft_mega.attention.parts import merge, small_backward, small_forward
+from ebft_mega.attention.softmax_merge import merge, small_backward, small_forward
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

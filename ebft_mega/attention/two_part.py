@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ebft_mega.attention.parts import merge, small_backward, small_forward
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.prefix_kernels import PrefixKernel, prefix_kernel
+from ebft_mega.attention.softmax_merge import merge, small_backward, small_forward
 
 # Plans kept: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
 _PLANS = 64

@@ -11,9 +11,9 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
 from ebft_mega.errors import BrokenCheckpointError, Problem
-from ebft_mega.model.huggingface import hf_shapes
-from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import hf_shapes
+from ebft_mega.model.weights.weight_layout import Box, packing_of
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
 from ebft_mega.parallel.zero import ZeroEngine
 

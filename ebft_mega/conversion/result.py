@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebft_mega.model.weight_files import stored_tensors
+from ebft_mega.model.weights.weight_files import stored_tensors
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
 

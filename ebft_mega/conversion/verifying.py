@@ -17,10 +17,10 @@ from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.model.attention import StridedLayout
-from ebft_mega.model.huggingface import CONFIG_NAME, SafetensorsWeights, load_weights
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weight_files import INDEX_NAME
+from ebft_mega.model.strided_attention import StridedLayout
+from ebft_mega.model.weights.huggingface import CONFIG_NAME, SafetensorsWeights, load_weights
+from ebft_mega.model.weights.weight_files import INDEX_NAME
 from ebft_mega.parallel.groups import ProcessGroups
 
 

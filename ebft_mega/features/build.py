@@ -13,8 +13,8 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
-from ebft_mega.model.huggingface import WeightSource, load_weights
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import WeightSource, load_weights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.zero import ShardedStage

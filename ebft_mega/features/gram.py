@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.attention import ReadRows
+from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
 
 EmbedMethod = Literal["last_token", "mean_pooling"]

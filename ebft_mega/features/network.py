@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm, PooledRows, block_grams
-from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.reward.duplicates import copy_duplicate_rows

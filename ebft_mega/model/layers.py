@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.model.attention import StridedCoreAttention
+from ebft_mega.model.strided_attention import StridedCoreAttention
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
     SelfAttention,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ebft_mega.model.attention import StridedLayout
-from ebft_mega.model.kept import KeptInputs
+from ebft_mega.model.saved_activations import KeptInputs
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import StridedLayout
 
 
 def replay(

@@ -13,12 +13,12 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, padded_vocabulary
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.attention.two_part import TwoPartAttention
-from ebft_mega.model.attention import Layout, ReadRows, StridedLayout
 from ebft_mega.model.head import ScoredTokens, VocabularyHead
 from ebft_mega.model.hidden import HiddenShape, select_positions
-from ebft_mega.model.kept import KeptInputs
 from ebft_mega.model.layers import RMSNorm, layer_submodules, transformer_config
 from ebft_mega.model.rotary import inverse_frequencies, rotary_angles
+from ebft_mega.model.saved_activations import KeptInputs
+from ebft_mega.model.strided_attention import Layout, ReadRows, StridedLayout
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
     TransformerLayer,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.errors import InputProblems, Problem
-from ebft_mega.model.weight_files import stored_tensors
+from ebft_mega.model.weights.weight_files import stored_tensors
 
 
 def weight_file_problems(directory: Path) -> list[Problem]:

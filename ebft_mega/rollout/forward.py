@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.head import RowScores
-from ebft_mega.model.kept import KeptInputs
 from ebft_mega.model.replay import replay
+from ebft_mega.model.saved_activations import KeptInputs
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.rollout.layout import packed_positions
 from ebft_mega.types import RowDocuments
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from ebft_mega.architecture.sizes import HEAD_ROWS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.model.attention import KeyValueCache, StridedLayout
 from ebft_mega.model.head import RowScores, score_rows
-from ebft_mega.model.kept import KeptInputs
+from ebft_mega.model.saved_activations import KeptInputs
 from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.layout import anchor_positions, document_positions, generated_positions, to_sequence

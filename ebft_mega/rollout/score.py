@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.attention import StridedLayout
 from ebft_mega.model.head import RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward, join_scores
 from ebft_mega.rollout.layout import anchor_positions, from_sequence, packed_sequence, to_sequence

@@ -44,7 +44,8 @@ from ebft_mega.io.output_directory import refuse_other_contents
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after
 from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.model.huggingface import (
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import (
     CONFIG_NAME,
     InitialWeights,
     RandomWeights,
@@ -53,7 +54,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine

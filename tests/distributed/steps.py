@@ -12,7 +12,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.model import head
-from ebft_mega.model.huggingface import hf_tensors
+from ebft_mega.model.weights.huggingface import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.rollout import generate
 from ebft_mega.train.run import build_trainer

@@ -20,8 +20,8 @@ from ebft_mega.architecture.partition import StageShape, stage_parameters
 from ebft_mega.checkpoint.snapshot import Piece, take_snapshot, write_pieces
 from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
-from ebft_mega.model.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
 from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS

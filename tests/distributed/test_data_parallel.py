@@ -5,7 +5,7 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.evaluation.heldout import evaluation_settings
-from ebft_mega.model.huggingface import RandomWeights
+from ebft_mega.model.weights.huggingface import RandomWeights
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.loop import HeldOut, evaluate_now
 from ebft_mega.train.run import build_trainer

@@ -16,8 +16,8 @@ from ebft_mega.benchmark.step_major import (
     step_major_sequence,
 )
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL

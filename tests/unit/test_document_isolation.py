@@ -16,8 +16,8 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
 from ebft_mega.features.build import FeatureSettings, build_feature_network
-from ebft_mega.model.huggingface import RandomWeights, load_weights
 from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
 from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.layout import kept_blocks

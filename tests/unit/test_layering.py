@@ -39,7 +39,7 @@ LIGHT_MODULES = (
     "ebft_mega.architecture.hf_config",
     "ebft_mega.architecture.partition",
     "ebft_mega.architecture.sizes",
-    "ebft_mega.model.weight_files",
+    "ebft_mega.model.weights.weight_files",
     "ebft_mega.data.build.dataset_build",
     "ebft_mega.data.store.dataset",
     "ebft_mega.data.store.inspection",

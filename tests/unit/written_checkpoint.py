@@ -13,7 +13,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.folders import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
-from ebft_mega.model.huggingface import RandomWeights, WeightSource, hf_shapes
+from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes
 
 
 class VariedWeights(RandomWeights):

@@ -13,9 +13,9 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.conversion.exporting import checkpoint_folder, export_checkpoint
 from ebft_mega.conversion.importing import import_model
 from ebft_mega.errors import BrokenCheckpointError, InputError
-from ebft_mega.model.attention import StridedLayout
-from ebft_mega.model.huggingface import RandomWeights, hf_shapes, load_weights
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import StridedLayout
+from ebft_mega.model.weights.huggingface import RandomWeights, hf_shapes, load_weights
 from tests.conftest import tiny_config
 from tests.unit.conversion.test_import import KINDS
 from tests.unit.planted import Bomb

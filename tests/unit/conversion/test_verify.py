@@ -14,7 +14,7 @@ from ebft_mega.conversion.verifying import compare_logits
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
-from ebft_mega.model.huggingface import RandomWeights, hf_shapes, write_model
+from ebft_mega.model.weights.huggingface import RandomWeights, hf_shapes, write_model
 from tests.conftest import tiny_config
 from tests.unit.conversion.test_import import KINDS, change
 from tests.unit.planted import Bomb

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import InputError
-from ebft_mega.model.attention import ReadRows, StridedLayout
 from ebft_mega.model.head import ScoredTokens
-from ebft_mega.model.huggingface import (
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import ReadRows, StridedLayout
+from ebft_mega.model.weights.huggingface import (
     RandomWeights,
     SafetensorsWeights,
     hf_shapes,
@@ -19,7 +20,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
 
 LLAMA3_ROPE = {

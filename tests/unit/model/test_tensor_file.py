@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ebft_mega.model.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec
+from ebft_mega.model.weights.tensor_file import DTYPE_NAMES, TensorFileWriter, TensorSpec
 from tests.memory import peak_tensor_bytes
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)

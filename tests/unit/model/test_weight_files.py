@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ebft_mega.model.weight_files import INDEX_NAME, StoredTensor, stored_tensors
+from ebft_mega.model.weights.weight_files import INDEX_NAME, StoredTensor, stored_tensors
 
 
 def write_raw(path: Path, header: object, num_bytes: int) -> None:

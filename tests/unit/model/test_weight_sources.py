@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import InputError
-from ebft_mega.model.huggingface import (
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import (
     RandomWeights,
     SafetensorsWeights,
     hf_shapes,
@@ -22,7 +23,6 @@ from ebft_mega.model.huggingface import (
     load_weights,
     write_model,
 )
-from ebft_mega.model.stage import Stage
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebft_mega.model.tensor_file import TensorFileWriter, TensorSpec
-from ebft_mega.model.weight_files import INDEX_NAME, SINGLE_NAME
+from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
+from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME
 
 
 @dataclass(frozen=True)

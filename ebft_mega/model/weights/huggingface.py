@@ -17,10 +17,10 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.output_directory import flush_to_disk, new_directory
-from ebft_mega.model.model_directory import plan_shards, write_json, write_shards
-from ebft_mega.model.packing import Box, packing_of
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weight_files import StoredTensor, stored_tensors
+from ebft_mega.model.weights.model_directory import plan_shards, write_json, write_shards
+from ebft_mega.model.weights.weight_files import StoredTensor, stored_tensors
+from ebft_mega.model.weights.weight_layout import Box, packing_of
 from ebft_mega.parallel.groups import ProcessGroups
 
 SHARD_BYTES = 4 * 2**30
