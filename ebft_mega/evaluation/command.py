@@ -17,7 +17,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settings, merge
-from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
 from ebft_mega.model.stage import PipelinedModel, Stage

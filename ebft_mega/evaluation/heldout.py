@@ -16,15 +16,15 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import PipelinedModel
-from ebft_mega.reward.closed_forms import (
+from ebft_mega.reward.alignment_and_diversity import (
     Whitening,
     block_rewards,
     raw_cosine,
     unbiased_feature_matching,
 )
-from ebft_mega.reward.duplicates import has_duplicates
+from ebft_mega.rollout.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.types import Rollout, TokenBatch
 

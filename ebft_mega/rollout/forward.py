@@ -12,7 +12,7 @@ from ebft_mega.model.replay import replay
 from ebft_mega.model.saved_activations import KeptInputs
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
-from ebft_mega.rollout.layout import packed_positions
+from ebft_mega.rollout.packed_order import packed_positions
 from ebft_mega.types import RowDocuments
 
 

@@ -15,8 +15,8 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward
-from ebft_mega.rollout.layout import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.noise import noise_keys
+from ebft_mega.rollout.packed_order import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.types import Rollout, TokenBatch
 

@@ -12,7 +12,7 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import KeptForward, join_scores
-from ebft_mega.rollout.layout import anchor_positions, from_sequence, packed_sequence, to_sequence
+from ebft_mega.rollout.packed_order import anchor_positions, from_sequence, packed_sequence, to_sequence
 from ebft_mega.types import PolicyLogprobs, RowDocuments
 
 

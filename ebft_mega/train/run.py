@@ -39,7 +39,7 @@ from ebft_mega.errors import (
     Problem,
 )
 from ebft_mega.evaluation.heldout import evaluation_settings
-from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.io.output_directory import refuse_other_contents
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after

@@ -23,7 +23,7 @@ from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
-from ebft_mega.reward.closed_forms import block_rewards
+from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score

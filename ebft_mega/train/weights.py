@@ -10,7 +10,7 @@ from torch import Tensor
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.types import TokenBatch
 
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, hf_tensors, load_weights
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import judge
 from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step

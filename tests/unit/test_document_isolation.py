@@ -15,12 +15,12 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
-from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
 from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.layout import kept_blocks
+from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import Experience, Learned, StepResult
 from ebft_mega.train.summary import step_metrics

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.features.build import FeatureSettings, build_feature_network
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import SafetensorsWeights, hf_tensors, load_weights
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.optimizer import runner
-from ebft_mega.reward.closed_forms import block_rewards
+from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.layout import kept_blocks
 from ebft_mega.rollout.noise import noise_keys
+from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import PolicyLogprobs, TokenBatch

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.closed_forms import block_rewards
+from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.types import BlockRewards
 
 ALIGNMENT_COEF, DIVERSITY_COEF = 0.9, 0.4

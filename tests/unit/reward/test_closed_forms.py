@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.closed_forms import block_rewards, raw_cosine, unbiased_feature_matching
+from ebft_mega.reward.alignment_and_diversity import block_rewards, raw_cosine, unbiased_feature_matching
 from tests.unit.reward.naive import CASES, features, gram_of, naive_rewards
 
 WHITENINGS = ("none", "sample", "feature")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 
 from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.closed_forms import block_rewards
-from ebft_mega.reward.duplicates import (
+from ebft_mega.reward.alignment_and_diversity import block_rewards
+from ebft_mega.rollout.duplicates import (
     copy_duplicate_rows,
     duplicate_share,
     duplicate_share_per_row,

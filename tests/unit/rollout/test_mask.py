@@ -6,7 +6,7 @@ import torch
 from ebft_mega.attention.two_part import TwoPartAttention
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.strided_attention import StridedCoreAttention, StridedLayout
-from ebft_mega.rollout.layout import packed_sequence
+from ebft_mega.rollout.packed_order import packed_sequence
 from tests.unit.rollout.dense_mask import packed_positions, strided_mask
 
 PLANS = {

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ebft_mega.reward.duplicates import first_equal
+from ebft_mega.rollout.duplicates import first_equal
 from ebft_mega.types import BlockRewards
 
 Whitening = Literal["none", "sample", "feature"]
