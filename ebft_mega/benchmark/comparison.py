@@ -15,7 +15,7 @@ from ebft_mega.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.benchmark.memory import peak_bytes_in_child
 from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_sides
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
-from ebft_mega.cost.ours import StepShape, least_cost_of_step
+from ebft_mega.cost.step_cost import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
 from ebft_mega.parallel.groups import ProcessGroups
 

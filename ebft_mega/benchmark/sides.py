@@ -13,8 +13,8 @@ from ebft_mega.benchmark.counting import LabelledTimers
 from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
 from ebft_mega.benchmark.step_major import DenseKernel
 from ebft_mega.config.schema import Reuse
-from ebft_mega.cost.naive import cost_of_naive_step
-from ebft_mega.cost.ours import StepShape, cost_of_step
+from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import StepCost
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights

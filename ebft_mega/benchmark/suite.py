@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ebft_mega.benchmark.case import MODELS, BenchCase, BenchModel
-from ebft_mega.cost.naive import cost_of_naive_step
-from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
+from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import StepCost
 
 OURS_ALONE = ("ours", "ours_activations")

@@ -4,7 +4,7 @@ import re
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.cost.ours import StepShape, cost_of_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
 
 
 def _peaks(bfloat16: float, float32: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from ebft_mega.benchmark.case import BenchCase
 from ebft_mega.benchmark.comparison import PHASES, check_counts
 from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter, count_phase
 from ebft_mega.benchmark.sides import OUR_SIDES, build_sides, random_rows
-from ebft_mega.cost.ours import StepShape, cost_of_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import Flops
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step

@@ -20,8 +20,8 @@ from ebft_mega.benchmark.tables import (
     report,
     times_table,
 )
-from ebft_mega.cost.naive import cost_of_naive_step
-from ebft_mega.cost.ours import StepShape, cost_of_step
+from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from tests.unit.benchmark_models import TINY_CASES, TINY_MODEL
 
 PROMISED = {

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ebft_mega.benchmark.case import MODELS
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.cost.naive import cost_of_naive_step
-from ebft_mega.cost.ours import StepShape, cost_of_step, least_cost_of_step
+from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops, LayerWork
 
 LARGE = MODELS["7b"].architecture

@@ -65,7 +65,7 @@ LIGHT_MODULES = (
     "ebft_mega.runtime.run_lock",
     "ebft_mega.runtime.stop_requests",
     "ebft_mega.cost.mfu",
-    "ebft_mega.cost.naive",
+    "ebft_mega.cost.naive_cost",
 )
 
 

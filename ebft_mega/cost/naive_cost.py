@@ -1,7 +1,7 @@
 """What one step of a trainer without packing or caches costs for one row; the existing ones work like this."""
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.cost.ours import StepShape
+from ebft_mega.cost.step_cost import StepShape
 from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, forward_flops
 
 
