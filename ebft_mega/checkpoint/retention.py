@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from ebft_mega.checkpoint.folders import complete_folders, discard, newest, step_of
+from ebft_mega.checkpoint.commit import complete_folders, discard, newest, step_of
 
 
 def expired(steps: Collection[int], keep_last: int | None, keep_every: int | None) -> list[int]:

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.folders import CHECKPOINTS, newest, step_of
+from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.manifest import file_problems, read_listed
 from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_model_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.folders import (
+from ebft_mega.checkpoint.commit import (
     CHECKPOINTS,
     point_latest,
     pointed_at,
@@ -28,7 +28,7 @@ from ebft_mega.checkpoint.manifest import (
     unlisted_files,
 )
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint, open_model_folder
-from ebft_mega.checkpoint.resume import (
+from ebft_mega.checkpoint.resume_rules import (
     Candidates,
     SavedRun,
     candidates,

@@ -17,7 +17,7 @@ from torch import nn
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
-from ebft_mega.checkpoint.folders import CHECKPOINTS, newest
+from ebft_mega.checkpoint.commit import CHECKPOINTS, newest
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.run_state import STATE_NAME, Layout
 from ebft_mega.checkpoint.saver import CheckpointSaver

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.folders import CHECKPOINTS
+from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors
 from ebft_mega.config.load import load_config

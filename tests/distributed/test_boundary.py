@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint import saver as saver_module
-from ebft_mega.checkpoint.folders import complete_folders, leftovers, newest
+from ebft_mega.checkpoint.commit import complete_folders, leftovers, newest
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.errors import CheckpointError, OustedError

@@ -35,7 +35,7 @@ STAGES = {
     "renamed": ("ebft_mega.checkpoint.saver:point_latest", "before", (0,)),
     "latest half replaced": ("ebft_mega.checkpoint.saver:point_latest", "half", (0,)),
     "complete": ("ebft_mega.checkpoint.saver:point_latest", "after", (0,)),
-    "old one half deleted": ("ebft_mega.checkpoint.folders:shutil.rmtree", "half", (0,)),
+    "old one half deleted": ("ebft_mega.checkpoint.commit:shutil.rmtree", "half", (0,)),
 }
 PHASES = {
     "start": "ebft_mega.train.run:build_trainer",

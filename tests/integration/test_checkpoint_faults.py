@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from ebft_mega.checkpoint.folders import complete_folders
+from ebft_mega.checkpoint.commit import complete_folders
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest
 from ebft_mega.data.build.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer

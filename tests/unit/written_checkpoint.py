@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.folders import folder_name, point_latest
+from ebft_mega.checkpoint.commit import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
 from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes

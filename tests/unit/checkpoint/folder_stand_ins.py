@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ebft_mega.checkpoint.folders import publish, temporary_folder
+from ebft_mega.checkpoint.commit import publish, temporary_folder
 from ebft_mega.checkpoint.manifest import Manifest, write_file, write_manifest
 from ebft_mega.checkpoint.run_state import EvaluationRecord, Layout, RunState, StartedFrom
 from ebft_mega.config.schema import RunConfig

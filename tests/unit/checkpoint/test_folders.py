@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.checkpoint.folders import (
+from ebft_mega.checkpoint.commit import (
     LATEST,
     complete_folders,
     discard,
@@ -87,7 +87,7 @@ def test_a_folder_that_vanishes_between_listing_and_looking_is_passed_over(root:
     write_checkpoint(root, 5)
     with os.scandir(root) as found:
         entries = [*found, Gone()]
-    monkeypatch.setattr("ebft_mega.checkpoint.folders._entries", lambda path: entries)
+    monkeypatch.setattr("ebft_mega.checkpoint.commit._entries", lambda path: entries)
     assert [folder.name for folder in complete_folders(root)] == ["step-00000005"]
 
 

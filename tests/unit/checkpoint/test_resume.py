@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.folders import folder_name, point_latest, publish, temporary_folder
+from ebft_mega.checkpoint.commit import folder_name, point_latest, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -17,7 +17,7 @@ from ebft_mega.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from ebft_mega.checkpoint.resume import (
+from ebft_mega.checkpoint.resume_rules import (
     COMPARED_ELSEWHERE,
     FREE,
     FREE_SECTIONS,

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.checkpoint.folders import complete_folders, folder_name, leftovers, point_latest
+from ebft_mega.checkpoint.commit import complete_folders, folder_name, leftovers, point_latest
 from ebft_mega.checkpoint.retention import delete_expired, expired
 
 LIMIT = st.none() | st.integers(1, 8)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.folders import CHECKPOINTS, complete_folders, newest, pointed_at, step_of
+from ebft_mega.checkpoint.commit import CHECKPOINTS, complete_folders, newest, pointed_at, step_of
 from ebft_mega.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
