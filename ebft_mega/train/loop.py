@@ -24,13 +24,13 @@ from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
-from ebft_mega.train.boundary import Boundary
-from ebft_mega.train.faults import dump_step
+from ebft_mega.train.learning_rate import learning_rate
+from ebft_mega.train.non_finite import dump_step
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.schedule import learning_rate
 from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
-from ebft_mega.train.summary import memory_metrics, speed_metrics, step_metrics
+from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.train.step_metrics import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)

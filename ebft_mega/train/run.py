@@ -77,14 +77,14 @@ from ebft_mega.runtime.run_files import (
 from ebft_mega.runtime.run_lock import RunLock
 from ebft_mega.runtime.stop_requests import LocalWishes, Signals, StopReason
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
-from ebft_mega.train.boundary import Boundary
-from ebft_mega.train.description import describing_files, generation_config
+from ebft_mega.train.describing_files import describing_files, generation_config
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
 from ebft_mega.train.progress import Progress, RunIdentity
-from ebft_mega.train.resume import Start, find_start, require_same_initial_model, require_whole_models, tidy
 from ebft_mega.train.skipped_rows import ERRORS_NAME
+from ebft_mega.train.start import Start, find_start, require_same_initial_model, require_whole_models, tidy
 from ebft_mega.train.step import Trainer
-from ebft_mega.train.trace import trace_step
+from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.train.step_trace import trace_step
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)

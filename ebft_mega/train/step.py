@@ -27,7 +27,7 @@ from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import KeptForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.weights import StepWeights, step_weights
+from ebft_mega.train.loss_masks import StepWeights, step_weights
 from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 
 

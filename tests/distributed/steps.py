@@ -17,7 +17,7 @@ from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_group
 from ebft_mega.rollout import generate
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
-from ebft_mega.train.summary import step_metrics
+from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.types import TokenBatch
 
 GLOBAL_BATCH = 4

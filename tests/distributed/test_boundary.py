@@ -14,8 +14,8 @@ from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.errors import CheckpointError, OustedError
 from ebft_mega.runtime.stop_requests import StopReason
-from ebft_mega.train.boundary import Boundary
 from ebft_mega.train.progress import Progress
+from ebft_mega.train.step_boundary import Boundary
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_non_finite import build
 

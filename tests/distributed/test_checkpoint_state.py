@@ -28,7 +28,7 @@ from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import Trainer, train_step
-from ebft_mega.train.summary import step_metrics
+from ebft_mega.train.step_metrics import step_metrics
 from tests.conftest import tiny_config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step

@@ -22,10 +22,10 @@ from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import kept_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.loss_masks import StepWeights, step_weights
 from ebft_mega.train.step import Experience, Learned, StepResult
-from ebft_mega.train.summary import step_metrics
-from ebft_mega.train.trace import _local_tensors
-from ebft_mega.train.weights import StepWeights, step_weights
+from ebft_mega.train.step_metrics import step_metrics
+from ebft_mega.train.step_trace import _local_tensors
 from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 from tests.conftest import tiny_config
 

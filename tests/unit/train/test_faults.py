@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ebft_mega.train.faults import statistics
+from ebft_mega.train.non_finite import statistics
 
 
 def test_statistics_leave_out_what_is_not_finite_and_count_it():

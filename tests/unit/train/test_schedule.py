@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.train.schedule import learning_rate
+from ebft_mega.train.learning_rate import learning_rate
 
 
 def rates(scheduler: str, warmup_steps: int, total_steps: int) -> list[float]:

@@ -9,7 +9,7 @@ from ebft_mega.attention import flex
 from ebft_mega.config.load import load_config
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.train.summary import memory_metrics, speed_metrics
+from ebft_mega.train.step_metrics import memory_metrics, speed_metrics
 
 CONFIG = """
 output_dir: unused

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.train.step import StepResult, Trainer, train_step
-from ebft_mega.train.summary import step_metrics
+from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.types import TokenBatch
 
 

@@ -11,8 +11,8 @@ from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.rollout.duplicates import duplicate_share, has_duplicates
+from ebft_mega.train.loss_masks import StepWeights
 from ebft_mega.train.step import StepResult, Trainer
-from ebft_mega.train.weights import StepWeights
 
 
 def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> dict[str, float]:
