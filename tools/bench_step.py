@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.benchmark.case import MODELS
-from ebft_mega.benchmark.suite import CASES, QUICK_CASES, run_suite
-from ebft_mega.benchmark.tables import report
+from ebft_mega.apps.benchmark.case import MODELS
+from ebft_mega.apps.benchmark.suite import CASES, QUICK_CASES, run_suite
+from ebft_mega.apps.benchmark.tables import report
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
     if options.markdown is not None:
         options.markdown.write_text(tables, encoding="utf-8")
     if options.plot is not None:
-        from ebft_mega.benchmark.plots import draw_costs
+        from ebft_mega.apps.benchmark.cost_plots import draw_costs
 
         draw_costs(bench["cases"], options.plot)
     return 0

@@ -56,7 +56,7 @@ def main() -> int:
     try:
         arms = read_arms(arguments.arms, arguments.reference)
         # Draws plots, which --help should not wait for.
-        from ebft_mega.report.comparison import write_comparison
+        from ebft_mega.apps.report.arm_comparison import write_comparison
 
         page = write_comparison(arms, arguments.output, arguments.reference)
     except EbftError as error:

@@ -68,9 +68,9 @@ def main() -> int:
     if arguments.command == "verify":
         return verify(arguments)
 
-    from ebft_mega.conversion.exporting import export_checkpoint
-    from ebft_mega.conversion.importing import import_model
-    from ebft_mega.conversion.result import Usage
+    from ebft_mega.apps.convert.exporting import export_checkpoint
+    from ebft_mega.apps.convert.importing import import_model
+    from ebft_mega.apps.convert.result import Usage
 
     usage = Usage()
     shard_bytes = int(arguments.shard_gigabytes * 1e9)
@@ -86,8 +86,8 @@ def main() -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compares and judges."""
-    from ebft_mega.conversion.result import Usage
-    from ebft_mega.conversion.verifying import compare_logits
+    from ebft_mega.apps.convert.result import Usage
+    from ebft_mega.apps.convert.verifying import compare_logits
     from ebft_mega.parallel.groups import connect, make_process_groups
 
     groups = make_process_groups(connect())

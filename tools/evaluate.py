@@ -60,8 +60,8 @@ def main() -> None:
     arguments = parse_arguments()
     config = settings(arguments)
 
-    from ebft_mega.evaluation.command import EvaluationRequest, evaluate_directory
-    from ebft_mega.report.evaluation_plot import plot_evaluation
+    from ebft_mega.apps.evaluate import EvaluationRequest, evaluate_directory
+    from ebft_mega.apps.report.evaluation_plot import plot_evaluation
 
     request = EvaluationRequest(
         model=arguments.model,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.errors import EbftError
-from ebft_mega.experiment.arms import (
+from ebft_mega.apps.study.arms import (
     WARM_START,
     WORKSPACE,
     ArmResult,
@@ -17,7 +16,8 @@ from ebft_mega.experiment.arms import (
     default_num_ranks,
     thread_environment,
 )
-from ebft_mega.experiment.phases import PhaseRunner
+from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.errors import EbftError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the configured steps take on two quiet cores, and the part of it that does not shrink with them
@@ -60,7 +60,7 @@ def scale_for(budget_seconds: float) -> Scale:
 def report(results: dict[str, ArmResult]) -> Path:
     """Write the page that puts the arms side by side."""
     # Draws plots, which --help should not wait for.
-    from ebft_mega.report.comparison import write_comparison
+    from ebft_mega.apps.report.arm_comparison import write_comparison
 
     return write_comparison(
         {arm: ROOT / result.evaluation for arm, result in results.items()},

@@ -6,8 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.errors import EbftError
-from ebft_mega.experiment.arms import (
+from ebft_mega.apps.study.arms import (
     WARM_START,
     WORKSPACE,
     Experiment,
@@ -15,7 +14,8 @@ from ebft_mega.experiment.arms import (
     default_num_ranks,
     thread_environment,
 )
-from ebft_mega.experiment.phases import PhaseRunner
+from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.errors import EbftError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def main() -> int:
             results = experiment.run_arms(arguments.split)
             evaluations[seed] = {arm: ROOT / result.evaluation for arm, result in results.items()}
         # Draws plots, which --help should not wait for.
-        from ebft_mega.report.seeds import write_study
+        from ebft_mega.apps.report.seeds import write_study
 
         notes = [f"Rows of the {arguments.split} split."]
         if arguments.overrides:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
@@ -61,7 +62,6 @@ from ebft_mega.planning.auto import choices, default_choices
 from ebft_mega.planning.datasets import open_place, open_training_rows
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.report.run_report import write_run_report
 from ebft_mega.rollout.generate import SamplingSettings
 from ebft_mega.runtime.agreement import from_first_rank, require_agreement
 from ebft_mega.runtime.run_files import (

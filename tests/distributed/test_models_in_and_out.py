@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ebft_mega.conversion.exporting import export_checkpoint
-from ebft_mega.conversion.verifying import compare_logits
+from ebft_mega.apps.convert.exporting import export_checkpoint
+from ebft_mega.apps.convert.verifying import compare_logits
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Setting, checkpoint, lines, make_datasets, run
 

@@ -1,6 +1,6 @@
 """Small models and cases for tests of the benchmark."""
 
-from ebft_mega.benchmark.case import MODELS, BenchCase, BenchModel
+from ebft_mega.apps.benchmark.case import MODELS, BenchCase, BenchModel
 
 TINY_SIZES = {
     **MODELS["toy"].sizes,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from ebft_mega.apps.benchmark.case import BenchCase
+from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter, count_phase
+from ebft_mega.apps.benchmark.measurement import PHASES, check_counts
+from ebft_mega.apps.benchmark.sides import OUR_SIDES, build_sides, random_rows
 from ebft_mega.attention.routes import AttentionRoute
-from ebft_mega.benchmark.case import BenchCase
-from ebft_mega.benchmark.comparison import PHASES, check_counts
-from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter, count_phase
-from ebft_mega.benchmark.sides import OUR_SIDES, build_sides, random_rows
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import Flops
 from ebft_mega.train.run import build_trainer

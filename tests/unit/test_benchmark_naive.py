@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from ebft_mega.architecture.partition import StageShape
-from ebft_mega.benchmark.counting import LabelledTimers, ProductCounter
-from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
-from ebft_mega.benchmark.sides import random_rows
-from ebft_mega.benchmark.step_major import (
+from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter
+from ebft_mega.apps.benchmark.naive_step import NaiveTrainer, naive_step
+from ebft_mega.apps.benchmark.sides import random_rows
+from ebft_mega.apps.benchmark.step_major import (
     dense_layout,
     feature_positions,
     predicting_positions,
     step_major_sequence,
 )
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.benchmark import comparison
-from ebft_mega.benchmark.case import MODELS, BenchCase
-from ebft_mega.benchmark.comparison import Timing, compare, entry, ratios
-from ebft_mega.benchmark.plots import draw_costs
-from ebft_mega.benchmark.suite import CASES, large_model_costs
-from ebft_mega.benchmark.tables import (
+from ebft_mega.apps.benchmark import measurement as comparison
+from ebft_mega.apps.benchmark.case import MODELS, BenchCase
+from ebft_mega.apps.benchmark.cost_plots import draw_costs
+from ebft_mega.apps.benchmark.measurement import Timing, compare, entry, ratios
+from ebft_mega.apps.benchmark.suite import CASES, large_model_costs
+from ebft_mega.apps.benchmark.tables import (
     growth_table,
     large_model_table,
     linear_flops,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.benchmark.case import MODELS
+from ebft_mega.apps.benchmark.case import MODELS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.cost.naive_cost import cost_of_naive_step
 from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ebft_mega.benchmark.case import MODELS, BenchCase
+from ebft_mega.apps.benchmark.case import MODELS, BenchCase
 from ebft_mega.config.schema import EbftConfig, LearnConfig, TrainConfig
 from ebft_mega.cost.mfu import PEAKS, model_flops_utilisation, peak_flops
 from ebft_mega.cost.step_cost import StepShape, cost_of_step

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ebft_mega.apps.convert.exporting import checkpoint_folder, export_checkpoint
+from ebft_mega.apps.convert.importing import import_model
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.conversion.exporting import checkpoint_folder, export_checkpoint
-from ebft_mega.conversion.importing import import_model
 from ebft_mega.errors import BrokenCheckpointError, InputError
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout

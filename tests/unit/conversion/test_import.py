@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ebft_mega.apps.convert.importing import import_model
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.conversion.importing import import_model
 from ebft_mega.errors import InputError
 from ebft_mega.model.weights.huggingface import RandomWeights, SafetensorsWeights, hf_shapes
 from tests.conftest import tiny_config

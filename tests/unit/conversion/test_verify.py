@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ebft_mega.apps.convert import verifying
+from ebft_mega.apps.convert.verifying import compare_logits
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.conversion import verifying
-from ebft_mega.conversion.verifying import compare_logits
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.errors import ConfigError
-from ebft_mega.experiment.arms import (
+from ebft_mega.apps.study.arms import (
     CONFIGS,
     CROSS_ENTROPY,
     EBFT,
@@ -19,7 +18,8 @@ from ebft_mega.experiment.arms import (
     free_port,
     thread_environment,
 )
-from ebft_mega.experiment.phases import PhaseRunner
+from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -140,7 +140,7 @@ def test_both_arms_differ_only_in_the_objective():
 
 @pytest.mark.parametrize("num_cpus, num_ranks, threads", [(2, 2, "1"), (2, 1, "2"), (1, 2, "1"), (64, 2, "4")])
 def test_threads_are_shared_out(monkeypatch, num_cpus, num_ranks, threads):
-    monkeypatch.setattr("ebft_mega.experiment.arms.os.cpu_count", lambda: num_cpus)
+    monkeypatch.setattr("ebft_mega.apps.study.arms.os.cpu_count", lambda: num_cpus)
     assert thread_environment(num_ranks) == {"OMP_NUM_THREADS": threads}
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ebft_mega.experiment.phases import PhaseFailed, PhaseRunner, source_fingerprint
+from ebft_mega.apps.study.phases import PhaseFailed, PhaseRunner, source_fingerprint
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from ebft_mega.apps.report.arm_comparison import write_comparison
+from ebft_mega.apps.report.evaluation_plot import plot_evaluation
+from ebft_mega.apps.report.seeds import write_study
 from ebft_mega.errors import InputError
-from ebft_mega.report.comparison import write_comparison
-from ebft_mega.report.evaluation_plot import plot_evaluation
-from ebft_mega.report.seeds import write_study
 
 ROWS = 64
 

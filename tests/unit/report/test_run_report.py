@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from ebft_mega.apps.report.plots import smooth
+from ebft_mega.apps.report.run_records import curves, read_json_lines
+from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.errors import InputError
-from ebft_mega.report.plots import smooth
-from ebft_mega.report.records import curves, read_json_lines
-from ebft_mega.report.run_report import write_run_report
 
 
 class Page(HTMLParser):

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ebft_mega.benchmark.case import MODELS, BenchCase, BenchModel
+from ebft_mega.apps.benchmark.case import MODELS, BenchCase, BenchModel
 from ebft_mega.cost.naive_cost import cost_of_naive_step
 from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import StepCost
@@ -34,7 +34,7 @@ def run_suite(cases: Sequence[BenchCase], model: BenchModel, say: Callable[[str]
     """
     import torch
 
-    from ebft_mega.benchmark.comparison import compare
+    from ebft_mega.apps.benchmark.measurement import compare
     from ebft_mega.parallel.groups import connect, make_process_groups
 
     torch.set_num_threads(1)

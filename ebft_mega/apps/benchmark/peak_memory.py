@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ebft_mega.benchmark.case import BenchCase, BenchModel
+from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
 
 CLEAR_PEAK = "5"  # proc(5): resets the resident high-water mark to what is resident now
 
@@ -23,7 +23,7 @@ def peak_bytes_in_child(side: str, case: BenchCase, model: BenchModel) -> int:
         subprocess.CalledProcessError: the child failed; its words are on standard error.
     """
     request = json.dumps({"side": side, "case": dataclasses.asdict(case), "model": dataclasses.asdict(model)})
-    command = [sys.executable, "-m", "ebft_mega.benchmark.memory", request]
+    command = [sys.executable, "-m", "ebft_mega.apps.benchmark.peak_memory", request]
     # A job of one process, whatever started this one.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -34,7 +34,7 @@ def measure(side: str, case: BenchCase, model: BenchModel) -> int:
     """Peak bytes of a step over what was there before it, in this process."""
     import torch
 
-    from ebft_mega.benchmark.sides import build_sides
+    from ebft_mega.apps.benchmark.sides import build_sides
     from ebft_mega.parallel.groups import connect, make_process_groups
 
     torch.set_num_threads(1)

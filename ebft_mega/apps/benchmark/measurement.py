@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
+from ebft_mega.apps.benchmark.counting import ProductCounter, count_phase
+from ebft_mega.apps.benchmark.peak_memory import peak_bytes_in_child
+from ebft_mega.apps.benchmark.sides import NAIVE_SIDES, Side, build_sides
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.benchmark.case import BenchCase, BenchModel
-from ebft_mega.benchmark.counting import ProductCounter, count_phase
-from ebft_mega.benchmark.memory import peak_bytes_in_child
-from ebft_mega.benchmark.sides import NAIVE_SIDES, Side, build_sides
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
 from ebft_mega.cost.step_cost import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost

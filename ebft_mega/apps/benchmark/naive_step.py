@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.benchmark.step_major import (
+from ebft_mega.apps.benchmark.step_major import (
     DenseKernel,
     DenseLayout,
     dense_layout,

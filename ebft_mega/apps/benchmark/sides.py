@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
+from ebft_mega.apps.benchmark.counting import LabelledTimers
+from ebft_mega.apps.benchmark.naive_step import NaiveTrainer, naive_step
+from ebft_mega.apps.benchmark.step_major import DenseKernel
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.benchmark.case import BenchCase, BenchModel
-from ebft_mega.benchmark.counting import LabelledTimers
-from ebft_mega.benchmark.naive import NaiveTrainer, naive_step
-from ebft_mega.benchmark.step_major import DenseKernel
 from ebft_mega.config.schema import Reuse
 from ebft_mega.cost.naive_cost import cost_of_naive_step
 from ebft_mega.cost.step_cost import StepShape, cost_of_step

@@ -6,11 +6,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.apps.report import page
+from ebft_mega.apps.report.evaluations import Difference, Evaluation, differences, read_evaluations
+from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
+from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.evaluation.bootstrap import Interval
-from ebft_mega.report import page
-from ebft_mega.report.evaluations import Difference, Evaluation, differences, read_evaluations
-from ebft_mega.report.metric_names import EVALUATION_METRICS
-from ebft_mega.report.plots import draw_intervals
 from ebft_mega.runtime.run_files import write_json_atomically
 
 NUM_RESAMPLES = 10_000

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebft_mega.apps.study.phases import PhaseRunner, remove_directory, source_fingerprint
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, Problem
-from ebft_mega.experiment.phases import PhaseRunner, remove_directory, source_fingerprint
 from ebft_mega.metrics.console import format_duration
 
 WARM_START = "warm start"

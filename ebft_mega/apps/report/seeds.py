@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ebft_mega.apps.report import page
+from ebft_mega.apps.report.arm_comparison import NUM_RESAMPLES, format_interval
+from ebft_mega.apps.report.evaluations import Evaluation, read_evaluations
+from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMetric
+from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
-from ebft_mega.report import page
-from ebft_mega.report.comparison import NUM_RESAMPLES, format_interval
-from ebft_mega.report.evaluations import Evaluation, read_evaluations
-from ebft_mega.report.metric_names import EVALUATION_METRICS, EvaluationMetric
-from ebft_mega.report.plots import draw_intervals
 from ebft_mega.runtime.run_files import write_json_atomically
 
 CAVEATS = (

@@ -3,13 +3,13 @@
 import tempfile
 from pathlib import Path
 
+from ebft_mega.apps.convert.result import Converted
+from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.manifest import file_problems, read_listed
 from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_model_folder
-from ebft_mega.conversion.result import Converted
-from ebft_mega.conversion.stream import DTYPES, converted_tensors
 from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, tokenizer_sha256
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.progress_bar import track

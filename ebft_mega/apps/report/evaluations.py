@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMetric
+from ebft_mega.apps.report.run_records import read_json
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
-from ebft_mega.report.metric_names import EVALUATION_METRICS, EvaluationMetric
-from ebft_mega.report.records import read_json
 
 # What two evaluations must share, or their rows are not paired.
 SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")

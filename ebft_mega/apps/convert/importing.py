@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ebft_mega.apps.convert.result import Converted
+from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.architecture.hf_config import Architecture, code_keys
 from ebft_mega.checkpoint.model_folder import is_checkpoint
-from ebft_mega.conversion.result import Converted
-from ebft_mega.conversion.stream import DTYPES, converted_tensors
 from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import read_json_object

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.benchmark.tables import SIDE_NAMES, linear_flops
+from ebft_mega.apps.benchmark.tables import SIDE_NAMES, linear_flops
 
 COLOURS = {
     "naive": "#d9480f",

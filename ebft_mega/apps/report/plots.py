@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ebft_mega.apps.report.run_records import Curve
 from ebft_mega.evaluation.bootstrap import Interval
-from ebft_mega.report.records import Curve
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#868e96", "#c2255c")
 DOTS_PER_INCH = 130

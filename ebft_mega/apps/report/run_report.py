@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.report import page
-from ebft_mega.report.metric_names import EVALUATION_METRICS
-from ebft_mega.report.plots import Chart, draw_chart, draw_phases
-from ebft_mega.report.records import Curve, curves, read_json, read_json_lines
+from ebft_mega.apps.report import page
+from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
+from ebft_mega.apps.report.plots import Chart, draw_chart, draw_phases
+from ebft_mega.apps.report.run_records import Curve, curves, read_json, read_json_lines
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME
 
 TRAINING_CHARTS = (
