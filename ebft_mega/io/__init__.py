@@ -1,1 +1,1 @@
-"""Files in and out of any directory: durable writes, output directories, strict records, progress, errors about inputs."""
+"""Files in and out of any directory: durable writes, new directories, strict records, progress, input errors."""

@@ -1,1 +1,0 @@
-"""Several commands in a row: the arms of the quickstart and of the study."""
