@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.build.shard_writer import DatasetWriter
+from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.checks import index_problems
 from ebft_mega.data.store.dataset import Dataset

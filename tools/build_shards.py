@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.build.dataset_build import DEFAULT_SHARD_BYTES, build_dataset
-from ebft_mega.data.build.worker_pool import available_cores
+from ebft_mega.data.builder.dataset_build import DEFAULT_SHARD_BYTES, build_dataset
+from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.io.command import run_command
 

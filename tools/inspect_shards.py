@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.build.build_record import BuildRecord, read_build_record
+from ebft_mega.data.builder.build_record import BuildRecord, read_build_record
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.inspection import (

@@ -2,7 +2,7 @@
 
 Symbols as in `memory.py`: b bytes a value, t tensor-parallel ranks, and widths with a prime are those of one slice.
 The counts are those of the modules as they are (megatron-core's layer in plain torch), measured in
-`tests/unit/test_memory_measured.py`.
+`tests/unit/planning/test_memory_measured.py`.
 """
 
 from dataclasses import dataclass

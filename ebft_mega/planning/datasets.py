@@ -4,8 +4,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from ebft_mega.config.schema import DataConfig, RunConfig
-from ebft_mega.data.build.on_demand import tokenized_dataset
-from ebft_mega.data.build.worker_pool import available_cores
+from ebft_mega.data.builder.on_demand import tokenized_dataset
+from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import MANIFEST_NAME

@@ -13,7 +13,7 @@ from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors
 from ebft_mega.config.load import load_config
-from ebft_mega.data.build.dataset_build import build_dataset
+from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.parallel.groups import connect

@@ -12,7 +12,7 @@ from ebft_mega.planning.run_plan import ParallelSizes
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import Layout
-from tests.unit.test_memory_measured import PHASES, chosen, measured, planned, rows_of, started
+from tests.unit.planning.test_memory_measured import PHASES, chosen, measured, planned, rows_of, started
 
 ONE_ROW = ("train.micro_batch_size=1",)  # four micro-batches
 # Data-parallel ranks with whole parameters: what DeepSpeed's buffers need besides is not in the formulas.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.build.dataset_build import build_dataset
+from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from tests.distributed.ranks import free_port

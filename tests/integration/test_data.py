@@ -8,7 +8,7 @@ import pytest
 
 from ebft_mega.data.store.opening import open_dataset
 from tests.integration.conftest import launch, settings
-from tests.unit.data.https_server import make_certificate, trusted_server
+from tests.unit.data.store.https_server import make_certificate, trusted_server
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
 PLAIN = ("ebft.rl_coef=0", "ebft.ce_coef=1", "evaluation.shards=null")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_DOCUMENTS = 131_072  # documents that are shuffled together, at least; see `epoch_windows`
+from ebft_mega.data.store.format import WINDOW_DOCUMENTS
+
 FEISTEL_ROUNDS = 8  # even: both halves of a value are replaced equally often
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ebft_mega.data.rows.order import WINDOW_DOCUMENTS, EpochWindows, FeistelPermutation, epoch_windows, permutation
+from ebft_mega.data.rows.order import EpochWindows, FeistelPermutation, epoch_windows, permutation
+from ebft_mega.data.store.format import WINDOW_DOCUMENTS
 
 MAX_WINDOWS = 4  # kept of a source: the one under way, the one that its last row runs into, and some to go back to
 

@@ -6,7 +6,7 @@ A dataset directory holds
     index.npy               one `INDEX_DTYPE` record per document, in document order
     shard-000000.tar ...    webdataset shards: per document `000000123.u16` (or `.u32`) and `000000123.json`
     tokenizer/              the tokenizer that made the tokens
-    build.json              how it was made, see `ebft_mega.data.build.build_record`; for people
+    build.json              how it was made, see `ebft_mega.data.builder.build_record`; for people
     skipped.jsonl           documents that a build with --skip-bad left out, if there are any; for people
 
 A payload holds the token ids of a whole document, little endian, without the end-of-document token: that one
@@ -28,6 +28,8 @@ MANIFEST_NAME = "dataset.json"
 INDEX_NAME = "index.npy"
 TOKENIZER_DIRECTORY = "tokenizer"
 TAR_BLOCK_BYTES = 512
+# Documents that are shuffled together, at least (`data/rows/order.py`): what a reader needs at hand at one time.
+WINDOW_DOCUMENTS = 131_072
 
 INDEX_DTYPE = np.dtype(
     [

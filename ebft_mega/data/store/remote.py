@@ -20,9 +20,15 @@ from typing import Literal
 
 import numpy as np
 
-from ebft_mega.data.rows.order import WINDOW_DOCUMENTS
 from ebft_mega.data.store.checks import fingerprint_problems, index_problems, parse_manifest, tokenizer_problems
-from ebft_mega.data.store.format import INDEX_NAME, MANIFEST_NAME, TAR_BLOCK_BYTES, TOKENIZER_DIRECTORY, Manifest
+from ebft_mega.data.store.format import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    TAR_BLOCK_BYTES,
+    TOKENIZER_DIRECTORY,
+    WINDOW_DOCUMENTS,
+    Manifest,
+)
 from ebft_mega.data.store.https import HttpsClient
 from ebft_mega.data.store.reader import read_fully
 from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ebft_mega.data.build.dataset_build import build_dataset
+from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer

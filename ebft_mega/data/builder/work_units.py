@@ -1,0 +1,283 @@
+"""What a worker does with one part of a build: first read and hash its documents, then tokenize those that stay.
+
+The texts are read twice, since the number of a document in the dataset, and whether an equal one came before,
+are known only when all have been read once. Reading costs little beside tokenizing.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebft_mega.data.builder.deduplication import DIGEST_BYTES
+from ebft_mega.data.builder.shard_writer import ShardWriter
+from ebft_mega.data.builder.work_plan import Plan, Reader, Unit
+from ebft_mega.data.builder.worker_pool import Advance
+from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.output_directory import flush_to_disk
+
+# Of one part: a wrong --text-key makes every line of a dump a problem.
+MAX_LISTED_PROBLEMS = 1000
+
+_RECORD_NAME = "part.json"
+_INDEX_NAME = "index.npy"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a first reading of a part found."""
+
+    documents: int  # with text that can be used
+    empty: int
+    bad: int
+    problems: tuple[Problem, ...]  # the first of them
+    lines: tuple[int, ...]  # of each unit that is a range of lines, else 0
+
+
+@dataclass(frozen=True)
+class TokenizedPart:
+    """What stands in the shards of a part."""
+
+    shards: tuple[dict[str, Any], ...]  # `ShardEntry` fields
+    max_token_id: int
+    text_bytes: int
+    licences: dict[str, int]  # documents of each
+    sources: dict[str, int]
+    bad: tuple[dict[str, str], ...]  # documents left out: source, path, key, found, expected
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer, or where a worker process finds it."""
+
+    tokenizer: Tokenizer | None
+    directory: Path
+
+    def load(self) -> Tokenizer:
+        """The tokenizer; a process loads one once."""
+        return self.tokenizer or _tokenizer_of_process(self.directory)
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """A part, and the directory for its record."""
+
+    reader: Reader
+    units: tuple[Unit, ...]
+    number: int
+    directory: Path
+    skip_bad: bool
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """A part, and what the scan of all parts has shown about it."""
+
+    reader: Reader
+    units: tuple[Unit, ...]
+    number: int
+    directory: Path
+    texts: TextEncoder
+    shard_bytes: int
+    first_document: int  # in the dataset
+    first_lines: tuple[int, ...]  # lines before each unit in its file
+    keep: np.ndarray  # bool [Scan.documents]
+
+
+def part_directory(directory: Path, number: int) -> Path:
+    """Where the shards of a tokenized part stand; it appears when they are complete."""
+    return directory / f"part-{number:06d}"
+
+
+def load_scan(directory: Path, number: int) -> Scan | None:
+    """The record of a part that has been scanned, None if it has not."""
+    path = _scan_path(directory, number)
+    if not path.is_file():
+        return None
+    fields = json.loads(path.read_bytes())
+    problems = tuple(Problem(**problem) for problem in fields.pop("problems"))
+    return Scan(problems=problems, lines=tuple(fields.pop("lines")), **fields)
+
+
+def load_digests(directory: Path, number: int) -> np.ndarray:
+    """sha256 of the documents of a scanned part: uint8 [Scan.documents, 32], memory-mapped."""
+    return np.load(_scan_path(directory, number).with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+
+
+def load_part(directory: Path, number: int) -> TokenizedPart | None:
+    """The record of a part that has been tokenized, None if it has not."""
+    path = part_directory(directory, number) / _RECORD_NAME
+    if not path.is_file():
+        return None
+    fields = json.loads(path.read_bytes())
+    return TokenizedPart(shards=tuple(fields.pop("shards")), bad=tuple(fields.pop("bad")), **fields)
+
+
+def load_part_index(directory: Path, number: int) -> np.ndarray:
+    """INDEX_DTYPE [documents of the part]; `shard` counts from the part's first shard."""
+    return np.load(part_directory(directory, number) / _INDEX_NAME, allow_pickle=False)
+
+
+def scan_part(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
+    """Reads and hashes the documents of a part and leaves a record of it; returns the part's number and the record.
+
+    Memory: one document, and 32 bytes for each document of the part.
+    """
+    digests = bytearray()
+    empty = bad = 0
+    problems: list[Problem] = []
+    lines = []
+    for unit in job.units:
+        if len(problems) >= MAX_LISTED_PROBLEMS:
+            break
+        file = job.reader.inputs[unit.input].base / unit.name
+        try:
+            lines.append(count_lines(file, unit.begin, unit.end) if unit.is_range else 0)
+        except OSError as error:
+            problems.append(Problem(str(file), "file", str(error.strerror), "a readable file"))
+            continue
+        for document in job.reader.read_unit(unit, first_line=None if unit.is_range and unit.begin else 0):
+            advance(1)
+            if isinstance(document, BadText):
+                bad += 1
+                # What cannot be read to its end may hold anything: it is never left out in silence.
+                if document.is_file or not job.skip_bad:
+                    problems.append(document.problem)
+            elif document.text:
+                digests += document.sha256
+            else:
+                empty += 1
+            if len(problems) >= MAX_LISTED_PROBLEMS:
+                break
+    path = _scan_path(job.directory, job.number)
+    hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+    np.save(path.with_suffix(".npy"), hashes, allow_pickle=False)
+    flush_to_disk(path.with_suffix(".npy"))  # before the record that says that it is there
+    scan = Scan(len(hashes), empty, bad, tuple(problems[:MAX_LISTED_PROBLEMS]), tuple(lines))
+    _write_durably(path, json.dumps(asdict(scan)))
+    return job.number, scan
+
+
+def tokenize_part(job: TokenizeJob, advance: Advance) -> tuple[int, TokenizedPart]:
+    """Writes the shards of a part, its index and its record; returns the part's number and the record.
+
+    Memory: one document and its tokens, 32 bytes for each document of the part, and about 2 kB for each document
+    of a shard.
+
+    Raises:
+        InputError: a file is no longer what it was when it was scanned, or a token id lies outside the vocabulary.
+    """
+    tokenizer = job.texts.load()
+    final = part_directory(job.directory, job.number)
+    # A process that was killed may have left its files.
+    temporary = final.with_name(f"{final.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    writer = ShardWriter(temporary, tokenizer, job.shard_bytes, job.first_document)
+    licences: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    text_bytes = 0
+    bad: list[dict[str, str]] = []
+    try:
+        for source_number, document in _documents_to_keep(job, bad, advance):
+            source = job.reader.inputs[source_number]
+            licence = document.licence or source.licence
+            meta: dict[str, object] = {
+                "licence": licence,
+                "path": document.path,
+                "sha256": document.sha256.hex(),
+                "source": source.source,
+            }
+            if document.fields:
+                meta["fields"] = document.fields
+            writer.add(tokenizer.encode(document.text), meta)
+            licences[licence] += 1
+            sources[source.source] += 1
+            text_bytes += document.num_bytes
+        shards = writer.finish_shards()
+    finally:
+        writer.close()
+    for entry in shards.entries:
+        flush_to_disk(temporary / entry["name"])
+    np.save(temporary / _INDEX_NAME, shards.index, allow_pickle=False)
+    flush_to_disk(temporary / _INDEX_NAME)
+    part = TokenizedPart(
+        tuple(shards.entries), shards.max_token_id, text_bytes, dict(licences), dict(sources), tuple(bad)
+    )
+    _write_durably(temporary / _RECORD_NAME, json.dumps(asdict(part)))
+    temporary.rename(final)
+    return job.number, part
+
+
+def lines_before(plan: Plan, scans: Sequence[Scan]) -> list[tuple[int, ...]]:
+    """Lines before each unit in its file, for the units of each part."""
+    result = []
+    name, count = (-1, ""), 0
+    for part, scan in zip(plan.parts, scans, strict=True):
+        firsts = []
+        for unit, lines in zip(part, scan.lines, strict=True):
+            if (unit.input, unit.name) != name:
+                name, count = (unit.input, unit.name), 0
+            firsts.append(count)
+            count += lines
+        result.append(tuple(firsts))
+    return result
+
+
+def _documents_to_keep(
+    job: TokenizeJob, bad: list[dict[str, str]], advance: Advance
+) -> Iterator[tuple[int, TextDocument]]:
+    """Documents that stay, each with the number of its input; notes the bad ones that are left out."""
+    digests = load_digests(job.directory, job.number)
+    number = 0
+    for unit, first_line in zip(job.units, job.first_lines, strict=True):
+        for document in job.reader.read_unit(unit, first_line):
+            if isinstance(document, BadText):
+                problem = document.problem
+                if document.is_file:
+                    raise InputError([problem])
+                place = {"source": job.reader.inputs[unit.input].source, "path": document.path}
+                bad.append(place | {"key": problem.key, "found": problem.found, "expected": problem.expected})
+                continue
+            if not document.text:
+                continue
+            if number >= len(digests) or document.sha256 != digests[number].tobytes():
+                raise _changed(job, unit.input, document.path)
+            if job.keep[number]:
+                yield unit.input, document
+            number += 1
+            advance(1)
+    if number != len(digests):
+        last = job.units[-1]
+        raise _changed(job, last.input, last.name)
+
+
+def _changed(job: TokenizeJob, source_number: int, path: str) -> Exception:
+    where = job.reader.inputs[source_number].base / path
+    return bad_input(str(where), "file", "other text than a moment ago", "inputs that stay as they are")
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_of_process(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory)
+
+
+def _scan_path(directory: Path, number: int) -> Path:
+    return directory / f"scan-{number:06d}.json"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Writes a file so that it is there as a whole or not at all, also after a loss of power."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    temporary.replace(path)

@@ -1,0 +1,159 @@
+"""Real steps of small models do exactly the work that the formulas count, on both sides and in every phase."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from ebft_mega.apps.benchmark.case import BenchCase
+from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter, count_phase
+from ebft_mega.apps.benchmark.measurement import PHASES, check_counts
+from ebft_mega.apps.benchmark.sides import OUR_SIDES, build_sides, random_rows
+from ebft_mega.attention.routes import AttentionRoute
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
+from ebft_mega.cost.work import Flops
+from ebft_mega.train.run import build_trainer
+from ebft_mega.train.step import train_step
+from tests.unit.apps.benchmark.benchmark_models import TINY_CASES, TINY_MODEL
+
+VOCABULARY = TINY_MODEL.architecture.vocab_size
+ARCHITECTURE = TINY_MODEL.architecture
+
+
+def products_of(trainer, rows):
+    """Matrix products of one of our steps."""
+    timers = LabelledTimers()
+    with ProductCounter(timers) as counter:
+        train_step(dataclasses.replace(trainer, timers=timers), rows, 0, 0.0)
+    return counter.products
+
+
+def assert_counts(products, cost):
+    for phase, parts in PHASES.items():
+        counted = count_phase(products, phase, ARCHITECTURE)
+        expected = [cost.phases[part] for part in parts]
+        flops = sum((part.flops + part.recomputed for part in expected), Flops())
+        assert (counted.linear_flops, counted.head_flops) == (flops.linear, flops.head), phase
+    generated = count_phase(products, "rollout", ARCHITECTURE)
+    assert generated.layer_rows == cost.generate.rows * cost.generate.layers
+    assert generated.head_rows == cost.generate.head_rows
+    features = count_phase(products, "features", ARCHITECTURE)
+    assert features.layer_rows == cost.features.rows * cost.features.layers
+    assert features.head_rows == 0
+
+
+@pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
+@pytest.mark.parametrize("name", ["naive", "naive_checkpointing", *OUR_SIDES])
+def test_every_side_does_what_its_formulas_say(name, case, groups):
+    side = build_sides([name], case, TINY_MODEL, groups)[name]
+    check_counts(side, ARCHITECTURE)
+    # A check that cannot fail checks nothing.
+    generate = dataclasses.replace(side.cost.generate, flops=side.cost.generate.flops + Flops(linear=2))
+    wrong = dataclasses.replace(side, cost=dataclasses.replace(side.cost, generate=generate))
+    with pytest.raises(RuntimeError, match="the formulas say"):
+        check_counts(wrong, ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "checkpointing"),
+    [("checkpoints", "none"), ("checkpoints", "full"), ("activations", "none"), ("off", "none"), ("off", "full")],
+)
+@pytest.mark.parametrize(
+    "ebft",
+    [{}, {"ce_coef": 0.3}, {"embed_method": "mean_pooling", "ce_coef": 0.1}, {"rl_coef": 0.0, "ce_coef": 1.0}],
+    ids=["rl", "rl+ce", "pooled", "ce"],
+)
+def test_our_steps_do_what_the_formulas_say(reuse, checkpointing, ebft, groups):
+    case = TINY_CASES["stride<G"]
+    config = case.config(TINY_MODEL, reuse)
+    train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+    config = config.model_copy(update={"ebft": config.ebft.model_copy(update=ebft), "train": train})
+    trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
+    reuse = reuse if config.uses_rollouts else "off"
+    trainer = dataclasses.replace(trainer, reuse=reuse)
+    products = products_of(trainer, random_rows(case, VOCABULARY))
+    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    assert_counts(products, cost_of_step(shape, reuse, checkpoints_layers=checkpointing == "full"))
+
+
+def test_eager_attention_of_the_baseline_is_counted_right(groups):
+    """Its scores and weighted values are batched products; ours are a kernel's, whose pairs the masks give."""
+    side = build_sides(["naive"], TINY_CASES["stride=G"], TINY_MODEL, groups)["naive"]
+    with ProductCounter(side.timers) as counter:
+        side.run(0)
+    for phase, parts in PHASES.items():
+        attention = sum(side.cost.phases[part].flops.attention for part in parts)
+        assert count_phase(counter.products, phase, ARCHITECTURE).batched_flops == attention
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingRoute:
+    """Attention that writes down how many pairs each call asks for."""
+
+    route: AttentionRoute
+    timers: LabelledTimers
+    pairs: dict[str, int]
+
+    def attend(self, pattern, *tensors):
+        phase = self.timers.current
+        self.pairs[phase] = self.pairs.get(phase, 0) + pattern.num_pairs
+        return self.route.attend(pattern, *tensors)
+
+
+@pytest.mark.parametrize("reuse", OUR_SIDES.values())
+@pytest.mark.parametrize("embed_method", ["last_token", "mean_pooling"])
+def test_our_attention_asks_for_the_pairs_that_are_counted(reuse, embed_method, groups):
+    case = TINY_CASES["stride<G"]
+    config = case.config(TINY_MODEL, reuse)
+    config = config.model_copy(update={"ebft": config.ebft.model_copy(update={"embed_method": embed_method})})
+    timers, pairs = LabelledTimers(), {}
+    trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
+    trainer = dataclasses.replace(trainer, timers=timers, reuse=reuse)
+    for stage in (trainer.stage, trainer.feature_network.stage):
+        stage.attention = RecordingRoute(stage.attention, timers, pairs)
+    train_step(trainer, random_rows(case, VOCABULARY), 0, 0.0)
+    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    policy, whole, pooled = shape.policy_layer(False).pairs, cost_of_step(shape, reuse).features.pairs, shape.pooled
+    layers = ARCHITECTURE.num_hidden_layers
+    expected = {"rollout": layers * policy, "features": 2 * whole + pooled.pairs}
+    # Learning asks again only where something is computed again.
+    assert pairs == expected | ({} if reuse == "activations" else {"learn": layers * policy})
+
+
+def test_the_counter_knows_every_kind_of_product():
+    timers = LabelledTimers()
+    linear, rows = nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+    with ProductCounter(timers) as counter, timers.phase("learn"), timers.phase("inner"):
+        linear(rows).sum().backward()
+        torch.zeros(7, 5).addmm_(rows.detach(), torch.randn(3, 5))
+        torch.randn(2, 7, 3) @ torch.randn(2, 3, 5)
+        torch.randn(7, 3, dtype=torch.float64) @ torch.randn(3, 5, dtype=torch.float64)
+    assert [p.phase for p in counter.products] == ["learn"] * 5
+    assert [p.flops for p in counter.products] == [210, 210, 210, 210, 420]
+    assert [p.batch for p in counter.products] == [None] * 4 + [2]
+
+
+def counted_at_production_geometry(name, groups):
+    """A real step on a row of 1,024 tokens with the default geometry, of a model of four narrow layers."""
+    side = build_sides([name], BenchCase("", 1024), TINY_MODEL, groups)[name]
+    with ProductCounter(side.timers) as counter:
+        side.run(0)
+    phases = {phase: count_phase(counter.products, phase, TINY_MODEL.architecture) for phase in PHASES}
+    return phases, TINY_MODEL.architecture.num_hidden_layers
+
+
+def test_our_step_has_the_promised_rows(groups):
+    phases, layers = counted_at_production_geometry("ours", groups)
+    assert (phases["rollout"].layer_rows, phases["rollout"].head_rows) == (4_572 * layers, 3_683)
+    assert (phases["features"].layer_rows, phases["features"].head_rows) == (5_088 * layers * 3 // 4, 0)
+    # Once more for the gradient: the layers' recomputation and the logits of each chunk, but no forward of its own.
+    assert (phases["learn"].layer_rows, phases["learn"].head_rows) == (4_572 * layers, 3_683)
+
+
+@pytest.mark.slow
+def test_the_baseline_has_the_rows_of_the_existing_trainers(groups):
+    phases, layers = counted_at_production_geometry("naive", groups)
+    assert (phases["rollout"].layer_rows, phases["rollout"].head_rows) == (46_992 * layers, 46_992)
+    assert (phases["features"].layer_rows, phases["features"].head_rows) == (8_160 * layers, 8_160)
+    assert (phases["learn"].layer_rows, phases["learn"].head_rows) == (8_160 * layers, 8_160)

@@ -1,0 +1,76 @@
+"""The command lines around experiments and comparisons."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def compare_arms(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "compare_arms.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def evaluation(directory, values):
+    directory.mkdir()
+    content = {
+        "rows": len(values),
+        "temperature": 0.6,
+        "data": "d",
+        "eval/ce_loss": sum(values) / len(values),
+    }
+    (directory / "evaluation.json").write_text(json.dumps(content | {"per_row": {"eval/ce_loss": values}}))
+    return directory
+
+
+def test_compare_arms_writes_a_page(tmp_path):
+    one, other = evaluation(tmp_path / "one", [2.0, 3.0, 2.5]), evaluation(tmp_path / "two", [1.0, 2.0, 1.5])
+    answer = compare_arms("--arm", f"warm start={one}", "--arm", f"new={other}", "--output", tmp_path / "out")
+    assert answer.returncode == 0, answer.stderr
+    (difference,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"]
+    assert difference["shown"] == "lower"
+    assert difference["by_row"]["mean"] == pytest.approx(-1.0)
+
+
+def test_compare_arms_names_every_problem(tmp_path):
+    answer = compare_arms("--arm", "nothing", "--reference", "lost", "--output", tmp_path / "out")
+    assert answer.returncode == 2
+    for expected in ("NAME=PATH", "at least two", "'lost'"):
+        assert expected in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return runpy.run_path(str(ROOT / "tools" / "quickstart.py"), run_name="quickstart")
+
+
+def test_the_default_budget_runs_the_configured_steps(quickstart):
+    scale = quickstart["scale_for"](quickstart["FULL_SECONDS"])
+    assert scale.steps(100) == 100
+    assert scale.evaluation_rows == quickstart["FULL_ROWS"]
+
+
+def test_budgets_scale_what_is_not_fixed(quickstart):
+    full, fixed = quickstart["FULL_SECONDS"], quickstart["FIXED_SECONDS"]
+    half = quickstart["scale_for"]((full + fixed) / 2)
+    assert half.steps(100) == 50
+    assert half.evaluation_rows == quickstart["FULL_ROWS"] // 2
+    assert quickstart["scale_for"](0).steps(100) == 2
+    assert quickstart["scale_for"](0).evaluation_rows == quickstart["LEAST_ROWS"]
+    more = quickstart["scale_for"](2 * full - fixed)
+    assert more.steps(100) == 200
+    assert more.evaluation_rows == quickstart["FULL_ROWS"]
+
+
+def test_evaluation_refuses_overrides_of_a_file_that_is_not_given():
+    command = [sys.executable, "tools/evaluate.py", "--model", "m", "--data", "d", "--output", "o"]
+    completed = subprocess.run(
+        [*command, "--set", "data.document_masking=true"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert completed.returncode == 2 and "--set overrides keys of --config" in completed.stderr

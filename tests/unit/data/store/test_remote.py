@@ -1,0 +1,700 @@
+"""Datasets on an https server: what is asked of the server, what is kept, and what is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebft_mega.data.rows import order
+from ebft_mega.data.store import remote
+from ebft_mega.data.store.dataset import Dataset
+from ebft_mega.data.store.format import Manifest, fingerprint
+from ebft_mega.data.store.https import HttpsClient, Transfer, https_address_problem
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.shard_cache import ShardCache
+from ebft_mega.errors import DamagedDataError, InputError
+from tests.unit.data.store.https_server import Fault, FileServer, make_certificate, serving, trusted_server
+
+pytestmark = pytest.mark.timeout(60)
+
+QUICK = Transfer(timeout_seconds=5, attempts=3, first_wait_seconds=0.001)
+IMPATIENT = Transfer(timeout_seconds=1.5, attempts=1)
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def server(tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    with trusted_server(tmp_path / "served", certificate, monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def url(server: FileServer) -> str:
+    (server.directory / "file").write_bytes(CONTENT)
+    return f"{server.url}/file"
+
+
+@pytest.fixture
+def remote_url(server: FileServer, dataset_directory: Path) -> str:
+    shutil.copytree(dataset_directory, server.directory / "data" / "train")
+    return f"{server.url}/data/train"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    return ShardCache(tmp_path / "cache", 1 << 30)
+
+
+def read_all(dataset: Dataset) -> list[list[int]]:
+    return [dataset.read_document(number).tolist() for number in range(dataset.manifest.documents)]
+
+
+def read_range(url: str, start: int, stop: int, transfer: Transfer = QUICK) -> bytes:
+    return b"".join(HttpsClient(transfer).chunks(url, start, stop, len(CONTENT)))
+
+
+def refused(place: str, cache: ShardCache | None, transfer: Transfer = QUICK) -> str:
+    with pytest.raises(InputError) as caught:
+        open_dataset(place, cache, transfer=transfer)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# The client.
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, len(CONTENT)), (0, 1), (100, 5000), (len(CONTENT) - 1, len(CONTENT))])
+def test_any_range_of_a_file_is_read(server: FileServer, url: str, start: int, stop: int) -> None:
+    assert read_range(url, start, stop) == CONTENT[start:stop]
+    whole = (start, stop) == (0, len(CONTENT))
+    assert server.requests == [("GET", "/file", None if whole else f"bytes={start}-{stop - 1}")]
+    assert read_range(url, start, start) == b""
+    assert len(server.requests) == 1
+
+
+def test_a_broken_connection_is_continued_where_it_broke(server: FileServer, url: str) -> None:
+    server.faults["file"] = Fault("drop", 4000, times=2)
+    assert read_range(url, 0, len(CONTENT)) == CONTENT
+    asked = [entry[2] for entry in server.requests]
+    assert asked == [None, f"bytes=4000-{len(CONTENT) - 1}", f"bytes=8000-{len(CONTENT) - 1}"]
+
+
+def test_a_busy_server_is_asked_again(server: FileServer, url: str) -> None:
+    for status in (500, 503, 429):
+        server.faults["file"] = Fault("status", status, times=2)
+        assert read_range(url, 10, 20) == CONTENT[10:20]
+
+
+@pytest.mark.parametrize(
+    ("fault", "position", "expected", "found", "requests"),
+    [
+        (Fault("status", 404), 16, "184 bytes", r"HTTP status 404 \(Not Found\)", 1),
+        (Fault("status", 403), 16, "184 bytes", r"HTTP status 403 \(Forbidden\)", 1),
+        (Fault("status", 500), 16, "184 bytes", r"HTTP status 500 .*attempt 3 of 3", 3),
+        (Fault("drop", 60), 196, "4 bytes", "4 bytes early.*attempt 3 of 3", 3),
+        (Fault("no ranges"), 16, "HTTP status 206", r"HTTP status 200 \(OK\)", 1),
+        (Fault("other range"), 16, "bytes 16 to 199", "bytes 17 to 200", 1),
+        (Fault("compressed"), 16, "184 bytes", "a compressed answer", 1),
+    ],
+)
+def test_a_bad_answer_names_place_expected_and_found(
+    server: FileServer, url: str, fault: Fault, position: int, expected: str, found: str, requests: int
+) -> None:
+    server.faults["file"] = fault
+    with pytest.raises(DamagedDataError, match=found) as caught:
+        read_range(url, 16, 200)
+    assert (caught.value.shard, caught.value.offset) == (url, position)
+    assert caught.value.expected.startswith(expected)
+    assert caught.value.exit_code == 4
+    assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize("fault", [Fault("hang"), pytest.param(Fault("stall", 60), marks=pytest.mark.slow)])
+def test_a_server_that_hangs_is_left(server: FileServer, url: str, fault: Fault) -> None:
+    server.faults["file"] = fault
+    with pytest.raises(DamagedDataError, match=r"no answer within 1\.5 s \(attempt 1 of 1\)"):
+        read_range(url, 16, 200, IMPATIENT)
+    fault.times = 1
+    assert read_range(url, 16, 200, replace(IMPATIENT, attempts=2, first_wait_seconds=0.001)) == CONTENT[16:200]
+
+
+def test_only_a_failed_attempt_is_waited_after(server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("ebft_mega.data.store.https.time.sleep", waits.append)
+    client = HttpsClient(Transfer())
+    for _ in range(2):
+        assert b"".join(client.chunks(url, 0, len(CONTENT), len(CONTENT))) == CONTENT
+        assert client.size(url) == len(CONTENT)
+        assert client.small_file(url, 1 << 20) == CONTENT
+    assert waits == []
+    server.faults["file"] = Fault("status", 500, methods=("GET", "HEAD"))
+    for read in (lambda: list(client.chunks(url, 0, 5, len(CONTENT))), lambda: client.size(url)):
+        waits.clear()
+        with pytest.raises(DamagedDataError, match="attempt 5 of 5"):
+            read()
+        assert len(waits) == 4
+        for number, wait in enumerate(waits):
+            assert 0.25 * 2**number <= wait <= 0.75 * 2**number
+    assert len(set(waits)) == 4
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("start", [0, 16])
+def test_a_file_of_another_size_is_an_error_at_once(server: FileServer, url: str, start: int, change: int) -> None:
+    (server.directory / "file").write_bytes((CONTENT + b"x")[: len(CONTENT) + change])
+    expected = f"a file of {len(CONTENT)} bytes, found a file of {len(CONTENT) + change} bytes"
+    with pytest.raises(DamagedDataError, match=expected):
+        read_range(url, start, len(CONTENT))
+    assert len(server.requests) == 1
+
+
+def test_answers_without_a_length_are_counted(server: FileServer, url: str) -> None:
+    server.faults["file"] = Fault("chunked")
+    assert read_range(url, 0, len(CONTENT)) == CONTENT
+    (server.directory / "file").write_bytes(CONTENT + b"x")
+    with pytest.raises(DamagedDataError, match="a longer answer"):
+        read_range(url, 0, len(CONTENT))
+
+
+def test_a_trickle_is_broken_off(server: FileServer, url: str) -> None:
+    # The first attempt brings everything but the last byte, yet takes longer than the slowest that is accepted.
+    slow = Transfer(timeout_seconds=-1, attempts=1, minimum_bytes_per_second=float("inf"))
+    client = HttpsClient(slow)
+    client._transfer = replace(slow, timeout_seconds=5)
+    with client._answer_from(url, 0, len(CONTENT), len(CONTENT)) as answer:
+        client._transfer = slow
+        with pytest.raises(Exception, match=f"{len(CONTENT)} bytes in 0 s"):
+            list(client._body(answer, len(CONTENT)))
+
+
+def test_an_unreachable_server_is_an_error(server: FileServer, url: str) -> None:
+    closed = url.replace(str(server.server_address[1]), "1")
+    with pytest.raises(DamagedDataError, match=r"refused.*attempt 3 of 3"):
+        read_range(closed, 0, 5)
+
+
+def test_an_unknown_certificate_is_refused_at_once(
+    server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(DamagedDataError, match="certificate verify failed"):
+        read_range(url, 0, 5)
+    assert server.requests == []
+
+
+def test_a_certificate_of_another_host_is_refused(server: FileServer, url: str) -> None:
+    with pytest.raises(DamagedDataError, match="certificate"):
+        read_range(url.replace("localhost", "127.0.0.1"), 0, 5)
+
+
+def test_sizes_are_asked_without_the_contents(server: FileServer, url: str) -> None:
+    client = HttpsClient(QUICK)
+    assert client.size(url) == len(CONTENT)
+    for fault in (
+        Fault("status", 405, methods=("HEAD",)),
+        Fault("status", 403, methods=("HEAD",)),
+        Fault("chunked", methods=("HEAD",)),
+    ):
+        server.faults["file"] = fault
+        server.requests.clear()
+        assert client.size(url) == len(CONTENT)
+        assert server.requests == [("HEAD", "/file", None), ("GET", "/file", "bytes=0-0")]
+    server.faults["file"] = Fault("status", 405, methods=("HEAD",))
+    (server.directory / "file").write_bytes(b"")
+    assert client.size(url) == 0
+    server.faults["file"] = Fault("hang", methods=("HEAD",))
+    with pytest.raises(DamagedDataError, match="no answer within"):
+        HttpsClient(IMPATIENT).size(url)
+    with pytest.raises(DamagedDataError, match="404"):
+        client.size(url + "2")
+
+
+def test_redirects_lead_to_https_only(server: FileServer, url: str, certificate, tmp_path: Path) -> None:
+    (server.directory / "other").write_bytes(CONTENT)
+    server.faults["file"] = Fault("redirect", f"{server.url}/other", methods=("GET", "HEAD"))
+    client = HttpsClient(QUICK)
+    assert read_range(url, 7, 70) == CONTENT[7:70]
+    assert client.size(url) == len(CONTENT)
+    assert server.requests[1] == ("GET", "/other", "bytes=7-69")
+    assert server.requests[3] == ("HEAD", "/other", None)
+    secret = tmp_path / "secret"
+    secret.write_bytes(CONTENT)
+    with serving(server.directory, None) as plain:
+        for target in (f"{plain.url}/other", f"file://{secret}", f"pipe:cat {secret}", "ftp://localhost/other", ""):
+            server.faults["file"] = Fault("redirect", target, methods=("GET", "HEAD"))
+            with pytest.raises(DamagedDataError, match=r"302 \(Found\), a redirect that is not followed") as caught:
+                read_range(url, 0, len(CONTENT))
+            assert not target or target not in str(caught.value)
+        assert plain.requests == []
+    server.faults["file"] = Fault("redirect", url)
+    with pytest.raises(DamagedDataError, match="302"):
+        read_range(url, 0, 5)
+
+
+def test_the_generator_of_the_random_module_is_left_alone(server: FileServer, url: str) -> None:
+    import random
+
+    server.faults["file"] = Fault("status", 500, times=2)
+    before = random.getstate()
+    read_range(url, 0, 5)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://host/x",
+        "HTTP://host/x",
+        "file:///etc/passwd",
+        "s3://bucket/x",
+        "pipe:true",
+        "ftp://host/x",
+        "https://user@host/x",
+        "https://user:password@host/x",
+        "https://host/x?token=secret",
+        "https://host/x#part",
+        "https:///x",
+        "https://host:99999/x",
+        "https://host:0/x",
+        "https://ho st/x",
+        "https://host/x\r\nHost: other",
+        "https://[::1/x",
+    ],
+)
+def test_only_plain_https_addresses_are_read(address: str, cache: ShardCache) -> None:
+    assert https_address_problem(address)
+    message = refused(address, cache)
+    for secret in ("user", "password@", "secret", "passwd", "bucket"):
+        assert secret not in message.replace("a user, password", "")
+    assert not cache.directory.exists()
+
+
+def test_nothing_in_the_environment_turns_an_address_into_a_command(
+    server: FileServer, remote_url: str, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = tmp_path / "executed"
+    monkeypatch.setenv("GOPEN_REWRITE", f"https:=pipe:touch {proof} #")
+    monkeypatch.setenv("USE_AIS_FOR", "https")
+    assert read_all(open_dataset(remote_url, cache, transfer=QUICK))
+    assert not proof.exists()
+
+
+# Opening.
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_a_remote_dataset_is_the_local_one(
+    remote_url: str, dataset: Dataset, tmp_path: Path, server: FileServer, limit: int
+) -> None:
+    opened = open_dataset(remote_url + "/", ShardCache(tmp_path / "cache", limit), transfer=QUICK)
+    assert opened.manifest == dataset.manifest
+    assert (opened.index == dataset.index).all()
+    assert opened.directory == tmp_path / "cache" / dataset.manifest.fingerprint
+    names = sorted(path.name for path in dataset.tokenizer_directory.iterdir())
+    assert sorted(path.name for path in opened.tokenizer_directory.iterdir()) == names
+    assert opened.files.place(0) == f"{remote_url}/{dataset.manifest.shards[0].name}"
+    assert server.asked("GET", ".tar") == []
+    assert read_all(opened) == read_all(dataset)
+    asked = server.asked("GET", ".tar")
+    if limit:
+        assert sorted(entry[1:] for entry in asked) == [
+            (f"/data/train/{shard.name}", None) for shard in dataset.manifest.shards
+        ]
+    else:
+        assert len(asked) == dataset.manifest.documents
+        assert all(entry[2] for entry in asked)
+        assert not (tmp_path / "cache" / "shards").exists()
+    opened.close()
+
+
+def test_several_epochs_and_processes_download_nothing_again(
+    remote_url: str, cache: ShardCache, server: FileServer, dataset: Dataset
+) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    expected = read_all(dataset)
+    assert read_all(opened) == expected
+    server.requests.clear()
+    for _ in range(3):
+        assert read_all(opened) == expected
+    assert read_all(pickle.loads(pickle.dumps(opened))) == expected
+    assert server.requests == []
+    again = open_dataset(remote_url, cache, transfer=QUICK)
+    assert read_all(again) == expected
+    # The manifest and the sizes of the shards are asked for at every start, and nothing else.
+    assert [entry[1] for entry in server.asked("GET")] == ["/data/train/dataset.json"]
+    assert len(server.asked("HEAD")) == len(dataset.manifest.shards)
+
+
+def test_processes_that_open_at_once_copy_once(
+    remote_url: str, cache: ShardCache, server: FileServer, dataset: Dataset
+) -> None:
+    with ThreadPoolExecutor(6) as executor:
+        futures = [executor.submit(lambda: read_all(open_dataset(remote_url, cache, transfer=QUICK))) for _ in range(6)]
+        assert all(future.result() == read_all(dataset) for future in futures)
+    assert len(server.asked("GET", "index.npy")) == 1
+    assert len(server.asked("GET", ".tar")) == len(dataset.manifest.shards)
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_a_forked_process_needs_nothing_of_its_parent(
+    remote_url: str, cache: ShardCache, dataset: Dataset, limit: int
+) -> None:
+    opened = open_dataset(remote_url, ShardCache(cache.directory, limit), transfer=QUICK)
+    assert isinstance(opened.files, remote.RemoteShards)
+    expected = read_all(dataset)
+    assert opened.read_document(0).tolist() == expected[0]
+    opened.files.expect([1])
+    # One of the parent's threads is reading in this moment.
+    with opened.files._lock:
+        process = os.fork()
+        if process == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which the time limit of the test uses
+            signal.alarm(30)
+            try:
+                os._exit(0 if read_all(opened) == expected else 1)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert read_all(opened) == expected
+    opened.close()
+
+
+def test_expected_shards_are_downloaded_ahead(
+    remote_url: str, cache: ShardCache, server: FileServer, dataset: Dataset
+) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    last = len(dataset.manifest.shards) - 1
+    before = threading.active_count()
+    opened.files.expect([last, 0, last])
+    opened.files.expect([0])
+    assert isinstance(opened.files, remote.RemoteShards)
+    wait_for_downloads(opened)
+    asked = [entry[1] for entry in server.asked("GET", ".tar")]
+    assert asked == [f"/data/train/{dataset.manifest.shards[shard].name}" for shard in (last, 0)]
+    assert threading.active_count() <= before + 1 + 2  # and the server's
+    server.faults[dataset.manifest.shards[1].name] = Fault("status", 404)
+    opened.files.expect([1, 2])
+    wait_for_downloads(opened)
+    server.requests.clear()
+    assert read_all_but(opened, shard=1)
+    assert [entry[1] for entry in server.asked("GET", ".tar")] == [
+        f"/data/train/{dataset.manifest.shards[shard].name}" for shard in range(3, last)
+    ]
+    with pytest.raises(DamagedDataError, match="404"):
+        opened.read_document(int((opened.index["shard"] == 1).argmax()))
+    opened.close()
+
+
+def wait_for_downloads(dataset: Dataset) -> None:
+    ahead = dataset.files._ahead
+    with ahead.changed:
+        assert ahead.changed.wait_for(lambda: not ahead.expected, 30)
+
+
+def read_all_but(dataset: Dataset, shard: int) -> bool:
+    for number in range(dataset.manifest.documents):
+        if dataset.index["shard"][number] != shard:
+            dataset.read_document(number)
+    return True
+
+
+def test_a_download_that_takes_long_elsewhere_is_not_waited_for(
+    remote_url: str, cache: ShardCache, server: FileServer, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_WAIT_SECONDS", 0.05)
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    entry = dataset.manifest.shards[0]
+    with cache.lock(entry.sha256):
+        assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
+    assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
+    assert [asked[2] is None for asked in server.asked("GET", entry.name)] == [False, True]
+
+
+def test_files_of_equal_names_in_two_datasets_never_meet(
+    make_dataset: Callable[..., Path], server: FileServer, cache: ShardCache
+) -> None:
+    datasets = []
+    for name in ("first", "second"):
+        directory = make_dataset({"a.py": f"{name} = 1\n", "b.py": "b = 2\n"}, name)
+        shutil.copytree(directory, server.directory / name)
+        datasets.append((open_dataset(f"{server.url}/{name}", cache, transfer=QUICK), open_dataset(directory)))
+    for opened, local in datasets:
+        assert read_all(opened) == read_all(local)
+    assert len({opened.directory for opened, _ in datasets}) == 2
+
+
+def test_a_dataset_that_changed_on_the_server_is_another_one(
+    remote_url: str, make_dataset: Callable[..., Path], server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    assert open_dataset(remote_url, cache, transfer=QUICK).manifest == dataset.manifest
+    shutil.rmtree(server.directory / "data" / "train")
+    changed = make_dataset({"a.py": "a = 1\n"})
+    shutil.copytree(changed, server.directory / "data" / "train")
+    assert read_all(open_dataset(remote_url, cache, transfer=QUICK)) == read_all(open_dataset(changed))
+
+
+def test_all_problems_of_a_remote_dataset_are_reported_before_the_start(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    names = [shard.name for shard in dataset.manifest.shards]
+    (server.directory / "data" / "train" / names[0]).unlink()
+    os.truncate(server.directory / "data" / "train" / names[1], 700)
+    server.faults[names[2]] = Fault("hang", methods=("HEAD", "GET"))
+    message = refused(remote_url, cache, IMPATIENT)
+    assert f"{remote_url}/{names[0]}: {names[0]}: found HTTP status 404" in message
+    assert f"{remote_url}/{names[1]}: {names[1]}: found 700 bytes" in message
+    assert f"{remote_url}/{names[2]}: {names[2]}: found no answer within 1.5 s" in message
+    assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "expected"),
+    [
+        ("dataset.json", None, "dataset.json: found no such file"),
+        ("dataset.json", b"{", "dataset.json: found"),
+        ("index.npy", None, "index.npy: found HTTP status 404"),
+        ("index.npy", b"short", "index.npy: found a file of 5 bytes"),
+        ("index.npy", "flip", "index: found sha256"),
+        ("tokenizer/tokenizer.model", None, "tokenizer: found no tokenizer"),
+        ("tokenizer/tokenizer.model", b"another", "tokenizer: found a tokenizer with sha256"),
+    ],
+)
+def test_a_damaged_description_is_refused_and_not_kept(
+    remote_url: str, server: FileServer, cache: ShardCache, name: str, damage: bytes | str | None, expected: str
+) -> None:
+    path = server.directory / "data" / "train" / name
+    content = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage if isinstance(damage, bytes) else content[:-1] + bytes([content[-1] ^ 1]))
+    message = refused(remote_url, cache)
+    assert expected in message
+    assert remote_url in message
+    path.write_bytes(content)
+    assert read_all(open_dataset(remote_url, cache, transfer=QUICK))
+
+
+def test_a_damaged_copy_of_the_description_is_copied_again(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    for name in ("index.npy", "tokenizer/tokenizer.model", "dataset.json"):
+        path = open_dataset(remote_url, cache, transfer=QUICK).directory / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert open_dataset(remote_url, cache, transfer=QUICK).manifest == dataset.manifest
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "name", ["../shard-000000.tar", "https://elsewhere/a.tar", "pipe:x.tar", "a/b.tar", "a.tar?x=y.tar"]
+)
+def test_a_remote_manifest_names_plain_files_only(
+    remote_url: str, server: FileServer, cache: ShardCache, name: str
+) -> None:
+    path = server.directory / "data" / "train" / "dataset.json"
+    fields = json.loads(path.read_text())
+    fields["shards"][0]["name"] = name
+    fields["fingerprint"] = fingerprint(fields)
+    path.write_text(json.dumps(fields))
+    assert "shards.0.name" in refused(remote_url, cache)
+    assert [entry[1] for entry in server.requests] == ["/data/train/dataset.json"]
+
+
+def test_a_wrong_fingerprint_cannot_take_the_place_of_another_dataset(
+    remote_url: str, server: FileServer, cache: ShardCache
+) -> None:
+    path = server.directory / "data" / "train" / "dataset.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"eos_id": 7}))
+    assert "fingerprint" in refused(remote_url, cache)
+    assert not (cache.directory / fields["fingerprint"]).exists()
+
+
+def test_a_url_needs_a_cache(remote_url: str, server: FileServer) -> None:
+    assert "no directory for a cache" in refused(remote_url, None)
+    assert server.requests == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused(remote_url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"{directory}: cache: found" in refused(remote_url, ShardCache(directory, 1 << 30))
+
+
+# Damage of cached copies, and shards that do not fit.
+
+
+def test_a_damaged_copy_of_a_shard_is_downloaded_again_once(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    expected = read_all(dataset)
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    assert read_all(opened) == expected
+    entry = dataset.manifest.shards[0]
+    path = cache.shard_path(entry)
+    for damage in ("flip", "cut"):
+        content = bytearray(path.read_bytes())
+        if damage == "flip":
+            content[int(dataset.index["offset"][0]) + 515] ^= 4
+        path.write_bytes(content if damage == "flip" else content[:600])
+        server.requests.clear()
+        assert read_all(open_dataset(remote_url, cache, transfer=QUICK)) == expected
+        assert [item[1] for item in server.asked("GET", ".tar")] == [f"/data/train/{entry.name}"]
+        assert path.read_bytes() == (dataset.directory / entry.name).read_bytes()
+
+
+def test_a_copy_that_is_cut_while_it_is_open_is_downloaded_again(
+    remote_url: str, cache: ShardCache, dataset: Dataset
+) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    assert read_all(opened) == read_all(dataset)
+    os.truncate(cache.shard_path(dataset.manifest.shards[0]), 600)
+    assert read_all(opened) == read_all(dataset)
+
+
+def test_a_document_that_stays_wrong_is_damage_and_not_downloaded_for_ever(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    """The index and the shard disagree, and each has the hash of the manifest."""
+    import hashlib
+
+    import numpy as np
+
+    index = np.load(dataset.directory / "index.npy")
+    index["crc32"][1] ^= 1
+    target = server.directory / "data" / "train"
+    np.save(target / "index.npy", index)
+    content = (target / "index.npy").read_bytes()
+    fields = json.loads((target / "dataset.json").read_text())
+    fields["index"] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    fields["fingerprint"] = fingerprint(fields)
+    (target / "dataset.json").write_text(json.dumps(fields))
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    for _ in range(3):
+        opened.read_document(0)
+        with pytest.raises(DamagedDataError, match="crc32"):
+            opened.read_document(1)
+    assert len(server.asked("GET", ".tar")) == 2
+
+
+def test_a_cache_that_holds_a_part_is_never_passed(
+    remote_url: str, server: FileServer, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Windows of one shard: two of them, and one more at the edge, fit.
+    monkeypatch.setattr(remote, "WINDOW_DOCUMENTS", 1)
+    largest = max(shard.bytes for shard in dataset.manifest.shards)
+    assert remote.whole_shard_bytes(dataset.manifest) <= 4 * largest < sum(s.bytes for s in dataset.manifest.shards)
+    cache = ShardCache(tmp_path / "cache", 4 * largest)
+    for _ in range(2):
+        opened = open_dataset(remote_url, cache, transfer=QUICK)
+        for number, expected in enumerate(read_all(dataset)):
+            assert opened.read_document(number).tolist() == expected
+            assert sum(path.stat().st_size for path in (cache.directory / "shards").iterdir()) <= cache.limit_bytes
+    asked = server.asked("GET", ".tar")
+    assert all(entry[2] is None for entry in asked)
+    shards = len(dataset.manifest.shards)
+    assert shards < len(asked) <= 2 * shards
+
+
+def test_copies_that_were_deleted_are_closed(remote_url: str, dataset: Dataset, cache: ShardCache) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    opened.read_document(0)
+    assert isinstance(opened.files, remote.RemoteShards)
+    cache.shard_path(dataset.manifest.shards[0]).unlink()
+    assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
+    opened.read_document(dataset.manifest.documents - 1)
+    assert list(opened.files._descriptors) == [len(dataset.manifest.shards) - 1]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 1000)), min_size=1, max_size=8),
+    window=st.integers(1, 60),
+    seed=st.integers(0, 100),
+)
+def test_any_two_windows_fit_into_a_cache_of_whole_shards(
+    dataset_manifest: Manifest, sizes: list[tuple[int, int]], window: int, seed: int
+) -> None:
+    import random
+
+    template = dataset_manifest.shards[0]
+    shards = tuple(template.model_copy(update={"documents": d, "bytes": b}) for d, b in sizes)
+    manifest = dataset_manifest.model_copy(update={"shards": shards})
+    shuffled = list(shards)
+    random.Random(seed).shuffle(shuffled)
+    windows, current = [0], 0
+    for shard in shuffled:
+        if current >= window:
+            windows.append(0)
+            current = 0
+        windows[-1] += shard.bytes
+        current += shard.documents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "WINDOW_DOCUMENTS", window)
+        assert remote.whole_shard_bytes(manifest) >= sum(sorted(windows)[-2:])
+        assert remote.whole_shard_bytes(manifest) <= sum(shard.bytes for shard in shards)
+    assert remote.WINDOW_DOCUMENTS == order.WINDOW_DOCUMENTS
+
+
+@pytest.fixture(scope="session")
+def dataset_manifest(dataset_directory: Path) -> Manifest:
+    return open_dataset(dataset_directory).manifest
+
+
+def test_closing_a_dataset_ends_its_download(
+    remote_url: str, server: FileServer, dataset: Dataset, cache: ShardCache
+) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    assert isinstance(opened.files, remote.RemoteShards)
+    server.faults[dataset.manifest.shards[0].name] = Fault("stall", 100, times=1)
+    for _ in range(3):
+        opened.files.expect([0, 1])
+    ahead = opened.files._ahead
+    assert ahead is not None
+    assert server.stalled.wait(30)
+    assert list(ahead.expected) == [0, 1]
+    opened.close()
+    server.released.set()
+    ahead.thread.join(30)
+    assert not ahead.thread.is_alive()
+    # The connection broke and was continued, but nobody wanted the rest any more.
+    assert list((cache.directory / "shards").iterdir()) == []
+    assert server.asked("GET", dataset.manifest.shards[1].name) == []
+    assert opened.read_document(dataset.manifest.documents - 1).size  # opens again
+
+
+def test_an_interpreter_does_not_wait_for_downloads_ahead(
+    remote_url: str, server: FileServer, dataset: Dataset, cache: ShardCache
+) -> None:
+    server.faults[dataset.manifest.shards[0].name] = Fault("stall", 100)
+    program = (
+        "from pathlib import Path\n"
+        "from ebft_mega.data.store.shard_cache import ShardCache\n"
+        "from ebft_mega.data.store.opening import open_dataset\n"
+        f"dataset = open_dataset({remote_url!r}, ShardCache(Path({str(cache.directory)!r}), 1 << 30))\n"
+        "dataset.files.expect([0])\n"
+        "print(dataset.read_document(dataset.manifest.documents - 1).size)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    # What it left is cleaned up by the next download.
+    server.faults.clear()
+    assert read_all(open_dataset(remote_url, cache, transfer=QUICK)) == read_all(dataset)
+    assert [path.name for path in (cache.directory / "shards").glob("*.part")] == []
