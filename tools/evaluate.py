@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parse_arguments()
     config = settings(arguments)
 
-    from ebft_mega.apps.evaluate import EvaluationRequest, evaluate_directory
+    from ebft_mega.apps.evaluate_model import EvaluationRequest, evaluate_directory
     from ebft_mega.apps.report.evaluation_plot import plot_evaluation
 
     request = EvaluationRequest(

@@ -1,8 +1,10 @@
-"""Imports go one way, light modules stay light, and everything public says what it is."""
+"""Imports go one way, rooms stay small, light modules stay light, and everything public says what it is."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,63 +12,37 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ebft_mega"
 
-# From the bottom up: a package may import from its own layer's earlier packages and from lower layers only.
-# Packages of one layer do not know each other.
-LAYERS = (
-    ("errors",),
-    ("types", "metrics", "rollout.plan", "model.architecture", "model.partition", "model.sizes", "model.weight_files"),
-    ("cost", "data"),
-    # What a dry run reads of a checkpoint.
-    (
-        *("checkpoint.manifest", "checkpoint.records", "checkpoint.folders", "checkpoint.retention"),
-        *("checkpoint.run_state", "checkpoint.tensor_index", "checkpoint.model_folder"),
-    ),
-    ("attention", "config", "parallel"),
-    ("cost.mfu", "cost.ours", "cost.naive", "model"),
-    ("checkpoint",),
-    ("objective", "reward"),
-    ("rollout",),
-    ("features",),
-    ("conversion", "evaluation"),
-    ("report",),
-    ("experiment", "train"),
-    ("benchmark",),
+# In the order in which a run uses them. A room may import from itself and from the rooms above it in this list; the
+# three files of the ground floor come first. Rooms within rooms have places of their own.
+ROOMS = (
+    *("errors", "types", "block_plan"),
+    *("io", "architecture", "config", "runtime", "metrics"),
+    *("data.text", "data.store", "data.builder", "data.rows"),
+    *("parallel", "attention", "model"),
+    *("rollout", "features", "reward", "objective"),
+    *("checkpoint", "cost", "planning", "evaluation", "train", "apps"),
 )
+# What is imported by name stands in strings of this form: `python -m`, lazy imports, patches.
+DOTTED = re.compile(r"ebft_mega((?:\.[a-z_0-9]+)+)")
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")
+# Rooms that a dry run or a tool's --help goes through, and single modules of rooms that are heavy otherwise.
+LIGHT_ROOMS = ("io", "architecture", "config", "planning", "cost", "data.text", "data.store", "data.builder")
 LIGHT_MODULES = (
-    "ebft_mega.errors",
-    "ebft_mega.block_plan",
-    "ebft_mega.architecture.hf_config",
-    "ebft_mega.architecture.partition",
-    "ebft_mega.architecture.sizes",
-    "ebft_mega.model.weights.weight_files",
-    "ebft_mega.data.builder.dataset_build",
-    "ebft_mega.data.store.dataset",
-    "ebft_mega.data.store.inspection",
-    "ebft_mega.data.store.opening",
-    "ebft_mega.data.store.verify",
-    "ebft_mega.data.store.remote",
-    "ebft_mega.data.store.https",
-    "ebft_mega.data.store.shard_cache",
-    "ebft_mega.data.builder.on_demand",
-    "ebft_mega.data.rows.stream",
-    "ebft_mega.metrics.sinks",
-    "ebft_mega.apps.report.arm_comparison",
-    "ebft_mega.apps.report.run_report",
-    "ebft_mega.io.records",
-    "ebft_mega.checkpoint.manifest",
-    "ebft_mega.checkpoint.commit",
-    "ebft_mega.checkpoint.retention",
-    "ebft_mega.checkpoint.run_state",
-    "ebft_mega.checkpoint.tensor_index",
-    "ebft_mega.checkpoint.resume_rules",
-    "ebft_mega.evaluation.bootstrap",
-    "ebft_mega.apps.study.arms",
-    "ebft_mega.runtime.run_lock",
-    "ebft_mega.runtime.stop_requests",
-    "ebft_mega.cost.mfu",
-    "ebft_mega.cost.naive_cost",
+    *("errors", "block_plan"),
+    *("runtime.run_files", "runtime.run_lock", "runtime.stop_requests", "metrics.console", "metrics.sinks"),
+    *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
+    "model.weights.weight_files",
+    *("checkpoint.commit", "checkpoint.manifest", "checkpoint.model_folder", "checkpoint.resume_rules"),
+    *("checkpoint.retention", "checkpoint.run_state", "checkpoint.tensor_index"),
+    "evaluation.bootstrap",
+    *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
 )
+MAX_FILES = 15
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_IMPORTS = 40
+# Longer than MAX_FILE_LINES, each with its reason.
+LONG_FILES: dict[str, str] = {}
 
 
 def modules():
@@ -80,45 +56,118 @@ def modules():
     return found
 
 
-def layer_of(module):
-    """Number of the layer with the longest name that the module lies in."""
-    matches = [
-        (len(name), number)
-        for number, names in enumerate(LAYERS)
-        for name in names
-        if module == name or module.startswith(name + ".")
-    ]
-    assert matches, f"{module} is in no layer: add its package to LAYERS"
+def place_of(module):
+    """Number of the room that a module lies in, by the room's place in ROOMS; -1 for a package of rooms."""
+    inside = f"{module}."
+    matches = [(len(name), place) for place, name in enumerate(ROOMS) if inside.startswith(f"{name}.")]
+    if not matches:
+        assert any(name.startswith(module + ".") for name in ROOMS), f"{module} is in no room: add its folder to ROOMS"
+        return -1
     return max(matches)[1]
 
 
 def imported_modules(tree):
-    """Dotted names within the package that a module imports anywhere, also inside functions."""
+    """Dotted names within the package that a module imports anywhere, also inside functions and as strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if (ROOT / (name.replace(".", "/") + ".py")).exists() else node.module for name in submodules]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names = ["<relative import>"]
+            names = [name if is_module(name) else node.module for name in submodules]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value.split(":")[0]):
+            names = [node.value.split(":")[0]]
         else:
             continue
         for name in names:
-            assert name != "<relative import>", "imports are absolute"
             if name.startswith("ebft_mega."):
                 yield node.lineno, name.removeprefix("ebft_mega.")
+
+
+def is_module(dotted):
+    """Whether a text is the name of a module or a room of this package."""
+    if not re.fullmatch(r"ebft_mega(\.[a-z_0-9]+)+", dotted):
+        return False
+    path = ROOT / dotted.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def arrows_up(module, source):
+    """Line and name of every import of a module that does not point to its own room or one above it in ROOMS."""
+    own = place_of(module)
+    return [(line, name) for line, name in imported_modules(ast.parse(source)) if place_of(name) > own >= 0]
 
 
 def test_imports_point_downwards():
     wrong = []
     for path, module in modules().items():
-        own = layer_of(module)
-        for line, imported in imported_modules(ast.parse(path.read_text())):
-            package, other = module.split(".")[0], imported.split(".")[0]
-            if layer_of(imported) > own or (layer_of(imported) == own and package != other):
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {imported}")
+        found = arrows_up(module, path.read_text())
+        wrong += [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in found]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ebft_mega.train.step import train_step",
+        "def later():\n    import ebft_mega.train.step",
+        "COMMAND = [python, '-m', 'ebft_mega.train.step']",
+        "PLACE = 'ebft_mega.train.step:train_step'",
+        "from ebft_mega import train",
+    ],
+)
+def test_the_check_for_arrows_can_fail(source):
+    assert [name for _, name in arrows_up("rollout.noise", source)] in (["train.step"], ["train"])
+    assert arrows_up("train.loop", source) == []
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {
+        module: {name for _, name in imported_modules(ast.parse(path.read_text())) if name in modules().values()}
+        for path, module in modules().items()
+    }
+    while leaves := [module for module, names in graph.items() if not names & graph.keys() - {module}]:
+        for module in leaves:
+            del graph[module]
+    assert graph == {}
+
+
+def test_rooms_are_small():
+    counts = Counter(path.parent for path in modules() if path.name != "__init__.py")
+    assert {str(room.relative_to(ROOT)): count for room, count in counts.items() if count > MAX_FILES} == {}
+
+
+def test_one_name_is_one_thing():
+    """A file's name says what it does: no two of the package, the tools and the launcher have the same one."""
+    files = [*modules(), *(ROOT / "tools").glob("*.py"), *(ROOT / "launcher").glob("*.py")]
+    counts = Counter(path.name for path in files if path.name != "__init__.py")
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_files_and_functions_are_short():
+    too_long = []
+    for path in [*modules(), *(ROOT / "tools").glob("*.py"), *(ROOT / "launcher").glob("*.py")]:
+        name, source = str(path.relative_to(ROOT)), path.read_text()
+        lines = source.count("\n")
+        if (lines > MAX_FILE_LINES) != (name in LONG_FILES):
+            too_long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long.append(f"{name}: {node.name}, {length} lines")
+    assert too_long == []
+
+
+def test_no_file_imports_half_the_house():
+    many = {}
+    for path in modules():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        from_modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        if max(len(names), len(from_modules)) > MAX_IMPORTS:
+            many[str(path.relative_to(ROOT))] = (len(names), len(from_modules))
+    assert many == {}
 
 
 def loaded_by(statement):
@@ -130,8 +179,8 @@ def loaded_by(statement):
 
 
 def light_modules():
-    config = [f"ebft_mega.{name}" for name in modules().values() if name.startswith("config.")]
-    return [*LIGHT_MODULES, *config]
+    rooms = [name for name in modules().values() if any(name.startswith(room + ".") for room in LIGHT_ROOMS)]
+    return [f"ebft_mega.{name}" for name in (*rooms, *LIGHT_MODULES)]
 
 
 def test_light_modules_import_nothing_heavy():
