@@ -16,7 +16,7 @@ from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.evaluation.heldout import Evaluation, evaluate, evaluation_settings, merge
+from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
@@ -62,7 +62,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     policy.to(groups.device).requires_grad_(False).eval()
     model = PipelinedModel.of(policy)
     network = _feature_network(request.feature_model, config, groups, dtype, route)
-    settings = evaluation_settings(config)
+    settings = EvaluationSettings.of(config)
 
     length = config.data.sequence_length
     everything = fixed_rows(dataset, length, request.skip_rows + request.rows)

@@ -17,7 +17,7 @@ from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
-from ebft_mega.evaluation.heldout import Evaluation, EvaluationSettings, evaluate, gather
+from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, gather
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter

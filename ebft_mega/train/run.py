@@ -39,7 +39,7 @@ from ebft_mega.errors import (
     PeerFailedError,
     Problem,
 )
-from ebft_mega.evaluation.heldout import evaluation_settings
+from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.io.output_directory import refuse_other_contents
 from ebft_mega.metrics.phase_memory import PhaseMemory
@@ -498,7 +498,7 @@ def _held_out(config: RunConfig, trainer: Trainer, groups: ProcessGroups) -> Hel
     dataset.close()
     rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
     rows = rows_of_step(rows, config, groups.device)
-    return HeldOut(rows, evaluation_settings(config), config.evaluation.interval)
+    return HeldOut(rows, EvaluationSettings.of(config), config.evaluation.interval)
 
 
 def _observer(config: RunConfig, plan: RunPlan, tokenizer_directory: Path, start: Start) -> Observer:

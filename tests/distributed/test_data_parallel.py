@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.evaluation.heldout import evaluation_settings
+from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.model.weights.huggingface import RandomWeights
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.loop import HeldOut, evaluate_now
@@ -116,7 +116,7 @@ def evaluate_unequal_rows(directory: str) -> dict[str, float]:
     everything = rows_of_step(0, groups)
     own = 3 if groups.data_parallel_size == 1 else 2 - groups.data_parallel_rank
     rows = TokenBatch(everything.tokens[:own], everything.document_ids[:own], everything.row_indices[:own])
-    held_out = HeldOut(rows.filled_up(-(-3 // groups.data_parallel_size)), evaluation_settings(config), interval=None)
+    held_out = HeldOut(rows.filled_up(-(-3 // groups.data_parallel_size)), EvaluationSettings.of(config), interval=None)
     return evaluate_now(trainer, held_out, 0, None)
 
 

@@ -14,7 +14,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
-from ebft_mega.evaluation.heldout import EvaluationSettings, evaluate
+from ebft_mega.evaluation.held_out import EvaluationSettings, evaluate
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights

@@ -30,6 +30,9 @@ from ebft_mega.types import Rollout, TokenBatch
 
 # The sampling noise of evaluations is that of a step which no training has.
 EVALUATION_STEP = -1
+# `eval/alignment` is always taken after sample whitening (the authors' definition), whatever `ebft.reward_whitening`
+# says: models that were trained with different rewards are compared by the same figure.
+ALIGNMENT_WHITENING: Whitening = "sample"
 SHOWN_BLOCKS = 3
 BATCHES_PER_STAGE = 4
 
@@ -43,15 +46,15 @@ class EvaluationSettings:
     whitening: Whitening  # of `eval/cfm_loss`; the other figures have their own fixed definition
     micro_batch_size: int
 
-
-def evaluation_settings(config: RunConfig) -> EvaluationSettings:
-    """What a run's configuration says about its evaluations."""
-    return EvaluationSettings(
-        plan=config.block_plan,
-        sampling=SamplingSettings.of(config),
-        whitening=config.ebft.reward_whitening,
-        micro_batch_size=config.train.micro_batch_size,
-    )
+    @classmethod
+    def of(cls, config: RunConfig) -> "EvaluationSettings":
+        """Take the settings from a run's configuration."""
+        return cls(
+            plan=config.block_plan,
+            sampling=SamplingSettings.of(config),
+            whitening=config.ebft.reward_whitening,
+            micro_batch_size=config.train.micro_batch_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _rollout_figures(
 ) -> dict[str, Tensor]:
     """Per-row figures [B] that need rollouts; of the kept blocks bool [B, K] if given, then NaN for a row without."""
     figures = {
-        "eval/alignment": block_rewards(gram, "sample", 1.0, 1.0).alignment,
+        "eval/alignment": block_rewards(gram, ALIGNMENT_WHITENING, 1.0, 1.0).alignment,
         "eval/raw_cosine": raw_cosine(gram),
         "eval/cfm_loss": block_rewards(gram, settings.whitening, 1.0, 1.0).cfm,
         "eval/duplicate_share": has_duplicates(rollout.tokens).to(torch.float64),
@@ -190,7 +193,7 @@ def _row_means(values: Tensor, kept: Tensor | None) -> Tensor:
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
     """A few blocks of a batch's first row that count; none of filler."""
     kept = kept_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
-    alignment = block_rewards(gram[:1], "sample", 1.0, 1.0).alignment[0]
+    alignment = block_rewards(gram[:1], ALIGNMENT_WHITENING, 1.0, 1.0).alignment[0]
     blocks = kept[:: max(1, len(kept) // SHOWN_BLOCKS)]
     starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()
     return tuple(
