@@ -107,7 +107,7 @@ class CheckpointSaver:
         assert self._in_flight is None, "the next checkpoint waits for the last one"
         needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
-        obstacle = [self._obstacle(flying.folder, needed)] if self._groups.is_first else [None]
+        obstacle = [self._obstacle(flying.folder, needed)] if self._groups.is_world_first else [None]
         dist.broadcast_object_list(obstacle, src=0, device=self._groups.device)
         if obstacle[0] is not None:
             return Outcome(step, obstacle[0])
@@ -133,7 +133,9 @@ class CheckpointSaver:
         assert flying.thread is not None, "it was started"
         flying.thread.join()
         own = flying.error if flying.written is None else flying.written
-        parts: list[Written | str | None] | None = [None] * dist.get_world_size() if self._groups.is_first else None
+        parts: list[Written | str | None] | None = (
+            [None] * dist.get_world_size() if self._groups.is_world_first else None
+        )
         dist.gather_object(own, parts, dst=0)
         outcome = [self._committed(flying, parts)] if parts is not None else [None]
         dist.broadcast_object_list(outcome, src=0, device=self._groups.device)
@@ -164,7 +166,7 @@ class CheckpointSaver:
         """This rank's part; runs in a thread."""
         try:
             files: dict[str, FileRecord] = {}
-            if self._groups.is_first:
+            if self._groups.is_world_first:
                 for name, content in small_files.items():
                     files[name] = write_file(flying.folder, name, content)
 

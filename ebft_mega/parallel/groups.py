@@ -60,13 +60,18 @@ class ProcessGroups:
         return dist.get_world_size(self.pipeline_parallel)
 
     @property
+    def is_first_stage(self) -> bool:
+        """Whether this process's stage reads tokens."""
+        return self.pipeline_rank == 0
+
+    @property
     def is_last_stage(self) -> bool:
-        """Whether this process predicts tokens."""
+        """Whether this process's stage predicts tokens."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process writes what a job writes once."""
+    def is_world_first(self) -> bool:
+        """Whether this is rank 0 of the world, which writes what a job writes once."""
         return dist.get_rank() == 0
 
     def megatron(self) -> ProcessGroupCollection:

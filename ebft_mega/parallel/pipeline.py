@@ -158,11 +158,11 @@ def one_forward_one_backward(
     Source: the schedule is PipeDream-Flush (arXiv 2006.09503).
     """
     stage, last = groups.pipeline_rank, groups.pipeline_size - 1
-    is_first, is_last = stage == 0, stage == last
+    is_first_stage, is_last_stage = groups.is_first_stage, groups.is_last_stage
     in_flight: list[tuple[Tensor | None, Tensor]] = []
 
     def receive_buffer(index: int) -> Tensor | None:
-        return None if is_first or index >= num_micro_batches else hidden_buffer(index)
+        return None if is_first_stage or index >= num_micro_batches else hidden_buffer(index)
 
     def run_forward(index: int, received: Tensor | None) -> Tensor:
         if received is not None:
@@ -185,8 +185,8 @@ def one_forward_one_backward(
     hand_over(groups, from_previous=received)
     for index in range(warm_up, num_micro_batches):
         output = run_forward(index, received)
-        gradient = None if is_last else torch.empty_like(in_flight[0][1])
-        hand_over(groups, forward=None if is_last else output, from_next=gradient)
+        gradient = None if is_last_stage else torch.empty_like(in_flight[0][1])
+        hand_over(groups, forward=None if is_last_stage else output, from_next=gradient)
         input_gradient = run_backward(gradient)
         received = receive_buffer(index + 1)
         hand_over(groups, backward=input_gradient, from_previous=received)
@@ -222,7 +222,7 @@ def replayed_backward(
             gradient = torch.empty(output.shape, dtype=output.dtype, device=output.device)
             hand_over(groups, from_next=gradient)
         backward(output, gradient)
-        if groups.pipeline_rank:
+        if not groups.is_first_stage:
             hand_over(groups, backward=entering_gradient(index))
         del output, gradient
         release(index)

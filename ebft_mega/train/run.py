@@ -139,8 +139,8 @@ def run_training(
     with ExitStack() as held_to_the_end:
         lock = RunLock(output)
         lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
-        is_ousted = (lambda: lock.lost) if groups.is_first else (lambda: False)
-        wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_first)
+        is_ousted = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
+        wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_world_first)
         return _run(config, plan, groups, loader, wishes, is_ousted, lock_notes)
 
 
@@ -157,7 +157,7 @@ def _run(
     output = config.output_dir
     log_path = setup_rank_log(output, dist.get_rank())
     notes += tuple(f"the file {name} of an earlier run was deleted" for name in wishes.clear())
-    if groups.is_first:
+    if groups.is_world_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
     progress = Progress()
@@ -195,7 +195,7 @@ def _run(
         raise
     state: RunState = "stopped" if stopped else "done"
     exit_code = EXIT_STOPPED if stopped else EXIT_DONE
-    if groups.is_first:
+    if groups.is_world_first:
         write_status(output, state, exit_code, progress.step, newest_checkpoint())
     dist.barrier()
     return exit_code
@@ -275,7 +275,7 @@ def _train_and_export(
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
     watchdog.beat("building of the model")
     held_out = _held_out(config, trainer, groups)
-    described = describing_files(config, plan.architecture, tokenizer_directory) if groups.is_first else {}
+    described = describing_files(config, plan.architecture, tokenizer_directory) if groups.is_world_first else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
         state = identity.state(progress, loader, trainer.engine.applied_updates)
@@ -283,7 +283,7 @@ def _train_and_export(
 
     # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
     start = replace(start, notes=(*start.notes, *tidy(output / CHECKPOINTS, start)))
-    observer = _observer(config, plan, tokenizer_directory, start) if groups.is_first else None
+    observer = _observer(config, plan, tokenizer_directory, start) if groups.is_world_first else None
     try:
         checkpoint = config.checkpoint
         boundary = Boundary(
@@ -302,7 +302,7 @@ def _train_and_export(
                 observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
             return stopped
         tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
-        if groups.is_first:
+        if groups.is_world_first:
             dtype = DTYPES[config.train.dtype]
             write_model(
                 output / MODEL_FOLDER, plan.architecture, tensors, dtype, tokenizer_directory, generation_config(config)
@@ -314,7 +314,7 @@ def _train_and_export(
     finally:
         if observer is not None:
             observer.writer.close()
-    if groups.is_first:
+    if groups.is_world_first:
         report = write_run_report(output)
         print(f"report: {report}\nmodel:  {output / MODEL_FOLDER}", flush=True)
     return StopReason.NONE

@@ -69,7 +69,7 @@ def account_for(
     by_row = {record["row"]: record for part in reversed(parts) for record in part}
     records = [by_row[row] for row in sorted(by_row)]
     path = output_dir / ERRORS_NAME
-    if groups.is_first:
+    if groups.is_world_first:
         _append(path, records)
         logger.warning("step %d: %d rows left out, %d so far: %s", step, len(records), total, records)
     dist.barrier()

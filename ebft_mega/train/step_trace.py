@@ -28,7 +28,7 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
     checksums = _parameter_change(trainer, before)
     metrics = step_metrics(trainer, result, trainer.config.train.lr)
     tensors = _gather_rows(_local_tensors(result), trainer.groups)
-    if not trainer.groups.is_first:
+    if not trainer.groups.is_world_first:
         return
     output.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output / "step.safetensors")

@@ -65,7 +65,7 @@ def output_of(engine: ZeroEngine, groups: ProcessGroups) -> Tensor:
     dtype = next(engine.module.parameters()).dtype
     entering = torch.ones(1, LENGTH, HIDDEN, dtype=dtype)
     with engine.whole_parameters() as run:
-        return run(lambda stage: stage.hidden(rows(9)[:1] if groups.pipeline_rank == 0 else entering))
+        return run(lambda stage: stage.hidden(rows(9)[:1] if groups.is_first_stage else entering))
 
 
 def train(engine: ZeroEngine, groups: ProcessGroups, steps: range, poisoned: tuple[int, ...] = ()) -> list[float]:

@@ -448,7 +448,7 @@ def test_t8_precision_is_what_was_asked_for():
 
 def stage_values(groups: ProcessGroups) -> tuple:
     """A pass through a stage without its neighbours."""
-    entering = rows(0) if groups.pipeline_rank == 0 else torch.ones(1, 2, 6)
+    entering = rows(0) if groups.is_first_stage else torch.ones(1, 2, 6)
 
     def compute(stage):
         x = stage.hidden(entering)

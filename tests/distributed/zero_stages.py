@@ -87,9 +87,9 @@ class TinyStage(nn.Module):
         super().__init__()
         self.groups = groups
         self.numbers = LAYERS_OF_STAGE[groups.pipeline_size][groups.pipeline_rank]
-        self.embedding = Weight(VOCABULARY, HIDDEN, dtype) if groups.pipeline_rank == 0 else None
+        self.embedding = Weight(VOCABULARY, HIDDEN, dtype) if groups.is_first_stage else None
         self.blocks = nn.ModuleDict({str(number): Block(groups, dtype) for number in self.numbers})
-        is_apart = groups.is_last_stage and groups.pipeline_rank > 0
+        is_apart = groups.is_last_stage and not groups.is_first_stage
         self.head = Weight(VOCABULARY, HIDDEN, dtype) if is_apart else None
 
     def forward(self, compute):
