@@ -68,7 +68,7 @@ class CheckpointError(EbftError):
     """A checkpoint could not be written, and the run was to stop with it or cannot do without it."""
 
 
-class OustedError(EbftError):
+class LockLostError(EbftError):
     """Another run has taken the run directory over, because this one gave no sign of life."""
 
 

@@ -1,4 +1,4 @@
-"""Wishes from outside to save or to stop: signals, files, the time limit, a launcher that is gone. Imports no torch."""
+"""External save and stop requests: signals, files, the time limit, loss of the launcher. Imports no torch."""
 
 import logging
 import os
@@ -48,7 +48,7 @@ _REASONS = {signal.SIGUSR1: StopReason.SIGUSR1, signal.SIGTERM: StopReason.SIGTE
 
 
 class Launcher:
-    """The processes that have started this rank, whose end is a wish to stop: nobody would hand on another one.
+    """The processes that started this rank. Their end is a stop request: nobody is left to pass on another one.
 
     These are the parent and, under the `deepspeed` command, the parent's parent: that command starts a
     `deepspeed.launcher.launch`, which starts the ranks, and a signal that ends the command leaves the others running.
@@ -132,8 +132,8 @@ class Signals:
         self._received = max(self._received, _REASONS[signal.Signals(number)])
 
 
-class LocalWishes:
-    """What this rank alone knows of wishes to save or to stop; all ranks have to agree on them.
+class StopRequests:
+    """The stop and save requests that this rank knows of; all ranks have to agree on them before acting.
 
     Args:
         signals: of this process.
@@ -155,7 +155,7 @@ class LocalWishes:
         self._directory = output_dir if watches_files else None
         self._started = started_monotonic
         self._limit_seconds = None if max_run_minutes is None else max_run_minutes * SECONDS_PER_MINUTE
-        # Files that could not be deleted: their wish is served, and must not be served again for ever.
+        # Files that could not be deleted: the request was served, and must not be served again at every step.
         self._served: dict[str, tuple[int, int]] = {}
 
     def stop_reason(self) -> StopReason:
@@ -163,18 +163,18 @@ class LocalWishes:
         reason = self._signals.received
         if self._signals.launcher_is_gone:
             reason = max(reason, StopReason.LAUNCHER_GONE)
-        if self._is_wished(STOP_NAME):
+        if self._is_requested(STOP_NAME):
             reason = max(reason, StopReason.STOP_FILE)
         if self._limit_seconds is not None and time.monotonic() - self._started >= self._limit_seconds:
             reason = max(reason, StopReason.TIME_LIMIT)
         return reason
 
-    def save_wished(self) -> bool:
+    def save_requested(self) -> bool:
         """Whether somebody has created the file SAVE."""
-        return self._is_wished(SAVE_NAME)
+        return self._is_requested(SAVE_NAME)
 
     def take_save(self) -> None:
-        """Delete the file SAVE; to be called when the checkpoint begins, so that a later wish stays."""
+        """Delete the file SAVE; to be called when the checkpoint begins, so that a later request stays."""
         self._take(SAVE_NAME)
 
     def take_stop(self) -> None:
@@ -201,7 +201,7 @@ class LocalWishes:
                 leftovers.append(name)
         return leftovers
 
-    def _is_wished(self, name: str) -> bool:
+    def _is_requested(self, name: str) -> bool:
         if self._directory is None:
             return False
         identity = _identity(self._directory / name)

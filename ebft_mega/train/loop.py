@@ -150,14 +150,14 @@ def train(
         NonFiniteStepError: `MAX_SKIPPED_IN_A_ROW` updates in a row were skipped by all ranks.
         DamagedDataError: a document failed its checksum, and `data.on_error` is `raise`.
         SkipBudgetError: more rows were damaged than may be skipped.
-        CheckpointError: a checkpoint could not be written, and the configuration or a wish to stop needs it.
+        CheckpointError: a checkpoint could not be written, and the configuration or a stop request needs it.
     Communication: collective over all ranks.
     """
     config = trainer.config
     stopwatch = communication_stopwatch(trainer.groups.device)
 
     def give_up_if_stopping() -> None:
-        if boundary.stop_is_wished(progress):
+        if boundary.stop_requested(progress):
             raise EvaluationGivenUp
 
     def complete() -> None:

@@ -35,7 +35,7 @@ from ebft_mega.errors import (
     ConfigError,
     EbftError,
     InputError,
-    OustedError,
+    LockLostError,
     PeerFailedError,
     Problem,
 )
@@ -75,7 +75,7 @@ from ebft_mega.runtime.run_files import (
     write_status,
 )
 from ebft_mega.runtime.run_lock import RunLock
-from ebft_mega.runtime.stop_requests import LocalWishes, Signals, StopReason
+from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
 from ebft_mega.train.describing_files import describing_files, generation_config
 from ebft_mega.train.loop import HeldOut, Observer, rows_of_step, train
@@ -139,9 +139,9 @@ def run_training(
     with ExitStack() as held_to_the_end:
         lock = RunLock(output)
         lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
-        is_ousted = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
-        wishes = LocalWishes(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_world_first)
-        return _run(config, plan, groups, loader, wishes, is_ousted, lock_notes)
+        lock_lost = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
+        requests = StopRequests(signals, output, started_monotonic, config.train.max_run_minutes, groups.is_world_first)
+        return _run(config, plan, groups, loader, requests, lock_lost, lock_notes)
 
 
 def _run(
@@ -149,14 +149,14 @@ def _run(
     plan: RunPlan,
     groups: ProcessGroups,
     loader: BatchLoader,
-    wishes: LocalWishes,
-    is_ousted: Callable[[], bool],
+    requests: StopRequests,
+    lock_lost: Callable[[], bool],
     notes: tuple[str, ...],
 ) -> int:
     """The run, in a directory that is its own; returns the exit code."""
     output = config.output_dir
     log_path = setup_rank_log(output, dist.get_rank())
-    notes += tuple(f"the file {name} of an earlier run was deleted" for name in wishes.clear())
+    notes += tuple(f"the file {name} of an earlier run was deleted" for name in requests.clear())
     if groups.is_world_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
@@ -180,12 +180,12 @@ def _run(
             start = find_start(config, plan, loader)
             watchdog.beat("checking of the checkpoint")
             progress, start = start.progress, replace(start, notes=(*notes, *start.notes))
-            stopped = _train_and_export(config, plan, groups, loader, start, wishes, is_ousted, watchdog)
+            stopped = _train_and_export(config, plan, groups, loader, start, requests, lock_lost, watchdog)
             dist.barrier()
     except BaseException as error:
         leave_soon()
         logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
-        if isinstance(error, OustedError):
+        if isinstance(error, LockLostError):
             raise  # the directory and the outcome in it are another run's
         # A rank whose peer failed loses its connection; the peer's own word is the one that counts.
         peer_code = failure_on_record(output)
@@ -263,8 +263,8 @@ def _train_and_export(
     groups: ProcessGroups,
     loader: BatchLoader,
     start: Start,
-    wishes: LocalWishes,
-    is_ousted: Callable[[], bool],
+    requests: StopRequests,
+    lock_lost: Callable[[], bool],
     watchdog: Watchdog,
 ) -> StopReason:
     """The run itself, with what it writes; returns why it stopped before its end."""
@@ -289,8 +289,8 @@ def _train_and_export(
         boundary = Boundary(
             trainer,
             CheckpointSaver(output / CHECKPOINTS, groups, checkpoint.keep_last, checkpoint.keep_every),
-            wishes,
-            is_ousted,
+            requests,
+            lock_lost,
             small_files,
             announce=observer.writer.note if observer is not None else None,
             beat=watchdog.beat,

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
-from ebft_mega.errors import CheckpointError, OustedError
-from ebft_mega.runtime.stop_requests import LocalWishes, StopReason
+from ebft_mega.errors import CheckpointError, LockLostError
+from ebft_mega.runtime.stop_requests import StopReason, StopRequests
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
 
@@ -34,8 +34,8 @@ class Boundary:
     Args:
         trainer: whose state is saved.
         saver: writes checkpoints.
-        wishes: what this rank is asked for.
-        is_ousted: whether this rank knows that the run directory has become another run's.
+        requests: what this rank is asked for.
+        lock_lost: whether this rank knows that the run directory has become another run's.
         small_files: contents of the files of a checkpoint beside its tensors, when it begins.
         announce: shows a line to people; None on ranks that do not.
         beat: told that something moves while the run waits for disks.
@@ -47,23 +47,23 @@ class Boundary:
         self,
         trainer: Trainer,
         saver: CheckpointSaver,
-        wishes: LocalWishes,
-        is_ousted: Callable[[], bool],
+        requests: StopRequests,
+        lock_lost: Callable[[], bool],
         small_files: Callable[[Progress], Mapping[str, bytes]],
         announce: Callable[[str], None] | None,
         beat: Callable[[str], None],
         saved: Progress | None,
     ):
-        self._trainer, self._saver, self._wishes = trainer, saver, wishes
-        self._is_ousted = is_ousted
+        self._trainer, self._saver, self._requests = trainer, saver, requests
+        self._lock_lost = lock_lost
         self._small_files = small_files
         self._announce, self._beat = announce, beat
         self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
         self._stop = StopReason.NONE
         self._seconds = 0.0
 
-    def stop_is_wished(self, progress: Progress) -> bool:
-        """Whether the run is to stop, asked in the middle of an evaluation; a checkpoint that is wished for is taken.
+    def stop_requested(self, progress: Progress) -> bool:
+        """Whether the run is to stop, asked in the middle of an evaluation; a requested checkpoint is taken.
 
         Args:
             progress: after the last step, with what the evaluation belongs to still pending.
@@ -71,7 +71,7 @@ class Boundary:
         """
         agreed = self._agree()
         if agreed.save and not agreed.stop:
-            self._wishes.take_save()
+            self._requests.take_save()
             self._save(progress)
         return agreed.stop != StopReason.NONE
 
@@ -85,7 +85,7 @@ class Boundary:
             Why the run stops here, with its state in a complete checkpoint; NONE: it goes on.
         Raises:
             CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
-            OustedError: another run has the directory now; nothing more is written there.
+            LockLostError: another run has the directory now; nothing more is written there.
         Communication: one all-reduce of four int64 over the world; when a checkpoint begins or comes to count, that of
             `CheckpointSaver.begin` and `settle`.
         """
@@ -95,7 +95,7 @@ class Boundary:
             self._settle()
         is_stopping = self._stop != StopReason.NONE
         if agreed.save:
-            self._wishes.take_save()
+            self._requests.take_save()
         if is_due or agreed.save or is_stopping:
             self._save(progress)
         if is_stopping:
@@ -103,7 +103,7 @@ class Boundary:
             if self._saved is None:
                 reason = f"the run was asked to stop ({self._stop.words}) at step {progress.step}"
                 raise CheckpointError(f"{reason}, and its state could not be saved")
-            self._wishes.take_stop()
+            self._requests.take_stop()
         self._seconds += time.perf_counter() - started
         return self._stop
 
@@ -123,13 +123,15 @@ class Boundary:
 
     def _agree(self) -> Agreed:
         """Hear what all ranks are asked for; a rank that was asked to stop is enough."""
-        wishes = self._wishes
-        own = (wishes.stop_reason(), wishes.save_wished(), self._saver.is_writing, self._is_ousted())
+        requests = self._requests
+        own = (requests.stop_reason(), requests.save_requested(), self._saver.is_writing, self._lock_lost())
         heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        stop, save, is_writing, is_ousted = heard.tolist()
-        if is_ousted:
-            raise OustedError(f"{self._trainer.config.output_dir} has been taken over by another run: see its run.lock")
+        stop, save, is_writing, lock_lost = heard.tolist()
+        if lock_lost:
+            raise LockLostError(
+                f"{self._trainer.config.output_dir} has been taken over by another run: see its run.lock"
+            )
         if stop and not self._stop:
             self._stop = StopReason(stop)
             logger.warning("asked to stop: %s", self._stop.words)

@@ -1,4 +1,4 @@
-"""Between two steps: one rank's wish is every rank's, and a checkpoint counts for all ranks or for none."""
+"""Between two steps: a request to one rank applies to all, and a checkpoint is committed on all ranks or on none."""
 
 import os
 import threading
@@ -12,17 +12,17 @@ from ebft_mega.checkpoint import saver as saver_module
 from ebft_mega.checkpoint.commit import complete_folders, leftovers, newest
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
 from ebft_mega.checkpoint.saver import CheckpointSaver
-from ebft_mega.errors import CheckpointError, OustedError
+from ebft_mega.errors import CheckpointError, LockLostError
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step_boundary import Boundary
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_non_finite import build
 
-WISHING_RANK = 1
+ASKED_RANK = 1
 
 
-class Wishes:
+class Requests:
     """What one rank is asked for, as the test says."""
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Wishes:
     def stop_reason(self):
         return self.stop
 
-    def save_wished(self):
+    def save_requested(self):
         return self.save
 
     def take_save(self):
@@ -48,14 +48,14 @@ class Bench:
     def __init__(self, directory, *overrides):
         self.root = Path(directory) / "checkpoints"
         trainer = build(directory, 1, 1, f"output_dir={directory}", *overrides)
-        self.wishes, self.said = Wishes(), []
+        self.requests, self.said = Requests(), []
         self.saver = CheckpointSaver(self.root, trainer.groups, keep_last=2, keep_every=None)
-        self.is_ousted, self.beats = False, []
+        self.lock_lost, self.beats = False, []
         self.boundary = Boundary(
             trainer,
             self.saver,
-            self.wishes,
-            lambda: self.is_ousted,
+            self.requests,
+            lambda: self.lock_lost,
             lambda progress: {"state.json": b"{}"},
             self.said.append,
             self.beats.append,
@@ -66,8 +66,8 @@ class Bench:
         return self.boundary.cross(Progress(step=step, pending=None), is_due)
 
     @property
-    def is_wishing(self):
-        return dist.get_rank() == WISHING_RANK
+    def is_asked(self):
+        return dist.get_rank() == ASKED_RANK
 
     @property
     def folders(self):
@@ -89,8 +89,8 @@ def held_back(bench):
 
 def save_on_request(directory):
     bench = Bench(directory)
-    go = held_back(bench) if bench.is_wishing else threading.Event()
-    bench.wishes.save = bench.is_wishing
+    go = held_back(bench) if bench.is_asked else threading.Event()
+    bench.requests.save = bench.is_asked
     if dist.get_rank() == 0:  # of a save that never ended
         stale = bench.root / "step-00000001.tmp" / "weights" / "rank-00007.safetensors"
         stale.parent.mkdir(parents=True)
@@ -103,10 +103,10 @@ def save_on_request(directory):
     manifest = read_manifest(bench.root / "step-00000001")
     whole = file_problems(bench.root / "step-00000001", manifest, list(manifest.files))
     foreign = unlisted_files(bench.root / "step-00000001", manifest)
-    return found, bench.wishes.taken, whole, foreign, newest(bench.root), len(bench.said)
+    return found, bench.requests.taken, whole, foreign, newest(bench.root), len(bench.said)
 
 
-def test_one_rank_s_wish_saves_and_the_checkpoint_counts_when_all_ranks_have_written(tmp_path):
+def test_a_save_request_to_one_rank_is_committed_when_all_ranks_have_written(tmp_path):
     for found, taken, problems, foreign, latest, said in run_ranks(2, save_on_request, str(tmp_path)):
         assert found == [
             (StopReason.NONE, True, []),
@@ -120,11 +120,11 @@ def test_one_rank_s_wish_saves_and_the_checkpoint_counts_when_all_ranks_have_wri
 def stop_on_request(directory):
     bench = Bench(directory)
     progress = Progress(step=7)
-    before = bench.boundary.stop_is_wished(progress)
-    bench.wishes.stop = StopReason.SIGUSR1 if bench.is_wishing else StopReason.NONE
-    during = bench.boundary.stop_is_wished(progress)
-    bench.wishes.stop = StopReason.NONE  # a wish that was heard stays
-    return before, during, bench.cross(7), bench.folders, bench.wishes.taken, bench.saver.in_flight
+    before = bench.boundary.stop_requested(progress)
+    bench.requests.stop = StopReason.SIGUSR1 if bench.is_asked else StopReason.NONE
+    during = bench.boundary.stop_requested(progress)
+    bench.requests.stop = StopReason.NONE  # a request that was heard stays
+    return before, during, bench.cross(7), bench.folders, bench.requests.taken, bench.saver.in_flight
 
 
 def test_one_rank_s_signal_stops_all_with_a_complete_checkpoint(tmp_path):
@@ -134,30 +134,30 @@ def test_one_rank_s_signal_stops_all_with_a_complete_checkpoint(tmp_path):
 
 def save_in_an_evaluation(directory):
     bench = Bench(directory)
-    bench.wishes.save = bench.is_wishing
-    stops = bench.boundary.stop_is_wished(Progress(step=5, pending={"train/loss": 1.0}))
-    taken = list(bench.wishes.taken)
+    bench.requests.save = bench.is_asked
+    stops = bench.boundary.stop_requested(Progress(step=5, pending={"train/loss": 1.0}))
+    taken = list(bench.requests.taken)
     bench.boundary.finish()
     return stops, taken, bench.folders, len(bench.said), len(bench.beats) > 0
 
 
-def test_a_wish_to_save_is_heard_in_an_evaluation(tmp_path):
+def test_a_save_request_is_heard_in_an_evaluation(tmp_path):
     for result in run_ranks(2, save_in_an_evaluation, str(tmp_path)):
         assert result == (False, ["save"], ["step-00000005"], 1, True)
 
 
-def be_ousted(directory):
+def lose_the_lock(directory):
     bench = Bench(directory)
-    bench.is_ousted = dist.get_rank() == 0
+    bench.lock_lost = dist.get_rank() == 0
     try:
         bench.cross(5, is_due=True)
-    except OustedError as error:
+    except LockLostError as error:
         return str(error), bench.folders
     return None
 
 
-def test_a_run_that_was_ousted_writes_nothing_more(tmp_path):
-    for message, folders in run_ranks(2, be_ousted, str(tmp_path)):
+def test_a_run_that_lost_its_lock_writes_nothing_more(tmp_path):
+    for message, folders in run_ranks(2, lose_the_lock, str(tmp_path)):
         assert "has been taken over by another run" in message and folders == []
 
 
@@ -182,7 +182,7 @@ def retention_and_repetition(directory):
     bench = Bench(directory)
     for step in (1, 2, 3):
         bench.cross(step, is_due=True)
-    bench.wishes.save = bench.is_wishing
+    bench.requests.save = bench.is_asked
     bench.cross(3)  # is saved already
     bench.boundary.finish()
     return bench.folders, len(bench.said)
@@ -197,7 +197,7 @@ def fail_to_write(directory, on_error):
     bench = Bench(directory, f"checkpoint.on_error={on_error}")
     bench.cross(1, is_due=True)
     bench.boundary.finish()
-    if bench.is_wishing:
+    if bench.is_asked:
 
         def full(*_):
             raise OSError(28, os.strerror(28))
@@ -208,7 +208,7 @@ def fail_to_write(directory, on_error):
     try:
         bench.boundary.finish()
         if dist.get_rank() == 0:
-            bench.wishes.stop = StopReason.SIGTERM
+            bench.requests.stop = StopReason.SIGTERM
         bench.cross(3)
     except CheckpointError as error:
         failure = str(error)
@@ -227,7 +227,7 @@ def test_one_rank_s_full_disk_fails_the_checkpoint_on_all(tmp_path, on_error):
 
 def end_without_a_word(directory):
     bench = Bench(directory)
-    if bench.is_wishing:
+    if bench.is_asked:
 
         def leave(*_):
             raise SystemExit

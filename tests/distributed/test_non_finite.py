@@ -138,7 +138,7 @@ class Rows:
 class QuietBoundary:
     """Stands for what happens between steps: nothing."""
 
-    def stop_is_wished(self, progress):
+    def stop_requested(self, progress):
         return False
 
     def cross(self, progress, is_due):

@@ -104,8 +104,8 @@ def hold_in_phase(phase: str, call: int, clock: float) -> None:
             calls += 1
             if calls == call:
                 hold()
-                wishes = importlib.import_module("ebft_mega.runtime.stop_requests")
-                wishes.time = SimpleNamespace(monotonic=lambda: time.monotonic() + clock)
+                stop_requests = importlib.import_module("ebft_mega.runtime.stop_requests")
+                stop_requests.time = SimpleNamespace(monotonic=lambda: time.monotonic() + clock)
             return function(*arguments, **options)
 
         return held

@@ -122,7 +122,7 @@ def test_one_rank_is_killed(site, clean, tmp_path, seed):
 
 
 # What is done to a job, and the code that the `deepspeed` command then ends with.
-WISHES = {
+STOP_REQUESTS = {
     "SIGTERM to a rank": (lambda job: job.rank(1).terminate(), 75),
     "SIGUSR1 to a rank": (lambda job: job.rank(1).send_signal(signal.SIGUSR1), 75),
     "SIGTERM to launch.py": (lambda job: job.launch_py.terminate(), 1),
@@ -136,7 +136,7 @@ MOMENTS = {"start": (1, 0), "rollout": (3, 3), "learning": (3, 3), "evaluation":
 TIME_LIMIT = ("train.max_run_minutes=30",)
 
 
-def stop_and_go_on(site, clean, output, start, wish, phase, codes, *settings, **options):
+def stop_and_go_on(site, clean, output, start, how, phase, codes, *settings, **options):
     """Ask a run to stop, look at what it leaves, and let it go on.
 
     Args:
@@ -145,12 +145,12 @@ def stop_and_go_on(site, clean, output, start, wish, phase, codes, *settings, **
         settings: of the run until it stops.
     """
     call, step = MOMENTS[phase]
-    clock_seconds = 3600.0 if wish == "the time limit" else 0.0
+    clock_seconds = 3600.0 if how == "the time limit" else 0.0
     with start(
         site, output, *ON_REQUEST_ONLY, *TIME_LIMIT, *settings, phase=phase, call=call, clock=clock_seconds, **options
     ) as job:
         job.wait_until_holding(*range(RANKS))
-        WISHES[wish][0](job)
+        STOP_REQUESTS[how][0](job)
         job.go()
         assert job.end() == codes, job.console
     assert job.status == stopped_at(step), job.console
@@ -168,23 +168,23 @@ def test_a_signal_to_one_rank_in_mid_step_stops_all(site, clean, tmp_path):
 @pytest.mark.slow
 def test_ranks_whose_launcher_has_gone_stop_in_mid_evaluation(site, clean, tmp_path):
     """The `deepspeed` command ends at once and leaves everybody behind; data are read by processes of their own."""
-    wish, settings = "SIGTERM to deepspeed", ("data.workers=1",)
-    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, "evaluation", [WISHES[wish][1]], *settings)
+    how, settings = "SIGTERM to deepspeed", ("data.workers=1",)
+    stop_and_go_on(site, clean, tmp_path / "out", launched, how, "evaluation", [STOP_REQUESTS[how][1]], *settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", MOMENTS)
-@pytest.mark.parametrize("wish", WISHES)
-def test_every_wish_in_every_phase(site, clean, tmp_path, wish, phase):
+@pytest.mark.parametrize("how", STOP_REQUESTS)
+def test_every_stop_request_in_every_phase(site, clean, tmp_path, how, phase):
     settings = ("data.workers=1",)
-    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, phase, [WISHES[wish][1]], *settings)
+    stop_and_go_on(site, clean, tmp_path / "out", launched, how, phase, [STOP_REQUESTS[how][1]], *settings)
 
 
 @pytest.mark.slow
 def test_a_signal_that_also_ends_the_reader_of_the_output(site, clean, tmp_path):
     """As in `deepspeed ... | tee log`: nobody reads any more what the ranks print."""
-    wish = "SIGTERM to the process group"
-    stop_and_go_on(site, clean, tmp_path / "out", launched, wish, "learning", [WISHES[wish][1]], pipe=True)
+    how = "SIGTERM to the process group"
+    stop_and_go_on(site, clean, tmp_path / "out", launched, how, "learning", [STOP_REQUESTS[how][1]], pipe=True)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from ebft_mega.io.input_errors import bad_input
 from ebft_mega.types import TokenBatch
 
 PREFETCH_BATCHES = 2  # read ahead by the thread, or by each worker process
-# Wishes that a run ends well. They are for the rank alone, also when a launcher or a shell sends them to everybody.
+# Signals that ask a run to stop. Only the rank answers them, even if a launcher or a shell sends them to all processes.
 SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGUSR1)
 
 OnError = Literal["raise", "skip"]

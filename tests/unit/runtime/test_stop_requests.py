@@ -1,4 +1,4 @@
-"""Wishes to save or to stop: signals, files, time, and chains of real processes whose upper ones are killed."""
+"""Stop and save requests: signals, files, time, and chains of real processes whose upper ones are killed."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ebft_mega.runtime.stop_requests import LocalWishes, Signals, StopReason
+from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30
@@ -25,9 +25,9 @@ def signals():
     listening.release()
 
 
-def wishes(directory, signals=None, started=None, minutes=None, watches_files=True):
+def requests(directory, signals=None, started=None, minutes=None, watches_files=True):
     started = time.monotonic() if started is None else started
-    return LocalWishes(signals or Signals(), directory, started, minutes, watches_files)
+    return StopRequests(signals or Signals(), directory, started, minutes, watches_files)
 
 
 def test_the_greatest_reason_counts():
@@ -41,9 +41,9 @@ def test_the_greatest_reason_counts():
     ]
 
 
-def test_nothing_is_wished_at_first(signals, tmp_path):
-    local = wishes(tmp_path, signals, minutes=1)
-    assert local.stop_reason() is StopReason.NONE and not local.save_wished()
+def test_nothing_is_requested_at_first(signals, tmp_path):
+    local = requests(tmp_path, signals, minutes=1)
+    assert local.stop_reason() is StopReason.NONE and not local.save_requested()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_signals_are_noted_and_end_nothing(signals, tmp_path, numbers):
         signal.raise_signal(signal.Signals[name])
     expected = StopReason.SIGTERM if "SIGTERM" in numbers else StopReason.SIGUSR1
     assert signals.received is expected
-    assert wishes(tmp_path, signals).stop_reason() is expected
+    assert requests(tmp_path, signals).stop_reason() is expected
 
 
 def test_handlers_are_put_back():
@@ -100,44 +100,44 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
 
 def test_the_time_limit(tmp_path):
     started = time.monotonic() - 90
-    assert wishes(tmp_path, started=started, minutes=1.4).stop_reason() is StopReason.TIME_LIMIT
-    assert wishes(tmp_path, started=started, minutes=2.0).stop_reason() is StopReason.NONE
-    assert wishes(tmp_path, started=started).stop_reason() is StopReason.NONE
+    assert requests(tmp_path, started=started, minutes=1.4).stop_reason() is StopReason.TIME_LIMIT
+    assert requests(tmp_path, started=started, minutes=2.0).stop_reason() is StopReason.NONE
+    assert requests(tmp_path, started=started).stop_reason() is StopReason.NONE
 
 
-def test_files_are_wishes_until_they_are_taken(tmp_path):
-    local, deaf, nowhere = wishes(tmp_path), wishes(tmp_path, watches_files=False), wishes(None)
+def test_files_are_requests_until_they_are_taken(tmp_path):
+    local, deaf, nowhere = requests(tmp_path), requests(tmp_path, watches_files=False), requests(None)
     (tmp_path / "SAVE").touch()
     (tmp_path / "STOP").touch()
-    assert local.save_wished() and local.stop_reason() is StopReason.STOP_FILE
+    assert local.save_requested() and local.stop_reason() is StopReason.STOP_FILE
     for other in (deaf, nowhere):
-        assert not other.save_wished() and other.stop_reason() is StopReason.NONE
+        assert not other.save_requested() and other.stop_reason() is StopReason.NONE
         other.take_save(), other.take_stop()
         assert other.clear() == []
     local.take_save()
-    assert not local.save_wished() and local.stop_reason() is StopReason.STOP_FILE
+    assert not local.save_requested() and local.stop_reason() is StopReason.STOP_FILE
     local.take_stop()
     local.take_stop()
     assert local.stop_reason() is StopReason.NONE and list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_deleted_is_one_wish(tmp_path, caplog):
+def test_a_file_that_cannot_be_deleted_is_one_request(tmp_path, caplog):
     (tmp_path / "SAVE").mkdir()  # nobody deletes a directory as a file, not even root
-    local = wishes(tmp_path)
-    assert local.save_wished()
+    local = requests(tmp_path)
+    assert local.save_requested()
     local.take_save()
-    assert not local.save_wished() and "cannot be deleted" in caplog.text
+    assert not local.save_requested() and "cannot be deleted" in caplog.text
     os.utime(tmp_path / "SAVE", (1, 1))
-    assert local.save_wished()
+    assert local.save_requested()
 
 
-def test_files_from_before_the_start_are_no_wishes(tmp_path):
+def test_files_from_before_the_start_are_no_requests(tmp_path):
     before = time.time() - 100
     for name in ("SAVE", "STOP"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (before, before))
-    assert wishes(tmp_path, started=time.monotonic() - 200).clear() == []  # they came while this process started
-    assert wishes(tmp_path, started=time.monotonic() - 50).clear() == ["SAVE", "STOP"]
+    assert requests(tmp_path, started=time.monotonic() - 200).clear() == []  # they came while this process started
+    assert requests(tmp_path, started=time.monotonic() - 50).clear() == ["SAVE", "STOP"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -223,10 +223,10 @@ def test_a_disk_that_cannot_hold_a_shard_is_said_and_not_fatal(
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=25), st.integers(0, 4000))
 def test_the_limit_holds_and_contents_are_right_whatever_is_asked(
-    tmp_path_factory: pytest.TempPathFactory, wishes: list[tuple[int, bool]], limit: int
+    tmp_path_factory: pytest.TempPathFactory, reads: list[tuple[int, bool]], limit: int
 ) -> None:
     cache = ShardCache(tmp_path_factory.mktemp("cache"), limit)
-    for number, damaged in wishes:
+    for number, damaged in reads:
         content = contents(number, 400 * (number + 1))
         data = fetch(cache, content)
         assert data == (content if len(content) <= limit else None)
