@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their name
 
 @dataclass(frozen=True)
 class RowDocuments:
-    """Where the documents of isolated rows start, for the host and for the device."""
+    """Where the documents of each row start, for document masking: for the host and for the device."""
 
     starts: tuple[tuple[int, ...], ...]  # B rows, of each the first position of every document; the first is 0
     token_starts: Tensor  # int64 [B, P], the first position of each token's document
@@ -41,10 +41,10 @@ class TokenBatch:
     tokens: Tensor  # int64 [B, P]
     document_ids: Tensor  # int64 [B, P], number of the source document in the data set
     row_indices: Tensor  # int64 [B], index of each row in the global batch of its step; -1 is filler
-    documents: RowDocuments | None = None  # None: documents of a row are not isolated from each other
+    documents: RowDocuments | None = None  # None: documents of a row see each other
 
-    def isolated(self) -> "TokenBatch":
-        """The same rows, with their documents isolated: neighbouring tokens with equal ids are one document.
+    def with_document_masking(self) -> "TokenBatch":
+        """The same rows with document masking: neighbouring tokens with equal ids are one document.
 
         To be called where the rows lie in host memory: a device would be waited for.
         """

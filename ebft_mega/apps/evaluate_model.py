@@ -72,7 +72,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         everything.row_indices[request.skip_rows :],
     )
     if config.data.document_masking:
-        rows = rows.isolated()
+        rows = rows.with_document_masking()
     batches = rows.to(groups.device).split(settings.micro_batch_size)
     parts: list[Evaluation] = [
         evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")

@@ -1,7 +1,7 @@
 """Attention as one sparse kernel: torch's flex_attention over document and rollouts in block-major order.
 
 The kernel is compiled once per shape. Shapes are those of a run's passes: documents and rollouts are padded to tiles,
-and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape. Where isolated
+and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape. Where masked
 documents start is data of a kernel, not part of it.
 """
 
@@ -21,8 +21,8 @@ from ebft_mega.attention.pattern import AttentionPattern
 TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
 MIN_HEAD_DIM = 16  # torch's compiler refuses smaller heads
 _PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
-# Of isolated rows, whose masks never come again: as many as there are micro-batches under way on a pipeline stage.
-_ISOLATED_PATTERNS = 16
+# With document masking masks never repeat: as many as there are micro-batches under way on a pipeline stage.
+_MASKED_PATTERNS = 16
 _SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
 
 # In the place of a rollout's number: a key outside all rollouts, a query outside all rollouts. They match nothing.
@@ -65,7 +65,7 @@ class FlexAttention:
         """
         if pattern.own_keys > self.own_capacity:
             raise ValueError(f"{pattern.own_keys} keys per rollout do not fit into a capacity of {self.own_capacity}")
-        mask_of = _shared_mask if pattern.document_starts is None else _isolated_mask
+        mask_of = _shared_mask if pattern.document_starts is None else _mask_per_row
         block_mask = mask_of(pattern, self.own_capacity, document_key.device)
         query = _padded(document_query, own_query, len(pattern.document_queries), pattern.own_queries)
         key = _padded(document_key, own_key, _in_tiles(pattern.document_keys), self.own_capacity)
@@ -122,7 +122,7 @@ def _padded(document: Tensor, own: Tensor, document_room: int, own_room: int) ->
 def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.device) -> BlockMask:
     """The pattern over the padded positions of `_padded`: which tiles are needed, and which pairs within them.
 
-    Isolated rows have a mask each; shapes do not depend on where their documents start.
+    With document masking each row has its own mask; shapes do not depend on where their documents start.
     """
     query_limit, query_rollout, query_token = _query_sides(pattern, device)
     key_position, key_rollout, key_token = _key_sides(pattern, own_capacity, device)
@@ -158,7 +158,7 @@ def _block_mask(pattern: AttentionPattern, own_capacity: int, device: torch.devi
 
 
 _shared_mask = lru_cache(maxsize=_PATTERNS)(_block_mask)
-_isolated_mask = lru_cache(maxsize=_ISOLATED_PATTERNS)(_block_mask)
+_mask_per_row = lru_cache(maxsize=_MASKED_PATTERNS)(_block_mask)
 
 
 def _tile_lists(wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ def _tile_lists(wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _query_starts(pattern: AttentionPattern, device: torch.device) -> Tensor:
-    """Of every padded query the first document key that it sees: int32 [rows, queries]; one row if not isolated."""
+    """For each padded query the first document key it sees: int32 [B, queries], or [1, queries] without masking."""
     filler = _in_tiles(pattern.num_queries, 1) - pattern.num_queries
     return _ints(F.pad(pattern.first_keys(torch.device("cpu")), (0, filler)), device)
 

@@ -64,7 +64,7 @@ class AttentionPattern:
     def seen_from(self) -> tuple[tuple[int, ...], ...]:
         """B rows of Nd + K, the first document key that each document query and each block's rollouts see.
 
-        One row that stands for all where they are not isolated.
+        Without document masking one row that stands for all.
         """
         asking = (*self.document_queries, *(anchor - 1 for anchor in self.anchors))
         if self.document_starts is None:
@@ -83,7 +83,7 @@ class AttentionPattern:
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs that are needed, per row and head; of isolated rows all together, per head."""
+        """Query-key pairs that are needed, per row and head; with document masking per head, over all rows."""
         hidden_keys = self.own_queries * (self.own_queries - 1) // 2  # own keys in the future of their queries
         own_pairs = self.own_queries * self.own_keys - hidden_keys
         per_row = (
@@ -97,15 +97,15 @@ class AttentionPattern:
 
     @property
     def dense_pairs(self) -> int:
-        """Query-key pairs of the whole rectangle, per row and head; of isolated rows all together, per head."""
+        """Query-key pairs of the whole rectangle, per row and head; with document masking per head, over all rows."""
         return self.num_queries * self.num_keys * len(self.document_starts or (None,))
 
     def mask(self, device: torch.device) -> Tensor:
         """Who sees whom, written out.
 
         Returns:
-            bool [Nd + R * Tq, D + R * Tk], of isolated rows [B, 1, Nd + R * Tq, D + R * Tk], true where a query sees a
-            key; the rollouts' queries and keys in block-major order, the tokens of a rollout next to each other.
+            bool [Nd + R * Tq, D + R * Tk], with document masking [B, 1, Nd + R * Tq, D + R * Tk], true where a query
+            sees a key; the rollouts' queries and keys in block-major order, the tokens of a rollout next to each other.
         """
         rollouts = torch.arange(self.num_rollouts, device=device)
         limits = torch.tensor(self.document_limits + self.rollout_limits, dtype=torch.int64, device=device)
@@ -128,7 +128,7 @@ class AttentionPattern:
         return torch.cat((sees_document, sees_own.expand(len(sees_document), -1, -1)), dim=2)[:, None]
 
     def first_keys(self, device: torch.device) -> Tensor:
-        """Of every query the first document key that it sees, int64 [B, Nd + R * Tq]; one row if not isolated."""
+        """Of every query the first document key it sees, int64 [B, Nd + R * Tq]; B = 1 without document masking."""
         seen_from = torch.tensor(self.seen_from, dtype=torch.int64, device=device)
         document, blocks = seen_from.split((len(self.document_queries), len(self.anchors)), dim=1)
         return torch.cat((document, blocks.repeat_interleave(self.num_samples * self.own_queries, dim=1)), dim=1)

@@ -2,7 +2,7 @@
 
 No score outlives a kernel call: kept for the backward pass are queries, keys, values, outputs and one log-normaliser
 per query. The document's keys and values are read where they are, by all samples and heads; nothing is copied per
-sample. Isolated documents are calls of their own on views of their rows and keys.
+sample. Masked documents are calls of their own on views of their rows and keys.
 """
 
 from bisect import bisect_right
@@ -23,8 +23,8 @@ from ebft_mega.attention.softmax_merge import merge, small_backward, small_forwa
 
 # Plans kept: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
 _PLANS = 64
-# Of isolated rows, whose plans never come again: as many as there are micro-batches under way on a pipeline stage.
-_ISOLATED_PLANS = 16
+# With document masking plans never repeat: as many as there are micro-batches under way on a pipeline stage.
+_MASKED_PLANS = 16
 _ALL_ROWS = slice(None)
 
 
@@ -95,10 +95,10 @@ class _Limits:
 
 
 def _plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
-    """The calls of a pattern; rows of one document each are as if they were not isolated."""
+    """The calls of a pattern; rows of one document each need no masking."""
     if pattern.document_starts is None or all(len(starts) == 1 for starts in pattern.document_starts):
         return _shared_plan(replace(pattern, document_starts=None), edge, device)
-    return _isolated_plan(pattern, edge, device)
+    return _masked_plan(pattern, edge, device)
 
 
 @lru_cache(maxsize=_PLANS)
@@ -113,14 +113,14 @@ def _shared_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> 
     return _Plan((), _spans(document, 1, edge, device), _spans(rollouts, per_block, edge, device), future)
 
 
-@lru_cache(maxsize=_ISOLATED_PLANS)
-def _isolated_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
+@lru_cache(maxsize=_MASKED_PLANS)
+def _masked_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
     starts = pattern.document_starts
-    assert starts is not None, "a plan of isolated rows"
+    assert starts is not None, "a plan of masked documents"
     rollouts: tuple[_Span, ...] = ()
     if pattern.own_queries:
         per_block = pattern.num_samples * pattern.own_queries
-        rollouts = _isolated_spans(pattern.anchors, starts, per_block, edge, device)
+        rollouts = _masked_spans(pattern.anchors, starts, per_block, edge, device)
     future = _own_future(pattern, device)
     if _asks_from_the_start(pattern):
         length = len(pattern.document_queries)
@@ -132,7 +132,7 @@ def _isolated_plan(pattern: AttentionPattern, edge: int, device: torch.device) -
             if start < length
         )
         return _Plan(causal, (), rollouts, future)
-    document = _isolated_spans(pattern.document_limits, starts, 1, edge, device)
+    document = _masked_spans(pattern.document_limits, starts, 1, edge, device)
     return _Plan((), document, rollouts, future)
 
 
@@ -148,8 +148,8 @@ def _own_future(pattern: AttentionPattern, device: torch.device) -> Tensor | Non
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(1 + num_keys - num_queries)
 
 
-@lru_cache(maxsize=_ISOLATED_PLANS)  # the same for all tokens of a decode
-def _isolated_spans(
+@lru_cache(maxsize=_MASKED_PLANS)  # the same for all tokens of a decode
+def _masked_spans(
     limits: tuple[int, ...], starts: tuple[tuple[int, ...], ...], queries_each: int, edge: int, device: torch.device
 ) -> tuple[_Span, ...]:
     """Spans of every row's queries, none across documents; a query is in the document of the last key that it sees."""

@@ -160,15 +160,15 @@ def _profile_lies_within_the_run(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "profile.start", found, f"together at most the {config.total_steps} steps of the run")
 
 
-def activations_can_be_kept(config: RunConfig) -> bool:
+def activations_can_be_saved(config: RunConfig) -> bool:
     """Whether parameters stay whole from the rollout to the gradient: a recorded pass points at them."""
     return config.zero.stage < 3 or config.zero.hold_parameters == "step"
 
 
-def _kept_activations_need_whole_parameters(config: RunConfig) -> Iterator[Problem]:
+def _saved_activations_need_whole_parameters(config: RunConfig) -> Iterator[Problem]:
     if config.learn.reuse_rollout != "activations" or not config.uses_rollouts:
         return
-    if not activations_can_be_kept(config):
+    if not activations_can_be_saved(config):
         found = f"activations, with zero.stage 3 and zero.hold_parameters {config.zero.hold_parameters}"
         expected = "checkpoints, or parameters that stay whole: zero.hold_parameters step, or zero.stage 0, 1 or 2"
         yield Problem("", "learn.reuse_rollout", found, expected)
@@ -187,7 +187,7 @@ class Rule:
 
 _GEOMETRY = ("data.sequence_length", "ebft.stride", "ebft.context_length", "ebft.generate_max_len")
 _LENGTH = ("train.max_steps", "train.max_tokens", "train.global_batch_size", "data.sequence_length")
-_KEPT = (
+_SAVED_ACTIVATIONS = (
     *("learn.reuse_rollout", "zero.stage", "zero.hold_parameters", "train.activation_checkpointing"),
     "ebft.rl_coef",
 )
@@ -202,7 +202,7 @@ RULES = (
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
-    Rule(_KEPT, _kept_activations_need_whole_parameters),
+    Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
     Rule(("profile.start", "profile.steps", *_LENGTH), _profile_lies_within_the_run),
 )
 

@@ -1,6 +1,6 @@
 """What one step of this trainer costs for one row, as its code does it; and the arithmetic limit of the algorithm.
 
-A row counts as one document: where documents are isolated, attention needs fewer pairs than this, depending on the
+A row counts as one document: with document masking attention needs fewer pairs than this, depending on the
 data, and everything else is the same.
 """
 

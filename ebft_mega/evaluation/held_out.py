@@ -1,7 +1,7 @@
 """How a policy does on held-out text: cross-entropy, and how near its rollouts come to the text in feature space.
 
 All figures are taken at the training temperature, on fixed rows, with noise that depends only on the seed and the
-row, so that two models are compared under the same draws. Where documents are isolated, figures of rollouts are means
+row, so that two models are compared under the same draws. With document masking, figures of rollouts are means
 over the blocks that lie within one document; a row without any has none of them, for every model alike.
 """
 
@@ -24,7 +24,7 @@ from ebft_mega.reward.alignment_and_diversity import (
 )
 from ebft_mega.rollout.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.packed_order import kept_blocks
+from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.types import Rollout, TokenBatch
 
@@ -144,9 +144,9 @@ def _evaluate_together(
     rollouts = [item.rollout for item in sampled]
     grams = feature_network.grams(batches, rollouts, plan)
     for batch, gram, rollout in zip(batches, grams, rollouts, strict=True):
-        kept = None if batch.documents is None else kept_blocks(batch, plan)
-        figures = _rollout_figures(gram, rollout, settings, kept)
-        note(batch, figures, None if kept is None else kept.any(dim=1))
+        counted = None if batch.documents is None else counted_blocks(batch, plan)
+        figures = _rollout_figures(gram, rollout, settings, counted)
+        note(batch, figures, None if counted is None else counted.any(dim=1))
     return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan))
 
 
@@ -168,9 +168,9 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
 
 
 def _rollout_figures(
-    gram: Tensor, rollout: Rollout, settings: EvaluationSettings, kept: Tensor | None
+    gram: Tensor, rollout: Rollout, settings: EvaluationSettings, counted: Tensor | None
 ) -> dict[str, Tensor]:
-    """Per-row figures [B] that need rollouts; of the kept blocks bool [B, K] if given, then NaN for a row without."""
+    """Per-row figures [B] that need rollouts; over counted blocks bool [B, K] if given, NaN for a row without any."""
     figures = {
         "eval/alignment": block_rewards(gram, ALIGNMENT_WHITENING, 1.0, 1.0).alignment,
         "eval/raw_cosine": raw_cosine(gram),
@@ -179,22 +179,22 @@ def _rollout_figures(
     }
     if settings.plan.num_samples > 1:
         figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram)
-    return {name: _row_means(values, kept) for name, values in figures.items()}
+    return {name: _row_means(values, counted) for name, values in figures.items()}
 
 
-def _row_means(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Means [B] of values [B, K] or [B, n, K] over all blocks or over kept ones, bool [B, K]."""
-    if kept is None:
+def _row_means(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Means [B] of values [B, K] or [B, n, K] over all blocks or over counted ones, bool [B, K]."""
+    if counted is None:
         return values.mean(dim=tuple(range(1, values.dim())))
     by_block = values if values.dim() == 2 else values.mean(dim=1)
-    return by_block.masked_fill(~kept, 0.0).sum(dim=1) / kept.sum(dim=1)
+    return by_block.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1)
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
     """A few blocks of a batch's first row that count; none of filler."""
-    kept = kept_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
+    counted = counted_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
     alignment = block_rewards(gram[:1], ALIGNMENT_WHITENING, 1.0, 1.0).alignment[0]
-    blocks = kept[:: max(1, len(kept) // SHOWN_BLOCKS)]
+    blocks = counted[:: max(1, len(counted) // SHOWN_BLOCKS)]
     starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()
     return tuple(
         ShownBlock(

@@ -1,7 +1,7 @@
-"""The gradient out of what a rollout left: each layer is run once more from its kept input.
+"""The gradient out of what a rollout left: each layer is run once more from its saved input.
 
 The update is strictly on-policy, so the passes that sampled the tokens were the policy's forward pass. With every
-layer's input kept, the gradient needs no second one: a layer is recomputed when its turn comes, as under activation
+layer's input saved, the gradient needs no second one: a layer is recomputed when its turn comes, as under activation
 checkpointing, but nothing is computed before that.
 """
 
@@ -12,31 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ebft_mega.model.saved_activations import KeptInputs
+from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 
 
 def replay(
     stage: Stage,
-    kept: KeptInputs,
+    saved: SavedInputs,
     entering: Tensor,
     positions: Tensor,
     layout: StridedLayout,
     pieces: Sequence[int],
 ) -> Tensor:
-    """A stage's layers over the packed pass, out of what was kept; computed only in the backward pass.
+    """A stage's layers over the packed pass, out of what was saved; computed only in the backward pass.
 
     Args:
-        kept: emptied by the backward pass, layer by layer.
+        saved: emptied by the backward pass, layer by layer.
         entering: what the first layer's gradient flows to, [S / shards, B, H] with gradient; its value is not read.
         positions: int64 [S] or [S, B]; layout: of the packed pass.
-        pieces: positions of each pass that filled `kept`.
+        pieces: positions of each pass that filled `saved`.
     Returns:
         [S / shards, B, H] before the final norm; where the stage has no head a placeholder for its gradient.
     Communication: in the backward pass that of the layers, forward and backward.
     """
-    hidden: Tensor = _Replay.apply(entering, stage, kept, stage.angles(positions, pieces), layout)
+    hidden: Tensor = _Replay.apply(entering, stage, saved, stage.angles(positions, pieces), layout)
     return hidden
 
 
@@ -45,16 +45,16 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, entering: Tensor, stage: Stage, kept: KeptInputs, angles: Tensor, layout: StridedLayout
+        ctx: Any, entering: Tensor, stage: Stage, saved: SavedInputs, angles: Tensor, layout: StridedLayout
     ) -> Tensor:
-        ctx.stage, ctx.kept, ctx.angles, ctx.layout = stage, kept, angles, layout
-        return kept.take(stage.shape.num_layers) if stage.shape.has_head else kept.placeholder()
+        ctx.stage, ctx.saved, ctx.angles, ctx.layout = stage, saved, angles, layout
+        return saved.take(stage.shape.num_layers) if stage.shape.has_head else saved.placeholder()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         for index in reversed(range(len(ctx.stage.layers))):
-            entering = ctx.kept.take(index).requires_grad_()
+            entering = ctx.saved.take(index).requires_grad_()
             with torch.enable_grad():
                 leaving, _ = ctx.stage.layers[index](entering, ctx.layout, rotary_pos_emb=ctx.angles)
             torch.autograd.backward(leaving, gradient)

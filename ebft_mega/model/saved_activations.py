@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class KeptInputs:
+class SavedInputs:
     """Inputs of a stage's layers, pass by pass; where the stage has the head, also the output of its last layer."""
 
     def __init__(self, num_layers: int, has_output: bool):

@@ -17,7 +17,7 @@ from ebft_mega.model.head import ScoredTokens, VocabularyHead
 from ebft_mega.model.hidden import HiddenShape, select_positions
 from ebft_mega.model.layers import RMSNorm, layer_submodules, transformer_config
 from ebft_mega.model.rotary import inverse_frequencies, rotary_angles
-from ebft_mega.model.saved_activations import KeptInputs
+from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.strided_attention import Layout, ReadRows, StridedLayout
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
@@ -135,7 +135,7 @@ class Stage(nn.Module):
         return self.embedding(tokens).transpose(0, 1).contiguous()
 
     def hidden_states(
-        self, entering: Tensor, positions: Tensor, layout: Layout, kept: KeptInputs | None = None
+        self, entering: Tensor, positions: Tensor, layout: Layout, saved: SavedInputs | None = None
     ) -> Tensor:
         """Run this stage's layers over one pass.
 
@@ -143,7 +143,7 @@ class Stage(nn.Module):
             entering: tokens int64 [B, S] where the stage has the embedding, else the hidden states that the stage
                 before returned.
             positions: int64 [S] or, where rows differ, [S, B], rotary positions; layout: what may attend to what.
-            kept: where to put the inputs of the layers.
+            saved: where to put the inputs of the layers.
         Returns:
             [S, B, H] before the final norm. With sequence parallelism [padded S / ranks, B, H], this rank's positions.
         Communication: tensor-parallel collectives inside the layers.
@@ -151,14 +151,14 @@ class Stage(nn.Module):
         angles = self.angles(positions)
         hidden = entering if self.embedding is None else self.embed(entering)
         for index, layer in enumerate(self.layers):
-            if kept is not None:
-                kept.add(index, hidden)
+            if saved is not None:
+                saved.add(index, hidden)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, _ = checkpoint(layer, hidden, layout, rotary_pos_emb=angles, use_reentrant=False)
             else:
                 hidden, _ = layer(hidden, layout, rotary_pos_emb=angles)
-        if kept is not None and self.shape.has_head:
-            kept.add(len(self.layers), hidden)
+        if saved is not None and self.shape.has_head:
+            saved.add(len(self.layers), hidden)
         return hidden
 
     def tapped_rows(

@@ -2,7 +2,7 @@
 
 A pass carries, along the sequence, document positions followed by generated ones in token-major order (token 0 of
 every rollout, then token 1, ...). The document is there once, whatever the number of samples: all rollouts of a row
-read the same keys and values. Where rows are isolated, "the document" is all that a row holds, and its documents do
+read the same keys and values. With document masking, "the document" is all that a row holds, and its documents do
 not see each other.
 """
 
@@ -80,7 +80,7 @@ class StridedLayout:
     read: ReadRows | None = None  # None: all rows
     # Where each position of the pass lies in the sequence that layers see, int64 [S]; None: in order, then filler.
     order: Tensor | None = None
-    document_starts: tuple[tuple[int, ...], ...] | None = None  # of isolated rows, as in `AttentionPattern`
+    document_starts: tuple[tuple[int, ...], ...] | None = None  # with document masking, as in `AttentionPattern`
 
     @property
     def num_rollouts(self) -> int:

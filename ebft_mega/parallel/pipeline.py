@@ -209,7 +209,7 @@ def replayed_backward(
     Each stage does forward, backward, forward, backward: the order in which ZeRO-3 foresees what to gather next.
 
     Args:
-        forward: micro-batch -> what its kept forward pass returned, or on the last stage the scalar loss.
+        forward: micro-batch -> what its saved forward pass returned, or on the last stage the scalar loss.
         backward: (what `forward` returned, gradient of it or None on the last stage) accumulates gradients.
         entering_gradient: micro-batch -> after its backward pass, gradient of the hidden states that entered.
         release: lets go of a micro-batch's forward pass.

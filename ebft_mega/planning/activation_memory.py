@@ -96,7 +96,7 @@ def hidden_bytes(architecture: Architecture, config: RunConfig, packed: Pass) ->
     return positions * architecture.hidden_size * element_bytes(config.train.dtype)
 
 
-def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
+def layer_saved_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
     """What one layer keeps of a micro-batch for its backward pass, its output included and its input not.
 
     Per position between layers 6*H: both norms' results before and after their weights (a norm fused into one kernel
@@ -104,7 +104,7 @@ def layer_kept_bytes(architecture: Architecture, config: RunConfig, packed: Pass
     projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
     projection want it; gate, up, and the product.
     With norms of heads 2*Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
-    4 * head_dim values a position for rotary angles, which rows of a micro-batch share unless documents are isolated.
+    4 * head_dim values a position for rotary angles, which rows of a micro-batch share without document masking.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)

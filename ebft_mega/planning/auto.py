@@ -4,7 +4,7 @@ Keeping more of the rollouts spares arithmetic in every step, a feature network 
 its parameters. So the rollouts come first: the network is resident in what they leave.
 """
 
-from ebft_mega.config.rules import activations_can_be_kept
+from ebft_mega.config.rules import activations_can_be_saved
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.planning.memory import Choices, peak_bytes
 from ebft_mega.planning.run_plan import RunPlan
@@ -65,7 +65,7 @@ def feature_network_is_sharded(config: RunConfig, plan: RunPlan, memory_bytes: i
 
 def possible_reuses(config: RunConfig) -> tuple[Reuse, ...]:
     """What the configuration allows, in the order in which `auto` prefers it; the last needs no memory of its own."""
-    keeps_activations = activations_can_be_kept(config) and config.train.activation_checkpointing == "none"
+    keeps_activations = activations_can_be_saved(config) and config.train.activation_checkpointing == "none"
     return REUSES if keeps_activations else REUSES[1:]
 
 

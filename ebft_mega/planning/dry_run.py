@@ -92,7 +92,7 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
         ("rows of the run", rows),
         ("tokens of the run", rows * config.data.sequence_length),
         ("rows there are", "without end" if plan.train_rows.total_rows is None else plan.train_rows.total_rows),
-        ("documents isolated", "yes" if config.data.document_masking else "no"),
+        ("document masking", "yes" if config.data.document_masking else "no"),
     ]
     for source in sources:
         name = "epochs of the run" if len(sources) == 1 else f"epochs of {source.name}"

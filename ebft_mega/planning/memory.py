@@ -24,7 +24,7 @@ from ebft_mega.planning.activation_memory import (
     key_value_width,
     layer_backward_bytes,
     layer_forward_bytes,
-    layer_kept_bytes,
+    layer_saved_bytes,
     learn_pass,
     query_width,
     scored_rows,
@@ -134,7 +134,7 @@ def cache_bytes(config: RunConfig, plan: RunPlan, stage: int, document: int, tok
     return micro_batches_decoding(plan) * config.train.micro_batch_size * positions * per_token
 
 
-def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, document: int, tokens: int) -> int:
+def saved_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, document: int, tokens: int) -> int:
     """What a stage keeps of one micro-batch's rollout passes until its gradient is taken.
 
     `checkpoints`: the input of each of its L layers, and on the last stage the last layer's output: b*H a position
@@ -156,7 +156,7 @@ def kept_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, docum
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
     grown = tokens * (tokens + 1) * key_value - tokens * (query + 3 * key_value)
     cached = packed.rows * (2 * key_value * document + blocks.rollouts_per_row * grown)
-    layer = layer_kept_bytes(architecture, config, packed) + cached * element_bytes(config.train.dtype)
+    layer = layer_saved_bytes(architecture, config, packed) + cached * element_bytes(config.train.dtype)
     return shape.num_layers * layer
 
 
@@ -244,11 +244,11 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     before = plan.num_micro_batches - decoding
 
     def at(tokens: int, temporaries: Needs) -> Needs:
-        begun, whole = (kept_bytes(config, plan, stage, reuse, document, read) for read in (tokens, later))
+        begun, whole = (saved_bytes(config, plan, stage, reuse, document, read) for read in (tokens, later))
         # Recorded passes keep what the cache holds anyway.
         cached = 0 if reuse == "activations" else cache_bytes(config, plan, stage, document, tokens)
         kept = before * whole + decoding * begun
-        return {f"kept {reuse} of the rollouts": kept, "keys and values": cached} | temporaries
+        return {f"saved {reuse} of the rollouts": kept, "keys and values": cached} | temporaries
 
     def layer(tokens: int) -> Needs:
         return {"one layer": layer_forward_bytes(plan.architecture, config, Pass(rows, tokens))}
@@ -278,9 +278,9 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     read = 1 if ebft.embed_method == "last_token" else blocks.generate_length
     hidden = architecture.hidden_size // plan.parallel.tensor_parallel
     values = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * read * hidden
-    kept = kept_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
+    kept = saved_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
     needs = {
-        f"kept {reuse} of the rollouts": plan.num_micro_batches * kept,
+        f"saved {reuse} of the rollouts": plan.num_micro_batches * kept,
         "rows of the tapped layers": plan.num_micro_batches * taps * values * element_bytes(config.train.dtype),
     }
     return _largest(
@@ -299,15 +299,15 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
     only checkpointed is recomputed one layer at a time.
     """
     architecture, shape, packed = plan.architecture, policy_stage(plan, stage), learn_pass(config)
-    layer = layer_kept_bytes(architecture, config, packed)
+    layer = layer_saved_bytes(architecture, config, packed)
     if reuse == "off":
         name, held = "activations", micro_batches_in_flight(plan, stage)
         recomputes = config.train.activation_checkpointing == "full"
         of_each = shape.num_layers * (hidden_bytes(architecture, config, packed) if recomputes else layer)
     else:
-        name, held, recomputes = f"kept {reuse} of the rollouts", plan.num_micro_batches, reuse == "checkpoints"
+        name, held, recomputes = f"saved {reuse} of the rollouts", plan.num_micro_batches, reuse == "checkpoints"
         later = plan.block_plan.generate_length - 1
-        of_each = kept_bytes(config, plan, stage, reuse, document_length(config), later)
+        of_each = saved_bytes(config, plan, stage, reuse, document_length(config), later)
 
     columns = vocabulary_columns(architecture, plan.parallel.tensor_parallel)
     matrix = columns * architecture.hidden_size * element_bytes(config.train.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.head import RowScores
 from ebft_mega.model.replay import replay
-from ebft_mega.model.saved_activations import KeptInputs
+from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.rollout.packed_order import packed_positions
@@ -17,12 +17,12 @@ from ebft_mega.types import RowDocuments
 
 
 @dataclass
-class KeptForward:
+class SavedForward:
     """What one stage keeps of a micro-batch's rollout; used up by one gradient pass."""
 
     pieces: list[int] = field(default_factory=list)  # positions of each pass: the document, then R for each token
     scores: list[RowScores] = field(default_factory=list)  # last stage: of each token, rows by position, then B
-    inputs: KeptInputs | None = None  # checkpoints
+    inputs: SavedInputs | None = None  # checkpoints
     entering: list[Tensor] = field(default_factory=list)  # activations: leaves that received hidden states, by pass
     leaving: list[Tensor] = field(default_factory=list)  # activations: hidden states before the final norm, by pass
     placeholder: Tensor | None = None  # checkpoints: where the gradient arrives for the stage before
@@ -40,7 +40,7 @@ class KeptForward:
         Args:
             document: int64 [B, D], the document positions of the pass.
             rollouts: int64 [B, R * T], what was fed back, token-major.
-            documents: of isolated rows.
+            documents: with document masking.
         Returns:
             [S / shards, B, H], each pass's positions behind those of the pass before; where the stage has no head only
             the gradient of it means something.

@@ -10,11 +10,11 @@ from ebft_mega.architecture.sizes import HEAD_ROWS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.model.head import RowScores, score_rows
-from ebft_mega.model.saved_activations import KeptInputs
+from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.forward import KeptForward
+from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.sampling import sample_tokens
@@ -40,7 +40,7 @@ class Sampled:
     """A micro-batch's rollouts, and the forward pass that they were."""
 
     rollout: Rollout
-    kept: KeptForward | None  # None: nothing was kept
+    saved: SavedForward | None  # None: nothing was saved
 
 
 def generate_rollouts(
@@ -56,7 +56,7 @@ def generate_rollouts(
 
     The document prefix is processed once; its keys and values serve all samples. The first token comes from the
     logits at `anchor - 1`, so G tokens cost one document pass and G - 1 decode passes of K * n rows. Pipeline
-    stages work on different micro-batches at the same time; nothing is flushed between passes. Of isolated rows a
+    stages work on different micro-batches at the same time; nothing is flushed between passes. With document masking a
     rollout continues the document that the token before its anchor belongs to, and sees nothing of the others.
 
     Args:
@@ -65,11 +65,11 @@ def generate_rollouts(
         reuse: what to keep for the gradient pass.
         with_targets: the gradient pass will also score the row's own tokens: the document pass goes on to P - 1.
     Returns:
-        Per micro-batch the rollout, the same on every rank of the replica, and what this stage kept; tokens are a
+        Per micro-batch the rollout, the same on every rank of the replica, and what this stage saved; tokens are a
         pure function of (weights, row, seed, step, row index, sample, block, token index).
-    Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is kept; along the
+    Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved; along the
         pipeline hidden states, the tokens of each pass back to the first stage, and one broadcast of all tokens.
-    Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is kept of all.
+    Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
     decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets)
@@ -84,8 +84,8 @@ def generate_rollouts(
     shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks, plan.generate_length) for batch in micro_batches]
     drawn = [torch.stack(tokens, dim=-1) if tokens else torch.empty(0) for tokens in decoding.drawn]
     shared = share_from_last_stage(drawn, shapes, torch.int64, model.groups)
-    kept = [None if reuse == "off" else part for part in decoding.kept]
-    return [Sampled(Rollout(tokens), part) for tokens, part in zip(shared, kept, strict=True)]
+    saved = [None if reuse == "off" else part for part in decoding.saved]
+    return [Sampled(Rollout(tokens), part) for tokens, part in zip(shared, saved, strict=True)]
 
 
 class _Decoding:
@@ -106,7 +106,7 @@ class _Decoding:
         # The last block's context, or all that predicts a token of the row; nothing beyond it is read.
         self.document_length = plan.sequence_length - 1 if with_targets else plan.anchors[-1]
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
-        self.kept = [KeptForward() for _ in micro_batches]
+        self.saved = [SavedForward() for _ in micro_batches]
         self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
@@ -155,15 +155,15 @@ class _Decoding:
         self, stage: Stage, slot: Slot, entering: Tensor, positions: Tensor, layout: StridedLayout
     ) -> Tensor:
         """Run the layers and keep what the gradient pass is to take over."""
-        kept = self.kept[slot.micro_batch]
-        kept.pieces.append(len(positions))
-        if self.reuse == "checkpoints" and kept.inputs is None:
-            kept.inputs = KeptInputs(stage.shape.num_layers, has_output=stage.shape.has_head)
+        saved = self.saved[slot.micro_batch]
+        saved.pieces.append(len(positions))
+        if self.reuse == "checkpoints" and saved.inputs is None:
+            saved.inputs = SavedInputs(stage.shape.num_layers, has_output=stage.shape.has_head)
         if self.reuse == "activations" and not stage.shape.has_embedding:
-            kept.entering.append(entering.requires_grad_())
-        hidden = stage.hidden_states(entering, positions, layout, kept.inputs)
+            saved.entering.append(entering.requires_grad_())
+        hidden = stage.hidden_states(entering, positions, layout, saved.inputs)
         if self.reuse == "activations":
-            kept.leaving.append(hidden)
+            saved.leaving.append(hidden)
         return hidden
 
     def _draw(self, stage: Stage, slot: Slot, rows: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class _Decoding:
                 temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
                 scores.append(score_rows(logits, choices, temperature, shard))
         if scores:
-            self.kept[slot.micro_batch].scores.append(
+            self.saved[slot.micro_batch].scores.append(
                 RowScores(
                     torch.cat([score.logprobs for score in scores]), torch.cat([score.normalizers for score in scores])
                 )

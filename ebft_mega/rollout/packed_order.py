@@ -39,8 +39,8 @@ def anchor_positions(plan: BlockPlan, device: torch.device) -> Tensor:
     return torch.arange(plan.num_blocks, device=device) * plan.stride + plan.context_length
 
 
-def kept_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
-    """The blocks that count: those of rows that are no filler, of isolated rows those within one document.
+def counted_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
+    """The blocks that count: those of rows that are no filler, with document masking those within one document.
 
     A block is within one document if the boundary between two is neither inside its context [anchor - c, anchor), nor
     at its anchor, nor inside its target [anchor, anchor + G). The others are generated and scored like these, so that
@@ -60,7 +60,7 @@ def kept_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
 
 
 def document_positions(length: int, device: torch.device, documents: RowDocuments | None = None) -> Tensor:
-    """Rotary positions of the first tokens of a row: int64 [length], or of isolated rows [length, B], each from 0."""
+    """Rotary positions of the first tokens of a row: int64 [length]; with document masking [length, B], each from 0."""
     positions = torch.arange(length, device=device)
     return positions if documents is None else positions[:, None] - documents.token_starts[:, :length].T
 
@@ -70,11 +70,11 @@ def generated_positions(
 ) -> Tensor:
     """Rotary positions of tokens `first .. first + count - 1` of every rollout, token-major.
 
-    A generated token has the position of the target token it stands for, `anchor + t`; in isolated rows counted from
-    the start of the document that it continues, that of the token before the anchor.
+    A generated token has the position of the target token it stands for, `anchor + t`; with document masking counted
+    from the start of the document that it continues, that of the token before the anchor.
 
     Returns:
-        int64 [count * K * n], or of isolated rows [count * K * n, B].
+        int64 [count * K * n], or with document masking [count * K * n, B].
     """
     # [K, n] without `repeat_interleave`, for the same reason
     anchors = anchor_positions(plan, device)[:, None].expand(-1, plan.num_samples).flatten()
@@ -92,7 +92,7 @@ def packed_positions(
     device: torch.device,
     documents: RowDocuments | None = None,
 ) -> Tensor:
-    """Rotary positions of a document prefix and the first tokens of every rollout: int64 [S], isolated [S, B]."""
+    """Rotary positions of a document prefix and of the first tokens of every rollout: int64 [S] or, masked, [S, B]."""
     document = document_positions(document_length, device, documents)
     return torch.cat((document, generated_positions(plan, 0, tokens_per_rollout, device, documents)))
 
@@ -105,9 +105,9 @@ def packed_sequence(
     Args:
         tokens: int64 [B, D], the first D tokens of each row.
         rollouts: int64 [B, n, K, T], the first T tokens of each rollout.
-        documents: of isolated rows.
+        documents: with document masking.
     Returns:
-        Tokens int64 [B, D + T * R] and positions int64 [D + T * R], or of isolated rows [D + T * R, B].
+        Tokens int64 [B, D + T * R] and positions int64 [D + T * R], or with document masking [D + T * R, B].
     """
     positions = packed_positions(plan, tokens.shape[1], rollouts.shape[3], tokens.device, documents)
     return torch.cat((tokens, to_sequence(rollouts)), dim=1), positions

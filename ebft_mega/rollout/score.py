@@ -11,7 +11,7 @@ from ebft_mega.model.head import RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.forward import KeptForward, join_scores
+from ebft_mega.rollout.forward import SavedForward, join_scores
 from ebft_mega.rollout.packed_order import anchor_positions, from_sequence, packed_sequence, to_sequence
 from ebft_mega.types import PolicyLogprobs, RowDocuments
 
@@ -24,7 +24,7 @@ class ScoreRequest:
     rollouts: Tensor | None  # int64 [B, n, K, G]; None: no rollout log-probabilities
     targets: bool  # whether the log-probabilities of the row's own tokens are wanted
     temperature: float  # of the rollouts' log-probabilities
-    documents: RowDocuments | None = None  # of isolated rows
+    documents: RowDocuments | None = None  # with document masking
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the log-probabilities, rollouts before targets."""
@@ -61,7 +61,7 @@ def score(
     request: ScoreRequest,
     plan: BlockPlan,
     received: Tensor | None = None,
-    kept: KeptForward | None = None,
+    saved: SavedForward | None = None,
 ) -> tuple[Tensor, ...]:
     """Score sampled tokens at the sampling temperature and the row's own tokens at temperature 1.
 
@@ -69,22 +69,22 @@ def score(
     last anchor unless targets are wanted, and the head sees only rows that are scored, a chunk at a time.
 
     Args:
-        received: hidden states of the stage before; None on the first, and with `kept`.
-        kept: the forward pass that the rollout was; None computes it.
+        received: hidden states of the stage before; None on the first, and with `saved`.
+        saved: the forward pass that the rollout was; None computes it.
     Returns:
         On the last stage: rollout log-probabilities float32 [B, n, K, G] if `request.rollouts`, then target
         log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`. Before: the hidden states
         alone. A tuple of tensors, as an engine's forward needs it.
-    Communication: that of the layers (of `KeptForward.hidden_states`) and of `VocabularyHead.forward`.
+    Communication: that of the layers (of `SavedForward.hidden_states`) and of `VocabularyHead.forward`.
     Source: EBFT paper (arXiv 2603.12248), strided mode; label pairing of the authors' `prepare_logprobs`.
     """
     document, fed_back = request.tokens[:, : request.document_length(plan)], request.fed_back(plan)
-    if kept is None:
+    if saved is None:
         hidden = _hidden_states(stage, document, fed_back, plan, received, request.documents)
         pieces, known = [request.num_positions(plan)], None
     else:
-        hidden = kept.hidden_states(stage, document, to_sequence(fed_back), plan, request.documents)
-        pieces, known = kept.pieces, join_scores(kept.scores)
+        hidden = saved.hidden_states(stage, document, to_sequence(fed_back), plan, request.documents)
+        pieces, known = saved.pieces, join_scores(saved.scores)
     if not stage.shape.has_head:
         return (hidden,)
     hidden = stage.whole_sequence(hidden, sum(pieces), stage.hidden.order(pieces))  # [S, B, H]

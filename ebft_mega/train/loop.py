@@ -275,8 +275,8 @@ def measured_step(
 
 
 def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> TokenBatch:
-    """Rows as a step takes them: on its device, and isolated by document if the configuration says so."""
-    return (rows.isolated() if config.data.document_masking else rows).to(device)
+    """Rows as a step takes them: on its device, and with document masking if the configuration says so."""
+    return (rows.with_document_masking() if config.data.document_masking else rows).to(device)
 
 
 def data_metrics(loader: BatchLoader) -> dict[str, float]:

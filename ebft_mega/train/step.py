@@ -2,7 +2,7 @@
 
 Rows of raw text -> n rollouts from every anchor -> inner products of features -> rewards -> advantages ->
 REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on-policy: one update per rollout.
-What does not count (filler rows, blocks across isolated documents) goes through all this with weight 0.
+What does not count (filler rows, blocks across masked documents) goes through all this with weight 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.alignment_and_diversity import block_rewards
-from ebft_mega.rollout.forward import KeptForward
+from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.loss_masks import StepWeights, step_weights
@@ -69,13 +69,13 @@ class Experience:
     gram: Tensor  # float64 [B, K, n + 1, n + 1]
     rewards: BlockRewards
     advantages: Tensor  # float64 [B, n, K], 0 where a block does not count
-    kept: Tensor | None = None  # bool [B, K], which blocks count; None: all
+    counted_blocks: Tensor | None = None  # bool [B, K], which blocks count; None: all
 
     @property
     def counted_reward(self) -> Tensor:
         """Rewards float64 [B, n, K], 0 where a block does not count."""
         reward = self.rewards.reward
-        return reward if self.kept is None else reward.masked_fill(~self.kept[:, None], 0.0)
+        return reward if self.counted_blocks is None else reward.masked_fill(~self.counted_blocks[:, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,46 +130,46 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
         with timers.phase("features"):
             grams = trainer.feature_network.grams(micro_batches, rollouts, trainer.plan)
         with timers.phase("reward"):
-            kept: Sequence[Tensor | None] = weights.blocks if weights is not None else [None] * len(grams)
+            counted: Sequence[Tensor | None] = weights.blocks if weights is not None else [None] * len(grams)
             experiences = [
                 judge(gram, rollout, config, blocks)
-                for gram, rollout, blocks in zip(grams, rollouts, kept, strict=True)
+                for gram, rollout, blocks in zip(grams, rollouts, counted, strict=True)
             ]
     with timers.phase("learn"):
-        learned = learn(trainer, micro_batches, experiences, [item.kept for item in sampled], weights)
+        learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], weights)
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update, weights)
 
 
-def judge(gram: Tensor, rollout: Rollout, config: RunConfig, kept: Tensor | None = None) -> Experience:
+def judge(gram: Tensor, rollout: Rollout, config: RunConfig, counted_blocks: Tensor | None = None) -> Experience:
     """Rewards and advantages of a micro-batch's rollouts, from inner products of features alone.
 
     Args:
         gram: float64 [B, K, n + 1, n + 1].
-        kept: bool [B, K], blocks that count; None: all.
+        counted_blocks: bool [B, K], blocks that count; None: all.
     Communication: none; every rank of a replica has the same matrices.
     """
     ebft = config.ebft
     rewards = block_rewards(gram, ebft.reward_whitening, ebft.alignment_coef, ebft.diversity_coef)
     advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
-    if kept is not None:
-        advantages = advantages.masked_fill(~kept[:, None], 0.0)
-    return Experience(rollout, gram, rewards, advantages, kept)
+    if counted_blocks is not None:
+        advantages = advantages.masked_fill(~counted_blocks[:, None], 0.0)
+    return Experience(rollout, gram, rewards, advantages, counted_blocks)
 
 
 def learn(
     trainer: Trainer,
     micro_batches: Sequence[TokenBatch],
     experiences: Sequence[Experience],
-    kept: Sequence[KeptForward | None],
+    saved: Sequence[SavedForward | None],
     weights: StepWeights | None = None,
 ) -> list[Learned]:
     """Add up the gradient of all micro-batches: the policy's forward with gradient, the loss, the way back.
 
     Args:
         experiences: per micro-batch; none when only the text is learned from.
-        kept: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
+        saved: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
         weights: what counts; None: everything.
     Returns:
         Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
@@ -192,7 +192,7 @@ def learn(
         )
         for index, rows in enumerate(micro_batches)
     ]
-    forwards = {index: part for index, part in enumerate(kept) if part is not None}
+    forwards = {index: part for index, part in enumerate(saved) if part is not None}
     values: list[Tensor] = []  # on the last stage
 
     def forward(index: int, received: Tensor | None = None) -> Tensor:

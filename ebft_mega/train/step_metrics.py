@@ -19,7 +19,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     """Exact global means of a step's losses and reward terms, over all that counts.
 
     Returns:
-        Scalars under the `ebft/*` and `train/*` names: nats per token for losses. Where documents are isolated,
+        Scalars under the `ebft/*` and `train/*` names: nats per token for losses. With document masking,
         `data/dropped_anchor_share`: of the blocks of real rows those that no document holds whole. Where damaged rows
         may be skipped, `data/skipped_rows` of this step. Means over blocks are left out of a step in which none counts.
     Communication: one all-reduce of a dozen float64 over the data-parallel group.
@@ -48,8 +48,8 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
             sums["ebft/duplicate_share"] = duplicate_share(rollouts) / groups.data_parallel_size
         else:
             of_blocks["ebft/duplicate_share"] = has_duplicates(rollouts)
-            kept, count = torch.cat(result.weights.blocks), result.weights.num_blocks
-            sums |= {name: _kept_sum(values, kept) / count for name, values in of_blocks.items()}
+            counted, count = torch.cat(result.weights.blocks), result.weights.num_blocks
+            sums |= {name: _counted_sum(values, counted) / count for name, values in of_blocks.items()}
     # Shares of global means by now: loss shares carry global denominators, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
     dist.all_reduce(values, group=groups.data_parallel)
@@ -69,12 +69,12 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     return metrics | _weight_metrics(trainer, result.weights)
 
 
-def _kept_sum(values: Tensor, kept: Tensor) -> Tensor:
-    """Sum over kept blocks, bool [B, K], of values [B, K] or of their mean over samples [B, n, K]; float64."""
+def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
+    """Sum over counted blocks, bool [B, K], of values [B, K] or of their mean over samples [B, n, K]; float64."""
     by_block = values.to(torch.float64)
     if by_block.dim() == 3:
         by_block = by_block.mean(dim=1)
-    return by_block.masked_fill(~kept, 0.0).sum()
+    return by_block.masked_fill(~counted, 0.0).sum()
 
 
 def _weight_metrics(trainer: Trainer, weights: StepWeights | None) -> dict[str, float]:

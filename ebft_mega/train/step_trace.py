@@ -83,8 +83,8 @@ def _local_tensors(result: StepResult) -> dict[str, Tensor]:
         traced.setdefault("reward", []).append(experience.rewards.reward)
         traced.setdefault("advantage", []).append(experience.advantages)
     for rows, experience in zip(result.micro_batches, result.experiences, strict=False):
-        if rows.documents is not None and experience.kept is not None:
-            traced.setdefault("kept", []).append(experience.kept.to(torch.uint8))
+        if rows.documents is not None and experience.counted_blocks is not None:
+            traced.setdefault("kept", []).append(experience.counted_blocks.to(torch.uint8))
     for learned in result.learned:
         if learned.logprobs.rollout is not None:
             traced.setdefault("logprobs", []).append(learned.logprobs.rollout)

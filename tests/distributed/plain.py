@@ -12,7 +12,7 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, hf_tensors, load_weights
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.packed_order import kept_blocks
+from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.step import judge
 from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step
@@ -61,16 +61,16 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
     sizes: dict[str, list[Tensor]] = {}
     for step in range(NUM_STEPS):
         rows = rows_of_step(step, groups, case)
-        real, kept = rows.row_indices >= 0, kept_blocks(rows, plan)
-        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, int(kept.sum()))
+        real, counted = rows.row_indices >= 0, counted_blocks(rows, plan)
+        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, int(counted.sum()))
         rollout = advantages = None
         if ebft.rl_coef > 0:
             (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
             rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
-            experience = judge(gram, rollout, config, kept)
+            experience = judge(gram, rollout, config, counted)
             advantages = experience.advantages
-            counted = experience.rewards.alignment.transpose(1, 2)[kept]
+            counted = experience.rewards.alignment.transpose(1, 2)[counted]
             truth.alignments.append(counted.mean().item() if len(counted) else 0.0)
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)

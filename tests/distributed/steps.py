@@ -105,7 +105,7 @@ DOCUMENT_STARTS = ((0, 9), (0,), (0, 4, 5, 18), tuple(range(0, 24, 3)))
 
 
 def rows_of_step(step: int, groups: ProcessGroups, case: Case | None = None) -> TokenBatch:
-    """This replica's slice of a step's global batch of made-up rows; isolated and damaged as the case says."""
+    """This replica's slice of a step's global batch of made-up rows; masked and damaged as the case says."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, 131, (GLOBAL_BATCH, 24), generator=generator)
     documents = torch.zeros_like(tokens)
@@ -120,7 +120,7 @@ def rows_of_step(step: int, groups: ProcessGroups, case: Case | None = None) -> 
         GLOBAL_BATCH * (groups.data_parallel_rank + 1) // groups.data_parallel_size,
     )
     rows = TokenBatch(tokens[local], documents[local].cumsum(dim=1), indices[local])
-    return rows.isolated() if case is not None and MASKING in case.overrides else rows
+    return rows.with_document_masking() if case is not None and MASKING in case.overrides else rows
 
 
 def run_cases(layout: Layout, cases: tuple[Case, ...], directory: str) -> dict[str, Outcome]:

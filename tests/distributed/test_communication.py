@@ -26,7 +26,7 @@ MEAN = Case("mean pooling", ("ebft.ce_coef=0", "ebft.embed_method=mean_pooling")
 PER_LAYER = Case("per layer", ("ebft.ce_coef=0", "ebft.feature_norm=per_layer"))
 SEPARATE = Case("a separate forward pass", ("ebft.ce_coef=0", "learn.reuse_rollout=off"))
 ACTIVATIONS = Case(
-    "activations kept", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
+    "saved activations", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
 
 
@@ -78,7 +78,7 @@ def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, st
 
     # After the attention of the deepest tapped layer only rows that are read go on.
     features = 2 * (hidden(packed) * len(feature_layers) - last * (hidden(packed) - hidden(read)))
-    # A layer has two all-reduces forward and two back; a graph that was kept has only those back.
+    # A layer has two all-reduces forward and two back; a graph that was saved has only those back.
     back_and_forth = 2 if has_graph else 4
     found = {
         ("rollout", "tensor_parallel", "all-reduce"): many_slices

@@ -13,13 +13,17 @@ LLAMA = Case("llama tied")
 QWEN2 = Case("qwen2 untied", model_type="qwen2", tied=False)
 QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
 ACTIVATIONS = Case(
-    "activations kept, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
+    "saved activations, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
-ISOLATED = (
-    Case("isolated", (MASKING, "train.micro_batch_size=2"), "qwen3"),
-    Case("isolated, a separate forward pass", (MASKING, "learn.reuse_rollout=off", "train.attention=dense"), "qwen2"),
+MASKED = (
+    Case("masked documents", (MASKING, "train.micro_batch_size=2"), "qwen3"),
     Case(
-        "isolated, activations kept",
+        "masked documents, separate forward pass",
+        (MASKING, "learn.reuse_rollout=off", "train.attention=dense"),
+        "qwen2",
+    ),
+    Case(
+        "masked documents, saved activations",
         (
             MASKING,
             "learn.reuse_rollout=activations",
@@ -30,7 +34,7 @@ ISOLATED = (
     ),
     # All rows of one of two replicas.
     Case("filler", ("data.on_error=skip",), filler=(2, 3)),
-    Case("isolated, with filler", (MASKING, "data.on_error=skip"), filler=(0,)),
+    Case("masked documents, with filler", (MASKING, "data.on_error=skip"), filler=(0,)),
     Case("filler only", ("data.on_error=skip", "train.weight_decay=0.1"), filler=(0, 1, 2, 3)),
 )
 VARIANTS = {
@@ -50,36 +54,36 @@ VARIANTS = {
     "rollouts only": Case("rollouts only", ("ebft.ce_coef=0", "train.grad_clip=0", "train.weight_decay=0.1")),
     "parameters held for a step": Case("parameters held for a step", ("zero.hold_parameters=step",)),
     "a separate forward pass": Case("a separate forward pass", ("learn.reuse_rollout=off",)),
-    "activations kept": Case(
-        "activations kept", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
+    "saved activations": Case(
+        "saved activations", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
     ),
-    "activations kept, with cross-entropy": ACTIVATIONS,
+    "saved activations, with cross-entropy": ACTIVATIONS,
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
     "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
 }
 # What slices and what stages have most to do with; the others are slow.
-OFTEN_TENSOR = ("nucleus and joint mean pooling", "rollouts only", "activations kept, with cross-entropy")
+OFTEN_TENSOR = ("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy")
 OFTEN_PIPELINE = ("a stage without taps", "fewer micro-batches than stages", "a separate forward pass")
 L = Layout
 FAST = {
     L(1, 1, 1): (LLAMA,),
-    L(2, 1, 1): (LLAMA, *ISOLATED),
-    L(1, 2, 1): (LLAMA, QWEN3, *(VARIANTS[name] for name in OFTEN_TENSOR), ISOLATED[0]),
-    L(1, 1, 2): (LLAMA, QWEN2, *(VARIANTS[name] for name in OFTEN_PIPELINE), ISOLATED[2]),
+    L(2, 1, 1): (LLAMA, *MASKED),
+    L(1, 2, 1): (LLAMA, QWEN3, *(VARIANTS[name] for name in OFTEN_TENSOR), MASKED[0]),
+    L(1, 1, 2): (LLAMA, QWEN2, *(VARIANTS[name] for name in OFTEN_PIPELINE), MASKED[2]),
     L(1, 2, 2): (LLAMA,),
 }
 SLOW = {
-    L(1, 2, 1): (QWEN2, *(case for name, case in VARIANTS.items() if name not in OFTEN_TENSOR), ISOLATED[2]),
-    L(1, 1, 2): (QWEN3, *(case for name, case in VARIANTS.items() if name not in OFTEN_PIPELINE), ISOLATED[0]),
+    L(1, 2, 1): (QWEN2, *(case for name, case in VARIANTS.items() if name not in OFTEN_TENSOR), MASKED[2]),
+    L(1, 1, 2): (QWEN3, *(case for name, case in VARIANTS.items() if name not in OFTEN_PIPELINE), MASKED[0]),
     L(2, 2, 1): (LLAMA,),
     L(2, 1, 2): (LLAMA, *VARIANTS.values()),
-    L(2, 2, 2): (LLAMA, QWEN2, QWEN3, ACTIVATIONS, *ISOLATED),
+    L(2, 2, 2): (LLAMA, QWEN2, QWEN3, ACTIVATIONS, *MASKED),
     # Three feature layers: the last stage has none of them.
     L(1, 1, 4): (LLAMA, VARIANTS["fewer micro-batches than stages"], VARIANTS["sharded feature network"]),
     L(1, 4, 1): (LLAMA, QWEN2, QWEN3),
     **{L(2, 1, 1, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
     **{L(1, 1, 2, zero_stage=stage): (LLAMA, QWEN2, ACTIVATIONS) for stage in (0, 1, 2)},
-    L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values(), *ISOLATED),
+    L(1, 2, 1, sequence_parallel=True): (LLAMA, QWEN2, QWEN3, *VARIANTS.values(), *MASKED),
     L(2, 2, 2, sequence_parallel=True): (LLAMA, QWEN3),
 }
 MATRIX = [
@@ -156,24 +160,24 @@ def ranks_of_replicas(layout: Layout) -> list[list[int]]:
     ]
 
 
-COUNTING = [parameters for parameters in MATRIX if parameters.values[1] in ISOLATED]
+COUNTING = [parameters for parameters in MATRIX if parameters.values[1] in MASKED]
 
 
 @pytest.mark.parametrize(("layout", "case", "cases"), COUNTING)
 def test_metrics_are_means_over_what_counts(layout, case, cases, truth_of, directory):
     """Blocks counted by hand: row 0 of `DOCUMENT_STARTS` keeps three of five, row 1 all, row 2 one, row 3 none."""
-    kept_of_rows = (3, 5, 1, 0) if MASKING in case.overrides else (5, 5, 5, 5)
+    counted_of_rows = (3, 5, 1, 0) if MASKING in case.overrides else (5, 5, 5, 5)
     for outcome in (outcomes[case.name] for outcomes in steps_of(layout, cases, directory)):
         for step, alignment in enumerate(truth_of(case).alignments):
             found = outcome.metrics[step]
             counting = [row for row in range(4) if row ^ (step % 2) not in case.filler]
-            kept = sum(kept_of_rows[row] for row in counting)
-            if kept:
+            counted = sum(counted_of_rows[row] for row in counting)
+            if counted:
                 assert found["ebft/alignment"] == pytest.approx(alignment, abs=1e-3), step
             else:
                 assert "ebft/alignment" not in found and found["ebft/rl_loss"] == 0
             if MASKING in case.overrides:
-                assert found["data/dropped_anchor_share"] == pytest.approx(1 - kept / (5 * len(counting)))
+                assert found["data/dropped_anchor_share"] == pytest.approx(1 - counted / (5 * len(counting)))
             else:
                 assert "data/dropped_anchor_share" not in found
             assert found.get("data/skipped_rows", 0.0) == len(case.filler)

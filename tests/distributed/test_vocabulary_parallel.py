@@ -161,7 +161,7 @@ def test_no_rows_are_scored_without_harm():
     assert run_ranks(2, scores_of_no_rows) == [((0, 1), (0, HIDDEN))] * 2
 
 
-def kept_of_steps(step: float) -> Tensor:
+def nucleus_of_steps(step: float) -> Tensor:
     """The nucleus of 0.9 when all tokens of a rank are equal and those of the next are `step` less probable."""
     groups = make_process_groups(connect(), tensor_parallel_size=dist.get_world_size())
     shard = VocabularyShard.of(64, groups)
@@ -171,9 +171,9 @@ def kept_of_steps(step: float) -> Tensor:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_nucleus_may_end_with_a_rank_s_least_probable_tokens(ranks):
     """At a step of 0.099 rank 0 has 0.9011 of the mass on four ranks and 0.9099 on two; at 0.12 less than 0.9."""
-    kept = run_ranks(ranks, kept_of_steps, math.log(1 / 0.099))
+    kept = run_ranks(ranks, nucleus_of_steps, math.log(1 / 0.099))
     assert kept[0].all() and not any(own.any() for own in kept[1:])
-    kept = run_ranks(ranks, kept_of_steps, math.log(1 / 0.12))
+    kept = run_ranks(ranks, nucleus_of_steps, math.log(1 / 0.12))
     assert [own.all().item() for own in kept] == [True, True, False, False][:ranks]
     assert not any(own.any() for own in kept[2:])
 

@@ -1,4 +1,4 @@
-"""Whole runs on data of every kind: several sources, isolated documents, damaged shards, text shards."""
+"""Whole runs on data of every kind: several sources, masked documents, damaged shards, text shards."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def status_of(output):
 
 
 @pytest.mark.slow
-def test_several_sources_with_isolated_documents(data, tmp_path):
+def test_several_sources_with_masked_documents(data, tmp_path):
     output = tmp_path / "out"
     more = (
         "data.shards=null",

@@ -88,7 +88,7 @@ def _conditions(evaluation: Evaluation) -> str:
     content = evaluation.content
     text = f"{content['rows']} held-out rows, temperature {content.get('temperature')}"
     if content.get("document_masking"):
-        text += " with isolated documents"
+        text += " with masked documents"
     if evaluation.row_groups is not None:
         text += f" from {len(set(evaluation.row_groups))} groups (documents or packages)"
     text += f"; paired bootstrap, {NUM_RESAMPLES:,} resamples, 95 % intervals"

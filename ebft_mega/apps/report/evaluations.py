@@ -25,7 +25,7 @@ class Evaluation:
 
     path: Path
     content: Mapping[str, Any]
-    # Metric key to float64 [R]; NaN for a row whose isolated documents hold no block: it has no figures of rollouts.
+    # Metric key to float64 [R]; NaN for a row whose masked documents hold no block: it has no figures of rollouts.
     per_row: Mapping[str, NDArray[np.float64]]
     row_groups: tuple[str, ...] | None  # [R], document or package of each row
 

@@ -14,7 +14,7 @@ NAMES = ("document_query", "own_query", "document_key", "document_value", "own_k
 
 @st.composite
 def patterns(draw):
-    """One pass of a run with random geometry, as `shared_patterns`; half of them with isolated documents in two rows.
+    """One pass of a run with random geometry, as `shared_patterns`; half of them with masked documents in two rows.
 
     A row has one document or several, of one token or more, which start anywhere: at anchors, beside them, in targets.
     """

@@ -65,16 +65,16 @@ def passes_of_a_run(plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_isolated", [False, True])
-def test_a_run_compiles_once_per_shape_and_never_after_its_first_step(is_isolated):
-    """Isolated documents start elsewhere in every step."""
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_run_compiles_once_per_shape_and_never_after_its_first_step(is_masked):
+    """Masked documents start elsewhere in every step."""
     plan = BlockPlan(sequence_length=200, stride=8, context_length=8, generate_length=8, num_samples=3)
     route = FlexAttention(own_capacity=plan.generate_length)
     before = num_compilations()
     after_step = []
     for step in range(3):
         for pattern in passes_of_a_run(plan):
-            if is_isolated:
+            if is_masked:
                 pattern = replace(pattern, document_starts=((0, 50 + 20 * step), tuple(range(0, 200, 30 + step))))
             tensors = random_tensors(pattern, head_dim=16, dtype=torch.float32, seed=step, requires_grad=False)
             with torch.no_grad():

@@ -68,7 +68,7 @@ LARGE = {
     "packed": AttentionPattern(tuple(range(8, 153, 8)), 4, range(152), 152, 7, 7),
     "decode": AttentionPattern(tuple(range(8, 153, 8)), 4, (), 152, 1, 3),
     "last features": AttentionPattern(tuple(range(8, 153, 8)), 4, tuple(range(15, 160, 8)), 160, 1, 8),
-    "isolated": AttentionPattern(tuple(range(8, 153, 8)), 4, range(152), 152, 7, 7, ((0, 40, 41, 103, 155),)),
+    "masked documents": AttentionPattern(tuple(range(8, 153, 8)), 4, range(152), 152, 7, 7, ((0, 40, 41, 103, 155),)),
 }
 
 
@@ -202,31 +202,31 @@ def test_dense_warns_once_wherever_documents_start(caplog):
     pattern = AttentionPattern((6, 11, 18), 2, (), 24, 1, 2)
     with caplog.at_level(logging.WARNING, "ebft_mega"):
         for start in range(1, 20):
-            isolated = replace(pattern, document_starts=((0, start), (0,)))
-            DenseAttention().attend(isolated, *random_tensors(isolated))
+            masked = replace(pattern, document_starts=((0, start), (0,)))
+            DenseAttention().attend(masked, *random_tensors(masked))
     assert len(caplog.messages) == 1
     assert f"a mask of {2 * 6 * (24 + 6 * 2)} bytes" in caplog.messages[0], "each of the two rows has its own"
 
 
 def test_layers_and_tokens_share_what_was_planned_and_rows_of_one_document_each_are_as_if_shared():
-    """Plans of isolated rows are made anew for every batch: once per pass, not once per layer."""
-    two_part_module._isolated_spans.cache_clear()
-    two_part_module._isolated_plan.cache_clear()
+    """Plans of masked documents are made anew for every batch: once per pass, not once per layer."""
+    two_part_module._masked_spans.cache_clear()
+    two_part_module._masked_plan.cache_clear()
     patterns_of_a_decode = [
         AttentionPattern((4, 8, 12), 2, (), 16, 1, keys, ((0, 5), (0, 2, 9))) for keys in range(1, 5)
     ]
     for pattern in patterns_of_a_decode:
         for _ in range(3):
             TwoPartAttention().attend(pattern, *random_tensors(pattern))
-    assert two_part_module._isolated_plan.cache_info().misses == 4
-    assert two_part_module._isolated_spans.cache_info().misses == 2  # for rollouts, and for no document queries
+    assert two_part_module._masked_plan.cache_info().misses == 4
+    assert two_part_module._masked_spans.cache_info().misses == 2  # for rollouts, and for no document queries
 
     shared = replace(patterns_of_a_decode[0], document_starts=None)
     alone = replace(shared, document_starts=((0,), (0,)))
     tensors = random_tensors(shared)
     for one, other in zip(*(TwoPartAttention().attend(p, *tensors) for p in (shared, alone)), strict=True):
         assert torch.equal(one, other)
-    assert two_part_module._isolated_plan.cache_info().misses == 4
+    assert two_part_module._masked_plan.cache_info().misses == 4
 
 
 def test_routes_by_name(monkeypatch):

@@ -8,7 +8,7 @@ from ebft_mega.planning.auto import choices, chosen_reuse, feature_network_is_sh
 from ebft_mega.planning.memory import Choices, peak_bytes
 from ebft_mega.planning.run_plan import check_run
 
-# The fixture's model is so small that kept activations need most of all; parameters stay whole at stage 2.
+# The fixture's model is so small that saved activations need most of all; parameters stay whole at stage 2.
 WHOLE = {"zero__stage": 2}
 PLENTY = 1 << 40
 

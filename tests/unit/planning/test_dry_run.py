@@ -40,13 +40,13 @@ def planned(inputs, chosen=OFF, stage=0, **changes):
     return memory.plan_memory(*plan_of(inputs, **changes), chosen, stage)
 
 
-def activations_kept(positions):
+def activations_saved(positions):
     """Of the same layer, recorded while sampling: 1 to 7 keys and values of 12 rollouts instead of their projection."""
     cached = 2 * 24 * 8 + 12 * sum(2 * t * 8 - (16 + 3 * 8) for t in range(1, 8))
-    return layer_kept(positions) + 4 * 2 * cached
+    return layer_saved(positions) + 4 * 2 * cached
 
 
-def layer_kept(positions):
+def layer_saved(positions):
     """Bytes of a layer of two rows of so many positions in float32, with a normaliser for each of 4 heads."""
     return 4 * (2 * positions * KEEPS + positions * ROTARY) + 4 * 2 * positions * 4
 
@@ -107,9 +107,9 @@ def test_rollout_phase_by_hand(inputs):
     }
     hidden = 2 * PACKED * 16 * 4
     found = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["rollout"]
-    assert found["kept checkpoints of the rollouts"] == 4 * 5 * hidden  # of four layers, and of the last one's output
+    assert found["saved checkpoints of the rollouts"] == 4 * 5 * hidden  # of four layers, and of the last one's output
     found = planned(inputs, ACTIVATIONS, train__dtype="float32").phases["rollout"]
-    assert found["kept activations of the rollouts"] == 4 * 4 * activations_kept(PACKED)
+    assert found["saved activations of the rollouts"] == 4 * 4 * activations_saved(PACKED)
     assert "keys and values" not in found
 
 
@@ -138,7 +138,7 @@ def test_features_phase_by_hand(inputs, method, read):
 
 
 def test_learn_phase_by_hand(inputs):
-    hidden, layer = 2 * PACKED * 16 * 4, layer_kept(PACKED)
+    hidden, layer = 2 * PACKED * 16 * 4, layer_saved(PACKED)
     # Of the MLP 3 of I, of the attention 8 of the queries and 5 of the keys when 3 of I are gone.
     gradients = 2 * PACKED * (2 * 16 + max(3 * 24, 8 * 16 + 5 * 8 - 3 * 24)) * 4 + 2 * 24 * 16 * 4
     matrix, gathered = 100 * 16 * 4, {"gathered parameters": PARAMETERS * 4}
@@ -157,9 +157,9 @@ def test_learn_phase_by_hand(inputs):
     assert full == recomputed | {"activations": 4 * hidden}
     # All four micro-batches are kept of rollouts, one is in flight of a forward pass.
     kept = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["learn"]
-    assert kept == recomputed | {"kept checkpoints of the rollouts": 4 * 5 * hidden}
+    assert kept == recomputed | {"saved checkpoints of the rollouts": 4 * 5 * hidden}
     kept = planned(inputs, ACTIVATIONS, train__dtype="float32", zero__hold_parameters="step").phases["learn"]
-    assert kept == head | {"kept activations of the rollouts": 4 * 4 * activations_kept(PACKED)}
+    assert kept == head | {"saved activations of the rollouts": 4 * 4 * activations_saved(PACKED)}
 
 
 def test_a_chunk_of_the_head_is_limited(inputs):
@@ -187,7 +187,7 @@ def test_slices_by_hand(inputs):
     layer = 4 * (2 * PACKED // 4 * 6 * 16 + 2 * PACKED * inside + PACKED * ROTARY) + normalisers
     assert found.phases["learn"]["activations"] == 4 * layer
     found = planned(inputs, CHECKPOINTS, parallel=degrees(tensor=4, sequence=True), **changes)
-    assert found.phases["learn"]["kept checkpoints of the rollouts"] == 4 * 5 * 2 * PACKED // 4 * 16 * 4
+    assert found.phases["learn"]["saved checkpoints of the rollouts"] == 4 * 5 * 2 * PACKED // 4 * 16 * 4
 
 
 def test_stages_by_hand(inputs):
@@ -201,7 +201,7 @@ def test_stages_by_hand(inputs):
     features = [stage.states["frozen feature network"] for stage in stages]
     assert features == [4 * (1600 + LAYER), 4 * LAYER, 4 * LAYER]
     # 1F1B: 3, 2 and 1 micro-batches in flight. 4 micro-batches decode in one ring.
-    layer = layer_kept(PACKED)
+    layer = layer_saved(PACKED)
     assert [stage.phases["learn"]["activations"] for stage in stages] == [3 * 2 * layer, 2 * layer, layer]
     cache = 2 * PACKED * (2 * 2 * 4) * 4
     assert [stage.phases["rollout"]["keys and values"] for stage in stages] == [4 * 2 * cache, 4 * cache, 4 * cache]
@@ -212,7 +212,7 @@ def test_stages_by_hand(inputs):
     assert memory.peak_bytes(config, plan, OFF) == max(peaks)
     # What is kept of rollouts is kept of all micro-batches on every stage; the last one keeps its output, too.
     stages = [memory.plan_memory(config, plan, CHECKPOINTS, stage) for stage in range(3)]
-    kept = [stage.phases["features"]["kept checkpoints of the rollouts"] for stage in stages]
+    kept = [stage.phases["features"]["saved checkpoints of the rollouts"] for stage in stages]
     assert kept == [4 * layers * 2 * PACKED * 16 * 4 for layers in (2, 1, 2)]
 
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
-from ebft_mega.planning.activation_memory import Pass, layer_kept_bytes
+from ebft_mega.planning.activation_memory import Pass, layer_saved_bytes
 from ebft_mega.planning.data_budget import TrainingSupply
 from ebft_mega.planning.memory import Choices, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
@@ -52,7 +52,7 @@ def rows_of(config):
     tokens = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(0))
     documents = (torch.arange(length) // 11).expand(rows, -1)
     batch = TokenBatch(tokens, documents, torch.arange(rows))
-    return batch.isolated() if config.data.document_masking else batch
+    return batch.with_document_masking() if config.data.document_masking else batch
 
 
 def events_of(recorded):
@@ -125,17 +125,17 @@ CASES = [
     *(pytest.param(reuse, (), id=f"{reuse}-two-rows") for reuse in REUSES),
     *(pytest.param(reuse, ONE_ROW, id=f"{reuse}-one-row-cross-entropy") for reuse in REUSES),
     pytest.param("checkpoints", MANY_LOGITS, id="checkpoints-many-logits"),
-    pytest.param("activations", ("data.document_masking=true",), id="activations-isolated-documents"),
+    pytest.param("activations", ("data.document_masking=true",), id="activations-masked-documents"),
     *(pytest.param(*setting, id=name, marks=pytest.mark.slow) for name, setting in SETTINGS.items()),
 ]
 
 
-def test_isolated_rows_have_rotary_angles_of_their_own(tmp_path):
+def test_rows_with_masked_documents_have_rotary_angles_of_their_own(tmp_path):
     packed = Pass(rows=8, tokens=100)
     planned_bytes = []
     for masking in ("false", "true"):
         config, plan = planned(tmp_path, (f"data.document_masking={masking}",))
-        planned_bytes.append(layer_kept_bytes(plan.architecture, config, packed))
+        planned_bytes.append(layer_saved_bytes(plan.architecture, config, packed))
     assert planned_bytes[1] - planned_bytes[0] == 7 * 100 * 4 * plan.architecture.head_dim * 4  # float32
 
 

@@ -126,21 +126,21 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
     positions, gathered = 2 * (1023 + ROLLOUTS * 7), 2 * PARAMETERS["Qwen2.5-7B"]
     kept = positions * 29 * 3584 * 2
     assert memory.phases["rollout"] == {
-        "kept checkpoints of the rollouts": kept,
+        "saved checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
         "keys and values": positions * 28 * (2 * 512) * 2,
         "a chunk of logits": 512 * 152064 * 12,
     }
     keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 3 * 18944) + positions // 2 * 4 * 128
     assert memory.phases["learn"] == {
-        "kept checkpoints of the rollouts": kept,
+        "saved checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
         "one layer, recomputed": keeps * 2 + positions * 28 * 4,
         "gradients of one layer": (positions * (2 * 3584 + 3 * 18944) + 2 * 18944 * 3584) * 2,
     }
     packed = 2 * (1024 + ROLLOUTS * 8)
     assert memory.phases["features"] == {
-        "kept checkpoints of the rollouts": kept,
+        "saved checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
         "one layer": packed * (3 * 3584 + 3 * 18944) * 2,
         "rows of the tapped layers": 3 * 2 * BLOCKS * 5 * 3584 * 2,
@@ -173,7 +173,7 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     layer_keeps = 2 * (values + 2 * 128 * document + ROLLOUTS * grown) + learned * 5 * 4
     for memory in (first, last):
         for phase in ("rollout", "features", "learn"):
-            assert memory.phases[phase]["kept activations of the rollouts"] == 2 * 32 * layer_keeps
+            assert memory.phases[phase]["saved activations of the rollouts"] == 2 * 32 * layer_keeps
     assert "a chunk of logits" not in first.phases["rollout"] | first.phases["learn"]
     assert last.phases["rollout"]["a chunk of logits"] == ROLLOUTS * (152064 // 8) * 12  # fewer than 512
 
@@ -181,7 +181,7 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     first, last = (plan_memory(config, plan, CHECKPOINTS, stage) for stage in (0, 1))
     assert first.phases["rollout"]["keys and values"] == 2 * learned * 32 * (2 * 128) * 2
     for memory, inputs in ((first, 32), (last, 33)):  # the last stage keeps its output, too
-        assert memory.phases["features"]["kept checkpoints of the rollouts"] == 2 * inputs * shard * 5120 * 2
+        assert memory.phases["features"]["saved checkpoints of the rollouts"] == 2 * inputs * shard * 5120 * 2
 
     # 1F1B without anything kept: two micro-batches in flight on the first stage, one on the last.
     off = Choices("off", feature_network_is_sharded=False)

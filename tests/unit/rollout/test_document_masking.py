@@ -20,7 +20,7 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
 from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.packed_order import kept_blocks
+from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.loss_masks import StepWeights, step_weights
 from ebft_mega.train.step import Experience, Learned, StepResult
@@ -37,13 +37,13 @@ CHANGED, KEPT = slice(0, 13), slice(14, 29)  # of the first row: the document th
 
 
 def batch_of(starts, length, tokens=None, indices=None):
-    """Isolated rows whose documents start there."""
+    """Rows whose masked documents start there."""
     rows = len(starts)
     if tokens is None:
         tokens = torch.randint(0, 131, (rows, length), generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([[7 + sum(position >= start for start in row) for position in range(length)] for row in starts])
     indices = torch.arange(rows) if indices is None else torch.tensor(indices)
-    return TokenBatch(tokens, ids, indices).isolated()
+    return TokenBatch(tokens, ids, indices).with_document_masking()
 
 
 def rows_of_documents(length, num_rows=2):
@@ -68,12 +68,12 @@ def test_starts_are_where_ids_change_and_travel_with_their_rows(starts):
     assert filled.documents.token_starts.tolist() == [expected[2], [0] * 12, [0] * 12]
 
 
-def test_rows_that_are_not_isolated_stay_so():
+def test_rows_without_masking_stay_so():
     tokens = torch.zeros(3, 4, dtype=torch.int64)
     batch = TokenBatch(tokens, tokens, torch.arange(3))
     parts = (batch, *batch.split(2), batch.filled_up(4), batch.to(torch.device("cpu")))
     assert all(part.documents is None for part in parts)
-    assert kept_blocks(batch.filled_up(4), BlockPlan(4, 1, 1, 1, 2)).tolist() == [[True] * 3] * 3 + [[False] * 3]
+    assert counted_blocks(batch.filled_up(4), BlockPlan(4, 1, 1, 1, 2)).tolist() == [[True] * 3] * 3 + [[False] * 3]
 
 
 @given(
@@ -87,7 +87,7 @@ def test_a_block_counts_if_its_context_and_target_are_of_one_document(starts, pl
     expected = [[len(set(ids[window])) == 1 for window in windows] for ids in batch.document_ids.tolist()]
     if is_filler:
         expected[1] = [False] * plan.num_blocks
-    assert kept_blocks(batch, plan).tolist() == expected
+    assert counted_blocks(batch, plan).tolist() == expected
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def models(groups):
 
 
 def step_of(models, batch, reuse):
-    """Rollouts, Gram matrices, log-probabilities, and the gradient of those of the kept document of the first row."""
+    """Rollouts, Gram matrices, log-probabilities, and the gradient of those of the first row's `KEPT` document."""
     policy = PipelinedModel.of(models.stage, runner(models.stage, recording=reuse == "activations"))
     (sampled,) = generate_rollouts(policy, [batch], PLAN, SAMPLING, 0, reuse, with_targets=reuse != "off")
     (gram,) = models.network.grams([batch], [sampled.rollout], PLAN)
     request = ScoreRequest(batch.tokens, sampled.rollout.tokens, True, 0.8, batch.documents)
-    of_rollouts, of_targets = score(models.stage, request, PLAN, kept=sampled.kept)
+    of_rollouts, of_targets = score(models.stage, request, PLAN, saved=sampled.saved)
     continues = [anchor - 1 in range(KEPT.start, KEPT.stop) for anchor in PLAN.anchors]
     own = (of_rollouts[0][:, continues], of_targets[0, KEPT.start : KEPT.stop - 1])
     models.stage.zero_grad()
@@ -125,22 +125,22 @@ def test_rewriting_a_document_changes_nothing_in_the_others(models, reuse):
     first = step_of(models, before, reuse)
     second = step_of(models, replace(before, tokens=tokens), reuse)
 
-    kept, continues = kept_blocks(before, PLAN), first.continues
+    counted, continues = counted_blocks(before, PLAN), first.continues
     assert not torch.equal(first.rollouts, second.rollouts)
     for name in ("rollouts", "logprobs"):
         old, new = getattr(first, name), getattr(second, name)
         assert torch.equal(old[0][:, continues], new[0][:, continues]) and torch.equal(old[1], new[1]), name
     assert torch.equal(first.targets[0, KEPT.start :], second.targets[0, KEPT.start :])
     assert torch.equal(first.targets[1], second.targets[1])
-    of_kept = kept[0] & torch.tensor(continues)
-    assert of_kept.sum() >= 3
-    torch.testing.assert_close(first.gram[0, of_kept], second.gram[0, of_kept], atol=1e-14, rtol=0)
+    of_counted = counted[0] & torch.tensor(continues)
+    assert of_counted.sum() >= 3
+    torch.testing.assert_close(first.gram[0, of_counted], second.gram[0, of_counted], atol=1e-14, rtol=0)
     assert torch.equal(first.gram[1], second.gram[1])
     for name, gradient in first.gradients.items():
         torch.testing.assert_close(second.gradients[name], gradient, atol=1e-12, rtol=1e-12)
 
 
-def test_without_isolation_the_rewritten_document_is_seen(models):
+def test_without_masking_the_rewritten_document_is_seen(models):
     """Otherwise the test above would pass whatever is computed."""
     before = replace(batch_of(STARTS, PLAN.sequence_length), documents=None)
     tokens = before.tokens.clone()
@@ -165,13 +165,13 @@ def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
     assert step_weights(shared, PLAN, config_of(tmp_path), groups) is None
     skipping = step_weights(shared, PLAN, config_of(tmp_path, "data.on_error=skip"), groups)
     assert (skipping.num_rows, skipping.num_blocks) == (1, PLAN.num_blocks)
-    isolated = step_weights(parts, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
-    assert [part.tolist() for part in isolated.rows] == [[True], [False]]
-    assert torch.equal(torch.cat(isolated.blocks), kept_blocks(batch, PLAN))
-    assert isolated.num_blocks == kept_blocks(batch, PLAN).sum() < PLAN.num_blocks
+    masked = step_weights(parts, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
+    assert [part.tolist() for part in masked.rows] == [[True], [False]]
+    assert torch.equal(torch.cat(masked.blocks), counted_blocks(batch, PLAN))
+    assert masked.num_blocks == counted_blocks(batch, PLAN).sum() < PLAN.num_blocks
     text_only = ("data.document_masking=true", "ebft.rl_coef=0", "ebft.ce_coef=1")
     assert step_weights(parts, PLAN, config_of(tmp_path, *text_only), groups) is None
-    with pytest.raises(ValueError, match="rows that were isolated"):
+    with pytest.raises(ValueError, match="rows with masked documents"):
         step_weights(shared, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
 
 
@@ -182,16 +182,16 @@ def result_of(batch, blocks):
     gram = torch.zeros(2, PLAN.num_blocks, 2, 2)
     experience = Experience(Rollout(torch.zeros(*shape, 2)), gram, rewards, rewards.reward)
     if blocks is not None:
-        experience = replace(experience, kept=blocks)
+        experience = replace(experience, counted_blocks=blocks)
     weights = None if blocks is None else StepWeights((batch.row_indices >= 0,), (blocks,), 2, int(blocks.sum()))
     return StepResult((batch,), (experience,), (), Update(1.0, True), weights)
 
 
-def test_a_trace_names_the_kept_blocks_of_isolated_rows_alone():
+def test_a_trace_names_the_counted_blocks_of_masked_documents_alone():
     batch = batch_of(STARTS, PLAN.sequence_length)
-    kept = kept_blocks(batch, PLAN)
-    assert torch.equal(_local_tensors(result_of(batch, kept))["kept"], kept.to(torch.uint8))
-    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), kept))
+    counted = counted_blocks(batch, PLAN)
+    assert torch.equal(_local_tensors(result_of(batch, counted))["kept"], counted.to(torch.uint8))
+    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), counted))
     assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), None))
 
 
@@ -201,11 +201,11 @@ def test_means_over_blocks_are_left_out_of_a_step_in_which_none_counts(tmp_path,
     trainer = SimpleNamespace(config=config, groups=groups, plan=PLAN, feature_network=object())
     terms = LossTerms(rl=torch.tensor(0.0), ce=torch.tensor(2.0), total=torch.tensor(2.0))
 
-    def metrics(kept):
+    def metrics(counted):
         learned = (Learned(PolicyLogprobs(None, None), terms),)
-        return step_metrics(trainer, replace(result_of(batch, kept), learned=learned), 0.1)
+        return step_metrics(trainer, replace(result_of(batch, counted), learned=learned), 0.1)
 
-    counted, none = metrics(kept_blocks(batch, PLAN)), metrics(torch.zeros(2, PLAN.num_blocks, dtype=torch.bool))
+    counted, none = metrics(counted_blocks(batch, PLAN)), metrics(torch.zeros(2, PLAN.num_blocks, dtype=torch.bool))
     assert set(counted) - set(none) == {
         *("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss"),
         *("ebft/advantages_std", "ebft/duplicate_share"),
@@ -233,10 +233,10 @@ def test_an_evaluation_is_over_the_blocks_that_count_and_a_row_without_has_no_fi
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     cosine = (gram[..., :-1, -1] / lengths[..., :-1] / lengths[..., -1:]).mean(dim=-1)
     for row in (0, 2):
-        expected = cosine[row][kept_blocks(batch, PLAN)[row]].mean().item()
+        expected = cosine[row][counted_blocks(batch, PLAN)[row]].mean().item()
         assert found.per_row["eval/raw_cosine"][row] == pytest.approx(expected, abs=1e-12)
     for block in found.shown:
-        assert kept_blocks(batch, PLAN)[block.row, block.block]
+        assert counted_blocks(batch, PLAN)[block.row, block.block]
         start = max(start for start in STARTS[0] if start < PLAN.anchors[block.block])
         assert block.context == batch.tokens[0, start : PLAN.anchors[block.block]].tolist()
 

@@ -47,7 +47,7 @@ def sample(s, reuse):
 def gradients(s, sampled):
     """Log-probabilities and the gradient of a weighted sum of them, by parameter."""
     request = ScoreRequest(s.batch.tokens, sampled.rollout.tokens, s.targets, SAMPLING.temperature)
-    scores = score(s.stage, request, PLAN, kept=sampled.kept)
+    scores = score(s.stage, request, PLAN, saved=sampled.saved)
     loss = sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in scores)
     s.stage.zero_grad()
     loss.backward()
@@ -82,8 +82,8 @@ def test_bfloat16_gradients_are_as_far_from_the_true_ones_as_those_of_a_separate
     for reuse in ("checkpoints", "activations"):
         sampled = sample(low, reuse)
         _, found = gradients(low, sampled)
-        _, apart = gradients(low, replace(sampled, kept=None))
-        _, true = gradients(exact, replace(sampled, kept=None))
+        _, apart = gradients(low, replace(sampled, saved=None))
+        _, true = gradients(exact, replace(sampled, saved=None))
         scale = sum(value.norm() ** 2 for value in true.values()) ** 0.5
         own, other = (
             sum((gradient[name].double() - value).norm() ** 2 for name, value in true.items()) ** 0.5 / scale
@@ -109,10 +109,10 @@ def test_layers_run_once_forward_and_once_more_for_checkpoints_alone(setting):
     assert s.calls == decode + [(layer, sum(passes)) for layer in reversed(range(layers))]
 
 
-def test_what_is_kept_is_one_copy_of_every_layer_s_input_and_is_let_go(setting):
+def test_what_is_saved_is_one_copy_of_every_layer_s_input_and_is_let_go(setting):
     s = setting
     sampled = sample(s, "checkpoints")
-    inputs = sampled.kept.inputs
+    inputs = sampled.saved.inputs
     document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
     length = document + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
     assert inputs.shape() == (length, ROWS, s.stage.architecture.hidden_size)
@@ -131,29 +131,29 @@ def test_chunks_of_blocks_draw_and_score_the_same_tokens(setting, monkeypatch, r
     monkeypatch.setattr(generate, "HEAD_ROWS", rows_at_once)
     parts = sample(s, "checkpoints")
     assert torch.equal(parts.rollout.tokens, whole.rollout.tokens)
-    for own, other in zip(parts.kept.scores, whole.kept.scores, strict=True):
+    for own, other in zip(parts.saved.scores, whole.saved.scores, strict=True):
         torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
         torch.testing.assert_close(own.normalizers, other.normalizers, atol=1e-5, rtol=0)
 
 
-def test_nothing_is_kept_unless_it_is_asked_for(setting):
-    assert sample(setting, "off").kept is None
+def test_nothing_is_saved_unless_it_is_asked_for(setting):
+    assert sample(setting, "off").saved is None
 
 
 @pytest.mark.parametrize("reuse", ["checkpoints", "activations"])
 def test_a_released_forward_pass_holds_nothing(setting, reuse):
-    kept = sample(setting, reuse).kept
-    assert [field for field, value in vars(kept).items() if value]
-    kept.release()
-    assert not [field for field, value in vars(kept).items() if value]
+    saved = sample(setting, reuse).saved
+    assert [field for field, value in vars(saved).items() if value]
+    saved.release()
+    assert not [field for field, value in vars(saved).items() if value]
 
 
-def test_kept_log_probabilities_are_those_of_the_sampled_tokens(setting):
+def test_saved_log_probabilities_are_those_of_the_sampled_tokens(setting):
     """A separate forward pass finds them, too; without it nothing but the targets goes through the head again."""
     s = setting
     rows = []
     s.stage.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     sampled = sample(s, "checkpoints")
     assert sum(rows) == ROWS * (PLAN.num_blocks + PLAN.rollouts_per_row * (PLAN.generate_length - 1))
-    assert sampled.kept.scores[0].logprobs.shape == (ROWS * PLAN.num_blocks, PLAN.num_samples)
-    assert [part.logprobs.shape[1] for part in sampled.kept.scores[1:]] == [1] * (PLAN.generate_length - 1)
+    assert sampled.saved.scores[0].logprobs.shape == (ROWS * PLAN.num_blocks, PLAN.num_samples)
+    assert [part.logprobs.shape[1] for part in sampled.saved.scores[1:]] == [1] * (PLAN.generate_length - 1)

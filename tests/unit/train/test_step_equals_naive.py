@@ -1,7 +1,7 @@
 """The packed, cached step against a naive one: every block of every sample by itself, through transformers, in float64.
 
 The naive side knows nothing of packing, caches, shared documents or Gram matrices: it re-forwards the whole prefix
-for each token it samples, forms the features and whitens them with explicit matrices. Isolated documents it forwards
+for each token it samples, forms the features and whitens them with explicit matrices. Masked documents it forwards
 one by one, each at positions from 0.
 """
 
@@ -24,7 +24,7 @@ from ebft_mega.parallel.optimizer import runner
 from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.packed_order import kept_blocks
+from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import PolicyLogprobs, TokenBatch
@@ -46,7 +46,7 @@ class Case:
     vocab_size: int = 131
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
     taps: tuple[int, ...] = (1, 2, 3)  # of four layers
-    starts: tuple[tuple[int, ...], ...] | None = None  # of both rows' documents, isolated from each other
+    starts: tuple[tuple[int, ...], ...] | None = None  # of both rows' documents, masked from each other
 
 
 CASES = {
@@ -65,17 +65,17 @@ CASES = {
     # Six token ids and one generated token: many groups hold equal rollouts.
     "duplicates": Case(BlockPlan(16, 1, 2, 1, 4), vocab_size=6),
     # Anchors 3, 5, ..., 23; boundaries at an anchor, right behind one, inside a target; a document of one token.
-    "isolated": Case(BlockPlan(25, 2, 3, 2, 3), starts=((0, 5, 6, 13), (0, 12))),
-    "isolated, mean pooling": Case(
+    "masked": Case(BlockPlan(25, 2, 3, 2, 3), starts=((0, 5, 6, 13), (0, 12))),
+    "masked, mean pooling": Case(
         BlockPlan(30, 2, 3, 3, 3),
         embed_method="mean_pooling",
         feature_norm="per_layer",
         model_type="qwen3",
         starts=((0, 1, 2, 11, 29), (0, 8, 14, 23)),
     ),
-    "isolated, stride>G": Case(BlockPlan(34, 7, 2, 4, 2), model_type="qwen2", starts=((0, 10), (0, 2, 15, 16))),
-    "isolated, nothing kept": Case(BlockPlan(14, 2, 2, 2, 3), starts=((0, *range(1, 14)), (0, *range(1, 14, 2)))),
-    "isolated, a document a row": Case(BlockPlan(20, 4, 4, 4, 3), starts=((0,), (0,))),
+    "masked, stride>G": Case(BlockPlan(34, 7, 2, 4, 2), model_type="qwen2", starts=((0, 10), (0, 2, 15, 16))),
+    "masked, no block counted": Case(BlockPlan(14, 2, 2, 2, 3), starts=((0, *range(1, 14)), (0, *range(1, 14, 2)))),
+    "masked, a document a row": Case(BlockPlan(20, 4, 4, 4, 3), starts=((0,), (0,))),
 }
 
 
@@ -108,7 +108,7 @@ def setting(request, groups, tmp_path):
         documents = [
             [sum(p >= start for start in row) for p in range(case.plan.sequence_length)] for row in case.starts
         ]
-        batch = TokenBatch(tokens, torch.tensor(documents), batch.row_indices).isolated()
+        batch = TokenBatch(tokens, torch.tensor(documents), batch.row_indices).with_document_masking()
     return SimpleNamespace(
         case=case,
         plan=case.plan,
@@ -254,14 +254,14 @@ def test_packed_step_equals_naive_step(setting, reuse):
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
     (gram,) = s.network.grams([s.batch], [rollout], plan)
     rewards = block_rewards(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
-    kept = kept_blocks(s.batch, plan)
-    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF).masked_fill(~kept[:, None], 0.0)
+    counted = counted_blocks(s.batch, plan)
+    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF).masked_fill(~counted[:, None], 0.0)
     naive_advantages = torch.zeros_like(advantages)
     with torch.no_grad():
         for row in range(NUM_ROWS):
             for block, anchor in enumerate(plan.anchors):
-                assert kept[row, block] == counts_in(s, row, anchor)
-                if not kept[row, block]:
+                assert counted[row, block] == counts_in(s, row, anchor)
+                if not counted[row, block]:
                     continue
                 prefix = context_of(s, row, anchor)
                 x = torch.stack([naive_features(s, torch.cat((prefix, own))) for own in rollout.tokens[row, :, block]])
@@ -278,16 +278,16 @@ def test_packed_step_equals_naive_step(setting, reuse):
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
     request = ScoreRequest(s.batch.tokens, rollout.tokens, True, SAMPLING.temperature, s.batch.documents)
-    ours = PolicyLogprobs(*score(s.policy, request, plan, kept=sampled.kept))
+    ours = PolicyLogprobs(*score(s.policy, request, plan, saved=sampled.saved))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
     assert (ours.target - expected_targets).abs().max() <= 1e-9
 
-    counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF, int(kept.sum()))
+    counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF, int(counted.sum()))
     terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF)
     expected_loss = -CE_COEF * expected_targets.mean()
-    if kept.any():
-        of_tokens = (-advantages[..., None] * expected_logprobs).transpose(1, 2)[kept]  # [kept blocks, n, G]
+    if counted.any():
+        of_tokens = (-advantages[..., None] * expected_logprobs).transpose(1, 2)[counted]  # [counted blocks, n, G]
         expected_loss = expected_loss + RL_COEF * of_tokens.mean()
     assert abs(terms.total.item() - expected_loss.item()) <= 1e-9
     terms.total.backward()
@@ -310,15 +310,15 @@ def test_rollouts_alone_and_targets_alone_score_the_same(setting):
     torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)
 
 
-def test_the_isolated_cases_keep_some_blocks_and_drop_others():
+def test_the_masked_cases_keep_some_blocks_and_drop_others():
     """Otherwise they would not test what they are for."""
     shares = {}
     for name, case in CASES.items():
         if case.starts is not None:
             s = SimpleNamespace(case=case, plan=case.plan)
-            kept = [counts_in(s, row, anchor) for row in range(NUM_ROWS) for anchor in case.plan.anchors]
-            shares[name] = sum(kept) / len(kept)
-    assert shares.pop("isolated, nothing kept") == 0 and shares.pop("isolated, a document a row") == 1
+            counted = [counts_in(s, row, anchor) for row in range(NUM_ROWS) for anchor in case.plan.anchors]
+            shares[name] = sum(counted) / len(counted)
+    assert shares.pop("masked, no block counted") == 0 and shares.pop("masked, a document a row") == 1
     assert all(0.2 < share < 0.8 for share in shares.values()), shares
 
 

@@ -89,7 +89,7 @@ def test_groups_can_take_a_claim_back(tmp_path):
 
 
 def without_figures(directory, rows, key="eval/alignment"):
-    """The same evaluation with isolated documents, of which some rows hold no whole block."""
+    """The same evaluation with masked documents, of which some rows hold no whole block."""
     path = directory / "evaluation.json"
     content = json.loads(path.read_text())
     values = [None if row in rows else value for row, value in enumerate(content["per_row"][key])]
@@ -115,7 +115,7 @@ def test_rows_without_figures_are_left_out_of_pairs(tmp_path):
     pairs = [new - old for old, new in zip(*rows, strict=True) if new is not None]
     assert len(pairs) == 33 and found["by_row"]["mean"] == pytest.approx(np.mean(pairs))
     assert found["by_group"]["low"] > 0
-    assert "with isolated documents" in summary["conditions"]
+    assert "with masked documents" in summary["conditions"]
 
     write_study({0: arms, 1: arms}, tmp_path / "study", "warm start")
     study = {entry["metric"]: entry for entry in json.loads((tmp_path / "study" / "study.json").read_text())}
@@ -124,14 +124,14 @@ def test_rows_without_figures_are_left_out_of_pairs(tmp_path):
     assert plot_evaluation(arms["EBFT"] / "evaluation.json").read_bytes().startswith(b"\x89PNG")
 
 
-def test_isolated_and_shared_rows_are_not_compared(tmp_path, arms):
+def test_masked_and_shared_rows_are_not_compared(tmp_path, arms):
     without_figures(arms["EBFT"], [])
     with pytest.raises(InputError) as caught:
         write_comparison(arms, tmp_path / "out")
     assert {problem.key for problem in caught.value.problems} == {"document_masking"}
 
 
-def test_a_file_from_before_there_was_isolation_is_one_without(tmp_path, arms):
+def test_a_file_from_before_there_was_masking_is_one_without(tmp_path, arms):
     path = arms["EBFT"] / "evaluation.json"
     content = json.loads(path.read_text())
     for masking in ({}, {"document_masking": False}):
