@@ -1,4 +1,4 @@
-"""How a command-line tool turns this package's errors into messages and exit codes."""
+"""Runs a command-line tool: errors of this package become messages on standard error and an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -9,13 +9,13 @@ MAX_SHOWN_PROBLEMS = 50
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Runs a tool.
+    """Run a tool.
 
     Args:
-        main: the tool; raises `EbftError` for what the user can mend. It may return an exit code.
+        main: the tool; raises `EbftError` for what the user can correct. It may return an exit code.
 
     Returns:
-        The process's exit code: that of `main`, 0 if it gives none, or that of the error, whose problems are
+        The process's exit code: that of `main`, 0 if it returns none, or that of the error, whose problems are
         printed on standard error.
     """
     try:

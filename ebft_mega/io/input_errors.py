@@ -1,4 +1,4 @@
-"""Errors about files that users bring, and JSON files read with such errors."""
+"""Errors about the user's input files and options, and reading JSON files with such errors."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from ebft_mega.errors import InputError, Problem
 
 
 def bad_input(where: object, key: str, found: object, expected: object) -> InputError:
-    """An `InputError` with one problem; see `Problem` for the words."""
+    """An `InputError` with one problem; see `Problem` for the fields."""
     return InputError([Problem(str(where), key, str(found), str(expected))])
 
 
 def read_json_object(path: Path, description: str) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+    """Read a JSON object from a file.
 
     Args:
         path: the file.

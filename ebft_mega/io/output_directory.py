@@ -1,6 +1,5 @@
-"""Output directories that appear complete or not at all."""
+"""Output directories that appear only when they are complete, some of them made by several processes in turn."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -9,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
@@ -21,7 +21,7 @@ _RESULT_NAME = "result"
 
 @contextmanager
 def new_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory that takes the name `path` when the block ends, and is removed when it fails.
+    """Yield a temporary directory that is renamed to `path` when the block ends, and removed when it fails.
 
     Args:
         path: the directory to make.
@@ -44,30 +44,30 @@ def new_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str) -> Iterator[tuple[Path, Path]]:
-    """A hidden directory beside `path` that outlives a process which is stopped, so that the next one goes on.
+    """Yield a hidden directory beside `path` that outlives this process, so that the next one can resume its work.
 
-    When the block ends, what stands under the second directory takes the name `path` and the rest is removed. A
-    bad input removes everything; any other error, a signal or a loss of power leaves it as it is.
+    When the block ends, the second directory is renamed to `path` and the rest is removed. An `InputError` removes
+    everything; any other error, a signal or a loss of power leaves it as it is.
 
     Args:
         path: the directory to make.
         marker: see `new_directory`.
         overwrite: see `new_directory`.
-        identity: of the work; the remains of other work are removed, with a note on standard error.
+        identity: text that names the work, such as a hash of its inputs and options. What work of another identity
+            has left is removed, with a note on standard error.
 
     Yields:
         The directory for intermediate results, and within it the one that becomes `path` (it may not exist yet).
 
     Raises:
-        InputError: something stands at `path` that may not be replaced, or another process is at the same work.
+        InputError: something stands at `path` that may not be replaced, another process is making `path`, or the
+            file system has no locks.
     """
     path = path.absolute()
     refuse_other_contents(path, marker, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     _make_directory(partial, path)
-    with (partial / _LOCK_NAME).open("a") as lock:
-        if not _takes_lock(lock, partial / _LOCK_NAME):
-            raise bad_input("--output", str(path), "another process that is making it", "one process at a time")
+    with _lock_held(partial / _LOCK_NAME, path):
         _keep_only_same_work(partial, identity)
         try:
             yield partial, partial / _RESULT_NAME
@@ -75,16 +75,16 @@ def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str
             shutil.rmtree(partial)
             raise
         except BaseException:
-            print(f"note: what is done stays in {partial}; the same command goes on with it", file=sys.stderr)
+            print(f"note: what is done stays in {partial}; the same command resumes it", file=sys.stderr)
             raise
-        # The remains of a process that is killed from here on are of no use to the next one.
+        # A process that is killed from here on leaves nothing that the next one could resume.
         (partial / _IDENTITY_NAME).unlink()
         _put_in_place(partial / _RESULT_NAME, path)
         shutil.rmtree(partial)
 
 
 def _make_directory(directory: Path, path: Path) -> None:
-    """Makes a directory, and those above it, for what becomes `path`."""
+    """Make a directory, and those above it, for what becomes `path`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,28 +100,42 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _takes_lock(lock: IO[str], path: Path) -> bool:
+@contextmanager
+def _lock_held(lock_file: Path, path: Path) -> Iterator[None]:
+    """Hold the lock of the process that makes `path`; the system releases it however the process ends.
+
+    Raises:
+        InputError: another process holds it, or held it until now and has removed the file, or the file system has
+            no locks.
+    """
+    # Not the package's lock by the existence of a file, which a process that is killed would leave behind.
+    lock = FileLock(lock_file, blocking=False, fallback_to_soft=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it may have finished in between and removed the file, or even made another.
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
+        lock.acquire()
+    except Timeout:
+        raise bad_input("--output", str(path), "another process that is making it", "one process at a time") from None
     except OSError as error:
+        if error.filename is not None:  # the file could not be opened
+            raise
         found = f"a file system without locks ({error.strerror})"
-        raise bad_input("--output", str(path.parent), found, "one with locks, such as a local disk") from error
+        raise bad_input("--output", str(lock_file.parent), found, "one with locks, such as a local disk") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _keep_only_same_work(partial: Path, identity: str) -> None:
+    """Remove what an earlier process has left unless it was at the work of this identity."""
     identity_file = partial / _IDENTITY_NAME
     content = json.dumps({"identity": identity})
     remains = [item for item in partial.iterdir() if item.name != _LOCK_NAME]
     if identity_file.is_file() and identity_file.read_text() == content:
-        print(f"note: going on with what an earlier process left in {partial}", file=sys.stderr)
+        print(f"note: resuming what an earlier process left in {partial}", file=sys.stderr)
         return
     if remains:
         print(f"note: inputs or options are not those of {partial}; starting anew", file=sys.stderr)
-    # First of all: what is half removed is no longer anybody's work.
+    # First, so that remains which are removed only in part are never resumed.
     identity_file.unlink(missing_ok=True)
     for item in remains:
         if item.is_dir():
@@ -147,10 +161,11 @@ def refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a directory to `path`, in place of one that may stand there."""
     if not path.exists():
         temporary.rename(path)
         return
-    # Two renames, so that at no moment a half-deleted directory has the name.
+    # Two renames, so that a directory which is deleted only in part never has the name.
     old = _hidden_sibling(path)
     path.rename(old)
     temporary.rename(path)

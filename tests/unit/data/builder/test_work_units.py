@@ -158,7 +158,7 @@ def test_a_killed_build_goes_on(
     has_shards = any((partial / "result").glob("*.tar"))
     build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
     assert contents(tmp_path / "out") == expected
-    assert "going on with" in capsys.readouterr().err
+    assert "resuming what" in capsys.readouterr().err
     assert not partial.exists()
     assert (num_done > 0) == (place[1] != "_write_durably")
     assert has_shards == (place[1] in ("replace", "complete_dataset", "_write_skipped"))
