@@ -6,9 +6,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.apps.report import page
 from ebft_mega.apps.report.evaluations import Difference, Evaluation, differences, read_evaluations
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
+from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.runtime.run_files import write_json_atomically
@@ -58,27 +58,26 @@ def write_comparison(
     compared = {pair: differences(evaluations, *pair, NUM_RESAMPLES, seed) for pair in pairs}
 
     output.mkdir(parents=True, exist_ok=True)
-    statements = [_statement(pair, found) for pair, found in compared.items() if found]
+    statements = [_statement(pair, group) for pair, group in compared.items() if group]
+    found = [difference for group in compared.values() for difference in group]
     conditions = _conditions(evaluations[base])
-    sections = [
-        page.heading("What the intervals show"),
-        page.bullets(statements),
-        page.paragraph(conditions, soft=True),
-        page.heading("Values"),
-        _values_table(evaluations, base, compared),
-        page.heading("Differences"),
-        _differences_section(compared, output),
-        page.heading("How to read this"),
-        page.bullets([*notes, *CAVEATS]),
-        page.bullets(f"{metric.label}: {metric.meaning}" for metric in EVALUATION_METRICS),
-    ]
-    if arm_facts:
-        sections += [page.heading("The arms"), _facts_table(names, arm_facts)]
-    if links:
-        sections += [page.heading("More"), _links(links, output)]
     path = output / "report.html"
-    subtitle = f"{', '.join(names)} on the same held-out rows"
-    path.write_text(page.page("Arms side by side", subtitle, sections), encoding="utf-8")
+    write_page(
+        path,
+        "comparison.html",
+        title="Arms side by side",
+        subtitle=f"{', '.join(names)} on the same held-out rows",
+        statements=statements,
+        conditions=conditions,
+        reference=base,
+        values=_values_table(evaluations, base, compared),
+        differences=_differences_table(found),
+        plot=_plot(found, output),
+        remarks=[*notes, *CAVEATS],
+        metrics=[f"{metric.label}: {metric.meaning}" for metric in EVALUATION_METRICS],
+        arms=_facts_table(names, arm_facts) if arm_facts else None,
+        links={text: Path(os.path.relpath(target, output)).as_posix() for text, target in (links or {}).items()},
+    )
     summary = _summary(evaluations, compared, statements, conditions)
     write_json_atomically(output / "comparison.json", summary)
     return path
@@ -120,7 +119,7 @@ def _values_table(
     evaluations: Mapping[str, Evaluation],
     base: str,
     compared: Mapping[tuple[str, str], Sequence[Difference]],
-) -> str:
+) -> Table:
     """One row per metric, one column per arm, a triangle where the arm differs from the reference."""
     signs = {
         (arm, difference.metric.key): difference.sign
@@ -138,21 +137,15 @@ def _values_table(
             for name, value in values.items()
         ]
         rows.append([metric.label, metric.direction, *cells])
-    legend = page.paragraph(
-        f"▲ higher, ▼ lower than {base}, with intervals that leave out zero. No mark: no difference shown.",
-        soft=True,
-    )
-    return page.table(["metric", "better", *evaluations], rows, num_text_columns=2) + legend
+    return Table(["metric", "better", *evaluations], rows, num_text_columns=2)
 
 
 def _mark(sign: int) -> str:
     return {1: "▲", -1: "▼", 0: ""}[sign]
 
 
-def _differences_section(compared: Mapping[tuple[str, str], Sequence[Difference]], output: Path) -> str:
-    found = [difference for group in compared.values() for difference in group]
-    if not found:
-        return page.paragraph("No metric was measured by row, so no interval can be given.")
+def _differences_table(found: Sequence[Difference]) -> Table:
+    """One row per difference; its interval by group has a column where rows have groups."""
     has_groups = any(difference.by_group is not None for difference in found)
     header = ["difference", "metric", "by row"] + (["by group"] if has_groups else []) + ["shown"]
     rows = []
@@ -163,6 +156,13 @@ def _differences_section(compared: Mapping[tuple[str, str], Sequence[Difference]
             row.append("-" if difference.by_group is None else format_interval(difference.by_group))
         row.append({1: "higher", -1: "lower", 0: "-"}[difference.sign])
         rows.append(row)
+    return Table(header, rows, num_text_columns=2)
+
+
+def _plot(found: Sequence[Difference], output: Path) -> Figure | None:
+    """Draw the intervals by row, one panel per metric; None without any."""
+    if not found:
+        return None
     panels: dict[str, dict[str, Interval]] = {}
     for difference in found:
         label = f"{difference.arm} - {difference.against}"
@@ -170,21 +170,13 @@ def _differences_section(compared: Mapping[tuple[str, str], Sequence[Difference]
     image = output / "differences.png"
     draw_intervals(panels, image)
     caption = "Differences with their 95 % intervals by row; each metric has its own scale."
-    return page.figure(image, output, caption) + page.table(header, rows, num_text_columns=2)
+    return Figure.of(image, output, caption)
 
 
-def _facts_table(names: Sequence[str], facts: Mapping[str, Mapping[str, str]]) -> str:
+def _facts_table(names: Sequence[str], facts: Mapping[str, Mapping[str, str]]) -> Table:
     labels = list(dict.fromkeys(label for name in names for label in facts.get(name, {})))
     rows = [[label, *(facts.get(name, {}).get(label, "-") for name in names)] for label in labels]
-    return page.table(["", *names], rows)
-
-
-def _links(links: Mapping[str, Path], output: Path) -> str:
-    items = "".join(
-        f"<li>{page.link(Path(os.path.relpath(target, output)).as_posix(), text)}</li>"
-        for text, target in links.items()
-    )
-    return f"<ul>{items}</ul>"
+    return Table(["", *names], rows)
 
 
 def _summary(

@@ -1,12 +1,12 @@
 """The page of one run: curves, held-out values, rollouts beside their targets, and how to run it again."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.apps.report import page
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
+from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import Chart, draw_chart, draw_phases
 from ebft_mega.apps.report.run_records import Curve, curves, read_json, read_json_lines
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME
@@ -64,6 +64,7 @@ PHASES = (
     ("perf/learn_seconds", "learn"),
     ("perf/update_seconds", "update"),
 )
+PLOTS_NAME = "plots"
 SHOWN_BLOCKS = 6
 CONTEXT_CHARACTERS = 400
 
@@ -81,16 +82,22 @@ def write_run_report(output_dir: Path) -> Path:
     Communication: none.
     """
     by_key = curves(read_json_lines(output_dir / "metrics.jsonl"))
-    plots = output_dir / "plots"
-    sections = [
-        _evaluation_section(by_key, output_dir, plots),
-        _training_section(by_key, output_dir, plots),
-        _samples_section(read_json_lines(output_dir / "samples.jsonl")),
-        _facts_section(output_dir),
-    ]
     path = output_dir / "report.html"
-    content = page.page(f"Run {output_dir.name}", _subtitle(by_key), [part for part in sections if part])
-    path.write_text(content, encoding="utf-8")
+    status = output_dir / "status.json"
+    outcome = read_json(status) if status.exists() else {}
+    files = [output_dir / name for name in (RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME)]
+    write_page(
+        path,
+        "run.html",
+        title=f"Run {output_dir.name}",
+        subtitle=_subtitle(by_key),
+        evaluation=_evaluation_table(by_key),
+        evaluation_figures=_evaluation_figures(by_key, output_dir),
+        training_figures=_training_figures(by_key, output_dir),
+        blocks=_sampled_blocks(read_json_lines(output_dir / "samples.jsonl")),
+        outcome=Table(["outcome", ""], [[key, str(value)] for key, value in outcome.items()], num_text_columns=2),
+        files={file.name: file.read_text(encoding="utf-8") for file in files if file.exists()},
+    )
     return path
 
 
@@ -104,8 +111,9 @@ def _subtitle(by_key: Mapping[str, Curve]) -> str:
     return ", ".join([kind, *parts])
 
 
-def _evaluation_section(by_key: Mapping[str, Curve], output_dir: Path, plots: Path) -> str:
-    rows, figures = [], []
+def _evaluation_table(by_key: Mapping[str, Curve]) -> Table:
+    """First and last value of every held-out metric that was logged."""
+    rows = []
     for metric in EVALUATION_METRICS:
         if metric.key not in by_key:
             continue
@@ -119,43 +127,76 @@ def _evaluation_section(by_key: Mapping[str, Curve], output_dir: Path, plots: Pa
                 f"{values[-1] - values[0]:+.4f}",
             ]
         )
-        if len(steps) > 1:
-            chart = Chart(metric.file_name, metric.label, metric.meaning, ((metric.key, metric.label),))
-            image = plots / f"{metric.file_name}.png"
-            draw_chart(chart, by_key, image)
-            figures.append(page.figure(image, output_dir, metric.meaning))
-    if not rows:
-        return ""
-    return "\n".join(
-        [
-            page.heading("Held-out rows"),
-            page.table(["metric", "better", "first", "last", "change"], rows, num_text_columns=2),
-            page.paragraph(
-                "Fixed rows with common sampling noise, at the training temperature. A change here has no "
-                "interval; see a comparison report for one.",
-                soft=True,
-            ),
-            page.grid(figures),
-        ]
-    )
+    return Table(["metric", "better", "first", "last", "change"], rows, num_text_columns=2)
 
 
-def _training_section(by_key: Mapping[str, Curve], output_dir: Path, plots: Path) -> str:
-    figures = []
-    for chart in TRAINING_CHARTS:
-        image = plots / f"{chart.name}.png"
-        if draw_chart(chart, by_key, image):
-            figures.append(page.figure(image, output_dir, chart.caption))
-    image = plots / "phases.png"
+def _evaluation_figures(by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:
+    """Curves of the held-out metrics that were logged more than once."""
+    charts = [
+        Chart(metric.file_name, metric.label, metric.meaning, ((metric.key, metric.label),))
+        for metric in EVALUATION_METRICS
+        if metric.key in by_key and len(by_key[metric.key][0]) > 1
+    ]
+    return _drawn(charts, by_key, output_dir)
+
+
+def _training_figures(by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:
+    figures = _drawn(TRAINING_CHARTS, by_key, output_dir)
+    image = output_dir / PLOTS_NAME / "phases.png"
     if draw_phases(by_key, PHASES, "perf/step_seconds", image):
-        figures.append(page.figure(image, output_dir, "Where the wall time of a step goes."))
-    return page.heading("Training") + page.grid(figures) if figures else ""
+        figures.append(Figure.of(image, output_dir, "Where the wall time of a step goes."))
+    return figures
 
 
-def _samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
+def _drawn(charts: Sequence[Chart], by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:
+    """Draw the charts of which at least one curve was logged."""
+    images = {chart: output_dir / PLOTS_NAME / f"{chart.name}.png" for chart in charts}
+    return [
+        Figure.of(image, output_dir, chart.caption)
+        for chart, image in images.items()
+        if draw_chart(chart, by_key, image)
+    ]
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """A rollout as the page shows it."""
+
+    step: int
+    alignment: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _SampledBlock:
+    """A block as the page shows it, with its rollouts of one or two steps."""
+
+    title: str
+    context: str  # its end, where it is long
+    target: str
+    rollouts: tuple[_Rollout, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Mapping[str, Any]]) -> "_SampledBlock":
+        """One block from its records in `samples.jsonl`, one of each step."""
+        first = samples[0]
+        context = first["context"]
+        return cls(
+            title=f"row {first['row']}, block {first['block']}",
+            context=context if len(context) <= CONTEXT_CHARACTERS else "… " + context[-CONTEXT_CHARACTERS:],
+            target=first["target"],
+            rollouts=tuple(
+                _Rollout(sample["step"], f"{alignment:+.3f}", text)
+                for sample in samples
+                for text, alignment in zip(sample["rollouts"], sample["alignment"], strict=True)
+            ),
+        )
+
+
+def _sampled_blocks(samples: Sequence[Mapping[str, Any]]) -> list[_SampledBlock]:
     """The same blocks at the first and the last step that recorded any."""
     if not samples:
-        return ""
+        return []
     shown_steps = sorted({samples[0]["step"], samples[-1]["step"]})
     blocks: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for sample in samples:
@@ -163,39 +204,4 @@ def _samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
             blocks.setdefault((sample["row"], sample["block"]), []).append(sample)
     # Blocks that were recorded at both steps come first: they show what the training changed.
     chosen = sorted(blocks.values(), key=len, reverse=True)[:SHOWN_BLOCKS]
-    remark = page.paragraph(
-        "The end of the context, the true continuation, and what the policy wrote instead; the number is the "
-        "rollout's alignment.",
-        soft=True,
-    )
-    return page.heading("Rollouts beside their targets") + remark + "\n".join(map(_block_card, chosen))
-
-
-def _block_card(samples: Sequence[Mapping[str, Any]]) -> str:
-    first = samples[0]
-    context = first["context"]
-    tail = context if len(context) <= CONTEXT_CHARACTERS else "… " + context[-CONTEXT_CHARACTERS:]
-    rows = [f'<tr class="target"><td>target</td><td></td><td>{page.code(first["target"], "text")}</td></tr>']
-    for sample in samples:
-        for rollout, alignment in zip(sample["rollouts"], sample["alignment"], strict=True):
-            rows.append(
-                f'<tr><td>step {sample["step"]}</td><td class="number">{alignment:+.3f}</td>'
-                f"<td>{page.code(rollout, 'text')}</td></tr>"
-            )
-    title = escape(f"row {first['row']}, block {first['block']}")
-    return (
-        f'<div class="card"><h3>{title}</h3>{page.code(tail, "context")}'
-        f"<table><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _facts_section(output_dir: Path) -> str:
-    parts = []
-    status = output_dir / "status.json"
-    if status.exists():
-        parts.append(page.table(["outcome", ""], [[k, str(v)] for k, v in read_json(status).items()], 2))
-    for name in (RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME):
-        path = output_dir / name
-        if path.exists():
-            parts.append(page.folded(name, path.read_text(encoding="utf-8")))
-    return page.heading("The run") + "\n".join(parts) if parts else ""
+    return [_SampledBlock.of(block) for block in chosen]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ebft_mega.apps.report import page
 from ebft_mega.apps.report.arm_comparison import NUM_RESAMPLES, format_interval
 from ebft_mega.apps.report.evaluations import Evaluation, read_evaluations
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMetric
+from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
@@ -76,14 +76,16 @@ def write_study(
         panels.setdefault(difference.metric.label, {})[label] = difference.interval
     image = output / "differences.png"
     draw_intervals(panels, image)
-    sections = [
-        page.figure(image, output, "Differences averaged over seeds, 95 % intervals over rows."),
-        _table(found, len(evaluations)),
-        page.heading("How to read this"),
-        page.bullets([*notes, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS]),
-    ]
     path = output / "report.html"
-    path.write_text(page.page("Arms over several seeds", ", ".join([reference, *others]), sections))
+    write_page(
+        path,
+        "study.html",
+        title="Arms over several seeds",
+        subtitle=", ".join([reference, *others]),
+        plot=Figure.of(image, output, "Differences averaged over seeds, 95 % intervals over rows."),
+        differences=_table(found, len(evaluations)),
+        remarks=[*notes, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
+    )
     write_json_atomically(output / "study.json", [_plain(difference) for difference in found])
     return path
 
@@ -127,7 +129,7 @@ def _check_same_arms_and_rows(evaluations: Mapping[int, Mapping[str, Evaluation]
         raise InputError(problems)
 
 
-def _table(found: Sequence[SeedDifference], num_seeds: int) -> str:
+def _table(found: Sequence[SeedDifference], num_seeds: int) -> Table:
     rows = [
         [
             f"{difference.arm} - {difference.against}",
@@ -141,7 +143,7 @@ def _table(found: Sequence[SeedDifference], num_seeds: int) -> str:
         for difference in found
     ]
     header = ["difference", "metric", "better", "mean and interval", "spread", f"{num_seeds} seeds", "shown"]
-    return page.heading("Differences") + page.table(header, rows, num_text_columns=3)
+    return Table(header, rows, num_text_columns=3)
 
 
 def _plain(difference: SeedDifference) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -11,30 +10,7 @@ from ebft_mega.apps.report.plots import smooth
 from ebft_mega.apps.report.run_records import curves, read_json_lines
 from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.errors import InputError
-
-
-class Page(HTMLParser):
-    """Collects the images and the text of a page and checks that its tags are balanced."""
-
-    VOID = {"meta", "img", "br"}
-
-    def __init__(self, html):
-        super().__init__()
-        self.images, self.text, self.open_tags = [], [], []
-        self.feed(html)
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.images.append(dict(attributes)["src"])
-        if tag not in self.VOID:
-            self.open_tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+from tests.unit.apps.report.page_reader import PageReader
 
 
 def write_lines(path, records):
@@ -66,11 +42,11 @@ def test_full_run(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "done"}')
 
     html = write_run_report(tmp_path).read_text()
-    page = Page(html)
+    page = PageReader(html)
     assert len(page.images) == len(set(page.images)) >= 10
     for image in page.images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    text = "".join(page.text)
+    text = page.text
     assert "strided EBFT, 60 optimizer steps, median 1.31 s per step" in text
     for shown in ("3.0000 (step 0)", "2.2500 (step 60)", "-0.7500", "+0.2500", "seed: 0 # <i>"):
         assert shown in text
@@ -83,15 +59,15 @@ def test_full_run(tmp_path):
 def test_cross_entropy_run_has_no_rollout_charts(tmp_path):
     records = [{"step": step, "train/loss": 2.0, "ebft/ce_loss": 2.0, "train/lr": 0.1} for step in (1, 2, 3)]
     write_lines(tmp_path / "metrics.jsonl", records)
-    page = Page(write_run_report(tmp_path).read_text())
+    page = PageReader(write_run_report(tmp_path).read_text())
     assert sorted(page.images) == ["plots/loss.png", "plots/lr.png"]
-    assert "cross-entropy only, 3 optimizer steps" in "".join(page.text)
+    assert "cross-entropy only, 3 optimizer steps" in page.text
 
 
 def test_empty_run(tmp_path):
-    page = Page(write_run_report(tmp_path).read_text())
+    page = PageReader(write_run_report(tmp_path).read_text())
     assert page.images == []
-    assert "no step was logged" in "".join(page.text)
+    assert "no step was logged" in page.text
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):

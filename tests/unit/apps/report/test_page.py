@@ -1,0 +1,93 @@
+"""Report pages show every text as text: none becomes markup, whatever it says."""
+
+import json
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from ebft_mega.apps.report import page
+from ebft_mega.apps.report.arm_comparison import write_comparison
+from ebft_mega.apps.report.run_report import write_run_report
+from ebft_mega.apps.report.seeds import write_study
+from tests.unit.apps.report.page_reader import PageReader
+
+# Closes what it may stand in (an attribute, a span, the style sheet), then would run. No slash: it is a file name, too.
+HOSTILE = "\"'><script>alert(1)<img src=x onerror=alert(1)>&lt;b&gt; {{ 7 * 7 }} %41 #?"
+
+
+def hostile_run(directory):
+    """Write the files of a run in which every text is hostile."""
+    run = directory / HOSTILE
+    run.mkdir()
+    metrics = [{"step": step, "train/loss": 1.0, "eval/ce_loss": 2.0} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    sample = {"step": 1, "row": 0, "block": 0, "context": HOSTILE, "target": HOSTILE, "alignment": [0.5]}
+    (run / "samples.jsonl").write_text(json.dumps(sample | {"rollouts": [f"{HOSTILE}\n{HOSTILE}"]}) + "\n")
+    (run / "config.resolved.yaml").write_text(f"output_dir: {HOSTILE}\n")
+    (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (run / "status.json").write_text(json.dumps({"state": HOSTILE, HOSTILE: 1}))
+    return write_run_report(run)
+
+
+def hostile_arms(directory):
+    """Write the evaluations of two arms of hostile names."""
+    arms = {}
+    for number, name in enumerate((HOSTILE, f"other {HOSTILE}")):
+        values = np.random.default_rng(number).normal(size=8)
+        content = {"rows": 8, "temperature": HOSTILE, "eval/ce_loss": float(values.mean())}
+        content |= {"per_row": {"eval/ce_loss": values.tolist()}, "row_groups": [HOSTILE, "b"] * 4}
+        arms[name] = directory / f"evaluation-{number}.json"
+        arms[name].write_text(json.dumps(content))
+    return arms
+
+
+def hostile_comparison(directory):
+    arms, output = hostile_arms(directory), directory / f"comparison {HOSTILE}"
+    facts = {name: {HOSTILE: HOSTILE} for name in arms}
+    links = {HOSTILE: directory / HOSTILE / "report.html"}
+    return write_comparison(arms, output, arm_facts=facts, links=links, notes=[HOSTILE])
+
+
+def hostile_study(directory):
+    arms = hostile_arms(directory)
+    return write_study({0: arms, 1: arms}, directory / f"study {HOSTILE}", HOSTILE, [HOSTILE])
+
+
+PAGES = {"run": (hostile_run, 11), "comparison": (hostile_comparison, 16), "study": (hostile_study, 5)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_hostile_text_is_shown_as_it_is(tmp_path, name):
+    write, times = PAGES[name]
+    report = write(tmp_path)
+    found = PageReader(report.read_text(encoding="utf-8"))
+    assert found.tags & {"script", "iframe", "b"} == set()
+    assert found.attributes <= {"charset", "class", "lang", "name", "content", "src", "alt", "href"}
+    assert found.text.count(HOSTILE) >= times
+    assert found.images and all((report.parent / unquote(image)).exists() for image in found.images)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_check_for_hostile_text_can_fail(tmp_path, name, monkeypatch):
+    page._environment.cache_clear()
+    monkeypatch.setattr(page._environment(), "autoescape", False)
+    html = PAGES[name][0](tmp_path).read_text(encoding="utf-8")
+    page._environment.cache_clear()
+    assert "<script>" in html
+
+
+def test_links_lead_to_files_of_any_name(tmp_path):
+    report = hostile_run(tmp_path)
+    html = hostile_comparison(tmp_path).read_text(encoding="utf-8")
+    (link,) = PageReader(html).links
+    assert not set("\"'<>#? ") & set(link)
+    assert (tmp_path / f"comparison {HOSTILE}" / unquote(link)).resolve() == report
+
+
+def test_a_value_that_a_template_lacks_is_an_error(tmp_path):
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError, match="'plot' is undefined"):
+        page.write_page(tmp_path / "report.html", "study.html", title="", subtitle="")
+    assert not (tmp_path / "report.html").exists()
