@@ -22,7 +22,7 @@ from ebft_mega.checkpoint.manifest import (
     read_manifest_bytes,
 )
 from ebft_mega.checkpoint.run_state import STATE_NAME, RunState, StartedFrom
-from ebft_mega.config.rules import yaml_text
+from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import SECTIONS, EbftConfig, RunConfig, all_keys
 from ebft_mega.config.yaml_source import read_yaml
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputProblems, Problem

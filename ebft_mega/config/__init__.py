@@ -1,1 +1,1 @@
-"""What a run is told to do: the keys, how a file is read, and the rules that values must agree on. No torch."""
+"""Configuration: the keys with their defaults (`schema.py`), loading a YAML file, and checks. No torch."""

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a `RunConfig`, or to all problems at once."""
+"""Load a YAML file and `--set` overrides as a `RunConfig`, or raise all problems at once."""
 
 import dataclasses
 import difflib
@@ -9,15 +9,16 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from ebft_mega.config.rules import broken_rules, refusal_reason, yaml_text
-from ebft_mega.config.schema import SECTIONS, RunConfig, Section, all_keys, allowed_text
+from ebft_mega.config.fields import Section, allowed_text, yaml_text
+from ebft_mega.config.rules import broken_rules, refusal_reason
+from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys
 from ebft_mega.config.yaml_source import read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, Problem
 
 OVERRIDE = "--set"
 # Values for required keys that are missing or wrong, so that everything else can still be checked.
 _STAND_INS: dict[str, Any] = {"output_dir": "unset", "sequence_length": 2}
-# Names that the same thing has in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
+# What the same key is called in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
 OTHER_NAMES = {
     "adam_betas": "train.betas",
     "alignment_rew_coef": "ebft.alignment_coef",
@@ -69,12 +70,12 @@ def _line_order(problem: Problem) -> tuple[bool, int]:
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """The configuration with every key written out, as YAML that `load_config` reads back unchanged."""
+    """Write the configuration with every key as YAML, which `load_config` reads back unchanged."""
     return write_yaml(config.model_dump(mode="json"))
 
 
 def nearest_key(wrong: str, keys: Iterable[str] | None = None) -> str:
-    """The valid dotted key that a wrong one most likely means; empty when nothing is near.
+    """Guess the valid dotted key that a wrong one means; empty when nothing is near.
 
     A key of the same section comes first, then the same name in another section, then a similar name there.
     """

@@ -1,25 +1,20 @@
-"""Rules about values that a schema cannot state: what is not built yet, and what several keys must agree on.
+"""Checks that involve several keys, or a value that is known but not built yet.
 
-A rule yields problems without a place (`where` is empty); the loader adds file and line. Every rule names the
-keys that it reads, so that it is left out when one of them has already been refused.
+A rule yields problems without a place (`where` is empty); the loader adds file and line. Every rule names the keys that
+it reads: it is skipped when one of them has already been refused.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import InputError, Problem
 
-# The values that are built; a later version that builds another one deletes its row.
-NOT_YET_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "zero.offload_optimizer": ("none",),
-}
-
 _STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
-# Keys of other trainers that a reader may expect here, by the last part of the key, and why there is none.
+# Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
 REFUSED_NAMES: tuple[tuple[str, str], ...] = (
     (r"min_completion_prefix|adaptive_max_tokens|gt_length_multiplier", _STRUCTURED),
     (
@@ -42,27 +37,17 @@ REFUSED_NAMES: tuple[tuple[str, str], ...] = (
 
 
 def refusal_reason(name: str) -> str:
-    """Why a key of this name (the last part of a dotted key) is left out on purpose; empty if it is not."""
+    """Say why a key of this name (the last part of a dotted key) does not exist on purpose; empty if it is unknown."""
     for pattern, reason in REFUSED_NAMES:
         if re.fullmatch(pattern, name):
             return reason
     return ""
 
 
-def _unsupported_values(config: RunConfig) -> Iterator[Problem]:
-    for key, built in NOT_YET_SUPPORTED.items():
-        section, leaf = key.split(".")
-        value = getattr(getattr(config, section), leaf)
-        if value not in built:
-            values = " or ".join("not set" if item is None else yaml_text(item) for item in built)
-            yield Problem("", key, f"{yaml_text(value)}, which is not yet supported", values)
-
-
-def yaml_text(value: Any) -> str:
-    """A value as one would write it in the file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
+def _optimizer_stays_on_the_accelerator(config: RunConfig) -> Iterator[Problem]:
+    offload = config.zero.offload_optimizer
+    if offload != "none":
+        yield Problem("", "zero.offload_optimizer", f"{offload}, which is not yet supported", "none")
 
 
 def _one_model(config: RunConfig) -> Iterator[Problem]:
@@ -161,7 +146,7 @@ def _profile_lies_within_the_run(config: RunConfig) -> Iterator[Problem]:
 
 
 def activations_can_be_saved(config: RunConfig) -> bool:
-    """Whether parameters stay whole from the rollout to the gradient: a recorded pass points at them."""
+    """Whether parameters stay whole from the rollout to the gradient: a saved forward pass refers to their storage."""
     return config.zero.stage < 3 or config.zero.hold_parameters == "step"
 
 
@@ -192,7 +177,7 @@ _SAVED_ACTIVATIONS = (
     "ebft.rl_coef",
 )
 RULES = (
-    Rule((), _unsupported_values),
+    Rule(("zero.offload_optimizer",), _optimizer_stays_on_the_accelerator),
     Rule(("model.init_from", "model.config"), _one_model),
     Rule(("model.config",), _architecture),
     Rule(("data.shards", "data.sources"), _one_kind_of_data),
@@ -208,7 +193,7 @@ RULES = (
 
 
 def broken_rules(config: RunConfig, refused: frozenset[str] = frozenset()) -> list[Problem]:
-    """All broken rules, except those that read a key in `refused`; `where` of the problems is empty.
+    """Check all rules, except those that read a key in `refused`; `where` of the problems is empty.
 
     Args:
         config: the configuration; keys in `refused` (and their sections) may be missing from it.
@@ -224,7 +209,7 @@ def broken_rules(config: RunConfig, refused: frozenset[str] = frozenset()) -> li
 
 
 def notes(config: RunConfig) -> list[str]:
-    """Settings that work but may surprise, one sentence each."""
+    """List settings that work but may surprise, one sentence each."""
     found = []
     ebft = config.ebft
     if config.uses_rollouts and ebft.n_samples_per_prompt == 1:

@@ -1,58 +1,21 @@
 """Every configuration key: its default, what it accepts and what it means. No torch, no file access.
 
-One frozen model per section, in the order and with the names of the YAML file. `key(...)` keeps the words
-that errors and `docs/configuration.md` use beside the field they belong to. Rules that concern several keys
-are in `rules.py`, rules that need files or the number of processes in `validate.py`.
+One frozen class per section, in the order and with the names of the YAML file. `make docs-tables` writes the tables of
+`docs/configuration.md` from here. Rules that concern several keys are in `rules.py`; rules that need files or the
+number of processes are in `ebft_mega/planning/run_plan.py`.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic.fields import FieldInfo
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.config.fields import DATASET_PLACE, PATH, DatasetPlace, LocalPath, Section, as_integer, as_tuple, key
 
-UNKNOWN_PLACE = "configuration"
-
-
-def key(default: Any = ..., *, allowed: str, meaning: str, **limits: Any) -> Any:
-    """A field with its words for errors and documentation; no default means that the key is required."""
-    return Field(default, description=meaning, json_schema_extra={"allowed": allowed}, **limits)
-
-
-def _as_path(value: Any) -> Any:
-    """Turn text into a path; what could be taken for a command or a download stays text and is refused."""
-    if isinstance(value, str) and value and not re.match(r"\w+:", value):
-        return Path(value)
-    return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _as_whole_number(value: Any) -> Any:
-    """Let `1e9` stand for a number of tokens."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-LocalPath = Annotated[Path, BeforeValidator(_as_path)]
-PATH = "a local path (relative paths start at the repository root)"
-_HTTPS = (
-    r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"  # no user name or query: both may carry secrets, and places are logged
-)
-DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path)]
-DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
-COUNT = "an integer >= 1"
-COEFFICIENT = "a number >= 0"
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are refused, values never change afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+STEPS = "optimizer steps"
 
 
 class ModelConfig(Section):
@@ -60,29 +23,24 @@ class ModelConfig(Section):
 
     init_from: LocalPath | None = key(
         None,
+        "Model to start from: a Hugging Face directory (`config.json`, `*.safetensors`, a tokenizer), or a checkpoint "
+        "of another run, of which only the weights are taken.",
         allowed=PATH,
-        meaning="Model to start from: a Hugging Face directory (`config.json`, `*.safetensors`, a tokenizer), or a "
-        "checkpoint of another run, of which only the weights are taken.",
     )
     config: dict[str, Any] | None = key(
         None,
+        "Architecture of a model with random weights, as in a Hugging Face `config.json`.",
         allowed="a mapping of architecture fields in Hugging Face's names",
-        meaning="Architecture of a model with random weights, as in a Hugging Face `config.json`.",
     )
 
 
 class SourceConfig(Section):
-    """One of several datasets that are mixed."""
+    """Each source below `data.sources`, under a name that metrics use too."""
 
-    shards: DatasetPlace = key(allowed=DATASET_PLACE, meaning="As `data.shards`.")
-    weight: float = key(
-        1.0, allowed="a number > 0", meaning="Share of the rows, relative to the other sources' weights.", gt=0
-    )
+    shards: DatasetPlace = key(..., "As `data.shards`.", allowed=DATASET_PLACE)
+    weight: float = key(1.0, "Share of the rows, relative to the other sources' weights.", gt=0)
     max_epochs: float | None = key(
-        None,
-        allowed="a number > 0, epochs",
-        meaning="How often the source may be read; afterwards the others go on without it. Not set: without end.",
-        gt=0,
+        None, "Passes over the source; then training continues without it. Not set: indefinitely.", unit="epochs", gt=0
     )
 
 
@@ -94,68 +52,50 @@ class DataConfig(Section):
 
     shards: DatasetPlace | None = key(
         None,
-        allowed=DATASET_PLACE,
-        meaning="Dataset directory made by `tools/build_shards.py`, or a directory of text webdataset shards, which is "
+        "Dataset directory made by `tools/build_shards.py`, or a directory of text webdataset shards, which is "
         "tokenized once.",
+        allowed=DATASET_PLACE,
     )
     sources: Annotated[dict[SourceName, SourceConfig], Field(min_length=1)] | None = key(
         None,
+        "Several datasets, mixed row by row in exact proportion to their weights.",
         allowed="a mapping of names (letters, digits, _ and -) to sections with shards, weight and max_epochs",
-        meaning="Several datasets, mixed row by row in exact proportion to their weights.",
     )
-    sequence_length: int = key(allowed="an integer >= 2, tokens", meaning="P: tokens in one packed row.", ge=2)
+    sequence_length: int = key(..., "P: tokens in one packed row.", unit="tokens", ge=2)
     document_masking: bool = key(
         False,
-        allowed="true or false",
-        meaning="Hide the other documents of a row from each token, restart positions at each document, and drop "
-        "anchors whose context or target crosses a boundary.",
+        "Hide the other documents of a row from each token, restart positions at each document, and drop anchors whose "
+        "context or target crosses a boundary.",
     )
     on_error: Literal["raise", "skip"] = key(
         "raise",
-        allowed="raise or skip",
-        meaning="What happens when data turns out to be damaged in mid-run: the run ends with exit code 4, or the row "
-        "is left out and recorded in `data_errors.jsonl`.",
+        "When damaged data is found in mid-run: `raise` ends the run with exit code 4, `skip` leaves the row out and "
+        "records it in `data_errors.jsonl`.",
     )
     allow_changed: bool = key(
         False,
-        allowed="true or false",
-        meaning="(ours) Go on from a checkpoint although the data is not what it was saved with. Documents may then be "
-        "seen twice or missed.",
+        "(ours) Resume although the data has changed since the checkpoint; documents may be seen twice or missed.",
     )
     max_skipped_rows: int = key(
-        100,
-        allowed="an integer >= 0, rows",
-        meaning="(ours) With `on_error: skip`: rows that may be left out before the run ends with exit code 4.",
-        ge=0,
+        100, "(ours) With `on_error: skip`: rows that may be left out; one more ends the run.", unit="rows", ge=0
     )
     max_skipped_share: float = key(
-        0.001,
-        allowed="a number >= 0 and <= 1",
-        meaning="(ours) The same as a share of all rows of the run; the smaller of the two holds.",
-        ge=0,
-        le=1,
+        0.001, "(ours) The same as a share of all rows of the run; the smaller of the two limits applies.", ge=0, le=1
     )
     workers: int = key(
-        1,
-        allowed="an integer >= 0, processes",
-        meaning="(ours) Processes per rank that read rows ahead; 0: a thread. The order of rows never depends on it.",
-        ge=0,
+        1, "(ours) Processes per rank that read rows ahead; 0: a thread. Same rows either way.", unit="processes", ge=0
     )
     tokenizer: LocalPath | None = key(
-        None,
-        allowed=PATH,
-        meaning="(ours) Tokenizer directory for text shards; not set: that of `model.init_from`.",
+        None, "(ours) Tokenizer directory for text shards; not set: that of `model.init_from`.", allowed=PATH
     )
     cache: LocalPath = key(
-        Path("runs/cache"),
-        allowed=PATH,
-        meaning="(ours) Where shards from https URLs and tokenized text shards are kept; runs may share it.",
+        Path("runs/cache"), "(ours) Where downloaded and tokenized shards are stored; runs may share it.", allowed=PATH
     )
     cache_gigabytes: float = key(
         100.0,
-        allowed="a number >= 0, 1e9 bytes",
-        meaning="(ours) Most bytes of downloaded shards in the cache; the least recently used are deleted first. "
-        "Too few for a few shards: single documents are fetched instead.",
+        "(ours) Limit for downloaded shards in the cache; the least recently used are deleted first. If not even a few "
+        "shards fit, single documents are fetched instead.",
+        unit="1e9 bytes",
         ge=0,
     )
 
@@ -172,96 +112,70 @@ class DataConfig(Section):
         return "data.shards" if self.sources is None else "data.sources"
 
     def source_key(self, name: str) -> str:
-        """The dotted key that names a source's place."""
+        """Return the dotted key that names a source's place."""
         return "data.shards" if self.sources is None else f"data.sources.{name}.shards"
 
 
 class EvaluationConfig(Section):
     """Evaluation on held-out rows at step 0, at every interval and at the end; none without `shards`."""
 
-    shards: DatasetPlace | None = key(None, allowed=DATASET_PLACE, meaning="Held-out dataset directory.")
+    shards: DatasetPlace | None = key(None, "Held-out dataset directory.", allowed=DATASET_PLACE)
     interval: int | None = key(
-        None,
-        allowed=COUNT + ", optimizer steps",
-        meaning="Optimizer steps between evaluations; not set: only at step 0 and at the end.",
-        ge=1,
+        None, "Optimizer steps between evaluations; not set: only at step 0 and at the end.", unit=STEPS, ge=1
     )
-    rows: int = key(64, allowed=COUNT, meaning="Held-out rows that every evaluation looks at.", ge=1)
+    rows: int = key(64, "Held-out rows that every evaluation reads.", ge=1)
 
 
 class EbftConfig(Section):
     """Energy-based fine-tuning in strided mode; the names are axolotl's, the keys marked (ours) are added."""
 
-    mode: Literal["strided"] = key("strided", allowed="strided", meaning="The only mode of this trainer.")
-    stride: int = key(8, allowed=COUNT + ", tokens", meaning="Tokens from one anchor to the next.", ge=1)
+    mode: Literal["strided"] = key("strided", "The only mode of this trainer.")
+    stride: int = key(8, "Tokens from one anchor to the next.", unit="tokens", ge=1)
     context_length: int = key(
         8,
-        allowed=COUNT + ", tokens",
-        meaning="c: tokens before the first anchor (every block sees its whole prefix, not only c tokens).",
+        "c: tokens before the first anchor. Every block sees its whole prefix, not only c tokens.",
+        unit="tokens",
         ge=1,
     )
     generate_max_len: int = key(
-        8,
-        allowed=COUNT + ", tokens",
-        meaning="G: tokens generated per block; (P - G - c) must be divisible by the stride.",
-        ge=1,
+        8, "G: tokens generated per block; (P - G - c) must be divisible by the stride.", unit="tokens", ge=1
     )
     n_samples_per_prompt: int = key(
         4,
-        allowed=COUNT,
-        meaning="n: rollouts per anchor. 1: the advantage is the reward, without a diversity term; "
-        "2: the diversity term has no baseline.",
+        "n: rollouts per anchor. 1: the advantage is the reward, without a diversity term; 2: the diversity term has "
+        "no baseline.",
         ge=1,
     )
-    temperature: float = key(0.6, allowed="a number > 0", meaning="Sampling temperature.", gt=0)
+    temperature: float = key(0.6, "Sampling temperature.", gt=0)
     top_p: float = key(
-        1.0,
-        allowed="a number > 0 and <= 1",
-        meaning="Nucleus sampling: share of probability that is kept. 1 keeps everything.",
-        gt=0,
-        le=1,
+        1.0, "Nucleus sampling: probability mass of the tokens that may be sampled; 1: all tokens.", gt=0, le=1
     )
     feature_layers: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+        tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = key(
         (0.25, 0.5, 0.75),
+        "Depths at which the frozen network is read, as fractions of its layers.",
         allowed="a list of numbers > 0 and <= 1",
-        meaning="Depths at which the frozen network is read, as fractions of its layers.",
     )
     embed_method: Literal["last_token", "mean_pooling"] = key(
-        "last_token",
-        allowed="last_token or mean_pooling",
-        meaning="How the G token features of a block become one vector.",
+        "last_token", "How the G token features of a block become one vector."
     )
     feature_norm: Literal["joint", "per_layer"] = key(
-        "joint",
-        allowed="joint or per_layer",
-        meaning="(ours) Normalise the concatenation of the tapped layers, or each layer by itself.",
+        "joint", "(ours) Normalise the concatenation of the tapped layers, or each layer by itself."
     )
-    use_whitening: bool = key(True, allowed="true or false", meaning="Whiten the rollout features of each block.")
+    use_whitening: bool = key(True, "Whiten the rollout features of each block.")
     whitening: Literal["sample", "feature"] = key(
-        "sample",
-        allowed="sample or feature",
-        meaning="(ours) `sample`: as the EBFT authors' code; `feature`: as the paper and axolotl.",
+        "sample", "(ours) `sample`: as the EBFT authors' code; `feature`: as the paper and axolotl."
     )
-    alignment_coef: float = key(1.0, allowed=COEFFICIENT, meaning="Weight of the alignment reward.", ge=0)
-    diversity_coef: float = key(1.0, allowed=COEFFICIENT, meaning="Weight of the diversity penalty.", ge=0)
-    rl_coef: float = key(
-        1.0,
-        allowed=COEFFICIENT,
-        meaning="Weight of the policy-gradient loss. 0 pays for no rollouts and no feature network.",
-        ge=0,
-    )
-    ce_coef: float = key(0.0, allowed=COEFFICIENT, meaning="Weight of the next-token cross-entropy on the row.", ge=0)
+    alignment_coef: float = key(1.0, "Weight of the alignment reward.", ge=0)
+    diversity_coef: float = key(1.0, "Weight of the diversity penalty.", ge=0)
+    rl_coef: float = key(1.0, "Weight of the policy-gradient loss. 0 disables rollouts and the feature network.", ge=0)
+    ce_coef: float = key(0.0, "Weight of the next-token cross-entropy on the row.", ge=0)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = key(
-        "rloo",
-        allowed="rloo, group_norm or reinforce",
-        meaning="How rewards become advantages. `rloo`: leave-one-out baseline, unbiased for the diversity.",
+        "rloo", "How rewards become advantages. `rloo`: leave-one-out baseline, unbiased for the diversity term."
     )
     feature_model: LocalPath | None = key(
-        None,
-        allowed=PATH,
-        meaning="(ours) The frozen feature network, as `model.init_from`; not set: the initial model.",
+        None, "(ours) Frozen feature network, as `model.init_from`; not set: the initial model.", allowed=PATH
     )
 
     @property
@@ -271,91 +185,77 @@ class EbftConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How one model replica is split over processes; the rest of the world is data-parallel."""
+    """How one model replica is split over processes; the replicas are data-parallel."""
 
-    tensor_parallel_size: int = key(1, allowed=COUNT, meaning="Processes that share every weight matrix.", ge=1)
-    pipeline_parallel_size: int = key(1, allowed=COUNT, meaning="Processes that share the layers, in stages.", ge=1)
-    sequence_parallel: bool = key(
-        False, allowed="true or false", meaning="Also split the activations between tensor-parallel layers."
-    )
+    tensor_parallel_size: int = key(1, "Processes that share every weight matrix.", ge=1)
+    pipeline_parallel_size: int = key(1, "Pipeline stages: processes that share the layers.", ge=1)
+    sequence_parallel: bool = key(False, "Also split the activations between tensor-parallel layers.")
 
 
 class TrainConfig(Section):
     """The optimisation; exactly one of `max_steps` and `max_tokens`."""
 
-    global_batch_size: int = key(16, allowed=COUNT + ", rows", meaning="Rows per optimizer step.", ge=1)
-    micro_batch_size: int = key(1, allowed=COUNT + ", rows", meaning="Rows that one replica processes at a time.", ge=1)
-    max_steps: int | None = key(
-        None, allowed=COUNT + ", optimizer steps", meaning="Optimizer steps of the whole run.", ge=1
-    )
-    max_tokens: Annotated[int, BeforeValidator(_as_whole_number), Field(ge=1)] | None = key(
+    global_batch_size: int = key(16, "Rows per optimizer step.", unit="rows", ge=1)
+    micro_batch_size: int = key(1, "Rows that one replica processes at a time.", unit="rows", ge=1)
+    max_steps: int | None = key(None, "Optimizer steps of the whole run.", unit=STEPS, ge=1)
+    max_tokens: Annotated[int, BeforeValidator(as_integer), Field(ge=1)] | None = key(
         None,
-        allowed=COUNT + ", tokens",
-        meaning="Tokens of raw text to read; the run ends with the last whole optimizer step within it.",
+        "Tokens of raw text to read; the run ends with the last whole optimizer step within it.",
+        allowed="an integer >= 1, tokens",
     )
     max_run_minutes: float | None = key(
         None,
-        allowed="a number > 0, minutes",
-        meaning="Wall time after which the run saves a checkpoint and stops (exit code 75). Leave the job's time limit "
-        "room for one step and one checkpoint.",
+        "Wall time after which the run saves a checkpoint and stops (exit code 75). Leave room for one step and one "
+        "checkpoint before the time limit of the job.",
+        unit="minutes",
         gt=0,
     )
-    lr: float = key(1e-6, allowed="a number > 0", meaning="Highest learning rate.", gt=0)
+    lr: float = key(1e-6, "Highest learning rate.", gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = key(
-        "constant",
-        allowed="constant, linear or cosine",
-        meaning="Learning rate after the warm-up; `linear` and `cosine` end at 0.",
+        "constant", "Learning rate after the warm-up; `linear` and `cosine` end at 0."
     )
-    warmup_steps: int = key(0, allowed="an integer >= 0, optimizer steps", meaning="Steps of linear warm-up.", ge=0)
-    weight_decay: float = key(0.0, allowed=COEFFICIENT, meaning="AdamW's decoupled weight decay.", ge=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", unit=STEPS, ge=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", ge=0)
     betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        BeforeValidator(_as_tuple),
-    ] = key((0.9, 0.95), allowed="a list of two numbers >= 0 and < 1", meaning="AdamW's averaging factors.")
-    grad_clip: float = key(
-        1.0, allowed=COEFFICIENT, meaning="Largest global gradient norm; 0 turns clipping off.", ge=0
-    )
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
+    ] = key((0.9, 0.95), "AdamW's averaging factors.", allowed="a list of two numbers >= 0 and < 1")
+    grad_clip: float = key(1.0, "Largest global gradient norm; 0 disables clipping.", ge=0)
     dtype: Literal["bfloat16", "float32"] = key(
-        "bfloat16",
-        allowed="bfloat16 or float32",
-        meaning="Precision of weights and activations; gradients accumulate in float32 either way.",
+        "bfloat16", "Precision of weights and activations; gradients accumulate in float32 either way."
     )
     activation_checkpointing: Literal["none", "full"] = key(
-        "none", allowed="none or full", meaning="`full`: keep only each layer's input and recompute the rest."
+        "none", "`full`: save only each layer's input and recompute the rest in the backward pass."
     )
     attention: Literal["auto", "two_part", "flex", "dense"] = key(
         "auto",
-        allowed="auto, two_part, flex or dense",
-        meaning="(ours) How attention is computed; values and gradients are the same. `two_part`: the document prefix "
-        "and the rollout's own tokens by torch's kernels, merged; `flex`: one sparse kernel, on CUDA; `dense`: a full "
-        "mask, slow; `auto`: `flex` on CUDA with Triton, else `two_part`.",
+        "(ours) How attention is computed; values and gradients are the same. `two_part`: the document prefix and the "
+        "rollout's own tokens by torch's kernels, merged; `flex`: one sparse kernel, on CUDA; `dense`: a full mask, "
+        "slow; `auto`: `flex` on CUDA with Triton, else `two_part`.",
     )
     step_timeout_minutes: float = key(
         30.0,
-        allowed="a number > 0, minutes",
-        meaning="(ours) When no optimizer step ends for so long, every rank dumps its stacks and the run ends "
-        "with exit code 3.",
+        "(ours) When no optimizer step ends within this time, every rank dumps its stacks and the run ends with exit "
+        "code 3.",
+        unit="minutes",
         gt=0,
     )
 
 
 class ZeroConfig(Section):
-    """How parameters, gradients and optimizer state are divided over the data-parallel processes."""
+    """How ZeRO partitions parameters, gradients and optimizer state over the data-parallel processes."""
 
-    stage: Literal[0, 1, 2, 3] = key(3, allowed="0, 1, 2 or 3", meaning="DeepSpeed's ZeRO stage.")
+    stage: Literal[0, 1, 2, 3] = key(3, "DeepSpeed's ZeRO stage.")
     hold_parameters: Literal["rollout", "step", "none"] = key(
         "rollout",
-        allowed="rollout, step or none",
-        meaning="For how long all parameters stay gathered at stage 3: the rollout phase, the whole step, or never.",
+        "How long all parameters stay gathered at stage 3: during the rollout phase, during the whole step, or never.",
     )
     feature_network: Literal["auto", "resident", "sharded"] = key(
         "auto",
-        allowed="auto, resident or sharded",
-        meaning="(ours) The frozen network: whole on every data-parallel process, or divided over them and "
-        "gathered once for the features phase; `auto`: resident if it fits.",
+        "(ours) The frozen network: whole on every data-parallel process, or partitioned over them and gathered once "
+        "for the features phase; `auto`: resident if it fits.",
     )
     offload_optimizer: Literal["none", "cpu"] = key(
-        "none", allowed="none or cpu", meaning="Where the optimizer state lives (none: on the accelerator)."
+        "none", "Where the optimizer state lives (`none`: on the accelerator). `cpu` is not yet supported."
     )
 
 
@@ -367,10 +267,8 @@ class LearnConfig(Section):
 
     reuse_rollout: Literal["auto", "checkpoints", "activations", "off"] = key(
         "auto",
-        allowed="auto, checkpoints, activations or off",
-        meaning="What the gradient pass takes over from the rollout phase, so that the policy is not run again: each "
-        "layer's input (`checkpoints`; the rest is recomputed) or everything (`activations`); `auto`: the most that "
-        "fits.",
+        "What the gradient pass takes over from the rollout phase, so that the policy is not run again: each layer's "
+        "input (`checkpoints`; the rest is recomputed) or everything (`activations`); `auto`: the most that fits.",
     )
 
 
@@ -378,44 +276,28 @@ class CheckpointConfig(Section):
     """Complete checkpoints during the run."""
 
     interval: int | None = key(
-        None,
-        allowed=COUNT + ", optimizer steps",
-        meaning="Optimizer steps between checkpoints, and one after the last step; not set: only when the run is asked "
-        "to save or to stop.",
-        ge=1,
+        None, "Steps between checkpoints, with one after the last step; not set: only on request.", unit=STEPS, ge=1
     )
-    keep_last: int | None = key(
-        None, allowed=COUNT, meaning="How many of the newest checkpoints are kept; not set: all.", ge=1
-    )
+    keep_last: int | None = key(None, "How many of the newest checkpoints are kept; not set: all.", ge=1)
     keep_every: int | None = key(
-        None,
-        allowed=COUNT + ", optimizer steps",
-        meaning="With `keep_last`: checkpoints at multiples of this are kept for good.",
-        ge=1,
+        None, "With `keep_last`: checkpoints at multiples of this are never deleted.", unit=STEPS, ge=1
     )
     resume: Annotated[str, Field(min_length=1)] = key(
         "auto",
+        "`auto`: resume from the newest complete checkpoint in `output_dir`, if there is one. A path (of a checkpoint "
+        "or of a run): start from there, and once the run has a checkpoint of its own, resume from that.",
         allowed="auto, never or the path of a checkpoint",
-        meaning="`auto`: go on from the newest complete checkpoint in `output_dir`, if there is one. A path (of a "
-        "checkpoint or of a run): go on from there, and after that from what the run itself has saved since.",
     )
     on_error: Literal["continue", "stop"] = key(
-        "continue",
-        allowed="continue or stop",
-        meaning="(ours) Whether a run goes on when a checkpoint cannot be written.",
+        "continue", "(ours) Whether a run continues when a checkpoint cannot be written."
     )
 
 
 class ProfileConfig(Section):
     """A profiler trace of some steps; both keys or neither."""
 
-    start: int | None = key(
-        None,
-        allowed="an integer >= 0, optimizer steps",
-        meaning="Optimizer steps of the run before the first traced one.",
-        ge=0,
-    )
-    steps: int | None = key(None, allowed=COUNT + ", optimizer steps", meaning="How many steps to trace.", ge=1)
+    start: int | None = key(None, "Optimizer steps of the run before the first traced one.", unit=STEPS, ge=0)
+    steps: int | None = key(None, "How many steps to trace.", unit=STEPS, ge=1)
 
     @property
     def traced_steps(self) -> range:
@@ -428,11 +310,11 @@ class ProfileConfig(Section):
 class RunConfig(Section):
     """One run, complete: what `config.resolved.yaml` of a run directory holds."""
 
-    output_dir: LocalPath = key(allowed=PATH, meaning="Run directory; it is made if it does not exist.")
+    output_dir: LocalPath = key(..., "Run directory; it is created if it does not exist.", allowed=PATH)
     seed: int = key(
         0,
+        "Seed of the data order, of random weights and of the sampling noise.",
         allowed="an integer from 0 to 2**63 - 1",
-        meaning="Seed of the data order, of random weights and of the sampling noise.",
         ge=0,
         lt=2**63,
     )
@@ -450,16 +332,16 @@ class RunConfig(Section):
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def place(self, dotted_key: str) -> str:
-        """Where a key, or else the section around it, was written: `file:line` or `--set`."""
+        """Say where a key, or else the section around it, was written: `file:line` or `--set`."""
         parts = dotted_key.split(".")
         for length in range(len(parts), 0, -1):
             found = self._places.get(".".join(parts[:length]))
             if found:
                 return found
-        return self._places.get("", UNKNOWN_PLACE)
+        return self._places.get("", "configuration")
 
     def with_places(self, places: Mapping[str, str]) -> "RunConfig":
-        """The same configuration, remembering where each key was written."""
+        """Copy the configuration, with the place where each key was written."""
         copy = self.model_copy()
         copy._places = dict(places)
         return copy
@@ -504,17 +386,12 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def all_keys() -> dict[str, Any]:
-    """Every dotted key and its pydantic field, in the order of the file."""
-    keys: dict[str, Any] = {}
+def all_keys() -> dict[str, FieldInfo]:
+    """List every dotted key and its pydantic field, in the order of the file."""
+    keys: dict[str, FieldInfo] = {}
     for name, field in RunConfig.model_fields.items():
         if name in SECTIONS:
             keys.update({f"{name}.{leaf}": inner for leaf, inner in SECTIONS[name].model_fields.items()})
         else:
             keys[name] = field
     return keys
-
-
-def allowed_text(field: Any) -> str:
-    """What a field accepts, in the words of its declaration."""
-    return str(field.json_schema_extra["allowed"])

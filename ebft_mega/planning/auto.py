@@ -65,8 +65,8 @@ def feature_network_is_sharded(config: RunConfig, plan: RunPlan, memory_bytes: i
 
 def possible_reuses(config: RunConfig) -> tuple[Reuse, ...]:
     """What the configuration allows, in the order in which `auto` prefers it; the last needs no memory of its own."""
-    keeps_activations = activations_can_be_saved(config) and config.train.activation_checkpointing == "none"
-    return REUSES if keeps_activations else REUSES[1:]
+    saves_activations = activations_can_be_saved(config) and config.train.activation_checkpointing == "none"
+    return REUSES if saves_activations else REUSES[1:]
 
 
 def smallest_peak(config: RunConfig, plan: RunPlan, reuse: Reuse) -> int:

@@ -1,0 +1,93 @@
+"""The building blocks of the configuration schema: a key with its texts, the base of sections, checked paths.
+
+Which keys there are, and their defaults, stands in `schema.py` alone.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are refused, values never change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def key(default: Any, meaning: str, *, unit: str = "", allowed: str = "", **limits: Any) -> Any:
+    """Declare a key with the texts that errors and `docs/configuration.md` use.
+
+    Args:
+        default: its value when the file does not set it; `...` if the file must set it.
+        meaning: what it does, in one or two sentences.
+        unit: what a number counts.
+        allowed: what it accepts, for types that do not say it themselves (`allowed_text`).
+        limits: pydantic's `ge`, `gt`, `le`, `lt`.
+    """
+    return Field(default, description=meaning, json_schema_extra={"allowed": allowed, "unit": unit}, **limits)
+
+
+def allowed_text(field: FieldInfo) -> str:
+    """Say what a key accepts: its own words if it has any, else its type, limits and unit."""
+    words = cast(dict[str, str], field.json_schema_extra)
+    return words["allowed"] or ", ".join(filter(None, (_type_text(field), words["unit"])))
+
+
+def _type_text(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        *others, last = map(str, get_args(field.annotation))
+        return f"{', '.join(others)} or {last}" if others else last
+    kinds = get_args(field.annotation) or (field.annotation,)
+    if bool in kinds:
+        return "true or false"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [
+        f"{signs[name]} {getattr(item, name)}" for name in signs for item in field.metadata if hasattr(item, name)
+    ]
+    return f"{'an integer' if int in kinds else 'a number'} {' and '.join(limits)}"
+
+
+def default_text(field: FieldInfo) -> str:
+    """Write a key's default as the file would have it; `required` and `not set` where there is none."""
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "not set"
+    if isinstance(field.default, tuple):
+        return f"[{', '.join(map(yaml_text, field.default))}]"
+    return yaml_text(field.default)
+
+
+def yaml_text(value: Any) -> str:
+    """Write a single value as the file would have it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def as_tuple(value: Any) -> Any:
+    """Turn a list into a tuple; what is no list stays and is refused."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def as_integer(value: Any) -> Any:
+    """Let `1e9` stand for an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_path(value: Any) -> Any:
+    """Turn text into a path; what could be taken for a command or a download stays text and is refused."""
+    if isinstance(value, str) and value and not re.match(r"\w+:", value):
+        return Path(value)
+    return value
+
+
+# Without user name and query: both may carry secrets, and places are logged.
+_HTTPS = r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"
+LocalPath = Annotated[Path, BeforeValidator(_as_path)]
+DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path)]
+PATH = "a local path (relative paths start at the repository root)"
+DATASET_PLACE = f"{PATH} or an https:// URL"
