@@ -1,27 +1,9 @@
-"""How a model is cut for parallel ranks: layers into pipeline stages, vocabulary and heads into slices. No torch."""
+"""A model's layers cut into pipeline stages, a rank's parameters, and the tensor-parallel sizes that fit. No torch."""
 
 from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture
-
-# The vocabulary is sampled from in this many blocks of consecutive ids, whatever the parallel layout
-# (`rollout/sampling.py`). A tensor-parallel slice is made of whole blocks, so the degree divides this number.
-NUM_VOCABULARY_BLOCKS = 64
-
-
-def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding and the head over all tensor-parallel ranks: whole vocabulary blocks for each of them.
-
-    One rank needs no padding. Padding is never sampled, scored, counted or exported.
-    """
-    if tensor_parallel == 1:
-        return vocab_size
-    return NUM_VOCABULARY_BLOCKS * vocabulary_block_width(vocab_size)
-
-
-def vocabulary_block_width(vocab_size: int) -> int:
-    """Tokens in a vocabulary block; the last blocks may have fewer, or none."""
-    return -(-vocab_size // NUM_VOCABULARY_BLOCKS)
+from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS, padded_vocabulary
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ebft_mega.architecture.sizes import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.checkpoint.commit import discard, point_latest, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_file, write_manifest
 from ebft_mega.checkpoint.retention import delete_expired
 from ebft_mega.checkpoint.snapshot import Piece, Written, take_snapshot, write_pieces
-from ebft_mega.checkpoint.tensor_index import INDEX_NAME, coverage_problems, merge_indices
+from ebft_mega.checkpoint.tensor_index import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    INDEX_NAME,
+    coverage_problems,
+    merge_indices,
+)
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.zero import ZeroEngine

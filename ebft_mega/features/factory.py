@@ -1,4 +1,4 @@
-"""Loading a model's lower layers as a frozen feature network, whole on every replica rank or partitioned."""
+"""Build the frozen feature network: load a model's lower layers, replicated over data-parallel ranks or sharded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +11,7 @@ from torch import nn
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute
+from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
@@ -18,11 +19,12 @@ from ebft_mega.model.weights.huggingface import WeightSource, load_weights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.zero import ShardedStage
+from ebft_mega.types import DTYPES
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """How a model becomes a feature network, and how it is kept."""
+    """Which layers make a feature and how, and where the parameters lie."""
 
     layer_fractions: tuple[float, ...]  # relative depths to tap, as `ebft.feature_layers`
     embed_method: EmbedMethod
@@ -31,6 +33,24 @@ class FeatureSettings:
     is_sharded: bool = False  # over the data-parallel group, gathered for each use; else whole on every rank
     sequence_parallel: bool = False
     attention: AttentionRoute | None = None  # None: the two-part route
+
+    @classmethod
+    def of(cls, config: RunConfig, attention: AttentionRoute | None, is_sharded: bool) -> "FeatureSettings":
+        """The settings of a training run.
+
+        Args:
+            attention: the route that `train.attention` and the device choose.
+            is_sharded: what `zero.feature_network` chooses.
+        """
+        return cls(
+            layer_fractions=config.ebft.feature_layers,
+            embed_method=config.ebft.embed_method,
+            feature_norm=config.ebft.feature_norm,
+            dtype=DTYPES[config.train.dtype],
+            is_sharded=is_sharded,
+            sequence_parallel=config.parallel.sequence_parallel,
+            attention=attention,
+        )
 
 
 def build_feature_network(

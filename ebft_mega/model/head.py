@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ebft_mega.architecture.sizes import HEAD_ROWS
+from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.parallel.vocabulary import VocabularyShard
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.architecture.partition import StageShape, padded_vocabulary
+from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.attention.two_part import TwoPartAttention
 from ebft_mega.model.head import ScoredTokens, VocabularyHead

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebft_mega.architecture.partition import padded_vocabulary, vocabulary_block_width
+from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary, vocabulary_block_width
 from ebft_mega.parallel.groups import ProcessGroups
 
 

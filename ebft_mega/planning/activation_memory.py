@@ -8,7 +8,7 @@ The counts are those of the modules as they are (megatron-core's layer in plain 
 from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.architecture.partition import padded_vocabulary
+from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
 from ebft_mega.config.schema import RunConfig
 
 FLOAT32_BYTES = 4

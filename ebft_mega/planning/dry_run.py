@@ -5,7 +5,7 @@ All sizes are worked out, not measured; `layout.py` and `memory.py` say how.
 
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.architecture.sizes import CHECKPOINT_BYTES_PER_PARAMETER
+from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows

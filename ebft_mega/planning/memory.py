@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
-from ebft_mega.architecture.sizes import HEAD_ROWS
+from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
-from ebft_mega.architecture.partition import (
-    NUM_VOCABULARY_BLOCKS,
-    StageShape,
-    padded_vocabulary,
-    stage_parameters,
-)
+from ebft_mega.architecture.partition import StageShape, stage_parameters
+from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS, padded_vocabulary
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.run_plan import RunPlan
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
-from ebft_mega.architecture.partition import (
-    NUM_VOCABULARY_BLOCKS,
-    tensor_parallel_obstacles,
-    valid_tensor_parallel_sizes,
-)
+from ebft_mega.architecture.partition import tensor_parallel_obstacles, valid_tensor_parallel_sizes
+from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebft_mega.architecture.sizes import HEAD_ROWS
+from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.model.head import RowScores, score_rows

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.architecture.partition import NUM_VOCABULARY_BLOCKS
+from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS
 from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.rollout.noise import gumbel
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebft_mega.architecture import sizes
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.model import head
@@ -48,7 +48,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     model_type: str = "llama"
     tied: bool = True
-    head_rows: int = sizes.HEAD_ROWS  # of a chunk of the head
+    head_rows: int = HEAD_ROWS  # of a chunk of the head
     filler: tuple[int, ...] = ()  # rows of every global batch in the place of damaged ones
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebft_mega.architecture.partition import padded_vocabulary
+from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
 from ebft_mega.model.head import ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.parallel.vocabulary import VocabularyShard

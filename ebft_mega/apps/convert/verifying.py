@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.architecture.sizes import HEAD_ROWS
+from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.architecture.partition import padded_vocabulary
+from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
 
 Box = tuple[slice, ...]  # a range in each of a tensor's dimensions; start and stop are given
 Parts = tuple[Tensor, ...]  # a box of each source

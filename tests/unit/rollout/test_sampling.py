@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ebft_mega.architecture.partition import NUM_VOCABULARY_BLOCKS, padded_vocabulary
+from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS, padded_vocabulary
 from ebft_mega.parallel.vocabulary import VocabularyShard
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import at_temperature, block_scores, keep_nucleus, sample_tokens, token_in_block
