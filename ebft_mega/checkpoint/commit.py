@@ -12,8 +12,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ebft_mega.checkpoint.manifest import sync_directory, write_file
-from ebft_mega.io.output_directory import flush_to_disk
+from ebft_mega.io.durable import flush_to_disk, sync_directory, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def publish(temporary: Path, root: Path) -> Path:
 
 def point_latest(root: Path, name: str) -> None:
     """Let `latest` name a checkpoint; a reader sees the old name or the new one."""
-    write_file(root, LATEST, f"{name}\n".encode())
+    write_bytes(root / LATEST, f"{name}\n".encode())
 
 
 def leftovers(root: Path) -> list[Path]:

@@ -10,10 +10,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from ebft_mega.data.store.format import Sha256
 from ebft_mega.errors import BrokenCheckpointError, Problem
-from ebft_mega.io.output_directory import flush_to_disk
-from ebft_mega.io.records import Count, InnerPath, Record, parse_record
+from ebft_mega.io.durable import write_bytes
+from ebft_mega.io.records import Count, InnerPath, Record, Sha256, parse_record
 
 MANIFEST_NAME = "manifest.json"
 
@@ -160,31 +159,8 @@ def write_file(directory: Path, name: str, content: bytes) -> FileRecord:
     """
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    write_bytes(path, content)
     return FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def sync_directory(path: Path) -> None:
-    """Return when the names in a directory would outlive a loss of power.
-
-    Raises:
-        OSError: it failed. A file system that cannot do this for directories at all is no failure.
-    """
-    try:
-        flush_to_disk(path)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
 
 
 def _problem_of_file(directory: Path, name: str, record: FileRecord) -> list[Problem]:

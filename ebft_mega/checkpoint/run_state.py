@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer
 
 from ebft_mega.data.rows.stream_state import StreamState
-from ebft_mega.data.store.format import Sha256
-from ebft_mega.io.records import Count, Record, parse_record
+from ebft_mega.io.records import Count, Record, Sha256, parse_record
 
 STATE_NAME = "state.json"
 # JSON has no numbers for these; they travel as words, so that a metric comes back as it was.

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebft_mega.checkpoint.manifest import FileRecord, sync_directory
+from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.io.durable import sync_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import hf_shapes
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec

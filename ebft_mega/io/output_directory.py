@@ -1,7 +1,6 @@
 """Output directories that appear only when they are complete, some of them made by several processes in turn."""
 
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -89,15 +88,6 @@ def _make_directory(directory: Path, path: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad_input("--output", str(path), f"{error.filename}: {error.strerror}", "a place to write to") from error
-
-
-def flush_to_disk(path: Path) -> None:
-    """Returns when a file's contents would outlive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

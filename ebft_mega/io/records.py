@@ -10,11 +10,12 @@ from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 # More than any count, size or offset of a run, and what every reader of JSON holds exactly enough.
 LARGEST_COUNT = 2**63 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # hexadecimal
 MAX_PROBLEMS = 20  # a record that is wrong throughout needs no more to be recognised as such
 
 
 class Record(BaseModel):
-    """Base of the records in a checkpoint."""
+    """Base of what stands in JSON files: checkpoints, datasets, the state of a run's data. Strict about every field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

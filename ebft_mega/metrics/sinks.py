@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ebft_mega.io.durable import write_bytes
 from ebft_mega.metrics.console import ConsoleSink, open_console
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,7 @@ def cut_after(path: Path, last_step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _is_kept(line, last_step)]
     if len(kept) < len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        write_bytes(path, b"".join(kept))
     return len(lines) - len(kept)
 
 

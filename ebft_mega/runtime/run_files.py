@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ebft_mega
+from ebft_mega.io.durable import write_json
 
 STATUS_NAME = "status.json"
 ENVIRONMENT_NAME = "environment.json"
@@ -32,30 +33,6 @@ RECORDED_PACKAGES = (
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def write_json_atomically(path: Path, content: Any) -> None:
-    """Replace a JSON file so that a reader sees the old or the new content, whatever happens in between.
-
-    Raises:
-        OSError: the directory is missing or the disk is full; the old file is then untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def write_status(output_dir: Path, state: RunState, exit_code: int, step: int, checkpoint: str | None) -> Path:
     """Record how the run ended, last of all and atomically.
 
@@ -70,7 +47,7 @@ def write_status(output_dir: Path, state: RunState, exit_code: int, step: int, c
     """
     path = output_dir / STATUS_NAME
     outcome = {"state": state, "exit_code": exit_code, "checkpoint": checkpoint, "step": step}
-    write_json_atomically(path, outcome)
+    write_json(path, outcome, shared=True)  # several ranks may fail at the same time
     return path
 
 
@@ -126,7 +103,7 @@ def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None) 
         extra: facts that only the caller knows (world size, device name); they win over ours.
     """
     path = output_dir / ENVIRONMENT_NAME
-    write_json_atomically(path, {**describe_environment(), **(extra or {})})
+    write_json(path, {**describe_environment(), **(extra or {})})
     return path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebft_mega.io.durable import write_json
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.runtime.run_files import write_json_atomically
 from ebft_mega.train.step import StepResult
 from ebft_mega.types import TokenBatch
 
@@ -37,7 +37,7 @@ def dump_step(result: StepResult, step: int, rank: int, groups: ProcessGroups, o
         "grad_norm": _number(result.update.grad_norm),
         "micro_batches": [_describe_micro_batch(result, index) for index in range(len(result.micro_batches))],
     }
-    write_json_atomically(path, content)
+    write_json(path, content)
     return path
 
 

@@ -11,7 +11,7 @@ from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.evaluation.bootstrap import Interval
-from ebft_mega.runtime.run_files import write_json_atomically
+from ebft_mega.io.durable import write_json
 
 NUM_RESAMPLES = 10_000
 CAVEATS = (
@@ -79,7 +79,7 @@ def write_comparison(
         links={text: Path(os.path.relpath(target, output)).as_posix() for text, target in (links or {}).items()},
     )
     summary = _summary(evaluations, compared, statements, conditions)
-    write_json_atomically(output / "comparison.json", summary)
+    write_json(output / "comparison.json", summary)
     return path
 
 

@@ -14,7 +14,7 @@ from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
-from ebft_mega.runtime.run_files import write_json_atomically
+from ebft_mega.io.durable import write_json
 
 CAVEATS = (
     "Every seed trains its own warm start and arms. The interval is over held-out rows, of the differences "
@@ -86,7 +86,7 @@ def write_study(
         differences=_table(found, len(evaluations)),
         remarks=[*notes, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
     )
-    write_json_atomically(output / "study.json", [_plain(difference) for difference in found])
+    write_json(output / "study.json", [_plain(difference) for difference in found])
     return path
 
 

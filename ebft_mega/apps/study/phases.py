@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ebft_mega.errors import EbftError
+from ebft_mega.io.durable import write_json
 from ebft_mega.metrics.console import format_duration
-from ebft_mega.runtime.run_files import write_json_atomically
 
 
 class PhaseFailed(EbftError):
@@ -118,7 +118,7 @@ class PhaseRunner:
         remove_directory(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.run(name, command, status_of)
-        write_json_atomically(stamp, dict(inputs))
+        write_json(stamp, dict(inputs))
         self._made.add(output)
         return fingerprint
 

@@ -34,8 +34,9 @@ from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
 from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
+from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.io.output_directory import flush_to_disk, unfinished_directory
+from ebft_mega.io.output_directory import unfinished_directory
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 # Part of an unfinished build's identity: another version must not go on with it.

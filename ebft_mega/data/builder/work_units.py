@@ -22,8 +22,8 @@ from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.io.output_directory import flush_to_disk
 
 # Of one part: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000

@@ -4,20 +4,16 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from ebft_mega.data.store.format import Count, Sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.records import Count, Record, Sha256
 
 STATE_VERSION: Literal[1] = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SourceState(_Record):
+class SourceState(Record):
     """What a run reads from one source, and how far it has come."""
 
     name: str
@@ -28,7 +24,7 @@ class SourceState(_Record):
     rows: Count  # of the committed ones; follows from the rest, and is there to be read
 
 
-class StreamState(_Record):
+class StreamState(Record):
     """All that exact resumption needs, whatever the number of ranks and workers and the global batch size."""
 
     version: Literal[1] = STATE_VERSION

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ebft_mega.io.records import Count, Record, Sha256
 
 FORMAT_NAME = "ebft_mega.dataset"
 FORMAT_VERSION = 1
@@ -44,17 +46,11 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A plain file name: neither a folder, a URL nor a command can be written into a manifest.
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")]
-Count = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ShardEntry(_Record):
+class ShardEntry(Record):
     """One shard of a dataset: its size and checksum in bytes, and what it holds."""
 
     name: ShardName
@@ -64,7 +60,7 @@ class ShardEntry(_Record):
     tokens: Annotated[int, Field(ge=1)]
 
 
-class IndexEntry(_Record):
+class IndexEntry(Record):
     """The index file: its size in bytes and its checksum."""
 
     name: Literal["index.npy"]
@@ -72,7 +68,7 @@ class IndexEntry(_Record):
     sha256: Sha256
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The contents of `dataset.json`.
 
     `tokens` counts one end-of-document token per document. `fingerprint` covers everything that decides what

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.output_directory import flush_to_disk, new_directory
+from ebft_mega.io.durable import flush_to_disk
+from ebft_mega.io.output_directory import new_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.model_directory import plan_shards, write_json, write_shards
 from ebft_mega.model.weights.weight_files import StoredTensor, stored_tensors

@@ -5,12 +5,10 @@ import logging
 
 import pytest
 
-from ebft_mega.runtime import run_files
 from ebft_mega.runtime.run_files import (
     failure_on_record,
     setup_rank_log,
     write_environment,
-    write_json_atomically,
     write_status,
 )
 
@@ -43,20 +41,6 @@ def test_only_a_failure_is_a_failure_on_record(tmp_path):
     assert failure_on_record(tmp_path) is None
     write_status(tmp_path, "failed", 4, 3, None)
     assert failure_on_record(tmp_path) == 4
-
-
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "status.json"
-    write_json_atomically(path, {"a": 1})
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json_atomically(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_environment_names_versions(tmp_path):
