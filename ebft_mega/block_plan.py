@@ -49,3 +49,12 @@ class BlockPlan:
     def generated_per_row(self) -> int:
         """n * K * G: tokens generated for one row."""
         return self.rollouts_per_row * self.generate_length
+
+    def document_length(self, with_targets: bool) -> int:
+        """Positions of a row's own tokens in the policy's pass.
+
+        Args:
+            with_targets: the pass also predicts the row's tokens: P - 1, as the last one predicts nothing. Otherwise it
+                ends at the last anchor.
+        """
+        return self.sequence_length - 1 if with_targets else self.anchors[-1]

@@ -54,10 +54,19 @@ class Architecture:
         return self.model_type == "qwen3"
 
     @property
+    def query_width(self) -> int:
+        """Numbers in a token's queries of one layer: heads * head_dim."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Numbers in a token's keys of one layer, and as many in its values: key-value heads * head_dim."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one transformer layer."""
-        query = self.num_attention_heads * self.head_dim
-        key_value = 2 * self.num_key_value_heads * self.head_dim
+        query, key_value = self.query_width, 2 * self.key_value_width
         attention = self.hidden_size * (query + key_value) + query * self.hidden_size
         bias = query + key_value if self.qkv_bias else 0
         head_norms = 2 * self.head_dim if self.qk_norm else 0

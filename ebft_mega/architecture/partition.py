@@ -62,10 +62,9 @@ def stage_parameters(architecture: Architecture, shape: StageShape, tensor_paral
     stage than the embedding is a copy of it.
     """
     a = architecture
-    query, key_value = a.num_attention_heads * a.head_dim, 2 * a.num_key_value_heads * a.head_dim
     norms = 2 * a.hidden_size + (2 * a.head_dim if a.qk_norm else 0)
     layer = (a.layer_parameters - norms) // tensor_parallel + norms
-    assert (query + key_value) % tensor_parallel == 0, "check_world lets no other degree pass"
+    assert (a.query_width + 2 * a.key_value_width) % tensor_parallel == 0, "check_world lets no other degree pass"
     embedding = padded_vocabulary(a.vocab_size, tensor_parallel) // tensor_parallel * a.hidden_size
     own_head = shape.has_head and not (a.tie_word_embeddings and shape.has_embedding)
     total = shape.num_layers * layer + embedding * (shape.has_embedding + own_head)

@@ -49,7 +49,7 @@ class StepShape:
 
         The row's positions end at the last anchor; with targets all of them predict one but the last.
         """
-        document = self.plan.sequence_length - 1 if with_targets else self.plan.anchors[-1]
+        document = self.plan.document_length(with_targets)
         rows = document + self.plan.rollouts_per_row * self.fed_tokens
         return LayerWork.whole(rows, causal_pairs(document) + rollout_pairs(self.plan, self.fed_tokens))
 
@@ -63,7 +63,7 @@ class StepShape:
     @property
     def target_head_rows(self) -> int:
         """Rows that predict the row's own tokens."""
-        return self.plan.sequence_length - 1 if self.uses_targets else 0
+        return self.plan.document_length(with_targets=True) if self.uses_targets else 0
 
     @property
     def feature_rows(self) -> int:

@@ -49,7 +49,7 @@ class LayerWork:
         the output projection and 2 * 3 * H * I for the gated MLP per output. Attention: 4 * heads * d per pair.
         """
         a = architecture
-        query, key_value = a.num_attention_heads * a.head_dim, 2 * a.num_key_value_heads * a.head_dim
+        query, key_value = a.query_width, 2 * a.key_value_width
         weights = self.queries * query + self.keys * key_value + self.outputs * (query + 3 * a.intermediate_size)
         return Flops(linear=2 * a.hidden_size * weights, attention=4 * query * self.pairs)
 

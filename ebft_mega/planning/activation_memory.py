@@ -39,7 +39,7 @@ def vocabulary_columns(architecture: Architecture, tensor_parallel: int) -> int:
 
 def query_width(architecture: Architecture, tensor_parallel: int) -> int:
     """Q', values of a rank's queries per token and layer."""
-    return architecture.num_attention_heads * architecture.head_dim // tensor_parallel
+    return architecture.query_width // tensor_parallel
 
 
 def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
@@ -49,8 +49,7 @@ def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
 
 def document_length(config: RunConfig) -> int:
     """Document positions of the policy's pass: up to the last anchor, or P - 1 when `ce_coef` wants their targets."""
-    plan = config.block_plan
-    return plan.sequence_length - 1 if config.ebft.ce_coef > 0 else plan.anchors[-1]
+    return config.block_plan.document_length(with_targets=config.ebft.ce_coef > 0)
 
 
 def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class _Decoding:
         self.model, self.micro_batches, self.plan = model, micro_batches, plan
         self.sampling, self.step, self.reuse = sampling, step, reuse
         # The last block's context, or all that predicts a token of the row; nothing beyond it is read.
-        self.document_length = plan.sequence_length - 1 if with_targets else plan.anchors[-1]
+        self.document_length = plan.document_length(with_targets)
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
         self.saved = [SavedForward() for _ in micro_batches]
         self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token
