@@ -1,1 +1,1 @@
-"""What a run needs and what it will do: checks against the world, layouts, memory, the dry run. No torch."""
+"""Planning before a run starts: checks of its inputs, the layout of ranks, memory, the dry run. No torch."""

@@ -1,6 +1,6 @@
-"""What passes over a micro-batch hold while they run and afterwards, from sizes alone. No torch.
+"""Bytes of the activations that passes over a micro-batch allocate and save, from sizes alone. No torch.
 
-Symbols as in `memory.py`: b bytes a value, t tensor-parallel ranks, and widths with a prime are those of one slice.
+Symbols as in `memory.py`: b bytes a value, t tensor-parallel ranks; widths with a prime are those of one slice.
 The counts are those of the modules as they are (megatron-core's layer in plain torch), measured in
 `tests/unit/planning/test_memory_measured.py`.
 """
@@ -48,12 +48,12 @@ def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
 
 
 def document_length(config: RunConfig) -> int:
-    """Document positions of the policy's pass: up to the last anchor, or P - 1 when `ce_coef` wants their targets."""
+    """Document positions of the policy's pass: up to the last anchor, or P - 1 with `ce_coef` > 0."""
     return config.block_plan.document_length(with_targets=config.ebft.ce_coef > 0)
 
 
 def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
-    """Document tokens and generated tokens of a row in the policy's pass.
+    """Count document tokens and generated tokens of a row in the policy's pass.
 
     A rollout's last token predicts nothing and stays out: K*n*(G - 1).
     """
@@ -63,17 +63,17 @@ def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
 
 
 def scored_rows(config: RunConfig) -> int:
-    """Token rows of a packed row that the language-model head sees in the gradient pass.
+    """Count the positions of a row that go through the language-model head in the gradient pass.
 
-    The document's P - 1 rows if `ce_coef` > 0, else the K rows before the anchors; and K*n*(G - 1) generated
-    rows.
+    The document's P - 1 positions if `ce_coef` > 0, else the K positions before the anchors; and K*n*(G - 1) generated
+    ones.
     """
     document, generated = learn_tokens_per_row(config)
     return (document if config.ebft.ce_coef > 0 else config.block_plan.num_blocks) + generated
 
 
 def learn_pass(config: RunConfig) -> Pass:
-    """The policy's packed pass: what learning differentiates, and what the rollout phase has run when it ends."""
+    """The policy's packed pass, which the rollout phase runs token by token and the gradient pass differentiates."""
     return Pass(config.train.micro_batch_size, sum(learn_tokens_per_row(config)))
 
 
@@ -84,7 +84,7 @@ def feature_pass(config: RunConfig) -> Pass:
 
 
 def positions_between_layers(config: RunConfig, packed: Pass) -> int:
-    """Positions of a pass that a rank has between layers: all, or under sequence parallelism ceil(S / t) a row."""
+    """Count a rank's positions of a pass between layers: all, or with sequence parallelism ceil(S / t) a row."""
     shards = config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
     return packed.rows * -(-packed.tokens // shards)
 
@@ -96,13 +96,13 @@ def hidden_bytes(architecture: Architecture, config: RunConfig, packed: Pass) ->
 
 
 def layer_saved_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
-    """What one layer keeps of a micro-batch for its backward pass, its output included and its input not.
+    """Bytes that one layer saves of a micro-batch for its backward pass, with its output and without its input.
 
     Per position between layers 6*H: both norms' results before and after their weights (a norm fused into one kernel
-    keeps 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 3*I': the
-    projection, queries and keys after the rotary embedding, and the attention's result as its kernels and as the next
-    projection want it; gate, up, and the product.
-    With norms of heads 2*Q' + KV' more. Besides one float32 per token and head for the attention's normaliser, and
+    saves 4*H in all), the sum of residual and attention, the output. Per token inside 4*Q' + 3*KV' + 3*I': the
+    projection, queries and keys after the rotary embedding, the attention's result in the layout of its kernels and in
+    that of the next projection; gate, up, and their product.
+    With q/k norms 2*Q' + KV' more. Also one float32 per token and head for the attention's normaliser, and
     4 * head_dim values a position for rotary angles, which rows of a micro-batch share without document masking.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
@@ -117,7 +117,7 @@ def layer_saved_bytes(architecture: Architecture, config: RunConfig, packed: Pas
 
 
 def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
-    """What one layer needs at once of a micro-batch without recording gradients, its input included.
+    """Largest allocation of one layer for a micro-batch without recording gradients, its input included.
 
     Per position between layers 3*H; per token inside the larger of 3*I' (the MLP) and 8*Q' + 2*KV' (two-part
     attention of rollouts: projection, rotary embedding, and both parts in the order of their kernel).
@@ -130,11 +130,11 @@ def layer_forward_bytes(architecture: Architecture, config: RunConfig, packed: P
 
 
 def layer_backward_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
-    """What the backward pass of one layer needs besides what the layer has kept.
+    """Bytes that the backward pass of one layer allocates besides what the layer has saved.
 
-    Per position between layers 2*H and per token 3*I', when the MLP's activation is differentiated; or 8*Q' + 5*KV',
-    when the attention is and the 3*I' of the MLP are gone. And the gradient of the largest weight,
-    2*I' * H values.
+    Per position between layers 2*H. Per token the larger of 3*I', while the MLP's activation is differentiated, and
+    8*Q' + 5*KV' - 3*I', while the attention is: the MLP's saved values are freed by then. And the gradient of the
+    largest weight, 2*I' * H values.
     """
     tensor, hidden = config.parallel.tensor_parallel_size, architecture.hidden_size
     inner = architecture.intermediate_size // tensor

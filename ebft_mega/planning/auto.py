@@ -1,7 +1,7 @@
-"""What `auto` in a configuration becomes, once the memory of the accelerators is known. No torch.
+"""Resolve `auto` in `learn.reuse_rollout` and `zero.feature_network` from the memory of the accelerators. No torch.
 
-Keeping more of the rollouts spares arithmetic in every step, a feature network that is resident spares one gather of
-its parameters. So the rollouts come first: the network is resident in what they leave.
+Saving more of the rollout phase spares arithmetic in every step; a resident feature network spares one gather of its
+parameters. So `learn.reuse_rollout` is resolved first, and the network is resident if the rest of the memory allows.
 """
 
 from ebft_mega.config.rules import activations_can_be_saved
@@ -17,7 +17,7 @@ REUSES: tuple[Reuse, ...] = ("activations", "checkpoints", "off")
 
 
 def choices(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Choices:
-    """Everything that is left to the memory; arguments as in `chosen_reuse`."""
+    """Resolve both keys; arguments as in `chosen_reuse`."""
     return Choices(
         chosen_reuse(config, plan, memory_bytes),
         feature_network_is_sharded(config, plan, memory_bytes),
@@ -25,7 +25,7 @@ def choices(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Choic
 
 
 def default_choices(config: RunConfig) -> Choices:
-    """What is chosen where the memory is not known."""
+    """Resolve both keys where the memory is not known."""
     if not config.uses_rollouts:
         return Choices("off", feature_network_is_sharded=False)
     wanted = config.learn.reuse_rollout
@@ -33,11 +33,11 @@ def default_choices(config: RunConfig) -> Choices:
 
 
 def chosen_reuse(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Reuse:
-    """What the gradient pass takes over from the rollout phase, as `learn.reuse_rollout` says.
+    """Resolve `learn.reuse_rollout`: what the gradient pass takes over from the rollout phase.
 
     `auto` takes the first of activations, checkpoints and off that fits on the worst stage, with the feature network
-    as small as `zero.feature_network` lets it be. Never activations where parameters are released before the gradient,
-    or where `train.activation_checkpointing` asks to keep none.
+    as small as `zero.feature_network` allows. It never takes activations where parameters are released before the
+    gradient pass, or with `train.activation_checkpointing: full`.
 
     Args:
         memory_bytes: of the accelerator with the least memory; None: not known, and checkpoints are taken.
@@ -51,10 +51,10 @@ def chosen_reuse(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> 
 
 
 def feature_network_is_sharded(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> bool:
-    """Whether the frozen network is divided over the data-parallel processes, as `zero.feature_network` says.
+    """Resolve `zero.feature_network`: whether the frozen network is partitioned over the data-parallel processes.
 
-    `auto` keeps it whole where that fits beside what `chosen_reuse` keeps, and where dividing it would not lower the
-    peak; arguments as there, and it is whole where the memory is not known.
+    `auto` leaves it whole where that fits beside what `chosen_reuse` saves, where partitioning would not lower the
+    peak, and where the memory is not known; arguments as in `chosen_reuse`.
     """
     if memory_bytes is None or not config.uses_rollouts or config.zero.feature_network != "auto":
         return default_choices(config).feature_network_is_sharded
@@ -64,18 +64,18 @@ def feature_network_is_sharded(config: RunConfig, plan: RunPlan, memory_bytes: i
 
 
 def possible_reuses(config: RunConfig) -> tuple[Reuse, ...]:
-    """What the configuration allows, in the order in which `auto` prefers it; the last needs no memory of its own."""
+    """List what the configuration allows, in the order in which `auto` prefers it; the last needs no extra memory."""
     saves_activations = activations_can_be_saved(config) and config.train.activation_checkpointing == "none"
     return REUSES if saves_activations else REUSES[1:]
 
 
 def smallest_peak(config: RunConfig, plan: RunPlan, reuse: Reuse) -> int:
-    """Bytes that the worst stage needs, with the feature network as small as the configuration lets it be."""
+    """Peak bytes on the worst stage, with the feature network as small as the configuration allows."""
     wanted = config.zero.feature_network
     options = (False, True) if wanted == "auto" else (wanted == "sharded",)
     return min(peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in options)
 
 
 def needed_bytes(peak: int) -> int:
-    """Memory that an accelerator must have for a peak of the formulas."""
+    """Memory that an accelerator must have for a peak computed by the formulas."""
     return round(peak / USABLE_SHARE)

@@ -1,4 +1,4 @@
-"""The rows that a run's datasets give, against what the run, the model and the other datasets ask for. No torch."""
+"""Check that the datasets provide enough rows for the run and match the model and each other. No torch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from ebft_mega.planning.datasets import BYTES_PER_GIGABYTE, open_place, open_tra
 
 @dataclass(frozen=True)
 class SourceSupply:
-    """What a run takes from one source."""
+    """The part of a run's rows that one source provides."""
 
     name: str
     key: str  # dotted key that names the dataset
     manifest: Manifest
     share: Fraction  # of the rows, as long as all sources last
     rows: int  # of the whole run
-    epochs: float  # that these rows are
+    epochs: float  # passes over the source that these rows amount to
     tail_tokens: int  # tokens within max_epochs that fill no row; 0 without max_epochs
 
 
@@ -32,24 +32,24 @@ class TrainingSupply:
     """The packed rows that a run trains on."""
 
     sources: tuple[SourceSupply, ...]
-    total_rows: int | None  # that there are; None: without end
+    total_rows: int | None  # available before every source reaches max_epochs; None: endless
 
 
 @dataclass(frozen=True)
 class HeldOutSupply:
-    """The packed rows that evaluations may choose from."""
+    """The packed rows that evaluations choose from."""
 
     manifest: Manifest
     rows_per_epoch: int
 
 
 def rows_of_run(config: RunConfig) -> int:
-    """Rows that all optimizer steps together read."""
+    """Count the rows that all optimizer steps together read."""
     return config.total_steps * config.train.global_batch_size
 
 
 def allowed_skipped_rows(config: RunConfig) -> int:
-    """Rows that a run may leave out: `data.max_skipped_rows`, or less if its share of all rows is less."""
+    """Count the rows that a run may skip: the smaller of `data.max_skipped_rows` and `data.max_skipped_share`."""
     share = Fraction(str(config.data.max_skipped_share))
     return min(config.data.max_skipped_rows, int(share * rows_of_run(config)))
 
@@ -93,7 +93,7 @@ def training_supply(config: RunConfig) -> TrainingSupply:
 
 
 def held_out_supply(config: RunConfig) -> HeldOutSupply:
-    """Open and check the held-out data, which is there (`evaluation.shards`).
+    """Open and check the held-out data; `evaluation.shards` is set.
 
     Raises:
         InputError: everything that is wrong with it.
@@ -111,9 +111,9 @@ def supply_problems(
     held_out: HeldOutSupply | None,
     architecture: Architecture | None,
 ) -> Iterator[Problem]:
-    """Data that does not fit the model or the batch, or held-out data that does not fit the training data.
+    """Check that data fits the model and the batch, and that held-out data fits the training data.
 
-    What could not be opened is None and has its problems already.
+    Data that could not be opened is None; its problems have been reported already.
     """
     manifests = {source.key: source.manifest for source in training.sources} if training else {}
     if held_out:
@@ -160,7 +160,7 @@ def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Ite
 def _tokens_unknown_to_model(
     config: RunConfig, key: str, manifest: Manifest, architecture: Architecture | None
 ) -> Iterator[Problem]:
-    """Token ids that the model may not have, or that another tokenizer gave."""
+    """Token ids beyond the model's vocabulary, or from another tokenizer."""
     if architecture and manifest.vocab_size > architecture.vocab_size:
         found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
         expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
@@ -173,7 +173,7 @@ def _tokens_unknown_to_model(
 
 
 def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:
-    """What works and may surprise, one sentence each."""
+    """List settings that work but may surprise, one sentence each."""
     for source in training.sources:
         if held_out and held_out.manifest.fingerprint == source.manifest.fingerprint:
             yield f"evaluation.shards is a training dataset itself ({source.key}): nothing is held out."

@@ -1,4 +1,4 @@
-"""The rows that a configuration asks for: datasets opened, mixed and packed. No torch."""
+"""Open, mix and pack the datasets that a configuration names. No torch."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ BYTES_PER_GIGABYTE = 1e9
 
 
 def open_training_rows(config: RunConfig) -> RowStream:
-    """The training rows of a run, in their order.
+    """Open the training rows of a run, in their order.
 
     Raises:
         InputError: everything that is wrong with any of the sources.
@@ -68,7 +68,7 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
 
 
 def shard_cache(data: DataConfig) -> ShardCache:
-    """The cache for shards from URLs; it takes no room until one is read."""
+    """Describe the cache for shards from URLs; nothing is allocated until one is read."""
     return ShardCache(data.cache, int(data.cache_gigabytes * BYTES_PER_GIGABYTE))
 
 

@@ -1,6 +1,6 @@
-"""What a run will do and what it will need, as text: the answer of `--dry-run`. No torch.
+"""Describe a run as text for `--dry-run`: configuration, blocks, data, layout, memory per rank. No torch.
 
-All sizes are worked out, not measured; `layout.py` and `memory.py` say how.
+All sizes are computed, not measured; `rank_layout.py` and `memory.py` have the formulas.
 """
 
 from ebft_mega.architecture.hf_config import tapped_layers
@@ -19,7 +19,7 @@ GIB_BYTES = 1 << 30
 
 
 def describe_run(config: RunConfig, plan: RunPlan) -> str:
-    """Everything that `--dry-run` prints: configuration, blocks, data, processes and memory."""
+    """Compose everything that `--dry-run` prints."""
     parts = [
         _title("Resolved configuration") + resolved_yaml(config).rstrip(),
         _title("Model") + _model_text(plan),
@@ -91,7 +91,7 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
         ("rows per step", config.train.global_batch_size),
         ("rows of the run", rows),
         ("tokens of the run", rows * config.data.sequence_length),
-        ("rows there are", "without end" if plan.train_rows.total_rows is None else plan.train_rows.total_rows),
+        ("rows there are", "endless" if plan.train_rows.total_rows is None else plan.train_rows.total_rows),
         ("document masking", "yes" if config.data.document_masking else "no"),
     ]
     for source in sources:

@@ -1,4 +1,4 @@
-"""What a rank's memory has to hold, worked out from sizes alone. No torch.
+"""Estimate the memory that each rank needs, from sizes alone. No torch.
 
 The formulas count the tensors that they name; allocator slack, communication buffers and libraries come on top.
 In all of them b is the size of a value in `train.dtype`, t the tensor-parallel, p the pipeline-parallel and D the
@@ -45,7 +45,7 @@ Needs = dict[str, int]  # bytes by what they are for
 
 @dataclass(frozen=True)
 class Choices:
-    """What `auto` in a configuration has become."""
+    """The resolved values of keys that may be `auto`."""
 
     reuse_rollout: Reuse
     feature_network_is_sharded: bool
@@ -53,18 +53,18 @@ class Choices:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank. States are always there; phases follow each other, so only one counts."""
+    """Bytes on one rank. States are always allocated; phases follow each other, so only the largest counts."""
 
     states: Needs
     phases: dict[str, Needs]  # each at its largest moment
 
     @property
     def state_bytes(self) -> int:
-        """What is always there."""
+        """Sum of the states."""
         return sum(self.states.values())
 
     def phase_bytes(self, phase: str) -> int:
-        """What one phase needs besides; 0 for a phase that the run does not have."""
+        """Sum up what one phase needs besides the states; 0 for a phase that the run does not have."""
         return sum(self.phases.get(phase, {}).values())
 
     @property
@@ -74,10 +74,10 @@ class MemoryPlan:
 
 
 def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, stage: int) -> dict[str, int]:
-    """One rank's states for N parameters of its slice, S = ceil(N / D) of them its share.
+    """Bytes of one rank's states for N parameters of its slice, of which its ZeRO partition has S = ceil(N / D).
 
     Parameters b*N, gradients 4*N (float32 accumulation), Adam's two moments 8*N and a float32 master copy 4*N.
-    Stage 0 divides nothing: N each. Stage 1 keeps S of the moments and the master copy, stage 2 also of the
+    Stage 0 partitions nothing: N each. Stage 1 has S of the moments and the master copy, stage 2 also of the
     gradients, stage 3 also of the parameters. In float32 the parameters are their own master at stage 3; the other
     stages update a copy.
     """
@@ -96,12 +96,12 @@ def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, s
 
 
 def micro_batches_in_flight(plan: RunPlan, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once under 1F1B: min(p - stage, micro-batches)."""
+    """Count the micro-batches whose activations a stage holds at once under 1F1B: min(p - stage, micro-batches)."""
     return min(plan.parallel.pipeline_parallel - stage, plan.num_micro_batches)
 
 
 def micro_batches_decoding(plan: RunPlan) -> int:
-    """Micro-batches whose keys and values a stage holds at once: the largest group of the decode ring.
+    """Count the micro-batches whose keys and values a stage holds at once: the largest group of the decode ring.
 
     Micro-batches go round in max(1, m // p) groups as even as possible (`parallel/pipeline.py`).
     """
@@ -110,7 +110,7 @@ def micro_batches_decoding(plan: RunPlan) -> int:
 
 
 def live_parameters(architecture: Architecture, num_parameters: int, tensor_parallel: int) -> int:
-    """Parameters that are gathered at once when ZeRO-3 gathers layer by layer.
+    """Count the parameters that are gathered at once when ZeRO-3 gathers layer by layer.
 
     All N of the slice, but no more than DeepSpeed's limit, and at least the larger of the embedding (V' * H) and a
     layer.
@@ -121,9 +121,9 @@ def live_parameters(architecture: Architecture, num_parameters: int, tensor_para
 
 
 def cache_bytes(config: RunConfig, plan: RunPlan, stage: int, document: int, tokens: int) -> int:
-    """Keys and values of the rollouts that are under way on a stage.
+    """Bytes of the keys and values of unfinished rollouts on a stage.
 
-    The document is there once for all samples; per token and layer of the stage 2 * KV' values of b bytes.
+    The document is stored once for all samples; per token and layer of the stage 2 * KV' values of b bytes.
 
     Args:
         document, tokens: positions of the document and tokens of each rollout that are in it.
@@ -135,12 +135,12 @@ def cache_bytes(config: RunConfig, plan: RunPlan, stage: int, document: int, tok
 
 
 def saved_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, document: int, tokens: int) -> int:
-    """What a stage keeps of one micro-batch's rollout passes until its gradient is taken.
+    """Bytes that a stage saves of one micro-batch's rollout passes until its gradient is taken.
 
     `checkpoints`: the input of each of its L layers, and on the last stage the last layer's output: b*H a position
-    each. `activations`: what each layer keeps for its backward pass; of token t of a rollout the keys and values of
+    each. `activations`: what each layer saves for its backward pass; of token t of a rollout the keys and values of
     all t tokens so far (2 * t * KV') in the place of its projection (Q' + 3 * KV'), and of the document's keys and
-    values a copy. That is two-part attention; flex and dense keep for every pass a copy of all keys and values,
+    values a copy. That is two-part attention; flex and dense save for every pass a copy of all keys and values,
     (G - 1) * 2 * KV' * (D + R * G) a row and layer.
 
     Args:
@@ -161,7 +161,7 @@ def saved_bytes(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse, docu
 
 
 def head_chunk_bytes(rows: int, dtype: str) -> int:
-    """What one column of the head needs for the gradient of `rows` scored rows, `HEAD_ROWS` of them at a time.
+    """Bytes per vocabulary column for the gradient of `rows` scored rows, `HEAD_ROWS` of them at a time.
 
     Per row of a chunk the logit (b) and a float32 copy at its temperature, in bfloat16 for a moment two.
     """
@@ -171,11 +171,11 @@ def head_chunk_bytes(rows: int, dtype: str) -> int:
 
 
 def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int = 0) -> MemoryPlan:
-    """Memory of one rank of a pipeline stage, in bytes; all slices of a stage need the same.
+    """Estimate the bytes of one rank of a pipeline stage; all slices of a stage need the same.
 
     At ZeRO stage 3 the slice's b*N parameters are gathered for the rollouts (`hold_parameters: rollout`), for the
     whole step (`step`), or layer by layer only (`none`, and the gradient pass of `rollout`); below stage 3 they are
-    whole anyway. What is kept of the rollouts stays through features and learning. `rl_coef: 0` has neither rollouts
+    whole anyway. What is saved of the rollouts stays through features and learning. `rl_coef: 0` has neither rollouts
     nor a feature network.
     """
     architecture, sizes = plan.architecture, plan.parallel
@@ -202,13 +202,13 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
 
 
 def worst_stage(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
-    """The pipeline stage whose ranks need the most memory; the first of equals."""
+    """Find the pipeline stage whose ranks need the most memory; the first of equals."""
     stages = range(plan.parallel.pipeline_parallel)
     return max(stages, key=lambda stage: plan_memory(config, plan, choices, stage).peak_bytes)
 
 
 def peak_bytes(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
-    """What the ranks of the worst stage need."""
+    """Peak bytes of the ranks of the worst stage."""
     return plan_memory(config, plan, choices, worst_stage(config, plan, choices)).peak_bytes
 
 
@@ -234,9 +234,9 @@ def _largest(moments: list[Needs]) -> Needs:
 
 
 def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
-    """Decoding: the cache, what is kept of the passes, and one layer's pass or a chunk of logits.
+    """Decoding: the cache, what is saved of the passes, and one layer's pass or a chunk of logits.
 
-    The moments are the end of the last micro-batches' documents, and their last tokens.
+    The largest of two moments: the end of the last micro-batches' documents, and their last tokens.
     """
     blocks, rows = plan.block_plan, config.train.micro_batch_size
     document = blocks.anchors[-1] if reuse == "off" else document_length(config)
@@ -245,10 +245,10 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 
     def at(tokens: int, temporaries: Needs) -> Needs:
         begun, whole = (saved_bytes(config, plan, stage, reuse, document, read) for read in (tokens, later))
-        # Recorded passes keep what the cache holds anyway.
+        # Saved activations contain what the cache holds.
         cached = 0 if reuse == "activations" else cache_bytes(config, plan, stage, document, tokens)
-        kept = before * whole + decoding * begun
-        return {f"saved {reuse} of the rollouts": kept, "keys and values": cached} | temporaries
+        saved = before * whole + decoding * begun
+        return {f"saved {reuse} of the rollouts": saved, "keys and values": cached} | temporaries
 
     def layer(tokens: int) -> Needs:
         return {"one layer": layer_forward_bytes(plan.architecture, config, Pass(rows, tokens))}
@@ -264,10 +264,10 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 
 
 def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
-    """The packed pass, a layer at a time, or the Gram matrices of a micro-batch; and the rows that are read of taps.
+    """The packed pass, a layer at a time, or the Gram matrices of a micro-batch; and the rows read from tapped layers.
 
     The deepest tapped layer counts as a whole one, though only rows that are read go through its MLP. K*(n + 1)*T rows
-    of H / t values (T is 1 for `last_token`, else G) are kept of every tap of the stage and of every micro-batch in
+    of H / t values (T is 1 for `last_token`, else G) are stored of every tap of the stage and of every micro-batch in
     `train.dtype`. Gram matrices are made of them in float64, one micro-batch and, for their squares,
     one tap at a time.
     """
@@ -278,9 +278,9 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     read = 1 if ebft.embed_method == "last_token" else blocks.generate_length
     hidden = architecture.hidden_size // plan.parallel.tensor_parallel
     values = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * read * hidden
-    kept = saved_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
+    saved = saved_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
     needs = {
-        f"saved {reuse} of the rollouts": plan.num_micro_batches * kept,
+        f"saved {reuse} of the rollouts": plan.num_micro_batches * saved,
         "rows of the tapped layers": plan.num_micro_batches * taps * values * element_bytes(config.train.dtype),
     }
     return _largest(
@@ -294,8 +294,8 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
 def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
     """The gradient: at the head, in the first layer that is differentiated, or at the embedding.
 
-    Kept activations or checkpoints are there for all m micro-batches, those of a forward pass in learning for the
-    min(p - stage, m) in flight: everything that each layer keeps, or with checkpointing each layer's input. What was
+    Saved activations or checkpoints exist for all m micro-batches, those of a forward pass in learning for the
+    min(p - stage, m) in flight: everything that each layer saves, or with checkpointing each layer's input. What was
     only checkpointed is recomputed one layer at a time.
     """
     architecture, shape, packed = plan.architecture, policy_stage(plan, stage), learn_pass(config)

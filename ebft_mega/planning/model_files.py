@@ -1,4 +1,4 @@
-"""Whether a model directory holds all its weights, from file names, sizes, headers and manifests: no torch."""
+"""Check that a model directory holds all its weights, by file names, sizes, headers and manifests. No torch."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from ebft_mega.model.weights.weight_files import stored_tensors
 
 
 def weight_file_problems(directory: Path) -> list[Problem]:
-    """What is missing from, or cut off in, the weights of a model directory.
+    """List what is missing or truncated in the weights of a model directory.
 
     Weights are not read. Of a checkpoint the small files are compared with its manifest.
 

@@ -1,4 +1,4 @@
-"""Which part of the work each rank has: stages, slices, rows and neighbours. Integers only, no torch."""
+"""Work out which layers, heads, token ids and rows each rank holds. Integers only, no torch."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class RankPart:
 
 
 def head_slice(architecture: Architecture, tensor_slice: int, tensor_parallel: int) -> HeadSlice:
-    """Heads of one slice: consecutive runs; with fewer key-value heads than slices, consecutive slices share one."""
+    """Find the heads of one slice, which are consecutive; where key-value heads are too few, slices share one."""
     heads, groups = architecture.num_attention_heads, architecture.num_key_value_heads
     sharers = max(1, tensor_parallel // groups)
     per_slice = max(1, groups // tensor_parallel)
@@ -77,14 +77,14 @@ def feature_stage(config: RunConfig, plan: RunPlan, stage: int) -> StageShape:
 
 
 def ranks_at(plan: RunPlan, stage: int, tensor_slice: int) -> range:
-    """World ranks of all replicas at a place: the tensor axis counts fastest, then data, then pipeline."""
+    """List the world ranks of all replicas at a (stage, slice): tensor varies fastest, then data, then pipeline."""
     tensor, data = plan.parallel.tensor_parallel, plan.parallel.data_parallel
     first = tensor_slice + tensor * data * stage
     return range(first, first + tensor * data, tensor)
 
 
 def rank_parts(config: RunConfig, plan: RunPlan) -> list[RankPart]:
-    """All places of the layout, stage by stage; every world rank is in exactly one of them."""
+    """List what every (stage, slice) holds, stage by stage; each world rank is in exactly one of the parts."""
     architecture, sizes = plan.architecture, plan.parallel
     parts = []
     for stage in range(sizes.pipeline_parallel):

@@ -1,4 +1,4 @@
-"""Checks against the world: the number of processes, the model directory, the datasets. No torch."""
+"""Check a configuration against the number of processes, the model directory and the datasets. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def _tensor_choices(models: Sequence[Architecture], limit: int) -> list[int]:
 
 
 def _layout_choices(config: RunConfig, world_size: int, models: Sequence[Architecture]) -> str:
-    """Degrees that fit the processes, the models and the batch; empty if none do."""
+    """List the degrees that fit the processes, the models and the batch; empty if none do."""
     rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     most_stages = models[0].num_hidden_layers if models else world_size
     choices = []

@@ -319,7 +319,7 @@ def test_text(inputs):
         "feature layers (1, 2, 3) of 4",
         "documents 4",
         "tokens 660",
-        "rows there are without end",
+        "rows there are endless",
         "rows of the run 80",
         "epochs of the run 3.88",
         "held-out rows 4 of 8",

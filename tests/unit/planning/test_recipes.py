@@ -165,7 +165,7 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     assert last.states["frozen feature network"] == 2 * 24 * layer
     for memory, parameters in ((first, on_first), (last, on_last)):
         assert all(memory.phases[phase]["gathered parameters"] == 2 * parameters for phase in ("rollout", "learn"))
-    # Kept of both micro-batches, on either stage; what is between the layers is an eighth.
+    # Saved for both micro-batches, on either stage; what is between the layers is an eighth.
     document, learned = 1023, 1023 + ROLLOUTS * 7
     shard = -(-learned // 8)
     values = shard * 6 * 5120 + learned * (4 * 640 + 3 * 128 + 3 * 3456) + learned * 4 * 128
