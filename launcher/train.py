@@ -80,9 +80,10 @@ def main() -> int:
             if is_first_rank():
                 print(f"{describe_run(config, plan)}\n\n{described_start(config)}")
             return 0
+        from ebft_mega.apps.report.run_report import write_run_report
         from ebft_mega.train.run import run_training
 
-        return run_training(config, plan, trace_step, signals, started)
+        return run_training(config, plan, trace_step, signals, started, write_run_report)
     except EbftError as error:
         if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)

@@ -5,7 +5,7 @@ row, so that two models are compared under the same draws. With document masking
 over the blocks that lie within one document; a row without any has none of them, for every model alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +83,11 @@ class Evaluation:
         return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
-@torch.no_grad()
 def evaluate(
     policy: PipelinedModel,
     feature_network: FeatureNetwork | None,
     rows: TokenBatch,
     settings: EvaluationSettings,
-    before_each: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate this replica's held-out rows.
 
@@ -98,29 +96,37 @@ def evaluate(
         feature_network: None evaluates the cross-entropy alone.
         rows: held-out rows, `row_indices` counting over all replicas. Replicas with partitioned parameters must have
             equally many (`TokenBatch.filled_up`): every pass gathers. Filler is left out of the figures.
-        before_each: called before each few micro-batches, equally often on all ranks; what it raises ends the
-            evaluation.
     Returns:
         Evaluation, the same on every rank of the replica.
-    Communication: that of scoring, generation and `FeatureNetwork.grams`; `merge` puts the replicas together.
+    Communication: that of `evaluate_chunk`; `gather` puts the replicas together.
+    """
+    chunks = evaluation_chunks(rows, settings, policy.groups.pipeline_size)
+    return merge([evaluate_chunk(policy, feature_network, chunk, settings) for chunk in chunks])
+
+
+def evaluation_chunks(
+    rows: TokenBatch, settings: EvaluationSettings, pipeline_size: int
+) -> list[tuple[TokenBatch, ...]]:
+    """Cut rows into groups of a few micro-batches: enough at a time to keep every pipeline stage busy.
+
+    Tapped rows of the feature network are held for as many. Communication: none.
     """
     batches = rows.split(settings.micro_batch_size)
-    # Enough at a time to keep every pipeline stage busy; tapped rows are held for as many.
-    together = BATCHES_PER_STAGE * policy.groups.pipeline_size
-    parts = []
-    for first in range(0, len(batches), together):
-        before_each()
-        parts.append(_evaluate_together(policy, feature_network, batches[first : first + together], settings))
-    return merge(parts)
+    together = BATCHES_PER_STAGE * pipeline_size
+    return [batches[first : first + together] for first in range(0, len(batches), together)]
 
 
-def _evaluate_together(
+@torch.no_grad()
+def evaluate_chunk(
     policy: PipelinedModel,
     feature_network: FeatureNetwork | None,
     batches: Sequence[TokenBatch],
     settings: EvaluationSettings,
 ) -> Evaluation:
-    """Evaluate a few micro-batches."""
+    """Evaluate a few micro-batches; see `evaluate`.
+
+    Communication: that of scoring, generation and `FeatureNetwork.grams`.
+    """
     plan = settings.plan
     requests = [
         ScoreRequest(batch.tokens, None, targets=True, temperature=1.0, documents=batch.documents) for batch in batches

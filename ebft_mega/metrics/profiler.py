@@ -40,6 +40,10 @@ class StepProfiler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End a recording that is still running, without a file."""
         if self._running is not None:
             self._running.stop()
             self._running = None

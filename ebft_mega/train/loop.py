@@ -1,35 +1,28 @@
-"""The loop around the step: batches in, metrics out, evaluations in between. It knows nothing of the algorithm."""
+"""The training loop: batches in, optimizer steps, and what happens around each of them in a stated order (`hooks.py`)."""
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.run_state import EvaluationRecord
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
-from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
-from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, gather
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
-from ebft_mega.metrics.profiler import StepProfiler
-from ebft_mega.metrics.sinks import MetricsWriter
+from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
+from ebft_mega.train.hooks import StepHooks
 from ebft_mega.train.learning_rate import learning_rate
 from ebft_mega.train.non_finite import dump_step
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
-from ebft_mega.train.step_boundary import Boundary
 from ebft_mega.train.step_metrics import memory_metrics, speed_metrics, step_metrics
 from ebft_mega.types import TokenBatch
 
@@ -39,111 +32,19 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What evaluations look at, and when."""
-
-    rows: TokenBatch  # this rank's rows
-    settings: EvaluationSettings
-    interval: int | None  # optimizer steps; None: only before the first and after the last
-
-
-@dataclass(frozen=True)
-class Observer:
-    """Where the one writing rank puts what a person reads; None on other ranks."""
-
-    writer: MetricsWriter
-    samples_path: Path
-    tokenizer: Tokenizer
-
-    def show_blocks(self, step: int, evaluation: Evaluation) -> None:
-        """Append a few rollouts beside their targets, as text."""
-        decode = self.tokenizer.decode
-        with self.samples_path.open("a", encoding="utf-8") as file:
-            for block in evaluation.shown:
-                record = {
-                    "step": step,
-                    "row": block.row,
-                    "block": block.block,
-                    "context": decode(block.context),
-                    "target": decode(block.target),
-                    "rollouts": [decode(rollout) for rollout in block.rollouts],
-                    "alignment": block.alignment,
-                }
-                file.write(json.dumps(record) + "\n")
-
-
-class EvaluationGivenUp(Exception):
-    """The run is to stop; the evaluation is made when it goes on."""
-
-
-def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> None:
-    """Take in whether the step that has just been done was skipped.
-
-    Raises:
-        NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written what
-            the step looked like.
-    Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
-    """
-    skipped, number = progress.skipped, progress.step
-    skipped.count(result.update.applied)
-    if result.update.applied:
-        return
-    logger.warning(
-        "step %d: skipped by all ranks, because a loss, a reward or a gradient was not finite on one of them "
-        "(%d in a row, %d in all)",
-        number,
-        skipped.in_a_row,
-        skipped.total,
-    )
-    if skipped.in_a_row == MAX_SKIPPED_IN_A_ROW:
-        path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
-        logger.error("wrote %s", path)
-        dist.barrier()
-        raise NonFiniteStepError(
-            f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
-            f"finite; rows and statistics are in {path.parent}"
-        )
-
-
-def commit_step(
-    progress: Progress,
-    trainer: Trainer,
-    loader: BatchLoader,
-    loaded: LoadedBatch,
-    result: StepResult,
-    metrics: Mapping[str, float],
-) -> None:
-    """Count the step that has just been done, its rows, and what of it was left out.
-
-    Raises:
-        SkipBudgetError: more rows were damaged than may be skipped.
-        NonFiniteStepError: see `count_skipped`.
-    Communication: if rows were left out, that of `account_for`.
-    """
-    config, left_out = trainer.config, int(metrics.get("data/skipped_rows", 0))
-    loader.commit(left_out)
-    if left_out:
-        total, allowed = loader.state.skipped_rows, allowed_skipped_rows(config)
-        account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
-    count_skipped(progress, trainer, result)
-
-
 def train(
     trainer: Trainer,
     loader: BatchLoader,
-    held_out: HeldOut | None,
     total_steps: int,
     progress: Progress,
-    boundary: Boundary,
-    observer: Observer | None,
+    hooks: StepHooks,
     watchdog: Watchdog,
 ) -> StopReason:
     """Run the optimizer steps that are left.
 
     Args:
         progress: where the run stands; moved on.
-        boundary: what happens between steps.
+        hooks: what happens around every step, in their order: profile, evaluation, report, checkpoint.
     Returns:
         Why the run stopped before its end, with its state in a complete checkpoint; NONE: all steps are done.
     Raises:
@@ -153,89 +54,36 @@ def train(
         CheckpointError: a checkpoint could not be written, and the configuration or a stop request needs it.
     Communication: collective over all ranks.
     """
-    config = trainer.config
     stopwatch = communication_stopwatch(trainer.groups.device)
-
-    def give_up_if_stopping() -> None:
-        if boundary.stop_requested(progress):
-            raise EvaluationGivenUp
-
-    def complete() -> None:
-        """Evaluate after the current step and log it, unless the run is to stop: then both are left for later."""
-        assert progress.pending is not None, "there is something to complete"
-        try:
-            evaluated = evaluate_now(trainer, held_out, progress.step, observer, give_up_if_stopping)
-        except EvaluationGivenUp:
-            return
-        if evaluated:
-            progress.evaluations.append(EvaluationRecord(step=progress.step, metrics=evaluated))
-        report(observer, progress.step, progress.pending | evaluated)
-        progress.pending = None
-        watchdog.beat(f"evaluation after step {progress.step}")
-
-    def checkpoint_is_due() -> bool:
-        interval = config.checkpoint.interval
-        return interval is not None and progress.step > 0 and is_due(progress.step, interval, total_steps)
-
-    was_pending = progress.pending is not None
-    if was_pending:
-        if observer is not None and held_out is not None:
-            observer.writer.note(f"evaluating the model of step {progress.step}")
-        complete()
-    if stopped := boundary.cross(progress, was_pending and checkpoint_is_due()):
+    if stopped := hooks.at_start(progress):
         return stopped
-    with (
-        closing(iter(loader)) as own_batches,
-        step_profiler(trainer, observer) as profiler,
-        timed_communication(stopwatch),
-    ):
-        batches: Iterator[LoadedBatch] = own_batches
-        if loader.skips_damaged_rows:
-            eos = loader.stream.sources[0].dataset.manifest.eos_id  # the same of all sources: they share a tokenizer
-            batches = read_alike(own_batches, eos, trainer.groups)
+    with closing(iter(loader)) as own_batches, closing(hooks), timed_communication(stopwatch):
+        batches = same_on_all_ranks(own_batches, loader, trainer.groups)
         while progress.step < total_steps:
-            with profiler.step(progress.step):
+            with hooks.around_step(progress.step):
                 loaded, result, metrics = measured_step(trainer, batches, progress.step, total_steps, stopwatch)
             progress.step += 1
             try:
                 commit_step(progress, trainer, loader, loaded, result, metrics)
-            except (SkipBudgetError, NonFiniteStepError):  # on every rank: what is written already need not be lost
-                boundary.finish()
+            except (SkipBudgetError, NonFiniteStepError):  # raised by all ranks: what is being written is not lost
+                hooks.finish()
                 raise
-            metrics["train/skipped_steps"] = float(progress.skipped.total)
-            metrics["perf/checkpoint_seconds"] = boundary.take_seconds()
-            metrics |= data_metrics(loader)
+            progress.pending = metrics | hooks.metrics() | data_metrics(loader)
             watchdog.beat(f"step {progress.step}")
-
-            progress.pending = metrics
-            if is_due(progress.step, held_out.interval if held_out else None, total_steps):
-                complete()
-            else:
-                report(observer, progress.step, metrics)
-                progress.pending = None
-            if stopped := boundary.cross(progress, checkpoint_is_due()):
+            if stopped := hooks.after_step(progress):
                 return stopped
             watchdog.beat(f"checkpoints after step {progress.step}")
-    boundary.finish()
+    hooks.finish()
     watchdog.beat("the last checkpoint")
     return StopReason.NONE
 
 
-def is_due(step: int, interval: int | None, total_steps: int) -> bool:
-    """Whether something that happens at every interval and at the end happens after a step; None: only at the end."""
-    return step == total_steps or (interval is not None and step % interval == 0)
-
-
-def step_profiler(trainer: Trainer, observer: Observer | None) -> StepProfiler:
-    """The profiler of the steps that the configuration names."""
-    config = trainer.config
-    return StepProfiler(
-        config.profile.traced_steps,
-        config.output_dir / "profile",
-        dist.get_rank(),
-        trainer.groups.device,
-        announce=observer.writer.note if observer is not None else None,
-    )
+def same_on_all_ranks(batches: Iterator[LoadedBatch], loader: BatchLoader, groups: ProcessGroups) -> Iterator[LoadedBatch]:
+    """The batches, with the same rows left out on all ranks of a replica where damaged rows may be skipped."""
+    if not loader.skips_damaged_rows:
+        return batches
+    eos = loader.stream.sources[0].dataset.manifest.eos_id  # the same of all sources: they share a tokenizer
+    return read_alike(batches, eos, groups)
 
 
 def measured_step(
@@ -274,9 +122,62 @@ def measured_step(
     return loaded, result, metrics
 
 
+def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> None:
+    """Take in whether the step that has just been done was skipped.
+
+    Raises:
+        NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written what
+            the step looked like.
+    Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
+    """
+    skipped, number = progress.skipped, progress.step
+    skipped.count(result.update.applied)
+    if result.update.applied:
+        return
+    logger.warning(
+        "step %d: skipped by all ranks, because a loss, a reward or a gradient was not finite on one of them "
+        "(%d in a row, %d in all)",
+        number,
+        skipped.in_a_row,
+        skipped.total,
+    )
+    if skipped.in_a_row == MAX_SKIPPED_IN_A_ROW:
+        path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
+        logger.error("wrote %s", path)
+        dist.barrier()
+        raise NonFiniteStepError(
+            f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
+            f"finite; rows and statistics are in {path.parent}"
+        )
+
+
+def commit_step(
+    progress: Progress,
+    trainer: Trainer,
+    loader: BatchLoader,
+    loaded: LoadedBatch,
+    result: StepResult,
+    metrics: dict[str, float],
+) -> None:
+    """Count the step that has just been done, its rows, and what of it was left out, also in its metrics.
+
+    Raises:
+        SkipBudgetError: more rows were damaged than may be skipped.
+        NonFiniteStepError: see `count_skipped`.
+    Communication: if rows were left out, that of `account_for`.
+    """
+    config, left_out = trainer.config, int(metrics.get("data/skipped_rows", 0))
+    loader.commit(left_out)
+    if left_out:
+        total, allowed = loader.state.skipped_rows, allowed_skipped_rows(config)
+        account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
+    count_skipped(progress, trainer, result)
+    metrics["train/skipped_steps"] = float(progress.skipped.total)
+
+
 def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> TokenBatch:
-    """Rows as a step takes them: on its device, and with document masking if the configuration says so."""
-    return (rows.with_document_masking() if config.data.document_masking else rows).to(device)
+    """Rows as a step takes them: on its device, and isolated by document if the configuration says so."""
+    return (rows.isolated() if config.data.document_masking else rows).to(device)
 
 
 def data_metrics(loader: BatchLoader) -> dict[str, float]:
@@ -305,32 +206,3 @@ def seconds_over_ranks(step_seconds: float, device: torch.device) -> dict[str, f
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     negative_shortest, longest = extremes.tolist()
     return {"perf/step_seconds_min": -negative_shortest, "perf/step_seconds_max": longest}
-
-
-def evaluate_now(
-    trainer: Trainer,
-    held_out: HeldOut | None,
-    step: int,
-    observer: Observer | None,
-    before_each: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Held-out figures of the policy as it is.
-
-    Args:
-        before_each: see `evaluate`.
-    Communication: that of `evaluate`, and one gathering of a few numbers per row.
-    """
-    if held_out is None:
-        return {}
-    with trainer.policy() as policy:
-        local = evaluate(policy, trainer.feature_network, held_out.rows, held_out.settings, before_each)
-    evaluation = gather(local, trainer.groups.data_parallel)
-    if observer is not None:
-        observer.show_blocks(step, evaluation)
-    return evaluation.means
-
-
-def report(observer: Observer | None, step: int, metrics: dict[str, float]) -> None:
-    """Write a step's metrics, if there are any and this rank is the one that writes."""
-    if observer is not None and metrics:
-        observer.writer.log(step, metrics)

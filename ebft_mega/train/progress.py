@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ebft_mega.checkpoint.run_state import EvaluationRecord, Layout, RunState, StartedFrom
-from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.checkpoint.run_state import EvaluationRecord, RunState
 
 
 @dataclass
@@ -28,6 +27,8 @@ class Progress:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     # Metrics of this very step that are not logged yet, because an evaluation belongs to them; None: all is logged.
     pending: dict[str, float] | None = field(default_factory=dict)
+    # The evaluation after this step was interrupted, or is that of the initial model and has not begun.
+    evaluation_pending: bool = True
 
     @classmethod
     def of(cls, state: RunState) -> "Progress":
@@ -37,43 +38,10 @@ class Progress:
             SkippedSteps(state.skipped_steps, state.skipped_in_a_row),
             list(state.evaluations),
             state.pending_metrics,
+            evaluation_pending=state.pending_metrics is not None,
         )
 
     @property
     def logged_step(self) -> int:
         """The last step whose metrics are logged; -1 before the first."""
         return self.step if self.pending is None else self.step - 1
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What a run keeps from its first step to its last, and the layout of this start of it."""
-
-    seed: int
-    feature_network: str | None  # sha256 of the initial model; None: no rollouts
-    feature_source: str  # where it came from, in words
-    layout: Layout
-    started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named
-
-    def state(self, progress: Progress, loader: BatchLoader, optimizer_updates: int) -> RunState:
-        """What a checkpoint says of the run.
-
-        Args:
-            optimizer_updates: steps that changed the weights.
-        """
-        data = loader.state
-        return RunState(
-            step=progress.step,
-            optimizer_updates=optimizer_updates,
-            skipped_steps=progress.skipped.total,
-            skipped_in_a_row=progress.skipped.in_a_row,
-            tokens=data.next_row * data.sequence_length,
-            seed=self.seed,
-            data=data,
-            feature_network=self.feature_network,
-            feature_source=self.feature_source,
-            layout=self.layout,
-            evaluations=tuple(progress.evaluations),
-            pending_metrics=progress.pending,
-            started_from=self.started_from,
-        )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import (
     CHECKPOINTS,
@@ -20,14 +18,10 @@ from ebft_mega.checkpoint.commit import (
     step_of,
 )
 from ebft_mega.checkpoint.manifest import (
-    Manifest,
-    file_problems,
     read_listed,
-    read_manifest,
-    share_of_files,
     unlisted_files,
 )
-from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint, open_model_folder
+from ebft_mega.checkpoint.model_folder import open_model_folder
 from ebft_mega.checkpoint.resume_rules import (
     Candidates,
     SavedRun,
@@ -43,10 +37,10 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
-from ebft_mega.model.weights.huggingface import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment
+from ebft_mega.train.model_identity import damaged_files
 from ebft_mega.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -144,7 +138,7 @@ def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None,
     for directory in found.paths:
         saved, problems = from_first_rank(partial(_try, directory))
         if saved is not None:
-            problems = _damaged_files(saved.directory, saved.manifest, "")
+            problems = damaged_files(saved.directory, saved.manifest, "")
             if not problems:
                 notes += from_first_rank(partial(_foreign_files, saved))
                 return saved, broken
@@ -163,33 +157,6 @@ def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:
         return read_run(directory), ()
     except BrokenCheckpointError as error:
         return None, error.problems
-
-
-def _damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[Problem]:
-    """What is wrong with the files of a checkpoint whose names begin so.
-
-    Communication: one gathering; each file is hashed by one rank.
-    """
-    own = share_of_files(manifest, dist.get_rank(), dist.get_world_size())
-    problems = file_problems(directory, manifest, [name for name in own if name.startswith(beginning)])
-    parts: list[list[Problem]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, problems)
-    return [problem for part in parts for problem in part]
-
-
-def require_whole_models(config: RunConfig) -> None:
-    """Check the weights of the models that a run starts from and that are checkpoints of other runs.
-
-    Raises:
-        BrokenCheckpointError: their files are not those that were written.
-    Communication: collective over the world; each file is hashed by one rank.
-    """
-    for directory in (config.model.init_from, config.ebft.feature_model):
-        if directory is not None and from_first_rank(partial(is_checkpoint, directory)):
-            manifest = from_first_rank(partial(read_manifest, directory))
-            problems = _damaged_files(directory, manifest, WEIGHTS_FOLDER)
-            if problems:
-                raise BrokenCheckpointError(problems)
 
 
 def _other_software(saved: SavedRun) -> list[str]:
@@ -238,27 +205,3 @@ def _tidy(root: Path, start: Start) -> tuple[str, ...]:
         # The run was killed after a checkpoint had come to count, and before `latest` said so.
         point_latest(root, start.saved.directory.name)
     return tuple(notes)
-
-
-def require_same_initial_model(config: RunConfig, source: InitialWeights, start: Start) -> str:
-    """The identity of the model that the feature network is made of, which a run keeps for good.
-
-    Args:
-        source: the feature network's weights.
-    Returns:
-        sha256 of its weights, wherever they lie.
-    Raises:
-        InputError: the run that goes on began with other weights.
-    Communication: one gathering over the world; each piece of the model is hashed by one rank.
-    """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    parts: list[dict[str, str]] = [{}] * size
-    dist.all_gather_object(parts, {piece: source.digest(piece) for piece in source.pieces()[rank::size]})
-    found = identity({piece: digest for part in parts for piece, digest in part.items()})
-    expected = None if start.saved is None else start.saved.state.feature_network
-    if start.saved is not None and expected != found:
-        key = "ebft.feature_model" if config.ebft.feature_model is not None else "model"
-        source_then = start.saved.state.feature_source
-        words = f"the initial model of this run, {source_then}, with sha256 {expected}"
-        raise InputError([Problem(config.place(key), key, f"weights with sha256 {found}", words)])
-    return found

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors
@@ -92,7 +93,7 @@ def run(directory: str, name: str, setting: Setting, overrides: tuple[str, ...] 
     )
     config = load_config(path, (*wanted, *setting.overrides, *overrides))
     plan = check_run(config, dist.get_world_size())
-    return run_training(config, plan, None, Signals(), time.monotonic())
+    return run_training(config, plan, None, Signals(), time.monotonic(), write_run_report)
 
 
 def lines(output: Path) -> list[dict]:

@@ -1,0 +1,242 @@
+"""What a run is built of: loader, held-out rows, and the trainer with policy, optimizer and feature network."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import StageShape
+from ebft_mega.attention.routes import AttentionRoute, make_route
+from ebft_mega.checkpoint.initial_model import open_weights
+from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
+from ebft_mega.errors import ConfigError, Problem
+from ebft_mega.evaluation.held_out import EvaluationSettings
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.metrics.phase_memory import PhaseMemory
+from ebft_mega.metrics.timers import PhaseTimers
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.huggingface import InitialWeights, RandomWeights, WeightSource, load_weights
+from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
+from ebft_mega.planning.auto import choices, default_choices
+from ebft_mega.planning.datasets import open_place, open_training_rows
+from ebft_mega.planning.memory import Choices
+from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.rollout.generate import SamplingSettings
+from ebft_mega.train.hooks import HeldOut
+from ebft_mega.train.loop import rows_of_step
+from ebft_mega.train.step import Trainer
+from ebft_mega.types import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def make_loader(config: RunConfig, groups: ProcessGroups, is_trace: bool) -> BatchLoader:
+    """This replica's batches, from the first row of the run on.
+
+    Args:
+        is_trace: only one batch will be read, by this process, and all of it has to be whole.
+    Raises:
+        InputError: a dataset cannot be opened or does not fit the others.
+    """
+    return BatchLoader(
+        open_training_rows(config),
+        config.train.global_batch_size,
+        groups.data_parallel_rank,
+        groups.data_parallel_size,
+        workers=0 if is_trace else config.data.workers,
+        pin_memory=groups.device.type == "cuda",
+        on_error="raise" if is_trace else config.data.on_error,
+    )
+
+
+def held_out_rows(config: RunConfig, groups: ProcessGroups) -> HeldOut | None:
+    """This replica's held-out rows, on its device; None: the configuration names none.
+
+    Raises:
+        InputError: the dataset cannot be opened.
+    Communication: none.
+    """
+    if config.evaluation.shards is None:
+        return None
+    dataset = open_place(config, "evaluation.shards", config.evaluation.shards)
+    rows = fixed_rows(
+        dataset,
+        config.data.sequence_length,
+        config.evaluation.rows,
+        groups.data_parallel_rank,
+        groups.data_parallel_size,
+    )
+    dataset.close()
+    rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
+    rows = rows_of_step(rows, config, groups.device)
+    return HeldOut(rows, EvaluationSettings.of(config), config.evaluation.interval)
+
+
+def build_chosen_trainer(
+    config: RunConfig, plan: RunPlan, groups: ProcessGroups, saved: tuple[CheckpointTensors, int] | None = None
+) -> Trainer:
+    """Build a run's trainer: what is `auto` in the configuration is chosen by the memory of the accelerators.
+
+    Args:
+        saved: weights and optimizer state to resume from, and the number of updates that have been applied; None: the
+            initial model.
+    Communication: collective over the world.
+    """
+    chosen = choices(config, plan, least_memory_bytes(groups.device))
+    logger.info("chosen for this memory: %s", chosen)
+    if saved is None:
+        return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen)
+    tensors, updates = saved
+    weights = CheckpointWeights(tensors)
+    trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights)
+    restore_engine(trainer.engine, trainer.stage, tensors, updates)
+    return trainer
+
+
+def build_trainer(
+    config: RunConfig,
+    architecture: Architecture,
+    feature_architecture: Architecture,
+    groups: ProcessGroups,
+    chosen: Choices | None = None,
+    policy_weights: WeightSource | None = None,
+) -> Trainer:
+    """Build the policy with its optimizer, and the feature network.
+
+    Args:
+        architecture, feature_architecture: of the policy and of the frozen network (often the same).
+        chosen: what the memory of the accelerators decides; None: the choices where it is not known.
+        policy_weights: the policy's weights in a checkpoint; None: the initial model. The feature network is always
+            made of the initial model.
+    Raises:
+        ConfigError: `train.attention` names a route that this device does not have.
+    Communication: collective over the world (weights are read by the first rank of each data-parallel group).
+    """
+    chosen = chosen or default_choices(config)
+    attention = attention_route(config, architecture, groups.device)
+    initial = initial_weights(config, architecture)
+    features = None
+    if config.uses_rollouts:
+        source = feature_weights(config, feature_architecture, initial)
+        features = build_features(config, feature_architecture, source, chosen, groups)
+    synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
+    return Trainer(
+        config=config,
+        plan=config.block_plan,
+        sampling=SamplingSettings.of(config),
+        groups=groups,
+        engine=build_engine(config, architecture, policy_weights or initial, attention, groups),
+        feature_network=features,
+        timers=PhaseTimers(synchronize, memory=PhaseMemory.of_device(groups.device)),
+        reuse=chosen.reuse_rollout,
+    )
+
+
+def build_engine(
+    config: RunConfig, architecture: Architecture, source: WeightSource, attention: AttentionRoute, groups: ProcessGroups
+) -> ZeroEngine:
+    """Build this rank's stage of the policy and its optimizer.
+
+    Communication: collective over the data-parallel group, whose first rank reads the weights.
+    """
+    dtype = DTYPES[config.train.dtype]
+    shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
+
+    def build_stage() -> Stage:
+        return Stage(
+            architecture,
+            shape,
+            groups,
+            dtype,
+            activation_checkpointing=config.train.activation_checkpointing == "full",
+            sequence_parallel=config.parallel.sequence_parallel,
+            attention=attention,
+        )
+
+    def load(
+        stage: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager[Any]], is_reader: bool
+    ) -> None:
+        assert isinstance(stage, Stage)
+        load_weights(stage, source, gathered, is_reader)
+
+    def roles(stage: nn.Module) -> dict[str, ParameterRole]:
+        assert isinstance(stage, Stage)
+        return stage.parameter_roles()
+
+    settings = OptimizerSettings(
+        betas=config.train.betas,
+        weight_decay=config.train.weight_decay,
+        grad_clip=config.train.grad_clip,
+        dtype=dtype,
+        micro_batch_size=config.train.micro_batch_size,
+        zero_stage=config.zero.stage,
+        hold_parameters=config.zero.hold_parameters,
+    )
+    return ZeroEngine(build_stage, load, roles, settings, groups)
+
+
+def build_features(
+    config: RunConfig, architecture: Architecture, source: WeightSource, chosen: Choices, groups: ProcessGroups
+) -> FeatureNetwork:
+    """Build this rank's part of the frozen feature network.
+
+    Communication: that of `build_feature_network`.
+    """
+    settings = FeatureSettings(
+        layer_fractions=config.ebft.feature_layers,
+        embed_method=config.ebft.embed_method,
+        feature_norm=config.ebft.feature_norm,
+        dtype=DTYPES[config.train.dtype],
+        is_sharded=chosen.feature_network_is_sharded,
+        sequence_parallel=config.parallel.sequence_parallel,
+        attention=attention_route(config, architecture, groups.device),
+    )
+    return build_feature_network(architecture, source, settings, groups)
+
+
+def attention_route(config: RunConfig, architecture: Architecture, device: torch.device) -> AttentionRoute:
+    """The attention route that the configuration names."""
+    name = config.train.attention
+    try:
+        return make_route(name, device, own_capacity=config.ebft.generate_max_len, head_dim=architecture.head_dim)
+    except ValueError as error:
+        key = "train.attention"
+        raise ConfigError([Problem(config.place(key), key, f"{name}, on a {device.type}: {error}", "auto")]) from None
+
+
+def initial_weights(config: RunConfig, architecture: Architecture) -> InitialWeights:
+    """The policy's initial weights: of `model.init_from`, or random ones of the run's seed."""
+    if config.model.init_from is not None:
+        return open_weights(config.model.init_from, architecture, hash_files=False)
+    return RandomWeights(architecture, config.seed)
+
+
+def feature_weights(config: RunConfig, architecture: Architecture, initial_policy: InitialWeights) -> InitialWeights:
+    """The feature network's weights: the initial policy's, or those of the model that `ebft.feature_model` names."""
+    ebft = config.ebft
+    if ebft.feature_model is None:
+        return initial_policy
+    deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    return open_weights(ebft.feature_model, architecture, deepest, hash_files=False)
+
+
+def least_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the accelerator that has the least of all ranks'; None on CPUs, whose memory processes share.
+
+    Communication: on accelerators one all-reduce of 8 bytes over the world.
+    """
+    if device.type != "cuda":
+        return None
+    least = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)

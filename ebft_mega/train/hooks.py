@@ -1,0 +1,357 @@
+"""What happens around every optimizer step beside the step itself: profile, evaluation, report, checkpoint.
+
+They happen in this order, which is the order of `step_hooks`. A checkpoint comes last because it holds what the others
+have done; metrics are reported after the evaluation because one line of `metrics.jsonl` holds both.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.run_state import EvaluationRecord
+from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.evaluation.held_out import (
+    Evaluation,
+    EvaluationSettings,
+    evaluate_chunk,
+    evaluation_chunks,
+    gather,
+    merge,
+)
+from ebft_mega.metrics.profiler import StepProfiler
+from ebft_mega.metrics.sinks import MetricsWriter, cut_after
+from ebft_mega.runtime.stop_requests import StopReason
+from ebft_mega.runtime.watchdog import Watchdog
+from ebft_mega.train.progress import Progress
+from ebft_mega.train.skipped_rows import ERRORS_NAME
+from ebft_mega.train.step import Trainer
+from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.types import TokenBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What evaluations look at, and when."""
+
+    rows: TokenBatch  # this rank's rows
+    settings: EvaluationSettings
+    interval: int | None  # optimizer steps; None: only before the first and after the last
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Where the one writing rank puts what a person reads; None on other ranks."""
+
+    writer: MetricsWriter
+    samples_path: Path
+    tokenizer: Tokenizer
+
+    def show_blocks(self, step: int, evaluation: Evaluation) -> None:
+        """Append a few rollouts beside their targets, as text."""
+        decode = self.tokenizer.decode
+        with self.samples_path.open("a", encoding="utf-8") as file:
+            for block in evaluation.shown:
+                record = {
+                    "step": step,
+                    "row": block.row,
+                    "block": block.block,
+                    "context": decode(block.context),
+                    "target": decode(block.target),
+                    "rollouts": [decode(rollout) for rollout in block.rollouts],
+                    "alignment": block.alignment,
+                }
+                file.write(json.dumps(record) + "\n")
+
+
+def open_observer(
+    output: Path,
+    tokenizer_directory: Path,
+    total_steps: int,
+    progress: Progress,
+    resumes_here: bool,
+    notes: Sequence[str],
+) -> Observer:
+    """Open the files of a run directory that a person reads.
+
+    What an earlier start of this run wrote after its checkpoint is cut off; what another run wrote is cut off whole.
+
+    Args:
+        progress: where this start of the run begins.
+        resumes_here: whether its checkpoint lies in this directory.
+        notes: shown first.
+    Communication: none.
+    """
+    logged_step, done_step = (progress.logged_step, progress.step) if resumes_here else (-1, -1)
+    samples = output / "samples.jsonl"
+    cut_after(samples, logged_step)
+    cut_after(output / ERRORS_NAME, done_step)
+    resumed_step = logged_step if logged_step >= 0 else None
+    writer = MetricsWriter(output, total_steps, console=True, resumed_step=resumed_step)
+    for note in notes:
+        writer.note(f"note: {note}")
+    if not resumes_here:
+        for evaluation in progress.evaluations:
+            writer.log(evaluation.step, evaluation.metrics)
+    return Observer(writer, samples, load_tokenizer(tokenizer_directory))
+
+
+class StepHook:
+    """Something that happens around every optimizer step; by default nothing.
+
+    Communication: a hook may be collective over the world, so every rank has the same hooks in the same order.
+    """
+
+    def at_start(self, progress: Progress) -> StopReason:
+        """Before the first step of this start of the run, when nothing of the last step is unfinished."""
+        return StopReason.NONE
+
+    def around_step(self, step: int) -> AbstractContextManager[None]:
+        """Context in which optimizer step `step` (0-based) is computed."""
+        return nullcontext()
+
+    def metrics(self) -> dict[str, float]:
+        """What the hook adds to the metrics of the step that has just been computed. Communication: none."""
+        return {}
+
+    def after_step(self, progress: Progress) -> StopReason:
+        """After a step, or at the start of a run whose last step (or step 0) still needs its evaluation.
+
+        Returns:
+            Why the run stops here; NONE: it continues.
+        """
+        return StopReason.NONE
+
+    def finish(self) -> None:
+        """At the end of the run, also at an error that all ranks raise together: collective, unlike `close`."""
+
+    def close(self) -> None:
+        """Release what is held, however the run ends. Communication: none."""
+
+
+class ProfileHook(StepHook):
+    """Record the steps that `profile.start` and `profile.steps` name.
+
+    Communication: none.
+    """
+
+    def __init__(self, trainer: Trainer, announce: Callable[[str], None] | None):
+        """Take the steps from the configuration; `announce` shows a line to people."""
+        config = trainer.config
+        steps, directory = config.profile.traced_steps, config.output_dir / "profile"
+        self._profiler = StepProfiler(steps, directory, dist.get_rank(), trainer.groups.device, announce)
+
+    def around_step(self, step: int) -> AbstractContextManager[None]:
+        """Record the step, if it is one of those."""
+        return self._profiler.step(step)
+
+    def close(self) -> None:
+        """End a recording that is still running, without a file."""
+        self._profiler.close()
+
+
+class EvaluationHook(StepHook):
+    """Evaluate the policy on held-out rows when it is due.
+
+    A stop request interrupts an evaluation. It is then left to the resumed run, together with the report of the step.
+
+    Communication: that of `evaluate_now`, and one all-reduce of four int64 over the world for each few micro-batches
+        (`Boundary.stop_requested`).
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        held_out: HeldOut | None,
+        total_steps: int,
+        boundary: Boundary,
+        observer: Observer | None,
+        watchdog: Watchdog,
+    ):
+        """Evaluate `held_out` at its interval and after the last step; None: only the schedule is kept."""
+        self._trainer, self._held_out, self._total_steps = trainer, held_out, total_steps
+        self._boundary, self._observer, self._watchdog = boundary, observer, watchdog
+
+    def after_step(self, progress: Progress) -> StopReason:
+        """Evaluate if it is due or still pending, and add the figures to the step's metrics."""
+        interval = self._held_out.interval if self._held_out else None
+        if progress.evaluation_pending:
+            if self._observer is not None and self._held_out is not None:
+                self._observer.writer.note(f"evaluating the model of step {progress.step}")
+        elif not is_due(progress.step, interval, self._total_steps):
+            return StopReason.NONE
+        progress.evaluation_pending = True
+        assert progress.pending is not None, "metrics that an evaluation belongs to are not reported before it"
+        figures = evaluate_now(
+            self._trainer,
+            self._held_out,
+            progress.step,
+            self._observer,
+            is_interrupted=lambda: self._boundary.stop_requested(progress),
+        )
+        if figures is None:
+            return StopReason.NONE  # the checkpoint hook stops the run
+        if figures:
+            progress.evaluations.append(EvaluationRecord(step=progress.step, metrics=figures))
+        progress.pending |= figures
+        progress.evaluation_pending = False
+        self._watchdog.beat(f"evaluation after step {progress.step}")
+        return StopReason.NONE
+
+
+class ReportHook(StepHook):
+    """Write a step's metrics, on the one rank that writes.
+
+    Communication: none.
+    """
+
+    def __init__(self, observer: Observer | None):
+        """Write to the observer; None on ranks that do not write."""
+        self._observer = observer
+
+    def after_step(self, progress: Progress) -> StopReason:
+        """Report the metrics, unless an evaluation that belongs to them is still pending."""
+        if progress.evaluation_pending:
+            return StopReason.NONE
+        if self._observer is not None and progress.pending:
+            self._observer.writer.log(progress.step, progress.pending)
+        progress.pending = None
+        return StopReason.NONE
+
+
+class CheckpointHook(StepHook):
+    """Save checkpoints when they are due or requested, and stop the run on request.
+
+    Communication: that of `Boundary.cross`.
+    """
+
+    def __init__(self, boundary: Boundary, interval: int | None, total_steps: int):
+        """Save every `interval` optimizer steps and after the last one; None: on request only."""
+        self._boundary, self._interval, self._total_steps = boundary, interval, total_steps
+
+    def at_start(self, progress: Progress) -> StopReason:
+        """Stop at once if a stop is requested; the state that a run starts from needs no new checkpoint."""
+        return self._boundary.cross(progress, is_due=False)
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds that the run has spent on checkpoints since the step before."""
+        return {"perf/checkpoint_seconds": self._boundary.take_seconds()}
+
+    def after_step(self, progress: Progress) -> StopReason:
+        """Save a checkpoint if one is due."""
+        due = (
+            self._interval is not None
+            and progress.step > 0
+            and is_due(progress.step, self._interval, self._total_steps)
+        )
+        return self._boundary.cross(progress, due)
+
+    def finish(self) -> None:
+        """Commit a checkpoint that is still being written."""
+        self._boundary.finish()
+
+
+class StepHooks(StepHook):
+    """Several hooks as one, each in its turn."""
+
+    def __init__(self, hooks: Sequence[StepHook]):
+        """Keep the hooks in the order in which they happen."""
+        self._hooks = tuple(hooks)
+
+    def at_start(self, progress: Progress) -> StopReason:
+        """Begin with what is unfinished: step 0, or a step whose evaluation was interrupted."""
+        if progress.evaluation_pending:
+            return self.after_step(progress)
+        return _first([hook.at_start(progress) for hook in self._hooks])
+
+    @contextmanager
+    def around_step(self, step: int) -> Iterator[None]:
+        """All contexts, one within the other."""
+        with ExitStack() as contexts:
+            for hook in self._hooks:
+                contexts.enter_context(hook.around_step(step))
+            yield
+
+    def metrics(self) -> dict[str, float]:
+        """What all hooks add."""
+        return {key: value for hook in self._hooks for key, value in hook.metrics().items()}
+
+    def after_step(self, progress: Progress) -> StopReason:
+        """Every hook, also when one of them stops the run."""
+        return _first([hook.after_step(progress) for hook in self._hooks])
+
+    def finish(self) -> None:
+        """Finish all."""
+        for hook in self._hooks:
+            hook.finish()
+
+    def close(self) -> None:
+        """Close all."""
+        for hook in self._hooks:
+            hook.close()
+
+
+def step_hooks(
+    trainer: Trainer,
+    held_out: HeldOut | None,
+    total_steps: int,
+    boundary: Boundary,
+    observer: Observer | None,
+    watchdog: Watchdog,
+) -> StepHooks:
+    """The hooks of a run, in the order in which they happen after a step."""
+    announce = observer.writer.note if observer is not None else None
+    return StepHooks(
+        (
+            ProfileHook(trainer, announce),
+            EvaluationHook(trainer, held_out, total_steps, boundary, observer, watchdog),
+            ReportHook(observer),
+            CheckpointHook(boundary, trainer.config.checkpoint.interval, total_steps),
+        )
+    )
+
+
+def is_due(step: int, interval: int | None, total_steps: int) -> bool:
+    """Whether something that happens at every interval and at the end happens after a step; None: only at the end."""
+    return step == total_steps or (interval is not None and step % interval == 0)
+
+
+def evaluate_now(
+    trainer: Trainer,
+    held_out: HeldOut | None,
+    step: int,
+    observer: Observer | None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Held-out figures of the policy as it is.
+
+    Args:
+        held_out: None: there are none, and so no figures.
+        is_interrupted: asked before each chunk of micro-batches, equally often on all ranks, which must answer alike.
+    Returns:
+        `eval/*` figures by name; None if the evaluation was interrupted.
+    Communication: that of `evaluate_chunk`, and one gathering of a few numbers per row.
+    """
+    if held_out is None:
+        return {}
+    parts = []
+    with trainer.policy() as policy:
+        for chunk in evaluation_chunks(held_out.rows, held_out.settings, trainer.groups.pipeline_size):
+            if is_interrupted():
+                return None
+            parts.append(evaluate_chunk(policy, trainer.feature_network, chunk, held_out.settings))
+    evaluation = gather(merge(parts), trainer.groups.data_parallel)
+    if observer is not None:
+        observer.show_blocks(step, evaluation)
+    return evaluation.means
+
+
+def _first(reasons: Sequence[StopReason]) -> StopReason:
+    """The first reason to stop."""
+    return next((reason for reason in reasons if reason), StopReason.NONE)

@@ -1,0 +1,137 @@
+"""Which models a run is about: the initial model that it began with, whole and unchanged for as long as it lasts."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files
+from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
+from ebft_mega.checkpoint.resume_rules import SavedRun
+from ebft_mega.checkpoint.run_state import Layout, RunState, StartedFrom
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+from ebft_mega.model.weights.huggingface import InitialWeights, identity
+from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.train.build import feature_weights, initial_weights
+from ebft_mega.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run keeps from its first step to its last, and the layout of this start of it."""
+
+    seed: int
+    feature_network: str | None  # sha256 of the initial model; None: no rollouts
+    feature_source: str  # where it came from, in words
+    layout: Layout
+    started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named
+
+    def state(self, progress: Progress, loader: BatchLoader, optimizer_updates: int) -> RunState:
+        """What a checkpoint says of the run.
+
+        Args:
+            optimizer_updates: steps that changed the weights.
+        """
+        data = loader.state
+        return RunState(
+            step=progress.step,
+            optimizer_updates=optimizer_updates,
+            skipped_steps=progress.skipped.total,
+            skipped_in_a_row=progress.skipped.in_a_row,
+            tokens=data.next_row * data.sequence_length,
+            seed=self.seed,
+            data=data,
+            feature_network=self.feature_network,
+            feature_source=self.feature_source,
+            layout=self.layout,
+            evaluations=tuple(progress.evaluations),
+            pending_metrics=progress.pending,
+            started_from=self.started_from,
+        )
+
+
+def run_identity(
+    config: RunConfig, plan: RunPlan, saved: SavedRun | None, started_from: StartedFrom | None
+) -> RunIdentity:
+    """What stays the same from the first step of a run to its last.
+
+    Args:
+        saved: the run to resume; None: a new one.
+        started_from: the checkpoint that `checkpoint.resume` named, now or when the run began.
+    Raises:
+        InputError: the initial model is not the one that the resumed run began with.
+    Communication: that of `require_same_initial_model`.
+    """
+    source = feature_weights(config, plan.feature_architecture, initial_weights(config, plan.architecture))
+    place = config.ebft.feature_model or config.model.init_from
+    parallel = plan.parallel
+    return RunIdentity(
+        seed=config.seed,
+        feature_network=require_same_initial_model(config, source, saved) if config.uses_rollouts else None,
+        feature_source=f"random weights of seed {config.seed}" if place is None else str(place),
+        layout=Layout(
+            data_parallel=parallel.data_parallel,
+            tensor_parallel=parallel.tensor_parallel,
+            pipeline_parallel=parallel.pipeline_parallel,
+            sequence_parallel=config.parallel.sequence_parallel,
+            zero_stage=config.zero.stage,
+            world_size=dist.get_world_size(),
+        ),
+        started_from=started_from,
+    )
+
+
+def require_whole_models(config: RunConfig) -> None:
+    """Check the weights of the models that a run starts from and that are checkpoints of other runs.
+
+    Raises:
+        BrokenCheckpointError: their files are not those that were written.
+    Communication: collective over the world; each file is hashed by one rank.
+    """
+    for directory in (config.model.init_from, config.ebft.feature_model):
+        if directory is not None and from_first_rank(partial(is_checkpoint, directory)):
+            manifest = from_first_rank(partial(read_manifest, directory))
+            problems = damaged_files(directory, manifest, WEIGHTS_FOLDER)
+            if problems:
+                raise BrokenCheckpointError(problems)
+
+
+def require_same_initial_model(config: RunConfig, source: InitialWeights, saved: SavedRun | None) -> str:
+    """The identity of the model that the feature network is made of, which is the same for as long as the run lasts.
+
+    Args:
+        source: the feature network's weights.
+        saved: the run to resume; None: a new one.
+    Returns:
+        sha256 of its weights, wherever they lie.
+    Raises:
+        InputError: the resumed run began with other weights.
+    Communication: one gathering over the world; each rank hashes a part of the model.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parts: list[dict[str, str]] = [{}] * size
+    dist.all_gather_object(parts, {piece: source.digest(piece) for piece in source.pieces()[rank::size]})
+    found = identity({piece: digest for part in parts for piece, digest in part.items()})
+    expected = None if saved is None else saved.state.feature_network
+    if saved is not None and expected != found:
+        key = "ebft.feature_model" if config.ebft.feature_model is not None else "model"
+        source_then = saved.state.feature_source
+        words = f"the initial model of this run, {source_then}, with sha256 {expected}"
+        raise InputError([Problem(config.place(key), key, f"weights with sha256 {found}", words)])
+    return found
+
+
+def damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[Problem]:
+    """Compare the files of a checkpoint whose names begin with `beginning` with its manifest.
+
+    Communication: one gathering; each file is hashed by one rank.
+    """
+    own = share_of_files(manifest, dist.get_rank(), dist.get_world_size())
+    problems = file_problems(directory, manifest, [name for name in own if name.startswith(beginning)])
+    parts: list[list[Problem]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, problems)
+    return [problem for part in parts for problem in part]
