@@ -143,7 +143,11 @@ def build_trainer(
 
 
 def build_engine(
-    config: RunConfig, architecture: Architecture, source: WeightSource, attention: AttentionRoute, groups: ProcessGroups
+    config: RunConfig,
+    architecture: Architecture,
+    source: WeightSource,
+    attention: AttentionRoute,
+    groups: ProcessGroups,
 ) -> ZeroEngine:
     """Build this rank's stage of the policy and its optimizer.
 

@@ -1,4 +1,4 @@
-"""The training loop: batches in, optimizer steps, and what happens around each of them in a stated order (`hooks.py`)."""
+"""The training loop: optimizer steps, and what happens around each of them in a stated order (`hooks.py`)."""
 
 import logging
 import time
@@ -78,7 +78,9 @@ def train(
     return StopReason.NONE
 
 
-def same_on_all_ranks(batches: Iterator[LoadedBatch], loader: BatchLoader, groups: ProcessGroups) -> Iterator[LoadedBatch]:
+def same_on_all_ranks(
+    batches: Iterator[LoadedBatch], loader: BatchLoader, groups: ProcessGroups
+) -> Iterator[LoadedBatch]:
     """The batches, with the same rows left out on all ranks of a replica where damaged rows may be skipped."""
     if not loader.skips_damaged_rows:
         return batches
@@ -176,8 +178,8 @@ def commit_step(
 
 
 def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> TokenBatch:
-    """Rows as a step takes them: on its device, and isolated by document if the configuration says so."""
-    return (rows.isolated() if config.data.document_masking else rows).to(device)
+    """Rows as a step takes them: on its device, and with document masking if the configuration says so."""
+    return (rows.with_document_masking() if config.data.document_masking else rows).to(device)
 
 
 def data_metrics(loader: BatchLoader) -> dict[str, float]:

@@ -36,7 +36,7 @@ from ebft_mega.checkpoint.tensor_index import TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
-from ebft_mega.errors import BrokenCheckpointError, ConfigError, InputError, Problem
+from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment

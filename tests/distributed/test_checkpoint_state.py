@@ -26,7 +26,7 @@ from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
-from ebft_mega.train.run import build_trainer
+from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.conftest import tiny_config

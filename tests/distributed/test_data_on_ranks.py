@@ -14,6 +14,7 @@ from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.train import loop
+from ebft_mega.train.hooks import step_hooks
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 from tests.distributed.ranks import run_ranks
@@ -66,7 +67,8 @@ def train_on_half_damaged(directory, tensor, pipeline):
     """Rows left out by step, and the parameters' sum, after three steps."""
     trainer = build(directory, tensor, pipeline, f"output_dir={directory}", "data.on_error=skip", *ANY_NUMBER)
     loader = HalfDamaged(trainer.groups)
-    loop.train(trainer, loader, None, 3, Progress(), QuietBoundary(), None, Beats())
+    hooks = step_hooks(trainer, None, 3, QuietBoundary(), None, Beats())
+    loop.train(trainer, loader, 3, Progress(), hooks, Beats())
     return loader.left_out, sum(float(values.double().sum()) for _, values in trainer.engine.local_parameters())
 
 

@@ -7,8 +7,8 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.model.weights.huggingface import RandomWeights
 from ebft_mega.parallel.groups import connect, make_process_groups
-from ebft_mega.train.loop import HeldOut, evaluate_now
-from ebft_mega.train.run import build_trainer
+from ebft_mega.train.build import build_trainer
+from ebft_mega.train.hooks import HeldOut, evaluate_now
 from ebft_mega.types import TokenBatch
 from tests.conftest import tiny_config
 from tests.distributed.plain import plain_steps

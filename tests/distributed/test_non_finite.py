@@ -17,8 +17,9 @@ from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train import loop
 from ebft_mega.train import non_finite as faults
 from ebft_mega.train import step as step_module
+from ebft_mega.train.build import build_trainer
+from ebft_mega.train.hooks import Observer, step_hooks
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.run import build_trainer
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, config_of, rows_of_step
@@ -189,9 +190,10 @@ def train_until_it_stops(directory):
             undo()
 
     loop.train_step = poisoned_later
-    observer = loop.Observer(lines, Path(directory) / "samples.jsonl", None)
+    observer = Observer(lines, Path(directory) / "samples.jsonl", None)
+    hooks = step_hooks(trainer, None, 100, QuietBoundary(), observer, beats)
     try:
-        loop.train(trainer, Rows(trainer.groups), None, 100, Progress(), QuietBoundary(), observer, beats)
+        loop.train(trainer, Rows(trainer.groups), 100, Progress(), hooks, beats)
     except NonFiniteStepError as error:
         # What the other rank has written must be there by now.
         files = sorted(path.name for path in (Path(directory) / faults.DUMP_DIRECTORY).iterdir())

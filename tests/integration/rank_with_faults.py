@@ -38,10 +38,10 @@ STAGES = {
     "old one half deleted": ("ebft_mega.checkpoint.commit:shutil.rmtree", "half", (0,)),
 }
 PHASES = {
-    "start": "ebft_mega.train.run:build_trainer",
+    "start": "ebft_mega.train.build:build_trainer",
     "rollout": "ebft_mega.train.step:generate_rollouts",
     "learning": "ebft_mega.train.step:learn",
-    "evaluation": "ebft_mega.train.loop:evaluate",
+    "evaluation": "ebft_mega.train.hooks:evaluate_chunk",
 }
 
 

@@ -19,7 +19,7 @@ from ebft_mega.cost.work import StepCost
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.train.run import build_trainer
+from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.types import DTYPES, TokenBatch
 

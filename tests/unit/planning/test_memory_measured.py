@@ -14,7 +14,7 @@ from ebft_mega.planning.activation_memory import Pass, layer_saved_bytes
 from ebft_mega.planning.data_budget import TrainingSupply
 from ebft_mega.planning.memory import Choices, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
-from ebft_mega.train.run import build_trainer
+from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch
 
