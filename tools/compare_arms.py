@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.errors import EbftError, InputError, Problem
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,21 +51,15 @@ def read_arms(texts: list[str], reference: str | None) -> dict[str, Path]:
     return arms
 
 
-def main() -> int:
-    """Write the page and print what the intervals show."""
+def main() -> None:
+    """Write the page and print its path."""
     arguments = parse_arguments()
-    try:
-        arms = read_arms(arguments.arms, arguments.reference)
-        # Draws plots, which --help should not wait for.
-        from ebft_mega.apps.report.arm_comparison import write_comparison
+    arms = read_arms(arguments.arms, arguments.reference)
+    # Draws plots, which --help should not wait for.
+    from ebft_mega.apps.report.arm_comparison import write_comparison
 
-        page = write_comparison(arms, arguments.output, arguments.reference)
-    except EbftError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(f"Report: {page}")
-    return 0
+    print(f"Report: {write_comparison(arms, arguments.output, arguments.reference)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_overrides_option, run_command
 
 LONGEST_DEFAULT_ROW = 1024
 
@@ -21,9 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of --config"
-    )
+    add_overrides_option(parser, "override keys of --config")
     parser.add_argument(
         "--feature-model",
         type=Path,
@@ -32,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
     parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")
     arguments = parser.parse_args()
-    if arguments.set and arguments.config is None:
+    if arguments.overrides and arguments.config is None:
         parser.error("--set overrides keys of --config, which is not given")
     return arguments
 
@@ -40,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings(arguments: argparse.Namespace) -> RunConfig:
     """The configuration to evaluate under: the file's, or defaults, with rows as long as the model reads (or 1024)."""
     if arguments.config is not None:
-        return load_config(arguments.config, arguments.set)
+        return load_config(arguments.config, arguments.overrides)
     architecture = Architecture.from_directory(arguments.model)
     longest = min(architecture.max_position_embeddings, architecture.sliding_window or LONGEST_DEFAULT_ROW)
     defaults = EbftConfig()

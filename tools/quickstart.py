@@ -7,17 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.apps.study.arms import (
-    WARM_START,
-    WORKSPACE,
-    ArmResult,
-    Experiment,
-    Scale,
-    default_num_ranks,
-    thread_environment,
-)
-from ebft_mega.apps.study.phases import PhaseRunner
-from ebft_mega.errors import EbftError
+from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, ArmResult, Experiment, Scale
+from ebft_mega.apps.study.commands import add_runner_options, phase_runner
+from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the configured steps take on two quiet cores, and the part of it that does not shrink with them
@@ -37,17 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         default=FULL_SECONDS,
         help="wall time to aim at on two quiet cores; scales the steps of every phase (default %(default)g)",
     )
-    parser.add_argument("--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="set a key of every training run, such as parallel.tensor_parallel_size=2",
-    )
-    parser.add_argument("--fresh", action="store_true", help="reuse nothing from an earlier run")
+    add_overrides_option(parser, "set a key of every training run, such as parallel.tensor_parallel_size=2")
+    add_runner_options(parser)
     return parser.parse_args()
 
 
@@ -76,16 +59,11 @@ def report(results: dict[str, ArmResult]) -> Path:
     )
 
 
-def main() -> int:
+def main() -> None:
     """Run all phases; the exit code is that of the phase that failed."""
     arguments = parse_arguments()
     started = time.monotonic()
-    runner = PhaseRunner(
-        ROOT,
-        say=lambda text: print(text, flush=True),
-        environment=thread_environment(arguments.ranks),
-        fresh=arguments.fresh,
-    )
+    runner = phase_runner(arguments, ROOT)
     experiment = Experiment(
         runner,
         WORKSPACE,
@@ -94,15 +72,10 @@ def main() -> int:
         scale_for(arguments.budget_seconds),
         overrides=tuple(arguments.overrides),
     )
-    try:
-        page = report(experiment.run_arms("validation"))
-    except EbftError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return error.exit_code
+    page = report(experiment.run_arms("validation"))
     print(f"\nWall time by phase:\n{runner.summary()}")
     print(f"\n{time.monotonic() - started:.0f} s in all. Report: {page.relative_to(ROOT)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

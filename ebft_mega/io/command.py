@@ -1,11 +1,23 @@
 """Runs a command-line tool: errors of this package become messages on standard error and an exit code."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 from ebft_mega.errors import EXIT_FAILED, EbftError, InputProblems
 
 MAX_SHOWN_PROBLEMS = 50
+
+
+def add_overrides_option(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Add `--set KEY=VALUE ...`, which may be given again; its texts are in `overrides`.
+
+    Args:
+        meaning: help text.
+    """
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=meaning
+    )
 
 
 def run_command(main: Callable[[], int | None]) -> int:

@@ -1,17 +1,15 @@
 """The quickstart's three arms: one corpus, one warm start, then EBFT and plain cross-entropy from it."""
 
-import os
-import shutil
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebft_mega.apps.study.commands import find_program, free_port, tool_command
 from ebft_mega.apps.study.phases import PhaseRunner, remove_directory, source_fingerprint
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.errors import ConfigError, InputError, Problem
+from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.metrics.console import format_duration
 
 WARM_START = "warm start"
@@ -25,8 +23,8 @@ CONFIGS = {
 DIRECTORIES = {WARM_START: "warmstart", CROSS_ENTROPY: "ce", EBFT: "ebft"}
 WORKSPACE = Path("runs/quickstart")
 VOCABULARY_SIZE = 512
-MOST_THREADS = 4
 SPLITS = ("train", "tuning", "validation")
+DATA_CODE = ("data", "io", "errors.py")  # all that a dataset's contents depend on, below `ebft_mega/`
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Experiment:
             PhaseFailed: a tool failed.
         """
         root = self.runner.root
-        code = source_fingerprint([root / "ebft_mega" / "data", root / "ebft_mega" / "errors.py"])
+        code = source_fingerprint(root / "ebft_mega" / name for name in DATA_CODE)
         corpus, tokenizer = self.data / "corpus", self.data / "tokenizer"
         inputs: dict[str, object] = {"python": sys.version, "code": code}
         fingerprint = self._tool_once("corpus", "build_corpus.py", [], corpus, inputs)
@@ -265,48 +263,3 @@ class Experiment:
         if seconds is not None:
             facts["wall time"] = f"{format_duration(seconds)} ({self.num_ranks} processes)"
         return facts
-
-
-def tool_command(tool: str, arguments: Sequence[str]) -> list[str]:
-    """Command line of one of the repository's tools, under this interpreter."""
-    return [sys.executable, f"tools/{tool}", *arguments]
-
-
-def find_program(name: str) -> Path:
-    """A program installed beside this interpreter, or else on the search path.
-
-    Raises:
-        InputError: it is in neither place.
-    """
-    beside = Path(sys.executable).parent / name
-    if beside.exists():
-        return beside
-    found = shutil.which(name)
-    if found is None:
-        where = f"beside {sys.executable} or on the search path"
-        raise InputError([Problem("environment", name, "no such program", f"{name} {where}: make setup")])
-    return Path(found)
-
-
-def default_num_ranks() -> int:
-    """One process on a machine with an NVIDIA GPU; on a CPU one per core, at most 2."""
-    if shutil.which("nvidia-smi"):
-        return 1
-    return min(2, os.cpu_count() or 1)
-
-
-def thread_environment(num_ranks: int) -> dict[str, str]:
-    """Threads for each process, so that the ranks of one machine do not crowd each other out.
-
-    The models are tiny: more than a few threads per process only wait for each other.
-    """
-    threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // num_ranks))
-    return {"OMP_NUM_THREADS": str(threads)}
-
-
-def free_port() -> int:
-    """A TCP port that nothing listened on a moment ago, so that two runs on one machine do not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -10,14 +10,14 @@ import pytest
 from ebft_mega.apps.study.arms import (
     CONFIGS,
     CROSS_ENTROPY,
+    DATA_CODE,
     EBFT,
     WARM_START,
     WORKSPACE,
     Experiment,
     Scale,
-    free_port,
-    thread_environment,
 )
+from ebft_mega.apps.study.commands import free_port, thread_environment
 from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.errors import ConfigError
 
@@ -99,6 +99,13 @@ def test_a_study_moves_seeds_and_paths(root):
     assert study.config(CROSS_ENTROPY).ebft.ce_coef == 1.0
 
 
+def test_datasets_are_made_anew_when_any_code_that_builds_them_changes():
+    rooms = [ROOT / "ebft_mega" / "data" / room for room in ("text", "store", "builder")]
+    sources = [path.read_text() for room in rooms for path in room.glob("*.py")]
+    imported = {name for source in sources for name in re.findall(r"from ebft_mega\.(\w+)", source)}
+    assert imported == {name.removesuffix(".py") for name in DATA_CODE}
+
+
 def test_a_small_budget_takes_fewer_steps_and_keeps_the_schedule_valid(root):
     small = experiment(root, scale=Scale(0.0))
     for arm in CONFIGS:
@@ -140,7 +147,7 @@ def test_both_arms_differ_only_in_the_objective():
 
 @pytest.mark.parametrize("num_cpus, num_ranks, threads", [(2, 2, "1"), (2, 1, "2"), (1, 2, "1"), (64, 2, "4")])
 def test_threads_are_shared_out(monkeypatch, num_cpus, num_ranks, threads):
-    monkeypatch.setattr("ebft_mega.apps.study.arms.os.cpu_count", lambda: num_cpus)
+    monkeypatch.setattr("ebft_mega.apps.study.commands.os.cpu_count", lambda: num_cpus)
     assert thread_environment(num_ranks) == {"OMP_NUM_THREADS": threads}
 
 
