@@ -1,4 +1,4 @@
-"""Builds a small real code corpus from the running interpreter's standard library."""
+"""Build a small corpus of real code from the running interpreter's standard library."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="corpus directory to make")
     parser.add_argument("--source", type=Path, default=standard_library(), help="another Python standard library")
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Builds the corpus and prints what it holds."""
+    """Build the corpus and print what it holds."""
     arguments = parse_arguments()
     manifest = build_corpus(
         arguments.source,

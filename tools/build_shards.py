@@ -1,22 +1,24 @@
-"""Turns text (files, JSON lines, text webdatasets) into a dataset directory of webdataset token shards.
+"""Turn text (files, JSON lines, text webdatasets) into a dataset directory of webdataset token shards.
 
-A build that was stopped goes on where it stopped when the same command is given again.
+A build that was stopped is resumed when the same command is given again.
 """
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.builder.dataset_build import DEFAULT_SHARD_BYTES, build_dataset
+from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptions
+from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
@@ -54,27 +56,42 @@ def parse_arguments() -> argparse.Namespace:
         "--skip-bad", action="store_true", help="leave out documents that cannot be used, and list them"
     )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
-    parser.add_argument("--part-bytes", type=int, help="input that a process takes at a time (default: by the inputs)")
+    parser.add_argument(
+        "--part-bytes",
+        dest="work_unit_bytes",
+        metavar="PART_BYTES",
+        type=int,
+        help="input that a process takes at a time (default: by the inputs)",
+    )
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     arguments = parser.parse_args()
-    for name in ("shard_bytes", "part_bytes", "processes"):
-        value = getattr(arguments, name)
+    for option, value in (
+        ("--shard-bytes", arguments.shard_bytes),
+        ("--part-bytes", arguments.work_unit_bytes),
+        ("--processes", arguments.processes),
+    ):
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {value}; expected at least 1")
+            parser.error(f"{option}: found {value}; expected at least 1")
     return arguments
 
 
 def main() -> None:
-    """Builds the dataset and prints what it holds."""
+    """Build the dataset and print what it holds."""
     arguments = parse_arguments()
-    options = dict(vars(arguments))
-    sources, tokenizer, output = options.pop("input"), options.pop("tokenizer"), options.pop("output")
-    result = build_dataset(sources, load_tokenizer(tokenizer), output, **options)
+    options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
+    result = build_dataset(
+        arguments.input,
+        load_tokenizer(arguments.tokenizer),
+        arguments.output,
+        options,
+        processes=arguments.processes,
+        overwrite=arguments.overwrite,
+    )
     manifest, record = result.manifest, result.record
     skipped = f", {record.skipped} that cannot be used" if record.skipped else ""
     print(
-        f"{output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
+        f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
         f"{len(manifest.shards)} shards; left out: {record.empty} empty documents, "
         f"{record.duplicates} duplicates{skipped}; fingerprint {manifest.fingerprint}"
     )

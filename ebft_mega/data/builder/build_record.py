@@ -1,4 +1,4 @@
-"""`build.json`: how a dataset was made. It is for people; nothing that it says decides what a reader gets."""
+"""`build.json`, the record of how a dataset was made. It is for people: no reader of the dataset uses it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ class BuildRecord:
     sources: dict[str, int]  # documents of each
 
     def write(self, directory: Path) -> None:
-        """Writes `build.json`."""
+        """Write `build.json`."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
         (directory / BUILD_RECORD_NAME).write_text(text, encoding="utf-8")
 

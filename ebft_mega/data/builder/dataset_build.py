@@ -1,4 +1,4 @@
-"""Text to a dataset directory, by several processes, resumed where it stopped."""
+"""Builds a dataset directory from text with several processes; a build that was stopped is resumed."""
 
 import json
 from collections import Counter
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import SKIPPED_NAME, BuildRecord
 from ebft_mega.data.builder.deduplication import first_occurrences
 from ebft_mega.data.builder.shard_writer import complete_dataset
@@ -18,29 +19,24 @@ from ebft_mega.data.builder.work_units import (
     Scan,
     ScanJob,
     TextEncoder,
-    TokenizedPart,
+    TokenizedUnit,
     TokenizeJob,
     lines_before,
     load_digests,
-    load_part,
-    load_part_index,
     load_scan,
-    part_directory,
-    scan_part,
-    tokenize_part,
+    load_tokenized,
+    load_unit_index,
+    scan_work_unit,
+    tokenize_work_unit,
+    unit_directory,
 )
 from ebft_mega.data.builder.worker_pool import Workers
 from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
-from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import unfinished_directory
-
-DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
-# Part of an unfinished build's identity: another version must not go on with it.
-_BUILD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -55,79 +51,51 @@ def build_dataset(
     sources: Path | Sequence[Path],
     tokenizer: Tokenizer,
     output: Path,
+    options: BuildOptions = DEFAULT_BUILD_OPTIONS,
     *,
-    pattern: str = "*",
-    text_key: str = "text",
-    text_member: str = "txt",
-    licence: str | None = None,
-    licence_key: str | None = None,
-    keep_keys: Sequence[str] = (),
-    deduplicate: bool = True,
-    skip_bad: bool = False,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    part_bytes: int | None = None,
     processes: int = 1,
     overwrite: bool = False,
 ) -> BuildResult:
-    """Tokenizes every document of some sources, in the order of their paths, and writes a dataset directory.
+    """Tokenize every document of some sources, in the order of their paths, and write a dataset directory.
 
-    The result depends neither on the number of processes nor on stops in between: parts are cut by the inputs
-    alone, and numbers of documents and duplicates are decided over all parts before any is tokenized. The
-    directory appears only when it is complete. A build that was stopped (not one that found bad input) goes on
-    where it stopped when it is called again with the same inputs and options; until then its parts stay in
-    `.NAME.partial` beside the output.
+    The result depends neither on the number of processes nor on stops in between: work units are cut by the inputs
+    alone, and numbers of documents and duplicates are decided over all work units before any is tokenized. The
+    directory appears only when it is complete. A build that was stopped (not one that found bad input) is resumed
+    when it is called again with the same inputs and options; until then what is done stays in `.NAME.partial` beside
+    the output.
 
     Memory: about 700 bytes per input file and 90 bytes per document here, and in each worker 32 bytes per document
-    of a part, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB).
+    of a work unit, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB).
 
     Args:
         sources: directories of text files, of JSONL files or of text webdataset shards, or such files.
         tokenizer: makes the token ids.
         output: the directory to make.
-        pattern: shell pattern on the file names of directories.
-        text_key: the member of a JSON line that holds the text.
-        text_member: the suffix of the member of a webdataset sample that holds the text.
-        licence: recorded with every document that names none; None takes it from the corpus manifest of
-            `tools/build_corpus.py` in or above each source, else "unknown".
-        licence_key: the member of a JSON line, or of a sample's `.json` member, that names the licence.
-        keep_keys: members of the same that are copied into each document's metadata.
-        deduplicate: leave out a document whose text an earlier one has, in the order of the inputs.
-        skip_bad: leave out documents that cannot be used, and list them in `skipped.jsonl`. A file that cannot be
-            read to its end remains an error.
-        shard_bytes: bytes after which a shard is closed.
-        part_bytes: input bytes of a part, see `make_plan`; part of what decides the result.
+        options: what decides the result beside inputs and tokenizer.
         processes: at most so many work at a time.
         overwrite: replace an existing dataset.
 
     Raises:
         InputError: with the documents that cannot be used (the first 1,000 of them); nothing is written then.
-        WorkerDiedError: a worker process died; the same call goes on.
+        WorkerDiedError: a worker process died; the same call resumes the build.
     """
     sources = [sources] if isinstance(sources, Path) else list(sources)
-    read = ReadOptions(text_key, text_member, licence_key, tuple(keep_keys))
-    options: dict[str, object] = {
-        "version": _BUILD_VERSION,
-        "tokenizer": tokenizer.sha256,
-        "shard_bytes": shard_bytes,
-        "deduplicate": deduplicate,
-        "skip_bad": skip_bad,
-    }
-    plan = make_plan(sources, pattern, licence, read, part_bytes, options)
+    plan = make_plan(sources, options, tokenizer.sha256)
     with (
         unfinished_directory(output, MANIFEST_NAME, overwrite, plan.identity) as (directory, result),
         Workers(processes) as workers,
     ):
-        scans = _scan(plan, directory, skip_bad, workers)
+        scans = _scan(plan, directory, options.skip_bad, workers)
         if not sum(scan.documents for scan in scans):
             found = "no document with text"
             raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
-        keep = _documents_to_keep(directory, scans, deduplicate)
+        keep = _documents_to_keep(directory, scans, options.deduplicate)
         texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
-        parts = _tokenize(plan, directory, scans, keep, texts, shard_bytes, workers)
-        manifest = _join(directory, result, parts, tokenizer)
-        record = _record(plan, scans, keep, parts)
+        tokenized = _tokenize(plan, directory, scans, keep, texts, options.shard_bytes, workers)
+        manifest = _join(directory, result, tokenized, tokenizer)
+        record = _record(plan, scans, keep, tokenized)
         record.write(result)
-        _write_skipped(result, parts)
+        _write_skipped(result, tokenized)
         for path in result.rglob("*"):
             if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
                 flush_to_disk(path)
@@ -135,14 +103,14 @@ def build_dataset(
 
 
 def _scan(plan: Plan, directory: Path, skip_bad: bool, workers: Workers) -> list[Scan]:
-    scans = {number: scan for number in range(len(plan.parts)) if (scan := load_scan(directory, number))}
+    scans = {number: scan for number in range(len(plan.work_units)) if (scan := load_scan(directory, number))}
     jobs = [
-        ScanJob(plan.reader, units, number, directory, skip_bad)
-        for number, units in enumerate(plan.parts)
+        ScanJob(plan.reader, work_unit, number, directory, skip_bad)
+        for number, work_unit in enumerate(plan.work_units)
         if number not in scans
     ]
     num_problems = 0
-    for number, scan in workers.run(scan_part, jobs, None, "reading and hashing documents"):
+    for number, scan in workers.run(scan_work_unit, jobs, None, "reading and hashing documents"):
         scans[number] = scan
         num_problems += len(scan.problems)
         if num_problems >= MAX_LISTED_PROBLEMS:
@@ -154,7 +122,7 @@ def _scan(plan: Plan, directory: Path, skip_bad: bool, workers: Workers) -> list
 
 
 def _documents_to_keep(directory: Path, scans: list[Scan], deduplicate: bool) -> list[np.ndarray]:
-    """Which documents of each part stay: one bool array per part."""
+    """Which documents of each work unit stay: one bool array per work unit."""
     if not deduplicate:
         return [np.ones(scan.documents, bool) for scan in scans]
     digests = np.concatenate([load_digests(directory, number) for number in range(len(scans))])
@@ -170,14 +138,15 @@ def _tokenize(
     texts: TextEncoder,
     shard_bytes: int,
     workers: Workers,
-) -> list[TokenizedPart]:
-    parts = {number: part for number in range(len(plan.parts)) if (part := load_part(directory, number))}
+) -> list[TokenizedUnit]:
+    numbers = range(len(plan.work_units))
+    tokenized = {number: done for number in numbers if (done := load_tokenized(directory, number))}
     first_lines = lines_before(plan, scans)
-    first_documents = np.cumsum([0] + [int(kept.sum()) for kept in keep])
+    first_documents = np.cumsum([0] + [int(mask.sum()) for mask in keep])
     jobs = [
         TokenizeJob(
             plan.reader,
-            units,
+            work_unit,
             number,
             directory,
             texts,
@@ -186,52 +155,52 @@ def _tokenize(
             first_lines[number],
             keep[number],
         )
-        for number, units in enumerate(plan.parts)
-        if number not in parts
+        for number, work_unit in enumerate(plan.work_units)
+        if number not in tokenized
     ]
     total = sum(scans[job.number].documents for job in jobs)
-    for number, part in workers.run(tokenize_part, jobs, total, "tokenizing documents"):
-        parts[number] = part
-    return [parts[number] for number in sorted(parts)]
+    for number, done in workers.run(tokenize_work_unit, jobs, total, "tokenizing documents"):
+        tokenized[number] = done
+    return [tokenized[number] for number in sorted(tokenized)]
 
 
-def _join(directory: Path, result: Path, parts: list[TokenizedPart], tokenizer: Tokenizer) -> Manifest:
-    """Gives the shards of all parts running numbers, and writes index and manifest. May be done again after a stop."""
+def _join(directory: Path, result: Path, tokenized: list[TokenizedUnit], tokenizer: Tokenizer) -> Manifest:
+    """Number the shards of all work units consecutively, and write index and manifest. Can be repeated after a stop."""
     result.mkdir(exist_ok=True)
     entries: list[dict[str, Any]] = []
     first_shards = []
-    for number, part in enumerate(parts):
+    for number, unit in enumerate(tokenized):
         first_shards.append(len(entries))
-        for shard in part.shards:
+        for shard in unit.shards:
             entry = shard | {"name": shard_name(len(entries))}
-            source, target = part_directory(directory, number) / shard["name"], result / entry["name"]
+            source, target = unit_directory(directory, number) / shard["name"], result / entry["name"]
             if source.exists():  # else moved before a stop
                 source.replace(target)
             if target.stat().st_size != entry["bytes"]:
                 raise OSError(f"{target}: {target.stat().st_size} bytes, wrote {entry['bytes']}")
             entries.append(entry)
     indexes = (_moved_index(directory, number, first_shard) for number, first_shard in enumerate(first_shards))
-    return complete_dataset(result, tokenizer, entries, indexes, max(part.max_token_id for part in parts))
+    return complete_dataset(result, tokenizer, entries, indexes, max(unit.max_token_id for unit in tokenized))
 
 
 def _moved_index(directory: Path, number: int, first_shard: int) -> np.ndarray:
-    index = load_part_index(directory, number)
+    index = load_unit_index(directory, number)
     index["shard"] += first_shard
     return index
 
 
-def _record(plan: Plan, scans: list[Scan], keep: list[np.ndarray], parts: list[TokenizedPart]) -> BuildRecord:
-    documents = sum(int(kept.sum()) for kept in keep)
-    files = {(unit.input, unit.name) for units in plan.parts for unit in units}
+def _record(plan: Plan, scans: list[Scan], keep: list[np.ndarray], tokenized: list[TokenizedUnit]) -> BuildRecord:
+    documents = sum(int(mask.sum()) for mask in keep)
+    files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
     return BuildRecord(
         input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
         documents=documents,
         empty=sum(scan.empty for scan in scans),
         duplicates=sum(scan.documents for scan in scans) - documents,
-        skipped=sum(len(part.bad) for part in parts),
-        text_bytes=sum(part.text_bytes for part in parts),
-        licences=_total(part.licences for part in parts),
-        sources=_total(part.sources for part in parts),
+        skipped=sum(len(unit.bad) for unit in tokenized),
+        text_bytes=sum(unit.text_bytes for unit in tokenized),
+        licences=_total(unit.licences for unit in tokenized),
+        sources=_total(unit.sources for unit in tokenized),
     )
 
 
@@ -242,7 +211,7 @@ def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def _write_skipped(result: Path, parts: list[TokenizedPart]) -> None:
-    lines = [json.dumps(bad, sort_keys=True) + "\n" for part in parts for bad in part.bad]
+def _write_skipped(result: Path, tokenized: list[TokenizedUnit]) -> None:
+    lines = [json.dumps(bad, sort_keys=True) + "\n" for unit in tokenized for bad in unit.bad]
     if lines:
         (result / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")

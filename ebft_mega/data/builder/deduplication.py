@@ -1,4 +1,4 @@
-"""Which documents of a build are the first with their text."""
+"""Deduplication of documents by the hash of their text: the first of equal ones stays."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ DIGEST_BYTES = 32
 
 
 def first_occurrences(digests: np.ndarray) -> np.ndarray:
-    """Marks the first of each group of equal digests.
+    """Mark the first of each group of equal digests.
 
-    Takes about 90 bytes of memory per document while it sorts.
+    Memory: about 90 bytes per document while it sorts.
 
     Args:
         digests: uint8 [documents, 32], sha256 of each text in the order of the inputs.

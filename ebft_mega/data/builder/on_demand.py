@@ -1,29 +1,30 @@
-"""Text webdatasets tokenized on the way into a run: built once into a cache, then read like any dataset."""
+"""Tokenizes text webdatasets when a run first uses them: built once into a cache, then read like any dataset."""
 
 import hashlib
 from pathlib import Path
 
 from filelock import FileLock
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.work_plan import ARCHIVE_SUFFIX, list_inputs
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
 from ebft_mega.data.text.tokenizer import load_tokenizer
 
-# Part of a cached dataset's name: another version of the builder makes another one.
+# Part of a cached dataset's name: another version of the builder makes another dataset.
 _VERSION = 1
 
 
 def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, processes: int) -> Path:
     """Dataset directory for a directory of text webdataset shards, tokenized on the first call.
 
-    The result is an ordinary dataset, so order, resumption and checksums are those of any other. It is found
-    again by the contents of the shards and the tokenizer, wherever these lie and whatever the number of
-    processes. Every call reads the shards once to hash them. Equal documents are kept: a run sees what the
-    shards hold.
+    The result is an ordinary dataset, so order, resumption and checksums are those of any other. Its name is a hash
+    of the contents of the shards and the tokenizer, so it is found again wherever these lie and whatever the number
+    of processes. Every call reads the shards once to hash them. Equal documents are not left out: a run sees what
+    the shards hold.
 
     Several processes may call this at once with one cache: one builds, the others wait for it. A build that was
-    stopped goes on at the next call.
+    stopped is resumed by the next call.
 
     Args:
         place: a directory of `.tar` shards whose samples have a `.txt` member, or one such shard.
@@ -33,7 +34,7 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
 
     Raises:
         InputError: with all shards that are damaged or hold something else, or the tokenizer cannot be used.
-        WorkerDiedError: a worker process died; the same call goes on.
+        WorkerDiedError: a worker process died; the same call resumes the build.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     pattern = f"*{ARCHIVE_SUFFIX}"
@@ -47,5 +48,6 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
         if not (output / MANIFEST_NAME).is_file():
-            build_dataset(place, tokenizer, output, pattern=pattern, deduplicate=False, processes=processes)
+            options = BuildOptions(pattern=pattern, deduplicate=False)
+            build_dataset(place, tokenizer, output, options, processes=processes)
     return output

@@ -1,4 +1,4 @@
-"""Writing a dataset directory. The same documents and tokenizer give the same bytes every time."""
+"""Writes a dataset directory. The same documents and tokenizer give the same bytes every time."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ from ebft_mega.data.store.format import (
 from ebft_mega.data.text.tokenizer import Tokenizer, copy_tokenizer
 from ebft_mega.io.input_errors import bad_input
 
-# A stream's order is made of windows of whole shards, so a shard of tiny documents is closed early.
+# Rows are shuffled within windows of whole shards, so a shard of tiny documents is closed early.
 MAX_SHARD_DOCUMENTS = 65_536
 
 
@@ -87,7 +87,7 @@ class ShardWriter:
         return self._num_documents
 
     def add(self, tokens: Sequence[int], meta: Mapping[str, object]) -> None:
-        """Appends one document.
+        """Append one document.
 
         Args:
             tokens: token ids of the whole document, without the end-of-document token.
@@ -120,13 +120,13 @@ class ShardWriter:
             self._close_shard()
 
     def finish_shards(self) -> WrittenShards:
-        """Closes the last shard; without any document there is none."""
+        """Close the last shard; without any document there is none."""
         self._close_shard()
         index = np.concatenate(self._records) if self._records else np.empty(0, INDEX_DTYPE)
         return WrittenShards(self._shards, index, self._max_token_id)
 
     def close(self) -> None:
-        """Closes files that are still open; needed only when the last shard was not finished."""
+        """Close files that are still open; needed only when the last shard was not finished."""
         if self._tar is not None:
             self._tar.close()
         if self._file is not None:
@@ -177,7 +177,7 @@ class DatasetWriter(ShardWriter):
         super().__init__(directory, tokenizer, shard_bytes, max_documents=max_documents)
 
     def finish(self) -> Manifest:
-        """Closes the last shard and writes the index, the tokenizer copy and the manifest.
+        """Close the last shard and write the index, the tokenizer copy and the manifest.
 
         Raises:
             ValueError: no document was added.
@@ -195,7 +195,7 @@ def complete_dataset(
     indexes: Iterable[np.ndarray],
     max_token_id: int,
 ) -> Manifest:
-    """Writes the index, the tokenizer copy and the manifest of a directory that holds finished shards.
+    """Write the index, the tokenizer copy and the manifest of a directory that holds finished shards.
 
     Args:
         directory: the dataset.
@@ -235,7 +235,7 @@ def complete_dataset(
 
 
 def _index_shard(path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]) -> tuple[np.ndarray, str]:
-    """Reads a finished shard back: the index describes what stands on the disk, not what was meant to.
+    """Read a finished shard back, so that the index describes what is on the disk.
 
     Args:
         path: the shard.

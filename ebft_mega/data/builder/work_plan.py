@@ -1,4 +1,4 @@
-"""Which inputs a build reads, cut into parts that do not depend on who works on them."""
+"""Which files a build reads, and how they are cut into work units, whatever the number of processes."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
 from ebft_mega.data.text.text_files import (
@@ -28,10 +29,13 @@ CONTAINER_SUFFIXES = (*JSONL_SUFFIXES, ARCHIVE_SUFFIX)
 UNKNOWN_LICENCE = "unknown"
 
 # A build of a few megabytes is spread over the cores of a small machine, one of terabytes stays at some
-# thousand parts; in between there are enough parts for every core to stay busy to the end.
-SMALLEST_PART_BYTES = 4 << 20
-LARGEST_PART_BYTES = 1 << 30
-USUAL_PARTS = 64
+# thousand work units; in between there are enough of them for every core to stay busy to the end.
+SMALLEST_WORK_UNIT_BYTES = 4 << 20
+LARGEST_WORK_UNIT_BYTES = 1 << 30
+USUAL_WORK_UNITS = 64
+
+# Part of a plan's identity: another version must not resume an unfinished build of this one.
+_BUILD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -44,51 +48,51 @@ class Input:
     holds_texts: bool
 
 
-class Unit(NamedTuple):
-    """A file, or a range of the lines of a plain JSONL file."""
+class FileRange(NamedTuple):
+    """A whole file, or a range of the lines of a plain JSONL file."""
 
-    input: int
+    input: int  # position in `Reader.inputs`
     name: str  # relative to the input's base
     begin: int
     end: int  # bytes
-    is_range: bool
+    is_cut: bool  # a range of lines, not the whole file
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the documents of units."""
+    """Reads the documents of file ranges."""
 
     inputs: tuple[Input, ...]
     options: ReadOptions
 
-    def read_unit(self, unit: Unit, first_line: int | None) -> Iterator[TextDocument | BadText]:
-        """Reads the documents of a unit.
+    def read(self, file_range: FileRange, first_line: int | None) -> Iterator[TextDocument | BadText]:
+        """Read the documents of a file range.
 
         Args:
-            unit: of one of the inputs.
+            file_range: of a file of one of the inputs.
             first_line: lines of its file before it, see `read_jsonl`.
         """
-        source = self.inputs[unit.input]
-        file = source.base / unit.name
+        source = self.inputs[file_range.input]
+        file = source.base / file_range.name
         if source.holds_texts:
             try:
-                yield decode_text(file.read_bytes(), str(file), unit.name)
+                yield decode_text(file.read_bytes(), str(file), file_range.name)
             except OSError as error:
                 problem = Problem(str(file), "text", str(error.strerror), "a readable file")
-                yield BadText(problem, unit.name, is_file=True)
-        elif unit.name.endswith(ARCHIVE_SUFFIX):
-            yield from read_text_archive(file, unit.name, self.options)
+                yield BadText(problem, file_range.name, is_file=True)
+        elif file_range.name.endswith(ARCHIVE_SUFFIX):
+            yield from read_text_archive(file, file_range.name, self.options)
         else:
-            end = unit.end if unit.is_range else None
-            yield from read_jsonl(file, unit.name, self.options, unit.begin, end, first_line)
+            end = file_range.end if file_range.is_cut else None
+            yield from read_jsonl(file, file_range.name, self.options, file_range.begin, end, first_line)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Inputs in the order in which they are read; a part is what one process works on at a time."""
+    """Inputs in the order in which they are read, cut into work units: what one process works on at a time."""
 
     reader: Reader
-    parts: tuple[tuple[Unit, ...], ...]
+    work_units: tuple[tuple[FileRange, ...], ...]
     identity: str  # changes with every file's name, size and time of change, and with every option
 
 
@@ -100,27 +104,18 @@ class _ListedFile(NamedTuple):
     touched: int  # time of the last change of anything about it, which only the system sets, ns
 
 
-def make_plan(
-    sources: Sequence[Path],
-    pattern: str,
-    licence: str | None,
-    read: ReadOptions,
-    part_bytes: int | None,
-    options: dict[str, object],
-) -> Plan:
-    """Lists the files of all inputs and cuts them into parts.
+def make_plan(sources: Sequence[Path], options: BuildOptions, tokenizer_sha256: str) -> Plan:
+    """List the files of all inputs and cut them into work units.
 
-    A part is a run of whole files, or a range of a plain JSONL file. A compressed file and an archive are never
-    cut, so a part may be as large as they are. Takes about 700 bytes of memory per input file.
+    A work unit is some whole files in order, or a range of a plain JSONL file. A compressed file and an archive are
+    never cut, so a work unit may be as large as they are.
+
+    Memory: about 700 bytes per input file.
 
     Args:
         sources: directories, JSONL files or text webdataset shards; the order is kept.
-        pattern: shell pattern on the file names of directories.
-        licence: of documents that name none; None takes it from the corpus manifest of
-            `tools/build_corpus.py` in or above each source.
-        read: what is taken from a document's record.
-        part_bytes: size of a part; None takes 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
-        options: everything else that decides the bytes of the dataset; part of the identity.
+        options: of the build.
+        tokenizer_sha256: of the tokenizer; part of the plan's identity.
 
     Raises:
         InputError: with every source in which there is nothing to read.
@@ -130,12 +125,13 @@ def make_plan(
     problems: list[Problem] = []
     for number, source in enumerate(sources):
         try:
-            files, holds_texts = list_inputs(source, pattern)
+            files, holds_texts = list_inputs(source, options.pattern)
         except InputError as error:
             problems += error.problems
             continue
         base = source if source.is_dir() else source.parent
-        inputs.append(Input(base, base.absolute().name, licence or _corpus_licence(source), holds_texts))
+        licence = options.licence or _corpus_licence(source)
+        inputs.append(Input(base, base.absolute().name, licence, holds_texts))
         for file in files:
             status = file.stat()
             name = file.relative_to(base).as_posix()
@@ -148,16 +144,37 @@ def make_plan(
             )
     if problems:
         raise InputError(problems)
-    if part_bytes is None:
+    work_unit_bytes = options.work_unit_bytes
+    if work_unit_bytes is None:
         total = sum(file.size for file in listed)
-        part_bytes = min(max(total // USUAL_PARTS, SMALLEST_PART_BYTES), LARGEST_PART_BYTES)
-    identity = hashlib.sha256(json.dumps([asdict(read), pattern, part_bytes, options], sort_keys=True).encode())
-    for source_input in inputs:
-        identity.update(json.dumps([source_input.source, source_input.licence, source_input.holds_texts]).encode())
-    for listed_file in listed:
-        identity.update(json.dumps(listed_file).encode())
-    parts = tuple(_parts(inputs, listed, part_bytes))
-    return Plan(Reader(tuple(inputs), read), parts, identity.hexdigest())
+        work_unit_bytes = min(max(total // USUAL_WORK_UNITS, SMALLEST_WORK_UNIT_BYTES), LARGEST_WORK_UNIT_BYTES)
+    work_units = tuple(_work_units(inputs, listed, work_unit_bytes))
+    identity = _identity(inputs, listed, options, work_unit_bytes, tokenizer_sha256)
+    return Plan(Reader(tuple(inputs), options.read), work_units, identity)
+
+
+def _identity(
+    inputs: list[Input],
+    listed: list[_ListedFile],
+    options: BuildOptions,
+    work_unit_bytes: int,
+    tokenizer_sha256: str,
+) -> str:
+    """Hash of everything that decides the bytes of the dataset."""
+    others = {
+        "version": _BUILD_VERSION,
+        "tokenizer": tokenizer_sha256,
+        "shard_bytes": options.shard_bytes,
+        "deduplicate": options.deduplicate,
+        "skip_bad": options.skip_bad,
+    }
+    parameters = [asdict(options.read), options.pattern, work_unit_bytes, others]
+    identity = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
+    for source in inputs:
+        identity.update(json.dumps([source.source, source.licence, source.holds_texts]).encode())
+    for file in listed:
+        identity.update(json.dumps(file).encode())
+    return identity.hexdigest()
 
 
 def list_inputs(path: Path, pattern: str = "*") -> tuple[list[Path], bool]:
@@ -186,26 +203,28 @@ def list_inputs(path: Path, pattern: str = "*") -> tuple[list[Path], bool]:
     return files, not all(file.name.endswith(CONTAINER_SUFFIXES) for file in files)
 
 
-def _parts(inputs: list[Input], listed: list[_ListedFile], part_bytes: int) -> Iterator[tuple[Unit, ...]]:
-    part: list[Unit] = []
+def _work_units(
+    inputs: list[Input], listed: list[_ListedFile], work_unit_bytes: int
+) -> Iterator[tuple[FileRange, ...]]:
+    work_unit: list[FileRange] = []
     filled = 0
     for file in listed:
-        for unit in _units(inputs[file.input], file.input, file.name, file.size, part_bytes):
-            part.append(unit)
-            filled += unit.end - unit.begin
-            if filled >= part_bytes:
-                yield tuple(part)
-                part, filled = [], 0
-    if part:
-        yield tuple(part)
+        for file_range in _file_ranges(inputs[file.input], file, work_unit_bytes):
+            work_unit.append(file_range)
+            filled += file_range.end - file_range.begin
+            if filled >= work_unit_bytes:
+                yield tuple(work_unit)
+                work_unit, filled = [], 0
+    if work_unit:
+        yield tuple(work_unit)
 
 
-def _units(source: Input, number: int, name: str, size: int, part_bytes: int) -> Iterator[Unit]:
-    if source.holds_texts or not name.endswith(PLAIN_JSONL_SUFFIX) or size <= part_bytes:
-        yield Unit(number, name, 0, size, is_range=False)
+def _file_ranges(source: Input, file: _ListedFile, most_bytes: int) -> Iterator[FileRange]:
+    if source.holds_texts or not file.name.endswith(PLAIN_JSONL_SUFFIX) or file.size <= most_bytes:
+        yield FileRange(file.input, file.name, 0, file.size, is_cut=False)
         return
-    for begin in range(0, size, part_bytes):
-        yield Unit(number, name, begin, min(begin + part_bytes, size), is_range=True)
+    for begin in range(0, file.size, most_bytes):
+        yield FileRange(file.input, file.name, begin, min(begin + most_bytes, file.size), is_cut=True)
 
 
 def _corpus_licence(source: Path) -> str:

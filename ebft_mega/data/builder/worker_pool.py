@@ -1,4 +1,4 @@
-"""Work that is cut into parts, done by several processes, with one progress line."""
+"""A pool of processes that work on work units, with one progress line."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ class WorkerDiedError(EbftError):
 
 
 class _StoppedError(Exception):
-    """The process that asked for the work has given it up."""
+    """The process that asked for the work has stopped waiting for it."""
 
 
 def available_cores() -> int:
@@ -36,7 +36,7 @@ def available_cores() -> int:
 
 
 class Workers:
-    """A pool of processes that starts with the first work that has more than one part.
+    """A pool of processes that is started by the first call with more than one work unit.
 
     Workers end with the process that started them, however that ends.
 
@@ -68,17 +68,17 @@ class Workers:
         total: int | None,
         description: str,
     ) -> Iterator[Result]:
-        """Does a job for each of its arguments.
+        """Do a job for each of its arguments.
 
         Args:
             job: takes one argument and a function that it calls with counts of what it has done. With several
                 processes all three of job, argument and result are pickled.
-            arguments: one for each part.
+            arguments: one for each work unit.
             total: sum of these counts, None where it is not known.
             description: for the progress line.
 
         Yields:
-            The results in the order of their ends, which may be any.
+            The results in the order in which they are ready, which may be any.
 
         Raises:
             WorkerDiedError: a process ended without an answer.
@@ -99,14 +99,14 @@ class Workers:
             # Fresh interpreters: a forked one would inherit threads' locks in whatever state they are.
             context = multiprocessing.get_context("spawn")
             self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
-            # Processes start as they are needed, so a later call with more parts finds room for them.
+            # Processes start as they are needed, so a later call with more work units still gets more processes.
             self._pool = ProcessPoolExecutor(self._processes, context, _start_worker, (self._count, self._stop))
         self._count.get_obj().value = 0
         try:
             pending: set[Future[Result]] = {self._pool.submit(_run_there, job, argument) for argument in arguments}
             while pending:
                 done, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
-                # Without the lock: a worker that was killed may hold it for ever.
+                # Without the lock: a worker that was killed may hold it forever.
                 meter.show(self._count.get_obj().value)
                 for future in done:
                     yield future.result()

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.opening import open_dataset
@@ -85,7 +86,7 @@ def dataset_directory(
 ) -> Path:
     """The thirty documents in several shards; shared, so tests that damage it copy it first."""
     directory = tmp_path_factory.mktemp("shared") / "dataset"
-    build_dataset(text_directory, load_tokenizer(tokenizer_directory), directory, shard_bytes=12_000)
+    build_dataset(text_directory, load_tokenizer(tokenizer_directory), directory, BuildOptions(shard_bytes=12_000))
     return directory
 
 
@@ -98,9 +99,10 @@ def dataset(dataset_directory: Path) -> Dataset:
 def make_dataset(tmp_path: Path, tokenizer_directory: Path) -> Callable[..., Path]:
     """Builds a dataset from texts by name."""
 
-    def make(texts: dict[str, str], name: str = "dataset", **options: object) -> Path:
+    def make(texts: dict[str, str], name: str = "dataset", overwrite: bool = False, **options: object) -> Path:
         source = write_texts(tmp_path / f"{name}-texts", texts)
-        build_dataset(source, load_tokenizer(tokenizer_directory), tmp_path / name, **options)
+        tokenizer = load_tokenizer(tokenizer_directory)
+        build_dataset(source, tokenizer, tmp_path / name, BuildOptions(**options), overwrite=overwrite)
         return tmp_path / name
 
     return make

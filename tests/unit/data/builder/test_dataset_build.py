@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.shard_writer import MAX_SHARD_DOCUMENTS, DatasetWriter
 from ebft_mega.data.store.inspection import read_metadata
@@ -59,7 +60,7 @@ def test_directory_order_ignores_hidden_and_compiled_files(tmp_path: Path, token
         f"# {n}\r\n" for n in ("a.py", "a/b/c.py", "a/z.py", "b.py", "notes.md")
     ]
     assert result.record.empty == 1
-    build_dataset(source, tokenizer, tmp_path / "python", pattern="*.py")
+    build_dataset(source, tokenizer, tmp_path / "python", BuildOptions(pattern="*.py"))
     assert len(texts_of(tmp_path / "python", tokenizer)) == 4
 
 
@@ -68,7 +69,7 @@ def test_json_lines(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     texts = ["first\n\ttext\n", "second \u6f22", "{}"]
     lines = [json.dumps({"content": text, "other": 1}) for text in texts]
     source = write_jsonl(tmp_path / name, [lines[0], "", *lines[1:], '{"content": ""}'])
-    result = build_dataset(source, tokenizer, tmp_path / "out", text_key="content", licence="MIT")
+    result = build_dataset(source, tokenizer, tmp_path / "out", BuildOptions(text_key="content", licence="MIT"))
     assert texts_of(tmp_path / "out", tokenizer) == texts
     assert result.record.empty == 1
     shard = (tmp_path / "out" / "shard-000000.tar").read_bytes()

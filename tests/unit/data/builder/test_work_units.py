@@ -1,4 +1,4 @@
-"""A build is the same whoever does it, and goes on where it was stopped."""
+"""A build is the same whoever does it, and is resumed where it was stopped."""
 
 import json
 import os
@@ -7,15 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.builder.work_plan import LARGEST_PART_BYTES, SMALLEST_PART_BYTES, make_plan
+from ebft_mega.data.builder.work_plan import LARGEST_WORK_UNIT_BYTES, SMALLEST_WORK_UNIT_BYTES, make_plan
 from ebft_mega.data.builder.worker_pool import WorkerDiedError, Workers
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
@@ -31,7 +32,7 @@ def tokenizer(tokenizer_directory: Path) -> Tokenizer:
 
 @pytest.fixture
 def sources(tmp_path: Path, texts: dict[str, str]) -> list[Path]:
-    """A directory of texts and a JSONL file of several parts, with equal documents and empty ones among them."""
+    """A directory of texts and a JSONL file of several work units, with equal documents and empty ones among them."""
     names = sorted(texts)
     for name in names[:20]:
         path = tmp_path / "files" / name
@@ -46,7 +47,7 @@ def sources(tmp_path: Path, texts: dict[str, str]) -> list[Path]:
     return [tmp_path / "files", tmp_path / "dump.jsonl"]
 
 
-OPTIONS = {"shard_bytes": 9_000, "part_bytes": 2_500, "licence_key": "license", "keep_keys": ["stars"]}
+OPTIONS = BuildOptions(shard_bytes=9_000, work_unit_bytes=2_500, licence_key="license", keep_keys=["stars"])
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -56,7 +57,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def expected(tmp_path: Path, sources: list[Path], tokenizer: Tokenizer) -> dict[str, bytes]:
-    build_dataset(sources, tokenizer, tmp_path / "expected", **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "expected", OPTIONS)
     return contents(tmp_path / "expected")
 
 
@@ -64,7 +65,7 @@ def expected(tmp_path: Path, sources: list[Path], tokenizer: Tokenizer) -> dict[
 def test_the_number_of_processes_changes_no_byte(
     tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, expected: dict[str, bytes], processes: int
 ) -> None:
-    build_dataset(sources, tokenizer, tmp_path / "out", processes=processes, **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS, processes=processes)
     assert contents(tmp_path / "out") == expected
     assert len([name for name in expected if name.endswith(".tar")]) > 8
     assert not (tmp_path / ".out.partial").exists()
@@ -106,11 +107,12 @@ KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
 from ebft_mega.data.builder import dataset_build as build
-from ebft_mega.data.builder import work_units as parts
+from ebft_mega.data.builder import work_units
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.text.tokenizer import load_tokenizer
 
 module, name, calls = {place!r}
-owner = {{"build": build, "parts": parts, "Path": Path}}[module]
+owner = {{"build": build, "work_units": work_units, "Path": Path}}[module]
 function, left = getattr(owner, name), [calls]
 
 def killing(*arguments, **options):
@@ -121,21 +123,21 @@ def killing(*arguments, **options):
 
 setattr(owner, name, killing)
 sources = [Path(path) for path in {sources!r}]
-build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), **{options!r})
+build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), BuildOptions(**{options!r}))
 """
 
 
 @pytest.mark.parametrize(
     "place",
     [
-        ("parts", "_write_durably", 3),  # a few parts scanned
-        ("parts", "flush_to_disk", 25),  # in the middle of a part that is being tokenized
+        ("work_units", "_write_durably", 3),  # a few work units scanned
+        ("work_units", "flush_to_disk", 25),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
         ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
         ("build", "_write_skipped", 0),  # all but the name
     ],
 )
-def test_a_killed_build_goes_on(
+def test_a_killed_build_is_resumed(
     tmp_path: Path,
     sources: list[Path],
     tokenizer: Tokenizer,
@@ -148,7 +150,7 @@ def test_a_killed_build_goes_on(
         sources=[str(path) for path in sources],
         tokenizer=str(tokenizer.files[0].parent),
         output=str(tmp_path / "out"),
-        options=OPTIONS,
+        options=asdict(OPTIONS),
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -156,7 +158,7 @@ def test_a_killed_build_goes_on(
     assert not (tmp_path / "out").exists()
     num_done = len(list(partial.rglob("part.json")))
     has_shards = any((partial / "result").glob("*.tar"))
-    build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     assert contents(tmp_path / "out") == expected
     assert "resuming what" in capsys.readouterr().err
     assert not partial.exists()
@@ -164,7 +166,7 @@ def test_a_killed_build_goes_on(
     assert has_shards == (place[1] in ("replace", "complete_dataset", "_write_skipped"))
 
 
-def test_finished_parts_are_not_done_again(
+def test_finished_work_units_are_not_done_again(
     tmp_path: Path,
     sources: list[Path],
     tokenizer: Tokenizer,
@@ -176,14 +178,14 @@ def test_finished_parts_are_not_done_again(
             "ebft_mega.data.builder.dataset_build._join", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
         )
         with pytest.raises(OSError, match="disk full"):
-            build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+            build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
 
     def again(*_: object) -> None:
-        raise AssertionError("this part was done")
+        raise AssertionError("this work unit was done")
 
-    monkeypatch.setattr("ebft_mega.data.builder.dataset_build.scan_part", again)
-    monkeypatch.setattr("ebft_mega.data.builder.dataset_build.tokenize_part", again)
-    build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+    monkeypatch.setattr("ebft_mega.data.builder.dataset_build.scan_work_unit", again)
+    monkeypatch.setattr("ebft_mega.data.builder.dataset_build.tokenize_work_unit", again)
+    build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     assert contents(tmp_path / "out") == expected
 
 
@@ -224,12 +226,12 @@ def test_another_input_or_option_starts_anew(
     for change in ("a file", "an option"):
         with monkeypatch.context() as patches, pytest.raises(OSError):
             patches.setattr("ebft_mega.data.builder.dataset_build._join", stop)
-            build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+            build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
         if change == "a file":
             (sources[0] / "new.py").write_text("new = 1\n")
-        options = OPTIONS if change == "a file" else OPTIONS | {"deduplicate": False}
-        build_dataset(sources, tokenizer, tmp_path / "out", overwrite=True, **options)
-        build_dataset(sources, tokenizer, tmp_path / "fresh", overwrite=True, **options)
+        options = OPTIONS if change == "a file" else replace(OPTIONS, deduplicate=False)
+        build_dataset(sources, tokenizer, tmp_path / "out", options, overwrite=True)
+        build_dataset(sources, tokenizer, tmp_path / "fresh", options, overwrite=True)
         assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
         assert "starting anew" in capsys.readouterr().err
         for path in (tmp_path / "out").iterdir():
@@ -246,13 +248,13 @@ def test_a_file_rewritten_with_its_old_size_and_time_is_another_file(
 
     with monkeypatch.context() as patches, pytest.raises(OSError):
         patches.setattr("ebft_mega.data.builder.dataset_build._join", stop)
-        build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+        build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     path = next(path for path in sorted(sources[0].rglob("*.py")) if path.read_bytes())
     times = path.stat()
     path.write_bytes(b"#" * times.st_size)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
-    build_dataset(sources, tokenizer, tmp_path / "fresh", **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "fresh", OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -269,7 +271,7 @@ def test_a_file_that_changes_during_the_build_is_refused(
     build_scan = build._scan
     monkeypatch.setattr("ebft_mega.data.builder.dataset_build._scan", and_change)
     with pytest.raises(InputError, match=r"module_05\.py: file: found other text"):
-        build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+        build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial").exists()
 
@@ -282,24 +284,24 @@ def test_one_build_of_an_output_at_a_time(
     def and_another(*arguments: object) -> object:
         monkeypatch.setattr("ebft_mega.data.builder.dataset_build._scan", build_scan)
         with pytest.raises(InputError, match="another process"):
-            build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+            build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
         return build_scan(*arguments)
 
     build_scan = build._scan
     monkeypatch.setattr("ebft_mega.data.builder.dataset_build._scan", and_another)
-    build_dataset(sources, tokenizer, tmp_path / "out", **OPTIONS)
+    build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     assert open_dataset(tmp_path / "out").manifest.documents
 
 
 def refuse(number: int, advance: Callable[[int], None]) -> None:
     advance(1)
-    raise bad_input(f"part {number}", "key", "this", "that")
+    raise bad_input(f"unit {number}", "key", "this", "that")
 
 
 def test_an_error_in_a_worker_arrives_whole() -> None:
     with pytest.raises(InputError) as caught, Workers(2) as workers:
         list(workers.run(refuse, [7, 7], None, "refusing"))
-    assert str(caught.value) == "part 7: key: found this; expected that"
+    assert str(caught.value) == "unit 7: key: found this; expected that"
 
 
 def die(_: int, advance: object) -> None:
@@ -311,23 +313,23 @@ def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
         list(workers.run(die, [1, 2, 3], None, "dying"))
 
 
-def test_parts_are_cut_by_the_inputs_alone(tmp_path: Path) -> None:
+def test_work_units_are_cut_by_the_inputs_alone(tmp_path: Path) -> None:
     (tmp_path / "dump.jsonl").write_text("{}\n" * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(b"x" * 2000)
-    plan = make_plan([tmp_path], "*", None, ReadOptions(), 700, {})
-    assert [[(unit.name, unit.begin, unit.end) for unit in part] for part in plan.parts] == [
+    plan = make_plan([tmp_path], BuildOptions(work_unit_bytes=700), "tokenizer")
+    assert [[(each.name, each.begin, each.end) for each in work_unit] for work_unit in plan.work_units] == [
         [("a.jsonl.gz", 0, 2000)],
         *[[("dump.jsonl", begin, min(begin + 700, 3000))] for begin in range(0, 3000, 700)],
     ]
-    small = make_plan([tmp_path], "*", None, ReadOptions(), None, {})
-    assert len(small.parts) == 1
+    small = make_plan([tmp_path], BuildOptions(), "tokenizer")
+    assert len(small.work_units) == 1
     assert small.identity != plan.identity
     with (tmp_path / "large.jsonl").open("wb") as sparse:
-        sparse.truncate(64 * 6 * SMALLEST_PART_BYTES)
-    assert len(make_plan([tmp_path], "large*", None, ReadOptions(), None, {}).parts) == 64
+        sparse.truncate(64 * 6 * SMALLEST_WORK_UNIT_BYTES)
+    assert len(make_plan([tmp_path], BuildOptions(pattern="large*"), "tokenizer").work_units) == 64
     with (tmp_path / "large.jsonl").open("wb") as sparse:
-        sparse.truncate(100 * LARGEST_PART_BYTES)
-    assert len(make_plan([tmp_path], "large*", None, ReadOptions(), None, {}).parts) == 100
+        sparse.truncate(100 * LARGEST_WORK_UNIT_BYTES)
+    assert len(make_plan([tmp_path], BuildOptions(pattern="large*"), "tokenizer").work_units) == 100
 
 
 def process_id(argument: int, advance: Callable[[int], None]) -> int:

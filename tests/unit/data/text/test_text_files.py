@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset import TarWriter
 
+from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.builder.work_plan import Input, Reader, Unit
+from ebft_mega.data.builder.work_plan import FileRange, Input, Reader
 from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.archives import read_text_archive
@@ -141,7 +142,9 @@ def test_a_text_webdataset(tmp_path: Path, tokenizer: Tokenizer) -> None:
     samples = some_samples()
     write_shard(source / "b.tar", samples[6:])
     write_shard(source / "a.tar", samples[:6])
-    build_dataset(source, tokenizer, tmp_path / "out", licence_key="licence", keep_keys=["stars", "absent"])
+    build_dataset(
+        source, tokenizer, tmp_path / "out", BuildOptions(licence_key="licence", keep_keys=["stars", "absent"])
+    )
     dataset = open_dataset(tmp_path / "out")
     assert dataset.manifest.documents == 12
     for number, sample in enumerate(samples):
@@ -156,7 +159,9 @@ def test_a_text_webdataset(tmp_path: Path, tokenizer: Tokenizer) -> None:
     # The same through a file, another suffix, and no record read.
     (tmp_path / "py").mkdir()
     write_shard(tmp_path / "py" / "a.tar", [{"__key__": "x", "PY": b"x = 1\n", "json": b"no JSON"}])
-    build_dataset(tmp_path / "py" / "a.tar", tokenizer, tmp_path / "other", text_member="py", licence="MIT")
+    build_dataset(
+        tmp_path / "py" / "a.tar", tokenizer, tmp_path / "other", BuildOptions(text_member="py", licence="MIT")
+    )
     assert read_metadata(open_dataset(tmp_path / "other"), 0)["licence"] == "MIT"
 
 
@@ -253,7 +258,7 @@ def test_a_damaged_shard_stops_the_build_even_when_bad_documents_may_be_left_out
     path = write_shard(tmp_path / "a.tar", some_samples())
     path.write_bytes(path.read_bytes()[:5120])
     with pytest.raises(InputError, match=r"a\.tar: offset 5120: file: found the end of the file"):
-        build_dataset(path, tokenizer, tmp_path / "out", skip_bad=True)
+        build_dataset(path, tokenizer, tmp_path / "out", BuildOptions(skip_bad=True))
 
 
 def test_bad_documents_are_left_out_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -262,7 +267,7 @@ def test_bad_documents_are_left_out_when_asked(tmp_path: Path, tokenizer: Tokeni
     (tmp_path / "files" / "b.py").write_text("b = 2\n")
     (tmp_path / "dump.jsonl").write_text('{"text": "good"}\nbad\n{"txt": 1}\n{"text": "better"}\n' * 20)
     sources = [tmp_path / "files", tmp_path / "dump.jsonl"]
-    result = build_dataset(sources, tokenizer, tmp_path / "out", skip_bad=True, part_bytes=200)
+    result = build_dataset(sources, tokenizer, tmp_path / "out", BuildOptions(skip_bad=True, work_unit_bytes=200))
     assert open_dataset(tmp_path / "out").manifest.documents == 3
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [line["path"] for line in skipped] == [
@@ -282,7 +287,7 @@ def test_bad_documents_are_left_out_when_asked(tmp_path: Path, tokenizer: Tokeni
 def test_problems_of_a_wrong_key_end_early(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "dump.jsonl").write_text('{"content": "text"}\n' * 5000)
     with pytest.raises(InputError) as caught:
-        build_dataset(tmp_path / "dump.jsonl", tokenizer, tmp_path / "out", part_bytes=10_000)
+        build_dataset(tmp_path / "dump.jsonl", tokenizer, tmp_path / "out", BuildOptions(work_unit_bytes=10_000))
     assert len(caught.value.problems) == 1000
 
 
@@ -299,7 +304,7 @@ def test_one_huge_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_text("x" * size)
     (tmp_path / "files" / "b.txt").write_text("b\n")
-    build_dataset(tmp_path / "files", tokenizer, tmp_path / "out", shard_bytes=1_000_000)
+    build_dataset(tmp_path / "files", tokenizer, tmp_path / "out", BuildOptions(shard_bytes=1_000_000))
     dataset = open_dataset(tmp_path / "out")
     kinds, counts = np.unique(dataset.tokens(0), return_counts=True)
     pieces = [tokenizer.decode([int(kind)]) for kind in kinds]
@@ -320,7 +325,7 @@ def test_licences_and_kept_fields(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source.mkdir()
     (source / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {"licence_key": "license", "keep_keys": ["repo"]}
-    build_dataset(source, tokenizer, tmp_path / "out", licence="other", **options)
+    build_dataset(source, tokenizer, tmp_path / "out", BuildOptions(licence="other", **options))
     found = [read_metadata(open_dataset(tmp_path / "out"), number) for number in range(4)]
     assert [metadata["licence"] for metadata in found] == ["MIT", "MIT, Zlib", "other", "other"]
     assert [metadata.get("fields") for metadata in found] == [
@@ -330,16 +335,16 @@ def test_licences_and_kept_fields(tmp_path: Path, tokenizer: Tokenizer) -> None:
         None,
     ]
     (source / "corpus.json").write_text('{"licence": "PSF-2.0"}')
-    build_dataset(source, tokenizer, tmp_path / "corpus", pattern="*.jsonl", **options)
+    build_dataset(source, tokenizer, tmp_path / "corpus", BuildOptions(pattern="*.jsonl", **options))
     assert read_metadata(open_dataset(tmp_path / "corpus"), 3)["licence"] == "PSF-2.0"
     (source / "b.jsonl").write_text('{"text": "e", "license": {"name": "MIT"}}\n')
     with pytest.raises(InputError, match=r"b\.jsonl:1: license: found a JSON dict"):
-        build_dataset(source, tokenizer, tmp_path / "bad", pattern="*.jsonl", **options)
+        build_dataset(source, tokenizer, tmp_path / "bad", BuildOptions(pattern="*.jsonl", **options))
 
 
 def test_a_file_that_cannot_be_opened_is_listed(tmp_path: Path) -> None:
     reader = Reader((Input(tmp_path, "name", "unknown", holds_texts=True),), ReadOptions())
-    (bad,) = reader.read_unit(Unit(0, "absent.py", 0, 5, is_range=False), 0)
+    (bad,) = reader.read(FileRange(0, "absent.py", 0, 5, is_cut=False), 0)
     assert isinstance(bad, BadText)
     assert bad.is_file
 
@@ -367,7 +372,7 @@ def test_a_number_too_long_for_python_is_a_bad_line(tmp_path: Path, tokenizer: T
     dump.write_text('{"text": "one"}\n{"text": "two", "number": ' + "9" * 5000 + "}\n")
     with pytest.raises(InputError, match=r"dump\.jsonl:2"):
         build_dataset(dump, tokenizer, tmp_path / "out")
-    assert build_dataset(dump, tokenizer, tmp_path / "out", skip_bad=True).record.skipped == 1
+    assert build_dataset(dump, tokenizer, tmp_path / "out", BuildOptions(skip_bad=True)).record.skipped == 1
 
 
 def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
@@ -379,5 +384,5 @@ def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
     (source / "data.jsonl").write_text('{"text": "one"}\n')
     build_dataset(source, tokenizer, tmp_path / "out")
     assert "holds 1 JSONL or tar files among 2: each file is read as one text" in capsys.readouterr().err
-    build_dataset(source, tokenizer, tmp_path / "again", pattern="*.jsonl")
+    build_dataset(source, tokenizer, tmp_path / "again", BuildOptions(pattern="*.jsonl"))
     assert "note" not in capsys.readouterr().err
