@@ -100,6 +100,23 @@ class BlockRewards:
 
 
 @dataclass(frozen=True)
+class Experience:
+    """Rollouts of a micro-batch with their rewards and advantages."""
+
+    rollout: Rollout
+    gram: Tensor  # float64 [B, K, n + 1, n + 1]
+    rewards: BlockRewards
+    advantages: Tensor  # float64 [B, n, K], 0 where a block does not count
+    counted_blocks: Tensor | None = None  # bool [B, K], which blocks count; None: all
+
+    @property
+    def counted_reward(self) -> Tensor:
+        """Rewards float64 [B, n, K], 0 where a block does not count."""
+        reward = self.rewards.reward
+        return reward if self.counted_blocks is None else reward.masked_fill(~self.counted_blocks[:, None], 0.0)
+
+
+@dataclass(frozen=True)
 class PolicyLogprobs:
     """Log-probabilities under the policy being trained, with gradient."""
 
@@ -122,3 +139,11 @@ class LossTerms:
     rl: Tensor  # float32 [], value of -advantage * logprob
     ce: Tensor  # float32 []
     total: Tensor  # float32 [], rl_coef * rl + ce_coef * ce, with gradient
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A micro-batch's log-probabilities and loss shares, detached."""
+
+    logprobs: PolicyLogprobs
+    terms: LossTerms

@@ -22,6 +22,7 @@ from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.strided_attention import Layout, ReadRows, StridedLayout
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
+    TransformerConfig,
     TransformerLayer,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
@@ -70,23 +71,7 @@ class Stage(nn.Module):
         self.hidden = HiddenShape(architecture.hidden_size, shards, dtype, groups.device)
         config = transformer_config(architecture, dtype, groups, sequence_parallel)
         submodules = layer_submodules(architecture)
-        vocabulary = padded_vocabulary(architecture.vocab_size, groups.tensor_parallel_size)
-
-        def no_initialisation(weight: Tensor) -> None:
-            """Leave the weight as allocated; `load_weights` fills it."""
-
-        self.embedding = (
-            VocabParallelEmbedding(
-                vocabulary,
-                architecture.hidden_size,
-                init_method=no_initialisation,
-                reduce_scatter_embeddings=sequence_parallel,
-                config=config,
-                tp_group=groups.tensor_parallel,
-            )
-            if shape.has_embedding
-            else None
-        )
+        self.embedding = self._build_embedding(config) if shape.has_embedding else None
         self.layers = nn.ModuleList(
             TransformerLayer(config, submodules, layer_number=index + 1, pg_collection=groups.megatron())
             for index in range(shape.num_layers)
@@ -94,18 +79,25 @@ class Stage(nn.Module):
         self.final_norm = (
             RMSNorm(config, architecture.hidden_size, architecture.rms_norm_eps) if shape.has_final_norm else None
         )
-        self.head = (
-            VocabularyHead(
-                VocabularyShard.of(architecture.vocab_size, groups),
-                architecture.hidden_size,
-                dtype,
-                is_embedding=self.head_is_embedding,
-            )
-            if shape.has_head
-            else None
-        )
+        self.head = self._build_head(dtype) if shape.has_head else None
         # A plain attribute, not a buffer: the engine casts buffers, and angles must stay float32.
         self.rotary_frequencies = inverse_frequencies(architecture).to(groups.device)
+
+    def _build_embedding(self, config: TransformerConfig) -> VocabParallelEmbedding:
+        """This tensor-parallel rank's rows of the padded vocabulary."""
+        return VocabParallelEmbedding(
+            padded_vocabulary(self.architecture.vocab_size, self.groups.tensor_parallel_size),
+            self.architecture.hidden_size,
+            init_method=_no_initialisation,
+            reduce_scatter_embeddings=self.sequence_parallel,
+            config=config,
+            tp_group=self.groups.tensor_parallel,
+        )
+
+    def _build_head(self, dtype: torch.dtype) -> VocabularyHead:
+        """This tensor-parallel rank's rows of the output matrix, or none where they are the embedding's."""
+        shard = VocabularyShard.of(self.architecture.vocab_size, self.groups)
+        return VocabularyHead(shard, self.architecture.hidden_size, dtype, is_embedding=self.head_is_embedding)
 
     @property
     def head_is_embedding(self) -> bool:
@@ -292,6 +284,10 @@ class Stage(nn.Module):
                 copy=tied and name == "head.weight",
             )
         return roles
+
+
+def _no_initialisation(weight: Tensor) -> None:
+    """Leave the weight as allocated; `load_weights` fills it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What of a step's rows counts, where not everything does: filler for damaged rows, blocks across documents."""
+"""Masks of the rows and blocks that count in the loss: not filler for damaged rows, not blocks across documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ebft_mega.types import TokenBatch
 
 
 @dataclass(frozen=True)
-class StepWeights:
+class LossMasks:
     """Which rows and blocks of this replica's micro-batches count, and how many do over the global batch."""
 
     rows: tuple[Tensor, ...]  # per micro-batch bool [B], false for filler
@@ -24,9 +24,9 @@ class StepWeights:
     num_blocks: int
 
 
-def step_weights(
+def loss_masks(
     micro_batches: Sequence[TokenBatch], plan: BlockPlan, config: RunConfig, groups: ProcessGroups
-) -> StepWeights | None:
+) -> LossMasks | None:
     """Find out what counts; None if the configuration says that everything does.
 
     Raises:
@@ -46,4 +46,4 @@ def step_weights(
     counts = torch.stack(sums)
     dist.all_reduce(counts, group=groups.data_parallel)
     num_rows, num_blocks = counts.tolist()
-    return StepWeights(rows, blocks, num_rows, num_blocks)
+    return LossMasks(rows, blocks, num_rows, num_blocks)

@@ -68,8 +68,8 @@ def _describe_micro_batch(result: StepResult, index: int) -> dict[str, Any]:
         if learned.logprobs.target is not None:
             per_row["target_logprobs"] = learned.logprobs.target
     counted = None
-    if result.weights is not None:
-        counted = result.weights.blocks[index].sum(dim=1).tolist()
+    if result.masks is not None:
+        counted = result.masks.blocks[index].sum(dim=1).tolist()
     return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], per_row, counted)}
 
 

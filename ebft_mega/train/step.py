@@ -2,7 +2,7 @@
 
 Rows of raw text -> n rollouts from every anchor -> inner products of features -> rewards -> advantages ->
 REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on-policy: one update per rollout.
-What does not count (filler rows, blocks across masked documents) goes through all this with weight 0.
+Rows and blocks that do not count (filler rows, blocks across masked documents) are computed with weight 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,122 +27,52 @@ from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.loss_masks import StepWeights, step_weights
-from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
+from ebft_mega.train.loss_masks import LossMasks, loss_masks
+from ebft_mega.types import Experience, Learned, LossTerms, Rollout, TokenBatch, TokenCounts
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """Everything a step needs and does not change."""
-
-    config: RunConfig
-    plan: BlockPlan
-    sampling: SamplingSettings
-    groups: ProcessGroups
-    engine: ZeroEngine
-    feature_network: FeatureNetwork | None  # None: rl_coef is 0
-    timers: PhaseTimers
-    reuse: Reuse = "off"  # what the gradient pass takes over from the rollout
-
-    @property
-    def stage(self) -> Stage:
-        """This rank's part of the policy; what it is, not its parameters."""
-        stage = self.engine.module
-        assert isinstance(stage, Stage), "engines are built around stages"
-        return stage
-
-    @contextmanager
-    def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:
-        """The policy with whole parameters, for passes without gradient or, if `recording`, with it.
-
-        Communication: over the data-parallel group one gather of all parameters, unless they are held.
-        """
-        with self.engine.whole_parameters(recording) as run:
-            yield PipelinedModel.of(self.stage, run)
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What the policy did with a micro-batch and what it was worth."""
-
-    rollout: Rollout
-    gram: Tensor  # float64 [B, K, n + 1, n + 1]
-    rewards: BlockRewards
-    advantages: Tensor  # float64 [B, n, K], 0 where a block does not count
-    counted_blocks: Tensor | None = None  # bool [B, K], which blocks count; None: all
-
-    @property
-    def counted_reward(self) -> Tensor:
-        """Rewards float64 [B, n, K], 0 where a block does not count."""
-        reward = self.rewards.reward
-        return reward if self.counted_blocks is None else reward.masked_fill(~self.counted_blocks[:, None], 0.0)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A micro-batch's log-probabilities and loss shares, detached."""
-
-    logprobs: PolicyLogprobs
-    terms: LossTerms
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What happened in a step, per micro-batch of this replica; the same on all of its ranks."""
-
-    micro_batches: tuple[TokenBatch, ...]
-    experiences: tuple[Experience, ...]  # empty when rl_coef is 0
-    learned: tuple[Learned, ...]
-    update: Update
-    weights: StepWeights | None = None  # None: all rows and blocks count
-
-
-def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: float) -> StepResult:
-    """Sample, reward, learn, update.
+def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: float) -> "StepResult":
+    """Sample rollouts, reward them, add up the gradient, update the policy.
 
     Args:
         batch: this rank's rows of the global batch.
         step: 0-based optimizer step; part of the sampling noise.
     Returns:
-        StepResult of this rank's replica; `train.summary.step_metrics` reduces it over replicas.
+        StepResult of this rank's replica; `train.step_metrics.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
-        reduced, and what `step_weights` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
+        reduced, and what `loss_masks` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
         `learn`; one norm over all.
     """
-    config, timers = trainer.config, trainer.timers
+    config, plan, timers = trainer.config, trainer.plan, trainer.timers
     micro_batches = batch.split(config.train.micro_batch_size)
-    weights = step_weights(micro_batches, trainer.plan, config, trainer.groups)
+    masks = loss_masks(micro_batches, plan, config, trainer.groups)
 
     sampled: list[Sampled] = []
     experiences: list[Experience] = []
     if trainer.feature_network is not None:
-        with timers.phase("rollout"), trainer.policy(recording=trainer.reuse == "activations") as policy:
-            sampled = generate_rollouts(
-                policy,
-                micro_batches,
-                trainer.plan,
-                trainer.sampling,
-                step,
-                reuse=trainer.reuse,
-                with_targets=trainer.reuse != "off" and config.ebft.ce_coef > 0,
-            )
+        reuse = trainer.reuse
+        with_targets = reuse != "off" and config.ebft.ce_coef > 0
+        with timers.phase("rollout"), trainer.policy(recording=reuse == "activations") as policy:
+            sampled = generate_rollouts(policy, micro_batches, plan, trainer.sampling, step, reuse, with_targets)
         rollouts = [item.rollout for item in sampled]
         with timers.phase("features"):
-            grams = trainer.feature_network.grams(micro_batches, rollouts, trainer.plan)
+            grams = trainer.feature_network.grams(micro_batches, rollouts, plan)
         with timers.phase("reward"):
-            counted: Sequence[Tensor | None] = weights.blocks if weights is not None else [None] * len(grams)
+            counted_blocks = [None] * len(grams) if masks is None else masks.blocks
             experiences = [
-                judge(gram, rollout, config, blocks)
-                for gram, rollout, blocks in zip(grams, rollouts, counted, strict=True)
+                make_experience(gram, rollout, config, blocks)
+                for gram, rollout, blocks in zip(grams, rollouts, counted_blocks, strict=True)
             ]
     with timers.phase("learn"):
-        learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], weights)
+        learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
-    return StepResult(micro_batches, tuple(experiences), tuple(learned), update, weights)
+    return StepResult(micro_batches, tuple(experiences), tuple(learned), update, masks)
 
 
-def judge(gram: Tensor, rollout: Rollout, config: RunConfig, counted_blocks: Tensor | None = None) -> Experience:
+def make_experience(
+    gram: Tensor, rollout: Rollout, config: RunConfig, counted_blocks: Tensor | None = None
+) -> Experience:
     """Rewards and advantages of a micro-batch's rollouts, from inner products of features alone.
 
     Args:
@@ -159,77 +89,144 @@ def judge(gram: Tensor, rollout: Rollout, config: RunConfig, counted_blocks: Ten
 
 
 def learn(
-    trainer: Trainer,
+    trainer: "Trainer",
     micro_batches: Sequence[TokenBatch],
     experiences: Sequence[Experience],
     saved: Sequence[SavedForward | None],
-    weights: StepWeights | None = None,
+    masks: LossMasks | None = None,
 ) -> list[Learned]:
-    """Add up the gradient of all micro-batches: the policy's forward with gradient, the loss, the way back.
+    """Add up the gradient of all micro-batches: the policy's forward pass with gradient, the loss, the backward pass.
 
     Args:
         experiences: per micro-batch; none when only the text is learned from.
         saved: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
-        weights: what counts; None: everything.
+        masks: which rows and blocks count; None: all.
     Returns:
         Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
     Communication: the engine's layer-by-layer parameter gathers; along the pipeline the gradients of hidden states
         (and, for a forward pass computed here, those); one broadcast of all log-probabilities and loss shares from
         its last stage.
     """
-    ebft, plan, engine, groups = trainer.config.ebft, trainer.plan, trainer.engine, trainer.groups
-    num_rows, num_blocks = trainer.config.train.global_batch_size, None
-    if weights is not None:
-        num_rows, num_blocks = weights.num_rows, weights.num_blocks
-    counts = count_tokens(plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks)
-    requests = [
-        ScoreRequest(
-            tokens=rows.tokens,
-            rollouts=experiences[index].rollout.tokens if experiences else None,
-            targets=ebft.ce_coef > 0,
-            temperature=ebft.temperature,
-            documents=rows.documents,
-        )
-        for index, rows in enumerate(micro_batches)
-    ]
-    forwards = {index: part for index, part in enumerate(saved) if part is not None}
-    values: list[Tensor] = []  # on the last stage
-
-    def forward(index: int, received: Tensor | None = None) -> Tensor:
-        request = requests[index]
-        scores = engine.forward(lambda stage: score(stage, request, plan, received, forwards.get(index)))
-        if not groups.is_last_stage:
-            return scores[0]
-        advantages = experiences[index].advantages if experiences else None
-        rows = weights.rows[index] if weights is not None else None
-        terms = loss_terms(request.logprobs(scores), advantages, counts, ebft.rl_coef, ebft.ce_coef, rows)
-        values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
-        return guarded(terms.total, [experiences[index].counted_reward] if experiences else [])
-
-    def backward(output: Tensor, gradient: Tensor | None) -> None:
-        if gradient is None:
-            engine.backward(output)
-        else:
-            engine.backward_from(output, gradient)
-
-    def hidden_buffer(index: int) -> Tensor:
-        return trainer.stage.hidden.empty(requests[index].num_positions(plan), len(requests[index].tokens))
-
+    groups, count = trainer.groups, len(micro_batches)
+    forwards = {index: forward for index, forward in enumerate(saved) if forward is not None}
+    work = _GradientPass(trainer, micro_batches, experiences, forwards, masks)
     if forwards:
-        replayed_backward(
-            groups,
-            len(requests),
-            forward,
-            backward,
-            entering_gradient=lambda index: forwards[index].entering_gradient(),
-            release=lambda index: forwards[index].release(),
-        )
+        replayed_backward(groups, count, work.forward, work.backward, work.entering_gradient, work.release)
     else:
-        one_forward_one_backward(groups, len(requests), forward, backward, hidden_buffer)
-    shapes = [shape for request in requests for shape in (*request.shapes(), (), (), ())]
-    shared = iter(share_from_last_stage(values, shapes, torch.float32, groups))
-    learned = []
-    for request in requests:
-        logprobs = request.logprobs([next(shared) for _ in request.shapes()])
-        learned.append(Learned(logprobs, LossTerms(rl=next(shared), ce=next(shared), total=next(shared))))
-    return learned
+        one_forward_one_backward(groups, count, work.forward, work.backward, work.hidden_buffer)
+    return work.learned()
+
+
+class _GradientPass:
+    """What this stage does with each micro-batch when the pipeline's schedule says so."""
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        micro_batches: Sequence[TokenBatch],
+        experiences: Sequence[Experience],
+        saved: dict[int, SavedForward],
+        masks: LossMasks | None,
+    ):
+        self.trainer, self.experiences, self.saved, self.masks = trainer, experiences, saved, masks
+        ebft = trainer.config.ebft
+        self.requests = [
+            ScoreRequest(
+                tokens=rows.tokens,
+                rollouts=experiences[index].rollout.tokens if experiences else None,
+                targets=ebft.ce_coef > 0,
+                temperature=ebft.temperature,
+                documents=rows.documents,
+            )
+            for index, rows in enumerate(micro_batches)
+        ]
+        num_rows, num_blocks = trainer.config.train.global_batch_size, None
+        if masks is not None:
+            num_rows, num_blocks = masks.num_rows, masks.num_blocks
+        self.counts: TokenCounts = count_tokens(trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks)
+        self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
+
+    def forward(self, index: int, received: Tensor | None = None) -> Tensor:
+        """Hidden states for the next stage, or on the last one the loss to descend."""
+        trainer, request, ebft = self.trainer, self.requests[index], self.trainer.config.ebft
+        saved = self.saved.get(index)
+        scores = trainer.engine.forward(lambda stage: score(stage, request, trainer.plan, received, saved))
+        if not trainer.groups.is_last_stage:
+            return scores[0]
+        advantages = self.experiences[index].advantages if self.experiences else None
+        counted_rows = None if self.masks is None else self.masks.rows[index]
+        logprobs = request.logprobs(scores)
+        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, counted_rows)
+        self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
+        return guarded(terms.total, [self.experiences[index].counted_reward] if self.experiences else [])
+
+    def backward(self, output: Tensor, gradient: Tensor | None) -> None:
+        """Accumulate the gradient of what `forward` returned."""
+        if gradient is None:
+            self.trainer.engine.backward(output)
+        else:
+            self.trainer.engine.backward_from(output, gradient)
+
+    def hidden_buffer(self, index: int) -> Tensor:
+        """For the hidden states that the stage before sends."""
+        request = self.requests[index]
+        return self.trainer.stage.hidden.empty(request.num_positions(self.trainer.plan), len(request.tokens))
+
+    def entering_gradient(self, index: int) -> Tensor:
+        """Gradient of the hidden states that entered the stage in a saved forward pass."""
+        return self.saved[index].entering_gradient()
+
+    def release(self, index: int) -> None:
+        """Free a saved forward pass."""
+        self.saved[index].release()
+
+    def learned(self) -> list[Learned]:
+        """Log-probabilities and loss shares of all micro-batches, on every stage; one broadcast."""
+        shapes = [shape for request in self.requests for shape in (*request.shapes(), (), (), ())]
+        shared = iter(share_from_last_stage(self.values, shapes, torch.float32, self.trainer.groups))
+        learned = []
+        for request in self.requests:
+            logprobs = request.logprobs([next(shared) for _ in request.shapes()])
+            learned.append(Learned(logprobs, LossTerms(rl=next(shared), ce=next(shared), total=next(shared))))
+        return learned
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in a step, per micro-batch of this replica; the same on all of its ranks."""
+
+    micro_batches: tuple[TokenBatch, ...]
+    experiences: tuple[Experience, ...]  # empty when rl_coef is 0
+    learned: tuple[Learned, ...]
+    update: Update
+    masks: LossMasks | None = None  # None: all rows and blocks count
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that a step needs and that does not change from step to step."""
+
+    config: RunConfig
+    plan: BlockPlan
+    sampling: SamplingSettings
+    groups: ProcessGroups
+    engine: ZeroEngine
+    feature_network: FeatureNetwork | None  # None: rl_coef is 0
+    timers: PhaseTimers
+    reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's part of the policy: its modules and sizes; the parameters may be partitioned."""
+        stage = self.engine.module
+        assert isinstance(stage, Stage), "engines are built around stages"
+        return stage
+
+    @contextmanager
+    def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:
+        """The policy with whole parameters, for passes without gradient or, if `recording`, with it.
+
+        Communication: over the data-parallel group one gather of all parameters, unless they are held.
+        """
+        with self.engine.whole_parameters(recording) as run:
+            yield PipelinedModel.of(self.stage, run)

@@ -11,7 +11,7 @@ from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.rollout.duplicates import duplicate_share, has_duplicates
-from ebft_mega.train.loss_masks import StepWeights
+from ebft_mega.train.loss_masks import LossMasks
 from ebft_mega.train.step import StepResult, Trainer
 
 
@@ -29,7 +29,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         "ebft/rl_loss": torch.stack([item.terms.rl for item in result.learned]).sum(),
         "ebft/ce_loss": torch.stack([item.terms.ce for item in result.learned]).sum(),
     }
-    has_blocks = bool(result.experiences) and (result.weights is None or result.weights.num_blocks > 0)
+    has_blocks = bool(result.experiences) and (result.masks is None or result.masks.num_blocks > 0)
     if has_blocks:
         rewards = [experience.rewards for experience in result.experiences]
         advantages = torch.cat([experience.advantages for experience in result.experiences])
@@ -42,13 +42,13 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
             "advantage": advantages,
             "advantage_squared": advantages.square(),
         }
-        if result.weights is None:
+        if result.masks is None:
             # Every rank has equally many blocks.
             sums |= {name: values.mean() / groups.data_parallel_size for name, values in of_blocks.items()}
             sums["ebft/duplicate_share"] = duplicate_share(rollouts) / groups.data_parallel_size
         else:
             of_blocks["ebft/duplicate_share"] = has_duplicates(rollouts)
-            counted, count = torch.cat(result.weights.blocks), result.weights.num_blocks
+            counted, count = torch.cat(result.masks.blocks), result.masks.num_blocks
             sums |= {name: _counted_sum(values, counted) / count for name, values in of_blocks.items()}
     # Shares of global means by now: loss shares carry global denominators, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
@@ -66,7 +66,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     )
     metrics["train/grad_norm"] = result.update.grad_norm
     metrics["train/lr"] = learning_rate
-    return metrics | _weight_metrics(trainer, result.weights)
+    return metrics | _mask_metrics(trainer, result.masks)
 
 
 def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
@@ -77,14 +77,14 @@ def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
     return by_block.masked_fill(~counted, 0.0).sum()
 
 
-def _weight_metrics(trainer: Trainer, weights: StepWeights | None) -> dict[str, float]:
+def _mask_metrics(trainer: Trainer, masks: LossMasks | None) -> dict[str, float]:
     """What of the global batch did not count."""
     config, metrics = trainer.config, {}
-    if weights is not None and config.data.document_masking and trainer.feature_network is not None:
-        all_blocks = weights.num_rows * trainer.plan.num_blocks
-        metrics["data/dropped_anchor_share"] = 1 - weights.num_blocks / all_blocks if all_blocks else 0.0
-    if weights is not None and config.data.on_error == "skip":
-        metrics["data/skipped_rows"] = float(config.train.global_batch_size - weights.num_rows)
+    if masks is not None and config.data.document_masking and trainer.feature_network is not None:
+        all_blocks = masks.num_rows * trainer.plan.num_blocks
+        metrics["data/dropped_anchor_share"] = 1 - masks.num_blocks / all_blocks if all_blocks else 0.0
+    if masks is not None and config.data.on_error == "skip":
+        metrics["data/skipped_rows"] = float(config.train.global_batch_size - masks.num_rows)
     return metrics
 
 

@@ -68,7 +68,7 @@ POISONS = {
     "NaN loss": ("loss_terms", nan_loss),
     "infinite loss with a finite gradient": ("loss_terms", infinite_loss_with_a_finite_gradient),
     "NaN gradient of a finite loss": ("loss_terms", nan_gradient_of_a_finite_loss),
-    "infinite reward with finite advantages": ("judge", infinite_reward_with_finite_advantages),
+    "infinite reward with finite advantages": ("make_experience", infinite_reward_with_finite_advantages),
 }
 
 

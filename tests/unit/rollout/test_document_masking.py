@@ -22,11 +22,11 @@ from ebft_mega.parallel.optimizer import Update, runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.loss_masks import StepWeights, step_weights
-from ebft_mega.train.step import Experience, Learned, StepResult
+from ebft_mega.train.loss_masks import LossMasks, loss_masks
+from ebft_mega.train.step import StepResult
 from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.train.step_trace import _local_tensors
-from ebft_mega.types import BlockRewards, LossTerms, PolicyLogprobs, Rollout, TokenBatch
+from ebft_mega.types import BlockRewards, Experience, Learned, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 from tests.conftest import tiny_config
 
 PLAN = BlockPlan(29, 3, 3, 2, 3)
@@ -162,17 +162,17 @@ def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
     batch = batch_of(STARTS, PLAN.sequence_length, indices=[4, -1])
     parts = batch.split(1)
     shared = [replace(part, documents=None) for part in parts]
-    assert step_weights(shared, PLAN, config_of(tmp_path), groups) is None
-    skipping = step_weights(shared, PLAN, config_of(tmp_path, "data.on_error=skip"), groups)
+    assert loss_masks(shared, PLAN, config_of(tmp_path), groups) is None
+    skipping = loss_masks(shared, PLAN, config_of(tmp_path, "data.on_error=skip"), groups)
     assert (skipping.num_rows, skipping.num_blocks) == (1, PLAN.num_blocks)
-    masked = step_weights(parts, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
+    masked = loss_masks(parts, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
     assert [part.tolist() for part in masked.rows] == [[True], [False]]
     assert torch.equal(torch.cat(masked.blocks), counted_blocks(batch, PLAN))
     assert masked.num_blocks == counted_blocks(batch, PLAN).sum() < PLAN.num_blocks
     text_only = ("data.document_masking=true", "ebft.rl_coef=0", "ebft.ce_coef=1")
-    assert step_weights(parts, PLAN, config_of(tmp_path, *text_only), groups) is None
+    assert loss_masks(parts, PLAN, config_of(tmp_path, *text_only), groups) is None
     with pytest.raises(ValueError, match="rows with masked documents"):
-        step_weights(shared, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
+        loss_masks(shared, PLAN, config_of(tmp_path, "data.document_masking=true"), groups)
 
 
 def result_of(batch, blocks):
@@ -183,8 +183,8 @@ def result_of(batch, blocks):
     experience = Experience(Rollout(torch.zeros(*shape, 2)), gram, rewards, rewards.reward)
     if blocks is not None:
         experience = replace(experience, counted_blocks=blocks)
-    weights = None if blocks is None else StepWeights((batch.row_indices >= 0,), (blocks,), 2, int(blocks.sum()))
-    return StepResult((batch,), (experience,), (), Update(1.0, True), weights)
+    masks = None if blocks is None else LossMasks((batch.row_indices >= 0,), (blocks,), 2, int(blocks.sum()))
+    return StepResult((batch,), (experience,), (), Update(1.0, True), masks)
 
 
 def test_a_trace_names_the_counted_blocks_of_masked_documents_alone():
