@@ -81,7 +81,7 @@ def main() -> int:
                 print(f"{describe_run(config, plan)}\n\n{described_start(config)}")
             return 0
         from ebft_mega.apps.report.run_report import write_run_report
-        from ebft_mega.train.run import run_training
+        from ebft_mega.lifecycle.run import run_training
 
         return run_training(config, plan, trace_step, signals, started, write_run_report)
     except EbftError as error:

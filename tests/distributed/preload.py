@@ -7,4 +7,4 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: F401
 import transformers  # noqa: F401
 
-import ebft_mega.train.run  # noqa: F401
+import ebft_mega.lifecycle.run  # noqa: F401

@@ -17,10 +17,10 @@ from ebft_mega.config.load import load_config
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.lifecycle.run import run_training
 from ebft_mega.parallel.groups import connect
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.runtime.stop_requests import Signals
-from ebft_mega.train.run import run_training
 
 TEXT = """
 output_dir: unused

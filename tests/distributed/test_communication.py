@@ -9,8 +9,8 @@ import yaml
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, split_layers, stage_parameters
+from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import connect, make_process_groups
-from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, TEXT, Case, Layout, config_of, rows_of_step

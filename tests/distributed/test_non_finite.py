@@ -12,12 +12,12 @@ import torch.distributed as dist
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.rows.loader import LoadedBatch
 from ebft_mega.errors import NonFiniteStepError
+from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train import loop
 from ebft_mega.train import non_finite as faults
 from ebft_mega.train import step as step_module
-from ebft_mega.train.build import build_trainer
 from ebft_mega.train.hooks import Observer, step_hooks
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import train_step

@@ -38,7 +38,7 @@ STAGES = {
     "old one half deleted": ("ebft_mega.checkpoint.commit:shutil.rmtree", "half", (0,)),
 }
 PHASES = {
-    "start": "ebft_mega.train.build:build_trainer",
+    "start": "ebft_mega.lifecycle.build:build_trainer",
     "rollout": "ebft_mega.train.step:generate_rollouts",
     "learning": "ebft_mega.train.step:learn",
     "evaluation": "ebft_mega.train.hooks:evaluate_chunk",

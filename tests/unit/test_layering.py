@@ -20,7 +20,7 @@ ROOMS = (
     *("data.text", "data.store", "data.builder", "data.rows"),
     *("parallel", "attention", "model"),
     *("rollout", "features", "reward", "objective"),
-    *("checkpoint", "cost", "planning", "evaluation", "train", "apps"),
+    *("checkpoint", "cost", "planning", "evaluation", "train", "lifecycle", "apps"),
 )
 # What is imported by name stands in strings of this form: `python -m`, lazy imports, patches.
 DOTTED = re.compile(r"ebft_mega((?:\.[a-z_0-9]+)+)")

@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
+from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.planning.activation_memory import Pass, layer_saved_bytes
 from ebft_mega.planning.data_budget import TrainingSupply
 from ebft_mega.planning.memory import Choices, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
-from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch
 

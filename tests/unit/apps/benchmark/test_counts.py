@@ -13,7 +13,7 @@ from ebft_mega.apps.benchmark.sides import OUR_SIDES, build_sides, random_rows
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import Flops
-from ebft_mega.train.build import build_trainer
+from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.apps.benchmark.benchmark_models import TINY_CASES, TINY_MODEL
 

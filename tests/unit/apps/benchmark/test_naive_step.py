@@ -16,9 +16,9 @@ from ebft_mega.apps.benchmark.step_major import (
 )
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
-from ebft_mega.train.build import build_trainer
 from ebft_mega.train.step import train_step
 from tests.unit.apps.benchmark.benchmark_models import TINY_CASES, TINY_MODEL
 

@@ -21,6 +21,9 @@ from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.io.output_directory import refuse_other_contents
+from ebft_mega.lifecycle.build import build_chosen_trainer, held_out_rows, make_loader
+from ebft_mega.lifecycle.model_identity import require_whole_models, run_identity
+from ebft_mega.lifecycle.start import Start, find_start, tidy
 from ebft_mega.model.weights.huggingface import CONFIG_NAME, hf_tensors, write_model
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.planning.run_plan import RunPlan
@@ -29,12 +32,9 @@ from ebft_mega.runtime.agreement import from_first_rank, require_agreement
 from ebft_mega.runtime.run_lock import RunLock
 from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
-from ebft_mega.train.build import build_chosen_trainer, held_out_rows, make_loader
 from ebft_mega.train.hooks import Observer, open_observer, step_hooks
 from ebft_mega.train.loop import rows_of_step, train
-from ebft_mega.train.model_identity import require_whole_models, run_identity
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.start import Start, find_start, tidy
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
 from ebft_mega.train.step_trace import trace_step

@@ -37,10 +37,10 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
+from ebft_mega.lifecycle.model_identity import damaged_files
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment
-from ebft_mega.train.model_identity import damaged_files
 from ebft_mega.train.progress import Progress
 
 logger = logging.getLogger(__name__)
