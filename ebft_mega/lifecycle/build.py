@@ -1,4 +1,4 @@
-"""What a run is built of: loader, held-out rows, and the trainer with policy, optimizer and feature network."""
+"""The trainer of a run: the policy with its optimizer, and the frozen feature network, from a configuration."""
 
 import logging
 from collections.abc import Callable
@@ -15,9 +15,7 @@ from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
 from ebft_mega.errors import ConfigError, Problem
-from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.phase_memory import PhaseMemory
@@ -28,58 +26,13 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.planning.auto import choices, default_choices
-from ebft_mega.planning.datasets import open_place, open_training_rows
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.rollout.generate import SamplingSettings
-from ebft_mega.train.hooks import HeldOut
-from ebft_mega.train.loop import rows_of_step
 from ebft_mega.train.step import Trainer
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)
-
-
-def make_loader(config: RunConfig, groups: ProcessGroups, is_trace: bool) -> BatchLoader:
-    """This replica's batches, from the first row of the run on.
-
-    Args:
-        is_trace: only one batch will be read, by this process, and all of it has to be whole.
-    Raises:
-        InputError: a dataset cannot be opened or does not fit the others.
-    """
-    return BatchLoader(
-        open_training_rows(config),
-        config.train.global_batch_size,
-        groups.data_parallel_rank,
-        groups.data_parallel_size,
-        workers=0 if is_trace else config.data.workers,
-        pin_memory=groups.device.type == "cuda",
-        on_error="raise" if is_trace else config.data.on_error,
-    )
-
-
-def held_out_rows(config: RunConfig, groups: ProcessGroups) -> HeldOut | None:
-    """This replica's held-out rows, on its device; None: the configuration names none.
-
-    Raises:
-        InputError: the dataset cannot be opened.
-    Communication: none.
-    """
-    if config.evaluation.shards is None:
-        return None
-    dataset = open_place(config, "evaluation.shards", config.evaluation.shards)
-    rows = fixed_rows(
-        dataset,
-        config.data.sequence_length,
-        config.evaluation.rows,
-        groups.data_parallel_rank,
-        groups.data_parallel_size,
-    )
-    dataset.close()
-    rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
-    rows = rows_of_step(rows, config, groups.device)
-    return HeldOut(rows, EvaluationSettings.of(config), config.evaluation.interval)
 
 
 def build_chosen_trainer(

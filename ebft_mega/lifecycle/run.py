@@ -1,71 +1,37 @@
-"""One run, from its configuration to its final model: what happens once, before and after the training loop."""
+"""One run: connect the ranks, check what they share, lock the run directory, run, and record the outcome."""
 
 import datetime
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from ebft_mega import errors
-from ebft_mega.checkpoint.commit import CHECKPOINTS, newest
-from ebft_mega.checkpoint.describing_files import describing_files, generation_config
-from ebft_mega.checkpoint.run_state import STATE_NAME
-from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
-from ebft_mega.io.output_directory import refuse_other_contents
-from ebft_mega.lifecycle.build import build_chosen_trainer, held_out_rows, make_loader
-from ebft_mega.lifecycle.model_identity import require_whole_models, run_identity
-from ebft_mega.lifecycle.start import Start, find_start, tidy
-from ebft_mega.model.weights.huggingface import CONFIG_NAME, hf_tensors, write_model
+from ebft_mega.errors import EXIT_DONE, EXIT_HANG, ConfigError, Problem
+from ebft_mega.lifecycle.build import build_chosen_trainer
+from ebft_mega.lifecycle.inputs import make_loader
+from ebft_mega.lifecycle.model_identity import require_whole_models
+from ebft_mega.lifecycle.outcome import Outcome
+from ebft_mega.lifecycle.run_directory import make_run_directory
+from ebft_mega.lifecycle.start import find_start
+from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.runtime import run_files
 from ebft_mega.runtime.agreement import from_first_rank, require_agreement
+from ebft_mega.runtime.run_files import STATUS_NAME, setup_rank_log
 from ebft_mega.runtime.run_lock import RunLock
-from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
+from ebft_mega.runtime.stop_requests import Signals, StopRequests
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
-from ebft_mega.train.hooks import Observer, open_observer, step_hooks
-from ebft_mega.train.loop import rows_of_step, train
-from ebft_mega.train.progress import Progress
-from ebft_mega.train.step import Trainer
-from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.train.loop import rows_of_step
 from ebft_mega.train.step_trace import trace_step
-from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)
-
-MODEL_FOLDER = "hf"  # of a run directory: the final model
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run in a directory that it has locked, and what it is made with."""
-
-    config: RunConfig
-    plan: RunPlan
-    groups: ProcessGroups
-    loader: BatchLoader
-    requests: StopRequests
-    lock_lost: Callable[[], bool]  # whether this rank knows that another run has the directory now
-    write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
-
-    @property
-    def output(self) -> Path:
-        """The run directory."""
-        return self.config.output_dir
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        """The tokenizer of the training data; all sources have the same one."""
-        return self.loader.stream.sources[0].dataset.tokenizer_directory
 
 
 def run_training(
@@ -116,7 +82,7 @@ def connect_ranks(config: RunConfig) -> ProcessGroups:
     parallel, key = config.parallel, "parallel.sequence_parallel"
     if parallel.sequence_parallel and device.type != "cuda":
         found, expected = f"true, on a {device.type}", "false: it needs GPUs"
-        raise errors.ConfigError([errors.Problem(config.place(key), key, found, expected)])
+        raise ConfigError([Problem(config.place(key), key, found, expected)])
     return make_process_groups(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timeout)
 
 
@@ -149,35 +115,12 @@ def trace_first_step(
 
     Communication: collective over the world.
     """
-    watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: errors.EXIT_HANG)
+    watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: EXIT_HANG)
     with watchdog, closing(iter(loader)) as batches:
         trainer = build_chosen_trainer(config, plan, groups)
         trace_step(trainer, rows_of_step(next(batches).rows, config, groups.device), directory)
         dist.barrier()
-    return errors.EXIT_DONE
-
-
-def make_run_directory(config: RunConfig) -> None:
-    """Make `output_dir`, before anything expensive.
-
-    Raises:
-        ConfigError: it cannot be made or written to, or something stands where the final model will be.
-    """
-    output = config.output_dir
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        found = f"{output}, which cannot be written ({error.strerror})"
-        expected = "a writable directory, or one to be made"
-        problem = errors.Problem(config.place("output_dir"), "output_dir", found, expected)
-        raise errors.ConfigError([problem]) from None
-    try:
-        refuse_other_contents(output / MODEL_FOLDER, CONFIG_NAME, overwrite=True)
-    except errors.InputError as error:
-        problems = [problem.within(config.place("output_dir")) for problem in error.problems]
-        raise errors.ConfigError(problems) from None
+    return EXIT_DONE
 
 
 def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
@@ -190,132 +133,25 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     Communication: collective over the world.
     """
     output = run.output
-    log_path = run_files.setup_rank_log(output, dist.get_rank())
+    log_path = setup_rank_log(output, dist.get_rank())
     notes += tuple(f"the file {name} of an earlier run was deleted" for name in run.requests.clear())
     if run.groups.is_world_first:
-        (output / run_files.STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
+        (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
-    progress = Progress()
-
-    def record_hang() -> int:
-        return record_failure(output, errors.EXIT_HANG, progress)
-
+    outcome = Outcome(output)
     try:
-        with Watchdog(timeout_of_steps(run.config), log_path, record_hang) as watchdog:
+        with Watchdog(timeout_of_steps(run.config), log_path, outcome.of_hang) as watchdog:
             start = find_start(run.config, run.plan, run.loader)
             watchdog.beat("checking of the checkpoint")
-            progress, start = start.progress, replace(start, notes=(*notes, *start.notes))
-            stopped = train_and_export(run, start, watchdog)
+            outcome.progress = start.progress
+            stopped = train_and_export(run, replace(start, notes=(*notes, *start.notes)), watchdog)
             dist.barrier()
     except BaseException as error:
         leave_soon()
         logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
-        if isinstance(error, errors.LockLostError):
-            raise  # the directory and the outcome in it are another run's
-        # A rank whose peer failed loses its connection; the failure that the peer recorded is the cause.
-        peer_code = run_files.failure_on_record(output)
-        if peer_code is not None and not isinstance(error, errors.EbftError):
-            raise errors.PeerFailedError(peer_code) from error
-        code = error.exit_code if isinstance(error, errors.EbftError) else errors.EXIT_FAILED
-        record_failure(output, code, progress)
+        if (cause := outcome.of_error(error)) is not error:
+            raise cause from error
         raise
-    exit_code = errors.EXIT_STOPPED if stopped else errors.EXIT_DONE
-    if run.groups.is_world_first:
-        state: run_files.RunState = "stopped" if stopped else "done"
-        run_files.write_status(output, state, exit_code, progress.step, newest_checkpoint(output))
+    exit_code = outcome.of_end(bool(stopped), is_writer=run.groups.is_world_first)
     dist.barrier()
     return exit_code
-
-
-def newest_checkpoint(output: Path) -> str | None:
-    """Name of the newest checkpoint of a run directory, for its status; None if there is none or none can be listed."""
-    try:
-        return newest(output / CHECKPOINTS)
-    except OSError:  # must not hide the outcome that it is recorded with
-        return None
-
-
-def record_failure(output: Path, exit_code: int, progress: Progress) -> int:
-    """Record this rank's failure, unless another rank's is on record; returns the exit code on record."""
-    try:
-        return run_files.record_failure(output, exit_code, progress.step, newest_checkpoint(output))
-    except OSError:  # the disk may be what has failed
-        logger.exception("the outcome could not be recorded")
-        return exit_code
-
-
-def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
-    """Build the trainer, take the steps that are left, and write the final model and the report.
-
-    Returns:
-        Why the run stopped before its end; NONE: it is done.
-    Communication: collective over the world.
-    """
-    config, plan, groups, output = run.config, run.plan, run.groups, run.output
-    identity = run_identity(config, plan, start.saved, start.started_from)
-    watchdog.beat("hashing of the initial model")
-    trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
-    watchdog.beat("building of the model")
-    held_out = held_out_rows(config, groups)
-    described = describing_files(config, plan.architecture, run.tokenizer_directory) if groups.is_world_first else {}
-
-    def small_files(progress: Progress) -> dict[str, bytes]:
-        state = identity.state(progress, run.loader, trainer.engine.applied_updates)
-        return {**described, STATE_NAME: state.to_json().encode()}
-
-    # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
-    start = replace(start, notes=(*start.notes, *tidy(output / CHECKPOINTS, start)))
-    observer = _observer(run, start) if groups.is_world_first else None
-    try:
-        boundary = Boundary(
-            trainer,
-            CheckpointSaver(output / CHECKPOINTS, groups, config.checkpoint.keep_last, config.checkpoint.keep_every),
-            run.requests,
-            run.lock_lost,
-            small_files,
-            announce=observer.writer.note if observer is not None else None,
-            beat=watchdog.beat,
-            saved=start.progress if start.is_in(output) else None,
-        )
-        hooks = step_hooks(trainer, held_out, plan.total_steps, boundary, observer, watchdog)
-        stopped = train(trainer, run.loader, plan.total_steps, start.progress, hooks, watchdog)
-        if stopped:
-            if observer is not None:
-                observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
-            return stopped
-        export(run, trainer)
-        watchdog.beat("writing of the model")
-    finally:
-        if observer is not None:
-            observer.writer.close()
-    if groups.is_world_first:
-        report = run.write_report(output)
-        print(f"report: {report}\nmodel:  {output / MODEL_FOLDER}", flush=True)
-    return StopReason.NONE
-
-
-def export(run: Run, trainer: Trainer) -> None:
-    """Write the final model as a Hugging Face directory.
-
-    Communication: collective over the world, one parameter after another.
-    """
-    config, architecture = run.config, run.plan.architecture
-    tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
-    if not run.groups.is_world_first:
-        for _ in tensors:  # gathering a parameter is collective
-            pass
-        return
-    target, dtype = run.output / MODEL_FOLDER, DTYPES[config.train.dtype]
-    write_model(target, architecture, tensors, dtype, run.tokenizer_directory, generation_config(config))
-
-
-def _observer(run: Run, start: Start) -> Observer:
-    """What the first rank writes for people, cut to where the run starts."""
-    progress = start.progress
-    facts = {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()}
-    (run.output / run_files.RESOLVED_CONFIG_NAME).write_text(resolved_yaml(run.config), encoding="utf-8")
-    run_files.write_environment(run.output, facts)
-    notes = (*run.plan.notes, *start.notes)
-    return open_observer(
-        run.output, run.tokenizer_directory, run.plan.total_steps, progress, start.is_in(run.output), notes
-    )

@@ -1,0 +1,68 @@
+"""How a run ends: the outcome in `status.json` and the exit code, the same on every rank."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ebft_mega.checkpoint.commit import CHECKPOINTS, newest
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, EXIT_STOPPED, EbftError, LockLostError, PeerFailedError
+from ebft_mega.runtime.run_files import RunState, failure_on_record, record_failure, write_status
+from ebft_mega.train.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What this rank records of how the run ended."""
+
+    output: Path  # the run directory
+    progress: Progress = field(default_factory=Progress)  # set once it is known where the run starts
+
+    def of_end(self, stopped: bool, is_writer: bool) -> int:
+        """Record that the run is done or stopped on request.
+
+        Args:
+            is_writer: whether this rank writes `status.json`.
+        Returns:
+            The exit code.
+        Communication: none.
+        """
+        exit_code = EXIT_STOPPED if stopped else EXIT_DONE
+        if is_writer:
+            state: RunState = "stopped" if stopped else "done"
+            write_status(self.output, state, exit_code, self.progress.step, self._newest_checkpoint())
+        return exit_code
+
+    def of_hang(self) -> int:
+        """Record that nothing moves any more; returns the exit code on record."""
+        return self._record_failure(EXIT_HANG)
+
+    def of_error(self, error: BaseException) -> BaseException:
+        """Record this rank's failure, unless another rank's is on record.
+
+        Returns:
+            What to raise: the error, or `PeerFailedError` where it only follows from a peer's failure.
+        """
+        if isinstance(error, LockLostError):
+            return error  # the directory and the outcome in it are another run's
+        # A rank whose peer failed loses its connection; the failure that the peer recorded is the cause.
+        peer_code = failure_on_record(self.output)
+        if peer_code is not None and not isinstance(error, EbftError):
+            return PeerFailedError(peer_code)
+        self._record_failure(error.exit_code if isinstance(error, EbftError) else EXIT_FAILED)
+        return error
+
+    def _record_failure(self, exit_code: int) -> int:
+        try:
+            return record_failure(self.output, exit_code, self.progress.step, self._newest_checkpoint())
+        except OSError:  # the disk may be what has failed
+            logger.exception("the outcome could not be recorded")
+            return exit_code
+
+    def _newest_checkpoint(self) -> str | None:
+        """Name of the run's newest checkpoint; None if there is none or none can be listed."""
+        try:
+            return newest(self.output / CHECKPOINTS)
+        except OSError:  # must not hide the outcome that it is recorded with
+            return None
