@@ -16,13 +16,13 @@ class RecordedWeights(CheckpointWeights):
 
     manifest: Manifest
 
-    def pieces(self) -> list[str]:
+    def digest_names(self) -> list[str]:
         """The files with weights."""
         return weight_files(self.manifest)
 
-    def digest(self, piece: str) -> str:
+    def digest(self, name: str) -> str:
         """The manifest's hash of a file; nothing is read."""
-        return self.manifest.files[piece].sha256
+        return self.manifest.files[name].sha256
 
 
 def open_weights(

@@ -55,9 +55,9 @@ def open_model_folder(directory: Path, hash_weights: bool) -> ModelFolder:
         raise BrokenCheckpointError(problems)
     index = TensorIndex.from_json(read_listed(directory, manifest, INDEX_NAME), str(directory / INDEX_NAME))
     problems = coverage_problems(index, str(directory / INDEX_NAME))
-    named = {piece.file for tensor in index.kinds.get("weights", {}).values() for piece in tensor.pieces}
+    named = {shard.file for tensor in index.kinds.get("weights", {}).values() for shard in tensor.shards}
     problems += [
-        Problem(str(directory / INDEX_NAME), "weights", f"a piece in {name}", "files that the manifest lists")
+        Problem(str(directory / INDEX_NAME), "weights", f"a shard in {name}", "files that the manifest lists")
         for name in sorted(named.difference(weights))
     ]
     if problems:

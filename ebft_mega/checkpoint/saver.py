@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ebft_mega.checkpoint.commit import discard, point_latest, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_file, write_manifest
 from ebft_mega.checkpoint.retention import delete_expired
-from ebft_mega.checkpoint.snapshot import Piece, Written, take_snapshot, write_pieces
+from ebft_mega.checkpoint.snapshot import StateShard, Written, take_snapshot, write_state_shards
 from ebft_mega.checkpoint.tensor_index import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     INDEX_NAME,
@@ -115,9 +115,9 @@ class CheckpointSaver:
         dist.broadcast_object_list(obstacle, src=0, device=self._groups.device)
         if obstacle[0] is not None:
             return Outcome(step, obstacle[0])
-        pieces = take_snapshot(engine, stage)
+        shards = take_snapshot(engine, stage)
         flying.thread = threading.Thread(
-            target=self._write, args=(flying, pieces, small_files), name=f"checkpoint-{step}", daemon=True
+            target=self._write, args=(flying, shards, small_files), name=f"checkpoint-{step}", daemon=True
         )
         self._in_flight = flying
         flying.thread.start()
@@ -166,7 +166,7 @@ class CheckpointSaver:
             return f"no room on the disk of {self._root}: {sizes}"
         return None
 
-    def _write(self, flying: _InFlight, pieces: tuple[Piece, ...], small_files: Mapping[str, bytes]) -> None:
+    def _write(self, flying: _InFlight, shards: tuple[StateShard, ...], small_files: Mapping[str, bytes]) -> None:
         """This rank's part; runs in a thread."""
         try:
             files: dict[str, FileRecord] = {}
@@ -177,7 +177,7 @@ class CheckpointSaver:
             def count(num_bytes: int) -> None:
                 flying.written_bytes += num_bytes
 
-            written = write_pieces(flying.folder, dist.get_rank(), pieces, count)
+            written = write_state_shards(flying.folder, dist.get_rank(), shards, count)
             flying.written = Written({**files, **written.files}, written.index)
         except Exception as error:  # whatever it is, the other ranks have to hear of it
             logger.exception("writing of %s failed", flying.folder)

@@ -1,4 +1,4 @@
-"""The state of the policy and its optimizer as pieces of Hugging Face tensors: copied to host memory, then written."""
+"""The state of the policy and its optimizer as shards of Hugging Face tensors: copied to host memory, then written."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.checkpoint.manifest import FileRecord
-from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.io.durable import sync_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import hf_shapes
@@ -21,7 +21,7 @@ from ebft_mega.parallel.zero import ZeroEngine
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateShard:
     """A box of one kind of state of a Hugging Face tensor."""
 
     kind: StateKind
@@ -36,13 +36,13 @@ class Written:
     """What a rank wrote."""
 
     files: dict[str, FileRecord]  # by path relative to the checkpoint's folder
-    index: TensorIndex  # of this rank's pieces alone
+    index: TensorIndex  # of this rank's shards alone
 
 
-def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[Piece, ...]:
+def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[StateShard, ...]:
     """Copy this rank's share of the weights and moments to host memory.
 
-    Over all ranks every element of every Hugging Face tensor is in exactly one piece for each kind of state: vocabulary
+    Over all ranks every element of every Hugging Face tensor is in exactly one shard for each kind of state: vocabulary
     padding and the last stage's copy of a tied embedding are left out, what is whole on all tensor-parallel ranks is
     the first one's. The data-parallel ranks share a coordinate's tensors out so that none has more than its equal share
     of the bytes and one tensor. Training may go on as soon as this returns.
@@ -51,7 +51,7 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[Piece, ...]:
         stage: what the engine trains.
     Returns:
         Sorted by kind, in the order of the stage's parameters.
-    Memory: beside the pieces two copies of one whole parameter, float32.
+    Memory: beside the shards two copies of one whole parameter, float32.
     Communication: that of `ZeroEngine.state_tensors` for each of the three kinds: over the data-parallel group 12 bytes
         per element of the stage (at stage 3 and of the padding to partitions of equal length); at stage 0, and for the
         moments before the first update, none.
@@ -61,18 +61,18 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[Piece, ...]:
     is_mine = {name: roles[name].is_counted(groups.tensor_parallel_rank) for name in shapes}
     sizes = [math.prod(shape) * is_mine[name] for _ in STATE_KINDS for name, shape in shapes.items()]
     owners = iter(share_out(sizes, groups.data_parallel_size))
-    pieces: list[Piece] = []
+    shards: list[StateShard] = []
     for kind in STATE_KINDS:
         for name, parameter in engine.state_tensors(kind):
             if next(owners) == groups.data_parallel_rank and is_mine[name]:
-                pieces += _pieces_of(kind, name, parameter, stage, whole_shapes)
+                shards += _shards_of(kind, name, parameter, stage, whole_shapes)
             del parameter  # so that the next one takes its place in memory
-    return tuple(pieces)
+    return tuple(shards)
 
 
-def _pieces_of(
+def _shards_of(
     kind: StateKind, name: str, parameter: Tensor, stage: Stage, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[Piece]:
+) -> Iterator[StateShard]:
     """Copies of this rank's boxes of the tensors that a parameter is made of; none of an empty box."""
     groups = stage.groups
     packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
@@ -81,13 +81,13 @@ def _pieces_of(
         box = packing.box(shapes[source], groups.tensor_parallel_rank)
         if part.numel() > 0:
             copy = torch.empty(part.shape, dtype=torch.float32).copy_(part)
-            yield Piece(kind, source, tuple(side.start for side in box), shapes[source], copy)
+            yield StateShard(kind, source, tuple(side.start for side in box), shapes[source], copy)
 
 
-def write_pieces(
-    directory: Path, rank: int, pieces: Sequence[Piece], progress: Callable[[int], None] | None = None
+def write_state_shards(
+    directory: Path, rank: int, shards: Sequence[StateShard], progress: Callable[[int], None] | None = None
 ) -> Written:
-    """Write a rank's pieces, one safetensors file for each kind of state, and bring them to the disk.
+    """Write a rank's shards, one safetensors file for each kind of state, and bring them to the disk.
 
     Runs in any thread.
 
@@ -102,18 +102,18 @@ def write_pieces(
     files: dict[str, FileRecord] = {}
     kinds: dict[str, dict[str, IndexedTensor]] = {}
     for kind in STATE_KINDS:
-        own = [piece for piece in pieces if piece.kind == kind]
+        own = [shard for shard in shards if shard.kind == kind]
         if not own:
             continue
         (directory / kind).mkdir(parents=True, exist_ok=True)
         file = f"{kind}/rank-{rank:05d}.safetensors"
         files[file] = _write_file(directory / file, own, progress or (lambda num_bytes: None))
         kinds[kind] = {
-            piece.name: IndexedTensor(
-                shape=piece.shape,
-                pieces=(TensorPiece(file=file, offsets=piece.offsets, sizes=tuple(piece.tensor.shape)),),
+            shard.name: IndexedTensor(
+                shape=shard.shape,
+                shards=(TensorShard(file=file, offsets=shard.offsets, sizes=tuple(shard.tensor.shape)),),
             )
-            for piece in own
+            for shard in own
         }
         sync_directory(directory / kind)
     if files:
@@ -121,16 +121,16 @@ def write_pieces(
     return Written(files, TensorIndex(version=1, kinds=kinds))
 
 
-def _write_file(path: Path, pieces: Sequence[Piece], progress: Callable[[int], None]) -> FileRecord:
-    specs = {piece.name: TensorSpec(torch.float32, tuple(piece.tensor.shape)) for piece in pieces}
-    assert len(specs) == len(pieces), f"{path} has two pieces of a tensor"
+def _write_file(path: Path, shards: Sequence[StateShard], progress: Callable[[int], None]) -> FileRecord:
+    specs = {shard.name: TensorSpec(torch.float32, tuple(shard.tensor.shape)) for shard in shards}
+    assert len(specs) == len(shards), f"{path} has two shards of a tensor"
     # The names are torch's: its distributed checkpoints can be read from these files too.
-    places = {piece.name: {"saved_offsets": list(piece.offsets)} for piece in pieces}
+    places = {shard.name: {"saved_offsets": list(shard.offsets)} for shard in shards}
     writer = TensorFileWriter(path, specs, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
     try:
-        for piece in pieces:
-            writer.write(piece.name, piece.tensor)
-            progress(specs[piece.name].num_bytes)
+        for shard in shards:
+            writer.write(shard.name, shard.tensor)
+            progress(specs[shard.name].num_bytes)
         written = writer.close()
     except BaseException:
         writer.abandon()

@@ -1,8 +1,10 @@
-"""Where the pieces of every tensor of a checkpoint lie, so that a reader opens only the files that it needs."""
+"""Where the shards of every tensor of a checkpoint lie, so that a reader opens only the files that it needs."""
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
+
+from pydantic import ConfigDict, Field
 
 from ebft_mega.errors import Problem
 from ebft_mega.io.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
@@ -11,7 +13,7 @@ INDEX_NAME = "tensors.json"
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # the float32 weight and AdamW's two moments
 
 
-class TensorPiece(Record):
+class TensorShard(Record):
     """A box of a tensor in one file, under the tensor's own name."""
 
     file: InnerPath  # relative to the checkpoint's folder
@@ -20,10 +22,13 @@ class TensorPiece(Record):
 
 
 class IndexedTensor(Record):
-    """A tensor's whole shape, and its pieces, which together make it up."""
+    """A tensor's whole shape, and its shards, which together make it up."""
+
+    # In the file the shards are called `pieces`, as ever; only in Python they go by the name of the field.
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     shape: tuple[Count, ...]
-    pieces: tuple[TensorPiece, ...]
+    shards: tuple[TensorShard, ...] = Field(validation_alias="pieces", serialization_alias="pieces")
 
 
 class TensorIndex(Record):
@@ -56,25 +61,25 @@ def merge_indices(parts: Iterable[TensorIndex]) -> TensorIndex:
         ValueError: they name different shapes for one tensor.
     """
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-    pieces: dict[tuple[str, str], list[TensorPiece]] = {}
+    shards: dict[tuple[str, str], list[TensorShard]] = {}
     for part in parts:
         for kind, tensors in part.kinds.items():
             for name, tensor in tensors.items():
                 shape = shapes.setdefault((kind, name), tensor.shape)
                 if shape != tensor.shape:
                     raise ValueError(f"{kind}: {name} is {shape} to one rank and {tensor.shape} to another")
-                pieces.setdefault((kind, name), []).extend(tensor.pieces)
+                shards.setdefault((kind, name), []).extend(tensor.shards)
     kinds: dict[str, dict[str, IndexedTensor]] = {}
     for kind, name in sorted(shapes):
-        found = sorted(pieces[kind, name], key=lambda piece: (piece.offsets, piece.sizes, piece.file))
-        kinds.setdefault(kind, {})[name] = IndexedTensor(shape=shapes[kind, name], pieces=tuple(found))
+        found = sorted(shards[kind, name], key=lambda shard: (shard.offsets, shard.sizes, shard.file))
+        kinds.setdefault(kind, {})[name] = IndexedTensor(shape=shapes[kind, name], shards=tuple(found))
     return TensorIndex(version=1, kinds=kinds)
 
 
 def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Problem]:
     """What an index that is whole would not have; at most `MAX_PROBLEMS`.
 
-    The pieces of a tensor lie inside its shape and fill it without overlap, no two of them in one file; a file holds
+    The shards of a tensor lie inside its shape and fill it without overlap, no two of them in one file; a file holds
     one kind of state, whose name its folder has; all kinds have the same tensors.
 
     Args:
@@ -88,7 +93,7 @@ def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Probl
             if found != str(shape):
                 problems.append(Problem(where, f"{kind}: {name}", found, f"shape {shape}, as the other kinds have"))
         for name, tensor in tensors.items():
-            expected = f"pieces that fill {tensor.shape} once"
+            expected = f"shards that fill {tensor.shape} once"
             problems += [Problem(where, f"{kind}: {name}", found, expected) for found in _flaws(kind, tensor)]
         if len(problems) >= MAX_PROBLEMS:
             break
@@ -96,51 +101,51 @@ def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Probl
 
 
 def _flaws(kind: str, tensor: IndexedTensor) -> Iterator[str]:
-    """In words, what is wrong with the pieces of one tensor."""
+    """In words, what is wrong with the shards of one tensor."""
     inside = []
-    for piece in tensor.pieces:
-        if not piece.file.startswith(f"{kind}/"):
-            yield f"a piece in {piece.file}"
-        if _is_inside(piece, tensor.shape):
-            inside.append(piece)
+    for shard in tensor.shards:
+        if not shard.file.startswith(f"{kind}/"):
+            yield f"a shard in {shard.file}"
+        if _is_inside(shard, tensor.shape):
+            inside.append(shard)
         else:
-            yield f"a piece at {piece.offsets} of {piece.sizes} in {piece.file}"
-    files = [piece.file for piece in tensor.pieces]
+            yield f"a shard at {shard.offsets} of {shard.sizes} in {shard.file}"
+    files = [shard.file for shard in tensor.shards]
     for file in sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else ():
-        yield f"more than one piece in {file}"
-    if len(inside) < len(tensor.pieces):
+        yield f"more than one shard in {file}"
+    if len(inside) < len(tensor.shards):
         return
     overlap = _overlap(inside)
     if overlap is not None:
-        yield f"the pieces in {overlap[0].file} and {overlap[1].file}, which overlap"
-    filled, whole = sum(math.prod(piece.sizes) for piece in inside), math.prod(tensor.shape)
+        yield f"the shards in {overlap[0].file} and {overlap[1].file}, which overlap"
+    filled, whole = sum(math.prod(shard.sizes) for shard in inside), math.prod(tensor.shape)
     if overlap is None and filled != whole:
         yield f"{filled} of {whole} elements"
 
 
-def _is_inside(piece: TensorPiece, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is a box of at least one element within a shape."""
-    if not len(piece.offsets) == len(piece.sizes) == len(shape):
+def _is_inside(shard: TensorShard, shape: tuple[int, ...]) -> bool:
+    """Whether a shard is a box of at least one element within a shape."""
+    if not len(shard.offsets) == len(shard.sizes) == len(shape):
         return False
-    ranges = zip(piece.offsets, piece.sizes, shape, strict=True)
+    ranges = zip(shard.offsets, shard.sizes, shape, strict=True)
     return all(length >= 1 and start + length <= end for start, length, end in ranges)
 
 
-def _overlap(pieces: list[TensorPiece]) -> tuple[TensorPiece, TensorPiece] | None:
+def _overlap(shards: list[TensorShard]) -> tuple[TensorShard, TensorShard] | None:
     """Two boxes that share an element, if there are any.
 
-    Quick where pieces follow each other in the first dimension; where they lie side by side, all pairs are compared.
+    Quick where shards follow each other in the first dimension; where they lie side by side, all pairs are compared.
     """
-    pieces = sorted(pieces, key=lambda piece: piece.offsets)
-    for index, piece in enumerate(pieces):
-        for other in pieces[index + 1 :]:
-            if other.offsets and other.offsets[0] >= piece.offsets[0] + piece.sizes[0]:
+    shards = sorted(shards, key=lambda shard: shard.offsets)
+    for index, shard in enumerate(shards):
+        for other in shards[index + 1 :]:
+            if other.offsets and other.offsets[0] >= shard.offsets[0] + shard.sizes[0]:
                 break
-            if _share_an_element(piece, other):
-                return piece, other
+            if _share_an_element(shard, other):
+                return shard, other
     return None
 
 
-def _share_an_element(piece: TensorPiece, other: TensorPiece) -> bool:
-    sides = zip(piece.offsets, piece.sizes, other.offsets, other.sizes, strict=True)
+def _share_an_element(shard: TensorShard, other: TensorShard) -> bool:
+    sides = zip(shard.offsets, shard.sizes, other.offsets, other.sizes, strict=True)
     return all(start < low + length and low < start + size for start, size, low, length in sides)

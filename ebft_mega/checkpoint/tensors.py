@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import hf_shapes
@@ -34,7 +34,7 @@ class CheckpointTensors:
         return tuple(self._indexed(kind, name).shape)
 
     def part(self, kind: str, name: str, box: Box) -> Tensor:
-        """A part of a tensor from the pieces that overlap with it; of each no more than that is read.
+        """A part of a tensor from the shards that overlap with it; of each no more than that is read.
 
         Args:
             kind: one of `STATE_KINDS`; name: of a Hugging Face tensor.
@@ -42,22 +42,22 @@ class CheckpointTensors:
         Returns:
             float32, on the CPU.
         Raises:
-            BrokenCheckpointError: there is no such tensor or piece, or the pieces leave a part of the box open.
+            BrokenCheckpointError: there is no such tensor or shard, or the shards leave a part of the box open.
         """
         starts, stops = [side.start for side in box], [side.stop for side in box]
         part = torch.empty([max(0, stop - start) for start, stop in zip(starts, stops, strict=True)])
         missing = part.numel()
-        for piece in self._indexed(kind, name).pieces:
-            lower = [max(pair) for pair in zip(starts, piece.offsets, strict=True)]
-            ends = (offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True))
+        for shard in self._indexed(kind, name).shards:
+            lower = [max(pair) for pair in zip(starts, shard.offsets, strict=True)]
+            ends = (offset + size for offset, size in zip(shard.offsets, shard.sizes, strict=True))
             upper = [min(pair) for pair in zip(stops, ends, strict=True)]
             if all(low < up for low, up in zip(lower, upper, strict=True)):
-                found = self._read(piece, name, _box(lower, upper, piece.offsets))
+                found = self._read(shard, name, _box(lower, upper, shard.offsets))
                 part[_box(lower, upper, starts)] = found
                 missing -= found.numel()
         if missing:
-            where, found_text = str(self.directory), f"{missing} elements of it are in no piece"
-            raise BrokenCheckpointError([Problem(where, f"{kind}: {name}", found_text, "pieces of the whole tensor")])
+            where, found_text = str(self.directory), f"{missing} elements of it are in no shard"
+            raise BrokenCheckpointError([Problem(where, f"{kind}: {name}", found_text, "shards of the whole tensor")])
         return part
 
     def _indexed(self, kind: str, name: str) -> IndexedTensor:
@@ -66,17 +66,17 @@ class CheckpointTensors:
             raise BrokenCheckpointError([Problem(str(self.directory), f"{kind}: {name}", "no such tensor", "a tensor")])
         return tensor
 
-    def _read(self, piece: TensorPiece, name: str, box: Box) -> Tensor:
-        path = self.directory / piece.file
+    def _read(self, shard: TensorShard, name: str, box: Box) -> Tensor:
+        path = self.directory / shard.file
         try:
             with safe_open(path, "pt") as file:
                 stored = file.get_slice(name)
                 found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
-                if found == (expected := f"F32 {tuple(piece.sizes)}"):
+                if found == (expected := f"F32 {tuple(shard.sizes)}"):
                     part: Tensor = stored[box]
                     return part
         except (OSError, SafetensorError) as error:
-            found, expected = f"unreadable: {error}", f"F32 {tuple(piece.sizes)}"
+            found, expected = f"unreadable: {error}", f"F32 {tuple(shard.sizes)}"
         raise BrokenCheckpointError([Problem(str(path), name, found, expected)])
 
 

@@ -38,7 +38,7 @@ def parse_record(kind: type[R], text: str | bytes, where: str) -> R:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         json.loads(text, object_pairs_hook=_with_single_keys, parse_constant=_refuse_constant)
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(text, by_alias=True, by_name=False)
     except UnicodeDecodeError as error:
         problems = [Problem(where, "(text)", f"byte {error.start}, which is not UTF-8", description)]
     except json.JSONDecodeError as error:

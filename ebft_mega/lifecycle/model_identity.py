@@ -114,8 +114,8 @@ def require_same_initial_model(config: RunConfig, source: InitialWeights, saved:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     parts: list[dict[str, str]] = [{}] * size
-    dist.all_gather_object(parts, {piece: source.digest(piece) for piece in source.pieces()[rank::size]})
-    found = identity({piece: digest for part in parts for piece, digest in part.items()})
+    dist.all_gather_object(parts, {name: source.digest(name) for name in source.digest_names()[rank::size]})
+    found = identity({name: digest for part in parts for name, digest in part.items()})
     expected = None if saved is None else saved.state.feature_network
     if saved is not None and expected != found:
         key = "ebft.feature_model" if config.ebft.feature_model is not None else "model"

@@ -77,13 +77,13 @@ class Bench:
 
 def held_back(bench):
     """Let no thread of this rank write until the event is set."""
-    go, write = threading.Event(), saver_module.write_pieces
+    go, write = threading.Event(), saver_module.write_state_shards
 
     def wait_and_write(*arguments):
         go.wait()
         return write(*arguments)
 
-    saver_module.write_pieces = wait_and_write
+    saver_module.write_state_shards = wait_and_write
     return go
 
 
@@ -202,7 +202,7 @@ def fail_to_write(directory, on_error):
         def full(*_):
             raise OSError(28, os.strerror(28))
 
-        saver_module.write_pieces = full
+        saver_module.write_state_shards = full
     bench.cross(2, is_due=True)
     failure = None
     try:
@@ -232,7 +232,7 @@ def end_without_a_word(directory):
         def leave(*_):
             raise SystemExit
 
-        saver_module.write_pieces = leave
+        saver_module.write_state_shards = leave
     bench.cross(1, is_due=True)
     bench.boundary.finish()
     return bench.folders, [path.name for path in leftovers(bench.root)], bench.said

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, stage_parameters
-from ebft_mega.checkpoint.snapshot import Piece, take_snapshot, write_pieces
+from ebft_mega.checkpoint.snapshot import StateShard, take_snapshot, write_state_shards
 from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
 from ebft_mega.lifecycle.build import build_trainer
@@ -58,9 +58,9 @@ def engine_of(architecture: Architecture, groups: ProcessGroups, source: WeightS
     )
 
 
-def written_by_all(folder: Path, pieces: tuple[Piece, ...]) -> TensorIndex:
-    """Every rank's pieces written; the index of all of them, on every rank."""
-    written = write_pieces(folder, dist.get_rank(), pieces)
+def written_by_all(folder: Path, shards: tuple[StateShard, ...]) -> TensorIndex:
+    """Every rank's shards written; the index of all of them, on every rank."""
+    written = write_state_shards(folder, dist.get_rank(), shards)
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, written.index)
     index = merge_indices(parts)
@@ -103,10 +103,10 @@ def stop_and_go_on(layout: Layout, case: Case, directory: str, num_steps: int) -
     architecture = Architecture.from_hf(config.model.config, "test")
     trainer = build_trainer(config, architecture, architecture, groups)
     take(trainer, case, range(num_steps))
-    pieces = take_snapshot(trainer.engine, trainer.stage)
-    copies = [piece.tensor.clone() for piece in pieces]
+    shards = take_snapshot(trainer.engine, trainer.stage)
+    copies = [shard.tensor.clone() for shard in shards]
     folder = Path(directory) / f"{layout}-{case.name}"
-    index = written_by_all(folder, pieces)
+    index = written_by_all(folder, shards)
     tensors = CheckpointTensors(folder, index)
     check_tensors(tensors, architecture)
     twin = build_trainer(config, architecture, architecture, groups, policy_weights=CheckpointWeights(tensors))
@@ -120,8 +120,8 @@ def stop_and_go_on(layout: Layout, case: Case, directory: str, num_steps: int) -
     checks["same state after more steps"] = same_state(state_of(twin.engine), state_of(trainer.engine))
     checks["same parameters after more steps"] = same(computed_with(twin.engine), computed_with(trainer.engine))
     checks["something was learned"] = trainer.engine.applied_updates == twin.engine.applied_updates == 2 * num_steps
-    unchanged = all(torch.equal(copy, piece.tensor) for copy, piece in zip(copies, pieces, strict=True))
-    return {**checks, "pieces are copies": unchanged and read(folder).index == index}
+    unchanged = all(torch.equal(copy, shard.tensor) for copy, shard in zip(copies, shards, strict=True))
+    return {**checks, "shards are copies": unchanged and read(folder).index == index}
 
 
 Going = tuple[Layout, Case]
@@ -169,13 +169,13 @@ def test_going_on_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
 def made_up_state(folder: Path, architecture: Architecture) -> None:
     """A checkpoint of random bits, zeros of both signs among them, in one file per kind."""
     generator = torch.Generator().manual_seed(5)
-    pieces = []
+    shards = []
     for kind in STATE_KINDS:
         for name, shape in hf_shapes(architecture).items():
             tensor = torch.randn(shape, generator=generator)
             tensor.view(-1)[:3] = torch.tensor([-0.0, 0.0, -1e-45])
-            pieces.append(Piece(kind, name, (0,) * len(shape), shape, tensor))
-    index = write_pieces(folder, 0, pieces).index
+            shards.append(StateShard(kind, name, (0,) * len(shape), shape, tensor))
+    index = write_state_shards(folder, 0, shards).index
     (folder / "tensors.json").write_text(index.to_json())
 
 
@@ -183,7 +183,7 @@ def made_up_state(folder: Path, architecture: Architecture) -> None:
 class Passage:
     """What a snapshot at one layout was, on one rank."""
 
-    num_bytes: int  # of this rank's pieces
+    num_bytes: int  # of this rank's shards
     peak_bytes: int
     most_at_once: int  # parameters that were whole at once, here and while the state was read
     largest_bytes: int  # of the stage's parameters
@@ -234,18 +234,18 @@ def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype,
         stage = engine.module
         most = whole_at_once(engine, partial(restore_engine, engine, stage, tensors, number + 1))
         assert engine.applied_updates == number + 1
-        pieces, peak = peak_tensor_bytes(lambda: take_snapshot(engine, stage))  # noqa: B023
+        shards, peak = peak_tensor_bytes(lambda: take_snapshot(engine, stage))  # noqa: B023
         with Traffic(groups, PhaseNames()) as traffic:
             most = max(most, whole_at_once(engine, partial(take_snapshot, engine, stage)))
         folder = Path(f"{source}-{number}")
-        written_by_all(folder, pieces)
+        written_by_all(folder, shards)
         sizes = [math.prod(shape) for shape in engine.parameter_shapes().values()]
         ranks = groups.data_parallel_size
         expected = stage_parameters(MODELS[name], stage.shape, groups.tensor_parallel_size)
         assert sum(sizes) == expected
         passages.append(
             Passage(
-                num_bytes=sum(piece.tensor.nbytes for piece in pieces),
+                num_bytes=sum(shard.tensor.nbytes for shard in shards),
                 peak_bytes=peak,
                 most_at_once=most,
                 largest_bytes=4 * max(sizes),
@@ -339,13 +339,13 @@ def fresh_snapshot(directory: str) -> bool:
     groups = make_process_groups(connect())
     architecture = MODELS["llama"]
     engine = engine_of(architecture, groups, RandomWeights(architecture, 1), zero_stage=1)
-    pieces = take_snapshot(engine, engine.module)
-    index = written_by_all(Path(directory), pieces)
+    shards = take_snapshot(engine, engine.module)
+    index = written_by_all(Path(directory), shards)
     tensors = CheckpointTensors(Path(directory), index)
     check_tensors(tensors, architecture)
     restore_engine(engine, engine.module, tensors, 0)
     assert engine.applied_updates == 0
-    return not any(piece.tensor.any() for piece in pieces if piece.kind != "weights")
+    return not any(shard.tensor.any() for shard in shards if shard.kind != "weights")
 
 
 def test_a_snapshot_before_the_first_update(tmp_path):

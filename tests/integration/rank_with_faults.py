@@ -28,7 +28,7 @@ FULL_AT_BYTES = 20_000
 # Where a checkpoint is when it waits: the function, whether it waits before or after it, and on which ranks.
 STAGES = {
     "files half written": ("ebft_mega.model.weights.tensor_file:TensorFileWriter.write", "after", (0, 1)),
-    "one rank's files missing": ("ebft_mega.checkpoint.saver:write_pieces", "before", (1,)),
+    "one rank's files missing": ("ebft_mega.checkpoint.saver:write_state_shards", "before", (1,)),
     "all files written": ("ebft_mega.checkpoint.saver:merge_indices", "before", (0,)),
     "no manifest": ("ebft_mega.checkpoint.saver:write_manifest", "before", (0,)),
     "manifest written": ("ebft_mega.checkpoint.saver:publish", "before", (0,)),
@@ -144,7 +144,7 @@ def fill_disk(rank: int) -> None:
 
         return limited
 
-    once("ebft_mega.checkpoint.saver:write_pieces", first)
+    once("ebft_mega.checkpoint.saver:write_state_shards", first)
 
 
 def main(arguments: list[str]) -> None:

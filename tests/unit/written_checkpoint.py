@@ -1,4 +1,4 @@
-"""Checkpoint folders put together by hand, without a trainer: cut into pieces, listed and hashed."""
+"""Checkpoint folders put together by hand, without a trainer: cut into shards, listed and hashed."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
-from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorPiece
+from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes
 
 
@@ -47,13 +47,13 @@ def write_checkpoint(
         for number, (name, shape) in enumerate(hf_shapes(architecture).items()):
             tensor = source.tensor(name).float() if kind == "weights" else source.tensor(name).float() * 0
             cuts = [0, shape[0] // 2, shape[0]] if len(shape) == 2 and shape[0] > 1 else [0, shape[0]]
-            pieces = []
-            for piece, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
-                rank = (number + piece) % 2
+            shards = []
+            for shard, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+                rank = (number + shard) % 2
                 files[rank][name] = tensor[start:stop].contiguous()
                 offsets, sizes = (start, *(0 for _ in shape[1:])), (stop - start, *shape[1:])
-                pieces.append(TensorPiece(file=f"{kind}/rank-{rank:05d}.safetensors", offsets=offsets, sizes=sizes))
-            kinds[kind][name] = IndexedTensor(shape=shape, pieces=tuple(pieces))
+                shards.append(TensorShard(file=f"{kind}/rank-{rank:05d}.safetensors", offsets=offsets, sizes=sizes))
+            kinds[kind][name] = IndexedTensor(shape=shape, shards=tuple(shards))
         (folder / kind).mkdir()
         for rank, tensors in enumerate(files):
             save_file(tensors, folder / kind / f"rank-{rank:05d}.safetensors", metadata={"format": "pt"})

@@ -110,7 +110,7 @@ def _code_in_json(source: Path) -> list[Problem]:
 
 def _notes(source: Path, weights: SafetensorsWeights) -> list[str]:
     """What a user may miss in the result."""
-    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.pieces()}
+    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.digest_names()}
     left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
     notes = [f"left out, and not opened: {', '.join(left_out)}"] * bool(left_out)
     return notes + ["there is no tokenizer"] * (tokenizer_sha256(source) is None)

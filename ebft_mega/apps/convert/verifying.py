@@ -73,7 +73,7 @@ def compare_logits(
     if own.vocab_size != other.vocab_size:
         raise bad_input(str(reference), "vocab_size", other.vocab_size, f"{own.vocab_size}, as {model} has")
     weights = open_weights(model, own)
-    files = SafetensorsWeights(reference, other).pieces()
+    files = SafetensorsWeights(reference, other).digest_names()
     tokens = _tokens(text, model if tokenizer_sha256(model) else reference, architectures, max_positions)
     expected = _reference_logits(reference, files, tokens)
     stage = Stage(own, StageShape.whole(own), groups, torch.float32)

@@ -47,12 +47,12 @@ class WeightSource(Protocol):
 class InitialWeights(WeightSource, Protocol):
     """A source that says what its weights are, wherever they lie."""
 
-    def pieces(self) -> list[str]:
-        """Names of the parts that have a hash of their own."""
+    def digest_names(self) -> list[str]:
+        """Names of what `digest` hashes: files, or tensors where there are none."""
         ...
 
-    def digest(self, piece: str) -> str:
-        """The sha256 of a part, in hexadecimal; it may have to be read."""
+    def digest(self, name: str) -> str:
+        """The sha256 of one of them, in hexadecimal; it may have to be read."""
         ...
 
 
@@ -60,9 +60,9 @@ def identity(digests: Mapping[str, str]) -> str:
     """What a model's weights are, in one hash.
 
     Args:
-        digests: of all pieces of an `InitialWeights`, by name.
+        digests: of all `InitialWeights.digest_names()`, by name.
     """
-    return hashlib.sha256("".join(f"{piece}={digests[piece]}\n" for piece in sorted(digests)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name}={digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 class SafetensorsWeights:
@@ -100,13 +100,13 @@ class SafetensorsWeights:
             part: Tensor = file.get_slice(name)[box]
             return part
 
-    def pieces(self) -> list[str]:
+    def digest_names(self) -> list[str]:
         """The files that hold the tensors."""
         return sorted(self._files)
 
-    def digest(self, piece: str) -> str:
+    def digest(self, name: str) -> str:
         """Hash of a file's contents."""
-        with self._files[piece].open("rb") as file:
+        with self._files[name].open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
@@ -163,13 +163,13 @@ class RandomWeights:
         """Draw one tensor and take a part of it."""
         return self.tensor(name)[box]
 
-    def pieces(self) -> list[str]:
+    def digest_names(self) -> list[str]:
         """The tensors."""
         return list(hf_shapes(self.architecture))
 
-    def digest(self, piece: str) -> str:
+    def digest(self, name: str) -> str:
         """Hash of a tensor's float32 values, which are drawn for it."""
-        return hashlib.sha256(self.tensor(piece).numpy().data).hexdigest()
+        return hashlib.sha256(self.tensor(name).numpy().data).hexdigest()
 
 
 def hf_shapes(architecture: Architecture, num_layers: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def whole_identity(source):
-    return identity({piece: source.digest(piece) for piece in source.pieces()})
+    return identity({name: source.digest(name) for name in source.digest_names()})
 
 
 def test_a_checkpoint_is_opened_as_the_weights_that_it_holds(folder):
@@ -104,13 +104,13 @@ def test_an_index_that_leads_elsewhere_is_refused(folder):
     """Its hash is right, so it is the writer who is wrong, or hostile."""
     path = folder / "tensors.json"
     content = json.loads(path.read_text())
-    pieces = content["kinds"]["weights"]["model.norm.weight"]["pieces"]
-    pieces[0]["file"] = "weights/unlisted.safetensors"
+    shards = content["kinds"]["weights"]["model.norm.weight"]["pieces"]
+    shards[0]["file"] = "weights/unlisted.safetensors"
     path.write_text(json.dumps(content))
     list_files(folder)
     (problem,) = weight_file_problems(folder)
-    assert problem.found == "a piece in weights/unlisted.safetensors"
-    pieces[0]["file"] = "../../../outside.safetensors"
+    assert problem.found == "a shard in weights/unlisted.safetensors"
+    shards[0]["file"] = "../../../outside.safetensors"
     path.write_text(json.dumps(content))
     list_files(folder)
     assert weight_file_problems(folder)

@@ -1,4 +1,4 @@
-"""The pieces that an index lists make up every tensor exactly once, or the index is refused."""
+"""The shards that an index lists make up every tensor exactly once, or the index is refused."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ebft_mega.checkpoint.tensor_index import (
     IndexedTensor,
     TensorIndex,
-    TensorPiece,
+    TensorShard,
     coverage_problems,
     merge_indices,
 )
@@ -20,12 +20,12 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
 
 def index_of(shape: tuple[int, ...], boxes: list[Box], kind: str = "weights") -> TensorIndex:
-    """An index with one tensor, each piece in a file of its own."""
-    pieces = tuple(
-        TensorPiece(file=f"{kind}/rank-{number:05d}.safetensors", offsets=offsets, sizes=sizes)
+    """An index with one tensor, each shard in a file of its own."""
+    shards = tuple(
+        TensorShard(file=f"{kind}/rank-{number:05d}.safetensors", offsets=offsets, sizes=sizes)
         for number, (offsets, sizes) in enumerate(boxes)
     )
-    return TensorIndex(version=1, kinds={kind: {"w": IndexedTensor(shape=shape, pieces=pieces)}})
+    return TensorIndex(version=1, kinds={kind: {"w": IndexedTensor(shape=shape, shards=shards)}})
 
 
 @st.composite
@@ -84,7 +84,7 @@ def fills_once(shape: tuple[int, ...], boxes: list[Box]) -> bool:
 
 
 @given(tilings() | damaged_tilings(), st.randoms(use_true_random=False))
-def test_pieces_are_right_if_and_only_if_they_fill_the_tensor_once(tiling, random) -> None:
+def test_shards_are_right_if_and_only_if_they_fill_the_tensor_once(tiling, random) -> None:
     shape, boxes = tiling
     random.shuffle(boxes)
     assert (coverage_problems(index_of(shape, boxes)) == []) == fills_once(shape, boxes)
@@ -95,8 +95,8 @@ def test_indices_of_ranks_become_one_in_any_order(tiling, random) -> None:
     shape, boxes = tiling
     whole = index_of(shape, boxes)
     parts = [
-        TensorIndex(version=1, kinds={"weights": {"w": IndexedTensor(shape=shape, pieces=(piece,))}})
-        for piece in whole.kinds["weights"]["w"].pieces
+        TensorIndex(version=1, kinds={"weights": {"w": IndexedTensor(shape=shape, shards=(shard,))}})
+        for shard in whole.kinds["weights"]["w"].shards
     ]
     random.shuffle(parts)
     merged = merge_indices(parts)
@@ -125,11 +125,11 @@ def test_kinds_and_tensors_are_in_order_and_kinds_stay_apart() -> None:
         (index_of((2, 3), []), "0 of 6 elements"),
         (
             index_of((2, 3), [((0, 0), (2, 2)), ((1, 1), (1, 2))]),
-            "the pieces in weights/rank-00000.safetensors and weights/rank-00001.safetensors, which overlap",
+            "the shards in weights/rank-00000.safetensors and weights/rank-00001.safetensors, which overlap",
         ),
-        (index_of((2, 3), [((0, 0), (2, 4))]), "a piece at (0, 0) of (2, 4) in weights/rank-00000.safetensors"),
-        (index_of((2, 3), [((0,), (6,))]), "a piece at (0,) of (6,) in weights/rank-00000.safetensors"),
-        (index_of((2**62,), [((2**62,), (2**62,))]), f"a piece at ({2**62},) of ({2**62},) in weights/rank-00000"),
+        (index_of((2, 3), [((0, 0), (2, 4))]), "a shard at (0, 0) of (2, 4) in weights/rank-00000.safetensors"),
+        (index_of((2, 3), [((0,), (6,))]), "a shard at (0,) of (6,) in weights/rank-00000.safetensors"),
+        (index_of((2**62,), [((2**62,), (2**62,))]), f"a shard at ({2**62},) of ({2**62},) in weights/rank-00000"),
     ],
 )
 def test_what_is_wrong_is_said(index: TensorIndex, found: str) -> None:
@@ -138,13 +138,13 @@ def test_what_is_wrong_is_said(index: TensorIndex, found: str) -> None:
     assert problem.found.startswith(found)
 
 
-def test_two_pieces_in_a_file_are_wrong_and_so_is_the_file_of_another_kind() -> None:
+def test_two_shards_in_a_file_are_wrong_and_so_is_the_file_of_another_kind() -> None:
     def index(file: str) -> TensorIndex:
-        pieces = tuple(TensorPiece(file=file, offsets=(row,), sizes=(1,)) for row in (0, 1))
-        return TensorIndex(version=1, kinds={"weights": {"w": IndexedTensor(shape=(2,), pieces=pieces)}})
+        shards = tuple(TensorShard(file=file, offsets=(row,), sizes=(1,)) for row in (0, 1))
+        return TensorIndex(version=1, kinds={"weights": {"w": IndexedTensor(shape=(2,), shards=shards)}})
 
-    assert [problem.found for problem in coverage_problems(index("weights/a"))] == ["more than one piece in weights/a"]
-    assert "a piece in exp_avg/a" in [problem.found for problem in coverage_problems(index("exp_avg/a"))]
+    assert [problem.found for problem in coverage_problems(index("weights/a"))] == ["more than one shard in weights/a"]
+    assert "a shard in exp_avg/a" in [problem.found for problem in coverage_problems(index("exp_avg/a"))]
 
 
 def test_every_kind_has_the_same_tensors() -> None:
@@ -160,6 +160,7 @@ def test_every_kind_has_the_same_tensors() -> None:
         '{"version":1,"kinds":{"weights":{"w":{"shape":[-1],"pieces":[]}}}}',
         '{"version":1,"kinds":{"weights":{"w":{"shape":[1],"pieces":[{"file":"../x","offsets":[0],"sizes":[1]}]}}}}',
         '{"version":1,"kinds":{"weights":{"w":{"shape":[99999999999999999999],"pieces":[]}}}}',
+        '{"version":1,"kinds":{"weights":{"w":{"shape":[0],"shards":[]}}}}',  # the key is `pieces`
         '{"version":1,"kinds":{"weights":{},"weights":{}}}',
         '{"version":1}',
     ],
@@ -175,5 +176,5 @@ def test_an_index_of_a_newer_version_is_named_as_such() -> None:
 
 
 def test_an_index_of_many_problems_names_a_few() -> None:
-    tensors = {f"w{number}": IndexedTensor(shape=(2,), pieces=()) for number in range(1000)}
+    tensors = {f"w{number}": IndexedTensor(shape=(2,), shards=()) for number in range(1000)}
     assert len(coverage_problems(TensorIndex(version=1, kinds={"weights": tensors}))) == 20

@@ -1,4 +1,4 @@
-"""Tensors read out of the pieces of any writers' layout, against naive slices of the whole."""
+"""Tensors read out of the shards of any writers' layout, against naive slices of the whole."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint import tensors as tensors_module
 from ebft_mega.checkpoint.manifest import FileRecord
-from ebft_mega.checkpoint.snapshot import Piece, Written, write_pieces
+from ebft_mega.checkpoint.snapshot import StateShard, Written, write_state_shards
 from ebft_mega.checkpoint.tensor_index import TensorIndex, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
 from ebft_mega.data.store.format import file_sha256
@@ -23,21 +23,22 @@ from ebft_mega.model.weights.huggingface import hf_shapes
 from tests.conftest import tiny_config
 
 
-def pieces_of(name: str, whole: Tensor, boxes: list[tuple[slice, ...]], kind: str = "weights") -> list[Piece]:
-    """The pieces of a tensor, in the order of the ranks that write them."""
+def shards_of(name: str, whole: Tensor, boxes: list[tuple[slice, ...]], kind: str = "weights") -> list[StateShard]:
+    """The shards of a tensor, in the order of the ranks that write them."""
     return [
-        Piece(kind, name, tuple(side.start for side in box), tuple(whole.shape), whole[box].clone()) for box in boxes
+        StateShard(kind, name, tuple(side.start for side in box), tuple(whole.shape), whole[box].clone())
+        for box in boxes
     ]
 
 
-def saved(folder: Path, by_rank: list[list[Piece]]) -> CheckpointTensors:
-    written = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(by_rank)]
+def saved(folder: Path, by_rank: list[list[StateShard]]) -> CheckpointTensors:
+    written = [write_state_shards(folder, rank, shards) for rank, shards in enumerate(by_rank)]
     return CheckpointTensors(folder, merge_indices(part.index for part in written))
 
 
 @st.composite
 def cuts(draw, size: int) -> list[slice]:
-    """A size cut into pieces of any lengths."""
+    """A size cut into shards of any lengths."""
     places = sorted(draw(st.sets(st.integers(1, size - 1), max_size=3))) if size > 1 else []
     return [slice(start, stop) for start, stop in zip([0, *places], [*places, size], strict=True)]
 
@@ -61,7 +62,7 @@ def tilings(draw):
 def test_any_part_of_any_tiling_is_the_slice_of_the_whole(tmp_path_factory, tiling):
     whole, boxes, wanted = tiling
     folder = tmp_path_factory.mktemp("tiling")
-    tensors = saved(folder, [[piece] for piece in pieces_of("x", whole, boxes)])
+    tensors = saved(folder, [[shard] for shard in shards_of("x", whole, boxes)])
     opened = []
     real = tensors_module.safe_open
     with pytest.MonkeyPatch.context() as patch:
@@ -81,10 +82,10 @@ def test_any_part_of_any_tiling_is_the_slice_of_the_whole(tmp_path_factory, tili
 
 
 def test_only_the_bytes_of_the_overlap_are_read(tmp_path, monkeypatch):
-    """Each file's slice is asked for the overlap, not for the piece."""
+    """Each file's slice is asked for the overlap, not for the shard."""
     whole = torch.randn(8, 6)
     boxes = [(slice(0, 4), slice(0, 6)), (slice(4, 8), slice(0, 3)), (slice(4, 8), slice(3, 6))]
-    tensors = saved(tmp_path, [[piece] for piece in pieces_of("x", whole, boxes)])
+    tensors = saved(tmp_path, [[shard] for shard in shards_of("x", whole, boxes)])
     read = Counter()
     real = tensors_module.safe_open
 
@@ -121,9 +122,9 @@ def test_only_the_bytes_of_the_overlap_are_read(tmp_path, monkeypatch):
 def test_records_and_headers_are_those_of_the_files(tmp_path):
     whole = torch.arange(12.0).view(4, 3)
     boxes = [(slice(0, 4), slice(0, 3))]
-    pieces = pieces_of("x", whole, boxes) + pieces_of("x", -whole, boxes, "exp_avg")
+    shards = shards_of("x", whole, boxes) + shards_of("x", -whole, boxes, "exp_avg")
     told = []
-    written = write_pieces(tmp_path, 7, pieces, told.append)
+    written = write_state_shards(tmp_path, 7, shards, told.append)
     assert told == [48, 48]
     assert set(written.files) == {"weights/rank-00007.safetensors", "exp_avg/rank-00007.safetensors"}
     for file, record in written.files.items():
@@ -140,15 +141,15 @@ def test_records_and_headers_are_those_of_the_files(tmp_path):
     assert torch.equal(tensors.part("exp_avg", "x", (slice(1, 2), slice(0, 3))), -whole[1:2])
 
 
-def test_a_rank_without_pieces_writes_nothing(tmp_path):
-    assert write_pieces(tmp_path / "folder", 3, []) == Written({}, TensorIndex(version=1, kinds={}))
+def test_a_rank_without_shards_writes_nothing(tmp_path):
+    assert write_state_shards(tmp_path / "folder", 3, []) == Written({}, TensorIndex(version=1, kinds={}))
     assert not (tmp_path / "folder").exists()
 
 
-def test_two_pieces_of_a_tensor_have_no_place_in_a_file(tmp_path):
+def test_two_shards_of_a_tensor_have_no_place_in_a_file(tmp_path):
     halves = [(slice(0, 2),), (slice(2, 4),)]
-    with pytest.raises(AssertionError, match="two pieces"):
-        write_pieces(tmp_path, 0, pieces_of("x", torch.zeros(4), halves))
+    with pytest.raises(AssertionError, match="two shards"):
+        write_state_shards(tmp_path, 0, shards_of("x", torch.zeros(4), halves))
 
 
 def test_a_full_disk_is_reported(tmp_path):
@@ -157,13 +158,13 @@ def test_a_full_disk_is_reported(tmp_path):
     (tmp_path / "weights").mkdir()
     os.symlink("/dev/full", tmp_path / "weights/rank-00000.safetensors")
     with pytest.raises(OSError, match="No space left"):
-        write_pieces(tmp_path, 0, pieces_of("x", torch.zeros(1 << 20), [(slice(0, 1 << 20),)]))
+        write_state_shards(tmp_path, 0, shards_of("x", torch.zeros(1 << 20), [(slice(0, 1 << 20),)]))
 
 
 def a_checkpoint(folder: Path) -> tuple[CheckpointTensors, Tensor]:
     whole = torch.randn(6, 2)
     boxes = [(slice(0, 3), slice(0, 2)), (slice(3, 6), slice(0, 2))]
-    return saved(folder, [[piece] for piece in pieces_of("x", whole, boxes)]), whole
+    return saved(folder, [[shard] for shard in shards_of("x", whole, boxes)]), whole
 
 
 EVERYTHING = (slice(0, 6), slice(0, 2))
@@ -183,11 +184,11 @@ def cut_short(folder: Path) -> None:
 
 
 def another_tensor(folder: Path) -> None:
-    write_pieces(folder, 1, pieces_of("y", torch.zeros(3, 2), [(slice(0, 3), slice(0, 2))]))
+    write_state_shards(folder, 1, shards_of("y", torch.zeros(3, 2), [(slice(0, 3), slice(0, 2))]))
 
 
 def another_shape(folder: Path) -> None:
-    write_pieces(folder, 1, pieces_of("x", torch.zeros(6, 2), [(slice(2, 6), slice(0, 2))]))
+    write_state_shards(folder, 1, shards_of("x", torch.zeros(6, 2), [(slice(2, 6), slice(0, 2))]))
 
 
 def a_pickle(folder: Path) -> None:
@@ -217,23 +218,23 @@ def test_unknown_tensors_and_gaps_are_named(tmp_path):
     with pytest.raises(BrokenCheckpointError, match="weights: y: found no such tensor"):
         tensors.shape("weights", "y")
     first = tensors.index.kinds["weights"]["x"]
-    half = first.model_copy(update={"pieces": first.pieces[:1]})
+    half = first.model_copy(update={"shards": first.shards[:1]})
     gap = CheckpointTensors(tmp_path, TensorIndex(version=1, kinds={"weights": {"x": half}}))
-    with pytest.raises(BrokenCheckpointError, match="6 elements of it are in no piece"):
+    with pytest.raises(BrokenCheckpointError, match="6 elements of it are in no shard"):
         gap.part("weights", "x", EVERYTHING)
 
 
 def test_all_tensors_that_a_model_lacks_are_named_at_once(tmp_path):
     architecture = Architecture.from_hf(tiny_config("qwen3", tied=False), "test")
-    pieces = [
-        Piece(kind, name, (0,) * len(shape), shape, torch.zeros(shape))
+    shards = [
+        StateShard(kind, name, (0,) * len(shape), shape, torch.zeros(shape))
         for kind in ("weights", "exp_avg", "exp_avg_sq")
         for name, shape in hf_shapes(architecture).items()
     ]
-    check_tensors(saved(tmp_path / "whole", [pieces]), architecture)
-    lacking = [piece for piece in pieces if (piece.kind, piece.name) != ("exp_avg", "lm_head.weight")]
-    lacking = [piece for piece in lacking if piece.name != "model.norm.weight"]
-    lacking += pieces_of("model.norm.weight", torch.zeros(31), [(slice(0, 31),)])
+    check_tensors(saved(tmp_path / "whole", [shards]), architecture)
+    lacking = [shard for shard in shards if (shard.kind, shard.name) != ("exp_avg", "lm_head.weight")]
+    lacking = [shard for shard in lacking if shard.name != "model.norm.weight"]
+    lacking += shards_of("model.norm.weight", torch.zeros(31), [(slice(0, 31),)])
     tensors = saved(tmp_path / "lacking", [lacking])
     with pytest.raises(BrokenCheckpointError) as raised:
         check_tensors(tensors, architecture)

@@ -50,7 +50,7 @@ def problems_of(directory, architecture=ARCHITECTURE, num_layers=None):
 
 
 def whole_identity(source):
-    return identity({piece: source.digest(piece) for piece in source.pieces()})
+    return identity({name: source.digest(name) for name in source.digest_names()})
 
 
 @given(
@@ -139,22 +139,22 @@ def test_an_identity_is_that_of_the_contents_wherever_they_lie(tmp_path):
     first = write(tmp_path / "model", shard_bytes=20_000)
     shutil.copytree(first, tmp_path / "elsewhere")
     sources = [SafetensorsWeights(tmp_path / name, ARCHITECTURE) for name in ("model", "elsewhere")]
-    assert len(sources[0].pieces()) > 2
+    assert len(sources[0].digest_names()) > 2
     assert whole_identity(sources[0]) == whole_identity(sources[1])
-    path = tmp_path / "elsewhere" / sources[1].pieces()[1]
+    path = tmp_path / "elsewhere" / sources[1].digest_names()[1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert whole_identity(sources[0]) != whole_identity(sources[1])
-    piece = sources[0].pieces()[0]
-    assert sources[0].digest(piece) == hashlib.sha256((first / piece).read_bytes()).hexdigest()
+    chosen = sources[0].digest_names()[0]
+    assert sources[0].digest(chosen) == hashlib.sha256((first / chosen).read_bytes()).hexdigest()
 
 
 def test_the_identity_of_random_weights_is_that_of_their_values():
     small = Architecture.from_hf(tiny_config("llama", num_hidden_layers=1), "test")
     source = RandomWeights(small, 3)
-    assert source.pieces() == list(hf_shapes(small))
-    name = source.pieces()[0]
+    assert source.digest_names() == list(hf_shapes(small))
+    name = source.digest_names()[0]
     assert source.digest(name) == hashlib.sha256(source.tensor(name).numpy().tobytes()).hexdigest()
     wider = Architecture.from_hf(tiny_config("llama", num_hidden_layers=1, initializer_range=0.1), "test")
     assert len({whole_identity(RandomWeights(a, seed)) for a in (small, wider) for seed in (3, 4)}) == 4
@@ -165,10 +165,10 @@ def test_an_identity_knows_no_order_but_every_pair(digests, random):
     pairs = list(digests.items())
     random.shuffle(pairs)
     assert identity(dict(pairs)) == identity(digests)
-    piece = random.choice(sorted(digests))
-    assert identity({**digests, piece: "22"}) != identity(digests)
+    chosen = random.choice(sorted(digests))
+    assert identity({**digests, chosen: "22"}) != identity(digests)
     assert identity({**digests, "e": "00"}) != identity(digests)
-    renamed = {"e" if name == piece else name: digest for name, digest in digests.items()}
+    renamed = {"e" if name == chosen else name: digest for name, digest in digests.items()}
     assert identity(renamed) != identity(digests)
 
 
