@@ -22,7 +22,7 @@ from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.durable import flush_to_disk
+from ebft_mega.io.durable import flush_to_disk, write_bytes
 from ebft_mega.io.input_errors import bad_input
 
 # Of one work unit: a wrong --text-key makes every line of a dump a problem.
@@ -164,7 +164,7 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     np.save(path.with_suffix(".npy"), hashes, allow_pickle=False)
     flush_to_disk(path.with_suffix(".npy"))  # before the record that says that it is there
     scan = Scan(len(hashes), empty, bad, tuple(problems[:MAX_LISTED_PROBLEMS]), tuple(lines))
-    _write_durably(path, json.dumps(asdict(scan)))
+    write_bytes(path, json.dumps(asdict(scan)).encode())
     return job.number, scan
 
 
@@ -214,7 +214,7 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
     tokenized = TokenizedUnit(
         tuple(shards.entries), shards.max_token_id, text_bytes, dict(licences), dict(sources), tuple(bad)
     )
-    _write_durably(temporary / _RECORD_NAME, json.dumps(asdict(tokenized)))
+    write_bytes(temporary / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
     temporary.rename(final)
     return job.number, tokenized
 
@@ -274,11 +274,3 @@ def _tokenizer_of_process(directory: Path) -> Tokenizer:
 
 def _scan_path(directory: Path, number: int) -> Path:
     return directory / f"scan-{number:06d}.json"
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all, also after a loss of power."""
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    temporary.replace(path)

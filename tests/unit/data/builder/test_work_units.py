@@ -130,7 +130,7 @@ build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), Bu
 @pytest.mark.parametrize(
     "place",
     [
-        ("work_units", "_write_durably", 3),  # a few work units scanned
+        ("work_units", "write_bytes", 3),  # a few work units scanned
         ("work_units", "flush_to_disk", 25),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
         ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
@@ -162,7 +162,7 @@ def test_a_killed_build_is_resumed(
     assert contents(tmp_path / "out") == expected
     assert "resuming what" in capsys.readouterr().err
     assert not partial.exists()
-    assert (num_done > 0) == (place[1] != "_write_durably")
+    assert (num_done > 0) == (place[1] != "write_bytes")
     assert has_shards == (place[1] in ("replace", "complete_dataset", "_write_skipped"))
 
 
