@@ -1,52 +1,34 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log file. Always on standard error."""
+"""Progress of long work: a bar on a terminal, by the rich package, or a line now and then in a log file."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Item = TypeVar("Item")
 LINE_INTERVAL_SECONDS = 10.0
 
 
 def track(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
-    """Yields the items while showing how far the work has come.
+    """Yield the items while showing on standard error how many are done.
 
     Args:
         items: what is worked on.
         total: number of items, None where it is not known.
         description: a few words for the line.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track as rich_track
-
-        console = Console(stderr=True)
-        return iter(rich_track(items, description=description, total=total, console=console))
-    return _track_plainly(items, total, description)
-
-
-def _track_plainly(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
-    started = last_line = time.monotonic()
-    done = 0
-    for item in items:
-        yield item
-        done += 1
-        now = time.monotonic()
-        if now - last_line >= LINE_INTERVAL_SECONDS:
-            last_line = now
-            _print_line(description, done, total, now - started)
-    _print_line(description, done, total, time.monotonic() - started)
-
-
-def _print_line(description: str, done: int, total: int | None, elapsed_seconds: float) -> None:
-    of_total = f"/{total} ({100 * done / total:.0f} %)" if total else ""
-    print(f"{description}: {done}{of_total} in {elapsed_seconds:.1f} s", file=sys.stderr, flush=True)
+    with Meter(total, description) as meter:
+        for done, item in enumerate(items, 1):
+            yield item
+            meter.show(done)
 
 
 class Meter:
-    """Shows a count that other processes may raise; used as a context manager.
+    """Shows on standard error how much is done, where others count it; used as a context manager.
 
     Args:
         total: where the count ends, None where it is not known.
@@ -58,13 +40,7 @@ class Meter:
         self._description = description
         self._done = 0
         self._started = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True))
-            self._task = self._bar.add_task(description, total=total)
+        self._bar = work_bar(total, description) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Meter":
         if self._bar is not None:
@@ -72,15 +48,15 @@ class Meter:
         return self
 
     def show(self, done: int) -> None:
-        """Takes the count of what is done so far."""
+        """Show the count of what is done so far."""
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.show(done)
             return
         now = time.monotonic()
         if now - self._last_line >= LINE_INTERVAL_SECONDS:
             self._last_line = now
-            _print_line(self._description, done, self._total, now - self._started)
+            self._print_line(now)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -88,4 +64,84 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            _print_line(self._description, self._done, self._total, time.monotonic() - self._started)
+            self._print_line(time.monotonic())
+
+    def _print_line(self, now: float) -> None:
+        of_total = f"/{self._total} ({100 * self._done / self._total:.0f} %)" if self._total else ""
+        elapsed_seconds = now - self._started
+        line = f"{self._description}: {self._done}{of_total} in {elapsed_seconds:.1f} s"
+        print(line, file=sys.stderr, flush=True)
+
+
+class TerminalBar:
+    """One bar, redrawn in place from `start` to `stop`.
+
+    Args:
+        progress: rich's display, with its columns.
+        description: for the columns.
+        total: where the count ends, None where it is not known.
+        done: where the count begins.
+        texts: other texts for the columns, by name.
+    """
+
+    def __init__(self, progress: "Progress", description: str, total: int | None, done: int = 0, **texts: Any):
+        self._progress = progress
+        self._task = progress.add_task(description, total=total, completed=done, **texts)
+
+    def start(self) -> None:
+        """Draw the bar and keep it up to date."""
+        self._progress.start()
+
+    def show(self, done: int, **texts: Any) -> None:
+        """Show the count of what is done so far, and the texts of the columns."""
+        self._progress.update(self._task, completed=done, **texts)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        """Stop redrawing; the last state of the bar stays on screen."""
+        self._progress.stop()
+
+
+def work_bar(total: int | None, description: str) -> TerminalBar:
+    """A bar with a description, the share that is done and the time left, on standard error."""
+    # Imported here because a log file does without it.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    progress = Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+    )
+    return TerminalBar(progress, description, total)
+
+
+def step_bar(total_steps: int, first_step: int, stream: TextIO) -> TerminalBar:
+    """A bar over the steps of a run, with the texts `clock` and `numbers` beside it.
+
+    Args:
+        total_steps: steps of the whole run.
+        first_step: steps that were done before this start.
+        stream: the terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+
+    progress = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=12),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[clock]}", markup=False),
+        # On a narrow terminal the numbers are cut, never the bar or the time left.
+        TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+        expand=True,
+        console=Console(file=stream),
+    )
+    return TerminalBar(progress, "train", total_steps, first_step, clock="", numbers="")

@@ -1,10 +1,12 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines in a log file."""
+"""The console of a training run: a progress bar on a terminal, one plain line a step in a log file."""
 
 import math
 import sys
 import time
 from collections.abc import Mapping
 from typing import Protocol, TextIO
+
+from ebft_mega.io.progress_bar import step_bar
 
 # Short name on screen, metric key, format. A key that a run does not log (a CE-only run has no alignment) is
 # left out.
@@ -124,7 +126,7 @@ class PlainLines:
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held open."""
 
 
 class ProgressBar:
@@ -133,40 +135,24 @@ class ProgressBar:
     name = "console"
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO):
-        # Imported here because a log file does without it.
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.table import Column
-
         self._clock = StepClock(total_steps, first_step)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=12),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[clock]}", markup=False),
-            # On a narrow terminal the numbers are cut, never the bar or the time left.
-            TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
-            expand=True,
-            console=Console(file=stream),
-        )
-        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, clock="", numbers="")
-        self._progress.start()
+        self._bar = step_bar(total_steps, first_step, stream)
+        self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the bar; an evaluation stays on screen as a line above it."""
         numbers = key_numbers(metrics)
         if numbers:
             self._clock.tick(step, metrics)
-            self._progress.update(self._task, completed=step, clock=self._clock.text(), numbers=numbers)
+            self._bar.show(step, clock=self._clock.text(), numbers=numbers)
         evaluated = evaluation_numbers(metrics)
         if evaluated:
             self.note(f"step {step}  held out: {evaluated}")
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._bar.note(text)
 
     def close(self) -> None:
         """Stop redrawing; the last state of the bar stays on screen."""
-        self._progress.stop()
+        self._bar.stop()

@@ -17,7 +17,6 @@ from ebft_mega.data.text.text_files import list_text_files
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.output_directory import new_directory
-from ebft_mega.io.progress_bar import track
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 
@@ -192,13 +191,6 @@ def test_a_failed_replacement_keeps_the_old_result(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert (tmp_path / "out" / "marker").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_progress_lines_go_to_the_error_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(iter("abc"), 3, "reading")) == ["a", "b", "c"]
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("reading: 3/3 (100 %)")
 
 
 def test_list_is_sorted_by_the_whole_path(tmp_path: Path) -> None:
