@@ -1,4 +1,4 @@
-"""Where rollouts start and what they are compared with: pure integers, no tensors, no torch."""
+"""Positions of anchors, rollouts and targets in a packed row: integers only, no torch."""
 
 from dataclasses import dataclass
 

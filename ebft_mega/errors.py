@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose, and the exit code that each one ends a run with."""
+"""The package's exceptions and the exit code of each."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ class EbftError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a configuration or an input, in the words a user can act on.
+    """One thing that is wrong with a configuration or an input, in words that a user can act on.
 
     `where` is `file:line` (or the command-line option), `key` the full dotted key or the path in question,
     `found` and `expected` say what stands there and what would be valid, `suggestion` the nearest valid spelling.
@@ -65,7 +65,7 @@ class BrokenCheckpointError(InputProblems):
 
 
 class CheckpointError(EbftError):
-    """A checkpoint could not be written, and the run was to stop with it or cannot do without it."""
+    """A checkpoint could not be written, and the run cannot end or continue without it."""
 
 
 class LockLostError(EbftError):
@@ -73,7 +73,7 @@ class LockLostError(EbftError):
 
 
 class DamagedDataError(EbftError):
-    """Data that was whole before the run is damaged, shorter, gone or out of reach when it is read (exit code 4).
+    """Data that passed the checks before the run is damaged, truncated, missing or unreachable when read (exit code 4).
 
     Args:
         shard: path or URL of the file.
@@ -97,7 +97,7 @@ class DamagedDataError(EbftError):
 
 
 class SkipBudgetError(EbftError):
-    """More rows had to be left out for damaged data than the configuration allows (exit code 4)."""
+    """Damaged data made the run skip more rows than the configuration allows (exit code 4)."""
 
     exit_code = EXIT_DAMAGED_DATA
 

@@ -1,4 +1,4 @@
-"""The values that travel between the stages of a training step.
+"""Dataclasses passed between the parts of a training step: rows, rollouts, rewards, log-probabilities, losses.
 
 Shape legend of the whole package (a tensor is written `name [B, P]`):
 
@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their name
 
 @dataclass(frozen=True)
 class RowDocuments:
-    """Where the documents of each row start, for document masking: for the host and for the device."""
+    """Where the documents of each row start, for document masking, on the host and on the device."""
 
     starts: tuple[tuple[int, ...], ...]  # B rows, of each the first position of every document; the first is 0
     token_starts: Tensor  # int64 [B, P], the first position of each token's document
@@ -46,7 +46,7 @@ class TokenBatch:
     def with_document_masking(self) -> "TokenBatch":
         """The same rows with document masking: neighbouring tokens with equal ids are one document.
 
-        To be called where the rows lie in host memory: a device would be waited for.
+        Call it while the rows are in host memory: on a device it would wait for the device.
         """
         changes = self.document_ids[:, 1:] != self.document_ids[:, :-1]
         is_start = F.pad(changes, (1, 0), value=True)
@@ -65,7 +65,7 @@ class TokenBatch:
         return tuple(TokenBatch(*parts) for parts in zip(tokens, ids, indices, documents, strict=True))
 
     def filled_up(self, num_rows: int) -> "TokenBatch":
-        """The same rows and filler behind them (token 0, row index -1), so that all replicas have equally many."""
+        """Append filler rows (token 0, row index -1), so that all replicas have equally many."""
         missing = num_rows - len(self.tokens)
         tokens, ids = (F.pad(field, (0, 0, 0, missing)) for field in (self.tokens, self.document_ids))
         documents = self.documents

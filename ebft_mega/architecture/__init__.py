@@ -1,1 +1,1 @@
-"""What a model looks like and how it is cut for parallel ranks, without its tensors. No torch."""
+"""A model's sizes and switches, and its partition over parallel ranks, without tensors. No torch."""

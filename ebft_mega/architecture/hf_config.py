@@ -1,4 +1,4 @@
-"""What a decoder-only model looks like, read from a Hugging Face `config.json`: pure Python, no torch."""
+"""Read a decoder-only model's architecture from a Hugging Face `config.json`. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -136,8 +136,8 @@ class Architecture:
     def exported_config(self, dtype: str) -> dict[str, Any]:
         """Contents of `config.json` for weights of a dtype.
 
-        What was read is kept, and what a missing key was taken for is written out, so that no other reader takes it
-        for something else.
+        Holds every key that was read, and the values assumed for missing keys, so that no other reader assumes other
+        defaults.
 
         Args:
             dtype: torch's name of it: float32, bfloat16, ...

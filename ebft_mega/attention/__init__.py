@@ -1,1 +1,1 @@
-"""Attention of one pass over rows with a document and rollouts: who may see whom, and the routes that compute it."""
+"""Attention over a document and its rollouts: which query sees which key, and the interchangeable implementations."""

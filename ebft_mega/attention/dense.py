@@ -1,4 +1,4 @@
-"""Attention with the whole mask written out: the fallback that runs anywhere."""
+"""Attention through scaled_dot_product_attention with an explicit mask: slow, but runs on every device."""
 
 import logging
 from dataclasses import replace
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class DenseAttention:
-    """The dense route: one masked attention over all positions; says once per pattern what that costs."""
+    """The dense route: one masked attention over all positions; warns of the cost once per pattern."""
 
     def attend(
         self,

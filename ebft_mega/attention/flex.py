@@ -2,7 +2,7 @@
 
 The kernel is compiled once per shape. Shapes are those of a run's passes: documents and rollouts are padded to tiles,
 and a rollout's keys to `own_capacity`, so that generating token 1 and token G - 1 are one shape. Where masked
-documents start is data of a kernel, not part of it.
+documents start is an input of a kernel, not compiled into it.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from ebft_mega.attention.pattern import AttentionPattern
 
 TILE = 128  # queries and keys per tile of the block mask: flex_attention's own
 MIN_HEAD_DIM = 16  # torch's compiler refuses smaller heads
-_PATTERNS = 64  # block masks kept: a run has one per pass of a step, and they repeat every step
-# With document masking masks never repeat: as many as there are micro-batches under way on a pipeline stage.
+_PATTERNS = 64  # block masks cached: a run has one per pass of a step, and they repeat every step
+# With document masking masks never repeat: cached for as many micro-batches as a pipeline stage may have in flight.
 _MASKED_PATTERNS = 16
 _SHAPES = 64  # compilations allowed; the default of 8 is less than a run's passes with and without gradients need
 
-# In the place of a rollout's number: a key outside all rollouts, a query outside all rollouts. They match nothing.
+# Stand for a rollout's number where a key or a query belongs to no rollout; they equal nothing.
 _OTHER_KEY, _OTHER_QUERY = -1, -2
 _NEVER = torch.iinfo(torch.int32).max  # document position of a key that is not in the document
 

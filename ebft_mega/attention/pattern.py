@@ -1,4 +1,4 @@
-"""Who may see whom in one pass: the definition that every route is held to."""
+"""Which query may see which key in one pass: the definition that every attention implementation must equal."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class AttentionPattern:
     block-major (rollout k * num_samples + j), and the last of a rollout's keys belongs to the last of its queries.
     With `document_starts` a row holds several documents, of which none sees another: a query at position p sees no key
     before the start of its document, a rollout of block k none before that of the document of position anchors[k] - 1.
-    Hashable, so that what is derived from a pattern can be kept by it.
+    Hashable, so that what is derived from a pattern can be cached under it.
     """
 
     anchors: tuple[int, ...]  # K, document tokens that each block's rollouts see; increasing, from 1

@@ -1,4 +1,4 @@
-"""Attention of queries over a prefix of the document: torch's own kernels, one adapter per device.
+"""Attention of rollout queries over a prefix of the document, by torch's flash kernels; one adapter per device.
 
 What all adapters share: queries [B, heads, rows, d] and keys [B, groups, keys, d] with groups dividing heads; outputs
 with one log-normaliser per query (float32 or wider), and a backward that takes the *merged* output and log-normaliser

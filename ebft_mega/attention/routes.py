@@ -1,4 +1,4 @@
-"""The routes that compute a pass's attention, and which one a run takes."""
+"""Choose the attention implementation (`train.attention`: two_part, flex or dense) of a run; their interface."""
 
 from typing import Literal, Protocol
 
@@ -29,10 +29,10 @@ class AttentionRoute(Protocol):
         """Softmax attention, scaled by 1 / sqrt(d), of the queries over the keys that the pattern lets them see.
 
         The softmax is computed in float32 or wider. Inputs may be non-contiguous views. Without gradients
-        nothing is kept; with them, no scores.
+        nothing is saved for a backward pass; with them, no scores are.
 
         Args:
-            pattern: who sees whom.
+            pattern: which query sees which key.
             document_query: [B, heads, Nd, d]; own_query: [B, heads, R, Tq, d]; Nd or R * Tq may be 0.
             document_key, document_value: [B, groups, D, d], groups dividing heads; head h asks group
                 h // (heads / groups).

@@ -1,4 +1,4 @@
-"""Attention over a part of the keys: its output with the logarithm of its normaliser, and how parts become one softmax.
+"""Merge attention over disjoint sets of keys into one softmax, through the log-sum-exp of each.
 
 With l_i = log sum_j exp(s_ij) over the keys j of a part and o_i the part's own softmax average, the softmax over two
 disjoint parts has l = log(exp(l1) + exp(l2)) and o = exp(l1 - l) o1 + exp(l2 - l) o2. Backwards a part needs only the

@@ -1,6 +1,6 @@
 """Attention in two parts, merged into one softmax: the document prefix, and a rollout's own tokens.
 
-No score outlives a kernel call: kept for the backward pass are queries, keys, values, outputs and one log-normaliser
+No score outlives a kernel call: saved for the backward pass are queries, keys, values, outputs and one log-normaliser
 per query. The document's keys and values are read where they are, by all samples and heads; nothing is copied per
 sample. Masked documents are calls of their own on views of their rows and keys.
 """
@@ -21,9 +21,9 @@ from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.prefix_kernels import PrefixKernel, prefix_kernel
 from ebft_mega.attention.softmax_merge import merge, small_backward, small_forward
 
-# Plans kept: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
+# Plans cached: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
 _PLANS = 64
-# With document masking plans never repeat: as many as there are micro-batches under way on a pipeline stage.
+# With document masking plans never repeat: cached for as many micro-batches as a pipeline stage may have in flight.
 _MASKED_PLANS = 16
 _ALL_ROWS = slice(None)
 
@@ -63,7 +63,7 @@ class _Span:
     batch: slice  # the rows of the micro-batch that they are in
     queries: slice
     keys: slice  # document keys that any of them sees
-    hidden: Tensor  # bool [queries, width]: who does not see which of the last keys
+    hidden: Tensor  # bool [queries, width]: true where a query must not see one of the last `width` keys
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a pattern's calls are."""
+    """The kernel calls of a pattern."""
 
     causal: tuple[_Document, ...]  # serve the document queries; if there are none, spans do
     document: tuple[_Span, ...]
@@ -184,7 +184,7 @@ def _spans(parts: Sequence[_Limits], queries_each: int, edge: int, device: torch
 
 
 class _TwoPart(Function):
-    """Both parts of both kinds of query as one node of the graph, so that only merged results are kept."""
+    """Both parts of both kinds of query as one node of the graph, so that only merged results are saved."""
 
     @staticmethod
     def forward(

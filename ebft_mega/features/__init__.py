@@ -1,1 +1,1 @@
-"""The frozen feature network and the inner products that the reward is made of."""
+"""The frozen feature network, and the inner products of features from which the reward is computed."""

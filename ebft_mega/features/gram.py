@@ -1,10 +1,10 @@
-"""Inner products of a block's rollout features and target feature, without ever forming a feature.
+"""Gram matrix of each block's rollout and target features: the only data that crosses ranks for the reward.
 
 A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers and over slices of
-the hidden dimension. So every rank keeps what its layers and its slice give, and what crosses ranks is one
-`[n + 1, n + 1]` matrix per block (and, where a norm has to be known before tokens are pooled, one squared length per
-token). Features are rows 0..n-1 for the samples and row n for the target. Everything after the hidden states is
-float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
+the hidden dimension. So no rank ever holds a whole feature: each sums over its own layers and slice, and what is
+all-reduced is one `[n + 1, n + 1]` matrix per block (and, where a norm has to be known before tokens are pooled, one
+squared length per token). Features are rows 0..n-1 for the samples and row n for the target. Everything after the
+hidden states is float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from ebft_mega.types import Rollout, TokenBatch
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A model that is never trained, and how its layers become a feature.
+    """A model that is never trained, and how the feature is made of its layers.
 
     Its layers are cut into pipeline stages by themselves, not where the policy's are.
     """

@@ -1,1 +1,1 @@
-"""The policy and the feature network: architecture, layers, weights."""
+"""The transformer of the policy and of the feature network: layers, attention, head, weights."""

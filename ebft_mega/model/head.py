@@ -1,4 +1,4 @@
-"""The language-model head: logits of selected rows, and log-probabilities that never hold all logits at once."""
+"""The language-model head: logits of selected rows, and log-probabilities computed in chunks of rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from ebft_mega.parallel.vocabulary import VocabularyShard
 
 @dataclass(frozen=True)
 class RowScores:
-    """Log-probabilities of chosen tokens, and what it takes to make the softmax again from the logits."""
+    """Log-probabilities of chosen tokens, and the normalisers to recompute the softmax from the logits."""
 
     logprobs: Tensor  # float32 [N, m] (float64 for float64 logits), m choices from each row of logits
     normalizers: Tensor  # [N], log of the sum of exponentials at the rows' temperature, in the same dtype
@@ -85,7 +85,7 @@ class VocabularyHead(nn.Module):
         """Make the matrix with undefined values.
 
         Args:
-            is_embedding: the weight is the embedding's, which every call brings with it.
+            is_embedding: the weight is the embedding's, which is passed to every call.
         """
         super().__init__()
         self.shard = shard
@@ -137,7 +137,7 @@ def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, shard: 
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """In closed form instead of by recording, so that each chunk's logits are gone before the next one's come."""
+    """Gradient in closed form instead of recorded: each chunk's logits are freed before the next chunk's are made."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Hidden states between layers: where positions lie among sequence-parallel ranks, and picking some of them."""
+"""Shape of hidden states between layers, their order over sequence-parallel ranks, and selecting some positions."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 
 @dataclass(frozen=True)
 class HiddenShape:
-    """What hidden states look like where they enter and leave a stage."""
+    """Shape, dtype and device of the hidden states that enter and leave a stage."""
 
     hidden_size: int
     sequence_shards: int  # tensor-parallel ranks that hold parts of the sequence; 1 without sequence parallelism
@@ -25,34 +25,36 @@ class HiddenShape:
         """Positions of a pass of `length`, filled up so that all shards are equal."""
         return -(-length // self.sequence_shards) * self.sequence_shards
 
-    def order(self, pieces: Sequence[int]) -> Tensor | None:
-        """Where the positions of consecutive passes lie when each shard has its parts of all of them behind each other.
+    def order(self, pass_lengths: Sequence[int]) -> Tensor | None:
+        """Index of each position of consecutive passes, where each shard concatenates its parts of all passes.
 
         Args:
-            pieces: positions of each pass, without filler.
+            pass_lengths: positions of each pass, without filler.
         Returns:
-            int64 [sum of pieces]; None if they just follow each other.
+            int64 [sum of pass lengths]; None if the index is the position.
         """
         if self.sequence_shards == 1:
             return None
-        widths = [self.padded(piece) // self.sequence_shards for piece in pieces]
+        widths = [self.padded(length) // self.sequence_shards for length in pass_lengths]
         starts = itertools.accumulate(widths, initial=0)
         places = []
-        for piece, width, start in zip(pieces, widths, starts, strict=False):
-            offset = torch.arange(piece, device=self.device)
+        for length, width, start in zip(pass_lengths, widths, starts, strict=False):
+            offset = torch.arange(length, device=self.device)
             places.append(offset // width * sum(widths) + start + offset % width)
         return torch.cat(places)
 
-    def in_sequence(self, values: Tensor, pieces: Sequence[int]) -> Tensor:
+    def in_sequence(self, values: Tensor, pass_lengths: Sequence[int]) -> Tensor:
         """Values of the positions of consecutive passes at their places in that order, zero for filler.
 
         Args:
-            values: [sum of pieces, ...]; pieces: as in `order`.
+            values: [sum of pass lengths, ...]; pass_lengths: as in `order`.
         Returns:
-            [sum of padded pieces, ...].
+            [sum of padded lengths, ...].
         """
         others = (0, 0) * (values.dim() - 1)
-        padded = [F.pad(part, (*others, 0, self.padded(len(part)) - len(part))) for part in values.split(list(pieces))]
+        padded = [
+            F.pad(part, (*others, 0, self.padded(len(part)) - len(part))) for part in values.split(list(pass_lengths))
+        ]
         by_shard = [part.unflatten(0, (self.sequence_shards, -1)) for part in padded]
         return torch.cat(by_shard, dim=1).flatten(0, 1)
 

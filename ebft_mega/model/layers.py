@@ -1,4 +1,4 @@
-"""What a stage's megatron-core layers are made of: our norm, our attention core, and key-value heads for many ranks."""
+"""megatron-core transformer layers with our norm, activation and attention, and fewer key-value heads than ranks."""
 
 from typing import Any
 

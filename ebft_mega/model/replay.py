@@ -1,8 +1,8 @@
-"""The gradient out of what a rollout left: each layer is run once more from its saved input.
+"""Gradient of the layers from the inputs saved during the rollout: each layer is recomputed once, in the backward pass.
 
 The update is strictly on-policy, so the passes that sampled the tokens were the policy's forward pass. With every
-layer's input saved, the gradient needs no second one: a layer is recomputed when its turn comes, as under activation
-checkpointing, but nothing is computed before that.
+layer's input saved, no second forward pass is needed: the backward pass recomputes one layer at a time, as activation
+checkpointing does.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ def replay(
     entering: Tensor,
     positions: Tensor,
     layout: StridedLayout,
-    pieces: Sequence[int],
+    pass_lengths: Sequence[int],
 ) -> Tensor:
-    """A stage's layers over the packed pass, out of what was saved; computed only in the backward pass.
+    """A stage's layers over the packed pass, from saved inputs; computed only in the backward pass.
 
     Args:
         saved: emptied by the backward pass, layer by layer.
         entering: what the first layer's gradient flows to, [S / shards, B, H] with gradient; its value is not read.
         positions: int64 [S] or [S, B]; layout: of the packed pass.
-        pieces: positions of each pass that filled `saved`.
+        pass_lengths: positions of each pass that filled `saved`.
     Returns:
         [S / shards, B, H] before the final norm; where the stage has no head a placeholder for its gradient.
     Communication: in the backward pass that of the layers, forward and backward.
     """
-    hidden: Tensor = _Replay.apply(entering, stage, saved, stage.angles(positions, pieces), layout)
+    hidden: Tensor = _Replay.apply(entering, stage, saved, stage.angles(positions, pass_lengths), layout)
     return hidden
 
 

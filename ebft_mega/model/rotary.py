@@ -1,4 +1,4 @@
-"""Rotary embedding angles from explicit positions."""
+"""Angles of rotary position embeddings (RoPE) for given positions."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The inputs of a stage's layers, kept while a rollout is decoded, for the gradient pass (`model/replay.py`)."""
+"""Layer inputs saved while a rollout is decoded: activation checkpoints of the gradient pass (`model/replay.py`)."""
 
 import torch
 from torch import Tensor
@@ -9,22 +9,22 @@ class SavedInputs:
 
     def __init__(self, num_layers: int, has_output: bool):
         """Start empty."""
-        self._pieces: list[list[Tensor]] = [[] for _ in range(num_layers + has_output)]
+        self._inputs: list[list[Tensor]] = [[] for _ in range(num_layers + has_output)]
 
     def add(self, layer: int, entering: Tensor) -> None:
-        """Keep what entered a layer (or left the last one) in one more pass: [S of the pass / shards, B, H]."""
-        self._pieces[layer].append(entering.detach())
+        """Save what entered a layer (or left the last one) in one more pass: [S of the pass / shards, B, H]."""
+        self._inputs[layer].append(entering.detach())
 
     def take(self, layer: int) -> Tensor:
-        """What entered a layer in all passes, one behind the other, [S / shards, B, H]; it is not kept any longer."""
-        pieces, self._pieces[layer] = self._pieces[layer], []
-        return torch.cat(pieces)
+        """What entered a layer in all passes, one behind the other, [S / shards, B, H]; it is freed here."""
+        inputs, self._inputs[layer] = self._inputs[layer], []
+        return torch.cat(inputs)
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the hidden states of all passes together."""
-        shapes = [piece.shape for piece in self._pieces[0]]
+        shapes = [entering.shape for entering in self._inputs[0]]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def placeholder(self) -> Tensor:
         """A tensor of that shape for a gradient to arrive at or to come from; it holds one value."""
-        return self._pieces[0][0].new_zeros(()).expand(self.shape())
+        return self._inputs[0][0].new_zeros(()).expand(self.shape())

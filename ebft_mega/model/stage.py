@@ -1,4 +1,4 @@
-"""A contiguous run of a model's layers, made of megatron-core modules, and the model it is a part of."""
+"""A pipeline stage: consecutive layers of a model as megatron-core modules; the first embeds, the last has the head."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -190,15 +190,15 @@ class Stage(nn.Module):
                 rows += [selected] * taps.count(depth)  # a depth that two fractions name counts twice
         return hidden, rows
 
-    def angles(self, positions: Tensor, pieces: Sequence[int] | None = None) -> Tensor:
+    def angles(self, positions: Tensor, pass_lengths: Sequence[int] | None = None) -> Tensor:
         """Rotary angles of a pass, in the order in which layers see it.
 
         Args:
-            positions: int64 [S] or [S, B]; pieces: as in `HiddenShape.order`, None for a pass in one piece.
+            positions: int64 [S] or [S, B]; pass_lengths: as in `HiddenShape.order`, None for a single pass.
         Returns:
             float32 [S and filler, 1 or B, 1, head_dim].
         """
-        in_sequence = self.hidden.in_sequence(positions, pieces or (len(positions),))
+        in_sequence = self.hidden.in_sequence(positions, pass_lengths or (len(positions),))
         return rotary_angles(self.rotary_frequencies, in_sequence)
 
     def layer_of_read_rows(
@@ -266,7 +266,7 @@ class Stage(nn.Module):
         return logits
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
-        """What each parameter is to the other ranks of the replica, by name."""
+        """How each parameter, by name, is distributed over the ranks of the replica."""
         tied = self.architecture.tie_word_embeddings and self.groups.pipeline_size > 1
         many = self.groups.tensor_parallel_size > 1
         roles = {}
@@ -304,7 +304,7 @@ class PipelinedModel:
         """The model that a stage is part of.
 
         Args:
-            run: runs a function on the stage; None: its parameters are whole anyway, and no gradients are recorded.
+            run: runs a function on the stage; None: the parameters are not partitioned, and no gradients are recorded.
         """
         vocabulary = VocabularyShard.of(stage.architecture.vocab_size, stage.groups)
         return cls(run or runner(stage), stage.hidden, vocabulary, stage.groups)

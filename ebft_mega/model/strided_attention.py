@@ -1,4 +1,4 @@
-"""Attention of the strided layout: rollouts see a prefix of the document and their own tokens, nothing else.
+"""Core attention of a layer: rollouts see a prefix of the document and their own tokens; with key-value cache.
 
 A pass carries, along the sequence, document positions followed by generated ones in token-major order (token 0 of
 every rollout, then token 1, ...). The document is there once, whatever the number of samples: all rollouts of a row
@@ -19,7 +19,7 @@ from ebft_mega.types import RowDocuments
 
 
 class Layout(Protocol):
-    """What the positions of a pass are; handed to every layer in the place of an attention mask."""
+    """What the positions of a pass are; passed to every layer as its attention mask."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, by number; shapes as in `StridedCoreAttention.forward`."""
@@ -69,7 +69,7 @@ class ReadRows:
 
 @dataclass(frozen=True)
 class StridedLayout:
-    """A document and its rollouts, or a part of them beside the cached rest."""
+    """The positions of one pass: a document and its rollouts, or a part of them when the rest is cached."""
 
     anchors: tuple[int, ...]  # K, number of document tokens that each block's rollouts may see
     num_samples: int  # n
@@ -111,7 +111,7 @@ class StridedLayout:
         )
 
     def reading(self, read: ReadRows) -> "StridedLayout":
-        """The same pass, in which only some rows ask."""
+        """The same pass, with only some rows as queries."""
         return replace(self, read=read)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

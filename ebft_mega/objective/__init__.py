@@ -1,1 +1,1 @@
-"""From rewards to advantages, and from log-probabilities to the loss."""
+"""Advantages from rewards, and the loss from advantages and log-probabilities."""

@@ -1,4 +1,4 @@
-"""From rewards to advantages, among the n rollouts of one block."""
+"""Advantages from rewards, with a baseline over the n rollouts of one block."""
 
 from typing import Literal
 

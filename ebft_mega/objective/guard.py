@@ -1,4 +1,4 @@
-"""Non-finite values become non-finite gradients, so that the optimizer's own check makes every rank skip the step."""
+"""Turn a non-finite loss or reward into a NaN gradient, so that the optimizer's check skips the step on every rank."""
 
 from collections.abc import Sequence
 

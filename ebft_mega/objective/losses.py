@@ -1,4 +1,4 @@
-"""The step's loss, as shares of micro-batches that add up to the exact global mean."""
+"""The loss: policy gradient plus cross-entropy, each micro-batch's sum divided by the global token count."""
 
 from torch import Tensor
 

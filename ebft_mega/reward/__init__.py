@@ -1,1 +1,1 @@
-"""What a rollout is worth, from inner products of features alone."""
+"""Rewards of rollouts from the inner products of their features."""

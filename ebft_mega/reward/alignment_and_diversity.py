@@ -1,9 +1,9 @@
-"""Rewards of a block's rollouts in closed form, from the Gram matrix of their features.
+"""The reward of a rollout: its alignment term minus its diversity term, in closed form from the Gram matrix.
 
 With X [n, D] the features of a block's rollouts and y [D] the target's, whitening and every quantity after it
 are functions of G = X X^T, g = X y and gamma = y . y: no D-sized matrix, no decomposition of X. With
 G = U diag(s^2) U^T and 1/s set to 0 for singular values that count as zero,
-W = U diag(1/s) U^T, P = U U^T (over the kept ones) and beta = W W g:
+W = U diag(1/s) U^T, P = U U^T (over the other ones) and beta = W W g:
 
     whitening   rollouts           target of rollout j     x_j . x_k   x_j . y_j       |y_j|^2
     none        X                  y                       G_jk        g_j             gamma
@@ -133,8 +133,8 @@ def _products(gram: Tensor, whitening: Whitening) -> _WhitenedProducts:
     if whitening == "none":
         cfm = rollouts.sum(dim=(-1, -2)) / n**2 - 2 * cross.mean(dim=-1) + target
         return _WhitenedProducts(rollouts, cross, target[..., None].expand_as(cross), cfm)
-    vectors, kept, inverse = _decompose(rollouts)
-    projector = _rebuild(vectors, kept)
+    vectors, nonzero, inverse = _decompose(rollouts)
+    projector = _rebuild(vectors, nonzero)
     spread = projector.sum(dim=(-1, -2)) / n**2  # |mean of x|^2
     if whitening == "sample":
         whitener = _rebuild(vectors, inverse)
@@ -152,12 +152,12 @@ def _products(gram: Tensor, whitening: Whitening) -> _WhitenedProducts:
 
 
 def _decompose(rollouts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors U [B, K, n, n], which of them count [B, K, n] and inverse singular values [B, K, n]."""
+    """Left vectors U [B, K, n, n], whose singular value is not zero [B, K, n], inverse singular values [B, K, n]."""
     eigenvalues, vectors = torch.linalg.eigh(rollouts)
     singular = eigenvalues.clamp(min=0).sqrt()
-    kept = singular > SINGULAR_VALUE_TOLERANCE * singular.amax(dim=-1, keepdim=True)
-    inverse = torch.where(kept, singular, 1.0).reciprocal() * kept
-    return vectors, kept.to(rollouts.dtype), inverse
+    nonzero = singular > SINGULAR_VALUE_TOLERANCE * singular.amax(dim=-1, keepdim=True)
+    inverse = torch.where(nonzero, singular, 1.0).reciprocal() * nonzero
+    return vectors, nonzero.to(rollouts.dtype), inverse
 
 
 def _rebuild(vectors: Tensor, values: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Strided rollouts: where they start, what they see, how their tokens are drawn, and how they are scored."""
+"""Strided rollouts: generation, sampling noise, scoring under the policy, and duplicates."""

@@ -1,4 +1,4 @@
-"""Rollouts of a block that are equal token by token.
+"""Find rollouts of a block that are equal token by token, and give them equal inner products.
 
 Under whitening, equality is all that the diversity term can see, and it must be exact: rounding that differs
 between two equal rollouts (another tile of a kernel, another row of a batch) would count them as two

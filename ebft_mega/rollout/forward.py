@@ -1,4 +1,4 @@
-"""The policy's forward pass that a rollout already was, and how the gradient pass takes it over."""
+"""The policy's forward pass, saved while a rollout is sampled and reused by the gradient pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ebft_mega.types import RowDocuments
 class SavedForward:
     """What one stage keeps of a micro-batch's rollout; used up by one gradient pass."""
 
-    pieces: list[int] = field(default_factory=list)  # positions of each pass: the document, then R for each token
+    pass_lengths: list[int] = field(default_factory=list)  # positions of each pass: the document, then R for each token
     scores: list[RowScores] = field(default_factory=list)  # last stage: of each token, rows by position, then B
     inputs: SavedInputs | None = None  # checkpoints
     entering: list[Tensor] = field(default_factory=list)  # activations: leaves that received hidden states, by pass
@@ -43,27 +43,27 @@ class SavedForward:
             documents: with document masking.
         Returns:
             [S / shards, B, H], each pass's positions behind those of the pass before; where the stage has no head only
-            the gradient of it means something.
+            its gradient has a meaning.
         Communication: for checkpoints that of the embedding now, and of the layers in the backward pass.
         """
         if self.inputs is None:
             return torch.cat(self.leaving)
         device, shape = document.device, stage.hidden
-        positions = packed_positions(plan, self.pieces[0], len(self.pieces) - 1, device, documents)
+        positions = packed_positions(plan, self.pass_lengths[0], len(self.pass_lengths) - 1, device, documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
-            document_length=self.pieces[0],
-            tokens_per_rollout=len(self.pieces) - 1,
-            order=shape.order(self.pieces),
+            document_length=self.pass_lengths[0],
+            tokens_per_rollout=len(self.pass_lengths) - 1,
+            order=shape.order(self.pass_lengths),
             documents=documents,
         )
         if stage.shape.has_embedding:
             tokens = torch.cat((document, rollouts), dim=1)
-            entering = torch.cat([stage.embed(piece) for piece in tokens.split(self.pieces, dim=1)])
+            entering = torch.cat([stage.embed(part) for part in tokens.split(self.pass_lengths, dim=1)])
         else:
             entering = self.placeholder = self.inputs.placeholder().requires_grad_()
-        return replay(stage, self.inputs, entering, positions, layout, self.pieces)
+        return replay(stage, self.inputs, entering, positions, layout, self.pass_lengths)
 
     def entering_gradient(self) -> Tensor:
         """After the backward pass: gradient of the hidden states that entered the stage, [S / shards, B, H]."""
@@ -73,8 +73,8 @@ class SavedForward:
         return torch.cat(gradients)
 
     def release(self) -> None:
-        """Let everything go: the gradient has been taken."""
-        self.pieces, self.scores, self.entering, self.leaving = [], [], [], []
+        """Free everything: the gradient has been taken."""
+        self.pass_lengths, self.scores, self.entering, self.leaving = [], [], [], []
         self.inputs = self.placeholder = None
 
 

@@ -1,4 +1,4 @@
-"""Strided block-parallel generation: one pass over the document, then one token of every rollout per pass."""
+"""Sample rollouts from all anchors at once: one pass over the document, then one token of every rollout per pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A micro-batch's rollouts, and the forward pass that they were."""
+    """A micro-batch's rollouts, and the saved forward pass that sampled them."""
 
     rollout: Rollout
     saved: SavedForward | None  # None: nothing was saved
@@ -62,8 +62,8 @@ def generate_rollouts(
     Args:
         model: the policy with whole parameters; recording gradients if `reuse` is `activations`.
         step: optimizer step, part of the sampling noise.
-        reuse: what to keep for the gradient pass.
-        with_targets: the gradient pass will also score the row's own tokens: the document pass goes on to P - 1.
+        reuse: what to save for the gradient pass.
+        with_targets: the gradient pass will also score the row's own tokens: the document pass reads on to P - 1.
     Returns:
         Per micro-batch the rollout, the same on every rank of the replica, and what this stage saved; tokens are a
         pure function of (weights, row, seed, step, row index, sample, block, token index).
@@ -89,7 +89,7 @@ def generate_rollouts(
 
 
 class _Decoding:
-    """The policy's work in the ring: pass 0 reads the document, pass t feeds back token t - 1 of every rollout."""
+    """This stage's decoding: pass 0 reads the document, pass t feeds back token t - 1 of every rollout."""
 
     def __init__(
         self,
@@ -154,9 +154,9 @@ class _Decoding:
     def _hidden_states(
         self, stage: Stage, slot: Slot, entering: Tensor, positions: Tensor, layout: StridedLayout
     ) -> Tensor:
-        """Run the layers and keep what the gradient pass is to take over."""
+        """Run the layers and save what the gradient pass will reuse."""
         saved = self.saved[slot.micro_batch]
-        saved.pieces.append(len(positions))
+        saved.pass_lengths.append(len(positions))
         if self.reuse == "checkpoints" and saved.inputs is None:
             saved.inputs = SavedInputs(stage.shape.num_layers, has_output=stage.shape.has_head)
         if self.reuse == "activations" and not stage.shape.has_embedding:

@@ -1,8 +1,8 @@
-"""Random numbers without state: each is a pure function of where it is used.
+"""The sampling noise of each token of a rollout: a hash of seed, step, row, sample, block and token index.
 
 A generator's next number depends on everything drawn before it, hence on micro-batches, ranks and decode
-order. Here every draw is addressed by (seed, step, row, sample, block, token index, slot) and hashed, so that
-a rollout is the same on every parallel layout and after every restart.
+order. Here every draw is a pure function of (seed, step, row, sample, block, token index, slot), without state, so
+that a rollout is the same on every parallel layout and after every restart.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser: a bijection of int64 in which every bit of the input stirs every bit."""
+    """splitmix64's finaliser: a bijection of int64 in which every bit of the input affects every bit."""
     bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIER_1
     bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIER_2
     return bits ^ _shift_right(bits, 31)

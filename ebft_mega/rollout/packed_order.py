@@ -1,7 +1,7 @@
-"""Between rollouts as the algorithm counts them, `[B, n, K, G]`, and as a pass lays them out, token-major.
+"""Convert rollouts between `[B, n, K, G]` and their order in a packed pass; positions of tokens in that pass.
 
 A pass is the document, then token 0 of every rollout, then token 1 of every rollout, and so on; that is the order in
-which decoding makes them, so the passes of a decode, one behind the other, are the packed pass. Among themselves the
+which decoding generates them, so the concatenated passes of a decode are the packed pass. Among themselves the
 rollouts of a row are block-major (block, then sample).
 """
 
@@ -40,7 +40,7 @@ def anchor_positions(plan: BlockPlan, device: torch.device) -> Tensor:
 
 
 def counted_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
-    """The blocks that count: those of rows that are no filler, with document masking those within one document.
+    """Mask of the blocks that count: not those of filler rows and, with document masking, only those in one document.
 
     A block is within one document if the boundary between two is neither inside its context [anchor - c, anchor), nor
     at its anchor, nor inside its target [anchor, anchor + G). The others are generated and scored like these, so that

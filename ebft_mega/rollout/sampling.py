@@ -1,7 +1,7 @@
-"""Drawing tokens from logits with addressed noise: the Gumbel-max trick in two levels.
+"""Sample tokens from logits by the Gumbel-max trick in two levels: first a vocabulary block, then a token in it.
 
 The vocabulary is cut into 64 fixed blocks of consecutive ids. First a block is drawn by its total
-probability, then a token inside it: the distribution is exactly the softmax, but noise is made for
+probability, then a token inside it: the distribution is exactly the softmax, but noise (`rollout/noise.py`) is made for
 64 + V / 64 numbers, not for V. The blocks do not depend on the parallel layout: a tensor-parallel rank scores
 its own blocks, and (score, token) of its best one is all that the ranks have to compare.
 """
@@ -169,7 +169,7 @@ def _as_floats(bits: Tensor) -> Tensor:
 def _swap_order(bits: Tensor) -> Tensor:
     """Bits of floats to integers in the order of the floats, and back.
 
-    Floats are a sign and a magnitude: negative ones have to be turned round.
+    Floats are a sign and a magnitude, so the order of negative ones has to be reversed.
     """
     largest = torch.iinfo(bits.dtype).max
     return bits ^ ((bits >> (8 * bits.element_size() - 1)) & largest)

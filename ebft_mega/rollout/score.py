@@ -1,4 +1,4 @@
-"""Log-probabilities of rollouts and targets under the policy, with gradient."""
+"""Log-probabilities of sampled tokens and of the text under the policy, with or without gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ebft_mega.types import PolicyLogprobs, RowDocuments
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What a policy forward is asked for."""
+    """The tokens that one forward pass of the policy scores."""
 
     tokens: Tensor  # int64 [B, P]
     rollouts: Tensor | None  # int64 [B, n, K, G]; None: no rollout log-probabilities
@@ -41,7 +41,7 @@ class ScoreRequest:
         )
 
     def document_length(self, plan: BlockPlan) -> int:
-        """D, document positions of the pass: no row that nobody reads is computed."""
+        """D, document positions of the pass: only rows whose output is read are computed."""
         return self.tokens.shape[1] - 1 if self.targets else plan.anchors[-1]
 
     def num_positions(self, plan: BlockPlan) -> int:
@@ -65,8 +65,8 @@ def score(
 ) -> tuple[Tensor, ...]:
     """Score sampled tokens at the sampling temperature and the row's own tokens at temperature 1.
 
-    Rows nobody reads are not computed: the last token of each rollout predicts nothing, the document ends at the
-    last anchor unless targets are wanted, and the head sees only rows that are scored, a chunk at a time.
+    Rows whose output is not read are not computed: the last token of each rollout predicts nothing, the document ends
+    at the last anchor unless targets are wanted, and the head sees only rows that are scored, a chunk at a time.
 
     Args:
         received: hidden states of the stage before; None on the first, and with `saved`.
@@ -81,13 +81,13 @@ def score(
     document, fed_back = request.tokens[:, : request.document_length(plan)], request.fed_back(plan)
     if saved is None:
         hidden = _hidden_states(stage, document, fed_back, plan, received, request.documents)
-        pieces, known = [request.num_positions(plan)], None
+        pass_lengths, known = [request.num_positions(plan)], None
     else:
         hidden = saved.hidden_states(stage, document, to_sequence(fed_back), plan, request.documents)
-        pieces, known = saved.pieces, join_scores(saved.scores)
+        pass_lengths, known = saved.pass_lengths, join_scores(saved.scores)
     if not stage.shape.has_head:
         return (hidden,)
-    hidden = stage.whole_sequence(hidden, sum(pieces), stage.hidden.order(pieces))  # [S, B, H]
+    hidden = stage.whole_sequence(hidden, sum(pass_lengths), stage.hidden.order(pass_lengths))  # [S, B, H]
     return _scored(stage, hidden, request, plan, known)
 
 

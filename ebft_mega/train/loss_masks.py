@@ -1,4 +1,4 @@
-"""Masks of the rows and blocks that count in the loss: not filler for damaged rows, not blocks across documents."""
+"""Masks that exclude rows and blocks from the loss: filler in the place of damaged rows, blocks across documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ class LossMasks:
 def loss_masks(
     micro_batches: Sequence[TokenBatch], plan: BlockPlan, config: RunConfig, groups: ProcessGroups
 ) -> LossMasks | None:
-    """Find out what counts; None if the configuration says that everything does.
+    """The masks of a step; None if by the configuration all rows and blocks count.
 
     Raises:
-        ValueError: the configuration masks documents, and these rows do not.
+        ValueError: `data.document_masking` is set, and the rows were made without.
     Communication: none if everything counts; else one all-reduce of two int64 over the data-parallel group, for which
         the host waits: both are denominators of losses and metrics.
     """

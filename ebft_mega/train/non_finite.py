@@ -1,4 +1,4 @@
-"""What a run leaves behind when it stops because its steps are not finite."""
+"""Dump a step with NaN or infinite values to JSON, for the run that stops because of it."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ DUMP_DIRECTORY = "non_finite"
 
 
 def dump_step(result: StepResult, step: int, rank: int, groups: ProcessGroups, output_dir: Path) -> Path:
-    """Write what this rank's part of a step looked like to `non_finite/step-XXXXXXXX-rank-XXXX.json`.
+    """Write statistics of this rank's part of a step to `non_finite/step-XXXXXXXX-rank-XXXX.json`.
 
     Args:
         result: this rank's rows, rewards, log-probabilities, losses.

@@ -1,4 +1,4 @@
-"""A step's numbers over all ranks."""
+"""Metrics of a step: losses and rewards as global means, times, throughput and memory."""
 
 import math
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
             of_blocks["ebft/duplicate_share"] = has_duplicates(rollouts)
             counted, count = torch.cat(result.masks.blocks), result.masks.num_blocks
             sums |= {name: _counted_sum(values, counted) / count for name, values in of_blocks.items()}
-    # Shares of global means by now: loss shares carry global denominators, too.
+    # All values are this rank's shares of global means: the loss shares were divided by global counts, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
     dist.all_reduce(values, group=groups.data_parallel)
     metrics = dict(zip(sums, values.tolist(), strict=True))
@@ -78,7 +78,7 @@ def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _mask_metrics(trainer: Trainer, masks: LossMasks | None) -> dict[str, float]:
-    """What of the global batch did not count."""
+    """Shares of the global batch that did not count."""
     config, metrics = trainer.config, {}
     if masks is not None and config.data.document_masking and trainer.feature_network is not None:
         all_blocks = masks.num_rows * trainer.plan.num_blocks

@@ -1,4 +1,4 @@
-"""The step trace: every tensor of one optimizer step, unsharded, for comparison between layouts."""
+"""Write the step trace: every tensor of one optimizer step, gathered, for comparison between parallel layouts."""
 
 import json
 from collections.abc import Sequence

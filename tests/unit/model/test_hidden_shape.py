@@ -12,19 +12,19 @@ def shape_of(shards: int) -> HiddenShape:
 
 
 @given(st.integers(2, 5), st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_the_order_finds_what_each_shard_kept_of_every_pass(shards, pieces):
+def test_the_order_finds_what_each_shard_has_of_every_pass(shards, pass_lengths):
     """Each rank keeps its run of every padded pass; the ranks' parts are gathered one behind the other."""
     shape = shape_of(shards)
-    values = torch.arange(1, sum(pieces) + 1)
-    kept: list[list[int]] = [[] for _ in range(shards)]
-    for part in values.split(pieces):
+    values = torch.arange(1, sum(pass_lengths) + 1)
+    held: list[list[int]] = [[] for _ in range(shards)]
+    for part in values.split(pass_lengths):
         padded = part.tolist() + [0] * (-len(part) % shards)
         for rank in range(shards):
             width = len(padded) // shards
-            kept[rank] += padded[rank * width : (rank + 1) * width]
-    gathered = torch.tensor([value for rank in kept for value in rank])
-    order = shape.order(pieces)
-    assert torch.equal(shape.in_sequence(values, pieces), gathered)
+            held[rank] += padded[rank * width : (rank + 1) * width]
+    gathered = torch.tensor([value for rank in held for value in rank])
+    order = shape.order(pass_lengths)
+    assert torch.equal(shape.in_sequence(values, pass_lengths), gathered)
     assert torch.equal(gathered[order], values)
 
 

@@ -116,11 +116,12 @@ def test_what_is_saved_is_one_copy_of_every_layer_s_input_and_is_let_go(setting)
     document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
     length = document + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
     assert inputs.shape() == (length, ROWS, s.stage.architecture.hidden_size)
-    storages = {piece.untyped_storage().data_ptr(): piece for pieces in inputs._pieces for piece in pieces}
-    total = sum(piece.untyped_storage().nbytes() for piece in storages.values())
+    saved = (tensor for of_layer in inputs._inputs for tensor in of_layer)
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in saved}
+    total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert total == (len(s.stage.layers) + 1) * length * ROWS * s.stage.architecture.hidden_size * 4
     gradients(s, sampled)
-    assert not any(inputs._pieces)
+    assert not any(inputs._inputs)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 10, 24])
