@@ -1,1 +1,1 @@
-"""Complete checkpoints: what is in one, how it comes to count, and how a run goes on from it."""
+"""Checkpoints: what is in one, how it is written and committed, and how a run resumes from it."""

@@ -1,8 +1,9 @@
-"""The folders of a run's checkpoints: their names, how one comes to count, and what killed runs leave behind.
+"""Committing a checkpoint, which is one rename of its folder; finding committed ones, and cleaning up after kills.
 
-A checkpoint grows in `step-XXXXXXXX.tmp` and counts from the moment that it is renamed to `step-XXXXXXXX`. A kill
-between any two operations leaves every complete checkpoint under its name, or in a place from which
-`restore_replaced` puts it back.
+A checkpoint is written in `step-XXXXXXXX.tmp` and is committed when that folder is renamed to `step-XXXXXXXX`
+(`publish`). A kill between any two operations leaves every committed checkpoint under its name, or in a place from
+which `restore_replaced` puts it back. Whether the files in a committed folder are still those that were written is
+decided by `manifest.py`.
 """
 
 import logging
@@ -38,12 +39,12 @@ def step_of(name: str) -> int | None:
 
 
 def temporary_folder(root: Path, step: int) -> Path:
-    """Where a checkpoint grows; the folder is not made here."""
+    """Where a checkpoint is written until it is committed; the folder is not made here."""
     return root / f"{folder_name(step)}.tmp"
 
 
 def complete_folders(root: Path) -> list[Path]:
-    """Checkpoints by their names, the one with the most steps first. Whether they are whole is for the reader.
+    """Committed checkpoints, going by their names, the one with the most steps first. Their files are not looked at.
 
     Links and files of such names are passed over.
 
@@ -73,7 +74,7 @@ def newest(root: Path) -> str | None:
 
 
 def publish(temporary: Path, root: Path) -> Path:
-    """Let a checkpoint count: give it its name, for good when this returns.
+    """Commit a checkpoint: give its folder the final name, durably when this returns.
 
     A folder that has the name already is one that was passed over when the run began, or an earlier one of the same
     step; it steps aside and is removed afterwards. If the run is killed in between, `restore_replaced` puts it back.
@@ -108,19 +109,19 @@ def publish(temporary: Path, root: Path) -> Path:
 
 
 def point_latest(root: Path, name: str) -> None:
-    """Let `latest` name a checkpoint; a reader sees the old name or the new one."""
+    """Write a checkpoint's name to the file `latest`; a reader sees the old name or the new one."""
     write_bytes(root / LATEST, f"{name}\n".encode())
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What killed runs have left unfinished, sorted. No reader takes it for a checkpoint."""
+    """Unfinished folders and files that killed runs have left, sorted. No reader takes them for a checkpoint."""
     half_written = f".{LATEST}.tmp"
     names = [entry.name for entry in _entries(root)]
     return sorted(root / name for name in names if _LEFTOVER.fullmatch(name) or name == half_written)
 
 
 def restore_replaced(root: Path) -> list[str]:
-    """Give a checkpoint its name back that had stepped aside for one that never came, because the run was killed.
+    """Undo the first half of a replacement: give checkpoints that `publish` had moved aside their names back.
 
     Call it before the folders are looked at.
 
@@ -139,7 +140,7 @@ def restore_replaced(root: Path) -> list[str]:
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Delete what killed runs have left unfinished, but for what `restore_replaced` would bring back.
+    """Delete the unfinished folders of killed runs, except those that `restore_replaced` would bring back.
 
     Returns:
         Names of what is gone. What could not be removed is logged, and nothing is raised for it.
@@ -156,7 +157,7 @@ def remove_leftovers(root: Path) -> list[str]:
 
 
 def set_aside(root: Path, steps: Iterable[int], reason: str = "abandoned") -> list[str]:
-    """Take checkpoints out of a run's line without deleting them: `step-X` becomes `step-X.abandoned`.
+    """Keep a run from resuming from checkpoints, without deleting them: `step-X` becomes `step-X.abandoned`.
 
     `latest` afterwards names the newest one that is left, or is gone.
 
@@ -165,7 +166,7 @@ def set_aside(root: Path, steps: Iterable[int], reason: str = "abandoned") -> li
     Returns:
         The new names, with a number where the first choice was taken.
     Raises:
-        OSError: one could not be renamed. The run must not go on then: it would be taken for its own next time.
+        OSError: one could not be renamed. The run must not continue then: the next start would resume from it.
     """
     renamed = []
     for step in sorted(steps):

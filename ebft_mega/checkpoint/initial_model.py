@@ -1,4 +1,4 @@
-"""The weights that a run starts from, or that judge it: a Hugging Face directory, or a checkpoint of another run."""
+"""Open initial weights, or those of the feature network: a Hugging Face directory or a checkpoint of another run."""
 
 from dataclasses import dataclass
 from pathlib import Path

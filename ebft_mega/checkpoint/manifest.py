@@ -1,4 +1,7 @@
-"""The list of a checkpoint's files with their sizes and checksums: written last, and read before anything else."""
+"""The manifest decides whether a checkpoint is whole: every file with its size and sha256, written last, read first.
+
+`file_problems` and `read_listed` compare a folder with its manifest; a checkpoint without a manifest is broken.
+"""
 
 import errno
 import hashlib
@@ -85,7 +88,7 @@ def parse_manifest(directory: Path, text: bytes) -> Manifest:
 
 
 def file_problems(directory: Path, manifest: Manifest, names: Iterable[str]) -> list[Problem]:
-    """Compare files with the manifest: there, as long as it says, and with its checksum.
+    """Compare files with the manifest: they exist, with the size and the checksum that it lists.
 
     Reads whole files. Communication: none; see `share_of_files`.
 
@@ -96,7 +99,7 @@ def file_problems(directory: Path, manifest: Manifest, names: Iterable[str]) -> 
 
 
 def read_listed(directory: Path, manifest: Manifest, name: str) -> bytes:
-    """The contents of a small file, if they are those that were written.
+    """Read a small file whole and compare it with the manifest.
 
     Raises:
         BrokenCheckpointError: the manifest does not list the file, or it is missing or another one.
@@ -120,7 +123,7 @@ def read_listed(directory: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Paths in the folder that the manifest does not know, sorted. Nothing reads such files."""
+    """Paths in the folder that the manifest does not list, sorted. Nothing reads such files."""
     found = []
     for parent, folders, files in os.walk(directory):
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -132,7 +135,7 @@ def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:
     """The files that one of `size` ranks is to check: every file falls to one rank, and bytes are balanced.
 
     The largest files come first, each to the rank that has the fewest bytes so far; no two ranks then differ by more
-    than the largest file. Communication: none; all ranks come to the same distribution.
+    than the largest file. Communication: none; all ranks compute the same distribution.
     """
     loads = [(0, index) for index in range(size)]
     names = []
@@ -198,7 +201,7 @@ def _open_inside(directory: Path, name: str) -> FileIO:
     """Open a plain file that lies in a folder, wherever links in its path may point.
 
     Raises:
-        OSError: there is none, or it lies elsewhere, or opening it could wait for ever (a pipe).
+        OSError: there is none, or it lies elsewhere, or opening it could block (a pipe).
     """
     path = directory / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):

@@ -1,4 +1,4 @@
-"""A checkpoint folder in the place of a model directory: recognised and checked by its manifest. No torch."""
+"""Checkpoint folders given where a model directory is expected: recognised, and checked by their manifest. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ WEIGHTS_FOLDER = "weights/"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The model in a checkpoint folder, whose small files are those that were written."""
+    """The model in a checkpoint folder whose small files match its manifest."""
 
     directory: Path
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""Which old checkpoints go when a new one has come to count."""
+"""Retention: which old checkpoints are deleted after a new one was committed."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -21,7 +21,7 @@ def expired(steps: Collection[int], keep_last: int | None, keep_every: int | Non
 
 
 def delete_expired(root: Path, keep_last: int | None, keep_every: int | None) -> list[str]:
-    """Delete what is no longer kept, after a new checkpoint has come to count.
+    """Delete what is no longer kept, after a new checkpoint was committed.
 
     Only checkpoints up to the one that `latest` names are looked at: one with more steps is of no use to this run (it
     was passed over when the run began), so it must not push out those that are.

@@ -1,4 +1,4 @@
-"""Where a run stands when a checkpoint is taken: all that goes on from there, beside weights and optimizer state."""
+"""The contents of a checkpoint's `state.json`: what a resumed run needs beside weights and optimizer state."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.io.records import Count, Record, Sha256, parse_record
 
 STATE_NAME = "state.json"
-# JSON has no numbers for these; they travel as words, so that a metric comes back as it was.
+# JSON has no numbers for these; they are written as words, so that a metric is read back as it was.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -1,8 +1,9 @@
-"""Checkpoints that are written while training goes on, and count once every rank has written its part.
+"""Asynchronous saving: a thread of each rank writes while training continues; rank 0 commits when all have written.
 
 The main threads of all ranks begin a checkpoint together (the copy to host memory, collective) and later settle it
-together (the commit); in between a thread of each rank writes and hashes that rank's files and communicates with
-nobody. A checkpoint that is never settled leaves a `.tmp` folder, which readers pass over.
+together: rank 0 writes index and manifest and calls `commit.publish`. In between a thread of each rank writes and
+hashes that rank's files and communicates with nobody. A checkpoint that is never settled leaves a `.tmp` folder, which
+readers ignore.
 """
 
 import logging
@@ -43,9 +44,9 @@ class Outcome:
     """What became of a checkpoint, the same on every rank."""
 
     step: int
-    error: str | None  # why it does not count; None: it is complete
+    error: str | None  # why it was not committed; None: it is complete
     num_bytes: int = 0
-    seconds: float = 0.0  # from the beginning to the commit; training went on meanwhile
+    seconds: float = 0.0  # from `begin` to the commit, during which training continued
 
 
 @dataclass
@@ -83,7 +84,7 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread is still at it."""
+        """Whether this rank's thread is still writing."""
         flying = self._in_flight
         return flying is not None and flying.thread is not None and flying.thread.is_alive()
 
@@ -124,7 +125,7 @@ class CheckpointSaver:
         return None
 
     def settle(self) -> Outcome | None:
-        """Wait until every rank has written its part, and let the checkpoint count if all have.
+        """Wait until every rank has written its files, and commit the checkpoint if all of them succeeded.
 
         Returns:
             What became of it, the same on every rank; None if none was in flight.
@@ -184,7 +185,7 @@ class CheckpointSaver:
             flying.error = f"rank {dist.get_rank()}: {error}"
 
     def _committed(self, flying: _InFlight, parts: list[Written | str | None]) -> Outcome:
-        """Let a checkpoint count, or remove what there is of it; on the first rank."""
+        """Commit a checkpoint, or remove its files if a rank failed; on the first rank."""
         written = [part for part in parts if isinstance(part, Written)]
         failures = [
             part or f"rank {rank}: its thread ended without a word"
@@ -198,12 +199,12 @@ class CheckpointSaver:
                 num_bytes = self._commit(flying, written)
         except Exception as problem:
             logger.exception("commit of %s failed", flying.folder)
-            # Once it has its name it counts; `latest` is a hint, which the next start sets right.
+            # Once renamed it is committed; `latest` is a hint, which the next start sets right.
             error = str(problem) if flying.folder.exists() else None
         if error is not None:
             shutil.rmtree(flying.folder, ignore_errors=True)
             return Outcome(flying.step, error)
-        # A deletion that takes longer than from one checkpoint to the next leaves its successor what it does not do.
+        # A deletion still under way is not disturbed: the next one deletes whatever it leaves.
         if self._cleaning is None or not self._cleaning.is_alive():
             self._cleaning = threading.Thread(target=self._delete_expired, name="checkpoint-cleaning", daemon=True)
             self._cleaning.start()

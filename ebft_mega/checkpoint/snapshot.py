@@ -40,12 +40,12 @@ class Written:
 
 
 def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[StateShard, ...]:
-    """Copy this rank's share of the weights and moments to host memory.
+    """Copy this rank's shards of the weights and moments to host memory.
 
     Over all ranks every element of every Hugging Face tensor is in exactly one shard for each kind of state: vocabulary
     padding and the last stage's copy of a tied embedding are left out, what is whole on all tensor-parallel ranks is
     the first one's. The data-parallel ranks share a coordinate's tensors out so that none has more than its equal share
-    of the bytes and one tensor. Training may go on as soon as this returns.
+    of the bytes and one tensor. Training may continue as soon as this returns.
 
     Args:
         stage: what the engine trains.
@@ -73,7 +73,7 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[StateShard, ...]:
 def _shards_of(
     kind: StateKind, name: str, parameter: Tensor, stage: Stage, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[StateShard]:
-    """Copies of this rank's boxes of the tensors that a parameter is made of; none of an empty box."""
+    """Copy this rank's boxes of the Hugging Face tensors that a parameter is made of, leaving empty boxes out."""
     groups = stage.groups
     packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
     parts = packing.unpack(parameter.detach(), groups.tensor_parallel_rank)

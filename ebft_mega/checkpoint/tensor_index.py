@@ -1,4 +1,4 @@
-"""Where the shards of every tensor of a checkpoint lie, so that a reader opens only the files that it needs."""
+"""The index of a checkpoint's tensors: which file holds which shard, so that readers open only the files they need."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ class TensorShard(Record):
 class IndexedTensor(Record):
     """A tensor's whole shape, and its shards, which together make it up."""
 
-    # In the file the shards are called `pieces`, as ever; only in Python they go by the name of the field.
+    # The JSON key of the shards is `pieces`, part of the file format; Python code uses the field's name.
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     shape: tuple[Count, ...]
@@ -77,7 +77,7 @@ def merge_indices(parts: Iterable[TensorIndex]) -> TensorIndex:
 
 
 def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Problem]:
-    """What an index that is whole would not have; at most `MAX_PROBLEMS`.
+    """Check that the shards of every tensor fill it exactly once; return at most `MAX_PROBLEMS` problems.
 
     The shards of a tensor lie inside its shape and fill it without overlap, no two of them in one file; a file holds
     one kind of state, whose name its folder has; all kinds have the same tensors.

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors at any parallel layout: only the bytes that a rank needs, whoever wrote them."""
+"""Read a checkpoint's tensors into any parallel layout: each rank reads only the bytes that it needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

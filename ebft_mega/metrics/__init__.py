@@ -1,1 +1,1 @@
-"""What a run writes down about itself: metrics, phase times, outcome, logs."""
+"""Metrics of a run: phase times, memory, communication, profiles, and the files and console they are written to."""

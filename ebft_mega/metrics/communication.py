@@ -1,4 +1,4 @@
-"""Seconds that this rank waits for others, whoever communicates: this package, megatron-core or DeepSpeed.
+"""Measure this rank's time in collectives, also in those that megatron-core and DeepSpeed call.
 
 Every collective and every message of `torch.distributed` becomes a call of a method of `ProcessGroup`, and every wait
 for an asynchronous one a call of `Work.wait`. So these two classes are where time is taken, not the many functions

@@ -1,4 +1,4 @@
-"""The most memory that the phases of a step held, each by itself."""
+"""Peak memory of each phase of a step."""
 
 import resource
 from pathlib import Path

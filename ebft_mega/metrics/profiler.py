@@ -1,4 +1,4 @@
-"""A trace of some steps for a person to look at, in the format of Chrome's and Perfetto's viewers."""
+"""Profile some steps with torch's profiler and write traces for Perfetto or `chrome://tracing`."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -73,7 +73,7 @@ class StepProfiler:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(self._path))
         except OSError as error:
-            logger.warning("the profile could not be written (%s); training goes on", error)
+            logger.warning("the profile could not be written (%s); training continues", error)
             return
         if self._announce is not None:
             first, last = self._steps[0] + 1, self._steps[-1] + 1

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, tensorboard and the console, from the one rank that writes."""
+"""Metric sinks, on the one rank that writes: `metrics.jsonl`, tensorboard and the console."""
 
 import json
 import logging
@@ -166,4 +166,4 @@ class MetricsWriter:
         # The next steps are still tried: a disk that was full may have room again.
         if name not in self._failed:
             self._failed.add(name)
-            logger.warning("metrics are not reaching %s (%s); training goes on", name, error)
+            logger.warning("metrics are not reaching %s (%s); training continues", name, error)

@@ -1,4 +1,4 @@
-"""What every rank must know alike before a run starts."""
+"""Checks that inputs are the same on every rank, and results of rank 0 given to all ranks."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The small files of a run directory beside its metrics: the outcome, the environment, each rank's log."""
+"""Small files of a run directory: the outcome (`status.json`), `environment.json`, and each rank's log."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The lock of a run directory: two runs never write to one, and a run that died does not block it. Imports no torch."""
+"""The lock of a run directory: one run writes to it at a time; a dead run's lock is taken over. Imports no torch."""
 
 import contextlib
 import hashlib

@@ -21,7 +21,7 @@ SECONDS_PER_MINUTE = 60.0
 
 
 class StopReason(IntEnum):
-    """Why a run should stop. Where ranks have different reasons the greatest one counts for all."""
+    """Why a run should stop. Where ranks have different reasons the greatest one is used by all."""
 
     NONE = 0
     TIME_LIMIT = 1
@@ -108,7 +108,7 @@ class Signals:
         signals = cls(Launcher.of_this_rank())
         for number in _REASONS:
             signals._replaced[number] = signal.signal(number, signals._note)
-            # System calls of libraries go on, whether these expect interruptions or not.
+            # System calls of libraries are restarted, whether these expect interruptions or not.
             signal.siginterrupt(number, False)
         return signals
 

@@ -1,4 +1,4 @@
-"""A thread that ends a process in which nothing moves any more, and says where every thread stood."""
+"""Watchdog thread: dump all stacks and exit when no progress was reported for too long."""
 
 import datetime
 import faulthandler
@@ -27,7 +27,7 @@ class Watchdog:
 
     A thread, not a signal: a main thread that waits inside a collective handles no signals. Time is counted in naps of
     this thread, so a job that its scheduler suspends for an hour has not been hanging for an hour. What it cannot
-    see is a thread that holds the interpreter's lock for ever; the watchdogs of the other ranks then end the job.
+    see is a thread that never releases the interpreter's lock; the watchdogs of the other ranks then end the job.
 
     Args:
         timeout: the longest time between two beats.

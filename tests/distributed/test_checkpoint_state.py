@@ -1,4 +1,4 @@
-"""The policy's whole state leaves one parallel layout as Hugging Face tensors and enters another, bit for bit."""
+"""Policy and optimizer state saved at one parallel layout and restored at another are equal bit for bit."""
 
 import math
 import time
@@ -85,7 +85,7 @@ def whole_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     }
 
 
-# --- going on at the same layout
+# --- resuming at the same layout
 
 
 def take(trainer: Trainer, case: Case, steps: range) -> list[dict[str, float]]:
@@ -97,7 +97,7 @@ def take(trainer: Trainer, case: Case, steps: range) -> list[dict[str, float]]:
     return metrics
 
 
-def stop_and_go_on(layout: Layout, case: Case, directory: str, num_steps: int) -> dict[str, bool]:
+def stop_and_resume(layout: Layout, case: Case, directory: str, num_steps: int) -> dict[str, bool]:
     groups = make_process_groups(connect(), layout.tensor, layout.pipeline)
     config = config_of(case, directory, layout.overrides)
     architecture = Architecture.from_hf(config.model.config, "test")
@@ -128,7 +128,7 @@ Going = tuple[Layout, Case]
 
 
 def run_all(goings: tuple[Going, ...], directory: str, num_steps: int) -> dict[str, dict[str, bool]]:
-    return {f"{layout} {case.name}": stop_and_go_on(layout, case, directory, num_steps) for layout, case in goings}
+    return {f"{layout} {case.name}": stop_and_resume(layout, case, directory, num_steps) for layout, case in goings}
 
 
 TWO_RANKS = (Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2))
@@ -155,7 +155,7 @@ SAME_LAYOUT = {
         for name in SAME_LAYOUT
     ],
 )
-def test_going_on_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
+def test_resuming_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
     """Losses, norms, weights, moments and the parameters of passes, bit for bit."""
     goings, num_steps = SAME_LAYOUT[name], 1 if name in ("one rank", "two ranks") else 2
     for found in run_ranks(goings[0][0].world_size, run_all, goings, str(tmp_path), num_steps):
@@ -335,7 +335,7 @@ def test_torch_reads_the_weights_as_a_distributed_checkpoint(chain, name, direct
 
 
 def fresh_snapshot(directory: str) -> bool:
-    """Before the first update moments are zeros, and going on from them is beginning."""
+    """Before the first update moments are zeros, and resuming from them is beginning."""
     groups = make_process_groups(connect())
     architecture = MODELS["llama"]
     engine = engine_of(architecture, groups, RandomWeights(architecture, 1), zero_stage=1)

@@ -1,4 +1,4 @@
-"""An engine's whole optimizer state goes out and in again, at every ZeRO stage, in both precisions, bit for bit."""
+"""Optimizer state read out of an engine and restored is equal bit for bit, at every ZeRO stage and precision."""
 
 import math
 from functools import cache
@@ -82,7 +82,7 @@ def train(engine: ZeroEngine, groups: ProcessGroups, steps: range, poisoned: tup
 
 
 def restored(groups: ProcessGroups, options: OptimizerSettings, state: State, applied_updates: int) -> ZeroEngine:
-    """A new engine that goes on from a state; every value of it is read by one data-parallel rank."""
+    """A new engine that resumes from a state; every value of it is read by one data-parallel rank."""
     asked = []
 
     def read(kind, name):
@@ -106,8 +106,8 @@ def restored(groups: ProcessGroups, options: OptimizerSettings, state: State, ap
     return engine
 
 
-def stop_and_go_on(groups: ProcessGroups, options: OptimizerSettings) -> tuple[State, dict[str, bool]]:
-    """State after three steps of which one was skipped, and how going on from it compares with not stopping."""
+def stop_and_resume(groups: ProcessGroups, options: OptimizerSettings) -> tuple[State, dict[str, bool]]:
+    """State after three steps of which one was skipped, and how resuming from it compares with not stopping."""
     engine = make_engine(groups, options)
     assert engine.applied_updates == 0
     checks = {
@@ -147,7 +147,7 @@ def check_all(tensor: int, pipeline: int) -> dict[str, dict[str, bool]]:
     for dtype in DTYPES:
         states = {}
         for stage in STAGES:
-            states[stage], found[f"zero {stage} {dtype}"] = stop_and_go_on(groups, settings(stage, dtype))
+            states[stage], found[f"zero {stage} {dtype}"] = stop_and_resume(groups, settings(stage, dtype))
         if groups.data_parallel_size > 1:
             found[f"moves {dtype}"] = move_between_stages(groups, states, dtype)
     return found
@@ -159,7 +159,7 @@ def checks_of(layout: str) -> list[dict[str, dict[str, bool]]]:
 
 
 @every_layout
-def test_going_on_from_a_restored_state_is_not_having_stopped(layout):
+def test_resuming_from_a_restored_state_is_not_having_stopped(layout):
     for rank, found in enumerate(checks_of(layout)):
         for case, checks in found.items():
             assert all(checks.values()), (rank, case, [name for name, passed in checks.items() if not passed])

@@ -1,4 +1,4 @@
-"""What a sharded run leaves is a model that transformers computes alike, and that other runs start from."""
+"""The exported model of a sharded run gives the same logits in transformers, and other runs can start from it."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_export_of_a_sharded_run(root, groups, model_type, tied):
     # The run's own last act wrote the same model.
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (exported, root / name / "hf"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    # From the export, from its shards and from the checkpoint itself, training goes on alike.
+    # From the export, from its shards and from the checkpoint itself, training continues alike.
     sharded = root / f"{name}-small-shards"
     export_checkpoint(folder, sharded, "float32", 20_000)
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -71,8 +71,8 @@ def test_feature_network_is_the_initial_model_and_nothing_else(root):
     longer = ("train.max_steps=3", f"checkpoint.resume={step}")
     moved = root / "moved-model"
     start.rename(moved)
-    going_on = next_run(root, "moved", moved, *longer)
-    assert going_on[-1]["step"] == 3
+    resumed = next_run(root, "moved", moved, *longer)
+    assert resumed[-1]["step"] == 3
     # Another model in the same place is refused.
     shutil.copytree(root / "from-base" / "hf", start)
     with pytest.raises(AssertionError, match="expected the initial model of this run"):

@@ -1,4 +1,4 @@
-"""Stopping is not felt: a run that goes on from a checkpoint is the run that never stopped, at every layout."""
+"""A run that was stopped and resumed equals the run that never stopped, bit for bit, at every layout."""
 
 import json
 

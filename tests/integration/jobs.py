@@ -88,7 +88,7 @@ class Job:
             self.everybody += [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
 
     def go(self) -> None:
-        """Let ranks that wait go on."""
+        """Let ranks that wait continue."""
         (self.notes / "go").touch()
 
     def kill(self) -> None:

@@ -1,7 +1,7 @@
 """A rank of the main job that fails or waits where a test wants it to; stands for `launcher/train.py`.
 
 The environment says what: EBFT_FAULTS is a JSON object of the keys below, EBFT_FAULT_NOTES a directory. A rank that
-waits makes a file `holding-RANK` there, and goes on when there is a file `go`.
+waits makes a file `holding-RANK` there, and continues when there is a file `go`.
 
     stage   waits at this stage of the first checkpoint that it writes (see STAGES)
     phase   waits in this phase (see PHASES) for the `call`-th time

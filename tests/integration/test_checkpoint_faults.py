@@ -1,4 +1,4 @@
-"""Kills, signals, full disks and damage: a run that goes on afterwards is the run that nothing had happened to."""
+"""Kills, signals, full disks and damage: a run resumed afterwards equals the run that nothing had happened to."""
 
 import os
 import pickle
@@ -17,10 +17,10 @@ from tests.distributed.runs import checkpoint
 from tests.integration.jobs import RANKS, Site, assert_same_outcome, finish, forked, launched
 from tests.integration.rank_with_faults import STAGES
 
-STAGES_BEFORE_IT_COUNTS = tuple(STAGES)[: tuple(STAGES).index("renamed")]
+STAGES_BEFORE_THE_COMMIT = tuple(STAGES)[: tuple(STAGES).index("renamed")]
 EVERY = 2
 # Each stage after the rename leaves one more checkpoint.
-STEPS = EVERY * (len(STAGES) - len(STAGES_BEFORE_IT_COUNTS) + 1)
+STEPS = EVERY * (len(STAGES) - len(STAGES_BEFORE_THE_COMMIT) + 1)
 LENGTH = (f"train.max_steps={STEPS}", f"checkpoint.interval={EVERY}", "checkpoint.keep_last=2")
 ON_REQUEST_ONLY = (f"train.max_steps={STEPS}", "checkpoint.interval=1000")  # and at the end
 KEPT = ["latest", f"step-{STEPS - EVERY:08d}", f"step-{STEPS:08d}"]
@@ -70,7 +70,7 @@ def kill_all(site, output, settings, stage, last):
         job.kill()
         assert not last or f"going on after step {last} from" in job.console
     interval = int(settings[1].split("=")[1])
-    last += 0 if stage in STAGES_BEFORE_IT_COUNTS else interval
+    last += 0 if stage in STAGES_BEFORE_THE_COMMIT else interval
     whole = complete_folders(output / "checkpoints")
     assert [folder.name for folder in whole][:1] == ([f"step-{last:08d}"] if last else [])
     for folder in whole:
@@ -136,8 +136,8 @@ MOMENTS = {"start": (1, 0), "rollout": (3, 3), "learning": (3, 3), "evaluation":
 TIME_LIMIT = ("train.max_run_minutes=30",)
 
 
-def stop_and_go_on(site, clean, output, start, how, phase, codes, *settings, **options):
-    """Ask a run to stop, look at what it leaves, and let it go on.
+def stop_and_resume(site, clean, output, start, how, phase, codes, *settings, **options):
+    """Ask a run to stop, look at what it leaves, and resume it.
 
     Args:
         start: `forked` or `launched`; takes `options`.
@@ -162,14 +162,14 @@ def stop_and_go_on(site, clean, output, start, how, phase, codes, *settings, **o
 
 
 def test_a_signal_to_one_rank_in_mid_step_stops_all(site, clean, tmp_path):
-    stop_and_go_on(site, clean, tmp_path / "out", forked, "SIGUSR1 to a rank", "rollout", [75, 75])
+    stop_and_resume(site, clean, tmp_path / "out", forked, "SIGUSR1 to a rank", "rollout", [75, 75])
 
 
 @pytest.mark.slow
 def test_ranks_whose_launcher_has_gone_stop_in_mid_evaluation(site, clean, tmp_path):
     """The `deepspeed` command ends at once and leaves everybody behind; data are read by processes of their own."""
     how, settings = "SIGTERM to deepspeed", ("data.workers=1",)
-    stop_and_go_on(site, clean, tmp_path / "out", launched, how, "evaluation", [STOP_REQUESTS[how][1]], *settings)
+    stop_and_resume(site, clean, tmp_path / "out", launched, how, "evaluation", [STOP_REQUESTS[how][1]], *settings)
 
 
 @pytest.mark.slow
@@ -177,14 +177,14 @@ def test_ranks_whose_launcher_has_gone_stop_in_mid_evaluation(site, clean, tmp_p
 @pytest.mark.parametrize("how", STOP_REQUESTS)
 def test_every_stop_request_in_every_phase(site, clean, tmp_path, how, phase):
     settings = ("data.workers=1",)
-    stop_and_go_on(site, clean, tmp_path / "out", launched, how, phase, [STOP_REQUESTS[how][1]], *settings)
+    stop_and_resume(site, clean, tmp_path / "out", launched, how, phase, [STOP_REQUESTS[how][1]], *settings)
 
 
 @pytest.mark.slow
 def test_a_signal_that_also_ends_the_reader_of_the_output(site, clean, tmp_path):
     """As in `deepspeed ... | tee log`: nobody reads any more what the ranks print."""
     how = "SIGTERM to the process group"
-    stop_and_go_on(site, clean, tmp_path / "out", launched, how, "learning", [STOP_REQUESTS[how][1]], pipe=True)
+    stop_and_resume(site, clean, tmp_path / "out", launched, how, "learning", [STOP_REQUESTS[how][1]], pipe=True)
 
 
 @pytest.mark.slow

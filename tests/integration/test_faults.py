@@ -46,7 +46,7 @@ def command_of(launcher):
 
 
 class Job:
-    """A run of two ranks that would go on for hours."""
+    """A run of two ranks that would take hours."""
 
     def __init__(self, process, output, console):
         self.process = process

@@ -279,7 +279,7 @@ def test_a_run_that_was_stopped_in_time_is_requeued(cluster, stand_in_job):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["one_node.sbatch", "many_nodes.sbatch"])
-def test_a_requeued_run_goes_on_where_it_was_stopped(cluster, data, script):
+def test_a_requeued_run_resumes_where_it_was_stopped(cluster, data, script):
     """No stand-in but for Slurm itself."""
     output = cluster.root / "out"
     nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1"} if script == "many_nodes.sbatch" else {}
@@ -298,7 +298,7 @@ def test_a_requeued_run_goes_on_where_it_was_stopped(cluster, data, script):
     assert cluster.noted("scontrol") == [["requeue", str(cluster.job_id)]]
     arguments[-1] = f"train.max_steps={status['step'] + 2}"
     code, text = cluster.run(script, *arguments, SLURM_RESTART_COUNT="1", **nodes)
-    assert code == 0 and f"The run goes on from {output / 'checkpoints' / status['checkpoint']}" in text, text
+    assert code == 0 and f"The run resumes from {output / 'checkpoints' / status['checkpoint']}" in text, text
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(status["step"] + 3))
 

@@ -1,1 +1,1 @@
-"""Hugging Face weights in and out: files, names, and which slice of which tensor a parameter is."""
+"""Read and write Hugging Face weights: files, tensor names, and how parameters are packed from tensors."""

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model directory, planned from the tensors' shapes and written tensor by tensor."""
+"""Write the weight files of a Hugging Face directory: split from the tensors' shapes, then written tensor by tensor."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: no more than one tensor is in memory, and the hash comes for free.
+"""Write a safetensors file tensor by tensor, with one tensor in memory at a time, and hash it on the way.
 
 (The library's own writer wants all tensors of a file at once and copies them.) The format: 8 bytes with the length of
 a JSON header, the header with name, dtype, shape and place of each tensor, then the tensors' bytes without gaps.

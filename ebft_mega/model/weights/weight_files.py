@@ -1,4 +1,4 @@
-"""Which tensors a Hugging Face directory holds, from file names, sizes and headers: no torch, nothing is unpickled."""
+"""List the tensors of a Hugging Face directory from file names, sizes and headers: no torch, nothing is unpickled."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How a stage's parameters are made of Hugging Face tensors, for each tensor-parallel rank by itself.
+"""Map Hugging Face tensors to the parameters of one tensor-parallel rank, and back.
 
 A parameter is packed from the same box (a range of rows or of columns) of one or more Hugging Face tensors:
 megatron-core keeps query, key and value rows together per key-value group, and the MLP's gate above its up projection.

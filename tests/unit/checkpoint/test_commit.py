@@ -1,4 +1,4 @@
-"""A checkpoint counts from one rename on; a kill at any moment leaves the last complete one to be found."""
+"""A checkpoint is committed by one rename; a kill at any moment leaves the last committed one to be found."""
 
 import itertools
 import os
@@ -257,7 +257,7 @@ def test_a_kill_between_any_two_operations_loses_no_checkpoint(root: Path, monke
         assert leftovers(root) == [] and restore_replaced(root) == []
         assert complete_folders(root) == folders
         shutil.copytree(prepared, temporary)
-        commit()  # the next run goes on, whatever the last one left
+        commit()  # the next run resumes, whatever the last one left
         assert [folder.name for folder in complete_folders(root)] == ["step-00000020", "step-00000010"]
         assert (weights(root / "step-00000020"), newest(root)) == (b"new", "step-00000020")
         assert leftovers(root) == []

@@ -42,7 +42,7 @@ def test_the_last_and_every_nth_checkpoint_stay(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_was_passed_over_pushes_out_none_that_counts(tmp_path: Path) -> None:
     make(tmp_path, 10, 15, 20)
-    point_latest(tmp_path, folder_name(15))  # the run went on from step 10, because 20 was broken
+    point_latest(tmp_path, folder_name(15))  # the run resumed from step 10, because 20 was broken
     assert delete_expired(tmp_path, 1, None) == []
     assert names(tmp_path) == [folder_name(15), folder_name(20)]
 

@@ -74,7 +74,7 @@ class FullDisk:
         raise OSError(28, "No space left on device")
 
 
-def test_failing_sink_warns_once_and_the_others_go_on(tmp_path, monkeypatch, caplog):
+def test_failing_sink_warns_once_and_the_others_continue(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sinks, "TensorboardSink", FullDisk)
     writer = MetricsWriter(tmp_path, total_steps=3, console=False)
     with caplog.at_level(logging.WARNING, logger="ebft_mega"):
@@ -83,7 +83,7 @@ def test_failing_sink_warns_once_and_the_others_go_on(tmp_path, monkeypatch, cap
             writer.log(step, {"train/loss": 1.0})
         writer.close()
     assert [record.message for record in caplog.records] == [
-        "metrics are not reaching tensorboard ([Errno 28] No space left on device); training goes on"
+        "metrics are not reaching tensorboard ([Errno 28] No space left on device); training continues"
     ]
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""What a start does, and does not do, to the run directory that it finds."""
+"""What a start changes, and leaves alone, in a run directory that holds an earlier run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ EVERY_TWO = ("train.max_steps=4", "checkpoint.interval=2", "evaluation.interval=
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The data, and a run of four steps with checkpoints of steps 2 and 4."""
-    directory = tmp_path_factory.mktemp("going-on")
+    directory = tmp_path_factory.mktemp("run-start")
     make_datasets(directory)
     assert run_ranks(1, run, str(directory), "first", ALONE, EVERY_TWO) == [0]
     return directory
@@ -121,7 +121,7 @@ def test_fewer_rows_than_the_rest_of_the_run_reads(root):
 
 @pytest.mark.slow
 def test_checkpoint_in_the_middle_of_an_evaluation(root):
-    """Parameters are gathered then; what goes on from it makes the evaluation and logs it as the run itself did."""
+    """Parameters are gathered then; what resumes from it makes the evaluation and logs it as the run itself did."""
     setting, steps = Setting(2, 1, 1), ("train.max_steps=2", "evaluation.interval=2")
     (root / "asked").mkdir()
     (root / "asked" / "SAVE").touch()
