@@ -1,1 +1,1 @@
-"""What is not on the training path: reports, evaluation, models in and out, benchmark, quickstart and study."""
+"""Everything off the training path: reports, evaluation, model conversion, benchmark, quickstart and study."""

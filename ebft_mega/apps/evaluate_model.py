@@ -1,4 +1,4 @@
-"""Evaluating a Hugging Face model directory in one process, without an engine."""
+"""Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
 
 import json
 from collections import Counter
@@ -28,23 +28,23 @@ from ebft_mega.types import DTYPES, TokenBatch
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """A model, the network that judges it, and the held-out rows."""
+    """The model to evaluate, the feature network, and the held-out rows."""
 
     model: Path
-    feature_model: Path  # the frozen network; the same for all models that are compared
+    feature_model: Path  # the frozen feature network; the same for all models that are compared
     data: Path
     rows: int
     skip_rows: int  # rows at the start of the dataset that are left out
 
 
 def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Path) -> Path:
-    """Write `evaluation.json`: the `eval/*` means, and the same per row for paired comparisons.
+    """Evaluate a model and write `evaluation.json`: the `eval/*` means, and values per row for paired comparisons.
 
     Args:
         config: geometry, sampling and feature settings, as in training.
         output: directory for the file; made if needed.
     Raises:
-        InputError: missing or unfitting files.
+        InputError: files are missing or do not fit together.
     """
     groups = make_process_groups(connect())
     dtype = DTYPES[config.train.dtype]
@@ -98,7 +98,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
 
 
 def main_documents(rows: TokenBatch) -> list[str]:
-    """The document with the most tokens in each row: rows of one document are not independent."""
+    """The document with the most tokens in each row, as the row's group: rows of one document are not independent."""
     return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
 
 

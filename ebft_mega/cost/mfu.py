@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the share of the devices' arithmetic that went into what a step has to compute."""
+"""Model FLOPs utilisation (MFU): a step's necessary FLOPs as a share of what the devices could do in its time."""
 
 import re
 
@@ -11,8 +11,8 @@ def _peaks(bfloat16: float, float32: float) -> dict[str, float]:
     return {"bfloat16": bfloat16, "float32": float32}
 
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets (half of a figure "with sparsity"), the first match counts: bfloat16
-# on tensor cores, and float32 on the CUDA cores, because torch multiplies float32 matrices without TF32 unless told.
+# Dense peaks in TFLOP/s from NVIDIA's data sheets (half of a figure "with sparsity"); the first match is taken.
+# bfloat16 is that of tensor cores, float32 that of CUDA cores: by default torch multiplies float32 without TF32.
 PEAKS = (
     ("B200", _peaks(2250.0, 75.0)),
     ("GH200", _peaks(989.4, 66.9)),
@@ -39,15 +39,15 @@ def model_flops_utilisation(
     world_size: int,
     peak_flops_per_device: float,
 ) -> float:
-    """What all rows of a step have to compute, over what the devices could have computed meanwhile.
+    """Divide the necessary FLOPs of a step by what the devices could have computed in its time.
 
     Counted are the rollouts, the feature network, and the policy's backward pass (with `rl_coef: 0` its forward pass,
-    too), each matrix product once, whatever `learn.reuse_rollout` and `train.activation_checkpointing` say: work
-    done a second time adds seconds, not utilisation.
+    too), each matrix product once, whatever `learn.reuse_rollout` and `train.activation_checkpointing` say:
+    recomputation adds seconds, not utilisation.
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (ignored with `rl_coef: 0`).
-        seconds: wall time of the optimizer step; world_size: devices at work.
+        seconds: wall time of the optimizer step; world_size: number of devices.
         peak_flops_per_device: dense peak in the training dtype, as `peak_flops` gives it.
     Returns:
         A share, 0 to 1.
@@ -62,7 +62,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of a GPU in floating-point operations per second.
 
     Args:
-        device_name: as `torch.cuda.get_device_name` says it; dtype: as `train.dtype`.
+        device_name: as `torch.cuda.get_device_name` returns it; dtype: as `train.dtype`.
     Returns:
         None for a device that is not in the table, and for CPUs.
     """

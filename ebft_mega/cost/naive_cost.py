@@ -1,4 +1,4 @@
-"""What one step of a trainer without packing or caches costs for one row; the existing ones work like this."""
+"""FLOPs of one step of the naive baseline for one row: nothing packed, cached or shared between samples."""
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.step_cost import StepShape
@@ -6,16 +6,17 @@ from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, forward_f
 
 
 def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False, keeps_weights: bool = True) -> StepCost:
-    """What one row costs when nothing is shared and nothing is left out.
+    """Count the FLOPs of one row when nothing is shared and nothing is left out.
 
-    The row is repeated for each of its n samples. Token t of all blocks is drawn after a forward over the row and
-    the t tokens that every block has so far; attention is dense (the mask only hides), the head sees every position.
-    The feature network runs all layers and its head, the policy has a forward of its own.
+    The row is repeated for each of its n samples. Token t of all blocks is sampled after a forward over the row and
+    the t tokens that every block has so far. Attention is dense (masked pairs are computed, too), and the head computes
+    logits of every position. The feature network runs all layers and its head. The policy's gradient needs another
+    forward.
 
     Args:
-        shape: with rollouts.
+        shape: of a step with rollouts.
         checkpoints_layers: keep only layer inputs for the policy's backward pass and compute the layers again.
-        keeps_weights: attention keeps its weights for the backward pass; a fused kernel computes the scores again.
+        keeps_weights: attention saves its weights for the backward pass; else a fused kernel recomputes the scores.
     """
     plan, samples = shape.plan, shape.plan.num_samples
     lengths = [plan.sequence_length + plan.num_blocks * t for t in range(plan.generate_length + 1)]
@@ -32,7 +33,7 @@ def cost_of_naive_step(shape: StepShape, checkpoints_layers: bool = False, keeps
 
 
 def _passes(architecture: Architecture, samples: int, lengths: list[int]) -> PhaseCost:
-    """Forwards of each of these lengths for every sample."""
+    """Sum of one forward of each of these lengths for every sample."""
     rows = samples * sum(lengths)
     pairs = samples * sum(length * length for length in lengths)
     layers = [LayerWork.whole(rows, pairs)] * architecture.num_hidden_layers

@@ -1,7 +1,7 @@
-"""What one step of this trainer costs for one row, as its code does it; and the arithmetic limit of the algorithm.
+"""FLOPs of one step for one row: as this trainer computes it, and the least that the algorithm needs.
 
-A row counts as one document: with document masking attention needs fewer pairs than this, depending on the
-data, and everything else is the same.
+A row is counted as one document. With document masking, attention needs fewer pairs than this, depending on the data;
+everything else is the same.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pa
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that the counts of a step depend on."""
+    """Everything that the counts of a step depend on."""
 
     architecture: Architecture
     feature_architecture: Architecture
@@ -28,7 +28,7 @@ class StepShape:
 
     @classmethod
     def of(cls, config: RunConfig, architecture: Architecture, feature_architecture: Architecture) -> "StepShape":
-        """The steps of a run."""
+        """Take the shape of a run's steps from its configuration."""
         return cls(
             architecture,
             feature_architecture,
@@ -41,13 +41,13 @@ class StepShape:
 
     @property
     def fed_tokens(self) -> int:
-        """Tokens of each rollout that the policy reads: the last one predicts nothing."""
+        """Tokens of each rollout in the policy's pass: all but the last one, which predicts nothing."""
         return self.plan.generate_length - 1 if self.uses_rollouts else 0
 
     def policy_layer(self, with_targets: bool) -> LayerWork:
         """One layer of the policy over a row and its rollouts.
 
-        The row's positions end at the last anchor; with targets all of them predict one but the last.
+        The row's positions end at the last anchor; with targets all but the last one take part.
         """
         document = self.plan.document_length(with_targets)
         rows = document + self.plan.rollouts_per_row * self.fed_tokens
@@ -67,7 +67,7 @@ class StepShape:
 
     @property
     def feature_rows(self) -> int:
-        """Positions that go through the feature network: the row and all rollouts whole."""
+        """Positions in the feature network's pass: the whole row and all whole rollouts."""
         return self.plan.sequence_length + self.plan.generated_per_row
 
     @property
@@ -77,9 +77,10 @@ class StepShape:
 
     @property
     def pooled(self) -> LayerWork:
-        """The last layer of the feature network: keys of all positions, the rest for pooled rows alone.
+        """Least work of the deepest tapped layer: keys and values of all positions, the rest for pooled rows only.
 
-        Pooled are one position of each rollout and target, or all G; targets may overlap, and each row counts once.
+        Pooled are the last position of each rollout and target, or all G. Where targets overlap, a position is counted
+        once.
         """
         plan = self.plan
         tokens = plan.generate_length if self.pools_mean else 1
@@ -91,14 +92,14 @@ class StepShape:
 
 
 def cost_of_step(shape: StepShape, reuse: Reuse, checkpoints_layers: bool = False) -> StepCost:
-    """What one row costs in the step that the code runs.
+    """Count the work of one row in the step as this trainer runs it.
 
-    The generated tokens' forward is the policy's: a separate one runs only without reuse, and for targets the head
-    alone runs in learning. The backward pass computes the chunks of logits once more (so that no more than a chunk
-    exists), each layer once more unless its activations were kept, and, inside the attention kernels, the scores.
+    With reuse, the forward that generates the tokens is also the one that is differentiated; learning then only runs
+    the head on the targets. The backward pass recomputes the logits (so that only one chunk of them exists at a time),
+    each layer unless its activations were saved, and, inside the attention kernels, the scores.
 
     Args:
-        reuse: what learning takes over from the rollout phase; ignored without rollouts.
+        reuse: `learn.reuse_rollout`, what learning takes over from the rollout phase; ignored without rollouts.
         checkpoints_layers: `train.activation_checkpointing` of a separate forward.
     """
     reuses = shape.uses_rollouts and reuse != "off"
@@ -107,10 +108,10 @@ def cost_of_step(shape: StepShape, reuse: Reuse, checkpoints_layers: bool = Fals
     policy = [shape.policy_layer(shape.uses_targets)] * num_layers
     generate = features = PhaseCost()
     if shape.uses_rollouts:
-        # The pass that is to be the gradient's goes on to the targets.
+        # A pass that is differentiated later also covers the targets.
         sampling = policy if reuses else [shape.policy_layer(False)] * num_layers
         generate = _forward(shape.architecture, sampling, shape.rollout_head_rows)
-        # The projection of queries, keys and values is one, so the deepest layer makes queries of all positions.
+        # Queries, keys and values come from one fused projection, so the deepest layer makes queries of all positions.
         deepest = dataclasses.replace(shape.pooled, queries=shape.feature_rows)
         features = _forward(shape.feature_architecture, [*_whole_feature_layers(shape), deepest], 0)
     if reuses:
@@ -126,11 +127,11 @@ def cost_of_step(shape: StepShape, reuse: Reuse, checkpoints_layers: bool = Fals
 
 
 def least_cost_of_step(shape: StepShape) -> StepCost:
-    """The arithmetic limit: every row that somebody reads once, nothing twice.
+    """Count the least work that the algorithm needs: what is read is computed once, everything else not at all.
 
-    The generated tokens' activations and logits are kept. In a last layer, of whose other rows only keys and values are
-    needed, only rows that are read ask, attend and go on. A row before an anchor is sampled from and predicts a target
-    with the same logits. Rollouts that begin alike are not merged.
+    The generated tokens' activations and logits are saved. In a last layer, queries, attention and MLP are computed
+    only for the rows that are read; the other rows need keys and values only. The same logits of a row before an anchor
+    are sampled from and predict a target. Rollouts with equal beginnings are not merged.
     """
     plan, num_layers = shape.plan, shape.architecture.num_hidden_layers
     full = shape.policy_layer(shape.uses_targets)

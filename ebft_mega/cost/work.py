@@ -1,4 +1,4 @@
-"""From rows and query-key pairs to floating-point operations; what both sides of the benchmark are counted in."""
+"""The units of cost: FLOPs from rows and query-key pairs, for one layer, one phase and one step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ebft_mega.block_plan import BlockPlan
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations, two per multiply-add; what is not a matrix product is not counted."""
+    """Floating-point operations of matrix products, two per multiply-add; nothing else is counted."""
 
     linear: int = 0  # the layers' projections and MLPs
     head: int = 0  # the language-model head
@@ -19,18 +19,18 @@ class Flops:
         return Flops(self.linear + other.linear, self.head + other.head, self.attention + other.attention)
 
     def times(self, factor: int) -> "Flops":
-        """The same work several times."""
+        """The same work done `factor` times."""
         return Flops(self.linear * factor, self.head * factor, self.attention * factor)
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all three."""
         return self.linear + self.head + self.attention
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What one layer does in one direction for one row of the batch."""
+    """The forward work of one layer for one row of the batch."""
 
     keys: int  # positions whose key and value are projected
     queries: int  # positions whose query is projected; fused projections make them equal to `keys`
@@ -39,7 +39,7 @@ class LayerWork:
 
     @classmethod
     def whole(cls, rows: int, pairs: int) -> "LayerWork":
-        """All positions go all the way."""
+        """Work of a layer whose outputs are needed at all positions."""
         return cls(rows, rows, rows, pairs)
 
     def flops(self, architecture: Architecture) -> Flops:
@@ -56,24 +56,24 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of a step for one row of the batch."""
+    """The work of one phase of a step for one row of the batch."""
 
     rows: int = 0  # positions that go through layers
     layers: int = 0  # layers that they go through
     head_rows: int = 0
     pairs: int = 0  # query-key pairs of each head in a whole layer
     flops: Flops = Flops()
-    recomputed: Flops = Flops()  # forward work that had been done before, besides `flops`
+    recomputed: Flops = Flops()  # forward work that is done a second time, not part of `flops`
 
     @property
     def total(self) -> int:
-        """Everything that the phase does."""
+        """All floating-point operations of the phase, recomputation included."""
         return self.flops.total + self.recomputed.total
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """All phases of a step for one row of the batch."""
+    """The work of all phases of a step for one row of the batch."""
 
     generate: PhaseCost
     features: PhaseCost
@@ -82,7 +82,7 @@ class StepCost:
 
     @property
     def phases(self) -> dict[str, PhaseCost]:
-        """By name, in the order of a step."""
+        """Phases by name, in the order in which a step runs them."""
         return {
             "generate": self.generate,
             "features": self.features,
@@ -97,7 +97,7 @@ class StepCost:
 
 
 def forward_flops(architecture: Architecture, layers: Sequence[LayerWork], head_rows: int) -> Flops:
-    """Forward operations of layers and of the head, 2 * H * V per head row."""
+    """Sum the forward operations of layers and of the head, 2 * H * V per head row."""
     total = Flops(head=2 * architecture.hidden_size * architecture.vocab_size * head_rows)
     for layer in layers:
         total += layer.flops(architecture)
@@ -105,7 +105,7 @@ def forward_flops(architecture: Architecture, layers: Sequence[LayerWork], head_
 
 
 def causal_pairs(length: int) -> int:
-    """Query-key pairs of a document over itself."""
+    """Query-key pairs of causal attention within a document."""
     return length * (length + 1) // 2
 
 

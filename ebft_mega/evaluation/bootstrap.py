@@ -1,4 +1,4 @@
-"""Intervals for the mean of paired differences, by resampling rows or whole groups of rows."""
+"""Bootstrap intervals for the mean of paired differences, by resampling rows or whole groups of rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ INDICES_PER_CHUNK = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its interval, in the unit of the values."""
+    """A mean and the ends of its interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -34,7 +34,7 @@ def paired_bootstrap(
     """Percentile bootstrap of the mean of per-row differences between two models.
 
     Rows from one document or package are alike, so an interval over rows alone is too narrow when there are
-    few of them; with `groups`, whole groups are drawn with replacement and the mean is taken over the rows of
+    few documents; with `groups`, whole groups are drawn with replacement and the mean is taken over the rows of
     the drawn groups (cluster bootstrap).
 
     Args:
@@ -73,7 +73,7 @@ def paired_bootstrap(
 def _units(
     values: NDArray[np.float64], groups: Sequence[str | int] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sum and number of rows of each unit that is drawn."""
+    """Sum and number of rows of each row or group, which are drawn as a whole."""
     if groups is None:
         return values, np.ones_like(values)
     if len(groups) != len(values):

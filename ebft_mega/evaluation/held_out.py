@@ -1,8 +1,8 @@
-"""How a policy does on held-out text: cross-entropy, and how near its rollouts come to the text in feature space.
+"""Held-out evaluation of a policy: cross-entropy, and how close its rollouts are to the text in feature space.
 
-All figures are taken at the training temperature, on fixed rows, with noise that depends only on the seed and the
-row, so that two models are compared under the same draws. With document masking, figures of rollouts are means
-over the blocks that lie within one document; a row without any has none of them, for every model alike.
+Rollouts are sampled at the training temperature, on fixed rows, with noise that depends only on the seed and the row,
+so that two models are compared under the same draws. With document masking, metrics of rollouts are means over the
+blocks that lie within one document. A row without such a block has no metrics of rollouts, whatever the model.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,22 @@ from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.types import Rollout, TokenBatch
 
-# The sampling noise of evaluations is that of a step which no training has.
+# Step number that the sampling noise of evaluations depends on; no training step has it.
 EVALUATION_STEP = -1
 # `eval/alignment` is always taken after sample whitening (the authors' definition), whatever `ebft.reward_whitening`
-# says: models that were trained with different rewards are compared by the same figure.
+# says, so that models trained with different rewards are compared by the same metric.
 ALIGNMENT_WHITENING: Whitening = "sample"
 SHOWN_BLOCKS = 3
-BATCHES_PER_STAGE = 4
+BATCHES_PER_STAGE = 4  # micro-batches evaluated at a time, for each pipeline stage
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What an evaluation shares with the training it judges."""
+    """Settings of an evaluation, the same as those of the training."""
 
     plan: BlockPlan
     sampling: SamplingSettings
-    whitening: Whitening  # of `eval/cfm_loss`; the other figures have their own fixed definition
+    whitening: Whitening  # of `eval/cfm_loss`; the definitions of the other metrics are fixed
     micro_batch_size: int
 
     @classmethod
@@ -59,7 +59,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class ShownBlock:
-    """A block for people to read: token ids of context, target and rollouts."""
+    """A block to be shown to people: token ids of context, target and rollouts."""
 
     row: int
     block: int
@@ -71,14 +71,14 @@ class ShownBlock:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures, per row in row order, under the `eval/*` names; None where a row does not have one."""
+    """Held-out metrics by `eval/*` name, per row in row order; None where a row does not have the metric."""
 
     per_row: dict[str, list[float | None]]
     shown: tuple[ShownBlock, ...]
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of every figure over the rows that have it; a figure that no row has is left out."""
+        """Mean of every metric over the rows that have it; a metric that no row has is left out."""
         known = {name: [value for value in values if value is not None] for name, values in self.per_row.items()}
         return {name: sum(values) / len(values) for name, values in known.items() if values}
 
@@ -95,7 +95,7 @@ def evaluate(
         policy: the model with whole parameters.
         feature_network: None evaluates the cross-entropy alone.
         rows: held-out rows, `row_indices` counting over all replicas. Replicas with partitioned parameters must have
-            equally many (`TokenBatch.filled_up`): every pass gathers. Filler is left out of the figures.
+            equally many (`TokenBatch.filled_up`): every pass gathers. Filler rows are left out of the metrics.
     Returns:
         Evaluation, the same on every rank of the replica.
     Communication: that of `evaluate_chunk`; `gather` puts the replicas together.
@@ -134,7 +134,7 @@ def evaluate_chunk(
     per_row: dict[str, list[float | None]] = {}
 
     def note(batch: TokenBatch, figures: dict[str, Tensor], has_figures: Tensor | None = None) -> None:
-        """Keep the figures [B] of rows that are no filler; `has_figures` bool [B], None: all rows have them."""
+        """Add metrics [B], without those of filler rows; `has_figures` bool [B], None: all rows have them."""
         real = batch.row_indices >= 0
         known = [True] * len(real) if has_figures is None else has_figures[real].tolist()
         for name, values in figures.items():
@@ -164,7 +164,7 @@ def merge(parts: Sequence[Evaluation]) -> Evaluation:
 
 
 def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
-    """The evaluation over all ranks of a group, on every rank.
+    """Merge the evaluations of all ranks of a group, on every rank.
 
     Communication: one all-gather of a few numbers per row.
     """
@@ -176,7 +176,7 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
 def _rollout_figures(
     gram: Tensor, rollout: Rollout, settings: EvaluationSettings, counted: Tensor | None
 ) -> dict[str, Tensor]:
-    """Per-row figures [B] that need rollouts; over counted blocks bool [B, K] if given, NaN for a row without any."""
+    """Per-row metrics [B] of rollouts; over counted blocks bool [B, K] if given, NaN for a row without any."""
     figures = {
         "eval/alignment": block_rewards(gram, ALIGNMENT_WHITENING, 1.0, 1.0).alignment,
         "eval/raw_cosine": raw_cosine(gram),
@@ -197,7 +197,7 @@ def _row_means(values: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
-    """A few blocks of a batch's first row that count; none of filler."""
+    """A few of the counted blocks of a batch's first row; a filler row has none."""
     counted = counted_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
     alignment = block_rewards(gram[:1], ALIGNMENT_WHITENING, 1.0, 1.0).alignment[0]
     blocks = counted[:: max(1, len(counted) // SHOWN_BLOCKS)]

@@ -1,1 +1,1 @@
-"""A naive baseline and this trainer, side by side: the same step, weights, layers and documents, counted and timed."""
+"""The benchmark: a naive baseline and this trainer run the same step, and their work, time and memory are compared."""

@@ -1,4 +1,4 @@
-"""What is compared: one toy model on rows of several lengths, sample numbers and strides."""
+"""Benchmark cases: the model sizes, and the geometry of one comparison (row length, samples, stride)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,15 +22,16 @@ NOWHERE = Path("unused")  # a benchmark reads no dataset and writes no run direc
 
 @dataclass(frozen=True)
 class BenchModel:
-    """What the sides of a comparison run, with random weights."""
+    """The model that all sides of a comparison run, with random weights."""
 
-    sizes: dict[str, Any]  # in Hugging Face's names
+    sizes: dict[str, Any]  # under Hugging Face's names
     dtype: Literal["bfloat16", "float32"]
-    attention: Literal["auto", "two_part", "flex", "dense"] = "auto"  # ours alone, as `train.attention`
+    # `train.attention` of this trainer's sides; the baseline's is always dense.
+    attention: Literal["auto", "two_part", "flex", "dense"] = "auto"
 
     @property
     def architecture(self) -> Architecture:
-        """The sizes by our names."""
+        """The sizes as an `Architecture`."""
         return Architecture.from_hf(self.sizes, "benchmark")
 
 
@@ -86,7 +87,7 @@ class BenchCase:
     sides: tuple[str, ...] = ("naive", "naive_sdpa", "ours", "ours_activations")
 
     def config(self, model: BenchModel, reuse: Reuse, checkpoints_layers: bool = False) -> RunConfig:
-        """A run of one row per step on one process, whose learning rate the benchmark sets to 0."""
+        """Configuration of a run with one row per step on one process; the benchmark sets its learning rate to 0."""
         return RunConfig(
             output_dir=NOWHERE,
             model=ModelConfig(config=model.sizes),
@@ -109,6 +110,6 @@ class BenchCase:
         )
 
     def of_two_blocks(self) -> "BenchCase":
-        """The same on the shortest row that has two blocks."""
+        """The same case on the shortest row that has two blocks."""
         shortest = self.context_length + self.generate_length + self.stride
         return dataclasses.replace(self, sequence_length=shortest)

@@ -1,4 +1,4 @@
-"""Cost against row length, samples and stride."""
+"""Plots of seconds and FLOPs per step against row length, samples and stride."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def draw_costs(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw seconds and FLOPs of all sides, one of L, n and stride varying in each column.
 
     Args:
-        cases: of the bench file; the first is where the others start from.
+        cases: of the bench file; the others vary one quantity of the first.
         path: PNG file to write.
     """
     import matplotlib

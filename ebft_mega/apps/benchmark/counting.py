@@ -1,4 +1,4 @@
-"""Counting the matrix products of a step while it runs, to hold the formulas of `ebft_mega.cost` against."""
+"""Count the matrix products of a running step, to check the formulas of `ebft_mega.cost` against them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +29,10 @@ class MatrixProduct:
 
 
 class LabelledTimers(PhaseTimers):
-    """Timers that know which phase is running; of nested phases the outermost."""
+    """Timers that know which phase is running; of nested phases, the outermost."""
 
     def __init__(self, synchronize: Callable[[], object] | None = None):
-        """Nothing runs yet; `synchronize` as in `PhaseTimers`."""
+        """Make timers with no phase running; `synchronize` as in `PhaseTimers`."""
         super().__init__(synchronize)
         self.current = ""
 
@@ -49,12 +49,12 @@ class LabelledTimers(PhaseTimers):
 
 
 class ProductCounter(TorchDispatchMode):
-    """Records the matrix products below autograd, those of backward passes included.
+    """Records the matrix products of forward and backward passes, by dispatching below autograd.
 
-    What is computed in float64, the features' inner products and the rewards, is left out: no counts exist for it.
+    Products in float64 (the features' inner products and the rewards) are left out: the formulas do not count them.
     """
 
-    # The operands' places: `addmm(sum, a, b)` adds to what `mm(a, b)` makes.
+    # Index of the first operand: `addmm(sum, a, b)` adds `mm(a, b)` to its first argument.
     OPERANDS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1}
 
     def __init__(self, timers: LabelledTimers):
@@ -75,11 +75,11 @@ class ProductCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class CountedPhase:
-    """What the matrix products of a phase say."""
+    """Sums over the matrix products of one phase."""
 
     linear_flops: int
     head_flops: int
-    batched_flops: int  # attention, where it is made of batched products and not of a fused kernel
+    batched_flops: int  # attention, unless a fused kernel computes it
     layer_rows: int  # positions x layers, forward
     head_rows: int  # forward
 
@@ -87,11 +87,12 @@ class CountedPhase:
 def count_phase(products: Sequence[MatrixProduct], phase: str, architecture: Architecture) -> CountedPhase:
     """Sort a phase's products by their shapes.
 
-    The head's have the vocabulary among their three sizes, all others belong to layers. A forward product multiplies
-    [rows, H] and [H, width]: rows that enter a layer are those of the fused projection of queries, keys and values.
+    Products of the head have the vocabulary among their three sizes, all others belong to layers. A forward product
+    multiplies [rows, H] and [H, width]: rows that enter a layer are those of the fused projection of queries, keys and
+    values.
 
     Args:
-        architecture: of one process, with sizes that cannot be mistaken for each other (rows, H, V, fused width).
+        architecture: of one process. Rows, H, V and the fused width must differ: a product is recognised by its shape.
     """
     a = architecture
     fused = (a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim

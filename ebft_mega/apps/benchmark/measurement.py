@@ -1,4 +1,4 @@
-"""Running the sides of a case one after the other in one process, and what is written down about it."""
+"""Run the sides of a benchmark case in turns, and make an entry of the bench file of their counts, times and memory."""
 
 import dataclasses
 import gc
@@ -19,7 +19,7 @@ from ebft_mega.cost.step_cost import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
 from ebft_mega.parallel.groups import ProcessGroups
 
-# Timed phases, and the counted ones that run in each.
+# Timed phases, and the phases of `StepCost` that run in each.
 PHASES: dict[str, tuple[str, ...]] = {
     "rollout": ("generate",),
     "features": ("features",),
@@ -31,7 +31,7 @@ PHASES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass
 class Timing:
-    """What the runs of one side took, in seconds."""
+    """Seconds of the runs of one side."""
 
     wall: list[float] = dataclasses.field(default_factory=list)
     processor: list[float] = dataclasses.field(default_factory=list)  # of this process alone: less disturbed by others
@@ -47,17 +47,17 @@ def compare(
 ) -> dict[str, Any]:
     """Count, time and measure the sides of one case.
 
-    Every side first runs one step whose matrix products are counted, then all take turns, so that whatever disturbs the
-    machine disturbs all of them; memory is measured afterwards, a process for each.
+    Every side first runs one step whose matrix products are counted. Then they run in turns, so that other load on the
+    machine affects all of them alike. Memory is measured afterwards, each side in its own process.
 
     Args:
         sides: names of `sides.NAIVE_SIDES` and `sides.OUR_SIDES`.
         groups: of a job of one process.
-        say: is told about progress.
+        say: called with progress messages.
     Returns:
         The case's entry of the bench file.
     Raises:
-        RuntimeError: a side did not do the work that its formulas say.
+        RuntimeError: the matrix products of a side are not those of its formulas.
     """
     architecture = model.architecture
     timings = {name: Timing() for name in sides}
@@ -85,7 +85,7 @@ def compare(
 
 
 def check_counts(side: Side, architecture: Architecture) -> float:
-    """Run one step and hold its matrix products against the side's formulas.
+    """Run one step and compare its matrix products with the side's formulas.
 
     Returns:
         The norm of the step's gradient.
@@ -108,7 +108,7 @@ def check_counts(side: Side, architecture: Architecture) -> float:
 
 
 def time_step(side: Side, step: int, timing: Timing) -> None:
-    """Run one step by the clock."""
+    """Run one step and add its times."""
     side.timers.reset()
     gc.collect()
     processor, wall = time.process_time(), time.perf_counter()
@@ -127,10 +127,10 @@ def entry(
     peaks: Mapping[str, int],
     peak_flops_per_device: float | None = None,
 ) -> dict[str, Any]:
-    """A case as it is in the bench file.
+    """Make a case's entry of the bench file.
 
     Args:
-        peak_flops_per_device: of the device that the times are of; None leaves `mfu` empty.
+        peak_flops_per_device: of the device that was timed; None leaves `mfu` empty.
     """
     architecture = model.architecture
     config = case.config(model, "off")
@@ -139,7 +139,7 @@ def entry(
     for side in of_sides.values():
         seconds = side["seconds_median"]
         side["rollout_tokens_per_second"] = config.block_plan.generated_per_row / seconds if seconds else None
-        # The same numerator for all sides: what the step needs in our counts, once.
+        # The same numerator for all sides: the necessary FLOPs by the counts of this trainer.
         side["mfu"] = (
             model_flops_utilisation(config, architecture, architecture, seconds, 1, peak_flops_per_device)
             if seconds and peak_flops_per_device
@@ -163,7 +163,7 @@ def device_peak(model: BenchModel, device: torch.device) -> float | None:
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]], bound_flops: int) -> dict[str, float]:
-    """Ours over the baseline, of medians, peaks and counts; and every side's arithmetic over the bound."""
+    """Medians, peaks and counts of this trainer over the baseline's, and every side's FLOPs over the bound."""
     found = {f"flops {name} / bound": side["flops"] / bound_flops for name, side in sides.items()}
     for ours, side in sides.items():
         for naive in set(NAIVE_SIDES) & set(sides):

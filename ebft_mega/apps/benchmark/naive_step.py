@@ -1,7 +1,7 @@
-"""One optimizer step as the existing trainers do it, on this package's layers, losses and optimizer.
+"""The naive baseline: one optimizer step as the existing EBFT trainers do it, on this package's layers and losses.
 
-Every generated token costs a forward over the whole row, once per sample; nothing is cached, shared or left out. The
-only thing better than there is the attention mask, which is built once and without loops.
+Every generated token costs a forward over the whole row, once per sample; nothing is cached, shared or left out. Only
+the attention mask is better than theirs: it is built once and without loops.
 """
 
 import functools
@@ -40,14 +40,14 @@ class NaiveTrainer:
     kernel: DenseKernel
 
     def layout(self, tokens_per_block: int) -> DenseLayout:
-        """Dense attention over a row and so many tokens of each block."""
+        """Dense attention over a row and the first `tokens_per_block` tokens of each block."""
         hidden = self.feature_stage.hidden
         return dense_layout(self.trainer.plan, tokens_per_block, self.kernel, hidden.dtype, hidden.device)
 
 
 @dataclass(frozen=True)
 class NaiveResult:
-    """What a naive step did, by micro-batch."""
+    """Results of a naive step, by micro-batch."""
 
     experiences: tuple[Experience, ...]
     logprobs: tuple[PolicyLogprobs, ...]
@@ -56,12 +56,12 @@ class NaiveResult:
 
 
 def naive_step(naive: NaiveTrainer, batch: TokenBatch, step: int, learning_rate: float) -> NaiveResult:
-    """Sample, reward, learn, update: what `train.step.train_step` does, with the same noise.
+    """Run the step of `train.step.train_step` (sample, reward, learn, update) with the same noise.
 
     Args:
         batch: the rows of the step.
         step: part of the sampling noise.
-    Communication: none beyond a world of one process, which it needs.
+    Communication: none; it needs a world of one process.
     """
     trainer = naive.trainer
     timers, config = trainer.timers, trainer.config
@@ -81,7 +81,7 @@ def naive_step(naive: NaiveTrainer, batch: TokenBatch, step: int, learning_rate:
 
 @torch.no_grad()
 def naive_rollout(naive: NaiveTrainer, policy: PipelinedModel, rows: TokenBatch, step: int) -> Rollout:
-    """A forward over everything so far for each token of all blocks, with logits of every position."""
+    """Sample with one forward per token over the row and all tokens so far, with logits of every position."""
     trainer = naive.trainer
     plan, sampling = trainer.plan, trainer.sampling
     num_rows, device = len(rows.tokens), rows.tokens.device
@@ -105,7 +105,7 @@ def naive_rollout(naive: NaiveTrainer, policy: PipelinedModel, rows: TokenBatch,
 
 @torch.no_grad()
 def naive_gram(naive: NaiveTrainer, rows: TokenBatch, rollout: Rollout) -> Tensor:
-    """Inner products of features, from the hidden states of all layers of a whole model with its logits.
+    """Compute inner products of features after running all layers and the head of the feature network.
 
     Returns:
         float64 [B, K, n + 1, n + 1].
@@ -153,17 +153,18 @@ def _learn(
 
 
 def naive_scores(naive: NaiveTrainer, rows: TokenBatch, rollout: Rollout, stage: Stage) -> tuple[Tensor, ...]:
-    """Log-probabilities from the logits of every position of every sample's sequence.
+    """Compute log-probabilities from the logits of every position of every sample's sequence.
 
     Returns:
-        Of rollouts float32 [B, n, K, G]; with `ce_coef` > 0 also of targets float32 [B, P - 1], the mean of n copies.
+        Those of rollouts, float32 [B, n, K, G]; with `ce_coef` > 0 also those of the row's own tokens, float32
+        [B, P - 1], the mean over the n copies of the row.
     """
     plan, ebft = naive.trainer.plan, naive.trainer.config.ebft
     sequence, positions = step_major_sequence(rows.tokens, rollout.tokens, plan)
     logits = logits_of_all(stage, stage.hidden_states(sequence, positions, naive.layout(plan.generate_length)))
     samples = (len(rows.tokens), plan.num_samples)
     predicting = predicting_positions(plan, sequence.device)
-    labels = torch.zeros_like(sequence)  # one per position; where nothing is predicted, nobody reads the result
+    labels = torch.zeros_like(sequence)  # one per position; the result is not read where nothing is predicted
     labels[:, predicting] = rollout.tokens.flatten(0, 1)
     scores = _logprobs(logits, labels, ebft.temperature)
     of_rollouts = scores[:, predicting].unflatten(0, samples)
@@ -174,7 +175,7 @@ def naive_scores(naive: NaiveTrainer, rows: TokenBatch, rollout: Rollout, stage:
 
 
 def logits_of_all(stage: Stage, hidden: Tensor) -> Tensor:
-    """Logits of every position, with gradient if it is being recorded.
+    """Compute logits of every position, with gradient if it is being recorded.
 
     Args:
         hidden: [S, B, H] before the final norm.

@@ -1,4 +1,4 @@
-"""Peak memory of one step of one side, in a process of its own: nothing else has touched the allocator there."""
+"""Peak memory of one step of one side, measured in a fresh process."""
 
 import dataclasses
 import gc
@@ -17,21 +17,21 @@ def peak_bytes_in_child(side: str, case: BenchCase, model: BenchModel) -> int:
     """Run one step of a side in a child process.
 
     Returns:
-        On a CPU the highest resident size during the step less the resident size before it, on a GPU the same of
-        allocated bytes; weights, gradients and optimizer state are there before.
+        Bytes. On a CPU the highest resident size during the step minus the resident size before it, on a GPU the same
+        difference of allocated bytes. Weights, gradients and optimizer state exist before and are not counted.
     Raises:
-        subprocess.CalledProcessError: the child failed; its words are on standard error.
+        subprocess.CalledProcessError: the child failed; its message is on standard error.
     """
     request = json.dumps({"side": side, "case": dataclasses.asdict(case), "model": dataclasses.asdict(model)})
     command = [sys.executable, "-m", "ebft_mega.apps.benchmark.peak_memory", request]
-    # A job of one process, whatever started this one.
+    # A job of one process, even if this one is a rank of a larger job.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return int(answer.stdout.splitlines()[-1])
 
 
 def measure(side: str, case: BenchCase, model: BenchModel) -> int:
-    """Peak bytes of a step over what was there before it, in this process."""
+    """Run one step in this process and return the bytes that its peak is above the memory in use before it."""
     import torch
 
     from ebft_mega.apps.benchmark.sides import build_sides

@@ -1,4 +1,4 @@
-"""The sides of a comparison: each a function that runs one step, with its timers and its exact counts."""
+"""The sides of a comparison: for each a function that runs one step, its timers and its exact counts."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ from ebft_mega.types import DTYPES, TokenBatch
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to run the baseline."""
+    """A variant of the baseline."""
 
     kernel: DenseKernel
     checkpoints_layers: bool = False  # keeps only layer inputs for the backward pass
 
 
-# Names of sides: the baseline's, and ours by what learning takes over from the rollout phase.
+# Names of sides: those of the baseline, and those of this trainer by `learn.reuse_rollout`.
 NAIVE_SIDES = {
     "naive": Baseline("eager"),
     "naive_checkpointing": Baseline("eager", checkpoints_layers=True),
@@ -46,14 +46,14 @@ class Side:
     """One way to do the step of a case."""
 
     name: str
-    run: Callable[[int], float]  # one step with that number's noise; returns the gradient's norm
-    warm_up: Callable[[], float]  # a step on a row of two blocks: afterwards the optimizer has its state
+    run: Callable[[int], float]  # run one step, whose number selects the noise; returns the gradient norm
+    warm_up: Callable[[], float]  # run a step on a row of two blocks, which allocates the optimizer state
     timers: LabelledTimers
     cost: StepCost
 
 
 def build_sides(names: Sequence[str], case: BenchCase, model: BenchModel, groups: ProcessGroups) -> dict[str, Side]:
-    """Make sides around the same weights: a learning rate of 0 keeps them as they are.
+    """Make sides that share the same weights; a learning rate of 0 keeps them unchanged.
 
     Args:
         names: of `NAIVE_SIDES` and `OUR_SIDES`.
@@ -64,7 +64,7 @@ def build_sides(names: Sequence[str], case: BenchCase, model: BenchModel, groups
 
 
 class _Builder:
-    """Makes the sides of a case; what they have in common is made once."""
+    """Makes the sides of a case; objects that they share are made once."""
 
     def __init__(self, case: BenchCase, model: BenchModel, groups: ProcessGroups):
         self._case, self._model, self._groups = case, model, groups
@@ -95,7 +95,7 @@ class _Builder:
         return lambda step: naive_step(naive, rows, step, 0.0).grad_norm
 
     def _trainer(self, checkpoints_layers: bool) -> Trainer:
-        """Stages are built with or without activation checkpointing."""
+        """The trainer with or without activation checkpointing, which its stages are built for."""
         if checkpoints_layers not in self._trainers:
             config = self._case.config(self._model, "off", checkpoints_layers)
             trainer = build_trainer(config, self._architecture, self._architecture, self._groups)
@@ -104,7 +104,7 @@ class _Builder:
 
     @functools.cached_property
     def _whole_network(self) -> Stage:
-        """The baseline's frozen network, which has all layers and the head."""
+        """The baseline's feature network, which has all layers and the head."""
         config = self._case.config(self._model, "off")
         stage = Stage(
             self._architecture, StageShape.whole(self._architecture), self._groups, DTYPES[config.train.dtype]
@@ -114,7 +114,7 @@ class _Builder:
 
 
 def random_rows(case: BenchCase, vocab_size: int) -> TokenBatch:
-    """One row of random tokens: what they are changes no count and no time."""
+    """Make one row of random tokens; counts and times do not depend on their values."""
     generator = torch.Generator().manual_seed(case.sequence_length)
     tokens = torch.randint(vocab_size, (1, case.sequence_length), generator=generator)
     return TokenBatch(tokens, torch.zeros_like(tokens), torch.zeros(1, dtype=torch.int64))

@@ -1,7 +1,7 @@
-"""The packed sequence of the existing trainers: a row, then token 0 of every block, then token 1 of every block.
+"""The packed sequence of the naive baseline: a row, then token 0 of every block, then token 1 of every block, ...
 
-There is one sequence per sample, so documents are repeated; attention is dense, and a mask hides what a token may not
-see.
+The existing EBFT trainers pack like this. There is one sequence per sample, so documents are repeated; attention is
+dense, and a mask hides the positions that a token must not see.
 """
 
 import functools
@@ -20,9 +20,9 @@ DenseKernel = Literal["eager", "sdpa"]
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """Dense attention over step-major sequences; handed to every layer in the place of an attention mask."""
+    """Dense attention over step-major sequences; passed to every layer in place of an attention mask."""
 
-    mask: Tensor  # [S, S], what is added to scores: 0 or the dtype's most negative number
+    mask: Tensor  # [S, S], added to scores: 0 or the dtype's most negative number
     kernel: DenseKernel
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class DenseLayout:
         scores, the mask added, a float32 softmax, all weights times values. `sdpa` gives torch's kernel the mask.
 
         Args:
-            layer: not looked at, nothing is kept.
+            layer: not used.
             query: [S, B, heads, d]; key, value: [S, B, groups, d].
         Returns:
             [S, B, heads * d].
@@ -53,9 +53,9 @@ class DenseLayout:
 def dense_layout(
     plan: BlockPlan, tokens_per_block: int, kernel: DenseKernel, dtype: torch.dtype, device: torch.device
 ) -> DenseLayout:
-    """The layout of a row and so many tokens of each block; its mask is built once, without a loop.
+    """Make the layout of a row and the first `tokens_per_block` tokens of each block; the mask is built once.
 
-    Row tokens see themselves and what is before them in the row. A generated token sees the row before its block's
+    Row tokens see themselves and all earlier ones of the row. A generated token sees the row before its block's
     anchor, itself and the tokens before it in its own block.
     """
     blocks = torch.arange(plan.num_blocks, device=device).repeat(tokens_per_block)
@@ -71,7 +71,7 @@ def dense_layout(
 
 
 def step_major_sequence(tokens: Tensor, rollouts: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """Rows repeated for every sample, each followed by its sample's tokens, with rotary positions.
+    """Repeat rows for every sample, each followed by its sample's tokens, and give their rotary positions.
 
     Args:
         tokens: int64 [B, P]; rollouts: int64 [B, n, K, T].
@@ -89,7 +89,7 @@ def step_major_sequence(tokens: Tensor, rollouts: Tensor, plan: BlockPlan) -> tu
 
 
 def predicting_positions(plan: BlockPlan, device: torch.device) -> Tensor:
-    """Where in a step-major sequence each generated token is predicted.
+    """Return the positions of a step-major sequence at which each generated token is predicted.
 
     Token 0 of a block is predicted by the row's token before the anchor, token t by the block's token t - 1, which is
     K places back.
@@ -104,7 +104,7 @@ def predicting_positions(plan: BlockPlan, device: torch.device) -> Tensor:
 
 
 def feature_positions(plan: BlockPlan, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where features of tokens `first .. G - 1` of each window are read.
+    """Return the positions at which features of tokens `first .. G - 1` of each window are read.
 
     Returns:
         int64 [K, G - first] each, of generated tokens in a step-major sequence and of targets in the row.

@@ -1,4 +1,4 @@
-"""The cases of the benchmark, and all of them in one file."""
+"""The list of benchmark cases, and running all of them into one bench file."""
 
 import dataclasses
 import platform
@@ -11,7 +11,7 @@ from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import StepCost
 
 OURS_ALONE = ("ours", "ours_activations")
-# The first is where n and stride are varied from, one at a time; at the longest row the baseline would take minutes.
+# The n and stride cases vary the first one. The baseline is left out at the longest row, where it would take minutes.
 CASES = (
     BenchCase("L256", 256),
     BenchCase("L512", 512, runs=3),
@@ -27,10 +27,10 @@ LARGE_LENGTHS = (1024, 4096)
 
 
 def run_suite(cases: Sequence[BenchCase], model: BenchModel, say: Callable[[str], None]) -> dict[str, Any]:
-    """Compare the sides of every case on a model, and count a large one.
+    """Compare the sides of every case on a model, and count the FLOPs of a 7B model, which is not run.
 
     Returns:
-        The bench file.
+        The contents of the bench file.
     """
     import torch
 
@@ -53,7 +53,7 @@ def run_suite(cases: Sequence[BenchCase], model: BenchModel, say: Callable[[str]
 
 
 def large_model_costs() -> dict[str, dict[str, Any]]:
-    """Counts of a 7B model by row length and side: total, per phase, and over the bound."""
+    """FLOPs of a 7B model by row length and side: total, per phase, and as a multiple of the bound."""
     architecture = MODELS["7b"].architecture
     found = {}
     for length in LARGE_LENGTHS:
@@ -81,7 +81,7 @@ def large_model_costs() -> dict[str, dict[str, Any]]:
 
 
 def _processor_name() -> str:
-    """The CPU's own name, where the system tells it."""
+    """The CPU's model name, or the machine type where the system has no /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -22,7 +22,7 @@ def sides_of(case: Mapping[str, Any]) -> list[str]:
 
 
 def linear_flops(side: Mapping[str, Any]) -> int:
-    """What a side does in linear layers and the head, without what it does again."""
+    """FLOPs of a side in linear layers and the head, recomputation not included."""
     return sum(phase["linear_flops"] + phase["head_flops"] for phase in side["phases"].values())
 
 
@@ -78,7 +78,7 @@ def phase_seconds_table(case: Mapping[str, Any]) -> str:
 
 
 def growth_table(cases: Iterable[Mapping[str, Any]]) -> str:
-    """How linear work and attention grow, what is computed a second time left out: so one line per kind of side."""
+    """FLOPs of linear layers and attention without recomputation, which are the same for all sides of a kind."""
     rows = []
     for case in cases:
         for name in (name for name in ("naive", "ours") if name in case):

@@ -1,1 +1,1 @@
-"""Hugging Face models in and out: checked on the way in, exported from checkpoints, compared with transformers."""
+"""Import and check Hugging Face models, export checkpoints to that form, compare logits with transformers."""

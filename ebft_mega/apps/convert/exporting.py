@@ -1,4 +1,4 @@
-"""A checkpoint of this trainer as a Hugging Face model directory."""
+"""Export a checkpoint as a Hugging Face model directory."""
 
 import tempfile
 from pathlib import Path
@@ -17,17 +17,17 @@ from ebft_mega.model.weights.huggingface import GENERATION_CONFIG_NAME, write_mo
 
 
 def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, overwrite: bool = False) -> Converted:
-    """Write a checkpoint's model in Hugging Face's form, after every file that is read was compared with its hash.
+    """Write a checkpoint's model as a Hugging Face directory; every file is compared with its hash before it is read.
 
     Args:
         path: a checkpoint folder, or a run directory or its `checkpoints`, of which the newest one is taken.
         output: the directory to make.
         dtype: of the written weights, by torch's name.
-        shard_bytes: how many bytes of tensors a file may have.
+        shard_bytes: most bytes of tensors in one file.
         overwrite: replace a model at `output`.
     Raises:
-        InputError: there is no checkpoint, or there are values that `dtype` cannot hold.
-        BrokenCheckpointError: files are missing or other ones than were written.
+        InputError: there is no checkpoint, or `dtype` cannot represent a value.
+        BrokenCheckpointError: files are missing or have changed since they were written.
     """
     folder = open_model_folder(checkpoint_folder(path), hash_weights=False)
     architecture = Architecture.from_directory(folder.directory)
@@ -55,7 +55,7 @@ def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, ov
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means.
+    """Find the checkpoint that a path refers to.
 
     Args:
         path: a checkpoint folder, a folder of checkpoints, or a run directory.
@@ -74,7 +74,7 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def _copy_listed(folder: ModelFolder, destination: Path) -> None:
-    """Copy those small files of a model that the manifest lists; one that somebody added later is not touched."""
+    """Copy a model's small files that the manifest lists; files that were added later are left out."""
     for name in (GENERATION_CONFIG_NAME, *TOKENIZER_FILES):
         if name in folder.manifest.files:
             (destination / name).write_bytes(read_listed(folder.directory, folder.manifest, name))

@@ -1,4 +1,4 @@
-"""An untrusted Hugging Face directory, checked and rewritten in the form that training starts from."""
+"""Import a model: check an untrusted Hugging Face directory and rewrite it in the form that training starts from."""
 
 import json
 from pathlib import Path
@@ -25,20 +25,20 @@ _JSON_NAMES = (GENERATION_CONFIG_NAME, "tokenizer_config.json", "special_tokens_
 
 
 def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int, overwrite: bool = False) -> Converted:
-    """Check a model directory and write what a model consists of, and nothing else of it, to another one.
+    """Check a model directory and write the files that a model consists of, and no others, to another directory.
 
-    Nothing in the directory is executed or unpickled: read are JSON, safetensors and tokenizer files.
+    Nothing in the directory is executed or unpickled; only JSON, safetensors and tokenizer files are read.
 
     Args:
         source: a Hugging Face directory.
         output: the directory to make.
-        dtype: of the written weights, by torch's name; None: the source's, and where it has several, or float64,
-            float32.
-        shard_bytes: how many bytes of tensors a file may have.
+        dtype: of the written weights, by torch's name; None: that of the source; float32 if the source has
+            several dtypes, or float64.
+        shard_bytes: most bytes of tensors in one file.
         overwrite: replace a model at `output`.
     Raises:
-        InputError: everything that is wrong with the directory, at once; values that are not finite, once all tensors
-            have been read.
+        InputError: everything that is wrong with the directory, at once; after that, once all tensors have been read,
+            every tensor with values that are not finite.
     """
     if is_checkpoint(source):
         problem = Problem(
@@ -61,14 +61,14 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
 
 
 def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
-    """The one dtype of all tensors, if it is one that is written; else float32."""
+    """The dtype of all tensors if they have the same one and it is a choice of `--dtype`; else float32."""
     dtypes = set(weights.dtypes.values())
     only = dtypes.pop()
     return only if not dtypes and only in DTYPES.values() else torch.float32
 
 
 def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:
-    """The model in a directory without problems."""
+    """Open the model in a directory; raise all problems at once."""
     problems: list[Problem] = []
     architecture = weights = None
     try:
@@ -94,7 +94,7 @@ def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:
 
 
 def _code_in_json(source: Path) -> list[Problem]:
-    """Files beside `config.json` that are no JSON objects or name code."""
+    """Problems of JSON files beside `config.json`: not a JSON object, or a key that names code to run."""
     problems: list[Problem] = []
     for name in _JSON_NAMES:
         path = source / name
@@ -109,7 +109,7 @@ def _code_in_json(source: Path) -> list[Problem]:
 
 
 def _notes(source: Path, weights: SafetensorsWeights) -> list[str]:
-    """What a user may miss in the result."""
+    """What the result lacks compared with the source, as messages."""
     known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.digest_names()}
     left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
     notes = [f"left out, and not opened: {', '.join(left_out)}"] * bool(left_out)

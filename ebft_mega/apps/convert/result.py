@@ -1,4 +1,4 @@
-"""What a conversion did, and what it took."""
+"""What a conversion has written, and the time and memory it took."""
 
 import resource
 import sys
@@ -30,18 +30,18 @@ class Converted:
 
 @dataclass(frozen=True)
 class Usage:
-    """Time and memory of this process from here on."""
+    """Time and peak memory of this process, measured from the moment that this object is made."""
 
     started: float = field(default_factory=time.monotonic)  # seconds
     peak_before: int = field(default_factory=lambda: _peak_bytes())
 
     def __str__(self) -> str:
-        """In words, for what was done since."""
+        """Seconds and peak memory since then, as a message."""
         seconds, peak = time.monotonic() - self.started, _peak_bytes()
         before, whole = self.peak_before / 2**20, peak / 2**20
         return f"{seconds:.1f} s; peak memory {whole:.0f} MiB, {before:.0f} MiB of it before the work began"
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process had resident so far, mapped files included."""
+    """Peak resident memory of this process so far, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES

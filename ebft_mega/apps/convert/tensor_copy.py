@@ -1,4 +1,4 @@
-"""A model's tensors one after another in the dtype asked for, with a look at every value."""
+"""Convert a model's tensors one at a time to a dtype, and check that every value is finite."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +17,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def converted_tensors(
     source: WeightSource, architecture: Architecture, dtype: torch.dtype, where: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model in the order of `hf_shapes`.
+    """Yield the tensors of a model in the order of `hf_shapes`, converted to a dtype.
 
-    Memory: one tensor as it is stored (mapped from its file, where it comes from one), and one in the new dtype.
+    Memory: one tensor as it is stored (memory-mapped if it comes from a file), and one in the new dtype.
 
     Args:
-        where: what is converted, for messages.
+        where: the source that messages name.
     Raises:
         InputError: at the end, naming every tensor with values that are not finite, in the source or in `dtype`.
     """
@@ -35,7 +35,7 @@ def converted_tensors(
 
 
 def _converted(source: WeightSource, name: str, dtype: torch.dtype, where: Path, problems: list[Problem]) -> Tensor:
-    """One tensor; a function of its own, so that nothing keeps it while the next one is read."""
+    """Convert one tensor. Being a function, it frees the stored tensor before the next one is read."""
     stored = source.tensor(name)
     converted = stored.to(dtype)
     if not _is_finite(converted):
@@ -46,5 +46,5 @@ def _converted(source: WeightSource, name: str, dtype: torch.dtype, where: Path,
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are; the extremes need no second tensor, and are no numbers if any value is none."""
+    """Whether all values are finite; minimum and maximum need no second tensor, and are NaN if any value is NaN."""
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

@@ -1,4 +1,4 @@
-"""Logits of the model here against those of transformers, on a text."""
+"""Compare the logits of this package's model with those of transformers on a text."""
 
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models' logits are apart, in float32."""
+    """Differences between the logits of two models, in float32."""
 
     positions: int  # tokens of the text that were read
     vocab_size: int
@@ -49,10 +49,10 @@ def compare_logits(
         model: a Hugging Face directory or a checkpoint folder, whose logits are computed here.
         reference: the Hugging Face directory that transformers loads; None: `model`.
         text: a UTF-8 file.
-        max_positions: tokens to read at most; not more than the models' context either.
-        groups: of this one process.
+        max_positions: most tokens to read; the context of the models is a limit, too.
+        groups: of a job of one process.
     Raises:
-        InputError: files are missing or unfitting, all problems at once.
+        InputError: files are missing or do not fit together, all problems at once.
     Memory: one of the two models at a time, in float32, and the logits of all positions.
     """
     problems: list[Problem] = []
@@ -87,7 +87,7 @@ def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_
         ids = load_tokenizer(tokenizer).encode(text.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise bad_input("--text", str(text), error, "a UTF-8 text file") from None
-    # transformers masks beyond a sliding window, and the layers here do not.
+    # transformers masks positions beyond a sliding window, the layers of this package do not.
     limits = [limit for a in architectures for limit in (a.max_position_embeddings, a.sliding_window) if limit]
     ids = ids[: min(max_positions, *limits)]
     if not ids or max(ids) >= architectures[0].vocab_size:
@@ -97,10 +97,10 @@ def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_
 
 
 def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tensor:
-    """What transformers computes, float32 [S, V].
+    """Compute logits float32 [S, V] with transformers.
 
-    It is shown the configuration and the safetensors files and nothing else of the directory, so that there is no
-    pickle, adapter or code that it could find.
+    It loads from a temporary directory with links to the configuration and the safetensors files only, so that it
+    cannot find a pickle, an adapter or code.
     """
     with tempfile.TemporaryDirectory() as shown:
         for name in (CONFIG_NAME, INDEX_NAME, *files):

@@ -1,1 +1,1 @@
-"""Pages that a person looks at: one run, several arms side by side."""
+"""HTML report pages: one run, trained models side by side, and a study over several seeds."""

@@ -1,4 +1,4 @@
-"""The page that puts arms side by side on the same held-out rows and claims only what intervals show."""
+"""The comparison page: trained models ("arms") on the same held-out rows, with intervals of their differences."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def write_comparison(
             other arms are also compared with each other, a later one against an earlier one.
         arm_facts: for each arm, what it cost and how it was trained (label to text).
         links: pages to link to, by their text.
-        notes: what the caller vouches for, e.g. that these rows were not used to choose settings.
+        notes: statements of the caller about the comparison, e.g. that these rows were not used to choose settings.
         seed: of the bootstrap.
     Returns:
         The page.
@@ -97,7 +97,7 @@ def _conditions(evaluation: Evaluation) -> str:
 
 
 def _statement(pair: tuple[str, str], found: Sequence[Difference]) -> str:
-    """One sentence about two arms; a direction is named only where every interval leaves out zero."""
+    """One sentence about two arms; a direction is stated only where every interval excludes zero."""
     by_sign: dict[int, list[str]] = {-1: [], 1: [], 0: []}
     for difference in found:
         interval = format_interval(difference.widest)
@@ -111,7 +111,7 @@ def _statement(pair: tuple[str, str], found: Sequence[Difference]) -> str:
 
 
 def format_interval(interval: Interval) -> str:
-    """`-0.0030 [-0.0053, -0.0007]`."""
+    """Format a mean with its interval: `-0.0030 [-0.0053, -0.0007]`."""
     return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
@@ -145,7 +145,7 @@ def _mark(sign: int) -> str:
 
 
 def _differences_table(found: Sequence[Difference]) -> Table:
-    """One row per difference; its interval by group has a column where rows have groups."""
+    """One row per difference, with a column of intervals by group if rows have groups."""
     has_groups = any(difference.by_group is not None for difference in found)
     header = ["difference", "metric", "by row"] + (["by group"] if has_groups else []) + ["shown"]
     rows = []
@@ -185,7 +185,7 @@ def _summary(
     statements: Sequence[str],
     conditions: str,
 ) -> dict[str, Any]:
-    """The same numbers for programs."""
+    """The contents of `comparison.json`: the numbers of the page for programs."""
     values = {
         name: {metric.key: evaluation.value(metric.key) for metric in EVALUATION_METRICS}
         for name, evaluation in evaluations.items()

@@ -1,11 +1,11 @@
-"""A picture of one evaluation: how each figure spreads over the held-out rows."""
+"""Histograms of one evaluation's metrics over the held-out rows."""
 
 import json
 from pathlib import Path
 
 
 def plot_evaluation(path: Path) -> Path:
-    """Draw one histogram per figure of an `evaluation.json`.
+    """Draw one histogram per metric of an `evaluation.json`.
 
     Returns:
         The PNG beside it.

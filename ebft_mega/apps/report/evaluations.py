@@ -1,4 +1,4 @@
-"""Reading `evaluation.json` files that are to be compared, and the differences between them."""
+"""Read the `evaluation.json` files of a comparison, and compute paired differences between them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from ebft_mega.apps.report.run_records import read_json
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
 
-# What two evaluations must share, or their rows are not paired.
+# Fields in which two evaluations must agree; otherwise their rows are not paired.
 SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")
-# Of files that were written before there was a choice.
+# Values of files that were written before the field existed.
 EARLIER_VALUES = {"document_masking": False}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on the held-out rows."""
+    """The evaluation of one model on the held-out rows."""
 
     path: Path
     content: Mapping[str, Any]
@@ -47,14 +47,14 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 only if every interval that was computed lies on that side of zero."""
+        """1 or -1 only if every computed interval lies on that side of zero, else 0."""
         if self.by_group is not None and self.by_group.sign != self.by_row.sign:
             return 0
         return self.by_row.sign
 
     @property
     def widest(self) -> Interval:
-        """The more careful of the two intervals, to be quoted beside a direction."""
+        """The wider of the two intervals, which is quoted beside a direction."""
         intervals = [self.by_row] if self.by_group is None else [self.by_row, self.by_group]
         return max(intervals, key=lambda interval: interval.high - interval.low)
 
@@ -67,7 +67,7 @@ def read_evaluations(arms: Mapping[str, Path]) -> dict[str, Evaluation]:
     Returns:
         Evaluations by arm, in the same order.
     Raises:
-        InputError: every damaged or unlike file at once.
+        InputError: all files that are damaged or do not match the first one, at once.
     """
     problems: list[Problem] = []
     evaluations: dict[str, Evaluation] = {}
@@ -89,9 +89,9 @@ def read_evaluations(arms: Mapping[str, Path]) -> dict[str, Evaluation]:
 def differences(
     evaluations: Mapping[str, Evaluation], arm: str, against: str, num_resamples: int, seed: int
 ) -> list[Difference]:
-    """Paired differences of two arms with their intervals, for every metric that both measured by row.
+    """Compute paired differences of two arms with intervals, for every metric that both have per row.
 
-    Rows that one of them has no figure for are left out; a metric with fewer than two others is, too.
+    Rows for which one of them has no value are left out, and so are metrics with fewer than two other rows.
 
     Args:
         evaluations: by arm, from `read_evaluations`.

@@ -1,4 +1,4 @@
-"""The held-out metrics in words: label, which direction is better, what the number means."""
+"""How reports name the held-out metrics: label, which direction is better, what the number means."""
 
 from dataclasses import dataclass
 

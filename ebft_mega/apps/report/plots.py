@@ -63,7 +63,7 @@ def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], 
     Args:
         curves: steps and values by metric key.
         phases: metric key and label of each phase, from the bottom up.
-        whole: key of the whole step's seconds; what the phases do not explain is shown as "other".
+        whole: key of the whole step's seconds; the rest that is in no phase is shown as "other".
         path: PNG file to write.
     Returns:
         False, and nothing is written, if the step's seconds were not logged.
@@ -82,7 +82,7 @@ def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], 
     labels.append("other")
     figure, axes = _axes("Seconds per step, by phase")
     axes.stackplot(steps, layers, labels=labels, colors=COLOURS, alpha=0.85)
-    # The first step compiles and allocates; without this cut it flattens all others.
+    # The first step compiles and allocates; if the axis included it, all others would look flat.
     top = float(np.quantile(totals, 0.98)) if len(totals) > 20 else max(totals)
     axes.set_ylim(0, top * 1.35 or 1.0)
     axes.set_xlabel("step")

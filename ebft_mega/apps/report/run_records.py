@@ -1,4 +1,4 @@
-"""Reading back what a run wrote: one value per step and key."""
+"""Read what a run has written: JSON files, JSON-lines files, and one curve per metric."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete objects of a JSON-lines file; a last line that a kill cut short is left out.
+    """Read all complete objects of a JSON-lines file; an incomplete last line (of a killed run) is left out.
 
     Returns:
         The objects in file order; empty if there is no such file.
@@ -37,7 +37,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file.
+    """Read one JSON object from a file.
 
     Raises:
         InputError: no such file, or not a JSON object.

@@ -1,4 +1,4 @@
-"""The page of one run: curves, held-out values, rollouts beside their targets, and how to run it again."""
+"""The page of one run: curves, held-out metrics, rollouts beside their targets, configuration and environment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +194,7 @@ class _SampledBlock:
 
 
 def _sampled_blocks(samples: Sequence[Mapping[str, Any]]) -> list[_SampledBlock]:
-    """The same blocks at the first and the last step that recorded any."""
+    """The same blocks at the first and at the last step with recorded samples."""
     if not samples:
         return []
     shown_steps = sorted({samples[0]["step"], samples[-1]["step"]})

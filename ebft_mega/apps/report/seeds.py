@@ -41,7 +41,7 @@ class SeedDifference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 only if the interval and every single seed lie on that side of zero."""
+        """1 or -1 only if the interval and every single seed lie on that side of zero, else 0."""
         sign = self.interval.sign
         return sign if all(value * sign > 0 for value in self.by_seed) else 0
 
@@ -55,7 +55,7 @@ def write_study(
         seeds: for each seed, the name of each arm and its `evaluation.json` (or the directory holding it).
         output: directory of the page, made if missing.
         reference: the arm that all others are compared with.
-        notes: what the caller vouches for.
+        notes: statements of the caller about the study.
     Returns:
         The page.
     Raises:
@@ -93,7 +93,7 @@ def write_study(
 def seed_differences(
     evaluations: Mapping[int, Mapping[str, Evaluation]], arm: str, against: str
 ) -> list[SeedDifference]:
-    """Differences of two arms for every metric that was measured by row with every seed.
+    """Compute the differences of two arms for every metric that all seeds have per row.
 
     Args:
         evaluations: by seed, then by arm, all on the same rows.
@@ -105,7 +105,7 @@ def seed_differences(
         if any(key not in arms[name].per_row for arms in evaluations.values() for name in (arm, against)):
             continue
         rows = np.stack([arms[arm].per_row[key] - arms[against].per_row[key] for arms in evaluations.values()])
-        rows = rows[:, ~np.isnan(rows).any(axis=0)]  # a row may lack a figure, with every seed alike
+        rows = rows[:, ~np.isnan(rows).any(axis=0)]  # with document masking a row may lack a metric, in all seeds alike
         if rows.shape[1] < 2:
             continue
         interval = paired_bootstrap(rows.mean(axis=0), NUM_RESAMPLES)

@@ -1,1 +1,1 @@
-"""Several commands in a row: the arms of the quickstart and of the study."""
+"""Experiments of several commands: the three arms of the quickstart, and the study over several seeds."""

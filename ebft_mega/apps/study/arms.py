@@ -1,4 +1,4 @@
-"""The quickstart's three arms: one corpus, one warm start, then EBFT and plain cross-entropy from it."""
+"""The three arms (training runs that are compared) of the quickstart: a warm start, then EBFT and CE-only from it."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of the configured work is done."""
+    """The share of the configured work to do."""
 
     factor: float = 1.0  # of the steps of every training run
     evaluation_rows: int = 256
@@ -50,7 +50,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Where an experiment works and how it starts its commands.
+    """One training of all three arms: its directories, and the commands that it runs.
 
     Args:
         runner: runs and times the commands, in the repository root.
@@ -159,7 +159,7 @@ class Experiment:
         return output
 
     def run_arms(self, split: str) -> dict[str, ArmResult]:
-        """Everything: data, warm start, both arms, and the evaluation of all three.
+        """Prepare data, train the warm start and both arms, and evaluate all three.
 
         Args:
             split: held-out rows to report on.
@@ -182,7 +182,7 @@ class Experiment:
         }
 
     def check_equal_steps(self) -> None:
-        """Refuse to compare arms that would not see the same amount of text.
+        """Check that both arms train on the same amount of text.
 
         Raises:
             ConfigError: EBFT and CE-only differ in steps or in tokens per step.
@@ -213,7 +213,7 @@ class Experiment:
         return load_config(self.runner.root / CONFIGS[arm], self._overrides(arm))
 
     def _overrides(self, arm: str) -> list[str]:
-        """`key=value` for what differs from the file; none at all for the plain quickstart."""
+        """`key=value` texts for values that differ from the config file; none for the plain quickstart."""
         path = self.runner.root / CONFIGS[arm]
         extra = [*self.overrides, *(self.ebft_overrides if arm == EBFT else ())]
         configured = load_config(path, extra)

@@ -36,12 +36,12 @@ def phase_runner(arguments: argparse.Namespace, root: Path) -> PhaseRunner:
 
 
 def tool_command(tool: str, arguments: Sequence[str]) -> list[str]:
-    """Command line of one of the repository's tools, under this interpreter."""
+    """Make the command line that runs one of the repository's tools with this interpreter."""
     return [sys.executable, f"tools/{tool}", *arguments]
 
 
 def find_program(name: str) -> Path:
-    """A program installed beside this interpreter, or else on the search path.
+    """Find a program beside this interpreter, or else on the search path.
 
     Raises:
         InputError: it is in neither place.
@@ -64,16 +64,16 @@ def default_num_ranks() -> int:
 
 
 def thread_environment(num_ranks: int) -> dict[str, str]:
-    """Threads for each process, so that the ranks of one machine do not crowd each other out.
+    """Threads of each process, so that the ranks of one machine share its cores.
 
-    The models are tiny: more than a few threads per process only wait for each other.
+    The models are tiny: more than a few threads per process would only wait for each other.
     """
     threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // num_ranks))
     return {"OMP_NUM_THREADS": str(threads)}
 
 
 def free_port() -> int:
-    """A TCP port that nothing listened on a moment ago, so that two runs on one machine do not meet."""
+    """Find a TCP port that nothing listens on, so that two runs on one machine do not use the same one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

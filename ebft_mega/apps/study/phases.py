@@ -1,4 +1,4 @@
-"""Running commands one after the other: timed, reused when nothing changed, stopped at the first failure."""
+"""Run commands one after the other: timed, skipped when nothing changed, stopped at the first failure."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class PhaseFailed(EbftError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a phase."""
+    """How a phase ended."""
 
     name: str
     seconds: float
@@ -35,13 +35,13 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """How long it took, or that it did not run."""
+        """Its duration, or "reused" if it did not run."""
         return "reused" if self.reused else format_duration(self.seconds)
 
 
 @dataclass
 class PhaseRunner:
-    """Runs the phases of an experiment and remembers how long each took.
+    """Runs the phases of an experiment and records how long each took.
 
     Args:
         root: directory in which the commands run.
@@ -58,7 +58,7 @@ class PhaseRunner:
     _made: set[Path] = field(default_factory=set)
 
     def run(self, name: str, command: Sequence[str], status_of: Path | None = None) -> float:
-        """Run a command to its end; its output goes where ours goes.
+        """Run a command to its end; its output goes to the output of this process.
 
         Args:
             name: of the phase, for people.
@@ -95,14 +95,14 @@ class PhaseRunner:
         inputs: Mapping[str, Any],
         status_of: Path | None = None,
     ) -> str:
-        """Run a command unless its output is there already, made from the same inputs.
+        """Run a command unless its output already exists and was made from the same inputs.
 
         Args:
             name, command, status_of: as in `run`.
             output: directory that the command makes; removed before the command runs.
             inputs: everything that the output depends on, as plain JSON values.
         Returns:
-            Fingerprint of the inputs, to be an input of the phases that build on this output.
+            Fingerprint of the inputs, for the inputs of phases that use this output.
         Raises:
             PhaseFailed: as in `run`.
         """
@@ -130,7 +130,7 @@ class PhaseRunner:
         return "\n".join([*lines, f"  {'total':<{width}}  {format_duration(total):>8}"])
 
     def _why_not_reusable(self, output: Path, stamp: Path, inputs: Mapping[str, Any]) -> str:
-        """Reason to run a phase again, empty if its output can be used."""
+        """The reason to run a phase again; empty if its output can be reused."""
         if self.fresh and output not in self._made:
             return "a fresh start was asked for"
         if not output.is_dir() or not stamp.exists():
@@ -151,7 +151,7 @@ class PhaseRunner:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove what an earlier run left at `path`, if anything."""
+    """Remove the directory that an earlier run left at `path`, if there is one."""
     if path.exists():
         shutil.rmtree(path)
 
