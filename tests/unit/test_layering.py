@@ -22,8 +22,6 @@ ROOMS = (
     *("rollout", "features", "reward", "objective"),
     *("checkpoint", "cost", "planning", "evaluation", "train", "lifecycle", "apps"),
 )
-# What is imported by name stands in strings of this form: `python -m`, lazy imports, patches.
-DOTTED = re.compile(r"ebft_mega((?:\.[a-z_0-9]+)+)")
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")
 # Rooms that a dry run or a tool's --help goes through, and single modules of rooms that are heavy otherwise.
 LIGHT_ROOMS = ("io", "architecture", "config", "planning", "cost", "data.text", "data.store", "data.builder")
