@@ -1,4 +1,4 @@
-"""Time the data path: packed rows in training order, whole shards, and going on in a dataset of millions of documents.
+"""Time the data path: packed rows in training order, whole shards, and resuming in a dataset of millions of documents.
 
 It writes synthetic shards into a temporary directory and reads them from there, so from memory where the system keeps
 files in memory: this is what the code costs, not the disk. Every read is checked. No document is kept for another row.

@@ -76,7 +76,7 @@ def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, st
     def hidden(positions: int) -> int:
         return positions * B * H * FLOAT32
 
-    # After the attention of the deepest tapped layer only rows that are read go on.
+    # After the attention of the deepest tapped layer only rows that are read are computed.
     features = 2 * (hidden(packed) * len(feature_layers) - last * (hidden(packed) - hidden(read)))
     # A layer has two all-reduces forward and two back; a graph that was saved has only those back.
     back_and_forth = 2 if has_graph else 4
@@ -123,7 +123,7 @@ def expected_bytes_of_sequence_parallel_layers(layers: int, feature_layers: int,
         # Two of each per layer; one more where tokens are embedded, and one where the head reads whole sequences.
         ("rollout", "tensor_parallel", "reduce-scatter"): decoded * (2 * layers + 1),
         ("rollout", "tensor_parallel", "all-gather"): decoded * (2 * layers + 1) + sampled,
-        # In the deepest tapped layer rows that are read are picked from a gathered sequence, and only they go on.
+        # In the deepest tapped layer rows that are read are picked from a gathered sequence; only they are computed.
         ("features", "tensor_parallel", "reduce-scatter"): packed * (2 * feature_layers - 1) + 2 * hidden(read),
         ("features", "tensor_parallel", "all-gather"): packed * 2 * feature_layers + hidden(read),
         # Back: what was scattered is gathered and the other way round, and inputs are gathered again for the weights.

@@ -198,7 +198,7 @@ def train_until_it_stops(directory):
         # What the other rank has written must be there by now.
         files = sorted(path.name for path in (Path(directory) / faults.DUMP_DIRECTORY).iterdir())
         return str(error), files, beats.achievements, lines.logged
-    raise AssertionError("the run went on")
+    raise AssertionError("the run continued")
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):

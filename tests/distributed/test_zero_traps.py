@@ -246,8 +246,8 @@ def divided_gradients() -> float:
 
 
 def norm_here(engine: ZeroEngine) -> float:
-    pieces = [engine._engine._gradient(parameter) for parameter in engine.module.parameters()]
-    return torch.cat([piece.flatten() for piece in pieces]).norm().item()
+    gradients = [engine._engine._gradient(parameter) for parameter in engine.module.parameters()]
+    return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
 
 def test_w3_deepspeed_would_divide_an_earlier_stages_gradient_once_more():
