@@ -16,9 +16,9 @@ from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import WeightSource, load_weights
+from ebft_mega.parallel.engine import ShardedStage
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import StageRunner
-from ebft_mega.parallel.zero import ShardedStage
 from ebft_mega.types import DTYPES
 
 

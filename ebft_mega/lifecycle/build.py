@@ -22,9 +22,9 @@ from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import InitialWeights, RandomWeights, WeightSource, load_weights
+from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.roles import ParameterRole
-from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.planning.auto import choices, default_choices
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan

@@ -20,9 +20,9 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
+from ebft_mega.parallel.engine import Update, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
-from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts

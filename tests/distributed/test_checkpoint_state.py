@@ -23,10 +23,10 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, c
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
-from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine
+from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngine
+from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS
-from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.conftest import tiny_config

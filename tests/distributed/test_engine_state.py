@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, share_out
-from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_zero import poison
 from tests.distributed.traffic import PhaseNames, Traffic

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.parallel.zero import ZeroEngine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zero_stages import (
     LEARNING_RATE,

@@ -18,10 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.parallel import deepspeed_adapter
-from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, MegatronUnit, check_equal_sub_groups, check_version
+from ebft_mega.parallel.deepspeed_adapter import deepspeed_engine as deepspeed_adapter
+from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import (
+    DeepSpeedEngine,
+    MegatronUnit,
+    check_equal_sub_groups,
+    check_version,
+)
+from ebft_mega.parallel.engine import OptimizerSettings, ShardedStage, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.parallel.zero import OptimizerSettings, ShardedStage, ZeroEngine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.traffic import PhaseNames, Traffic
 from tests.distributed.zero_stages import (

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebft_mega.parallel.deepspeed_adapter import DeepSpeedEngine, frozen_config, gather, partitioned_module, release
+from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import (
+    DeepSpeedEngine,
+    frozen_config,
+    gather,
+    partitioned_module,
+    release,
+)
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update, runner
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, StateReader, share_out
