@@ -27,8 +27,8 @@ from ebft_mega.checkpoint.tensor_index import (
     merge_indices,
 )
 from ebft_mega.model.stage import Stage
-from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.zero import ZeroEngine
 
 logger = logging.getLogger(__name__)
 

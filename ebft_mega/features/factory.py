@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
@@ -16,9 +14,9 @@ from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import WeightSource, load_weights
-from ebft_mega.parallel.engine import ShardedStage
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import StageRunner
+from ebft_mega.parallel.stage_module import StageRunner
+from ebft_mega.parallel.zero import ShardedStage
 from ebft_mega.types import DTYPES
 
 
@@ -75,16 +73,13 @@ def build_feature_network(
 
     whole_parameters: Callable[[], AbstractContextManager[StageRunner]]
     if settings.is_sharded:
-
-        def load(
-            stage: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager[Any]], is_reader: bool
-        ) -> None:
-            assert isinstance(stage, Stage)
-            load_weights(stage, source, gathered, is_reader)
-
-        sharded = ShardedStage(build_stage, load, settings.dtype, groups)
+        sharded = ShardedStage(
+            build_stage,
+            lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
+            settings.dtype,
+            groups,
+        )
         stage, whole_parameters = sharded.module, sharded.whole_parameters
-        assert isinstance(stage, Stage)
     else:
         stage = build_stage()
         load_weights(stage, source)

@@ -11,8 +11,8 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm, PooledRows, block_grams
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
-from ebft_mega.parallel.optimizer import StageRunner
 from ebft_mega.parallel.pipeline import Slot, run_ring
+from ebft_mega.parallel.stage_module import StageRunner
 from ebft_mega.rollout.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.packed_order import packed_sequence
 from ebft_mega.types import Rollout, TokenBatch

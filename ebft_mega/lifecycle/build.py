@@ -1,13 +1,9 @@
 """The trainer of a run: the policy with its optimizer, and the frozen feature network, from a configuration."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
@@ -22,9 +18,8 @@ from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import InitialWeights, RandomWeights, WeightSource, load_weights
-from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.planning.auto import choices, default_choices
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
@@ -101,7 +96,7 @@ def build_engine(
     source: WeightSource,
     attention: AttentionRoute,
     groups: ProcessGroups,
-) -> ZeroEngine:
+) -> ZeroEngine[Stage]:
     """Build this rank's stage of the policy and its optimizer.
 
     Communication: collective over the data-parallel group, whose first rank reads the weights.
@@ -120,26 +115,13 @@ def build_engine(
             attention=attention,
         )
 
-    def load(
-        stage: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager[Any]], is_reader: bool
-    ) -> None:
-        assert isinstance(stage, Stage)
-        load_weights(stage, source, gathered, is_reader)
-
-    def roles(stage: nn.Module) -> dict[str, ParameterRole]:
-        assert isinstance(stage, Stage)
-        return stage.parameter_roles()
-
-    settings = OptimizerSettings(
-        betas=config.train.betas,
-        weight_decay=config.train.weight_decay,
-        grad_clip=config.train.grad_clip,
-        dtype=dtype,
-        micro_batch_size=config.train.micro_batch_size,
-        zero_stage=config.zero.stage,
-        hold_parameters=config.zero.hold_parameters,
+    return make_engine(
+        build_stage,
+        lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
+        Stage.parameter_roles,
+        OptimizerSettings.of(config),
+        groups,
     )
-    return ZeroEngine(build_stage, load, roles, settings, groups)
 
 
 def build_features(

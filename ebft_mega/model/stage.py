@@ -28,8 +28,8 @@ from ebft_mega.parallel.megatron import (
     gather_from_sequence_parallel_region,
     make_gather_buffer,
 )
-from ebft_mega.parallel.optimizer import StageRunner, runner
 from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.stage_module import StageRunner, runner
 from ebft_mega.parallel.vocabulary import VocabularyShard
 
 

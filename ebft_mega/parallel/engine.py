@@ -1,77 +1,52 @@
-"""Stages whose training state is divided over data-parallel ranks (ZeRO stages 0 to 3), one interface for all."""
+"""The interface of the training engines: one stage, its gradients and its AdamW optimizer, at any ZeRO stage."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import (
-    DeepSpeedEngine,
-    frozen_config,
-    gather,
-    partitioned_module,
-    release,
-)
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import Loader, OptimizerSettings, StageRunner, Update, runner
+from ebft_mega.parallel.optimizer import SharedGradients, Update
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, StateReader, share_out
-from ebft_mega.parallel.replicated import ReplicatedEngine
 from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.stage_module import StageRunner, StageT
 
-__all__ = ["Loader", "OptimizerSettings", "StageRunner", "ShardedStage", "Update", "ZeroEngine"]
 
+class ZeroEngine(ABC, Generic[StageT]):
+    """One (tensor, pipeline) coordinate's stage and its optimizer, partitioned over the data-parallel group.
 
-class ZeroEngine:
-    """One (tensor, pipeline) coordinate's stage and its optimizer, divided over the data-parallel group.
-
-    Between two optimizer steps any order of forward and backward passes will do, with one backward pass for each
+    Between two optimizer steps forward and backward passes may come in any order, with one backward pass for each
     forward pass. Data-parallel ranks must have the same order, and use the same parameters in each pass.
+
+    `parallel.zero.make_engine` builds the one for a ZeRO stage.
 
     Communication: every method is collective over the data-parallel group, `step` over the world.
     """
 
+    module: StageT  # at ZeRO stage 3 its parameters are empty outside of passes
+
     def __init__(
-        self,
-        build_stage: Callable[[], nn.Module],
-        load: Loader,
-        roles: Callable[[nn.Module], Mapping[str, ParameterRole]],
-        settings: OptimizerSettings,
-        groups: ProcessGroups,
-    ):
-        """Build a stage, fill it, and make its optimizer.
-
-        Args:
-            build_stage: makes the module, which must have matrices and vectors and whose forward(compute) is
-                compute(module). At stage 3 parameters are partitioned as they are made, so no rank ever holds the
-                whole stage.
-            load: fills the module given (module, context that makes one parameter whole, whether this rank reads).
-            roles: what the module's parameters are to the other ranks of the replica, by name; one that is not named
-                is whole on every tensor-parallel rank.
-            settings, groups: see there.
-        Raises:
-            RuntimeError: a DeepSpeed release that was never checked, or stages with different optimizer sub-groups.
-        """
-        kind = ReplicatedEngine if settings.zero_stage == 0 else DeepSpeedEngine
-        self._engine: ReplicatedEngine | DeepSpeedEngine = kind(build_stage, load, roles, settings, groups)
+        self, module: StageT, roles: Callable[[StageT], Mapping[str, ParameterRole]], groups: ProcessGroups
+    ) -> None:
+        """Take the module that an implementation has built and filled; the rest as `make_engine`."""
+        self.module = module
         self._groups = groups
+        self._shared = SharedGradients.of(module, roles(module), groups.tensor_parallel_rank)
 
-    @property
-    def module(self) -> nn.Module:
-        """The stage; at stage 3 its parameters are empty."""
-        return self._engine.module
-
-    def forward(self, compute: Callable[[Any], Any]) -> Any:
+    @abstractmethod
+    def forward(self, compute: Callable[[StageT], Any]) -> Any:
         """Run `compute(stage)` recording gradients; at stage 3 parameters are gathered layer by layer.
 
         Args:
             compute: returns a tensor, or tensors in a tuple.
         """
-        return self._engine.forward(compute)
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the loss.
 
@@ -79,8 +54,8 @@ class ZeroEngine:
             loss: scalar, computed from what `forward` returned; shares add up over micro-batches and data-parallel
                 ranks to the loss of the step.
         """
-        self._engine.backward(loss)
 
+    @abstractmethod
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
         """Add the gradient that comes back from the next pipeline stage.
 
@@ -88,16 +63,16 @@ class ZeroEngine:
             output: what `forward` returned.
             gradient: of its shape, as the next stage's backward pass left it in that stage's input.
         """
-        self._engine.backward_from(output, gradient)
 
+    @abstractmethod
     def step(self, learning_rate: float) -> Update:
         """Clip by the global norm and apply AdamW; a gradient that is not finite anywhere skips the step everywhere.
 
         Returns:
             The same on every rank of the world.
         """
-        return self._engine.step(learning_rate)
 
+    @abstractmethod
     def whole_parameters(self, recording: bool = False) -> AbstractContextManager[StageRunner]:
         """Context that gives a function to run on the stage with whole parameters.
 
@@ -108,12 +83,8 @@ class ZeroEngine:
         Communication: at stage 3 one gather of all parameters, unless they are held from before; with
             `hold_parameters` none instead one gather per layer and call.
         """
-        return self._engine.whole_parameters(recording)
 
-    def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 master weight of each of this stage's parameters; see `state_tensors`."""
-        return self.state_tensors("weights")
-
+    @abstractmethod
     def state_tensors(self, kind: StateKind) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 state of each of this stage's parameters, one at a time, whole on every rank.
 
@@ -128,26 +99,42 @@ class ZeroEngine:
             all-reduce of 4 bytes per element; at stage 3 one all-gather of 4 bytes per element and padding. None for
             moments before the first update.
         """
-        return self._engine.state_tensors(kind)
+
+    @property
+    @abstractmethod
+    def applied_updates(self) -> int:
+        """How often AdamW has been applied to this stage; steps that were skipped do not count."""
+
+    @abstractmethod
+    def prepare_moments(self, applied_updates: int) -> None:
+        """Make AdamW's state where there is none yet, and set its count of updates."""
+
+    @abstractmethod
+    def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace what this rank stores of a parameter's master weight or moment, after `prepare_moments`.
+
+        Args:
+            value: the whole parameter's, float32.
+        """
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Shape of a whole parameter, also where it is partitioned."""
+        return tuple(parameter.shape)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each of this stage's parameters, also where they are partitioned."""
-        return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.module.named_parameters()
-        }
+        return {name: self.shape_of(parameter) for name, parameter in self.module.named_parameters()}
 
-    @property
-    def applied_updates(self) -> int:
-        """How often AdamW has been applied to this stage; steps that were skipped do not count."""
-        return self._engine.applied_updates
+    def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 master weight of each of this stage's parameters; see `state_tensors`."""
+        return self.state_tensors("weights")
 
     @torch.no_grad()
     def restore(self, read: StateReader, applied_updates: int) -> None:
         """Replace the whole state of the optimizer: master weights, moments and the count of updates.
 
         The parameters that passes compute with stay as they are, so the stage must have been filled with the same
-        weights: a master weight rounded to `settings.dtype` is what the engine has then.
+        weights: a master weight rounded to `OptimizerSettings.dtype` is what the engine has then.
 
         Args:
             read: called for every kind of state and every parameter on one data-parallel rank each; returns its whole
@@ -155,7 +142,7 @@ class ZeroEngine:
             applied_updates: see there.
         Communication: for each kind and parameter one broadcast of 4 bytes per element over the data-parallel group.
         """
-        self._engine.prepare_moments(applied_updates)
+        self.prepare_moments(applied_updates)
         shapes, groups = self.parameter_shapes(), self._groups
         turns = [(kind, name, parameter) for kind in STATE_KINDS for name, parameter in self.module.named_parameters()]
         readers = share_out([math.prod(shapes[name]) for _, name, _ in turns], groups.data_parallel_size)
@@ -167,30 +154,5 @@ class ZeroEngine:
                 whole.copy_(value)
                 del value
             dist.broadcast(whole, group=groups.data_parallel, group_src=reader)
-            self._engine.set_state(kind, parameter, whole)
+            self.set_state(kind, parameter, whole)
             del whole  # before the next one is made
-
-
-class ShardedStage:
-    """A frozen stage whose parameters are partitioned over the data-parallel group; no optimizer, no hooks."""
-
-    def __init__(self, build_stage: Callable[[], nn.Module], load: Loader, dtype: torch.dtype, groups: ProcessGroups):
-        """Build a partitioned stage and fill it; arguments as in `ZeroEngine`.
-
-        Args:
-            dtype: of the parameters. A stage may have none: a pipeline can be longer than a feature network is deep.
-        """
-        config = frozen_config(dtype)
-        self.module = partitioned_module(build_stage, load, config, groups).requires_grad_(False).eval()
-
-    @contextmanager
-    def whole_parameters(self) -> Iterator[StageRunner]:
-        """Context that gives a function to run on the stage with whole parameters, without recording gradients.
-
-        Communication: one gather of all parameters over the data-parallel group.
-        """
-        gathered = gather(self.module.parameters())
-        try:
-            yield runner(self.module)
-        finally:
-            release(gathered)

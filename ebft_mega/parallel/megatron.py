@@ -35,7 +35,7 @@ __all__ = [
 def make_gather_buffer() -> None:
     """Make the buffer in which sequence-parallel linear layers gather their input.
 
-    It is the only piece of megatron-core's global state that the layers need; its own start-up makes it together with
+    It is the only part of megatron-core's global state that the layers need; its own start-up makes it together with
     process groups of its own.
     """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:

@@ -1,7 +1,6 @@
-"""What an optimizer step is told and what it reports, whatever holds the parameters."""
+"""The optimizer as both engines use it: settings, result of a step, shared gradients and weight-decay groups."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,21 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebft_mega.config.schema import RunConfig
 from ebft_mega.parallel.roles import ParameterRole
-
-StageRunner = Callable[[Callable[[Any], Any]], Any]  # run(compute) is compute(stage) with whole parameters
-# Fills a module: (module, context that makes one parameter whole, whether this rank reads the values).
-Loader = Callable[[nn.Module, Callable[[nn.Parameter], AbstractContextManager[Any]], bool], None]
-
-
-def runner(module: Any, recording: bool = False) -> StageRunner:
-    """Runs functions on a module, recording gradients or nothing."""
-
-    def run(compute: Callable[[Any], Any]) -> Any:
-        with torch.set_grad_enabled(recording):
-            return compute(module)
-
-    return run
+from ebft_mega.types import DTYPES
 
 
 @dataclass(frozen=True)
@@ -38,6 +25,19 @@ class OptimizerSettings:
     zero_stage: int = 3  # 0 divides nothing over the data-parallel ranks; 1 optimizer state, 2 gradients, 3 parameters
     # Stage 3: parameters are whole for the rollout, from the rollout to the optimizer step, or layer by layer.
     hold_parameters: Literal["rollout", "step", "none"] = "rollout"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "OptimizerSettings":
+        """Settings that a run's configuration asks for."""
+        return cls(
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            grad_clip=config.train.grad_clip,
+            dtype=DTYPES[config.train.dtype],
+            micro_batch_size=config.train.micro_batch_size,
+            zero_stage=config.zero.stage,
+            hold_parameters=config.zero.hold_parameters,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,20 @@ def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases without.
+def parameter_groups(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Split a module's parameters into matrices, with weight decay, and norms and biases, without.
 
+    Args:
+        shapes: of the whole parameters, by name: partitioned ones look empty.
     Raises:
         ValueError: one of both is missing; stages with different numbers of groups would wait for each other.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned parameters look empty
-        (matrices if len(shape) > 1 else vectors).append(parameter)
+    for name, parameter in module.named_parameters():
+        (matrices if len(shapes[name]) > 1 else vectors).append(parameter)
     if not matrices or not vectors:
         raise ValueError(f"a stage has {len(matrices)} matrices and {len(vectors)} vectors; it needs some of both")
     return [

@@ -12,36 +12,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import (
-    Loader,
-    OptimizerSettings,
-    SharedGradients,
-    StageRunner,
-    Update,
-    parameter_groups,
-    runner,
-    sum_over,
-)
+from ebft_mega.parallel.optimizer import OptimizerSettings, Update, parameter_groups, sum_over
 from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
 
 
-class ReplicatedEngine:
+class ReplicatedEngine(ZeroEngine[StageT]):
     """A stage with float32 gradients and master weights, all of them on every data-parallel rank."""
 
     def __init__(
         self,
-        build_stage: Callable[[], nn.Module],
-        load: Loader,
-        roles: Callable[[nn.Module], Mapping[str, ParameterRole]],
+        build_stage: Callable[[], StageT],
+        load: Loader[StageT],
+        roles: Callable[[StageT], Mapping[str, ParameterRole]],
         settings: OptimizerSettings,
         groups: ProcessGroups,
-    ):
-        """As `ZeroEngine`."""
-        self.module = replicated_module(build_stage, load, groups)
-        self._settings, self._groups = settings, groups
-        self._shared = SharedGradients.of(self.module, roles(self.module), groups.tensor_parallel_rank)
+    ) -> None:
+        """Arguments as of `make_engine`."""
+        super().__init__(replicated_module(build_stage, load, groups), roles, groups)
+        self._settings = settings
         parameters = list(self.module.parameters())
         self._masters = {parameter: parameter.detach().clone().float() for parameter in parameters}
         sizes = [parameter.numel() for parameter in parameters]
@@ -50,26 +42,31 @@ class ReplicatedEngine:
         for parameter, gradient in zip(parameters, self._flat_gradient.split(sizes), strict=True):
             self._gradients[parameter] = self._masters[parameter].grad = gradient.view_as(parameter)
             parameter.register_post_accumulate_grad_hook(self._accumulate)
-        in_groups = parameter_groups(self.module, settings.weight_decay)
+        in_groups = parameter_groups(self.module, self.parameter_shapes(), settings.weight_decay)
         for group in in_groups:
             group["params"] = [self._masters[parameter] for parameter in group["params"]]
         self._optimizer = torch.optim.AdamW(in_groups, lr=0.0, betas=settings.betas)
 
-    def forward(self, compute: Callable[[Any], Any]) -> Any:
-        """See `ZeroEngine`."""
+    def forward(self, compute: Callable[[StageT], Any]) -> Any:
+        """Call the module."""
         return self.module(compute)
 
     def backward(self, loss: Tensor) -> None:
-        """See `ZeroEngine`."""
+        """Run torch's backward pass; a hook moves each gradient into the float32 buffer."""
         loss.backward()
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """See `ZeroEngine`."""
+        """Run torch's backward pass from the gradient of the stage's output."""
         output.backward(gradient)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:
-        """See `ZeroEngine`."""
+        """Sum gradients over the ranks that share a parameter, clip, and apply torch's AdamW to the master weights.
+
+        Communication: one all-reduce of all float32 gradients over the data-parallel group, one of the partial ones
+            over the tensor-parallel group, one of the tied ones over both ends of the pipeline, one of 8 bytes over
+            the replica.
+        """
         groups = self._groups
         dist.all_reduce(self._flat_gradient, group=groups.data_parallel)
         sum_over(groups.tensor_parallel, [self._gradients[parameter] for parameter in self._shared.partial])
@@ -88,26 +85,26 @@ class ReplicatedEngine:
         return Update(norm.item() if applied else float("inf"), applied)
 
     @contextmanager
-    def whole_parameters(self, recording: bool) -> Iterator[StageRunner]:
-        """See `ZeroEngine`."""
+    def whole_parameters(self, recording: bool = False) -> Iterator[StageRunner]:
+        """Give the module itself: its parameters are always whole."""
         yield runner(self.module, recording)
 
     def state_tensors(self, kind: StateKind) -> Iterator[tuple[str, Tensor]]:
-        """See `ZeroEngine`; the engine's own storage."""
+        """Name and float32 state of each parameter: the engine's own storage, not a copy."""
         for name, parameter in self.module.named_parameters():
             yield name, self._state(kind, parameter)
 
     @property
     def applied_updates(self) -> int:
-        """See `ZeroEngine`."""
+        """AdamW's own count."""
         return applied_updates(self._optimizer, self._masters.values())
 
     def prepare_moments(self, applied_updates: int) -> None:
-        """Make AdamW's state where there is none yet, and set its count."""
+        """Make AdamW's state for the master weights where there is none yet, and set its count."""
         prepare_moments(self._optimizer, self._masters.values(), applied_updates)
 
     def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
-        """Replace a parameter's master weight or moment, after `prepare_moments`."""
+        """Overwrite a parameter's whole master weight or moment."""
         self._state(kind, parameter).copy_(value)
 
     def _state(self, kind: StateKind, parameter: nn.Parameter) -> Tensor:
@@ -132,19 +129,3 @@ class ReplicatedEngine:
             squares += torch.where(square.isfinite(), 0.0, torch.nan) if parameter in uncounted else square
         dist.all_reduce(squares, group=self._groups.model_parallel)
         return squares.sqrt().float()
-
-
-def replicated_module(build_stage: Callable[[], nn.Module], load: Loader, groups: ProcessGroups) -> nn.Module:
-    """A stage that is whole on every data-parallel rank; the first of them reads its values.
-
-    Communication: one broadcast per parameter over the data-parallel group.
-    """
-    module = build_stage().to(groups.device)
-
-    @contextmanager
-    def shared_by_the_reader(parameter: nn.Parameter) -> Iterator[None]:
-        yield
-        dist.broadcast(parameter.data, group=groups.data_parallel, group_src=0)
-
-    load(module, shared_by_the_reader, groups.data_parallel_rank == 0)
-    return module

@@ -20,9 +20,9 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
-from ebft_mega.parallel.engine import Update, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
+from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
@@ -210,7 +210,7 @@ class Trainer:
     plan: BlockPlan
     sampling: SamplingSettings
     groups: ProcessGroups
-    engine: ZeroEngine
+    engine: ZeroEngine[Stage]
     feature_network: FeatureNetwork | None  # None: rl_coef is 0
     timers: PhaseTimers
     reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
@@ -218,9 +218,7 @@ class Trainer:
     @property
     def stage(self) -> Stage:
         """This rank's part of the policy: its modules and sizes; the parameters may be partitioned."""
-        stage = self.engine.module
-        assert isinstance(stage, Stage), "engines are built around stages"
-        return stage
+        return self.engine.module
 
     @contextmanager
     def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:

@@ -24,9 +24,9 @@ from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
 from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngine
-from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.conftest import tiny_config
@@ -49,7 +49,7 @@ MODELS = {
 def engine_of(architecture: Architecture, groups: ProcessGroups, source: WeightSource, **options) -> ZeroEngine:
     settings = OptimizerSettings((0.9, 0.95), 0.1, 0.5, options.pop("dtype", torch.float32), 1, **options)
     shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
-    return ZeroEngine(
+    return make_engine(
         partial(Stage, architecture, shape, groups, settings.dtype),
         lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
         Stage.parameter_roles,
@@ -197,7 +197,7 @@ def whole_at_once(engine: ZeroEngine, function: Callable[[], object]) -> int:
     """The most parameters whose state a function has whole at once; masters that are whole anyway do not count."""
     alive: list[weakref.ref] = []
     most = 0
-    state_tensors, set_state = engine.state_tensors, engine._engine.set_state
+    state_tensors, set_state = engine.state_tensors, engine.set_state
 
     def count(value: Tensor) -> None:
         nonlocal most
@@ -209,7 +209,7 @@ def whole_at_once(engine: ZeroEngine, function: Callable[[], object]) -> int:
 
     def counted_tensors(kind):
         for name, value in state_tensors(kind):
-            if isinstance(engine._engine, DeepSpeedEngine):
+            if isinstance(engine, DeepSpeedEngine):
                 count(value)
             yield name, value
             del value
@@ -218,7 +218,7 @@ def whole_at_once(engine: ZeroEngine, function: Callable[[], object]) -> int:
         count(value)
         set_state(kind, parameter, value)
 
-    with replaced(engine, "state_tensors", counted_tensors), replaced(engine._engine, "set_state", counted_set):
+    with replaced(engine, "state_tensors", counted_tensors), replaced(engine, "set_state", counted_set):
         function()
     return max(most, 1)
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.metrics.communication import HostStopwatch, timed_communication
-from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import disable_shared_memory_collectives
+from ebft_mega.parallel.deepspeed_adapter.deepspeed_setup import disable_shared_memory_collectives
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.step import train_step
 from tests.distributed.ranks import run_ranks

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, share_out
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_zero import poison
 from tests.distributed.traffic import PhaseNames, Traffic
@@ -21,9 +21,9 @@ from tests.distributed.zero_stages import (
     LENGTH,
     TinyStage,
     accumulate,
-    make_engine,
     rows,
     settings,
+    tiny_engine,
 )
 
 STAGES, DTYPES = (0, 1, 2, 3), (torch.float32, torch.bfloat16)
@@ -95,7 +95,7 @@ def restored(groups: ProcessGroups, options: OptimizerSettings, state: State, ap
                 if is_reader:
                     parameter.data.copy_(state["weights"][name])
 
-    engine = ZeroEngine(lambda: TinyStage(groups, options.dtype), fill_from_state, TinyStage.roles, options, groups)
+    engine = make_engine(lambda: TinyStage(groups, options.dtype), fill_from_state, TinyStage.roles, options, groups)
     engine.restore(read, applied_updates)
     by_rank = [None] * groups.data_parallel_size
     dist.all_gather_object(by_rank, asked, group=groups.data_parallel)
@@ -108,7 +108,7 @@ def restored(groups: ProcessGroups, options: OptimizerSettings, state: State, ap
 
 def stop_and_resume(groups: ProcessGroups, options: OptimizerSettings) -> tuple[State, dict[str, bool]]:
     """State after three steps of which one was skipped, and how resuming from it compares with not stopping."""
-    engine = make_engine(groups, options)
+    engine = tiny_engine(groups, options)
     assert engine.applied_updates == 0
     checks = {
         "moments are zero before": not any(v.any() for k in STATE_KINDS[1:] for v in state_of(engine)[k].values())
@@ -172,11 +172,11 @@ def traps() -> dict[str, object]:
     groups = make_process_groups(connect())
     found: dict[str, object] = {}
     for stage in (2, 3):
-        engine = make_engine(groups, settings(stage))
+        engine = tiny_engine(groups, settings(stage))
         parameters = dict(engine.module.named_parameters())
         matrix, scale = parameters["embedding.weight"], parameters["blocks.0.head_scale"]
         whole = torch.full((2,), -0.0)
-        found[f"fresh {stage}"] = failure(lambda: engine._engine.set_state("exp_avg", matrix, torch.zeros(11, 6)))  # noqa: B023
+        found[f"fresh {stage}"] = failure(lambda: engine.set_state("exp_avg", matrix, torch.zeros(11, 6)))  # noqa: B023
         found[f"whole value {stage}"] = failure(lambda: safe_set_full_fp32_param(scale, whole))  # noqa: B023
         train(engine, groups, range(1))
         if stage == 2:
@@ -215,7 +215,7 @@ def count_bytes() -> dict[str, tuple[dict, int, int]]:
     groups = make_process_groups(connect())
     found = {}
     for stage in STAGES:
-        engine = make_engine(groups, settings(stage))
+        engine = tiny_engine(groups, settings(stage))
         phases = PhaseNames()
         shapes = engine.parameter_shapes().values()
         ranks = groups.data_parallel_size

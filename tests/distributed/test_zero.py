@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.parallel.zero import ZeroEngine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zero_stages import (
     LEARNING_RATE,
     Truth,
     accumulate,
     farthest,
-    make_engine,
     plain_steps,
     settings,
+    tiny_engine,
 )
 
 NUM_STEPS = 3
@@ -32,7 +32,7 @@ MANY = {"three stages": (3, 1, 3), "tensor x pipeline": (4, 2, 2), "data x tenso
 def take_steps(groups: ProcessGroups, **options) -> tuple[list[float], float]:
     """Gradient norms of some steps, and how far the master weights are from plain torch's."""
     options = settings(**options)
-    engine = make_engine(groups, options)
+    engine = tiny_engine(groups, options)
     norms = []
     for step in range(NUM_STEPS):
         accumulate(engine, groups, step)
@@ -109,7 +109,7 @@ def take_poisoned_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[bool
     found = {}
     for stage, dtype in [(stage, "float32") for stage in STAGES] + [(stage, "bfloat16") for stage in (1, 2, 3)]:
         options = settings(zero_stage=stage, dtype=getattr(torch, dtype), grad_clip=0.0 if stage % 2 else CLIP)
-        engine = make_engine(groups, options)
+        engine = tiny_engine(groups, options)
         updates = []
         for step in range(7):
             handles = poison(engine, groups, POISONED[step]) if step in POISONED else []

@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebft_mega.parallel.engine import OptimizerSettings, ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward
 from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 
 VOCABULARY, HIDDEN, INNER, HEAD = 11, 6, 8, 2
 LAYERS_OF_STAGE = {1: (range(4),), 2: (range(3), range(3, 4)), 3: (range(2), range(2, 3), range(3, 4))}
@@ -167,8 +167,8 @@ def settings(
     return OptimizerSettings(BETAS, WEIGHT_DECAY, grad_clip, dtype, 1, zero_stage, hold)
 
 
-def make_engine(groups: ProcessGroups, options: OptimizerSettings) -> ZeroEngine:
-    return ZeroEngine(lambda: TinyStage(groups, options.dtype), fill, TinyStage.roles, options, groups)
+def tiny_engine(groups: ProcessGroups, options: OptimizerSettings) -> ZeroEngine[TinyStage]:
+    return make_engine(lambda: TinyStage(groups, options.dtype), fill, TinyStage.roles, options, groups)
 
 
 def accumulate(engine: ZeroEngine, groups: ProcessGroups, step: int, poison=lambda index, output: output) -> None:

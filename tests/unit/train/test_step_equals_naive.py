@@ -20,7 +20,7 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.huggingface import SafetensorsWeights, hf_tensors, load_weights
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
-from ebft_mega.parallel.optimizer import runner
+from ebft_mega.parallel.stage_module import runner
 from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.noise import noise_keys
