@@ -1,27 +1,38 @@
-"""Files of an https server: sizes, byte ranges and whole files. Standard library only; imports no torch.
+"""Download whole files and byte ranges from https servers, over kept connections. Imports no torch.
 
 Only https is spoken, after redirects too, and certificates are verified: against the system's authorities, or
-those that SSL_CERT_FILE or SSL_CERT_DIR name. A proxy of the environment (HTTPS_PROXY, NO_PROXY) is used. No user,
-password or query can be part of an address, and no message names where a redirect led: that is where credentials
-would be. Nothing here runs a command or reads a local file, whatever an address says.
+those that SSL_CERT_FILE or SSL_CERT_DIR name. The proxy of the environment (HTTPS_PROXY, ALL_PROXY, NO_PROXY) is
+used. An address with a user, a password or a query is refused, and no message shows the target of a redirect, because
+such targets often contain credentials. An address is never run as a command or opened as a local file.
 """
 
-import http.client
+import logging
 import os
 import random
 import re
 import ssl
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from http.client import responses
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ebft_mega.errors import DamagedDataError
 
-_CHUNK_BYTES = 1 << 18
+if TYPE_CHECKING:
+    import httpx2
+
+# An idle connection is closed after this time, and only so many idle ones are kept. Common servers keep one for 5 to
+# 75 seconds; one that the server has closed is noticed before it is used again.
+_IDLE_SECONDS = 30.0
+_IDLE_CONNECTIONS = 20
+_MAX_REDIRECTS = 10
+# Bodies of redirects and error answers up to this size are read to the end: only then can the connection be kept.
+_SHORT_BODY_BYTES = 1 << 16
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT_STATUS = (404, 410)
 _HEAD_REFUSED_STATUS = (403, 405, 501)
@@ -50,9 +61,13 @@ class HttpsClient:
 
     def __init__(self, transfer: Transfer):
         self._transfer = transfer
-        self._opener: urllib.request.OpenerDirector | None = None
         # Not the generator of the `random` module: its state belongs to the training run.
         self._jitter = random.SystemRandom()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._client: httpx2.Client | None = None
+        self._lock = threading.Lock()
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[type["HttpsClient"], tuple[Transfer]]:
@@ -128,7 +143,7 @@ class HttpsClient:
         expected, found = f"at most {limit_bytes} bytes", ""
         for _ in self._tries():
             try:
-                with self._open("GET", url) as answer:
+                with self._answer("GET", url) as answer:
                     declared = _content_length(answer)
                     content = b"".join(self._body(answer, limit_bytes))
             except _TransientError as failure:
@@ -155,7 +170,7 @@ class HttpsClient:
 
     def _size(self, url: str) -> int:
         try:
-            with self._open("HEAD", url) as answer:
+            with self._answer("HEAD", url) as answer:
                 length = _content_length(answer)
         except _RefusedError as failure:
             if failure.status not in _HEAD_REFUSED_STATUS:
@@ -164,8 +179,8 @@ class HttpsClient:
         if length is not None:
             return length
         try:
-            with self._open("GET", url, "bytes=0-0") as answer:
-                length = _content_range(answer)[2] if answer.status == 206 else _content_length(answer)
+            with self._answer("GET", url, "bytes=0-0") as answer:
+                length = _content_range(answer)[2] if answer.status_code == 206 else _content_length(answer)
         except _RefusedError as failure:
             if failure.status == 416:  # no first byte
                 return 0
@@ -174,37 +189,86 @@ class HttpsClient:
             raise _RefusedError("an answer without a length")
         return length
 
-    def _answer_from(self, url: str, position: int, stop: int, total_bytes: int) -> http.client.HTTPResponse:
-        """Asks for [position, stop) and makes sure that this is what comes."""
+    @contextmanager
+    def _answer_from(self, url: str, position: int, stop: int, total_bytes: int) -> Iterator["httpx2.Response"]:
+        """Ask for the bytes [position, stop) and check that the answer announces exactly these."""
         whole = position == 0 and stop == total_bytes
-        answer = self._open("GET", url, None if whole else f"bytes={position}-{stop - 1}")
-        try:
+        with self._answer("GET", url, None if whole else f"bytes={position}-{stop - 1}") as answer:
             if whole:
-                if answer.status != 200:
-                    raise _RefusedError(_status_text(answer.status), "HTTP status 200")
+                if answer.status_code != 200:
+                    raise _RefusedError(_status_text(answer.status_code), "HTTP status 200")
                 found_total = _content_length(answer)
             else:
-                if answer.status != 206:
-                    raise _RefusedError(_status_text(answer.status), "HTTP status 206 (a server with byte ranges)")
+                if answer.status_code != 206:
+                    expected = "HTTP status 206 (a server with byte ranges)"
+                    raise _RefusedError(_status_text(answer.status_code), expected)
                 first, last, found_total = _content_range(answer)
                 if (first, last) != (position, stop - 1) and found_total == total_bytes:
                     raise _RefusedError(f"bytes {first} to {last}", f"bytes {position} to {stop - 1}")
             if found_total not in (None, total_bytes):
                 raise _RefusedError(f"a file of {found_total} bytes", f"a file of {total_bytes} bytes")
-        except _RefusedError:
-            answer.close()
-            raise
-        return answer
+            yield answer
 
-    def _body(self, answer: http.client.HTTPResponse, limit_bytes: int) -> Iterator[bytes]:
-        """Pieces of an answer's body, `limit_bytes` at most; ends where the answer ends."""
+    @contextmanager
+    def _answer(self, method: str, url: str, byte_range: str | None = None) -> Iterator["httpx2.Response"]:
+        """Send a request; the answer has a status of success, and its body is still to be read."""
+        answer = self._send(method, url, byte_range)
+        try:
+            if not answer.is_success:
+                self._read_rest(answer)
+                kind = _TransientError if answer.status_code in _TRANSIENT_STATUS else _RefusedError
+                raise kind(_status_text(answer.status_code), status=answer.status_code)
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise _RefusedError("a compressed answer")
+            yield answer
+            self._read_rest(answer)
+        finally:
+            answer.close()
+
+    def _send(self, method: str, url: str, byte_range: str | None) -> "httpx2.Response":
+        """Send a request and follow redirects to https; returns with the header of the last answer."""
+        import httpx2
+
+        client = self._client_of_this_process()
+        headers = {"User-Agent": "ebft-mega", "Accept-Encoding": "identity"}
+        if byte_range:
+            headers["Range"] = byte_range
+        redirects = 0
+        try:
+            request = client.build_request(method, url, headers=headers)
+            while True:
+                answer = client.send(request, stream=True)
+                target = answer.next_request
+                if target is None or target.url.scheme != "https" or target.url.userinfo or redirects == _MAX_REDIRECTS:
+                    return answer
+                redirects += 1
+                request = target
+                self._read_rest(answer)
+                answer.close()
+        except (httpx2.InvalidURL, UnicodeError) as error:  # the latter: a host without a form for the DNS
+            raise _RefusedError("no valid address") from error
+        except httpx2.HTTPError as error:
+            raise self._failure(error) from error
+
+    def _body(self, answer: "httpx2.Response", limit_bytes: int) -> Iterator[bytes]:
+        """Chunks of an answer's body, together at most `limit_bytes`.
+
+        They end where the answer ends, also where that is before its Content-Length: the callers count.
+        """
+        import httpx2
+
         received, waited = 0, 0.0
+        body = answer.iter_raw()
         while True:
             before = time.monotonic()
             try:
-                chunk = answer.read1(_CHUNK_BYTES)
-            except (OSError, http.client.HTTPException) as error:
-                raise _TransientError(self._reason(error)) from error
+                chunk = next(body, b"")
+            except httpx2.RemoteProtocolError as error:
+                if _content_length(answer) is None:
+                    raise self._failure(error) from error
+                return
+            except httpx2.HTTPError as error:
+                raise self._failure(error) from error
             waited += time.monotonic() - before
             received += len(chunk)
             if not chunk:
@@ -215,38 +279,42 @@ class HttpsClient:
             if waited > self._transfer.timeout_seconds + received / self._transfer.minimum_bytes_per_second:
                 raise _TransientError(f"{received} bytes in {waited:.0f} s")
 
-    def _open(self, method: str, url: str, byte_range: str | None = None) -> http.client.HTTPResponse:
-        if self._opener is None or self._process != os.getpid():
-            self._opener, self._process = _opener(), os.getpid()
-        headers = {"User-Agent": "ebft-mega", "Accept-Encoding": "identity"}
-        if byte_range:
-            headers["Range"] = byte_range
-        request = urllib.request.Request(url, headers=headers, method=method)
-        try:
-            answer: http.client.HTTPResponse = self._opener.open(request, timeout=self._transfer.timeout_seconds)
-        except urllib.error.HTTPError as error:
-            error.close()
-            kind = _TransientError if error.code in _TRANSIENT_STATUS else _RefusedError
-            raise kind(_status_text(error.code), status=error.code) from None
-        except urllib.error.URLError as error:
-            reason = error.reason
-            kind = _RefusedError if isinstance(reason, ssl.SSLCertVerificationError | str) else _TransientError
-            raise kind(self._reason(reason)) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _TransientError(self._reason(error)) from error
-        if answer.headers.get("Content-Encoding", "identity") != "identity":
-            answer.close()
-            raise _RefusedError("a compressed answer")
-        return answer
+    def _read_rest(self, answer: "httpx2.Response") -> None:
+        """Read a short body that nobody has read, so that the connection can be used again."""
+        length = 0 if answer.request.method == "HEAD" else _content_length(answer)
+        if not answer.is_stream_consumed and length is not None and length <= _SHORT_BODY_BYTES:
+            with suppress(_TransferFailureError):
+                for _ in self._body(answer, _SHORT_BODY_BYTES):
+                    pass
 
-    def _reason(self, error: BaseException | str) -> str:
-        if isinstance(error, TimeoutError):
-            return f"no answer within {self._transfer.timeout_seconds:g} s"
-        if isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | ssl.SSLEOFError):
-            return "a closed connection"
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        return str(error) or type(error).__name__
+    def _client_of_this_process(self) -> "httpx2.Client":
+        if self._process != os.getpid():
+            # Forked. The connections belong to the parent, and one of its threads may have held the lock.
+            self._start_empty()
+        with self._lock:
+            if self._client is None:
+                self._client = _new_client(self._transfer.timeout_seconds)
+            return self._client
+
+    def _failure(self, error: "httpx2.HTTPError") -> "_TransferFailureError":
+        """What an exception of httpx2 means for the attempt, in the words of the operating system where it has any."""
+        import httpx2
+
+        if isinstance(error, httpx2.TimeoutException):
+            return _TransientError(f"no answer within {self._transfer.timeout_seconds:g} s")
+        if isinstance(error, httpx2.ProxyError):
+            return _TransientError(f"Tunnel connection failed: {error}")
+        # httpx2 raises from the exception of httpcore2, and that one was raised while an OSError was handled.
+        core = error.__cause__
+        cause = core and (core.__cause__ or core.__context__)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _RefusedError(cause.strerror or str(cause))
+        closed = isinstance(error, httpx2.RemoteProtocolError) and str(error).startswith("Server disconnected")
+        if closed or isinstance(cause, ConnectionResetError | ssl.SSLEOFError):
+            return _TransientError("a closed connection")
+        if isinstance(cause, OSError) and cause.strerror:
+            return _TransientError(cause.strerror)
+        return _TransientError(str(error) or type(error).__name__)
 
 
 def https_address_problem(address: str) -> str | None:
@@ -279,43 +347,37 @@ class _RefusedError(_TransferFailureError):
     """Another attempt would end the same way."""
 
 
-class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https alone, and asks the new address for the same thing."""
+def _new_client(timeout_seconds: float) -> "httpx2.Client":
+    import httpx2
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        if urlsplit(newurl).scheme != "https":
-            return None  # the status is then an error like any other
-        return urllib.request.Request(newurl, headers=req.headers, method=req.get_method())
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    # Only these handlers: `build_opener` would add http, ftp, data and local files.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        _HttpsRedirects(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
+    # Below WARNING both packages log the targets of redirects.
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        return httpx2.Client(
+            verify=ssl.create_default_context(),
+            timeout=timeout_seconds,
+            limits=httpx2.Limits(max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        )
+    except ModuleNotFoundError:
+        raise
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:  # an ImportError for the scheme socks5
+        # Not the error's own text: a proxy's address may contain a password.
+        raise _RefusedError("a proxy in the environment that cannot be used", "an http or https proxy") from error
 
 
 def _status_text(status: int) -> str:
-    text = f"HTTP status {status} ({http.client.responses.get(status, 'unknown')})"
+    text = f"HTTP status {status} ({responses.get(status, 'unknown')})"
     return f"{text}, a redirect that is not followed" if 300 <= status < 400 else text
 
 
-def _content_length(answer: http.client.HTTPResponse) -> int | None:
+def _content_length(answer: "httpx2.Response") -> int | None:
     text = answer.headers.get("Content-Length", "")
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _content_range(answer: http.client.HTTPResponse) -> tuple[int, int, int]:
+def _content_range(answer: "httpx2.Response") -> tuple[int, int, int]:
     """First byte, last byte and size of the whole file."""
     text = answer.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.fullmatch(text)

@@ -1,8 +1,10 @@
-"""A local https server that serves a directory, counts requests, and misbehaves on purpose."""
+"""A local https server that serves a directory, counts connections and requests, and misbehaves on purpose."""
 
 import os
 import re
+import select
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -14,14 +16,17 @@ from pathlib import Path
 
 import pytest
 
+SHORT_BODY = b"<p>What a server says in an answer without a file.</p>"
+
 
 @dataclass
 class Fault:
     """What happens to requests for a file.
 
     kind: `status`, `redirect`, `hang` (no answer), `stall` (an answer that stops after `value` bytes), `drop` (a
-    connection that closes after `value` bytes), `shorter` (a complete answer of `value` bytes), `longer` (of `value`
-    bytes more), `no ranges`, `other range` (206 with bytes from elsewhere), `compressed`, `chunked`.
+    connection that closes after `value` bytes), `hang up` (a whole answer, then a connection that closes), `shorter`
+    (a complete answer of `value` bytes), `longer` (of `value` bytes more), `no ranges`, `other range` (206 with bytes
+    from elsewhere), `compressed`, `chunked`.
     """
 
     kind: str
@@ -31,7 +36,7 @@ class Fault:
 
 
 class FileServer(ThreadingHTTPServer):
-    """Files below `directory` by their path; a fault belongs to a file name."""
+    """Files below `directory` by their path, over kept connections; a fault belongs to a file name."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -42,6 +47,10 @@ class FileServer(ThreadingHTTPServer):
         self.context = context
         self.faults: dict[str, Fault] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
+        self.headers: list[dict[str, str]] = []  # of each request, by name in lower case
+        self.more_headers: dict[str, str] = {}  # of every answer
+        self.connections = 0  # whose TLS handshake is complete
+        self.open_connections: set[tuple[str, int]] = set()
         self.stalled = threading.Event()  # a `hang` or `stall` has begun; it ends when `released` is set
         self.released = threading.Event()
         self.lock = threading.Lock()
@@ -70,16 +79,30 @@ class FileServer(ThreadingHTTPServer):
             connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
+    def process_request_thread(self, request, client_address) -> None:
+        super().process_request_thread(request, client_address)
+        with self.lock:
+            self.open_connections.discard(client_address)
+
     def handle_error(self, request, client_address) -> None:
         pass  # a client that goes away is what the tests are about
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as usual: a body behind its header would wait for the client's acknowledgement
     server: FileServer
 
     def log_message(self, *arguments) -> None:
         pass
+
+    def setup(self) -> None:
+        super().setup()
+        if self.server.context is not None:
+            self.request.do_handshake()
+        with self.server.lock:
+            self.server.connections += 1
+            self.server.open_connections.add(self.client_address)
 
     def do_HEAD(self) -> None:  # noqa: N802
         self._answer()
@@ -88,18 +111,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        self.close_connection = True
         server, byte_range = self.server, self.headers.get("Range")
         with server.lock:
             server.requests.append((self.command, self.path, byte_range))
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
         path = server.directory / self.path.lstrip("/")
         fault = server.fault(self.command, path.name) or Fault("")
+        # Without a word in the answer: the client finds out.
+        self.close_connection = fault.kind in ("hang", "stall", "drop", "hang up")
         if fault.kind == "hang":
             server.stalled.set()
             server.released.wait()
             return
         if fault.kind in ("status", "redirect"):
-            self._headers(302 if fault.kind == "redirect" else int(fault.value), 0, {"Location": str(fault.value)})
+            status = 302 if fault.kind == "redirect" else int(fault.value)
+            self._headers(status, len(SHORT_BODY), {"Location": str(fault.value)})
+            if self.command == "GET":
+                self.wfile.write(SHORT_BODY)
             return
         if not path.is_file():
             self._headers(404, 0, {})
@@ -140,9 +168,44 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if "Transfer-Encoding" not in headers:
             headers = {"Content-Length": str(num_bytes), **headers}
-        for key, value in {**headers, "Connection": "close"}.items():
+        for key, value in {**headers, **self.server.more_headers}.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+class Proxy(ThreadingHTTPServer):
+    """An http proxy that opens tunnels (CONNECT), or answers `status` where that is no success."""
+
+    daemon_threads = True
+
+    def __init__(self, status: int = 200):
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.status = status
+        self.tunnels: list[tuple[str, str | None]] = []  # host and port, Proxy-Authorization
+
+
+class _ProxyHandler(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_CONNECT(self) -> None:  # noqa: N802
+        self.server.tunnels.append((self.path, self.headers.get("Proxy-Authorization")))
+        self.send_response(self.server.status)
+        self.end_headers()
+        self.close_connection = True
+        if self.server.status != 200:
+            return
+        host, port = self.path.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=30) as upstream:
+            other = {self.connection: upstream, upstream: self.connection}
+            while True:
+                for ready in select.select(list(other), [], [], 30)[0]:
+                    content = ready.recv(1 << 16)
+                    if not content:
+                        return
+                    other[ready].sendall(content)
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
@@ -171,6 +234,19 @@ def serving(directory: Path, certificate: tuple[Path, Path] | None) -> Iterator[
         finally:
             server.released.set()
             server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def proxying(status: int = 200) -> Iterator[Proxy]:
+    """A proxy that runs until the block ends."""
+    with Proxy(status) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
             thread.join()
 
 

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,34 +20,16 @@ from ebft_mega.data.rows import order
 from ebft_mega.data.store import remote
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest, fingerprint
-from ebft_mega.data.store.https import HttpsClient, Transfer, https_address_problem
+from ebft_mega.data.store.https import Transfer, https_address_problem
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.errors import DamagedDataError, InputError
-from tests.unit.data.store.https_server import Fault, FileServer, make_certificate, serving, trusted_server
+from tests.unit.data.store.https_server import Fault, FileServer
 
 pytestmark = pytest.mark.timeout(60)
 
 QUICK = Transfer(timeout_seconds=5, attempts=3, first_wait_seconds=0.001)
 IMPATIENT = Transfer(timeout_seconds=1.5, attempts=1)
-CONTENT = bytes(range(256)) * 40
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_certificate(tmp_path_factory.mktemp("certificate"))
-
-
-@pytest.fixture
-def server(tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    with trusted_server(tmp_path / "served", certificate, monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def url(server: FileServer) -> str:
-    (server.directory / "file").write_bytes(CONTENT)
-    return f"{server.url}/file"
 
 
 @pytest.fixture
@@ -66,195 +47,11 @@ def read_all(dataset: Dataset) -> list[list[int]]:
     return [dataset.read_document(number).tolist() for number in range(dataset.manifest.documents)]
 
 
-def read_range(url: str, start: int, stop: int, transfer: Transfer = QUICK) -> bytes:
-    return b"".join(HttpsClient(transfer).chunks(url, start, stop, len(CONTENT)))
-
-
 def refused(place: str, cache: ShardCache | None, transfer: Transfer = QUICK) -> str:
     with pytest.raises(InputError) as caught:
         open_dataset(place, cache, transfer=transfer)
     assert caught.value.exit_code == 2
     return str(caught.value)
-
-
-# The client.
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, len(CONTENT)), (0, 1), (100, 5000), (len(CONTENT) - 1, len(CONTENT))])
-def test_any_range_of_a_file_is_read(server: FileServer, url: str, start: int, stop: int) -> None:
-    assert read_range(url, start, stop) == CONTENT[start:stop]
-    whole = (start, stop) == (0, len(CONTENT))
-    assert server.requests == [("GET", "/file", None if whole else f"bytes={start}-{stop - 1}")]
-    assert read_range(url, start, start) == b""
-    assert len(server.requests) == 1
-
-
-def test_a_broken_connection_is_continued_where_it_broke(server: FileServer, url: str) -> None:
-    server.faults["file"] = Fault("drop", 4000, times=2)
-    assert read_range(url, 0, len(CONTENT)) == CONTENT
-    asked = [entry[2] for entry in server.requests]
-    assert asked == [None, f"bytes=4000-{len(CONTENT) - 1}", f"bytes=8000-{len(CONTENT) - 1}"]
-
-
-def test_a_busy_server_is_asked_again(server: FileServer, url: str) -> None:
-    for status in (500, 503, 429):
-        server.faults["file"] = Fault("status", status, times=2)
-        assert read_range(url, 10, 20) == CONTENT[10:20]
-
-
-@pytest.mark.parametrize(
-    ("fault", "position", "expected", "found", "requests"),
-    [
-        (Fault("status", 404), 16, "184 bytes", r"HTTP status 404 \(Not Found\)", 1),
-        (Fault("status", 403), 16, "184 bytes", r"HTTP status 403 \(Forbidden\)", 1),
-        (Fault("status", 500), 16, "184 bytes", r"HTTP status 500 .*attempt 3 of 3", 3),
-        (Fault("drop", 60), 196, "4 bytes", "4 bytes early.*attempt 3 of 3", 3),
-        (Fault("no ranges"), 16, "HTTP status 206", r"HTTP status 200 \(OK\)", 1),
-        (Fault("other range"), 16, "bytes 16 to 199", "bytes 17 to 200", 1),
-        (Fault("compressed"), 16, "184 bytes", "a compressed answer", 1),
-    ],
-)
-def test_a_bad_answer_names_place_expected_and_found(
-    server: FileServer, url: str, fault: Fault, position: int, expected: str, found: str, requests: int
-) -> None:
-    server.faults["file"] = fault
-    with pytest.raises(DamagedDataError, match=found) as caught:
-        read_range(url, 16, 200)
-    assert (caught.value.shard, caught.value.offset) == (url, position)
-    assert caught.value.expected.startswith(expected)
-    assert caught.value.exit_code == 4
-    assert len(server.requests) == requests
-
-
-@pytest.mark.parametrize("fault", [Fault("hang"), pytest.param(Fault("stall", 60), marks=pytest.mark.slow)])
-def test_a_server_that_hangs_is_left(server: FileServer, url: str, fault: Fault) -> None:
-    server.faults["file"] = fault
-    with pytest.raises(DamagedDataError, match=r"no answer within 1\.5 s \(attempt 1 of 1\)"):
-        read_range(url, 16, 200, IMPATIENT)
-    fault.times = 1
-    assert read_range(url, 16, 200, replace(IMPATIENT, attempts=2, first_wait_seconds=0.001)) == CONTENT[16:200]
-
-
-def test_only_a_failed_attempt_is_waited_after(server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("ebft_mega.data.store.https.time.sleep", waits.append)
-    client = HttpsClient(Transfer())
-    for _ in range(2):
-        assert b"".join(client.chunks(url, 0, len(CONTENT), len(CONTENT))) == CONTENT
-        assert client.size(url) == len(CONTENT)
-        assert client.small_file(url, 1 << 20) == CONTENT
-    assert waits == []
-    server.faults["file"] = Fault("status", 500, methods=("GET", "HEAD"))
-    for read in (lambda: list(client.chunks(url, 0, 5, len(CONTENT))), lambda: client.size(url)):
-        waits.clear()
-        with pytest.raises(DamagedDataError, match="attempt 5 of 5"):
-            read()
-        assert len(waits) == 4
-        for number, wait in enumerate(waits):
-            assert 0.25 * 2**number <= wait <= 0.75 * 2**number
-    assert len(set(waits)) == 4
-
-
-@pytest.mark.parametrize("change", [-1, 1])
-@pytest.mark.parametrize("start", [0, 16])
-def test_a_file_of_another_size_is_an_error_at_once(server: FileServer, url: str, start: int, change: int) -> None:
-    (server.directory / "file").write_bytes((CONTENT + b"x")[: len(CONTENT) + change])
-    expected = f"a file of {len(CONTENT)} bytes, found a file of {len(CONTENT) + change} bytes"
-    with pytest.raises(DamagedDataError, match=expected):
-        read_range(url, start, len(CONTENT))
-    assert len(server.requests) == 1
-
-
-def test_answers_without_a_length_are_counted(server: FileServer, url: str) -> None:
-    server.faults["file"] = Fault("chunked")
-    assert read_range(url, 0, len(CONTENT)) == CONTENT
-    (server.directory / "file").write_bytes(CONTENT + b"x")
-    with pytest.raises(DamagedDataError, match="a longer answer"):
-        read_range(url, 0, len(CONTENT))
-
-
-def test_a_trickle_is_broken_off(server: FileServer, url: str) -> None:
-    # The first attempt brings everything but the last byte, yet takes longer than the slowest that is accepted.
-    slow = Transfer(timeout_seconds=-1, attempts=1, minimum_bytes_per_second=float("inf"))
-    client = HttpsClient(slow)
-    client._transfer = replace(slow, timeout_seconds=5)
-    with client._answer_from(url, 0, len(CONTENT), len(CONTENT)) as answer:
-        client._transfer = slow
-        with pytest.raises(Exception, match=f"{len(CONTENT)} bytes in 0 s"):
-            list(client._body(answer, len(CONTENT)))
-
-
-def test_an_unreachable_server_is_an_error(server: FileServer, url: str) -> None:
-    closed = url.replace(str(server.server_address[1]), "1")
-    with pytest.raises(DamagedDataError, match=r"refused.*attempt 3 of 3"):
-        read_range(closed, 0, 5)
-
-
-def test_an_unknown_certificate_is_refused_at_once(
-    server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SSL_CERT_FILE")
-    with pytest.raises(DamagedDataError, match="certificate verify failed"):
-        read_range(url, 0, 5)
-    assert server.requests == []
-
-
-def test_a_certificate_of_another_host_is_refused(server: FileServer, url: str) -> None:
-    with pytest.raises(DamagedDataError, match="certificate"):
-        read_range(url.replace("localhost", "127.0.0.1"), 0, 5)
-
-
-def test_sizes_are_asked_without_the_contents(server: FileServer, url: str) -> None:
-    client = HttpsClient(QUICK)
-    assert client.size(url) == len(CONTENT)
-    for fault in (
-        Fault("status", 405, methods=("HEAD",)),
-        Fault("status", 403, methods=("HEAD",)),
-        Fault("chunked", methods=("HEAD",)),
-    ):
-        server.faults["file"] = fault
-        server.requests.clear()
-        assert client.size(url) == len(CONTENT)
-        assert server.requests == [("HEAD", "/file", None), ("GET", "/file", "bytes=0-0")]
-    server.faults["file"] = Fault("status", 405, methods=("HEAD",))
-    (server.directory / "file").write_bytes(b"")
-    assert client.size(url) == 0
-    server.faults["file"] = Fault("hang", methods=("HEAD",))
-    with pytest.raises(DamagedDataError, match="no answer within"):
-        HttpsClient(IMPATIENT).size(url)
-    with pytest.raises(DamagedDataError, match="404"):
-        client.size(url + "2")
-
-
-def test_redirects_lead_to_https_only(server: FileServer, url: str, certificate, tmp_path: Path) -> None:
-    (server.directory / "other").write_bytes(CONTENT)
-    server.faults["file"] = Fault("redirect", f"{server.url}/other", methods=("GET", "HEAD"))
-    client = HttpsClient(QUICK)
-    assert read_range(url, 7, 70) == CONTENT[7:70]
-    assert client.size(url) == len(CONTENT)
-    assert server.requests[1] == ("GET", "/other", "bytes=7-69")
-    assert server.requests[3] == ("HEAD", "/other", None)
-    secret = tmp_path / "secret"
-    secret.write_bytes(CONTENT)
-    with serving(server.directory, None) as plain:
-        for target in (f"{plain.url}/other", f"file://{secret}", f"pipe:cat {secret}", "ftp://localhost/other", ""):
-            server.faults["file"] = Fault("redirect", target, methods=("GET", "HEAD"))
-            with pytest.raises(DamagedDataError, match=r"302 \(Found\), a redirect that is not followed") as caught:
-                read_range(url, 0, len(CONTENT))
-            assert not target or target not in str(caught.value)
-        assert plain.requests == []
-    server.faults["file"] = Fault("redirect", url)
-    with pytest.raises(DamagedDataError, match="302"):
-        read_range(url, 0, 5)
-
-
-def test_the_generator_of_the_random_module_is_left_alone(server: FileServer, url: str) -> None:
-    import random
-
-    server.faults["file"] = Fault("status", 500, times=2)
-    before = random.getstate()
-    read_range(url, 0, 5)
-    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(
@@ -322,6 +119,18 @@ def test_a_remote_dataset_is_the_local_one(
         assert all(entry[2] for entry in asked)
         assert not (tmp_path / "cache" / "shards").exists()
     opened.close()
+
+
+def test_documents_are_read_by_ranges_over_one_connection(
+    remote_url: str, dataset: Dataset, tmp_path: Path, server: FileServer
+) -> None:
+    opened = open_dataset(remote_url, ShardCache(tmp_path / "cache", 0), transfer=QUICK)
+    before = server.connections
+    assert read_all(opened) == read_all(dataset)
+    assert len(server.asked("GET", ".tar")) == dataset.manifest.documents
+    assert server.connections == before
+    assert read_all(pickle.loads(pickle.dumps(opened))) == read_all(dataset)
+    assert server.connections == before + 1
 
 
 def test_several_epochs_and_processes_download_nothing_again(
