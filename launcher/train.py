@@ -10,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
 
-from ebft_mega.checkpoint.resume_rules import described_start  # noqa: E402
+from ebft_mega.checkpoint.resume_candidates import described_start  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
-from ebft_mega.checkpoint.resume_rules import SavedRun
 from ebft_mega.checkpoint.run_state import Layout, RunState, StartedFrom
+from ebft_mega.checkpoint.saved_run import SavedRun
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem

@@ -22,16 +22,10 @@ from ebft_mega.checkpoint.manifest import (
     unlisted_files,
 )
 from ebft_mega.checkpoint.model_folder import open_model_folder
-from ebft_mega.checkpoint.resume_rules import (
-    Candidates,
-    SavedRun,
-    candidates,
-    noted_changes,
-    origin,
-    read_run,
-    refused_changes,
-)
+from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, origin
+from ebft_mega.checkpoint.resume_rules import noted_changes, refused_changes
 from ebft_mega.checkpoint.run_state import StartedFrom
+from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.checkpoint.tensor_index import TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig

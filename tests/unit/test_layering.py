@@ -31,6 +31,7 @@ LIGHT_MODULES = (
     *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
     "model.weights.weight_files",
     *("checkpoint.commit", "checkpoint.manifest", "checkpoint.model_folder", "checkpoint.resume_rules"),
+    *("checkpoint.resume_candidates", "checkpoint.saved_run"),
     *("checkpoint.retention", "checkpoint.run_state", "checkpoint.tensor_index"),
     "evaluation.bootstrap",
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),

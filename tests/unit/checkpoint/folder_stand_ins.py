@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ebft_mega.checkpoint.commit import publish, temporary_folder
-from ebft_mega.checkpoint.manifest import Manifest, write_file, write_manifest
+from ebft_mega.checkpoint.manifest import Manifest, read_manifest, write_file, write_manifest
 from ebft_mega.checkpoint.run_state import EvaluationRecord, Layout, RunState, StartedFrom
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.config.yaml_source import write_yaml
@@ -92,3 +92,10 @@ def write_checkpoint(
     temporary = temporary_folder(root, step)
     fill(temporary, step, run_config(root.parent), run_state(step, started_from=started_from), weights)
     return publish(temporary, root)
+
+
+def relist(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file, and the manifest with it."""
+    manifest = read_manifest(folder)
+    files = manifest.files | {name: write_file(folder, name, content)}
+    write_manifest(folder, manifest.model_copy(update={"files": files}))

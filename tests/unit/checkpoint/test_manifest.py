@@ -21,7 +21,7 @@ from ebft_mega.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from ebft_mega.checkpoint.resume_rules import read_run
+from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.errors import BrokenCheckpointError, InputError, InputProblems
 from tests.unit.checkpoint.folder_stand_ins import write_checkpoint
 
