@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.model.strided_attention import StridedCoreAttention
+from ebft_mega.parallel.collectives import all_gather_single, reduce_scatter_single
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.megatron import (
     SelfAttention,
@@ -164,12 +165,12 @@ class _GatherParts(torch.autograd.Function):
         ctx.group = group
         ranks = dist.get_world_size(group)
         gathered = part.new_empty(ranks * part.shape[0], *part.shape[1:])
-        dist.all_gather_single(gathered, part.contiguous(), group=group)
+        all_gather_single(gathered, part.contiguous(), group)
         return gathered.unflatten(0, (ranks, -1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         own = torch.empty_like(gradient[0])
-        dist.reduce_scatter_single(own, gradient.flatten(0, 1).contiguous(), group=ctx.group)
+        reduce_scatter_single(own, gradient.flatten(0, 1).contiguous(), ctx.group)
         return own, None

@@ -1,4 +1,4 @@
-"""Which tokens' logits a tensor-parallel rank has, and how the ranks put numbers about all tokens together."""
+"""The tensor-parallel shard of the vocabulary: whose logits a rank has, and the reductions over all ranks."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary, vocabulary_block_width
+from ebft_mega.parallel.collectives import all_gather_single
 from ebft_mega.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The slice of the vocabulary whose logits this tensor-parallel rank has: whole vocabulary blocks.
+    """The slice of the vocabulary whose logits this tensor-parallel rank computes: whole vocabulary blocks.
 
     One rank has exactly the vocabulary. Of several, the last ones may have columns for tokens that do not exist:
     padding, whose logits mean nothing.
@@ -25,7 +26,7 @@ class VocabularyShard:
 
     @classmethod
     def of(cls, vocab_size: int, groups: ProcessGroups) -> "VocabularyShard":
-        """This rank's slice of a vocabulary."""
+        """Find this rank's slice of a vocabulary."""
         width = padded_vocabulary(vocab_size, groups.tensor_parallel_size) // groups.tensor_parallel_size
         return cls(vocab_size, groups.tensor_parallel_rank * width, width, groups.tensor_parallel)
 
@@ -60,21 +61,21 @@ class VocabularyShard:
         return logits
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over the ranks.
+        """Take the element-wise maximum over the ranks.
 
         Communication: one all-reduce over the tensor-parallel group; none for one rank.
         """
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the ranks.
+        """Add up values element-wise over the ranks.
 
         Communication: one all-reduce over the tensor-parallel group; none for one rank.
         """
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values of all ranks.
+        """Stack the values of all ranks.
 
         Args:
             values: [...], the same shape on all ranks.
@@ -85,7 +86,7 @@ class VocabularyShard:
         if self.num_ranks == 1:
             return values[None]
         gathered = values.new_empty(self.num_ranks * values.numel())
-        dist.all_gather_into_tensor(gathered, values.flatten(), group=self.group)
+        all_gather_single(gathered, values.flatten(), self.group)
         return gathered.view(self.num_ranks, *values.shape)
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
