@@ -1,4 +1,4 @@
-"""Which models a run is about: the initial model that it began with, whole and unchanged for as long as it lasts."""
+"""The initial model of a run: undamaged at every start, and the same one for as long as the run lasts."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""Where a run begins: at its first step, or at the newest checkpoint that every rank finds whole."""
+"""Where a run starts: at step 0, or at the newest checkpoint that is complete and undamaged for every rank."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """What a run goes on from."""
+    """Where this start of a run begins: a checkpoint, or step 0."""
 
     progress: Progress
     saved: SavedRun | None  # None: a new run
@@ -54,13 +54,13 @@ class Start:
 
     @property
     def saved_state(self) -> tuple[CheckpointTensors, int] | None:
-        """The weights and the optimizer's state to go on from, and the updates applied so far."""
+        """The weights and the optimizer's state to resume from, and the updates applied so far."""
         if self.saved is None or self.index is None:
             return None
         return CheckpointTensors(self.saved.directory, self.index), self.saved.state.optimizer_updates
 
     def is_in(self, output_dir: Path) -> bool:
-        """Whether the state to go on from lies in a run directory of its own."""
+        """Whether the checkpoint to resume from lies in the run's own directory."""
         return self.saved is not None and self.saved.directory.resolve().parent == (output_dir / CHECKPOINTS).resolve()
 
 
@@ -174,10 +174,10 @@ def _tensor_index(saved: SavedRun, architecture: Architecture) -> TensorIndex:
 
 
 def tidy(root: Path, start: Start) -> tuple[str, ...]:
-    """Make a run's checkpoints those that it goes on from, once nothing can refuse the start any more.
+    """Clean up a run's checkpoint folder, once nothing can refuse the start any more.
 
     What a killed run left half written is removed; what the run does not descend from and what is broken is set aside;
-    `latest` names the checkpoint that the run goes on from.
+    `latest` names the checkpoint that the run resumes from.
 
     Returns:
         Notes on all that.
@@ -196,6 +196,6 @@ def _tidy(root: Path, start: Start) -> tuple[str, ...]:
     steps = [step for path in start.broken if path.parent == root and (step := step_of(path.name)) is not None]
     notes += [f"set aside {name}: it is not whole" for name in set_aside(root, steps, "broken")]
     if start.saved is not None and start.is_in(root.parent) and pointed_at(root) != start.saved.directory.name:
-        # The run was killed after a checkpoint had come to count, and before `latest` said so.
+        # The run was killed after a checkpoint was committed and before `latest` named it.
         point_latest(root, start.saved.directory.name)
     return tuple(notes)

@@ -1,1 +1,1 @@
-"""The training step, the loop around it, and what a run leaves behind."""
+"""The training step, the loop around it, and what happens between two steps."""

@@ -1,4 +1,4 @@
-"""Where a run stands, beside its weights and its data."""
+"""The progress of a run: steps done, steps skipped, evaluations, and metrics that are not reported yet."""
 
 from dataclasses import dataclass, field
 

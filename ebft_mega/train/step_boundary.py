@@ -1,4 +1,4 @@
-"""Between two steps: all ranks agree on what one of them was asked for, and checkpoints begin and come to count."""
+"""Between two steps: ranks exchange stop and save requests, and checkpoints are begun and committed."""
 
 import logging
 import time
@@ -82,11 +82,11 @@ class Boundary:
             progress: after the last step.
             is_due: a checkpoint was to be taken here.
         Returns:
-            Why the run stops here, with its state in a complete checkpoint; NONE: it goes on.
+            Why the run stops here, with its state in a complete checkpoint; NONE: it continues.
         Raises:
             CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
             LockLostError: another run has the directory now; nothing more is written there.
-        Communication: one all-reduce of four int64 over the world; when a checkpoint begins or comes to count, that of
+        Communication: one all-reduce of four int64 over the world; when a checkpoint is begun or committed, that of
             `CheckpointSaver.begin` and `settle`.
         """
         started = time.perf_counter()
