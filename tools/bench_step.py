@@ -1,8 +1,8 @@
 """Time and count one optimizer step of a naive baseline and of this trainer, side by side.
 
-Both run on the same model (a toy, if no other is named), weights and rows in this process, taking turns; peak memory is
-measured in a process for each. What is counted is checked while it runs. The toy takes about 35 minutes on two cores;
-`--quick` takes some seconds.
+Both run on the same model (a toy by default), weights and rows in this process, in turns; peak memory is measured in a
+process for each. The counts are checked against a running step. The toy takes about 35 minutes on two cores; `--quick`
+takes some seconds.
 """
 
 import argparse
@@ -31,9 +31,12 @@ def main() -> int:
         "--model", choices=list(MODELS), default="toy", help="its size (default: toy); others need a GPU"
     )
     parser.add_argument(
-        "--attention", choices=("auto", "two_part", "flex", "dense"), default="auto", help="of our sides"
+        "--attention",
+        choices=("auto", "two_part", "flex", "dense"),
+        default="auto",
+        help="train.attention of this trainer's sides",
     )
-    parser.add_argument("--quick", action="store_true", help="one short row, one run: whether everything works")
+    parser.add_argument("--quick", action="store_true", help="one short row, one run: checks that everything works")
     options = parser.parse_args()
 
     cases = QUICK_CASES if options.quick else CASES

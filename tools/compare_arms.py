@@ -1,4 +1,4 @@
-"""Put evaluated models side by side: differences with paired bootstrap intervals on the same rows."""
+"""Compare evaluated models: differences on the same rows, with paired bootstrap intervals."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Say where two step traces first differ; exit 1 if they do.
+"""Print where two step traces first differ; exit 1 if they do.
 
     python tools/compare_traces.py A B [--tolerance 1e-4]
 
@@ -36,7 +36,7 @@ NUMBERS = (
 
 
 def compare(first: Path, second: Path, tolerance: float) -> list[str]:
-    """Differences between two traces, in the order of the step.
+    """List the differences between two traces, in the order of the step.
 
     Args:
         tolerance: absolute for tensors, relative to the larger magnitude for the numbers; token ids must be equal.
@@ -76,7 +76,7 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
 
 
 def main() -> int:
-    """Command line."""
+    """Compare the two directories of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, metavar="A", help="directory of the first trace")
     parser.add_argument("second", type=Path, metavar="B", help="directory of the second trace")

@@ -1,4 +1,4 @@
-"""Brings Hugging Face models in, exports checkpoints as Hugging Face models, and compares logits with transformers."""
+"""Import Hugging Face models, export checkpoints as Hugging Face models, and compare logits with transformers."""
 
 import argparse
 import sys
@@ -13,11 +13,11 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    summary = "check a Hugging Face directory from anywhere and rewrite it for training"
+    summary = "check an untrusted Hugging Face directory and rewrite it for training"
     importing = commands.add_parser("import", help=summary, description=summary)
     importing.add_argument("--input", type=Path, required=True, help="Hugging Face model directory")
     importing.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def gigabytes(text: str) -> float:
-    """A size above 0."""
+    """Parse a size above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no size above 0")
@@ -55,7 +55,7 @@ def gigabytes(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A count of at least 1."""
+    """Parse a count of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -63,7 +63,7 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    """Runs the chosen command."""
+    """Run the chosen command."""
     arguments = parse_arguments()
     if arguments.command == "verify":
         return verify(arguments)
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Compares and judges."""
+    """Compare logits; the exit code says whether they are within the tolerance."""
     from ebft_mega.apps.convert.result import Usage
     from ebft_mega.apps.convert.verifying import compare_logits
     from ebft_mega.parallel.groups import connect, make_process_groups

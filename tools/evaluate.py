@@ -1,4 +1,4 @@
-"""Evaluates a model on held-out rows: cross-entropy, alignment, cosine, feature matching, duplicates."""
+"""Evaluate a model on held-out rows: cross-entropy, alignment, cosine, feature matching, duplicates."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ LONGEST_DEFAULT_ROW = 1024
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--feature-model",
         type=Path,
-        help="frozen network that judges (default: ebft.feature_model, or --model)",
+        help="frozen feature network (default: ebft.feature_model, or --model)",
     )
     parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
     parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")
@@ -54,7 +54,7 @@ def settings(arguments: argparse.Namespace) -> RunConfig:
 
 
 def main() -> None:
-    """Evaluates and prints the figures."""
+    """Evaluate, draw histograms, and print the paths of the files."""
     arguments = parse_arguments()
     config = settings(arguments)
 

@@ -12,7 +12,7 @@ from ebft_mega.apps.study.commands import add_runner_options, phase_runner
 from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the configured steps take on two quiet cores, and the part of it that does not shrink with them
+# Wall time of the configured steps on two quiet cores, and the part of it that does not depend on the number of steps
 # (starting processes, building the data).
 FULL_SECONDS = 400.0
 FIXED_SECONDS = 90.0
@@ -35,13 +35,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def scale_for(budget_seconds: float) -> Scale:
-    """Share of the configured work that fits into a budget of wall seconds."""
+    """Compute the share of the configured work that fits into a budget of wall seconds."""
     factor = max(0.0, (budget_seconds - FIXED_SECONDS) / (FULL_SECONDS - FIXED_SECONDS))
     return Scale(factor, evaluation_rows=max(LEAST_ROWS, round(FULL_ROWS * min(1.0, factor))))
 
 
 def report(results: dict[str, ArmResult]) -> Path:
-    """Write the page that puts the arms side by side."""
+    """Write the page that compares the arms."""
     # Draws plots, which --help should not wait for.
     from ebft_mega.apps.report.arm_comparison import write_comparison
 

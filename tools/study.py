@@ -1,4 +1,4 @@
-"""The quickstart's three arms over several seeds, aggregated with the spread between seeds."""
+"""Train the three arms of the quickstart over several seeds, and report means and the spread between seeds."""
 
 import argparse
 import sys
