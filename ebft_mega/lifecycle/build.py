@@ -13,7 +13,6 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, r
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
-from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import Stage
@@ -75,8 +74,10 @@ def build_trainer(
     initial = initial_weights(config, architecture)
     features = None
     if config.uses_rollouts:
+        route = attention_route(config, feature_architecture, groups.device)
+        settings = FeatureSettings.of(config, route, chosen.feature_network_is_sharded)
         source = feature_weights(config, feature_architecture, initial)
-        features = build_features(config, feature_architecture, source, chosen, groups)
+        features = build_feature_network(feature_architecture, source, settings, groups)
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
     return Trainer(
         config=config,
@@ -122,25 +123,6 @@ def build_engine(
         OptimizerSettings.of(config),
         groups,
     )
-
-
-def build_features(
-    config: RunConfig, architecture: Architecture, source: WeightSource, chosen: Choices, groups: ProcessGroups
-) -> FeatureNetwork:
-    """Build this rank's part of the frozen feature network.
-
-    Communication: that of `build_feature_network`.
-    """
-    settings = FeatureSettings(
-        layer_fractions=config.ebft.feature_layers,
-        embed_method=config.ebft.embed_method,
-        feature_norm=config.ebft.feature_norm,
-        dtype=DTYPES[config.train.dtype],
-        is_sharded=chosen.feature_network_is_sharded,
-        sequence_parallel=config.parallel.sequence_parallel,
-        attention=attention_route(config, architecture, groups.device),
-    )
-    return build_feature_network(architecture, source, settings, groups)
 
 
 def attention_route(config: RunConfig, architecture: Architecture, device: torch.device) -> AttentionRoute:
