@@ -21,7 +21,7 @@ from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.huggingface import load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.types import DTYPES, TokenBatch
 

@@ -7,7 +7,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.text.tokenizer import tokenizer_files
-from ebft_mega.model.weights.huggingface import CONFIG_NAME, GENERATION_CONFIG_NAME
+from ebft_mega.model.weights.model_directory import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME, describe_environment
 
 

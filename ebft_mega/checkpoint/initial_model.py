@@ -7,7 +7,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.manifest import Manifest
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder, weight_files
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
-from ebft_mega.model.weights.huggingface import InitialWeights, SafetensorsWeights
+from ebft_mega.model.weights.weight_sources import InitialWeights, SafetensorsWeights
 
 
 @dataclass(frozen=True)

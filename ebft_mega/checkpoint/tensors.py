@@ -12,8 +12,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import hf_shapes
-from ebft_mega.model.weights.weight_layout import Box, packing_of
+from ebft_mega.model.weights.weight_layout import Box, hf_shapes, packing_of
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
 from ebft_mega.parallel.zero import ZeroEngine
 

@@ -13,7 +13,8 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import WeightSource, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.stage_module import StageRunner
 from ebft_mega.parallel.zero import ShardedStage

@@ -16,7 +16,8 @@ from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import InitialWeights, RandomWeights, WeightSource, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import InitialWeights, RandomWeights, WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.planning.auto import choices, default_choices

@@ -14,7 +14,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.lifecycle.build import feature_weights, initial_weights
-from ebft_mega.model.weights.huggingface import InitialWeights, identity
+from ebft_mega.model.weights.weight_sources import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.train.progress import Progress

@@ -5,7 +5,7 @@ import tempfile
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.output_directory import refuse_other_contents
-from ebft_mega.model.weights.huggingface import CONFIG_NAME
+from ebft_mega.model.weights.model_directory import CONFIG_NAME
 
 MODEL_FOLDER = "hf"  # of a run directory: the final model
 

@@ -19,7 +19,8 @@ from ebft_mega.lifecycle.inputs import held_out_rows
 from ebft_mega.lifecycle.model_identity import run_identity
 from ebft_mega.lifecycle.run_directory import MODEL_FOLDER
 from ebft_mega.lifecycle.start import Start, tidy
-from ebft_mega.model.weights.huggingface import hf_tensors, write_model
+from ebft_mega.model.weights.model_directory import write_model
+from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME, write_environment

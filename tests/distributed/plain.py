@@ -9,7 +9,8 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, hf_tensors, load_weights
+from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks

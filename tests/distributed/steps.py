@@ -13,7 +13,7 @@ from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model import head
-from ebft_mega.model.weights.huggingface import hf_tensors
+from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.rollout import generate
 from ebft_mega.train.step import train_step

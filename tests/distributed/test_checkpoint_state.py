@@ -22,7 +22,9 @@ from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, me
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, WeightSource, hf_shapes, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS

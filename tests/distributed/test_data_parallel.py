@@ -6,7 +6,7 @@ import torch
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.lifecycle.build import build_trainer
-from ebft_mega.model.weights.huggingface import RandomWeights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.hooks import HeldOut, evaluate_now
 from ebft_mega.types import TokenBatch

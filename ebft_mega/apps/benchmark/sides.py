@@ -18,7 +18,8 @@ from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import StepCost
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.types import DTYPES, TokenBatch

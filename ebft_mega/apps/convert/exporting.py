@@ -13,7 +13,7 @@ from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_m
 from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, tokenizer_sha256
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.weights.huggingface import GENERATION_CONFIG_NAME, write_model
+from ebft_mega.model.weights.model_directory import GENERATION_CONFIG_NAME, write_model
 
 
 def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, overwrite: bool = False) -> Converted:

@@ -13,13 +13,9 @@ from ebft_mega.checkpoint.model_folder import is_checkpoint
 from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import read_json_object
-from ebft_mega.model.weights.huggingface import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SafetensorsWeights,
-    write_model,
-)
+from ebft_mega.model.weights.model_directory import CONFIG_NAME, GENERATION_CONFIG_NAME, write_model
 from ebft_mega.model.weights.weight_files import INDEX_NAME, stored_tensors
+from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 
 _JSON_NAMES = (GENERATION_CONFIG_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.weights.huggingface import WeightSource, hf_shapes
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

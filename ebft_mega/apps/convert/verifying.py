@@ -19,8 +19,10 @@ from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
-from ebft_mega.model.weights.huggingface import CONFIG_NAME, SafetensorsWeights, load_weights
+from ebft_mega.model.weights.model_directory import CONFIG_NAME
+from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_files import INDEX_NAME
+from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.parallel.groups import ProcessGroups
 
 

@@ -1,6 +1,7 @@
-"""Write the weight files of a Hugging Face directory: split from the tensors' shapes, then written tensor by tensor."""
+"""Write a Hugging Face model directory: weight files planned from tensor shapes and written tensor by tensor."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.data.text.tokenizer import copy_tokenizer
+from ebft_mega.io.durable import flush_to_disk
+from ebft_mega.io.output_directory import new_directory
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME
+from ebft_mega.model.weights.weight_layout import hf_shapes
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+SHARD_BYTES = 4 * 2**30  # of tensors in a file, unless given
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,47 @@ class Shard:
 
     name: str
     tensors: dict[str, TensorSpec]  # in the order in which they are written
+
+
+def write_model(
+    directory: Path,
+    architecture: Architecture,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    tokenizer: Path | None = None,
+    generation_config: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = True,
+) -> None:
+    """Write a Hugging Face model directory, tensor by tensor.
+
+    The files are written under another name beside `directory` and take its place when all of them are on the disk.
+
+    Memory: beside what `tensors` holds by itself, one tensor.
+
+    Args:
+        tensors: Hugging Face names with full tensors, in the order of `hf_shapes`; read to the end.
+        dtype: of the written weights.
+        tokenizer: directory of the tokenizer to put beside the weights.
+        generation_config: a `generation_config.json` to put beside them.
+        shard_bytes: how many bytes of tensors a file may have.
+        overwrite: whether a model that is there already may be replaced.
+    Raises:
+        InputError: what stands at `directory` may not be replaced: another kind of directory, say.
+        ValueError: `tensors` are not those of the architecture.
+        OSError: the disk is full or gone. Then, too, what stood at `directory` is unharmed.
+    """
+    shards = plan_shards(hf_shapes(architecture), dtype, shard_bytes)
+    with new_directory(directory, CONFIG_NAME, overwrite) as partial:
+        write_shards(partial, shards, tensors)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial)
+        if generation_config is not None:
+            shutil.copyfile(generation_config, partial / GENERATION_CONFIG_NAME)
+        write_json(partial / CONFIG_NAME, architecture.exported_config(str(dtype).removeprefix("torch.")))
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+    flush_to_disk(directory.absolute().parent)
 
 
 def plan_shards(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, shard_bytes: int) -> tuple[Shard, ...]:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.errors import BrokenCheckpointError, InputError, InputProblems
-from ebft_mega.model.weights.huggingface import RandomWeights, SafetensorsWeights, hf_shapes, identity
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights, identity
 from ebft_mega.planning.model_files import weight_file_problems
 from tests.conftest import tiny_config
 from tests.unit.written_checkpoint import list_files, write_checkpoint

@@ -19,7 +19,7 @@ from ebft_mega.checkpoint.tensor_index import TensorIndex, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
 from ebft_mega.data.store.format import file_sha256
 from ebft_mega.errors import BrokenCheckpointError
-from ebft_mega.model.weights.huggingface import hf_shapes
+from ebft_mega.model.weights.weight_layout import hf_shapes
 from tests.conftest import tiny_config
 
 

@@ -12,14 +12,10 @@ from ebft_mega.errors import InputError
 from ebft_mega.model.head import ScoredTokens
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import ReadRows, StridedLayout
-from ebft_mega.model.weights.huggingface import (
-    RandomWeights,
-    SafetensorsWeights,
-    hf_shapes,
-    hf_tensors,
-    load_weights,
-    write_model,
-)
+from ebft_mega.model.weights.model_directory import write_model
+from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights
 from tests.conftest import tiny_config
 
 LLAMA3_ROPE = {

@@ -17,7 +17,8 @@ from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.held_out import EvaluationSettings, evaluate
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.parallel.optimizer import Update
 from ebft_mega.parallel.stage_module import runner
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts

@@ -10,7 +10,8 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.parallel.stage_module import runner
 from ebft_mega.rollout import generate
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts

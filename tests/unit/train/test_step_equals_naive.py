@@ -17,7 +17,8 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.huggingface import SafetensorsWeights, hf_tensors, load_weights
+from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
+from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.stage_module import runner

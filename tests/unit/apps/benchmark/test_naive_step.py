@@ -18,7 +18,8 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import RandomWeights, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.train.step import train_step
 from tests.unit.apps.benchmark.benchmark_models import TINY_CASES, TINY_MODEL
 

@@ -15,7 +15,9 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import BrokenCheckpointError, InputError
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
-from ebft_mega.model.weights.huggingface import RandomWeights, hf_shapes, load_weights
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from tests.conftest import tiny_config
 from tests.unit.apps.convert.test_import import KINDS
 from tests.unit.planted import Bomb

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ebft_mega.apps.convert.importing import import_model
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.errors import InputError
-from ebft_mega.model.weights.huggingface import RandomWeights, SafetensorsWeights, hf_shapes
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb
 from tests.unit.written_checkpoint import write_checkpoint

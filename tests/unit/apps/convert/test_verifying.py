@@ -14,7 +14,9 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
-from ebft_mega.model.weights.huggingface import RandomWeights, hf_shapes, write_model
+from ebft_mega.model.weights.model_directory import write_model
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights
 from tests.conftest import tiny_config
 from tests.unit.apps.convert.test_import import KINDS, change
 from tests.unit.planted import Bomb

@@ -15,14 +15,10 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.errors import InputError
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.huggingface import (
-    RandomWeights,
-    SafetensorsWeights,
-    hf_shapes,
-    identity,
-    load_weights,
-    write_model,
-)
+from ebft_mega.model.weights.model_directory import write_model
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights, identity
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb
 

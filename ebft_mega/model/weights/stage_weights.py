@@ -1,0 +1,94 @@
+"""Fill a stage's parameters from a source of weights, and collect the whole model's tensors from all stages."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.weight_layout import hf_shapes, packing_of
+from ebft_mega.model.weights.weight_sources import WeightSource
+from ebft_mega.parallel.groups import ProcessGroups
+
+
+def load_weights(
+    stage: Stage,
+    source: WeightSource,
+    gathered: Callable[[nn.Parameter], AbstractContextManager[Any]] = lambda _: nullcontext(),
+    is_reader: bool = True,
+) -> None:
+    """Fill a stage's parameters from a source, one parameter at a time.
+
+    Args:
+        gathered: context in which a partitioned parameter is whole; what rank 0 of its group wrote is kept.
+        is_reader: whether this rank reads the source (rank 0 of the partition's group, or everyone).
+    Communication: that of `gathered`.
+    """
+    groups, shapes = stage.groups, hf_shapes(stage.architecture)
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
+            with gathered(parameter):
+                if is_reader:
+                    boxes = (
+                        (hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank))
+                        for hf_name in packing.sources
+                    )
+                    parameter.data.copy_(packing.pack(tuple(source.part(*box) for box in boxes)))
+
+
+def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterator[tuple[str, Tensor]]:
+    """The whole model as Hugging Face tensors, one after another, the same on every rank.
+
+    Args:
+        parameters: name and this rank's slice of every parameter of the stage, in the stage's order.
+        stage: this rank's stage (its parameters are not looked at, only what they are).
+    Communication: per parameter one all-gather over the tensor-parallel group if it is sliced, then one broadcast
+        along the pipeline; every rank has to exhaust the iterator.
+    """
+    groups, ranks = stage.groups, stage.groups.tensor_parallel_size
+    roles = stage.parameter_roles()
+    for turn in range(groups.pipeline_size):
+        if turn == groups.pipeline_rank:
+            for name, parameter in parameters:
+                if roles[name].copy:
+                    continue
+                packing = packing_of(name, stage.architecture, stage.shape.first_layer, ranks)
+                slices = tuple(torch.empty_like(parameter) for _ in range(ranks))
+                if roles[name].sharded:
+                    dist.all_gather(list(slices), parameter.contiguous(), group=groups.tensor_parallel)
+                else:
+                    slices = (parameter,) * ranks
+                for pair in zip(packing.sources, packing.whole(slices), strict=True):
+                    _announce(pair, groups)
+                    yield pair
+            _announce(None, groups)
+        else:
+            while (heard := _hear(turn, groups)) is not None:
+                yield heard
+
+
+def _announce(pair: tuple[str, Tensor] | None, groups: ProcessGroups) -> None:
+    """Broadcast a named tensor of this stage to the other stages; None: there is no more."""
+    if groups.pipeline_size == 1:
+        return
+    header = [None if pair is None else (pair[0], pair[1].shape, pair[1].dtype)]
+    group, own = groups.pipeline_parallel, groups.pipeline_rank
+    dist.broadcast_object_list(header, group=group, group_src=own, device=groups.device)
+    if pair is not None:
+        dist.broadcast(pair[1].contiguous(), group=group, group_src=own)
+
+
+def _hear(stage: int, groups: ProcessGroups) -> tuple[str, Tensor] | None:
+    """Receive what a stage announces next; None: it has no more."""
+    header: list[tuple[str, torch.Size, torch.dtype] | None] = [None]
+    dist.broadcast_object_list(header, group=groups.pipeline_parallel, group_src=stage, device=groups.device)
+    if header[0] is None:
+        return None
+    name, shape, dtype = header[0]
+    tensor = torch.empty(shape, dtype=dtype, device=groups.device)
+    dist.broadcast(tensor, group=groups.pipeline_parallel, group_src=stage)
+    return name, tensor
