@@ -105,7 +105,7 @@ def test_profile_has_the_phases_of_its_steps_on_every_rank(run):
 
 def test_final_model_loads_with_transformers(run, data):
     model = AutoModelForCausalLM.from_pretrained(run[0] / "hf")
-    tokens = torch.from_numpy(open_dataset(data.held_out).read_document(0)[:33])[None]
+    tokens = torch.from_numpy(open_dataset(data.held_out).tokens(0)[:33].astype("int64"))[None]
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss
     assert 3.0 < loss < 7.0

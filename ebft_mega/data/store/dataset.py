@@ -50,24 +50,6 @@ class Dataset:
             raise DamagedDataError(self.files.place(shard), offset, expected, found, number)
         return stored
 
-    def read_document(self, number: int) -> np.ndarray:
-        """Reads one document as it stands on the line of tokens.
-
-        Args:
-            number: document number, 0 <= number < manifest.documents.
-
-        Returns:
-            int64 [tokens of the document], the end-of-document token last.
-
-        Raises:
-            IndexError, DamagedDataError: as `tokens`.
-        """
-        stored = self.tokens(number)
-        tokens = np.empty(stored.size + 1, np.int64)
-        tokens[:-1] = stored
-        tokens[-1] = self.manifest.eos_id
-        return tokens
-
     def close(self) -> None:
         """Closes the shard files."""
         self.files.close()

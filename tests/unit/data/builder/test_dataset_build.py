@@ -28,7 +28,7 @@ def tokenizer(tokenizer_directory: Path) -> Tokenizer:
 
 def texts_of(directory: Path, tokenizer: Tokenizer) -> list[str]:
     dataset = open_dataset(directory)
-    return [tokenizer.decode(dataset.read_document(i)[:-1]) for i in range(dataset.manifest.documents)]
+    return [tokenizer.decode(dataset.tokens(i)) for i in range(dataset.manifest.documents)]
 
 
 def write_jsonl(path: Path, lines: list[str]) -> Path:

@@ -31,15 +31,16 @@ def pairs(stream: RowStream, num_rows: int) -> list[tuple[int, int]]:
 
 
 def documents_of(dataset: Dataset) -> list[np.ndarray]:
-    return [dataset.read_document(number) for number in range(dataset.manifest.documents)]
+    return [np.array([*dataset.tokens(number), EOS]) for number in range(dataset.manifest.documents)]
 
 
-def test_stored_tokens_are_a_document_without_its_end(dataset: Dataset) -> None:
+def test_stored_tokens_are_a_document_without_its_end(dataset: Dataset, texts: dict[str, str]) -> None:
+    tokenizer = load_tokenizer(dataset.tokenizer_directory)
     for number in (0, 7, dataset.manifest.documents - 1):
         stored = dataset.tokens(number)
         assert stored.dtype == np.dtype(dataset.manifest.dtype)
         assert not stored.flags.writeable
-        assert [*stored, EOS] == dataset.read_document(number).tolist()
+        assert stored.tolist() == tokenizer.encode(texts[sorted(texts)[number]])
     with pytest.raises(IndexError):
         dataset.tokens(dataset.manifest.documents)
 
@@ -67,7 +68,7 @@ def test_every_epoch_holds_every_token_once(dataset_directory: Path, seed: int, 
     for token, instance in pairs(stream, -(-2 * dataset.manifest.tokens // sequence_length)):
         per_instance.setdefault(instance, []).append(token)
     for number in range(num_documents):
-        expected = sorted(dataset.read_document(number))
+        expected = sorted([*dataset.tokens(number), EOS])
         for epoch in range(2):
             assert sorted(per_instance.pop(epoch * num_documents + number)) == expected
     assert sum(map(len, per_instance.values())) < sequence_length  # the tail, in the third epoch's first row
@@ -187,9 +188,9 @@ def test_a_forked_reader_gives_the_same_rows(dataset: Dataset) -> None:
 
 
 def test_a_pickled_dataset_reads_again(dataset: Dataset) -> None:
-    expected = dataset.read_document(3)
+    expected = dataset.tokens(3)
     copy = pickle.loads(pickle.dumps(dataset))
     dataset.close()
-    assert np.array_equal(copy.read_document(3), expected)
-    assert np.array_equal(dataset.read_document(3), expected)  # opened again after close
+    assert np.array_equal(copy.tokens(3), expected)
+    assert np.array_equal(dataset.tokens(3), expected)  # opened again after close
     copy.close()

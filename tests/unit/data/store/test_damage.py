@@ -198,7 +198,7 @@ def test_local_damage_in_mid_run(
     opened = open_dataset(directory)
     for row in clean_rows[:5]:
         for number in row.document_ids:
-            opened.read_document(int(number) % opened.manifest.documents)
+            opened.tokens(int(number) % opened.manifest.documents)
     hit = damage_shard(directory, dataset, kind)
     if kind == "missing":
         # A file that is deleted stays whole for those who have it open; this is the moment after that.
@@ -246,7 +246,7 @@ def open_twice(server: FileServer, cache: ShardCache) -> tuple[Dataset, Dataset]
     skipping, stopping = (
         open_dataset(f"{server.url}/train", cache, on_error=policy, transfer=ONCE) for policy in policies
     )
-    assert skipping.read_document(0).tolist() == stopping.read_document(0).tolist()
+    assert skipping.tokens(0).tolist() == stopping.tokens(0).tolist()
     return skipping, stopping
 
 
@@ -335,10 +335,10 @@ def test_a_server_without_ranges_serves_whole_shards_only(server: FileServer, da
     for shard in dataset.manifest.shards:
         server.faults[shard.name] = Fault("no ranges")
     opened = open_dataset(f"{server.url}/train", ShardCache(tmp_path / "whole", 1 << 30), transfer=ONCE)
-    assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
+    assert opened.tokens(0).tolist() == dataset.tokens(0).tolist()
     opened = open_dataset(f"{server.url}/train", ShardCache(tmp_path / "none", 0), transfer=ONCE)
     with pytest.raises(DamagedDataError, match="byte ranges.*HTTP status 200"):
-        opened.read_document(0)
+        opened.tokens(0)
 
 
 def test_a_wrong_shard_is_downloaded_once_and_logged(
@@ -348,11 +348,11 @@ def test_a_wrong_shard_is_downloaded_once_and_logged(
     (hit,) = damage_shard(server.directory / "train", dataset, "bit of a payload")
     skipping, stopping = open_twice(server, ShardCache(tmp_path / "cache", 1 << 30))
     for document in sorted(whole_shard(dataset) - {hit}):
-        assert skipping.read_document(document).tolist() == dataset.read_document(document).tolist()
+        assert skipping.tokens(document).tolist() == dataset.tokens(document).tolist()
         with pytest.raises(WrongShardError, match=f"sha256 {entry.sha256}"):
-            stopping.read_document(document)
+            stopping.tokens(document)
     with pytest.raises(DamagedDataError, match="crc32"):
-        skipping.read_document(hit)
+        skipping.tokens(hit)
     assert [byte_range for _, _, byte_range in server.asked("GET", entry.name)].count(None) == 2
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2

@@ -52,18 +52,18 @@ def test_documents_round_trip(dataset: Dataset, texts: dict[str, str], tokenizer
     manifest = dataset.manifest
     assert len(manifest.shards) > 2
     assert manifest.documents == len(texts)
+    assert manifest.eos_id == tokenizer.eos_id
     assert manifest.tokenizer_sha256 == tokenizer_sha256(dataset.tokenizer_directory) == tokenizer.sha256
-    documents = [dataset.read_document(number) for number in range(manifest.documents)]
+    documents = [dataset.tokens(number) for number in range(manifest.documents)]
     for path, tokens in zip(sorted(texts), documents, strict=True):
-        assert tokens.dtype == np.int64
-        assert tokens[-1] == tokenizer.eos_id
-        assert tokenizer.decode(tokens[:-1]) == texts[path]
-    assert sum(map(len, documents)) == manifest.tokens
+        assert tokens.dtype == np.uint16
+        assert tokenizer.decode(tokens) == texts[path]
+    assert sum(map(len, documents)) + manifest.documents == manifest.tokens
     assert max(map(max, documents)) == manifest.max_token_id
     with pytest.raises(IndexError):
-        dataset.read_document(manifest.documents)
+        dataset.tokens(manifest.documents)
     with pytest.raises(IndexError):
-        dataset.read_document(-1)
+        dataset.tokens(-1)
 
 
 def test_stock_webdataset_reads_the_same_documents(dataset: Dataset, texts: dict[str, str]) -> None:
@@ -73,7 +73,7 @@ def test_stock_webdataset_reads_the_same_documents(dataset: Dataset, texts: dict
         source["stream"].close()
     assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(len(texts))]
     for number, (path, sample) in enumerate(zip(sorted(texts), samples, strict=True)):
-        assert np.frombuffer(sample["u16"], "<u2").tolist() == dataset.read_document(number)[:-1].tolist()
+        assert np.frombuffer(sample["u16"], "<u2").tolist() == dataset.tokens(number).tolist()
         meta = json.loads(sample["json"])
         assert meta["path"] == path
         assert meta["licence"] == "unknown"
@@ -118,8 +118,8 @@ def test_token_type_follows_the_vocabulary(
     manifest = writer.finish()
     assert (manifest.dtype, manifest.max_token_id) == (dtype, vocab_size - 1)
     dataset = open_dataset(tmp_path)
-    assert dataset.read_document(0).tolist() == [*ids, 1]
-    assert dataset.read_document(1).tolist() == [1]
+    assert dataset.tokens(0).tolist() == ids
+    assert dataset.tokens(1).tolist() == []
     assert f"000000000.{suffix}".encode() in (tmp_path / "shard-000000.tar").read_bytes()
 
 
@@ -133,14 +133,14 @@ def test_a_flipped_bit_is_found_when_the_document_is_read(copy: Path, place: str
     flip_bit(copy / shard, offset + {"header": 130, "payload": 512, "last byte": last}[place])
     dataset = open_dataset(copy)
     with pytest.raises(DamagedDataError) as caught:
-        dataset.read_document(number)
+        dataset.tokens(number)
     assert caught.value.exit_code == 4
     message = str(caught.value)
     content = (copy / shard).read_bytes()[offset : offset + last + 1]
     for part in (shard, f"offset {offset}", f"{int(record['crc32']):08x}", f"{zlib.crc32(content):08x}"):
         assert part in message
     for other in set(range(30)) - {number}:
-        dataset.read_document(other)
+        dataset.tokens(other)
 
 
 def test_every_bit_of_a_document_counts(copy: Path) -> None:
@@ -149,9 +149,9 @@ def test_every_bit_of_a_document_counts(copy: Path) -> None:
     for position in range(0, 512 + int(record["payload_bytes"]), 7):
         flip_bit(path, int(record["offset"]) + position)
         with pytest.raises(DamagedDataError):
-            open_dataset(copy).read_document(0)
+            open_dataset(copy).tokens(0)
         flip_bit(path, int(record["offset"]) + position)
-    open_dataset(copy).read_document(0)
+    open_dataset(copy).tokens(0)
 
 
 def test_a_shard_cut_during_the_run_is_damage(copy: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_shard_cut_during_the_run_is_damage(copy: Path) -> None:
     offset = int(dataset.index[last]["offset"])
     os.truncate(copy / dataset.manifest.shards[-1].name, offset + 600)
     with pytest.raises(DamagedDataError, match=f"offset {offset}.*found 600 bytes"):
-        dataset.read_document(last)
+        dataset.tokens(last)
 
 
 def test_a_token_outside_the_vocabulary_is_damage(copy: Path, dataset: Dataset) -> None:
@@ -169,7 +169,7 @@ def test_a_token_outside_the_vocabulary_is_damage(copy: Path, dataset: Dataset) 
     damaged = open_dataset(copy)
     with pytest.raises(DamagedDataError, match=f"below {smaller}, found {smaller}"):
         for number in range(damaged.manifest.documents):
-            damaged.read_document(number)
+            damaged.tokens(number)
 
 
 def test_all_problems_are_reported_before_the_start(copy: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_shard_of_another_dataset_is_found_when_read(make_dataset: Callable[..
     theirs = make_dataset({"a.py": "c = 3\n", "b.py": "d = 4\n"}, "theirs")
     shutil.copyfile(theirs / "shard-000000.tar", ours / "shard-000000.tar")
     with pytest.raises(DamagedDataError, match="crc32"):
-        open_dataset(ours).read_document(0)
+        open_dataset(ours).tokens(0)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
 
     monkeypatch.setattr("ebft_mega.data.builder.work_units.ShardWriter", WithPickle)
     directory = make_dataset({"a.py": "a = 1\n"})
-    assert open_dataset(directory).read_document(0)[-1] == 1
+    assert open_dataset(directory).tokens(0).size
     np.save(directory / "index.npy", np.array([_Malicious()], object), allow_pickle=True)
     content = (directory / "index.npy").read_bytes()
     entry = {"name": "index.npy", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -291,7 +291,7 @@ def test_reading_leaves_no_file_open_and_warns_of_nothing(dataset_directory: Pat
         "from ebft_mega.data.store.opening import open_dataset\n"
         f"dataset = open_dataset({str(dataset_directory)!r})\n"
         "before = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc') else 0\n"
-        "for number in range(dataset.manifest.documents): dataset.read_document(number)\n"
+        "for number in range(dataset.manifest.documents): dataset.tokens(number)\n"
         "dataset.close()\n"
         "after = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc') else 0\n"
         "assert after <= before, (before, after)\n"
@@ -307,10 +307,10 @@ def test_few_descriptors_serve_many_shards(dataset_directory: Path) -> None:
     from ebft_mega.data.store.reader import ShardFiles
 
     dataset = open_dataset(dataset_directory)
-    expected = [dataset.read_document(number).tolist() for number in range(30)]
+    expected = [dataset.tokens(number).tolist() for number in range(30)]
     paths = [dataset_directory / shard.name for shard in dataset.manifest.shards]
     narrow = Dataset(dataset_directory, dataset.manifest, dataset.index, ShardFiles(paths, max_open=1))
-    assert [narrow.read_document(number).tolist() for number in (*range(29, -1, -1),)][::-1] == expected
+    assert [narrow.tokens(number).tolist() for number in (*range(29, -1, -1),)][::-1] == expected
     narrow.close()
 
 

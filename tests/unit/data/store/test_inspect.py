@@ -28,7 +28,7 @@ def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_lengths_agree_with_the_documents(dataset: Dataset) -> None:
     lengths = lengths_of(dataset)
-    expected = sorted(len(dataset.read_document(number)) for number in range(dataset.manifest.documents))
+    expected = sorted(len(dataset.tokens(number)) + 1 for number in range(dataset.manifest.documents))
     assert (lengths.shortest, lengths.longest) == (expected[0], expected[-1])
     assert lengths.mean == sum(expected) / len(expected)
     assert lengths.percentiles["50"] == expected[(len(expected) - 1) // 2]
@@ -44,7 +44,7 @@ def test_lengths_agree_with_the_documents(dataset: Dataset) -> None:
 @pytest.mark.parametrize("sequence_length", [1, 16, 17, 64, 100_000])
 def test_rows_with_several_documents(dataset: Dataset, sequence_length: int) -> None:
     documents = dataset.manifest.documents
-    line = np.concatenate([np.full(len(dataset.read_document(number)), number) for number in range(documents)])
+    line = np.concatenate([np.full(len(dataset.tokens(number)) + 1, number) for number in range(documents)])
     rows = [line[begin : begin + sequence_length] for begin in range(0, len(line), sequence_length)]
     whole = [row for row in rows if len(row) == sequence_length]
     found = rows_of(dataset, sequence_length)

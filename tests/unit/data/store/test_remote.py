@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def read_all(dataset: Dataset) -> list[list[int]]:
-    return [dataset.read_document(number).tolist() for number in range(dataset.manifest.documents)]
+    return [dataset.tokens(number).tolist() for number in range(dataset.manifest.documents)]
 
 
 def refused(place: str, cache: ShardCache | None, transfer: Transfer = QUICK) -> str:
@@ -168,7 +168,7 @@ def test_a_forked_process_needs_nothing_of_its_parent(
     opened = open_dataset(remote_url, ShardCache(cache.directory, limit), transfer=QUICK)
     assert isinstance(opened.files, remote.RemoteShards)
     expected = read_all(dataset)
-    assert opened.read_document(0).tolist() == expected[0]
+    assert opened.tokens(0).tolist() == expected[0]
     opened.files.expect([1])
     # One of the parent's threads is reading in this moment.
     with opened.files._lock:
@@ -207,7 +207,7 @@ def test_expected_shards_are_downloaded_ahead(
         f"/data/train/{dataset.manifest.shards[shard].name}" for shard in range(3, last)
     ]
     with pytest.raises(DamagedDataError, match="404"):
-        opened.read_document(int((opened.index["shard"] == 1).argmax()))
+        opened.tokens(int((opened.index["shard"] == 1).argmax()))
     opened.close()
 
 
@@ -220,7 +220,7 @@ def wait_for_downloads(dataset: Dataset) -> None:
 def read_all_but(dataset: Dataset, shard: int) -> bool:
     for number in range(dataset.manifest.documents):
         if dataset.index["shard"][number] != shard:
-            dataset.read_document(number)
+            dataset.tokens(number)
     return True
 
 
@@ -231,8 +231,8 @@ def test_a_download_that_takes_long_elsewhere_is_not_waited_for(
     opened = open_dataset(remote_url, cache, transfer=QUICK)
     entry = dataset.manifest.shards[0]
     with cache.lock(entry.sha256):
-        assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
-    assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
+        assert opened.tokens(0).tolist() == dataset.tokens(0).tolist()
+    assert opened.tokens(0).tolist() == dataset.tokens(0).tolist()
     assert [asked[2] is None for asked in server.asked("GET", entry.name)] == [False, True]
 
 
@@ -398,9 +398,9 @@ def test_a_document_that_stays_wrong_is_damage_and_not_downloaded_for_ever(
     (target / "dataset.json").write_text(json.dumps(fields))
     opened = open_dataset(remote_url, cache, transfer=QUICK)
     for _ in range(3):
-        opened.read_document(0)
+        opened.tokens(0)
         with pytest.raises(DamagedDataError, match="crc32"):
-            opened.read_document(1)
+            opened.tokens(1)
     assert len(server.asked("GET", ".tar")) == 2
 
 
@@ -415,7 +415,7 @@ def test_a_cache_that_holds_a_part_is_never_passed(
     for _ in range(2):
         opened = open_dataset(remote_url, cache, transfer=QUICK)
         for number, expected in enumerate(read_all(dataset)):
-            assert opened.read_document(number).tolist() == expected
+            assert opened.tokens(number).tolist() == expected
             assert sum(path.stat().st_size for path in (cache.directory / "shards").iterdir()) <= cache.limit_bytes
     asked = server.asked("GET", ".tar")
     assert all(entry[2] is None for entry in asked)
@@ -425,11 +425,11 @@ def test_a_cache_that_holds_a_part_is_never_passed(
 
 def test_copies_that_were_deleted_are_closed(remote_url: str, dataset: Dataset, cache: ShardCache) -> None:
     opened = open_dataset(remote_url, cache, transfer=QUICK)
-    opened.read_document(0)
+    opened.tokens(0)
     assert isinstance(opened.files, remote.RemoteShards)
     cache.shard_path(dataset.manifest.shards[0]).unlink()
-    assert opened.read_document(0).tolist() == dataset.read_document(0).tolist()
-    opened.read_document(dataset.manifest.documents - 1)
+    assert opened.tokens(0).tolist() == dataset.tokens(0).tolist()
+    opened.tokens(dataset.manifest.documents - 1)
     assert list(opened.files._descriptors) == [len(dataset.manifest.shards) - 1]
 
 
@@ -486,7 +486,7 @@ def test_closing_a_dataset_ends_its_download(
     # The connection broke and was continued, but nobody wanted the rest any more.
     assert list((cache.directory / "shards").iterdir()) == []
     assert server.asked("GET", dataset.manifest.shards[1].name) == []
-    assert opened.read_document(dataset.manifest.documents - 1).size  # opens again
+    assert opened.tokens(dataset.manifest.documents - 1).size  # opens again
 
 
 def test_an_interpreter_does_not_wait_for_downloads_ahead(
@@ -499,7 +499,7 @@ def test_an_interpreter_does_not_wait_for_downloads_ahead(
         "from ebft_mega.data.store.opening import open_dataset\n"
         f"dataset = open_dataset({remote_url!r}, ShardCache(Path({str(cache.directory)!r}), 1 << 30))\n"
         "dataset.files.expect([0])\n"
-        "print(dataset.read_document(dataset.manifest.documents - 1).size)\n"
+        "print(dataset.tokens(dataset.manifest.documents - 1).size)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
