@@ -1,1 +1,1 @@
-"""Process groups and the ZeRO engine: everything that communicates."""
+"""Process groups, pipeline schedules, and the engines that train a stage at any ZeRO stage."""

@@ -1,4 +1,4 @@
-"""Process groups, made once at start-up and passed to whoever communicates."""
+"""Process groups of all parallel axes, made once at start-up and passed to the functions that communicate."""
 
 import datetime
 import os
@@ -15,10 +15,10 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The ranks that this process talks to, one group per parallel axis.
+    """The process groups of this rank, one for each parallel axis.
 
-    Ranks are numbered with the tensor-parallel axis fastest, then data, then pipeline: the chattiest axis stays
-    within a machine.
+    Ranks are numbered with the tensor-parallel axis fastest, then data, then pipeline: the axis that
+    communicates most stays within a machine.
     """
 
     data_parallel: dist.ProcessGroup  # other rows, same weights: ZeRO partitions
@@ -31,32 +31,32 @@ class ProcessGroups:
 
     @property
     def data_parallel_rank(self) -> int:
-        """This process's place among the ranks with other rows."""
+        """This process's rank among the replicas, which have other rows."""
         return dist.get_rank(self.data_parallel)
 
     @property
     def data_parallel_size(self) -> int:
-        """How many replicas share a global batch."""
+        """Number of replicas that a global batch is divided over."""
         return dist.get_world_size(self.data_parallel)
 
     @property
     def tensor_parallel_rank(self) -> int:
-        """Which slice of each layer this process holds."""
+        """Index of the slice of each layer that this process holds."""
         return dist.get_rank(self.tensor_parallel)
 
     @property
     def tensor_parallel_size(self) -> int:
-        """Slices that each layer is cut into."""
+        """Number of slices that each layer is cut into."""
         return dist.get_world_size(self.tensor_parallel)
 
     @property
     def pipeline_rank(self) -> int:
-        """Which stage this process holds."""
+        """Index of the stage that this process holds."""
         return dist.get_rank(self.pipeline_parallel)
 
     @property
     def pipeline_size(self) -> int:
-        """Stages that the layers are cut into."""
+        """Number of stages that the layers are cut into."""
         return dist.get_world_size(self.pipeline_parallel)
 
     @property
@@ -75,13 +75,13 @@ class ProcessGroups:
         return dist.get_rank() == 0
 
     def megatron(self) -> ProcessGroupCollection:
-        """The groups in megatron-core's own wrapper, for its layers."""
+        """Wrap the groups for megatron-core's layers."""
         # Layers number themselves, and context parallelism is refused: both groups are asked for size and rank alone.
         return ProcessGroupCollection(tp=self.tensor_parallel, pp=self.alone, cp=self.alone)
 
 
 def local_device() -> torch.device:
-    """The accelerator of this process (by LOCAL_RANK), or the CPU."""
+    """Choose the accelerator of this process (by LOCAL_RANK), or the CPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -122,7 +122,7 @@ def make_process_groups(
     pipeline_parallel_size: int = 1,
     timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
 ) -> ProcessGroups:
-    """One group per axis; what the two degrees leave of the world is data parallel.
+    """Make one group per axis; the data-parallel size is what the other two leave of the world.
 
     Args:
         timeout: as for `connect`; torch gives a new group its own default instead of the world's.
@@ -131,7 +131,7 @@ def make_process_groups(
     tensor, pipeline = tensor_parallel_size, pipeline_parallel_size
     world_size = dist.get_world_size()
     data = world_size // (tensor * pipeline)
-    assert tensor * pipeline * data == world_size, "check_world lets no other layout pass"
+    assert tensor * pipeline * data == world_size, "check_world refuses every other layout"
 
     def place(rank: int) -> tuple[int, int, int]:
         """A rank's tensor, data and pipeline coordinates."""

@@ -15,7 +15,7 @@ from ebft_mega.types import DTYPES
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, and how parameters, gradients and its state are kept."""
+    """Settings of AdamW, and of how parameters, gradients and optimizer state are stored."""
 
     betas: tuple[float, float]
     weight_decay: float  # on matrices; norms and biases have none
@@ -42,7 +42,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did."""
+    """Result of an optimizer step."""
 
     grad_norm: float  # global, before clipping; inf when a gradient was not finite
     applied: bool  # False: every rank skipped the step
@@ -50,7 +50,7 @@ class Update:
 
 @dataclass(frozen=True)
 class SharedGradients:
-    """Parameters of a stage whose gradient other ranks of the replica have a part in or a copy of."""
+    """Parameters of a stage whose gradient is shared with other ranks of the replica."""
 
     partial: tuple[nn.Parameter, ...]  # each tensor-parallel rank has a share
     tied: tuple[nn.Parameter, ...]  # the other end of the pipeline has a share

@@ -1,4 +1,4 @@
-"""The float32 state of a stage's optimizer as tensors: what there is, who moves which of it, and AdamW's own form."""
+"""The float32 state of a stage's optimizer: its kinds, how ranks divide the work of moving it, and AdamW's format."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -13,7 +13,7 @@ StateReader = Callable[[StateKind, str], Tensor]
 
 
 def share_out(sizes: Sequence[int], num_ranks: int) -> list[int]:
-    """Give every item to a rank so that all have about as much: the largest first, each to who has least.
+    """Divide items of given sizes evenly among ranks: the largest first, each to the rank that has least so far.
 
     Returns:
         A rank per item, the same on every rank. No rank has more than its equal share and one item.
@@ -27,10 +27,10 @@ def share_out(sizes: Sequence[int], num_ranks: int) -> list[int]:
 
 
 def prepare_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], applied_updates: int) -> None:
-    """Give tensors the state that AdamW keeps, as if it had been applied this often; moments that are missing are zero.
+    """Make the state that AdamW keeps for tensors, with a given count of updates; moments that are missing are zero.
 
-    AdamW itself makes its state in its first step, so before it there is nothing to put saved moments into. The form
-    is that of torch's AdamW: a step count of its own for each tensor (it is counted up in place), on the CPU.
+    AdamW itself makes its state in its first step, so before it there is nothing to put saved moments into. The format
+    is that of torch's AdamW: a step count of its own for each tensor (incremented in place), on the CPU.
 
     Args:
         tensors: what the optimizer steps on.
@@ -44,7 +44,7 @@ def prepare_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor],
 
 
 def applied_updates(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> int:
-    """How often AdamW has been applied; skipped steps do not count."""
+    """Read from AdamW's state how often it has been applied; skipped steps do not count."""
     counts = {int(state["step"]) if (state := optimizer.state.get(tensor)) else 0 for tensor in tensors}
-    assert len(counts) == 1, f"all of a stage is updated at once, but these are counted: {counts}"
+    assert len(counts) == 1, f"all parameters of a stage are updated at once, but AdamW counts {counts} updates"
     return counts.pop()

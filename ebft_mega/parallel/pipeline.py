@@ -1,7 +1,7 @@
-"""Micro-batches on their way through the pipeline stages: a continuous ring for decoding, two ways for training.
+"""Pipeline schedules: a continuous ring for decoding, 1F1B or a replayed backward pass for training.
 
-They work on any kind of pass: what a stage computes is given as functions. A pipeline of one stage is the same loop
-without communication.
+What a stage computes is given as functions, so the schedules work for any kind of pass. A pipeline of one stage runs
+the same loop without communication.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ class Slot:
     """One pass of one micro-batch through one stage."""
 
     micro_batch: int
-    pass_index: int  # 0 is the document; pass t feeds back what pass t - 1 returned
+    pass_index: int  # 0 is the document; pass t takes as input what pass t - 1 returned
 
 
 def ring_slots(num_micro_batches: int, num_passes: int, num_stages: int) -> list[Slot | None]:
-    """The slots of the first stage, tick by tick; stage s is s ticks behind.
+    """List the slots of the first stage, tick by tick; stage s is s ticks behind.
 
-    Micro-batches go round in groups of at least `num_stages`: the tokens of a pass come back from the last stage just
-    when the first has sent every other member of the group ahead, and the next group follows at once. So nothing is
-    flushed between passes, and only a group's keys and values are held. Idle (None) are only slots that too few
-    micro-batches leave: none with `num_micro_batches >= num_stages`.
+    Micro-batches take turns in groups of at least `num_stages`: the tokens of a pass come back from the last stage just
+    when the first has sent every other member of the group ahead, and the next group follows at once. So the pipeline
+    is not flushed between passes, and only a group's keys and values are in memory. A slot is idle (None) only if a
+    group has fewer micro-batches than there are stages: never with `num_micro_batches >= num_stages`.
 
     Returns:
         `num_passes` slots per micro-batch, idle ones in between.
@@ -57,12 +57,12 @@ def run_ring(
 ) -> None:
     """Take every micro-batch through all stages `num_passes` times.
 
-    Every tick all stages work, then all hand over at once. Stage s runs the slot of tick t - s.
+    In every tick all stages run one slot, then all send their results at once. In tick t stage s runs slot t - s.
 
     Args:
-        run: one pass through this stage. It is given the hidden states of the stage before; on the first stage what
-            the last one returned for this micro-batch, or None in pass 0. It gives hidden states for the next
-            stage; on the last stage what goes back to the first (after the last pass it goes nowhere).
+        run: one pass through this stage. Its input are the hidden states of the stage before; on the first stage what
+            the last one returned for this micro-batch, or None in pass 0. It returns hidden states for the next
+            stage; on the last stage what is sent back to the first (after the last pass nothing is sent).
         hidden_buffer: an empty tensor for the hidden states that enter this stage in a slot.
         num_passes: 1 for a plain forward pass.
         returned_buffer: an empty tensor for what the last stage returns; needed for more than one pass.
@@ -144,7 +144,7 @@ def one_forward_one_backward(
     backward: Callable[[Tensor, Tensor | None], None],
     hidden_buffer: Callable[[int], Tensor],
 ) -> None:
-    """Gradients of all micro-batches, holding the activations of as few as possible (1F1B).
+    """Compute the gradients of all micro-batches, with the activations of as few as possible in memory (1F1B).
 
     A stage has at most as many micro-batches in flight as there are stages from it to the end.
 
@@ -204,15 +204,15 @@ def replayed_backward(
     entering_gradient: Callable[[int], Tensor],
     release: Callable[[int], None],
 ) -> None:
-    """Gradients of all micro-batches whose forward pass every stage still has: only gradients travel, last to first.
+    """Compute the gradients of all micro-batches whose forward pass every stage has saved: only gradients are sent.
 
-    Each stage does forward, backward, forward, backward: the order in which ZeRO-3 foresees what to gather next.
+    Each stage does forward, backward, forward, backward: the order that ZeRO-3's prefetching expects.
 
     Args:
         forward: micro-batch -> what its saved forward pass returned, or on the last stage the scalar loss.
         backward: (what `forward` returned, gradient of it or None on the last stage) accumulates gradients.
         entering_gradient: micro-batch -> after its backward pass, gradient of the hidden states that entered.
-        release: lets go of a micro-batch's forward pass.
+        release: frees a micro-batch's saved forward pass.
     Communication: per micro-batch the gradient of the hidden states from each stage to the one before.
     """
     for index in range(num_micro_batches):
@@ -231,7 +231,7 @@ def replayed_backward(
 def share_from_last_stage(
     tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, groups: ProcessGroups
 ) -> list[Tensor]:
-    """What only the last stage computed, on every stage.
+    """Copy what only the last stage computed to every stage.
 
     Args:
         tensors: on the last stage the values, elsewhere ignored.

@@ -1,7 +1,7 @@
-"""ZeRO stage 0: every data-parallel rank has everything, and plain torch does the rest.
+"""The training engine at ZeRO stage 0, in plain torch: every data-parallel rank holds all parameters and state.
 
-DeepSpeed's own stage 0 takes no gradient but that of a scalar loss, does not skip a step whose gradient is not finite,
-and refuses to accumulate bfloat16 gradients in float32.
+DeepSpeed's own stage 0 supports backward passes from a scalar loss only, does not skip a step whose gradient is not
+finite, and refuses to accumulate bfloat16 gradients in float32.
 """
 
 from collections.abc import Callable, Iterator, Mapping

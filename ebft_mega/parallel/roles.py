@@ -1,4 +1,4 @@
-"""What a parameter is to the ranks of one replica: whose gradient it has, and who counts it."""
+"""How a parameter is spread over the ranks of a replica: slices, shared gradients, and which rank counts it."""
 
 from dataclasses import dataclass
 

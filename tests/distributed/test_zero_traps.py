@@ -1,8 +1,7 @@
 """What each workaround in `parallel/deepspeed_adapter/` is for: the trap without it, and the right result with it.
 
-When the assertion on a trap fails, DeepSpeed no longer has it and the workaround can go. Names (W1, T2, ...) are those
-by which the traps were first written down. Not shown here: W5 (compiling DeepSpeed's CPU collectives takes 40 s and
-leaves files in /dev/shm) beyond the switch itself; W7 is about DeepSpeed's checkpoints, which are not used.
+When the assertion on a trap fails, DeepSpeed no longer has it and the workaround can go. Not shown here: compiling
+DeepSpeed's CPU collectives, which takes 40 s and leaves files in /dev/shm (only the switch that prevents it is tested).
 """
 
 import copy
@@ -109,13 +108,13 @@ def run_variants(tensor: int, pipeline: int) -> dict[str, dict[str, float]]:
             {"zero_stage": stage},
         )
     if tensor > 1 or pipeline > 1:
-        cases["W4/T1 no marks"] = (replaced(deepspeed_engine, "mark_counted", nothing), {})
+        cases["no marks"] = (replaced(deepspeed_engine, "mark_counted", nothing), {})
     if tensor > 1:
-        cases["T2 partial gradients not summed"] = leave_out("_sum_partial_gradients")
-        cases["T2 partial gradients not summed, stage 2"] = leave_out("_sum_partial_gradients", zero_stage=2)
+        cases["partial gradients not summed"] = leave_out("_sum_partial_gradients")
+        cases["partial gradients not summed, stage 2"] = leave_out("_sum_partial_gradients", zero_stage=2)
     if pipeline > 1:
-        cases["W4 norms within a stage"] = (replaced(deepspeed_engine, "MegatronUnit", PipelineBlindUnit), {})
-        cases["W4 tensor-parallel rank, stage 2"] = (
+        cases["norms within a stage"] = (replaced(deepspeed_engine, "MegatronUnit", PipelineBlindUnit), {})
+        cases["tensor-parallel rank in the unit, stage 2"] = (
             replaced(deepspeed_engine, "MegatronUnit", TensorParallelUnit),
             {"zero_stage": 2},
         )
@@ -140,12 +139,12 @@ def test_nothing_is_wrong_with_all_workarounds(layout):
 @pytest.mark.parametrize(
     ("layout", "case", "what"),
     [
-        (TENSOR, "W4/T1 no marks", "norm"),
-        (PIPELINE, "W4/T1 no marks", "norm"),
-        (PIPELINE, "W4 norms within a stage", "norm"),
-        (PIPELINE, "W4 tensor-parallel rank, stage 2", "norm"),
-        (TENSOR, "T2 partial gradients not summed", "weights"),
-        (TENSOR, "T2 partial gradients not summed, stage 2", "weights"),
+        (TENSOR, "no marks", "norm"),
+        (PIPELINE, "no marks", "norm"),
+        (PIPELINE, "norms within a stage", "norm"),
+        (PIPELINE, "tensor-parallel rank in the unit, stage 2", "norm"),
+        (TENSOR, "partial gradients not summed", "weights"),
+        (TENSOR, "partial gradients not summed, stage 2", "weights"),
         (PIPELINE, "tied gradients not summed", "weights"),
     ],
 )
@@ -172,7 +171,7 @@ def backward_after_backward() -> dict[str, float]:
     return norms
 
 
-def test_w2_backward_passes_that_follow_each_other():
+def test_backward_passes_that_follow_each_other():
     for norms in run_ranks(2, backward_after_backward):
         assert norms["with"] == pytest.approx(norms["truth"], rel=1e-5)
         assert norms["without"] < 0.9 * norms["truth"]
@@ -190,7 +189,7 @@ def pipeline_without_beginnings(zero_stage: int) -> str:
 @pytest.mark.parametrize(
     ("zero_stage", "message"), [(2, "'NoneType' object is not subscriptable"), (3, "unknown parameter type")]
 )
-def test_w2_in_a_pipeline(zero_stage, message):
+def test_backward_passes_that_follow_each_other_in_a_pipeline(zero_stage, message):
     assert run_ranks(2, pipeline_without_beginnings, zero_stage)[0] == message
 
 
@@ -209,7 +208,7 @@ def steps_over_the_world(is_patched: bool) -> str:
 
 
 @pytest.mark.slow
-def test_w1_pipeline_stages_do_not_compare_what_they_gather():
+def test_pipeline_stages_do_not_compare_what_they_gather():
     assert run_ranks(2, steps_over_the_world, True) == ["", ""]
     # Whether they disagree about the lengths of their lists or wait for each other until a timeout is a race.
     assert any(run_ranks(2, steps_over_the_world, False))
@@ -227,7 +226,7 @@ def disagree() -> list[str]:
     return messages
 
 
-def test_w1_data_parallel_ranks_still_do():
+def test_data_parallel_ranks_compare_what_they_gather():
     first, second = run_ranks(2, disagree)
     assert first == ["", "", ""]
     assert second == [
@@ -254,7 +253,7 @@ def norm_here(engine: ZeroEngine) -> float:
     return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
 
-def test_w3_deepspeed_would_divide_an_earlier_stages_gradient_once_more():
+def test_deepspeed_would_divide_an_earlier_stages_gradient_once_more():
     assert run_ranks(2, divided_gradients) == [pytest.approx(1 / 4, rel=1e-4), pytest.approx(1 / 2, rel=1e-4)]
 
 
@@ -281,7 +280,7 @@ def sub_groups_differ() -> tuple[str, str]:
     return message, ""
 
 
-def test_w4_unequal_sub_groups_are_refused():
+def test_unequal_sub_groups_are_refused():
     first, second = run_ranks(2, sub_groups_differ)
     for message, _ in (first, second):
         assert message == "the ranks of a replica have [2, 3] optimizer sub-groups; they must have equally many"
@@ -289,7 +288,7 @@ def test_w4_unequal_sub_groups_are_refused():
     assert (first[1], "closed by peer" in second[1] or "reset by peer" in second[1]) == ("", True)
 
 
-def test_w4_a_stage_needs_matrices_and_vectors():
+def test_a_stage_needs_matrices_and_vectors():
     with pytest.raises(ValueError, match="1 matrices and 0 vectors"):
         parameter_groups(nn.Linear(2, 2, bias=False), {"weight": (2, 2)}, 0.0)
 
@@ -352,7 +351,7 @@ def stale_gradients() -> dict[str, float]:
     return norms
 
 
-def test_t3_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient():
+def test_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient():
     for norms in run_ranks(2, stale_gradients):
         for stage in (0, 1, 2, 3):
             assert norms[f"with {stage}"] == pytest.approx(norms[f"truth {stage}"], rel=1e-5)
@@ -360,22 +359,22 @@ def test_t3_a_parameter_left_out_of_the_first_micro_batch_keeps_no_old_gradient(
 
 
 def left_alone() -> dict[str, object]:
-    """What a stage must not do (T4 to T6, T9), W6, and the switch of W5."""
+    """What a stage must not do and a process must not have twice, and the switch for CPU collectives."""
     import deepspeed
     from deepspeed import ops
 
     groups = make_process_groups(connect(), 2, 1)
     engine = tiny_engine(groups, settings())
-    found: dict[str, object] = {"W5": ops.__compatible_ops__["deepspeed_shm_comm"]}
-    found["T9"] = sum(value.numel() for value in engine.module.state_dict().values())
+    found: dict[str, object] = {"CPU collectives": ops.__compatible_ops__["deepspeed_shm_comm"]}
+    found["values in state_dict"] = sum(value.numel() for value in engine.module.state_dict().values())
     weight = engine.module.embedding.weight
     for name, attempt in {
-        "T5": lambda: F.linear(torch.ones(1, weight.ds_shape[1]), weight),
-        "T6": lambda: copy.deepcopy(engine.module),
-        "T4": lambda: engine.backward(
+        "weight read outside of its module": lambda: F.linear(torch.ones(1, weight.ds_shape[1]), weight),
+        "copy": lambda: copy.deepcopy(engine.module),
+        "two backward passes in one": lambda: engine.backward(
             engine.forward(lambda stage: Twice.apply(stage, torch.ones(1, requires_grad=True)))
         ),
-        "W6": lambda: deepspeed.initialize(
+        "second engine": lambda: deepspeed.initialize(
             model=nn.Linear(2, 2), config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         ),
     }.items():
@@ -405,12 +404,12 @@ class Twice(torch.autograd.Function):
 
 def test_what_a_stage_must_not_do():
     for found in run_ranks(2, left_alone):
-        assert found["W5"] is False
-        assert str(found["T4"]).startswith("AssertionError")
-        assert "size mismatch" in str(found["T5"])
-        assert "cannot pickle" in str(found["T6"])
-        assert "get_model_parallel_rank" in str(found["W6"])
-        assert found["T9"] == 0
+        assert found["CPU collectives"] is False
+        assert str(found["two backward passes in one"]).startswith("AssertionError")
+        assert "size mismatch" in str(found["weight read outside of its module"])
+        assert "cannot pickle" in str(found["copy"])
+        assert "get_model_parallel_rank" in str(found["second engine"])
+        assert found["values in state_dict"] == 0
 
 
 def precision() -> dict[str, object]:
@@ -443,7 +442,7 @@ def precision() -> dict[str, object]:
     return found
 
 
-def test_t8_precision_is_what_was_asked_for():
+def test_precision_is_what_was_asked_for():
     for found in run_ranks(2, precision):
         assert found["exact"] and found["masters"]
         assert found["dtype argument is obeyed"] == found["float16"]  # some CPUs have it, and so not the trap
@@ -507,7 +506,7 @@ def test_parameters_are_gathered_once_for_a_rollout(pipeline):
 
 
 @pytest.mark.slow
-def test_t7_1f1b_gathers_layer_by_layer_where_micro_batches_overlap():
+def test_1f1b_gathers_layer_by_layer_where_micro_batches_overlap():
     """Stages with a warm-up break DeepSpeed's trace of a step: correct, but it cannot gather ahead."""
     alone = run_ranks(2, hold_parameters, 1)[0]["rollout calls"]["learn"]
     first_stage, *_, last_stage = (found["rollout calls"]["learn"] for found in run_ranks(4, hold_parameters, 2))
