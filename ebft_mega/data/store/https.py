@@ -101,7 +101,7 @@ class HttpsClient:
             total_bytes: size that the file must have.
 
         Yields:
-            Pieces; together exactly the `stop - start` bytes.
+            Chunks; together exactly the `stop - start` bytes.
 
         Raises:
             DamagedDataError: another size, no ranges, a status that is no success, an address that cannot be

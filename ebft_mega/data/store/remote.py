@@ -42,7 +42,7 @@ _MANIFEST_LIMIT_BYTES = 1 << 28
 _TOKENIZER_LIMIT_BYTES = 1 << 28
 _SIMULTANEOUS_CHECKS = 16
 # For a shard that somebody else is downloading; then its documents are asked for one by one. Many processes that
-# waited without end, one after the other, for a server that hangs would be stopped as hanging themselves.
+# waited indefinitely, one after the other, for a server that hangs would be stopped as hanging themselves.
 _WAIT_SECONDS = 60.0
 
 OnError = Literal["raise", "skip"]
@@ -308,12 +308,12 @@ class _Downloads:
     def url(self, shard: int) -> str:
         return f"{self.address}/{self.manifest.shards[shard].name}"
 
-    def open(self, shard: int, wait_seconds: float, goes_on: Callable[[], bool] = lambda: True) -> int | None:
+    def open(self, shard: int, wait_seconds: float, continues: Callable[[], bool] = lambda: True) -> int | None:
         entry, url = self.manifest.shards[shard], self.url(shard)
 
         def download() -> Iterator[bytes]:
             for chunk in self.client.chunks(url, 0, entry.bytes, entry.bytes):
-                if not goes_on():
+                if not continues():
                     raise _ClosedError
                 yield chunk
 
@@ -353,7 +353,7 @@ class _DownloadsAhead:
             # A shard that somebody else is downloading needs nothing. What fails here fails again, and is reported,
             # when the shard is read.
             with suppress(DamagedDataError, OSError, _ClosedError):
-                descriptor = self._downloads.open(shard, wait_seconds=0, goes_on=lambda: not self._closed)
+                descriptor = self._downloads.open(shard, wait_seconds=0, continues=lambda: not self._closed)
                 if descriptor is not None:
                     os.close(descriptor)
             with self.changed:

@@ -52,7 +52,7 @@ def shard_documents(dataset: Dataset, shard: int) -> Iterator[np.ndarray]:
 
 
 def verify_dataset(dataset: Dataset) -> Iterator[ShardReport]:
-    """Reads every shard of a dataset as `shard_documents` does, and goes on behind damage.
+    """Read every shard of a dataset as `shard_documents` does, and continue behind damage.
 
     A remote dataset that was opened with a cache of 0 bytes is read from the server itself, not from local copies.
 

@@ -101,7 +101,7 @@ def test_pinned_batches_hold_the_same_rows(workers: int) -> None:
     assert batch.rows.tokens[1].tolist() == stream.row(1).tokens.tolist()
 
 
-def test_going_on_with_changed_data_is_refused_and_moves_nothing() -> None:
+def test_resuming_with_changed_data_is_refused_and_moves_nothing() -> None:
     saved = BatchLoader(RowStream.of(small_dataset(), 8, 0), 4, next_row=20).state
     loader = BatchLoader(RowStream.of(small_dataset("b"), 8, 1), 4)
     with pytest.raises(InputError) as caught:
@@ -112,7 +112,7 @@ def test_going_on_with_changed_data_is_refused_and_moves_nothing() -> None:
     assert loader.state.next_row == 20
 
 
-def test_another_sequence_length_goes_on_at_the_same_token() -> None:
+def test_another_sequence_length_resumes_at_the_same_token() -> None:
     saved = BatchLoader(RowStream.of(small_dataset(), 8, 0), 4, next_row=20).state
     loader = BatchLoader(RowStream.of(small_dataset(), 12, 0), 4)
     notes = loader.resume(saved, allow_changed=True)
@@ -121,7 +121,7 @@ def test_another_sequence_length_goes_on_at_the_same_token() -> None:
     assert any("seen twice or missed" in note for note in notes)
 
 
-def test_a_run_does_not_go_on_behind_the_end_of_its_data() -> None:
+def test_a_run_does_not_continue_behind_the_end_of_its_data() -> None:
     longer = RowStream([Source("a", small_dataset(), max_epochs=2)], 8, 0)
     shorter = RowStream([Source("a", small_dataset(), max_epochs=1)], 8, 0)
     saved = BatchLoader(longer, 4, next_row=60).state

@@ -29,7 +29,7 @@ def entry(content: bytes) -> ShardEntry:
     return ShardEntry(name="shard-000000.tar", bytes=len(content), sha256=sha256, documents=1, tokens=1)
 
 
-def pieces(content: bytes) -> Callable[[], Iterator[bytes]]:
+def chunks(content: bytes) -> Callable[[], Iterator[bytes]]:
     return lambda: (content[start : start + 300] for start in range(0, len(content), 300))
 
 
@@ -37,7 +37,7 @@ def fetch(cache: ShardCache, content: bytes, downloads: list[bytes] | None = Non
     def download() -> Iterator[bytes]:
         if downloads is not None:
             downloads.append(content)
-        yield from pieces(content)()
+        yield from chunks(content)()
 
     descriptor = cache.open(entry(content), "https://host/shard.tar", download, 60)
     if descriptor is None:
@@ -68,7 +68,7 @@ def test_a_shard_is_downloaded_once(cache: ShardCache) -> None:
 def test_what_is_not_the_shard_is_never_kept(cache: ShardCache, sent: bytes) -> None:
     wanted = entry(contents(1))
     with pytest.raises(WrongShardError) as caught:
-        cache.open(wanted, "https://host/shard.tar", pieces(sent), 60)
+        cache.open(wanted, "https://host/shard.tar", chunks(sent), 60)
     assert caught.value.shard == "https://host/shard.tar"
     assert caught.value.expected == f"sha256 {wanted.sha256}"
     assert caught.value.found == f"sha256 {hashlib.sha256(sent).hexdigest()}"
@@ -104,7 +104,7 @@ def test_a_shard_that_can_never_fit_deletes_nothing_for_others(cache: ShardCache
 
 
 def test_a_deleted_shard_stays_readable_while_it_is_open(cache: ShardCache) -> None:
-    descriptor = cache.open(entry(contents(1)), "place", pieces(contents(1)), 60)
+    descriptor = cache.open(entry(contents(1)), "place", chunks(contents(1)), 60)
     assert descriptor is not None
     for number in range(2, 6):
         fetch(cache, contents(number))
@@ -132,7 +132,7 @@ def test_downloads_under_way_count(cache: ShardCache) -> None:
         together.wait()
         assert sum(held(cache).values()) == 3000
         assert fetch(cache, contents(9)) is None
-        assert cache.open(entry(contents(1)), "place", pieces(contents(1)), 0) is None
+        assert cache.open(entry(contents(1)), "place", chunks(contents(1)), 0) is None
         together.wait()
         for future in futures:
             os.close(future.result())
@@ -184,7 +184,7 @@ def test_a_killed_process_leaves_no_lock_and_no_bytes_behind(tmp_path: Path) -> 
     worker.start()
     assert started.wait(30)
     cache = ShardCache(tmp_path / "cache", 2500)
-    assert cache.open(entry(contents(1)), "place", pieces(contents(1)), 0) is None
+    assert cache.open(entry(contents(1)), "place", chunks(contents(1)), 0) is None
     assert fetch(cache, contents(2)) == contents(2)
     assert fetch(cache, contents(3, 2000)) is None  # the other process holds room for its own
     worker.kill()
@@ -202,7 +202,7 @@ def test_a_copy_of_another_size_is_replaced(cache: ShardCache) -> None:
 
 def test_only_the_copy_in_question_is_discarded(cache: ShardCache) -> None:
     wanted = entry(contents(1))
-    first = cache.open(wanted, "place", pieces(contents(1)), 60)
+    first = cache.open(wanted, "place", chunks(contents(1)), 60)
     assert first is not None
     cache.discard(wanted, first)
     assert held(cache) == {}
@@ -217,7 +217,7 @@ def test_a_disk_that_cannot_hold_a_shard_is_said_and_not_fatal(
 ) -> None:
     cache.directory.mkdir()
     (cache.directory / "shards").write_text("not a directory")
-    assert cache.open(entry(contents(1)), "https://host/shard.tar", pieces(contents(1)), 60) is None
+    assert cache.open(entry(contents(1)), "https://host/shard.tar", chunks(contents(1)), 60) is None
     assert "https://host/shard.tar is read by byte ranges: the cache cannot hold it" in caplog.text
 
 

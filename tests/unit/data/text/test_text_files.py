@@ -307,9 +307,9 @@ def test_one_huge_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     build_dataset(tmp_path / "files", tokenizer, tmp_path / "out", BuildOptions(shard_bytes=1_000_000))
     dataset = open_dataset(tmp_path / "out")
     kinds, counts = np.unique(dataset.tokens(0), return_counts=True)
-    pieces = [tokenizer.decode([int(kind)]) for kind in kinds]
-    assert set("".join(pieces)) == {"x"}
-    assert sum(len(piece) * count for piece, count in zip(pieces, counts, strict=True)) == size
+    texts = [tokenizer.decode([int(kind)]) for kind in kinds]
+    assert set("".join(texts)) == {"x"}
+    assert sum(len(text) * count for text, count in zip(texts, counts, strict=True)) == size
     assert tokenizer.decode(dataset.tokens(1)) == "b\n"
     assert len(dataset.manifest.shards) == 2
 
