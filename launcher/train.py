@@ -13,6 +13,7 @@ sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
 from ebft_mega.checkpoint.resume_candidates import described_start  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import check_run  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
@@ -23,8 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("--config", type=Path, required=True, help="YAML file; docs/configuration.md lists its keys")
-    option("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
-           help="set a key, such as train.lr=1e-5; may be given again")  # fmt: skip
+    add_overrides_option(parser, "set a key, such as train.lr=1e-5; may be given again")
     option("--dry-run", action="store_true", help="print the plan and the memory table, and stop")
     option("--world-size", type=int, metavar="N", help="number of processes that --dry-run plans for")
     option("--trace-step", type=Path, metavar="DIR", help="run one optimizer step and write its trace")
