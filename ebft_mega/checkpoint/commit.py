@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 _STEP = re.compile(r"step-([0-9]{8,18})")
-# Being written; stepped aside for a new one of the same step; on the way out.
+# Being written; moved aside for a new one of the same step; being deleted.
 _LEFTOVER = re.compile(r"step-[0-9]{8,18}(\.replaced|\.expired(-[0-9]+)?)?\.tmp")
 _REPLACED = ".replaced.tmp"
 _LONGEST_NAME = 100  # bytes that `latest` may hold
@@ -76,8 +76,8 @@ def newest(root: Path) -> str | None:
 def publish(temporary: Path, root: Path) -> Path:
     """Commit a checkpoint: give its folder the final name, durably when this returns.
 
-    A folder that has the name already is one that was passed over when the run began, or an earlier one of the same
-    step; it steps aside and is removed afterwards. If the run is killed in between, `restore_replaced` puts it back.
+    A folder that has the name already is one that was skipped when the run began, or an earlier one of the same step;
+    it is moved aside and removed afterwards. If the run is killed in between, `restore_replaced` puts it back.
 
     Args:
         temporary: `temporary_folder` of a step. The files in its sub-folders have been synced by those who wrote them;
@@ -143,7 +143,7 @@ def remove_leftovers(root: Path) -> list[str]:
     """Delete the unfinished folders of killed runs, except those that `restore_replaced` would bring back.
 
     Returns:
-        Names of what is gone. What could not be removed is logged, and nothing is raised for it.
+        Names of what was deleted. What could not be deleted is logged, and nothing is raised for it.
     """
     removed = []
     kept = _stepped_aside(root)
@@ -183,9 +183,9 @@ def set_aside(root: Path, steps: Iterable[int], reason: str = "abandoned") -> li
 
 
 def discard(path: Path) -> list[str]:
-    """Delete a folder of checkpoint files, whatever it has become.
+    """Delete a checkpoint's folder, or a file or link in its place.
 
-    It first gets a name that nobody takes for a checkpoint, so that a kill leaves no half of one.
+    It is first renamed to a name that no reader takes for a checkpoint, so that a kill leaves no partial checkpoint.
 
     Returns:
         Why it could not be deleted, in words; nothing is raised for it.
@@ -206,7 +206,7 @@ def discard(path: Path) -> list[str]:
 
 
 def _stepped_aside(root: Path) -> dict[Path, str]:
-    """Folders that `publish` has moved out of the way of one that is not there, with the names that they had."""
+    """Folders that `publish` has moved aside and whose replacement is missing, with the names that they had."""
     found = {path: path.name.removesuffix(_REPLACED) for path in leftovers(root) if path.name.endswith(_REPLACED)}
     return {path: name for path, name in found.items() if not os.path.lexists(root / name)}
 

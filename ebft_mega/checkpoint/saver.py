@@ -34,14 +34,12 @@ logger = logging.getLogger(__name__)
 
 # Beside the tensors: state, configuration, indices, tokenizer.
 SMALL_FILES_BYTES = 64 * 2**20
-
-
-LONGEST_CLEANING_SECONDS = 60.0  # that the end of a run waits for
+LONGEST_CLEANING_SECONDS = 60.0  # that the end of a run waits for the deletion of old checkpoints
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a checkpoint, the same on every rank."""
+    """The result of saving a checkpoint, the same on every rank."""
 
     step: int
     error: str | None  # why it was not committed; None: it is complete
@@ -51,7 +49,7 @@ class Outcome:
 
 @dataclass
 class _InFlight:
-    """A checkpoint that a thread of this rank writes."""
+    """A checkpoint that has begun and is not settled."""
 
     step: int
     folder: Path
@@ -63,7 +61,7 @@ class _InFlight:
 
 
 class CheckpointSaver:
-    """The checkpoints of one run.
+    """Saves the checkpoints of one run; `begin` starts one, `settle` commits it.
 
     Args:
         root: the folder `checkpoints` of the run directory, which all ranks see.
@@ -94,7 +92,7 @@ class CheckpointSaver:
         return 0 if self._in_flight is None else self._in_flight.written_bytes
 
     def wait(self, seconds: float) -> None:
-        """Wait for this rank's thread, but no longer than so. Communication: none."""
+        """Wait for this rank's thread, at most `seconds`. Communication: none."""
         if self._in_flight is not None and self._in_flight.thread is not None:
             self._in_flight.thread.join(seconds)
 
@@ -128,7 +126,7 @@ class CheckpointSaver:
         """Wait until every rank has written its files, and commit the checkpoint if all of them succeeded.
 
         Returns:
-            What became of it, the same on every rank; None if none was in flight.
+            Its outcome, the same on every rank; None if none was in flight.
         Communication: one gathering of what was written, one broadcast of the outcome; when it returns, the commit has
             happened or never will.
         """
@@ -149,12 +147,12 @@ class CheckpointSaver:
         return outcome[0]
 
     def finish(self) -> None:
-        """Give the deletion of old checkpoints some time, on the rank that does it; the next start does the rest."""
+        """Wait a while for the deletion of old checkpoints, where it runs; the next start deletes the rest."""
         if self._cleaning is not None:
             self._cleaning.join(LONGEST_CLEANING_SECONDS)
 
     def _obstacle(self, folder: Path, needed_bytes: int) -> str | None:
-        """Why a checkpoint cannot be written, as far as the first rank sees it; its folder is then free."""
+        """Make room for a checkpoint's folder, on the first rank; return why that cannot be, None if it can."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             if folder.exists() and (warnings := discard(folder)):
@@ -168,7 +166,7 @@ class CheckpointSaver:
         return None
 
     def _write(self, flying: _InFlight, shards: tuple[StateShard, ...], small_files: Mapping[str, bytes]) -> None:
-        """This rank's part; runs in a thread."""
+        """Write this rank's files; runs in a thread."""
         try:
             files: dict[str, FileRecord] = {}
             if self._groups.is_world_first:
@@ -180,7 +178,7 @@ class CheckpointSaver:
 
             written = write_state_shards(flying.folder, dist.get_rank(), shards, count)
             flying.written = Written({**files, **written.files}, written.index)
-        except Exception as error:  # whatever it is, the other ranks have to hear of it
+        except Exception as error:  # of any kind: the other ranks have to be told
             logger.exception("writing of %s failed", flying.folder)
             flying.error = f"rank {dist.get_rank()}: {error}"
 

@@ -21,18 +21,18 @@ from ebft_mega.parallel.zero import ZeroEngine
 
 @dataclass(frozen=True)
 class StateShard:
-    """A box of one kind of state of a Hugging Face tensor."""
+    """A box of one Hugging Face tensor: weights, or one of AdamW's moments."""
 
     kind: StateKind
     name: str
     offsets: tuple[int, ...]  # where the box begins in each dimension
     shape: tuple[int, ...]  # of the whole tensor
-    tensor: Tensor  # float32, on the CPU, nobody else's
+    tensor: Tensor  # float32, on the CPU, a copy
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank wrote."""
+    """The files that a rank wrote."""
 
     files: dict[str, FileRecord]  # by path relative to the checkpoint's folder
     index: TensorIndex  # of this rank's shards alone
@@ -42,9 +42,10 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[StateShard, ...]:
     """Copy this rank's shards of the weights and moments to host memory.
 
     Over all ranks every element of every Hugging Face tensor is in exactly one shard for each kind of state: vocabulary
-    padding and the last stage's copy of a tied embedding are left out, what is whole on all tensor-parallel ranks is
-    the first one's. The data-parallel ranks share a coordinate's tensors out so that none has more than its equal share
-    of the bytes and one tensor. Training may continue as soon as this returns.
+    padding and the last stage's copy of a tied embedding are left out, and tensors that are whole on all
+    tensor-parallel ranks are saved by the first of them. The data-parallel ranks divide the tensors of their
+    model-parallel coordinate so that none has more than an equal share of the bytes plus one tensor. Training may
+    continue as soon as this returns.
 
     Args:
         stage: what the engine trains.
@@ -86,7 +87,7 @@ def _shards_of(
 def write_state_shards(
     directory: Path, rank: int, shards: Sequence[StateShard], progress: Callable[[int], None] | None = None
 ) -> Written:
-    """Write a rank's shards, one safetensors file for each kind of state, and bring them to the disk.
+    """Write a rank's shards, one safetensors file for each kind of state, and fsync them.
 
     Runs in any thread.
 

@@ -32,7 +32,7 @@ def parse_record(kind: type[R], text: str | bytes, where: str) -> R:
         where: the file that it comes from, for messages.
     Raises:
         BrokenCheckpointError: it is no such record; each problem with its place, at most `MAX_PROBLEMS`.
-        InputError: a newer version of this program has written it. That is not broken, and is not to be passed over.
+        InputError: a newer version of this program has written it: not broken, so not to be skipped as such.
     """
     description = f"a whole {kind.__name__} as JSON"
     try:

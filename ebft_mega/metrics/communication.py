@@ -1,9 +1,9 @@
 """Measure this rank's time in collectives, also in those that megatron-core and DeepSpeed call.
 
 Every collective and every message of `torch.distributed` becomes a call of a method of `ProcessGroup`, and every wait
-for an asynchronous one a call of `Work.wait`. So these two classes are where time is taken, not the many functions
-above them, which libraries also bind to names of their own. torch's completion hooks are no substitute: gloo has none,
-and they tell how long work took, not how long anybody waited for it.
+for an asynchronous one a call of `Work.wait`. So these two classes are patched, not the many functions above them,
+which libraries also import under names of their own. torch's completion hooks are no substitute: gloo has none, and
+they measure how long work took, not how long a rank waited for it.
 """
 
 import functools

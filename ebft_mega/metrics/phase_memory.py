@@ -44,7 +44,7 @@ class ResidentMemory:
     (`ru_maxrss`).
 
     Args:
-        directory: what the kernel says about this process.
+        directory: the kernel's files about this process.
     """
 
     def __init__(self, directory: Path = Path("/proc/self")):
@@ -72,7 +72,7 @@ class ResidentMemory:
 
 
 class PhaseMemory:
-    """The most bytes held at any time within each phase, what was there when it began included.
+    """The most bytes held at any time within each phase, including what was held when it began.
 
     A phase that is entered within another one counts for both.
 
@@ -87,7 +87,7 @@ class PhaseMemory:
 
     @classmethod
     def of_device(cls, device: torch.device) -> "PhaseMemory":
-        """For the memory that this process computes in."""
+        """Measure the GPU's memory, or on a CPU the resident size of the process."""
         return cls(DeviceMemory(device) if device.type == "cuda" else ResidentMemory())
 
     def enter(self, phase: str) -> None:
@@ -110,7 +110,7 @@ class PhaseMemory:
         return self._highest
 
     def reset(self) -> None:
-        """Forget the phases measured so far; what was the most ever is kept."""
+        """Forget the phases measured so far, but not `highest`."""
         self._peaks.clear()
 
     def _read(self) -> None:

@@ -21,7 +21,7 @@ class StepProfiler:
         directory: is made for the file.
         rank: number of this process in the job.
         device: on a GPU its kernels are recorded, too.
-        announce: is told where the files are; None on ranks that say nothing.
+        announce: called with a line that says where the files are; None on ranks that print nothing.
     Communication: none; each rank records what it does itself.
     """
 

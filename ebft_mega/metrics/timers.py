@@ -16,7 +16,7 @@ class PhaseTimers:
         synchronize: waits for the device's queued work (`torch.cuda.synchronize`), so that a phase is charged
             with its own kernels; None on a CPU.
         clock: seconds, monotonic.
-        memory: is told about the phases, too.
+        memory: measures the memory of the same phases; None: none is measured.
     Communication: none.
     """
 

@@ -15,7 +15,7 @@ def require_agreement(texts: Mapping[str, str]) -> None:
     """Compare texts over all ranks: machines may hold different copies of what should be one file.
 
     Args:
-        texts: by what they describe, the same keys on every rank.
+        texts: what to compare, by its name; the same names on every rank.
     Raises:
         InputError: on every rank, with the ranks of each version of each text that differs.
     Communication: one gathering of the texts over the world.
@@ -35,7 +35,7 @@ def require_agreement(texts: Mapping[str, str]) -> None:
 
 
 def from_first_rank(compute: Callable[[], T]) -> T:
-    """What a function returns on the first rank, on every rank.
+    """Call a function on rank 0 and return its result on every rank.
 
     Raises:
         Exception: on every rank, what it raises there.

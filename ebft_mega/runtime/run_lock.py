@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = "run.lock"
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0  # ten heartbeats
-# Each attempt finds the lock of somebody who came in between; so many in a row do not happen.
+# Each failed attempt means that another process took the lock meanwhile; so many in a row do not happen.
 MAX_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file says."""
+    """The process that holds a lock, as the lock file describes it."""
 
     host: str
     pid: int
@@ -41,7 +41,7 @@ class Holder:
 
     @classmethod
     def of_this_process(cls) -> "Holder":
-        """This process, from now on."""
+        """Describe this process."""
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -65,7 +65,7 @@ class Holder:
         return holder if type(holder.pid) is int and type(holder.slurm_restart_count) is int else None
 
     def to_json(self) -> str:
-        """What goes into the lock file."""
+        """The contents of the lock file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def __str__(self) -> str:
@@ -73,13 +73,13 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, started {self.started}"
 
     def lives_beside(self, other: "Holder") -> bool | None:
-        """Whether this process is running; None where `other`, which asks, cannot see that."""
+        """Whether the holder is running; None where `other`, the asking process, cannot see its processes."""
         if self.boot is None or (self.boot, self.pid_namespace) != (other.boot, other.pid_namespace):
             return None
         return self.process_start is not None and _process_start(self.pid) == self.process_start
 
     def was_requeued_as(self, other: "Holder") -> bool:
-        """Whether `other` is a later start of the same Slurm job, so that this one has ended."""
+        """Whether `other` is a later start of the same Slurm job, which means that the holder has ended."""
         is_same_job = self.slurm_job_id is not None and self.slurm_job_id == other.slurm_job_id
         return is_same_job and self.slurm_restart_count < other.slurm_restart_count
 
@@ -96,10 +96,9 @@ class RunLock:
     """Holds `<output_dir>/run.lock` for one process of a run, within a `with` statement.
 
     A lock whose process is known to have ended is taken over: this machine does not run it any more, or Slurm has
-    requeued its job. Of other machines and containers nothing is known but the time of the file, which its holder's
-    thread renews every 30 seconds: after five minutes without, it is taken over. Ages are differences of times that
-    the file system itself has given, so clocks of machines need not agree. Two processes that take over at once
-    cannot both succeed.
+    requeued its job. Processes on other machines or in other containers cannot be seen; their lock is taken over when
+    its file, which the holder touches every 30 seconds, is five minutes old. Both times come from the file system, so
+    the clocks of machines need not agree. Of two processes that take over at once only one succeeds.
 
     Args:
         output_dir: the run directory, which exists.
@@ -138,7 +137,7 @@ class RunLock:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was taken over and why, in words for the user."""
+        """Notes for the user: which lock was taken over, and why."""
         return tuple(self._notes)
 
     @property
@@ -211,7 +210,7 @@ class RunLock:
     def _take_over(self, judged: _Found) -> bool:
         """Replace the lock that was judged by this process's own; False if it has become another one since.
 
-        There is a lock at every moment, so nobody can make one in between.
+        The lock file exists at every moment, so no other process can create one in between.
 
         Raises:
             InputError: another process is taking over the same lock.
@@ -227,10 +226,11 @@ class RunLock:
                 claim.unlink(missing_ok=True)
 
     def _claim(self, judged: _Found) -> list[Path]:
-        """Be the one process that may replace a lock: of all that try, one makes the file of its name.
+        """Claim the right to replace a lock: of all processes that try, only one can create the claim file.
 
         Returns:
-            Those of processes that have died before they replaced anything, and last this one's, a complete lock.
+            Claim files: those of processes that died before they replaced the lock, and last this process's own, which
+            is a complete lock file.
         """
         name = hashlib.sha256(f"{judged.mtime_ns} {judged.text}".encode()).hexdigest()[:16]
         claims: list[Path] = []
@@ -260,7 +260,7 @@ class RunLock:
 
 
 def clock_of(directory: Path) -> float:
-    """What time it is for the file system of a directory, in seconds: machines that share it need not agree.
+    """The time by the clock of a directory's file system, in seconds: clocks of machines that share it may differ.
 
     Raises:
         OSError: nothing can be written there.

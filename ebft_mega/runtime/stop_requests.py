@@ -32,7 +32,7 @@ class StopReason(IntEnum):
 
     @property
     def words(self) -> str:
-        """The same for people."""
+        """The reason in words, for messages."""
         return _WORDS[self]
 
 
@@ -55,7 +55,7 @@ class Launcher:
     Never a process further up: a job outlives the shell that it was started from.
 
     Args:
-        parent: of this process; None where nobody is watched.
+        parent: of this process; None: no launcher is watched.
         command_pid: of the `deepspeed` command; None where the parent is another launcher.
     """
 
@@ -65,7 +65,7 @@ class Launcher:
 
     @classmethod
     def of_this_rank(cls) -> "Launcher":
-        """The one that runs now; nobody where the environment has no RANK, for then no launcher has started this."""
+        """Find the launcher of this process; without RANK in the environment there is none, and nothing is watched."""
         if "RANK" not in os.environ:
             return cls()
         try:
@@ -73,7 +73,7 @@ class Launcher:
             command = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
             if command is not None and any(Path(part).name == "deepspeed" for part in command.cmdline()[:2]):
                 return cls(parent, command.pid)
-        except psutil.Error:  # it ends at this moment, or belongs to somebody else
+        except psutil.Error:  # it is just ending, or belongs to another user
             return cls()
         return cls(parent)
 
@@ -91,7 +91,7 @@ class Launcher:
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 instead of ending the process. Without `listen` it notes nothing."""
+    """Record SIGTERM and SIGUSR1 instead of ending the process. Without `listen` nothing is recorded."""
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self._received = StopReason.NONE
@@ -100,10 +100,10 @@ class Signals:
 
     @classmethod
     def listen(cls) -> "Signals":
-        """Note signals from now on, and remember who has started this process.
+        """Record signals from now on, and remember which processes have started this one.
 
         Call it in the main thread, before anything that takes long: until then a signal ends the process. A forked
-        child inherits the handlers, but not what they note.
+        child inherits the handlers, but not what they record.
         """
         signals = cls(Launcher.of_this_rank())
         for number in _REASONS:
@@ -159,7 +159,7 @@ class StopRequests:
         self._served: dict[str, tuple[int, int]] = {}
 
     def stop_reason(self) -> StopReason:
-        """Why this rank should stop now, as far as it knows. Costs a few system calls."""
+        """The strongest stop request that this rank knows of, `NONE` without any. Costs a few system calls."""
         reason = self._signals.received
         if self._signals.launcher_is_gone:
             reason = max(reason, StopReason.LAUNCHER_GONE)
@@ -182,7 +182,7 @@ class StopRequests:
         self._take(STOP_NAME)
 
     def clear(self) -> list[str]:
-        """Delete what an earlier run left: files SAVE and STOP that are older than this process.
+        """Delete files SAVE and STOP that are older than this process: requests to an earlier run.
 
         Returns:
             Names of the files.
@@ -221,7 +221,7 @@ class StopRequests:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from a later one of the same name, and from itself touched again; None if there is none."""
+    """Inode and modification time, which change when a file is made anew or touched; None if there is no file."""
     try:
         status = path.stat()
     except OSError:

@@ -13,17 +13,17 @@ from ebft_mega.errors import EXIT_HANG
 
 # Collectives give up later than the watchdog: it says where each thread waits, they only that they waited.
 COLLECTIVE_MARGIN = datetime.timedelta(minutes=2)
-# Between the dump and the end of a process: its peers, which wait for the same collective, dump theirs in this time,
-# and a full pipe or a dead file system cannot hold the process for longer.
+# From the dump to the end of the process: peers that wait in the same collective dump their stacks in this time, and a
+# full pipe or a dead file system cannot delay the end any further.
 REPORT_SECONDS = 5.0
-# A failed process whose libraries do not let go of it is ended after this time.
+# A failed process whose libraries block its shutdown is ended after this time.
 LEAVE_SECONDS = 60.0
 LONGEST_NAP_SECONDS = 1.0
 STANDARD_ERROR = 2
 
 
 class Watchdog:
-    """Ends this process with exit code 3 when `beat` was not called for too long.
+    """End this process with exit code 3 when `beat` was not called for too long.
 
     A thread, not a signal: a main thread that waits inside a collective handles no signals. Time is counted in naps of
     this thread, so a job that its scheduler suspends for an hour has not been hanging for an hour. What it cannot
@@ -78,7 +78,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        """Report and end the process; in threads, because any one destination may be what everything hangs on."""
+        """Report, in threads since any destination may be what the process hangs on, and end the process."""
         for report in (self._report_to_run_directory, self._report_to_standard_error):
             threading.Thread(target=report, daemon=True).start()
         time.sleep(REPORT_SECONDS)
