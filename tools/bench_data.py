@@ -37,7 +37,7 @@ RESUME_SHARD_DOCUMENTS = 20_000
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=12_000, help="documents in the shards (default: 12000)")
     parser.add_argument("--tokens", type=int, default=6_000, help="mean tokens of a document (default: 6000)")
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures and prints everything."""
+    """Measure and print everything."""
     options = parse_arguments()
     print(f"{'what':58} {'seconds':>9} {'CPU s':>7} {'M tokens/s':>11}", flush=True)
     for dtype, vocab_size in VOCABULARIES.items():
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def synthetic_dataset(directory: Path, vocab_size: int, options: argparse.Namespace) -> Dataset:
-    """Writes documents of random tokens and lengths with the package's writer, and opens them."""
+    """Write documents of random tokens and lengths with the package's writer, and open them."""
     tokenizer_file = directory / "tokenizer.json"
     tokenizer_file.write_text("{}", encoding="utf-8")
     sha256 = str(tokenizer_sha256(directory))
@@ -80,7 +80,7 @@ def synthetic_dataset(directory: Path, vocab_size: int, options: argparse.Namesp
 
 
 def measure_reading(dataset: Dataset, dtype: str, options: argparse.Namespace) -> None:
-    """Prints the figures of one dataset."""
+    """Print the figures of one dataset."""
     stream = RowStream([Source("synthetic", dataset)], options.sequence_length, 0, document_cache_bytes=0)
     ranks = options.processes
     tokens = options.batches * BATCH_ROWS * options.sequence_length * ranks
@@ -97,7 +97,7 @@ def measure_reading(dataset: Dataset, dtype: str, options: argparse.Namespace) -
 
 
 def read_batches(stream: RowStream, rank: int, ranks: int, workers: int, num_batches: int) -> None:
-    """Reads batches as one rank of a run does."""
+    """Read batches as one rank of a run does."""
     from ebft_mega.data.rows.loader import BatchLoader
 
     loader = BatchLoader(stream, BATCH_ROWS * ranks, rank, ranks, workers=workers)
@@ -133,12 +133,12 @@ def timed_together(work: Callable[[int], object], processes: int) -> tuple[float
 
 
 def show(what: str, seconds: float, cpu_seconds: float, tokens: int) -> None:
-    """Prints one line of the table."""
+    """Print one line of the table."""
     print(f"{what:58} {seconds:9.2f} {cpu_seconds:7.2f} {tokens / seconds / 1e6:11.1f}", flush=True)
 
 
 def measure_resuming(options: argparse.Namespace) -> None:
-    """Prints what opening an index costs, and the time from a saved state to the place of its first row."""
+    """Print what opening an index costs, and the time from a saved state to the place of its first row."""
     from ebft_mega.data.rows.loader import BatchLoader
     from ebft_mega.data.rows.stream_state import StreamState
 
@@ -170,7 +170,7 @@ def measure_resuming(options: argparse.Namespace) -> None:
 
 
 def large_index(directory: Path, num_documents: int) -> Manifest:
-    """Writes the index of a dataset whose shards do not exist, and describes it."""
+    """Write the index of a dataset whose shards do not exist, and describe it."""
     index = np.zeros(num_documents, INDEX_DTYPE)
     index["tokens"] = np.random.default_rng(0).integers(1, 12_000, num_documents)
     index["payload_bytes"] = 2 * (index["tokens"] - 1)

@@ -1,4 +1,4 @@
-"""Shows what a dataset directory holds, prints single documents, and verifies every byte of it."""
+"""Show what a dataset directory holds, prints single documents, and verify every byte of it."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ GIGABYTE = 10**9
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="Exit codes: 0; 2 the dataset cannot be opened; 4 something in it is damaged."
     )
@@ -57,9 +57,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Prints what was asked for; the exit code says whether anything is damaged."""
+    """Print what was asked for; the exit code says whether anything is damaged."""
     arguments = parse_arguments()
-    # What is verified is the server's copy, so nothing of a URL is read from, or kept in, the cache.
+    # The copy on the server is verified, so no shard of a URL is read from the cache or stored in it.
     limit_bytes = 0 if arguments.verify else int(arguments.cache_gigabytes * GIGABYTE)
     cache = ShardCache(arguments.cache, limit_bytes) if arguments.cache else None
     dataset = open_dataset(arguments.dataset, cache)
@@ -70,7 +70,7 @@ def main() -> int:
             show_dataset(dataset, arguments)
         sys.stdout.flush()
         return verify(dataset) if arguments.verify else EXIT_DONE
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     finally:
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def show_document(dataset: Dataset, number: int, as_json: bool) -> None:
-    """Prints a document's metadata and text."""
+    """Print a document's metadata and text."""
     documents = dataset.manifest.documents
     if not 0 <= number < documents:
         raise bad_input("--show", "document", number, f"a number from 0 to {documents - 1}")
@@ -95,7 +95,7 @@ def show_document(dataset: Dataset, number: int, as_json: bool) -> None:
 
 
 def show_dataset(dataset: Dataset, arguments: argparse.Namespace) -> None:
-    """Prints counts and lengths."""
+    """Print counts and lengths."""
     lengths, rows = lengths_of(dataset), rows_of(dataset, arguments.sequence_length)
     record = read_build_record(dataset.directory)
     metadata = count_metadata(dataset) if arguments.metadata else None
@@ -120,7 +120,7 @@ def show_dataset(dataset: Dataset, arguments: argparse.Namespace) -> None:
 
 
 def print_manifest(place: str, manifest: Manifest) -> None:
-    """Prints what the manifest says."""
+    """Print what the manifest says."""
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     print(place)
     print(f"  documents    {manifest.documents:,}")
@@ -132,7 +132,7 @@ def print_manifest(place: str, manifest: Manifest) -> None:
 
 
 def print_build(record: BuildRecord) -> None:
-    """Prints what `build.json` says."""
+    """Print what `build.json` says."""
     files = ", ".join(f"{count:,} files of {source}" for source, count in record.input_files.items())
     print(f"  made from    {files}; {record.text_bytes:,} bytes of text")
     print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
@@ -141,7 +141,7 @@ def print_build(record: BuildRecord) -> None:
 
 
 def print_lengths(lengths: Lengths, rows: Rows) -> None:
-    """Prints statistics of the lengths."""
+    """Print statistics of the lengths."""
     percentiles = ", ".join(f"{percent} %: {value:,}" for percent, value in lengths.percentiles.items())
     print("\nLengths of documents in tokens")
     print(f"  shortest {lengths.shortest:,}, longest {lengths.longest:,}, mean {lengths.mean:,.1f}")
@@ -155,7 +155,7 @@ def print_lengths(lengths: Lengths, rows: Rows) -> None:
 
 
 def verify(dataset: Dataset) -> int:
-    """Reads every shard; lists all damage on standard error."""
+    """Read every shard; lists all damage on standard error."""
     manifest = dataset.manifest
     documents = tokens = num_bytes = num_problems = 0
     for report in track(verify_dataset(dataset), len(manifest.shards), "verifying shards"):

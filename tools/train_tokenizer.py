@@ -1,4 +1,4 @@
-"""Trains a sentencepiece BPE tokenizer with byte fallback on the text files of a directory."""
+"""Train a sentencepiece BPE tokenizer with byte fallback on the text files of a directory."""
 
 import argparse
 import sys
@@ -11,10 +11,10 @@ from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="directory of UTF-8 text files")
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, with the 256 byte tokens")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, the 256 byte tokens included")
     parser.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains the tokenizer and prints what it is."""
+    """Train the tokenizer and print its size and hash."""
     arguments = parse_arguments()
     tokenizer = train_tokenizer(
         arguments.input,

@@ -1,1 +1,1 @@
-"""A dataset of checksummed shards, on a disk or behind https, and how it is read and checked."""
+"""The dataset format; read and check datasets on a local disk or an https server."""

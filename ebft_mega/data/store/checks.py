@@ -1,4 +1,4 @@
-"""What can be found wrong with a dataset directory before any document is read."""
+"""Checks of a dataset before any document is read: manifest, tokenizer copy, index, sizes and order of the shards."""
 
 import json
 import tarfile
@@ -31,7 +31,7 @@ _MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads `dataset.json`.
+    """Read `dataset.json`.
 
     Raises:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
@@ -45,7 +45,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Reads the contents of a `dataset.json`.
+    """Read the contents of a `dataset.json`.
 
     Args:
         content: the file's bytes.
@@ -56,7 +56,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     """
     try:
         fields = json.loads(content)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise bad_input(where, MANIFEST_NAME, error, _MANIFEST) from error
     if not isinstance(fields, dict):
         raise bad_input(where, MANIFEST_NAME, f"a JSON {type(fields).__name__}", _MANIFEST)
@@ -74,7 +74,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def fingerprint_problems(where: str, manifest: Manifest) -> list[Problem]:
-    """A fingerprint that is not that of the manifest's own fields."""
+    """Report a fingerprint that differs from the one computed from the manifest's other fields."""
     expected = fingerprint(manifest.model_dump(mode="json"))
     if manifest.fingerprint == expected:
         return []
@@ -82,7 +82,7 @@ def fingerprint_problems(where: str, manifest: Manifest) -> list[Problem]:
 
 
 def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
-    """Contradictions between the manifest's own fields.
+    """Report contradictions between the manifest's own fields.
 
     Args:
         where: path or URL of the manifest, for messages.
@@ -107,7 +107,7 @@ def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
 
 
 def tokenizer_problems(directory: Path, manifest: Manifest) -> list[Problem]:
-    """A copy of the tokenizer that is missing or not the one that made the tokens."""
+    """Report a copy of the tokenizer that is missing or is not the one that made the tokens."""
     tokenizer = tokenizer_sha256(directory / TOKENIZER_DIRECTORY)
     if tokenizer == manifest.tokenizer_sha256:
         return []
@@ -117,7 +117,7 @@ def tokenizer_problems(directory: Path, manifest: Manifest) -> list[Problem]:
 
 
 def shard_problems(directory: Path, manifest: Manifest) -> list[Problem]:
-    """Shards that are missing or of another size."""
+    """Report shard files that are missing or have another size than the manifest says."""
     problems = []
     for entry in manifest.shards:
         path = directory / entry.name
@@ -129,7 +129,7 @@ def shard_problems(directory: Path, manifest: Manifest) -> list[Problem]:
 
 
 def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
-    """What differs between the index file and its description: presence, size, hash, then its records."""
+    """Compare the index file with its entry in the manifest: presence, size, sha256, then its records."""
     path = directory / INDEX_NAME
 
     def problem(found: object, expected: object) -> list[Problem]:
@@ -152,10 +152,10 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
 
 
 def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[Problem]:
-    """Records that contradict the manifest or each other: the first one of each shard.
+    """Report records that contradict the manifest or each other: the first one of each shard.
 
-    The documents of a shard must follow each other in the order of their numbers, without overlap, at tar blocks
-    within the shard's size, and be as many, with as many tokens, as the manifest says.
+    Within a shard, documents must be stored in the order of their numbers and without overlap, begin at a multiple of
+    the tar block and end within the shard's size. Their number and their tokens must add up to the manifest's.
 
     Args:
         where: path of the index, for messages.
@@ -169,7 +169,7 @@ def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[P
     for number, entry in enumerate(manifest.shards):
         records = index[first : first + entry.documents]
         offset, payload_bytes, tokens = (records[name] for name in ("offset", "payload_bytes", "tokens"))
-        # A sum of 64-bit numbers may wrap around; each of them alone must lie within the shard, too.
+        # The sum of 64-bit numbers may overflow, so each of them alone must lie within the shard, too.
         stop = offset + payload_bytes + np.uint64(TAR_BLOCK_BYTES)
         right = records["shard"] == number
         right &= (offset <= entry.bytes) & (payload_bytes <= entry.bytes) & (stop <= entry.bytes)
@@ -179,7 +179,7 @@ def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[P
         if not right.all():
             wrong = int(np.argmin(right))
             found = f"{records[wrong]} of {', '.join(INDEX_DTYPE.names or ())}"
-            expected = f"a member of shard {number} behind the one before, within {entry.bytes} bytes"
+            expected = f"a member of shard {number} after the previous one, within {entry.bytes} bytes"
             problems.append(Problem(where, f"document {first + wrong}", found, expected))
         elif int(tokens.sum()) != entry.tokens:
             problems.append(Problem(where, entry.name, f"{int(tokens.sum())} tokens", f"{entry.tokens} tokens"))
@@ -188,10 +188,10 @@ def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[P
 
 
 def swapped_shard_problems(directory: Path, manifest: Manifest, index: np.ndarray, files: ShardBytes) -> list[Problem]:
-    """Shards that stand in another one's place.
+    """Report shard files that hold the contents of another shard.
 
-    Equal sizes hide a swap from the size check. The header of a shard's first document carries that
-    document's number; anything else that is wrong with it is damage, and found when the document is read.
+    Two swapped shards of equal size pass the size check. The tar header of a shard's first document contains that
+    document's number. Anything else that is wrong with this header is damage, found when the document is read.
 
     Args:
         directory: the dataset.

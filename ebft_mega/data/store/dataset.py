@@ -25,7 +25,7 @@ class Dataset:
         return self.directory / TOKENIZER_DIRECTORY
 
     def tokens(self, number: int) -> np.ndarray:
-        """Reads one document and checks its checksum and its token ids.
+        """Read one document and check its checksum and its token ids.
 
         Args:
             number: document number, 0 <= number < manifest.documents.
@@ -51,5 +51,5 @@ class Dataset:
         return stored
 
     def close(self) -> None:
-        """Closes the shard files."""
+        """Close the shard files."""
         self.files.close()

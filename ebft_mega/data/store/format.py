@@ -1,4 +1,4 @@
-"""What a dataset directory is made of: file names, the index record and the manifest.
+"""The format of a dataset directory: file names, the index record and the manifest.
 
 A dataset directory holds
 
@@ -6,8 +6,8 @@ A dataset directory holds
     index.npy               one `INDEX_DTYPE` record per document, in document order
     shard-000000.tar ...    webdataset shards: per document `000000123.u16` (or `.u32`) and `000000123.json`
     tokenizer/              the tokenizer that made the tokens
-    build.json              how it was made, see `ebft_mega.data.builder.build_record`; for people
-    skipped.jsonl           documents that a build with --skip-bad left out, if there are any; for people
+    build.json              how it was made, see `ebft_mega.data.builder.build_record`; not read by training
+    skipped.jsonl           documents that a build with --skip-bad left out, if any; not read by training
 
 A payload holds the token ids of a whole document, little endian, without the end-of-document token: that one
 is added when the document is read. Wherever a document's length is counted, its end-of-document token is
@@ -30,17 +30,15 @@ MANIFEST_NAME = "dataset.json"
 INDEX_NAME = "index.npy"
 TOKENIZER_DIRECTORY = "tokenizer"
 TAR_BLOCK_BYTES = 512
-# Documents that are shuffled together, at least (`data/rows/order.py`): what a reader needs at hand at one time.
+# Least number of documents that are shuffled together (`data/rows/order.py`): a reader needs the shards of one such
+# window at a time.
 WINDOW_DOCUMENTS = 131_072
 
 INDEX_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # position in Manifest.shards
         ("crc32", "<u4"),  # of the member's tar header and payload together
-        (
-            "offset",
-            "<u8",
-        ),  # of the member's tar header in the shard, bytes; the payload follows 512 bytes later
+        ("offset", "<u8"),  # of the member's tar header in the shard, bytes; the payload follows 512 bytes later
         ("payload_bytes", "<u8"),
         ("tokens", "<u8"),  # with the end-of-document token
     ]

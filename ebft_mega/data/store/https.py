@@ -41,22 +41,22 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
 @dataclass(frozen=True)
 class Transfer:
-    """How long to wait for a server, and how often to ask again."""
+    """Timeouts and retries of requests to a server."""
 
     timeout_seconds: float = 30.0  # to connect, and for every single read
-    attempts: int = 5  # for one file or byte range; a broken one is continued where it broke
+    attempts: int = 5  # for one file or byte range; the next one continues at the first missing byte
     first_wait_seconds: float = 0.5  # before the second attempt; doubled for each further one, times 0.5 to 1.5
-    minimum_bytes_per_second: float = 10_000.0  # an attempt that stays below it for long is broken off
+    minimum_bytes_per_second: float = 10_000.0  # an attempt whose average stays below it is aborted
 
 
 DEFAULT_TRANSFER = Transfer()
 
 
 class HttpsClient:
-    """Reads files of https servers. Threads may share a client; other processes get one of their own.
+    """Read files of https servers. Threads may share a client; copies in other processes open their own connections.
 
     Args:
-        transfer: patience.
+        transfer: timeouts and retries.
     """
 
     def __init__(self, transfer: Transfer):
@@ -67,14 +67,14 @@ class HttpsClient:
 
     def _start_empty(self) -> None:
         self._client: httpx2.Client | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may call `close` at any place
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[type["HttpsClient"], tuple[Transfer]]:
         return HttpsClient, (self._transfer,)
 
     def size(self, url: str) -> int:
-        """Asks for a file's size: one HEAD, or a range of one byte where HEAD is refused.
+        """Ask for a file's size: one HEAD, or a range of one byte where HEAD is refused.
 
         Returns:
             Bytes.
@@ -93,7 +93,7 @@ class HttpsClient:
         raise DamagedDataError(url, None, "a file", self._after_attempts(found))
 
     def chunks(self, url: str, start: int, stop: int, total_bytes: int) -> Iterator[bytes]:
-        """Reads a byte range, in order. What has come is kept when the connection breaks.
+        """Read a byte range in order; after a broken connection, continue at the first missing byte.
 
         Args:
             url: the file.
@@ -105,7 +105,7 @@ class HttpsClient:
 
         Raises:
             DamagedDataError: another size, no ranges, a status that is no success, an address that cannot be
-                reached, or too many broken attempts; names the byte from which on nothing came.
+                reached, or too many failed attempts; names the offset of the first missing byte.
         """
         position, found = start, ""
         if start == stop:
@@ -127,7 +127,7 @@ class HttpsClient:
         raise DamagedDataError(url, position, f"{stop - position} bytes", self._after_attempts(found))
 
     def small_file(self, url: str, limit_bytes: int, absent: tuple[int, ...] = _ABSENT_STATUS) -> bytes | None:
-        """Reads a whole file of unknown size.
+        """Read a whole file of unknown size.
 
         Args:
             url: the file.
@@ -157,6 +157,14 @@ class HttpsClient:
                     return content
                 found = f"{len(content)} of {declared} bytes"
         raise DamagedDataError(url, None, expected, self._after_attempts(found))
+
+    def close(self) -> None:
+        """Close idle connections; a later request opens new ones."""
+        if self._process == os.getpid():
+            with self._lock:
+                # Not `Client.close`, which would also close the connection that another thread is reading from. Without
+                # a reference from here, the connections are closed when the last answer has been read.
+                self._client = None
 
     def _tries(self) -> Iterator[int]:
         for attempt in range(self._transfer.attempts):

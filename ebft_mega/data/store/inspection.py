@@ -1,4 +1,4 @@
-"""What a dataset holds: lengths, rows, metadata and single documents. Imports neither torch nor webdataset."""
+"""Statistics of a dataset: lengths, rows, licences, sources; metadata of a document. Imports no torch or webdataset."""
 
 import json
 import tarfile
@@ -14,7 +14,7 @@ from ebft_mega.errors import DamagedDataError
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 _BAR_WIDTH = 50
-# Most metadata fits into what is read with its header.
+# Read together with the tar header; most metadata fits into it.
 _METADATA_BYTES = 1024
 
 
@@ -58,7 +58,7 @@ def lengths_of(dataset: Dataset) -> Lengths:
 
 
 def rows_of(dataset: Dataset, sequence_length: int) -> Rows:
-    """Counts rows in which a second document begins; a run's own order changes the share a little."""
+    """Count rows in which a second document begins; a run's own order changes the share a little."""
     starts = np.cumsum(dataset.index["tokens"].astype(np.int64))[:-1]
     rows, tail = divmod(dataset.manifest.tokens, sequence_length)
     mixed = np.unique(starts[starts % sequence_length != 0] // sequence_length)
@@ -66,7 +66,7 @@ def rows_of(dataset: Dataset, sequence_length: int) -> Rows:
 
 
 def read_metadata(dataset: Dataset, number: int) -> dict[str, object]:
-    """Where a document comes from: its `.json` member, which stands between the tokens before it and its own.
+    """Read where a document comes from: its `.json` member, stored between the previous document's tokens and its own.
 
     It has no checksum of its own; the shard's sha256 covers it.
 
@@ -123,7 +123,7 @@ def length_histogram(lengths: Lengths) -> list[str]:
 
 
 def plot_lengths(lengths: Lengths, path: Path) -> None:
-    """Draws the share of documents and of tokens by length into a PNG file."""
+    """Draw the share of documents and of tokens by length into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Opening a dataset, local or remote: everything that can be checked before a document is read. Imports no torch."""
+"""Open a local or remote dataset after every check that is possible without reading documents. Imports no torch."""
 
 import re
 from pathlib import Path
@@ -33,18 +33,18 @@ def open_dataset(
     on_error: OnError = "raise",
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> Dataset:
-    """Opens a dataset after checking everything that can be checked without reading the shards.
+    """Open a dataset after checking everything that can be checked without reading the shards.
 
-    Presence and size of every file, the index and its hash, the fingerprint and the tokenizer copy are checked, and,
-    of local shards, whether one stands in another one's place. Document checksums are checked at every read.
+    Presence and size of every file, the index and its hash, the fingerprint and the tokenizer copy are checked, and
+    whether local shards were swapped. Document checksums are checked at every read.
 
     Args:
         place: a local directory made by `tools/build_shards.py`, or the https URL of one. Every other scheme, and
             `pipe:` commands, are refused.
-        cache: where the files of a URL are kept; not used for a local directory.
-        on_error: of a URL, what a downloaded shard with a wrong sha256 is: an error at every read from it, or, with
-            "skip", a reason to tell its documents apart by their checksums.
-        transfer: patience with the server of a URL.
+        cache: where the files of a URL are stored; not used for a local directory.
+        on_error: for a URL. With "raise", every read from a downloaded shard with a wrong sha256 is an error; with
+            "skip", only reads of its documents with a wrong checksum are.
+        transfer: timeouts and retries for the server of a URL.
 
     Raises:
         InputError: with all problems found.

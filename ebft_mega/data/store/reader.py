@@ -1,4 +1,4 @@
-"""Byte ranges of shards, wherever these are, and the check of each document that is read."""
+"""Read byte ranges of shards, local or remote, and check each document that is read."""
 
 import os
 import threading
@@ -13,14 +13,14 @@ from ebft_mega.errors import DamagedDataError
 
 
 class ShardBytes(Protocol):
-    """The shards of one dataset as byte ranges.
+    """Access to the shards of one dataset by byte ranges.
 
     An implementation may be pickled and may be used in a forked process; each process holds its own
     descriptors, connections and threads.
     """
 
     def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        """Reads a byte range; fewer bytes come back only where the shard ends.
+        """Read a byte range; fewer bytes come back only where the shard ends.
 
         Args:
             shard: position of the shard in the manifest.
@@ -37,11 +37,11 @@ class ShardBytes(Protocol):
         ...
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Announces the shards that are read next, the first of them soonest; returns at once."""
+        """Announce the shards that will be read next, in this order; returns immediately."""
         ...
 
     def close(self) -> None:
-        """Gives up descriptors, connections and threads; a later read opens them again."""
+        """Close descriptors and idle connections and end threads; a later read opens them again."""
         ...
 
 
@@ -67,7 +67,7 @@ class ShardFiles:
         self._process = os.getpid()
 
     def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        """Reads a byte range; fewer bytes come back only where the file ends.
+        """Read a byte range; fewer bytes come back only where the file ends.
 
         Args:
             shard: position of the shard in the manifest.
@@ -92,7 +92,7 @@ class ShardFiles:
         return str(self._paths[shard])
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Does nothing: a local file is there already."""
+        """Do nothing: a local file is there already."""
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
@@ -103,7 +103,7 @@ class ShardFiles:
         return self._descriptors[shard]
 
     def close(self) -> None:
-        """Closes every descriptor; a later read opens them again."""
+        """Close every descriptor; a later read opens them again."""
         if self._process != os.getpid():
             return
         with self._lock:
@@ -124,7 +124,7 @@ class ShardFiles:
 
 
 def read_fully(descriptor: int, offset: int, num_bytes: int) -> bytes:
-    """Reads a byte range of an open file; fewer bytes come back only where the file ends.
+    """Read a byte range of an open file; fewer bytes come back only where the file ends.
 
     One `pread` returns at most 2 GiB and may return less, so it is repeated.
     """
@@ -137,7 +137,7 @@ def read_fully(descriptor: int, offset: int, num_bytes: int) -> bytes:
 
 
 def read_member(files: ShardBytes, shard: int, offset: int, payload_bytes: int, crc32: int, document: int) -> bytes:
-    """Reads a document's tar header and payload and checks them against the index.
+    """Read a document's tar header and payload and check them against the index.
 
     Args:
         files: the dataset's shards.

@@ -1,4 +1,4 @@
-"""Datasets on an https server: manifest, index and tokenizer are copied, shards are cached or read by byte ranges.
+"""Read datasets from an https server: manifest, index and tokenizer are copied, shards cached or read by byte ranges.
 
 Imports no torch.
 """
@@ -41,20 +41,21 @@ logger = logging.getLogger(__name__)
 _MANIFEST_LIMIT_BYTES = 1 << 28
 _TOKENIZER_LIMIT_BYTES = 1 << 28
 _SIMULTANEOUS_CHECKS = 16
-# For a shard that somebody else is downloading; then its documents are asked for one by one. Many processes that
-# waited indefinitely, one after the other, for a server that hangs would be stopped as hanging themselves.
+# How long to wait for a shard that another thread or process is downloading; after that, its documents are read by
+# byte ranges. While a server hangs, the processes of a node try the download in turn: waiting for all of them would
+# exceed the run's own time limit for a step.
 _WAIT_SECONDS = 60.0
 
 OnError = Literal["raise", "skip"]
-# Public buckets that may not be listed answer 403 for a file that is not there.
+# Public buckets without permission to list them answer 403 for a missing file.
 _ABSENT_TOKENIZER_STATUS = (403, 404, 410)
 
 
 def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
-    """Copies manifest, index and tokenizer of a remote dataset, unless whole copies are there.
+    """Copy manifest, index and tokenizer of a remote dataset, unless complete copies exist.
 
     The manifest is fetched every time. The copies lie in a directory named by its fingerprint, so a dataset that
-    changed is another one. One process of a node copies at a time; the others wait and use the same copy.
+    changed gets new ones. One process of a node copies at a time; the others wait and use the same copy.
 
     Args:
         address: https URL of the dataset directory.
@@ -69,7 +70,7 @@ def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> 
     """
     content = _read_manifest(f"{address}/{MANIFEST_NAME}", client)
     manifest = parse_manifest(content, f"{address}/{MANIFEST_NAME}")
-    # Its own fingerprint names the directory: it must be the right one.
+    # The fingerprint becomes the name of the directory, so it is checked first.
     if problems := fingerprint_problems(f"{address}/{MANIFEST_NAME}", manifest):
         raise InputError(problems)
     directory = cache.dataset_directory(manifest.fingerprint)
@@ -91,7 +92,7 @@ def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> 
 
 
 def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient) -> list[Problem]:
-    """Shards that are missing, out of reach or of another size; asks for each one's size only, 16 at a time."""
+    """Report shards that are missing, unreachable or of another size; requests only their sizes, 16 at a time."""
 
     def problem(shard: int) -> Problem | None:
         entry = manifest.shards[shard]
@@ -108,10 +109,10 @@ def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient)
 
 
 def whole_shard_bytes(manifest: Manifest) -> int:
-    """Size of a cache from which on shards are downloaded whole; below it documents are read by byte ranges.
+    """Smallest cache with which shards are downloaded whole; with a smaller one documents are read by byte ranges.
 
     Documents are read in random order within a window of shards, and a row may reach into the next window. A cache
-    that does not hold two windows would delete shards that it needs again at once.
+    that does not hold two windows would delete shards that are needed again soon after.
 
     Args:
         manifest: of the dataset.
@@ -119,8 +120,8 @@ def whole_shard_bytes(manifest: Manifest) -> int:
     Returns:
         Bytes that hold any two windows, or the whole dataset where that is less.
     """
-    # The documents of a window, all but its last shard, are fewer than WINDOW_DOCUMENTS. The most bytes that so few
-    # documents can have are those of the shards with the longest documents.
+    # Without its last shard, a window has fewer than WINDOW_DOCUMENTS documents. The shards with the longest documents
+    # give an upper bound of their bytes.
     shards = sorted(manifest.shards, key=lambda shard: shard.bytes / shard.documents, reverse=True)
     window_bytes = documents = 0
     for shard in shards:
@@ -136,14 +137,14 @@ class RemoteShards:
     """The shards of a dataset on an https server (`ShardBytes`).
 
     Where the cache is large enough (`whole_shard_bytes`), a shard is downloaded whole when it is first read, and
-    one background thread downloads the expected ones ahead. Otherwise, and where a shard finds no room or somebody
-    else takes long to download it, a read is a request for a byte range.
+    one background thread downloads announced shards in advance (`expect`). Otherwise, and where the cache has no room
+    for a shard or another process takes long to download it, every read is a range request.
 
-    A shard that comes with a wrong sha256 is damage, at every read from it. With `on_error` "skip" it is logged, and
-    its documents are read by byte ranges and told apart by their checksums: only the damaged ones are lost.
+    A downloaded shard with a wrong sha256 makes every read from it an error. With `on_error` "skip" it is logged
+    instead, and its documents are read by range requests: only those with a wrong checksum are errors.
 
-    A document that a local copy gives wrongly is not damage yet: the copy is deleted and downloaded again, once in
-    a process.
+    A wrong checksum of a document in a cached copy is not an error at first: the copy is deleted and the shard
+    downloaded again, once per process.
 
     Args:
         address: https URL of the dataset directory.
@@ -151,7 +152,7 @@ class RemoteShards:
         directory: local directory with its index.
         cache: of this node.
         client: to read with.
-        on_error: what a shard with a wrong sha256 is.
+        on_error: what a downloaded shard with a wrong sha256 leads to, see above.
         max_open: descriptors to keep open.
     """
 
@@ -183,7 +184,7 @@ class RemoteShards:
         self._process = os.getpid()
 
     def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        """Reads a byte range; see `ShardBytes.read`.
+        """Read a byte range; see `ShardBytes.read`.
 
         Raises:
             DamagedDataError: the server does not give these bytes.
@@ -194,7 +195,7 @@ class RemoteShards:
         if offset >= stop:
             return b""
         if self._process != os.getpid():
-            self._start_empty()  # the parent's lock may be held, its descriptors and its thread are its own
+            self._start_empty()  # the parent's lock may be held; descriptors and thread are the parent's
         with self._lock:
             while (descriptor := self._descriptor(shard, offset)) is not None:
                 data = read_fully(descriptor, offset, stop - offset)
@@ -211,7 +212,7 @@ class RemoteShards:
         return self._downloads.url(shard)
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Lets the background thread download these shards, in this order, after those that it still has to do."""
+        """Queue these shards, in this order, for the background thread that downloads them."""
         if not self._whole:
             return
         if self._process != os.getpid():
@@ -222,7 +223,7 @@ class RemoteShards:
             self._ahead.add(shards)
 
     def close(self) -> None:
-        """Closes descriptors and ends the background thread; a later read opens them again."""
+        """Close descriptors and idle connections and end the background thread; a later read opens them again."""
         if self._process != os.getpid():
             return
         with self._lock:
@@ -231,6 +232,7 @@ class RemoteShards:
                 self._ahead = None
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+            self._downloads.client.close()
 
     def __del__(self) -> None:
         # Missing only when the constructor itself failed.
@@ -246,7 +248,7 @@ class RemoteShards:
         self._start_empty()
 
     def _descriptor(self, shard: int, offset: int) -> int | None:
-        """The open local copy of a shard that is to be read at an offset; None where byte ranges are asked for."""
+        """Open the cached copy of a shard; None where a range request is to be made. The offset is for messages."""
         if not self._whole:
             return None
         if shard not in self._descriptors and shard not in self._wrong:
@@ -275,10 +277,10 @@ class RemoteShards:
             self._descriptors[shard] = descriptor
 
     def _as_indexed(self, shard: int, offset: int, data: bytes) -> bool:
-        """Whether what was read is not a document that fails its checksum."""
+        """False where what was read is a document of the index and its checksum is wrong."""
         manifest = self._downloads.manifest
         if self._index is None:
-            # Not the dataset's own array, which is copied whole where this object is pickled.
+            # Opened here, not taken from the dataset: pickling this object would copy the whole array.
             self._index = np.asarray(np.load(self._directory / INDEX_NAME, mmap_mode="r", allow_pickle=False))
         offsets = self._index["offset"]
         first = self._first_documents[shard]
@@ -298,7 +300,7 @@ class _ClosedError(Exception):
 
 @dataclass(frozen=True)
 class _Downloads:
-    """Where the shards are, and where their copies go."""
+    """Downloads of one dataset's shards into the cache."""
 
     address: str
     manifest: Manifest
@@ -308,12 +310,12 @@ class _Downloads:
     def url(self, shard: int) -> str:
         return f"{self.address}/{self.manifest.shards[shard].name}"
 
-    def open(self, shard: int, wait_seconds: float, continues: Callable[[], bool] = lambda: True) -> int | None:
+    def open(self, shard: int, wait_seconds: float, is_wanted: Callable[[], bool] = lambda: True) -> int | None:
         entry, url = self.manifest.shards[shard], self.url(shard)
 
         def download() -> Iterator[bytes]:
             for chunk in self.client.chunks(url, 0, entry.bytes, entry.bytes):
-                if not continues():
+                if not is_wanted():
                     raise _ClosedError
                 yield chunk
 
@@ -321,12 +323,12 @@ class _Downloads:
 
 
 class _DownloadsAhead:
-    """A background thread that fills the cache. It is a daemon: an interpreter that ends does not wait for it."""
+    """A daemon thread that downloads shards in advance; the interpreter does not wait for it at exit."""
 
     def __init__(self, downloads: _Downloads):
         self._downloads = downloads
         self._closed = False
-        self.expected: deque[int] = deque()  # the first of them is under way
+        self.expected: deque[int] = deque()  # the first one is being downloaded
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="shards-ahead", daemon=True)
         self.thread.start()
@@ -350,10 +352,10 @@ class _DownloadsAhead:
                 if self._closed:
                     return
                 shard = self.expected[0]
-            # A shard that somebody else is downloading needs nothing. What fails here fails again, and is reported,
-            # when the shard is read.
+            # A shard that another process is downloading is skipped. An error here occurs again, and is reported, when
+            # the shard is read.
             with suppress(DamagedDataError, OSError, _ClosedError):
-                descriptor = self._downloads.open(shard, wait_seconds=0, continues=lambda: not self._closed)
+                descriptor = self._downloads.open(shard, wait_seconds=0, is_wanted=lambda: not self._closed)
                 if descriptor is not None:
                     os.close(descriptor)
             with self.changed:
@@ -373,7 +375,7 @@ def _read_manifest(url: str, client: HttpsClient) -> bytes:
 
 
 def _description_problems(directory: Path, manifest_content: bytes, manifest: Manifest) -> list[Problem]:
-    """What is missing or wrong in a local copy of manifest, index and tokenizer."""
+    """Report what is missing or wrong in a local copy of manifest, index and tokenizer."""
     path = directory / MANIFEST_NAME
     if not path.is_file() or path.read_bytes() != manifest_content:
         return [Problem(str(path), MANIFEST_NAME, "no copy", "a copy of the manifest")]

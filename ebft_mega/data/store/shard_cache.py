@@ -1,4 +1,4 @@
-"""Copies of remote shards on the local disk, bounded, shared by all processes of a node. Imports no torch."""
+"""A cache of remote shards on the local disk: limited in size, shared by all processes of a node. Imports no torch."""
 
 import hashlib
 import logging
@@ -17,22 +17,22 @@ logger = logging.getLogger(__name__)
 
 
 class WrongShardError(DamagedDataError):
-    """A shard came whole, and its sha256 is not the one of the manifest."""
+    """A shard was downloaded completely, and its sha256 is not the manifest's."""
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Whole shards under their sha256, so that equal names of other datasets can never meet.
+    """Whole shards, stored under their sha256, so that equal file names of different datasets cannot collide.
 
-    A shard appears only when its size and sha256 are right, and each is downloaded by one process at a time, for
-    which others wait. Those that were wanted longest ago are deleted when room is needed. A shard that a process
-    holds open stays readable for it after the deletion (POSIX), and its disk space is free once it is closed. All
-    state is on the disk: processes share a cache by naming the same directory.
+    A file gets its final name only after its size and sha256 were checked. Each shard is downloaded by one process at
+    a time, while others wait for it. The least recently used shards are deleted when room is needed. A shard that a
+    process has open stays readable for it after the deletion (POSIX); its disk space is free once it is closed. All
+    state is on the disk: processes that use the same directory share the cache.
 
     Args:
         directory: made when it is needed. Also holds manifest, index and tokenizer of each dataset, in a directory
-            named by its fingerprint; these do not count.
-        limit_bytes: of all shards, downloads under way included. Never passed.
+            named by its fingerprint; these do not count towards the limit.
+        limit_bytes: upper limit for all shards together, unfinished downloads included.
     """
 
     directory: Path
@@ -55,7 +55,7 @@ class ShardCache:
     def open(
         self, entry: ShardEntry, place: str, download: Callable[[], Iterator[bytes]], wait_seconds: float
     ) -> int | None:
-        """Opens the copy of a shard, after downloading it where there is none.
+        """Open the copy of a shard, after downloading it where there is none.
 
         Args:
             entry: the shard.
@@ -64,22 +64,22 @@ class ShardCache:
             wait_seconds: for a download by another thread or process.
 
         Returns:
-            A descriptor to read from, the caller's to close. None where the cache has no room for the shard, the
-            disk none, or where somebody else is still downloading it.
+            A descriptor to read from, which the caller closes. None where the cache or the disk has no room for the
+            shard, or where another thread or process is still downloading it.
 
         Raises:
             DamagedDataError: the download failed.
-            WrongShardError: it gave something else than the manifest describes.
+            WrongShardError: the downloaded bytes do not have the manifest's sha256.
         """
         try:
             descriptor = self._open_copy(entry)
-            return self._bring(entry, place, download, wait_seconds) if descriptor is None else descriptor
+            return self._fetch(entry, place, download, wait_seconds) if descriptor is None else descriptor
         except OSError as error:
             logger.warning("%s is read by byte ranges: the cache cannot hold it: %s", place, error)
             return None
 
     def discard(self, entry: ShardEntry, descriptor: int) -> None:
-        """Deletes the copy that a descriptor was opened from, unless it has been replaced since."""
+        """Delete the copy that a descriptor was opened from, unless it has been replaced since."""
         with self.lock(entry.sha256), suppress(FileNotFoundError):
             path = self.shard_path(entry)
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
@@ -92,12 +92,12 @@ class ShardCache:
             return None
         if os.fstat(descriptor).st_size != entry.bytes:
             os.close(descriptor)
-            return None  # cut by somebody: the download replaces it
+            return None  # truncated: the download replaces it
         with suppress(PermissionError):  # the copy of another user
-            os.utime(descriptor)  # wanted now
+            os.utime(descriptor)  # used now
         return descriptor
 
-    def _bring(
+    def _fetch(
         self, entry: ShardEntry, place: str, download: Callable[[], Iterator[bytes]], wait_seconds: float
     ) -> int | None:
         lock = self.lock(entry.sha256)
@@ -106,7 +106,7 @@ class ShardCache:
         except Timeout:
             return None
         try:
-            descriptor = self._open_copy(entry)  # somebody else may have brought it meanwhile
+            descriptor = self._open_copy(entry)  # another process may have downloaded it meanwhile
             return self._download(entry, place, download) if descriptor is None else descriptor
         finally:
             lock.release()
@@ -124,7 +124,7 @@ class ShardCache:
                     file.write(chunk)
             if digest.hexdigest() != entry.sha256:
                 raise WrongShardError(place, None, f"sha256 {entry.sha256}", f"sha256 {digest.hexdigest()}")
-            # Opened under its temporary name: under the other one it may be deleted at once.
+            # Opened before it gets its final name, under which another process may delete it at any time.
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.replace(path)
             return descriptor
@@ -132,7 +132,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, num_bytes: int) -> bool:
-        """Makes room and an empty file of the shard's size that holds it, so that it counts from now on."""
+        """Make room and reserve it with a file of the shard's size; False where the limit does not allow it."""
         partial.parent.mkdir(parents=True, exist_ok=True)
         with self.lock("room"):
             partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reading whole shards from front to back, with every checksum there is. Imports neither torch nor webdataset."""
+"""Read whole shards sequentially and check every byte against all checksums. Imports neither torch nor webdataset."""
 
 import hashlib
 import re
@@ -22,16 +22,16 @@ class ShardReport:
     """What one pass over a shard found."""
 
     shard: str  # path or URL
-    documents: int  # whole ones
+    documents: int  # undamaged ones
     tokens: int  # of these, end-of-document tokens included
     bytes: int  # that could be read
-    problems: tuple[DamagedDataError, ...]  # () for a whole shard
+    problems: tuple[DamagedDataError, ...]  # () for an undamaged shard
 
 
 def shard_documents(dataset: Dataset, shard: int) -> Iterator[np.ndarray]:
-    """Reads the documents of a shard in one sequential pass and checks all of the shard.
+    """Read the documents of a shard in one sequential pass and check all of the shard.
 
-    A few MiB are read at a time; memory holds one document more.
+    Reads a few MiB at a time; memory holds these and one document.
 
     Args:
         dataset: an opened dataset.
@@ -39,11 +39,11 @@ def shard_documents(dataset: Dataset, shard: int) -> Iterator[np.ndarray]:
 
     Yields:
         uint16 or uint32 [tokens of the document - 1], read-only: each document's tokens without the
-        end-of-document token, after its header, name, checksum and token ids were found right.
+        end-of-document token, after its header, name, checksum and token ids were checked.
 
     Raises:
-        DamagedDataError: at the first damaged document; behind the last one, where the size or sha256 of the
-            whole shard is wrong, which covers the bytes that belong to no document's tokens.
+        DamagedDataError: at the first damaged document; after the last one, if the size or sha256 of the whole
+            shard is wrong, which covers the bytes that belong to no document's tokens.
     """
     for finding in _findings(dataset, shard, _ShardReader(dataset, shard)):
         if isinstance(finding, DamagedDataError):
@@ -52,7 +52,7 @@ def shard_documents(dataset: Dataset, shard: int) -> Iterator[np.ndarray]:
 
 
 def verify_dataset(dataset: Dataset) -> Iterator[ShardReport]:
-    """Read every shard of a dataset as `shard_documents` does, and continue behind damage.
+    """Read every shard of a dataset as `shard_documents` does, and continue after damage.
 
     A remote dataset that was opened with a cache of 0 bytes is read from the server itself, not from local copies.
 
@@ -73,17 +73,17 @@ def verify_dataset(dataset: Dataset) -> Iterator[ShardReport]:
 
 
 class _ShardReader:
-    """A shard from its first byte on, hashed on the way."""
+    """Sequential reads of one shard, and the sha256 of what was read."""
 
     def __init__(self, dataset: Dataset, shard: int):
         self._files, self._shard = dataset.files, shard
         self._expected_bytes = dataset.manifest.shards[shard].bytes
         self._digest = hashlib.sha256()
         self._buffer = b""  # the last bytes that were read
-        self.position = 0  # behind them
+        self.position = 0  # of the first byte after the buffer
 
     def take(self, offset: int, num_bytes: int) -> memoryview:
-        """Bytes from `offset` on, which lies behind all that was taken before; fewer where the shard ends."""
+        """Read bytes from `offset` on, fewer where the shard ends; ranges are taken in order and never twice."""
         missing = offset + num_bytes - self.position
         if missing > 0:
             kept = self._buffer[offset - self._start :]
@@ -92,7 +92,7 @@ class _ShardReader:
         return memoryview(self._buffer)[begin : begin + num_bytes]
 
     def finish(self) -> str:
-        """Reads what is left, and a little more where the shard is longer than it should be.
+        """Read the rest of the shard, and one byte more to notice a file that is too long.
 
         Returns:
             The sha256 of what was read, hexadecimal.
@@ -114,12 +114,12 @@ class _ShardReader:
 
 
 def _findings(dataset: Dataset, shard: int, reader: _ShardReader) -> Iterator[np.ndarray | DamagedDataError]:
-    """Tokens of each whole document and every damage, in the order of their places in the shard."""
+    """Yield the tokens of each undamaged document and an error for each damage, in the order of the shard."""
     manifest, place = dataset.manifest, dataset.files.place(shard)
     entry = manifest.shards[shard]
     first = sum(other.documents for other in manifest.shards[:shard])
     suffix, dtype = payload_suffix(manifest.dtype), np.dtype(manifest.dtype).newbyteorder("<")
-    behind = 0  # the member before
+    behind = 0  # first byte after the previous member
     try:
         records = dataset.index[first : first + entry.documents].tolist()
         for number, (_, crc32, offset, payload_bytes, _) in enumerate(records, first):
@@ -155,7 +155,7 @@ def _findings(dataset: Dataset, shard: int, reader: _ShardReader) -> Iterator[np
 
 
 def _unlisted_documents(gap: memoryview, offset: int, suffix: str, place: str) -> Iterator[DamagedDataError]:
-    """Token members that the index leaves out: their documents would never be read.
+    """Report token members that the index does not list: their documents would never be read.
 
     Args:
         gap: the bytes between two documents of the index, from one tar header to another.

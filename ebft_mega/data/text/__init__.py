@@ -1,1 +1,1 @@
-"""Text as people bring it: files, archives, compression, tokenizers."""
+"""Read text input (files, JSON lines, archives, compression) and tokenize it."""

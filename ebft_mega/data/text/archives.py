@@ -1,10 +1,10 @@
-"""Documents of text from the shards of a text webdataset, read so that a damaged shard cannot look like a short one.
+"""Read text documents from webdataset tar shards; a damaged or truncated shard is an error, never a shorter one.
 
-Webdataset's own reader stops without a word at a damaged header or at the end of a cut file. Here a shard is
-read to its end-of-archive mark, and everything else is a problem. A changed byte of a text is found only if
-it is no longer UTF-8: a tar file has a checksum for each header and none for contents.
+Webdataset's own reader stops silently at a damaged header or at the end of a truncated file. Here a shard is read
+up to its end-of-archive mark, and everything else is reported as a problem. A changed byte within a text is found
+only if it makes the text invalid UTF-8: a tar file has a checksum for each header and none for contents.
 
-Nothing here decodes a member by its suffix, as webdataset does: texts and one `.json` are all that is read.
+Members are not decoded by their suffix, as webdataset does: only the text and one `.json` member are read.
 """
 
 import json
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass
 class _Sample:
-    """Members with one key that follow each other."""
+    """Consecutive members with the same key."""
 
     key: str
     suffixes: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class _Sample:
 
 
 def read_text_archive(file: Path, path: str, options: ReadOptions) -> Iterator[TextDocument | BadText]:
-    """Reads the documents of a text webdataset shard; a sample without text gives a `BadText` in its place.
+    """Read the documents of a text webdataset shard; a sample without text gives a `BadText` in its place.
 
     A key is the member's path up to the first dot of its last part, as in webdataset; members that follow
     each other with one key are one sample. Other members of a sample are not read.
@@ -113,7 +113,7 @@ def _placed(bad: BadText, file: Path, path: str) -> BadText:
 
 
 def _what_ends(stream: IO[bytes], offset: int) -> str | None:
-    """What is wrong with the end of an archive, whose first block that is no member begins at `offset`."""
+    """Describe what is wrong after an archive's last member, which ends at `offset`; None where nothing is."""
     stream.seek(offset)
     first = stream.read(_END_MARK_BYTES)
     if any(first[: tarfile.BLOCKSIZE]):

@@ -1,4 +1,4 @@
-"""Reading files of lines that may be compressed; a file that ends early is an error, never a shorter file."""
+"""Open plain, gzip or zstandard files for reading lines; a truncated file is an error, never a shorter file."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ class CutFileError(OSError):
 
 
 def open_lines(file: Path) -> IO[bytes]:
-    """Opens a file for reading bytes, unpacked if its name ends in `.gz` or `.zst`.
+    """Open a file for reading bytes, unpacked if its name ends in `.gz` or `.zst`.
 
     Reading raises `CutFileError` where the compressed data ends early or its checksum differs. (gzip always
     carries a checksum, zstandard if it was written with one.)
@@ -58,8 +58,8 @@ class _GzipBytes(io.RawIOBase):
 class _ZstandardBytes(io.RawIOBase):
     """Unpacked bytes of a zstandard file, frame after frame.
 
-    The library's own stream reader takes the end of the file for the end of a frame, so a cut file would
-    look whole.
+    The library's own stream reader takes the end of the file for the end of a frame, so a truncated file would
+    look complete.
     """
 
     def __init__(self, file: Path):
@@ -67,7 +67,7 @@ class _ZstandardBytes(io.RawIOBase):
 
         self._decompressor = ZstdDecompressor(max_window_size=_LARGEST_WINDOW_BYTES)
         self._file = file.open("rb")
-        self._frame: Any = None  # under way; None between frames
+        self._frame: Any = None  # being decoded; None between frames
         self._packed = b""  # read but not yet given to a frame
         self._unpacked = memoryview(b"")
         self._read_any = False
@@ -85,7 +85,7 @@ class _ZstandardBytes(io.RawIOBase):
         return num_bytes
 
     def _unpack_more(self) -> bool:
-        """Unpacks one more chunk; False at the end of the file."""
+        """Unpack one more chunk; False at the end of the file."""
         from zstandard import ZstdError
 
         packed = self._packed or self._file.read(_CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""A corpus of real code from a Python standard library, split by top-level package.
+"""Build a corpus of real code from a Python standard library, split by top-level package.
 
 Files of one package quote and copy each other, so a split by file would leak held-out text into training.
 """
@@ -75,7 +75,7 @@ def build_corpus(
     max_bytes: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Copies a standard library's Python files into `train`, `tuning` and `validation` below `output`.
+    """Copy a standard library's Python files into `train`, `tuning` and `validation` below `output`.
 
     Exact duplicates, files that are not UTF-8 and files under 64 bytes are left out and counted.
 
@@ -119,7 +119,7 @@ def build_corpus(
 
 
 def package_of(path: str) -> str:
-    """Package that a file of the library counts to: its top-level folder or module, or the family of that.
+    """Package that a file of the library belongs to: its top-level folder or module, or the family of that.
 
     Args:
         path: relative to the library, with forward slashes.
@@ -129,11 +129,11 @@ def package_of(path: str) -> str:
 
 
 def assign_splits(package_bytes: dict[str, int], seed: int) -> dict[str, str]:
-    """Gives every package to one split, so that sizes come close to `SPLIT_SHARES`.
+    """Give every package to one split, so that sizes come close to `SPLIT_SHARES`.
 
-    Packages come in the order of a hash of seed and name; each goes where it leaves the fullest split least
-    full against its share. A package that is large against the held-out shares therefore lands in the
-    training split.
+    Packages are taken in the order of a hash of seed and name. Each goes to the split that is least full in
+    proportion to its share, the package included. A package that is large compared with the held-out shares
+    therefore goes to the training split.
 
     Args:
         package_bytes: bytes of each package.
@@ -154,7 +154,7 @@ def assign_splits(package_bytes: dict[str, int], seed: int) -> dict[str, str]:
 
 
 def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Contents of the files that are kept, by sorted relative path, and how many were not, by reason."""
+    """Contents of the files to use, by sorted relative path, and the number of files left out, by reason."""
     counts = {"duplicate": 0, "not_utf8": 0, "tiny": 0}
     contents: dict[str, bytes] = {}
     seen = set()
@@ -206,7 +206,7 @@ def _package_sizes(contents: dict[str, bytes]) -> dict[str, int]:
 
 
 def _copy_licence(source: Path, directory: Path) -> str | None:
-    """Copies the interpreter's licence beside the corpus; Debian keeps it with the documentation."""
+    """Copy the interpreter's licence beside the corpus; Debian keeps it with the documentation."""
     version = platform.python_version_tuple()
     documentation = Path(sysconfig.get_path("data"), "share", "doc", f"python{version[0]}.{version[1]}", "copyright")
     for candidate in (source / LICENCE_FILE_NAME, documentation):

@@ -1,4 +1,4 @@
-"""Documents of text from files, and from JSON lines."""
+"""Read text documents from plain files and from JSON lines."""
 
 import fnmatch
 import hashlib
@@ -49,21 +49,21 @@ class BadText:
 
     problem: Problem
     path: str  # as in TextDocument
-    is_file: bool = False  # nobody knows what else the file held
+    is_file: bool = False  # the rest of the file could not be read: an unknown number of documents is missing
 
 
 def list_text_files(directory: Path, pattern: str) -> list[Path]:
     """Files below a directory whose name matches a pattern, sorted by path relative to it.
 
-    Hidden files and folders and `__pycache__` are left out; links to folders are not followed, and links to nothing and
-    what is neither file nor folder (sockets, devices) are left out.
+    Hidden files and folders, `__pycache__`, broken links and what is neither file nor folder (sockets, devices) are
+    left out; links to folders are not followed.
 
     Args:
         directory: the folder to search.
         pattern: shell pattern on the file name, such as `*.py`.
 
     Raises:
-        InputError: with all folders and files that cannot be looked at: what is in them would be missing.
+        InputError: lists all folders and files that cannot be accessed, because their documents would be missing.
     """
     found = []
     unreadable: list[OSError] = []
@@ -73,7 +73,7 @@ def list_text_files(directory: Path, pattern: str) -> list[Path]:
             if name[0] != "." and fnmatch.fnmatchcase(name, pattern):
                 try:
                     found += [Path(folder, name)] * stat.S_ISREG(os.stat(Path(folder, name)).st_mode)
-                except FileNotFoundError:  # a link to nothing
+                except FileNotFoundError:  # a broken link
                     continue
                 except OSError as error:
                     unreadable.append(error)
@@ -86,7 +86,7 @@ def list_text_files(directory: Path, pattern: str) -> list[Path]:
 
 
 def read_text_file(file: Path, base: Path) -> TextDocument:
-    """Reads a text file exactly: line ends, NUL characters and byte-order marks stay as they are.
+    """Read a text file exactly: line ends, NUL characters and byte-order marks stay as they are.
 
     Raises:
         InputError: the file cannot be read or is not UTF-8.
@@ -104,7 +104,7 @@ def decode_text(
     record: Mapping[str, object] | None = None,
     options: ReadOptions | None = None,
 ) -> TextDocument | BadText:
-    """Makes a document of UTF-8 bytes.
+    """Make a document of UTF-8 bytes.
 
     Args:
         content: the text.
@@ -125,15 +125,15 @@ def decode_text(
 def read_jsonl(
     file: Path, path: str, options: ReadOptions, begin: int = 0, end: int | None = None, first_line: int | None = 0
 ) -> Iterator[TextDocument | BadText]:
-    """Reads the documents of a JSONL file; a bad line gives a `BadText` in its place. Blank lines are left out.
+    """Read the documents of a JSONL file; a bad line gives a `BadText` in its place. Blank lines are left out.
 
     Args:
         file: JSON lines, plain or compressed with gzip or zstandard.
         path: of the file, relative to the input.
         options: which members of an object are read.
         begin, end: only lines whose first byte lies in this range; plain files alone can be read in ranges.
-        first_line: lines before `begin`; None has them counted when a bad line is found, and other documents'
-            paths are then wrong.
+        first_line: number of lines before `begin`. With None they are counted only when a bad line is found; the
+            line numbers in the paths of other documents are then wrong.
     """
     number = 0
     try:
@@ -163,7 +163,7 @@ def read_jsonl(
 
 
 def count_lines(file: Path, begin: int, end: int) -> int:
-    """Lines of a plain file whose first byte lies in a range of bytes, `end` at most the file's size.
+    """Count the lines of a plain file whose first byte lies in a byte range, `end` at most the file's size.
 
     Reads the range, about 1 GB a second.
     """

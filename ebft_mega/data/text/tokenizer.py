@@ -1,8 +1,7 @@
 """One tokenizer interface over sentencepiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) files.
 
-Both kinds treat text as text: a special token's spelling inside source code becomes ordinary pieces, never
-the special id. Nothing here runs code from a tokenizer directory. The libraries are imported when a tokenizer
-is loaded.
+Both treat text as plain text: a special token's spelling inside source code becomes ordinary tokens, never the
+special id. No code from a tokenizer directory is run. The libraries are imported when a tokenizer is loaded.
 """
 
 import hashlib
@@ -66,14 +65,14 @@ class SentencePieceTokenizer:
     sha256: str
     files: tuple[Path, ...]
     processor: Any = field(repr=False)
-    # Byte pieces that spell the meta space, or () where the model cannot say them.
+    # Ids of the byte tokens that spell the meta space; () where the model has none.
     meta_space_ids: tuple[int, ...] = field(repr=False)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         if not self.meta_space_ids or _META_SPACE not in text:
             return self.processor.encode(text)
-        # sentencepiece reads this character as a space; its bytes keep it apart, so the text survives.
+        # sentencepiece would turn this character into a space; encoded as byte tokens it is preserved.
         first, *rest = text.split(_META_SPACE)
         ids = self.processor.encode(first)
         for part in rest:
@@ -106,7 +105,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
-    """Loads the tokenizer of a directory; `tokenizer.model` is preferred where both kinds are present.
+    """Load the tokenizer of a directory; `tokenizer.model` is preferred where both kinds are present.
 
     Raises:
         InputError: there is no tokenizer, it cannot be read, or it names no end-of-document token.
@@ -135,7 +134,7 @@ def tokenizer_sha256(directory: Path | str) -> str | None:
 
 
 def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
-    """Copies the tokenizer files of one directory into another, which is made if missing.
+    """Copy the tokenizer files of one directory into another, which is made if missing.
 
     Raises:
         InputError: the source holds no tokenizer.
@@ -194,8 +193,8 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
 
     definition = read_json_object(path, "a tokenizer of the tokenizers library")
     for token in definition.get("added_tokens") or []:
-        # Markers such as <|fim_prefix|> are often flagged as ordinary added tokens, yet text must not spell
-        # them.
+        # Markers such as <|fim_prefix|> are often flagged as ordinary added tokens. Flagged as special, their
+        # spelling in a text does not become the marker's id.
         if re.fullmatch(r"<.*>", token["content"], re.DOTALL):
             token["special"] = True
     if not isinstance(definition.get("model"), dict):

@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer that gives every byte of its training text back."""
+"""Train a sentencepiece tokenizer and check that it reproduces its input texts exactly."""
 
 import io
 import json
@@ -19,7 +19,7 @@ EOS_ID = 1
 
 
 class RoundTripError(EbftError):
-    """Texts that a new tokenizer does not give back exactly (exit code 1)."""
+    """A new tokenizer does not reproduce some texts exactly (exit code 1)."""
 
 
 def train_tokenizer(
@@ -31,13 +31,13 @@ def train_tokenizer(
     sample_characters: int = 14_000_000,
     overwrite: bool = False,
 ) -> Tokenizer:
-    """Trains a byte-fallback BPE on the text files of a directory and checks that each of them round-trips.
+    """Train a byte-fallback BPE on the text files of a directory and check that each of them round-trips.
 
     The text is not normalised: spaces, tabs, line ends and every Unicode character stay as they are.
 
     Args:
         source: a directory of UTF-8 text files.
-        vocab_size: tokens, with the 256 byte tokens.
+        vocab_size: number of tokens, the 256 byte tokens included.
         output: the tokenizer directory to make.
         pattern: shell pattern on the file names.
         sample_characters: characters to train on, spread evenly over the files; all files are checked.
@@ -69,7 +69,7 @@ def train_tokenizer(
 
 
 def split_into_chunks(text: str) -> Iterator[str]:
-    """Splits a text after line ends into chunks of about 3,500 characters.
+    """Split a text after line ends into chunks of about 3,500 characters.
 
     The trainer takes its text in sentences and reads a file line by line; chunks of many lines let it learn
     pieces that hold line ends and indentation. Joined again, the chunks are the text.
@@ -79,12 +79,12 @@ def split_into_chunks(text: str) -> Iterator[str]:
     length = 0
     for line in lines:
         for start in range(0, len(line), CHUNK_CHARACTERS):
-            piece = line[start : start + CHUNK_CHARACTERS]
-            if chunk and length + len(piece) > CHUNK_CHARACTERS:
+            part = line[start : start + CHUNK_CHARACTERS]
+            if chunk and length + len(part) > CHUNK_CHARACTERS:
                 yield "".join(chunk)
                 chunk, length = [], 0
-            chunk.append(piece)
-            length += len(piece)
+            chunk.append(part)
+            length += len(part)
     if chunk:
         yield "".join(chunk)
 

@@ -97,7 +97,7 @@ def dataset(dataset_directory: Path) -> Dataset:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path, tokenizer_directory: Path) -> Callable[..., Path]:
-    """Builds a dataset from texts by name."""
+    """Build a dataset from texts by name."""
 
     def make(texts: dict[str, str], name: str = "dataset", overwrite: bool = False, **options: object) -> Path:
         source = write_texts(tmp_path / f"{name}-texts", texts)

@@ -221,7 +221,7 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def serving(directory: Path, certificate: tuple[Path, Path] | None) -> Iterator[FileServer]:
-    """Serves a directory until the block ends; without a certificate by plain http."""
+    """Serve a directory until the block ends; without a certificate by plain http."""
     context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -254,7 +254,7 @@ def proxying(status: int = 200) -> Iterator[Proxy]:
 def trusted_server(
     directory: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FileServer]:
-    """Serves a directory by https; this process trusts the certificate, and no proxy stands between."""
+    """Serve a directory by https; this process trusts the certificate, and no proxy stands between."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "localhost")

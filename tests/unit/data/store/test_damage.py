@@ -35,7 +35,7 @@ IMPATIENT = Transfer(timeout_seconds=1, attempts=1)
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """Changes a file in place, so that those who have it open see it too."""
+    """Change a file in place, so that those who have it open see it too."""
     with path.open("r+b") as file:
         file.write(content)
         file.truncate()
@@ -91,7 +91,7 @@ def clean_rows(dataset_directory: Path) -> list[Row]:
 
 
 def damage_shard(directory: Path, clean: Dataset, kind: str) -> set[int]:
-    """Damages a shard; gives the documents whose bytes are no longer there."""
+    """Damage a shard; gives the documents whose bytes are no longer there."""
     path = directory / clean.manifest.shards[SHARD].name
     before = path.read_bytes()
     documents = np.flatnonzero(clean.index["shard"] == SHARD).tolist()

@@ -380,6 +380,22 @@ def test_connections_end_with_their_client(server: FileServer, url: str) -> None
     wait_until(lambda: len(server.open_connections) == 0)
 
 
+def test_closing_a_client_leaves_an_answer_that_is_being_read(server: FileServer, url: str) -> None:
+    client = HttpsClient(QUICK)
+    assert client.size(url) == len(CONTENT)
+    client.close()
+    wait_until(lambda: len(server.open_connections) == 0)
+    large = CONTENT * 200
+    (server.directory / "file").write_bytes(large)
+    chunks = client.chunks(url, 0, len(large), len(large))
+    first = next(chunks)
+    client.close()
+    assert len(server.open_connections) == 1
+    assert first + b"".join(chunks) == large
+    assert len(server.requests) == 2
+    wait_until(lambda: len(server.open_connections) == 0)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process_has_connections_of_its_own(server: FileServer, url: str, method: str) -> None:
     client = HttpsClient(QUICK)

@@ -49,7 +49,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 
 def rebuild(directory: Path, records: np.ndarray) -> Dataset:
-    """Makes index and manifest describe the shards as they are now."""
+    """Make index and manifest describe the shards as they are now."""
     np.save(directory / "index.npy", records)
     fields = json.loads((directory / "dataset.json").read_text())
     index = (directory / "index.npy").read_bytes()

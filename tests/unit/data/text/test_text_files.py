@@ -314,7 +314,7 @@ def test_one_huge_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert len(dataset.manifest.shards) == 2
 
 
-def test_licences_and_kept_fields(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_licences_and_copied_fields(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [
         {"text": "a", "license": "MIT", "repo": {"name": "x", "tags": [1, None]}},
         {"text": "b", "license": ["MIT", "Zlib"], "repo": "\ud800"},

@@ -126,7 +126,7 @@ def test_chunks_join_to_the_text(text: str, padding: int) -> None:
     assert all(0 < len(chunk) <= 3500 for chunk in chunks)
 
 
-def test_training_is_deterministic_and_learns_pieces(
+def test_training_is_deterministic_and_learns_long_tokens(
     text_directory: Path, tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     again = train_tokenizer(text_directory, 340, tmp_path / "again")
