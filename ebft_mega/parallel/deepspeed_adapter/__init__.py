@@ -1,7 +1,8 @@
 """The DeepSpeed boundary: the only place that imports DeepSpeed or uses its names, with every workaround that takes.
 
-Each workaround says what happens without it; `tests/distributed/test_zero_traps.py` shows it. Constraints we obey
-rather than work around: a stage calls its own submodules (a weight that is read without calling its module is not
-gathered), runs one backward pass per forward pass (several within one would reduce a parameter twice), is built anew
-rather than copied, and is saved through `state_tensors` (a partitioned module's state_dict is empty).
+Each workaround says what happens without it; `tests/distributed/parallel/test_zero_traps.py` shows it.
+
+Constraints we obey rather than work around: a stage calls its own submodules (a weight that is read without calling its
+module is not gathered), runs one backward pass per forward pass (several within one would reduce a parameter twice), is
+built anew rather than copied, and is saved through `state_tensors` (a partitioned module's state_dict is empty).
 """

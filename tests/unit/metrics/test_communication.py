@@ -1,4 +1,4 @@
-"""Where communication is timed, and how; `tests/distributed/test_communication_time.py` does it between ranks."""
+"""Where and how communication is timed; between ranks: `tests/distributed/metrics/test_communication_time.py`."""
 
 import threading
 

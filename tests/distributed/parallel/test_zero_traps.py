@@ -25,9 +25,7 @@ from ebft_mega.parallel.deepspeed_adapter.replica_ranks import MegatronUnit, ass
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer import parameter_groups
 from ebft_mega.parallel.zero import OptimizerSettings, ShardedStage, ZeroEngine, make_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.traffic import PhaseNames, Traffic
-from tests.distributed.zero_stages import (
+from tests.distributed.parallel.zero_stages import (
     BETAS,
     LEARNING_RATE,
     TinyStage,
@@ -39,6 +37,8 @@ from tests.distributed.zero_stages import (
     settings,
     tiny_engine,
 )
+from tests.distributed.ranks import run_ranks
+from tests.distributed.traffic import PhaseNames, Traffic
 
 NUM_STEPS = 3
 TENSOR, PIPELINE, DATA = (2, 1), (1, 2), (1, 1)  # degrees of two ranks

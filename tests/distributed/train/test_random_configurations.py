@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.plain import plain_steps
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import NUM_STEPS, Case, Layout, run_cases
-from tests.distributed.test_layouts import assert_same_rollouts_and_rewards
+from tests.distributed.train.test_layouts import assert_same_rollouts_and_rewards
 
 LAYOUTS = (
     Layout(1, 1, 3),

@@ -17,7 +17,7 @@ from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step_boundary import Boundary
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_non_finite import build
+from tests.distributed.train.test_non_finite import build
 
 ASKED_RANK = 1
 

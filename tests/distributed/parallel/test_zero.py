@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.zero import ZeroEngine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.zero_stages import (
+from tests.distributed.parallel.zero_stages import (
     LEARNING_RATE,
     Truth,
     accumulate,
@@ -21,6 +20,7 @@ from tests.distributed.zero_stages import (
     settings,
     tiny_engine,
 )
+from tests.distributed.ranks import run_ranks
 
 NUM_STEPS = 3
 STAGES = (0, 1, 2, 3)

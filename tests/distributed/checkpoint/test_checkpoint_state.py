@@ -32,10 +32,10 @@ from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.conftest import tiny_config
+from tests.distributed.parallel.test_engine_state import computed_with, same, same_state, state_of
+from tests.distributed.parallel.test_zero_traps import replaced
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step
-from tests.distributed.test_engine_state import computed_with, same, same_state, state_of
-from tests.distributed.test_zero_traps import replaced
 from tests.distributed.traffic import PhaseNames, Traffic
 from tests.memory import peak_tensor_bytes
 

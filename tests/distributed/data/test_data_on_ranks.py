@@ -19,7 +19,7 @@ from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import rows_of_step
-from tests.distributed.test_non_finite import Beats, QuietBoundary, build
+from tests.distributed.train.test_non_finite import Beats, QuietBoundary, build
 
 
 def compare(values):

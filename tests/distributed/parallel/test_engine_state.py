@@ -12,10 +12,8 @@ from torch import Tensor
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, share_out
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import poison
-from tests.distributed.traffic import PhaseNames, Traffic
-from tests.distributed.zero_stages import (
+from tests.distributed.parallel.test_zero import poison
+from tests.distributed.parallel.zero_stages import (
     HIDDEN,
     LEARNING_RATE,
     LENGTH,
@@ -25,6 +23,8 @@ from tests.distributed.zero_stages import (
     settings,
     tiny_engine,
 )
+from tests.distributed.ranks import run_ranks
+from tests.distributed.traffic import PhaseNames, Traffic
 
 STAGES, DTYPES = (0, 1, 2, 3), (torch.float32, torch.bfloat16)
 # Ranks, tensor, pipeline. Four ranks do not divide every parameter evenly, and the smallest has two elements.

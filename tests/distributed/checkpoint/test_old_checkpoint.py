@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 
 # The checkpoint of step 4, its data and the metrics of all 8 steps, as the version named by the folder wrote them on
 # one rank. `config.yaml` there is that run's configuration.
-OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint_5f04e0b"
+OLD = Path(__file__).parents[2] / "fixtures" / "checkpoint_5f04e0b"
 SAVED_STEP = 4
 
 
