@@ -1,4 +1,4 @@
-"""The documents that were read last: neighbouring pieces of a long one need not be read and checked again each."""
+"""A cache of the documents read last, so that the rows of a long document do not each read and check it again."""
 
 import os
 import threading
@@ -14,14 +14,14 @@ DOCUMENT_CACHE_BYTES = 64 * 1024 * 1024
 class DocumentCache:
     """Verified documents of one dataset, those that were used last, up to a number of bytes.
 
-    A row needs a whole document, because a checksum covers a whole document. The rows of a long document are spread
-    over a window, so a short one is hardly ever found here again, and a long one almost always, unless the long ones
-    of the window are more than the limit together.
+    A row needs whole documents, because a checksum covers a whole document. The rows of a long document are spread
+    over a window, so a short document is hardly ever found here again, and a long one almost always, unless the long
+    documents of the window together exceed the limit.
 
     Args:
         dataset: where the documents are read.
-        limit_bytes: of the documents kept. A single larger document is kept until another one is read, so that it
-            is not read again for each row that follows; 0 keeps nothing.
+        limit_bytes: of the cached documents together. A single larger document is cached until another one is read,
+            so that it is not read again for each row that follows; 0 disables the cache.
     """
 
     def __init__(self, dataset: Dataset, limit_bytes: int = DOCUMENT_CACHE_BYTES):
@@ -36,10 +36,10 @@ class DocumentCache:
         self._process = os.getpid()
 
     def tokens(self, number: int) -> np.ndarray:
-        """A document as `Dataset.tokens` gives it, read if it is not here.
+        """A document as `Dataset.tokens` returns it, read if it is not cached.
 
         Raises:
-            DamagedDataError: the document fails its check; nothing is kept of it.
+            DamagedDataError: the document fails its check; it is not cached.
         """
         if not self._limit_bytes:
             return self._dataset.tokens(number)

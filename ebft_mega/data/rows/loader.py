@@ -1,4 +1,4 @@
-"""Global batches of rows, this rank's slice of each, read ahead by a thread or by worker processes."""
+"""Loads this rank's rows of each global batch, read ahead by a thread or by worker processes."""
 
 import itertools
 import os
@@ -49,12 +49,12 @@ class LoadedBatch:
 
 
 class BatchLoader:
-    """The batches of one data-parallel rank, as long as there are whole global batches.
+    """The batches of one data-parallel rank, as many as there are whole global batches.
 
-    Global batch b holds rows [b * global_batch_size, (b + 1) * global_batch_size) after the first one; a rank
-    gets a contiguous slice. Tensor- and pipeline-parallel peers pass the same data-parallel rank and so read
-    the same rows. All ranks come to the end at the same batch. The state moves when a step commits, never by
-    reading ahead; every new iteration starts at the state. Neither the order nor the end depends on who reads ahead.
+    Global batch b holds rows [b * global_batch_size, (b + 1) * global_batch_size) counted from `next_row`; a rank
+    gets a contiguous range of them. Tensor- and pipeline-parallel peers pass the same data-parallel rank and so read
+    the same rows. All ranks end at the same batch. The state advances when a step commits, never by reading ahead;
+    every new iteration starts at the state. Neither the order nor the end depends on the number of workers.
 
     Args:
         stream: rows in training order.
@@ -62,10 +62,10 @@ class BatchLoader:
         data_parallel_rank: this rank's place in its data-parallel group.
         data_parallel_size: ranks in that group; divides `global_batch_size`.
         next_row: first row to use, counted through the whole run.
-        workers: processes that read ahead, whole batches in turn; 0 is a thread of this process. Processes are
+        workers: processes that read ahead, whole batches in turn; 0 uses a thread of this process. Processes are
             forked when an iteration starts, and end with it or with this process.
         pin_memory: hand out page-locked memory; needs an accelerator.
-        on_error: "raise" stops at a row that cannot be read, "skip" puts filler in its place and says so.
+        on_error: "raise" stops at a row that cannot be read, "skip" puts filler in its place and reports it.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class BatchLoader:
 
     @property
     def state(self) -> StreamState:
-        """Where the committed steps have come to."""
+        """The state after the committed steps."""
         return self._stream.state(self._next_row, self._skipped_rows)
 
     def commit(self, skipped_rows: int = 0) -> None:
-        """Records that a step has used one global batch.
+        """Record that a step has used one global batch.
 
         Args:
             skipped_rows: rows of it that were filler, over all ranks.
@@ -126,11 +126,11 @@ class BatchLoader:
         self._skipped_rows += skipped_rows
 
     def resume(self, saved: StreamState, allow_changed: bool = False) -> list[str]:
-        """Goes on from a saved state; call it before iterating.
+        """Resume from a saved state; call it before iterating.
 
         Args:
             saved: the state of a run with any number of ranks and workers and any global batch size.
-            allow_changed: go on with data that has changed.
+            allow_changed: resume with data that has changed.
 
         Returns:
             What has changed, in words for the user; empty if nothing has.
@@ -147,7 +147,7 @@ class BatchLoader:
         return notes
 
     def __iter__(self) -> Generator[LoadedBatch, None, None]:
-        """Yields this rank's slice of each whole global batch, from the state on.
+        """Yield this rank's rows of each whole global batch, from the state on.
 
         Raises:
             DamagedDataError: when the batch that holds the damaged document is reached.
@@ -175,8 +175,8 @@ class BatchLoader:
 class _ReadRows:
     """A batch as arrays.
 
-    Unlike tensors they cross from process to process in one message: nothing must be fetched from the sender later,
-    when it may have ended.
+    Unlike tensors they are sent from process to process in one message: the receiver fetches nothing from the sender
+    later, when that may have ended.
     """
 
     tokens: np.ndarray  # int64 [B, P]
@@ -197,9 +197,9 @@ class _ReadRows:
 
 
 class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
-    """Reads this rank's slice of the global batch that begins with a row.
+    """Reads this rank's rows of the global batch that begins with a row.
 
-    An error is a value here: the process that reads is not the one that should stop.
+    It returns an error instead of raising it, since not the process that reads should stop, but the one that iterates.
     """
 
     def __init__(self, stream: RowStream, indices: range, on_error: OnError):
@@ -232,7 +232,7 @@ def _read_rows(rows: list[Row], indices: np.ndarray, skipped: tuple[SkippedRow, 
 def _with_thread(
     reader: _BatchReader, numbers: Iterator[int], workers: int, pin_memory: bool
 ) -> Iterator[LoadedBatch | DamagedDataError]:
-    """Reads the batches ahead in one thread of this process, in order."""
+    """Read the batches ahead in one thread of this process, in order."""
 
     def read(number: int) -> LoadedBatch | DamagedDataError:
         delivery = reader[number]
@@ -254,29 +254,29 @@ def _with_thread(
 def _with_processes(
     reader: _BatchReader, numbers: Iterator[int], workers: int, pin_memory: bool
 ) -> Iterator[LoadedBatch | DamagedDataError]:
-    """Reads the batches ahead in forked processes, each a whole batch in turn; they arrive in order."""
+    """Read the batches ahead in forked processes, each a whole batch in turn; they arrive in order."""
     loader: Iterable[_ReadRows | LoadedBatch | DamagedDataError] = DataLoader(
         reader,
         batch_size=None,
         sampler=_Numbers(numbers),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH_BATCHES,
         multiprocessing_context="fork",
-        worker_init_fn=_heed_the_parent_only,
+        worker_init_fn=_obey_the_parent_only,
         # Without a generator of its own it would draw from the run's global one.
         generator=torch.Generator(),
     )
-    with _held_back(SIGNALS_OF_THE_RANK):  # forks take this over: no signal comes before they are ready for it
+    with _blocked(SIGNALS_OF_THE_RANK):  # inherited by the forks: no signal is delivered before they are ready for it
         deliveries = iter(loader)
     for delivery in deliveries:
         yield delivery.batch() if isinstance(delivery, _ReadRows) else delivery  # else pinned, or an error
 
 
 @contextmanager
-def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Lets signals to this thread wait."""
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Block signals to this thread; they are delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -284,10 +284,10 @@ def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _heed_the_parent_only(worker: int) -> None:
-    """Makes a worker process deaf to the rank's signals, but for a SIGTERM of the rank itself.
+def _obey_the_parent_only(worker: int) -> None:
+    """Make a worker process ignore the rank's signals, except a SIGTERM that the rank itself sends.
 
-    With that one torch and Python end a worker that does not come to its end, and wait for it then.
+    With that one torch and Python terminate a worker that does not exit by itself, and then wait for it.
     """
     parent = os.getppid()
 
@@ -297,7 +297,7 @@ def _heed_the_parent_only(worker: int) -> None:
             if sender == parent or os.getppid() != parent:
                 os._exit(0)
 
-    # The signals stay held back, as they were in the parent when it forked.
+    # The signals stay blocked, as they were in the parent when it forked.
     threading.Thread(target=watch, name="worker-signals", daemon=True).start()
 
 
@@ -311,8 +311,8 @@ class _Numbers:
         return self._numbers
 
 
-def _as_it_is(delivery: Any) -> Any:
-    """Keeps the loader from taking a batch apart."""
+def _unchanged(delivery: Any) -> Any:
+    """Return a batch as it is: torch's loader would convert it otherwise."""
     return delivery
 
 
@@ -325,15 +325,15 @@ def fixed_rows(
 ) -> TokenBatch:
     """The rows that every evaluation uses: the first ones in a fixed random order, none of them twice.
 
-    Documents are packed in dataset order. Neighbouring rows often hold one long document, so the first rows
-    of the dataset would speak for a few documents only. Fewer rows are a prefix of more rows.
+    Documents are packed in dataset order. Neighbouring rows often hold one long document, so the first rows of the
+    dataset would represent a few documents only. Fewer rows are a prefix of more rows.
 
     Args:
         dataset: the held-out dataset.
         sequence_length: tokens in a row, P.
         num_rows: rows over all ranks.
         data_parallel_rank: this rank's place in its data-parallel group.
-        data_parallel_size: ranks in that group. Slices are contiguous and differ by at most one row.
+        data_parallel_size: ranks in that group. Each gets a contiguous range; their sizes differ by at most one row.
 
     Returns:
         This rank's rows, [B, P]; `row_indices` counts over all ranks.

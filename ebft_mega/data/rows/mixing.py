@@ -1,4 +1,4 @@
-"""Mixing sources by weight: which source gives row n of the run, and which of its rows that is.
+"""Mixes sources by weight: which source row n of the run comes from, and which of its rows that is.
 
 Weights are exact fractions. The rows are assigned by the rule of R. Tijdeman, "The chairman assignment problem"
 (Discrete Mathematics 32, 1980): row by row, of all sources that have earned their next row it takes the one whose row
@@ -6,7 +6,7 @@ is due first. Of the first n rows, source s then gives w_s * n to within 1 - 1 /
 sources, for every n and every s. Taking the source that lags behind most does not promise that.
 
 Weights over a common denominator D repeat the same sequence every D rows, so one period decides all rows. A source
-that has given all the rows it may give leaves, and the others go on with their weights in proportion from there.
+that has given all the rows it may give ends, and from there the others continue with their weights in proportion.
 """
 
 import heapq
@@ -116,14 +116,14 @@ class Mixture:
 
     Args:
         shares: rows of each source in a period, from `integer_weights`.
-        max_rows: rows that each source gives in the whole run, at least 1; None: without end.
+        max_rows: rows that each source gives in the whole run, at least 1; None: endless.
     """
 
     def __init__(self, shares: Sequence[int], max_rows: Sequence[int | None]):
         if any(rows is not None and rows < 1 for rows in max_rows):
             raise ValueError(f"max_rows {max_rows}")
         self._segments: list[_Segment] = []
-        self.total_rows: int | None = None  # None: without end
+        self.total_rows: int | None = None  # None: endless
         first_row, given = 0, [0] * len(shares)
         left = list(shares)
         while any(left):
@@ -188,6 +188,6 @@ def _make_segment(first_row: int, given: Sequence[int], left: Sequence[int]) -> 
 
 
 def _row_of(segment: _Segment, source: int, number: int) -> int:
-    """The row of the run that is row `number` of a source, one that comes in this segment or behind it."""
+    """The row of the run that is row `number` of a source, one that comes in this segment or after it."""
     periods, rank = divmod(number - segment.given[source], segment.shares[source])
     return segment.first_row + periods * len(segment.sources) + int(segment.places[source][rank])

@@ -1,8 +1,8 @@
-"""The order of a source: pure functions of (seed, epoch, dataset), nothing of which is stored per row.
+"""The random order in which a source is read: pure functions of seed, epoch and dataset; nothing is stored per row.
 
 Every random choice is raw output of a counter-based generator (Philox) whose key is the hash of a name. Raw
 output is the same in every numpy release, which `Generator.permutation` does not promise, so a run resumes in
-the same order after an upgrade; and any part of the order can be worked out without the parts before it.
+the same order after an upgrade; and any part of the order can be computed without the parts before it.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def permutation(num_items: int, *name: object) -> np.ndarray:
     """Permutation of a few items: they are sorted by random words.
 
     Args:
-        num_items: how many; 16 bytes of memory each while it is made.
+        num_items: how many; each takes 16 bytes of memory while the permutation is made.
         name: what is permuted, with seed, epoch and fingerprint.
 
     Returns:
@@ -108,7 +108,7 @@ def epoch_windows(
     fingerprint: str,
     window_documents: int = WINDOW_DOCUMENTS,
 ) -> EpochWindows:
-    """Permutes the shards of an epoch and groups neighbours until a group is large enough to be shuffled.
+    """Permute the shards of an epoch and group neighbours until a group is large enough to be shuffled.
 
     A window closes as soon as it holds `window_documents` documents, so it holds less than that and one shard; only
     the last one of an epoch may hold fewer. A dataset that is smaller is one window: its documents are fully

@@ -1,13 +1,13 @@
-"""Packing: the documents of a source form one line of tokens without end, cut into rows of equal length.
+"""Packs the documents of a source into one endless line of tokens, cut into rows of equal length.
 
 The line is epoch after epoch, each of them all documents in the epoch's order, each document followed by its
-end-of-document token. Epoch e begins at coordinate e * T, where T is the number of tokens of an epoch. Piece j of
-the line is tokens [j * P, (j + 1) * P): it may run over the end of an epoch, so the tokens that fill no whole row at
-the end of one are the beginning of the next one's first row, and every token of every epoch stands in exactly one
-row.
+end-of-document token. Epoch e begins at coordinate e * T, where T is the number of tokens of an epoch. Chunk j of
+the line is tokens [j * P, (j + 1) * P). It may extend over the end of an epoch, so the tokens that fill no whole row
+at the end of one epoch are the beginning of the next epoch's first row, and every token of every epoch is in exactly
+one row.
 
-Rows are not read in the order of the line: a long document fills many neighbouring pieces, which would share a
-batch. The rows that begin in one window of an epoch (see `order`) are permuted among themselves.
+Rows are not read in the order of the line: a long document fills many neighbouring chunks, which would share a
+batch. The chunks that begin in one window of an epoch (see `order`) are permuted among themselves.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from ebft_mega.data.rows.order import EpochWindows, FeistelPermutation, epoch_windows, permutation
 from ebft_mega.data.store.format import WINDOW_DOCUMENTS
 
-MAX_WINDOWS = 4  # kept of a source: the one under way, the one that its last row runs into, and some to go back to
+MAX_WINDOWS = 4  # cached of a source: the current one, the one that its last row extends into, and some before
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Span:
 class Window:
     """A stretch of the line whose documents are shuffled together.
 
-    16 bytes of memory a document, and about 40 while it is made: 2 to 4 MB for the windows of `WINDOW_DOCUMENTS` that
+    Memory: 16 bytes a document, and about 40 while it is made: 2 to 4 MB for the windows of `WINDOW_DOCUMENTS` that
     `epoch_windows` makes of shards of the usual sizes.
     """
 
     epoch: int
     number: int  # in its epoch
     begin: int  # coordinate of its first token
-    end: int  # coordinate behind its last token
+    end: int  # coordinate after its last token
     documents: np.ndarray  # int64 [documents], in the order of the line
     ends: np.ndarray  # int64 [documents], where each of them ends, counted from `begin`
-    first_row: int  # the first row that begins in the window or behind it
+    first_row: int  # the first row that begins in the window or after it
     rows: FeistelPermutation | None  # of the rows that begin in the window; None: in order, or there are none
 
 
@@ -61,16 +61,16 @@ def document_ends(lengths: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths, dtype=np.int64)
 
 
-def pieces(ends: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int]]:
-    """The pieces of documents that make up a stretch of a line.
+def document_ranges(ends: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int]]:
+    """The token ranges of documents that make up a stretch of a line.
 
     Args:
         ends: int64 [documents] from `document_ends`.
         begin, end: the stretch, 0 <= begin <= end <= ends[-1].
 
     Returns:
-        (position of the document in `ends`, its first token, behind its last token) in order; together they are
-        end - begin tokens.
+        (position of the document in `ends`, first token, token after the last) in order; together they are end - begin
+        tokens.
     """
     found = []
     position = int(np.searchsorted(ends, begin, side="right"))
@@ -85,10 +85,10 @@ def pieces(ends: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int]]
 
 
 class PackedLine:
-    """The rows of one source, numbered in the order in which they are read, without end.
+    """The endless rows of one source, numbered in the order in which they are read.
 
-    Finding a row costs the same anywhere: the windows around it are worked out from their numbers. At most
-    `MAX_WINDOWS` windows are kept.
+    Finding a row costs the same anywhere: the windows around it are computed from their numbers. At most
+    `MAX_WINDOWS` windows are cached.
 
     Args:
         shard_documents, shard_tokens: integers [shards], documents and tokens of each shard in the manifest's order.
@@ -126,24 +126,24 @@ class PackedLine:
         """The window that a row begins in."""
         return self._window_at(row * self._sequence_length)
 
-    def piece_of_row(self, row: int) -> int:
-        """Which piece of the line a row is; both are counted from 0."""
+    def chunk_of_row(self, row: int) -> int:
+        """Which chunk of the line a row is; both are counted from 0."""
         window = self.window_of_row(row)
         return row if window.rows is None else window.first_row + window.rows.item_at(row - window.first_row)
 
     def spans_of_row(self, row: int) -> list[Span]:
-        """The pieces of documents that make up a row, P tokens together.
+        """The token ranges of documents that make up a row, P tokens together.
 
         Args:
             row: number of the row in reading order, from 0.
         """
-        begin = self.piece_of_row(row) * self._sequence_length
+        begin = self.chunk_of_row(row) * self._sequence_length
         end = begin + self._sequence_length
         spans = []
         while begin < end:
             window = self._window_at(begin)
             stop = min(end, window.end)
-            for position, first, last in pieces(window.ends, begin - window.begin, stop - window.begin):
+            for position, first, last in document_ranges(window.ends, begin - window.begin, stop - window.begin):
                 spans.append(Span(window.epoch, int(window.documents[position]), first, last))
             begin = stop
         return spans
@@ -165,8 +165,8 @@ class PackedLine:
             windows = epoch_windows(self._shard_documents, *key, self._window_documents)
             tokens_before = np.concatenate(([0], np.cumsum(self._shard_tokens[windows.shards])))
             found = windows, tokens_before[windows.first]
-            kept = {other: value for other, value in self._epochs.items() if abs(other - epoch) == 1}
-            self._epochs = {**kept, epoch: found}
+            neighbours = {other: value for other, value in self._epochs.items() if abs(other - epoch) == 1}
+            self._epochs = {**neighbours, epoch: found}
         return found
 
     def _window_at(self, coordinate: int) -> Window:
@@ -186,7 +186,7 @@ class PackedLine:
         end = epoch * self.tokens_per_epoch + int(tokens_before[number + 1])
         shards = windows.shards_of(number)
         counts = self._shard_documents[shards]
-        # A document's number is its place in its shard behind the first document there.
+        # A document's number is that of the first document of its shard plus its place in the shard.
         documents = np.arange(counts.sum()) + np.repeat(
             self._first_documents[shards] - np.cumsum(counts) + counts, counts
         )

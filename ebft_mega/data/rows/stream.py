@@ -1,4 +1,4 @@
-"""Random access to the packed rows of a run, mixed from its sources. Imports no torch."""
+"""Random access to the packed rows of a run, mixed from its sources, without torch."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Source:
     name: str
     dataset: Dataset
     weight: Fraction = Fraction(1)  # share of the rows, in proportion to the other sources' weights
-    max_epochs: float | None = None  # passes over it in the whole run, whole rows only; None: without end
+    max_epochs: float | None = None  # passes over it in the whole run, whole rows only; None: endless
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Row:
     """One packed row of raw text."""
 
     tokens: np.ndarray  # int64 [P]
-    # int64 [P]: epoch * documents of the dataset + number of the document, so that neighbours are equal where they
-    # are one document, also where an epoch ends. An end-of-document token carries its document's.
+    # int64 [P]: epoch * documents of the dataset + number of the document, so that neighbouring tokens have equal ids
+    # exactly where they belong to one document, also where an epoch ends. An end-of-document token has its document's.
     document_ids: np.ndarray
     source: int  # position in the stream's sources
 
@@ -39,18 +39,18 @@ class Row:
 class RowStream:
     """The rows of a run in the order of a seed; any row can be read at any time, at the same cost.
 
-    Each source is a line of documents without end, packed into rows (see `packing`); the sources take turns by their
+    Each source is an endless line of documents, packed into rows (see `packing`); the sources take turns by their
     weights (see `mixing`).
 
     Args:
         sources: at least one; their names and their datasets differ.
         sequence_length: tokens in a row, P.
         seed: seed of the order; None keeps shards, documents and rows in dataset order, the same in every epoch.
-        document_cache_bytes: of the documents read last that are kept of each source, see `DocumentCache`.
+        document_cache_bytes: limit of each source's cache of documents read last, see `DocumentCache`.
 
     Raises:
         InputError: with all problems: a source with fewer tokens than one row, a `max_epochs` that allows no row,
-            two sources of one name or dataset, several tokenizers, or weights that are not possible.
+            two sources of one name or dataset, several tokenizers, or impossible weights.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class RowStream:
 
     @classmethod
     def of(cls, dataset: Dataset, sequence_length: int, seed: int | None) -> "RowStream":
-        """The rows of a single dataset, without end; the arguments are those of the constructor."""
+        """The endless rows of a single dataset; the arguments are those of the constructor."""
         return cls([Source(dataset.directory.name, dataset)], sequence_length, seed)
 
     @property
     def total_rows(self) -> int | None:
-        """Rows of the run that there are; None: without end, because a source is."""
+        """Number of rows of the run; None: endless, because a source is."""
         return self._mixture.total_rows
 
     @property
     def tail_tokens(self) -> tuple[int, ...]:
-        """Tokens of each source that its `max_epochs` allows and that fill no whole row; 0 for one without end."""
+        """Tokens of each source that its `max_epochs` allows and that fill no whole row; 0 for an endless one."""
         return tuple(0 if limit is None else limit % self.sequence_length for limit in map(_max_tokens, self.sources))
 
     def rows_by_source(self, num_rows: int) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class RowStream:
             number: row number counted through the whole run from 0.
 
         Returns:
-            The source of the row and the pieces of its documents in order, P tokens together.
+            The source of the row and the token ranges of its documents in order, P tokens together.
 
         Raises:
             IndexError: the run has fewer rows.
@@ -147,7 +147,7 @@ class RowStream:
         return source, line.spans_of_row(row)
 
     def row(self, number: int) -> Row:
-        """Reads one row.
+        """Read one row.
 
         Args:
             number: row number counted through the whole run from 0.
@@ -168,7 +168,7 @@ class RowStream:
         for span in spans:
             stored = documents.tokens(span.document)
             stop = filled + span.stop - span.start
-            if span.stop > len(stored):  # the document's last token is the end of the document, which is not stored
+            if span.stop > len(stored):  # its last token is the end-of-document token, which is not stored
                 tokens[filled : stop - 1] = stored[span.start :]
                 tokens[stop - 1] = manifest.eos_id
             else:
@@ -178,7 +178,7 @@ class RowStream:
         return Row(tokens, document_ids, source)
 
     def filler(self, number: int) -> Row:
-        """What stands in the place of a row that cannot be read: end-of-document tokens, one document id.
+        """A row in place of one that cannot be read: end-of-document tokens, one document id.
 
         Args:
             number: row number counted through the whole run from 0.
@@ -212,7 +212,7 @@ def _max_rows(source: Source, sequence_length: int) -> int | None:
 
 
 def _problems(sources: Sequence[Source], sequence_length: int) -> list[Problem]:
-    """What makes it impossible to read these sources together, or one of them at all."""
+    """Reasons why these sources cannot be read together, or one of them at all."""
     problems = []
     first = sources[0]
     for number, source in enumerate(sources):

@@ -1,4 +1,4 @@
-"""Where a run stands in its data: what is saved, and what must be the same when a run goes on from it."""
+"""The saved position of a run in its data, and what must be unchanged when the run resumes from it."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class SourceState(Record):
     tokenizer_sha256: Sha256
     weight: Annotated[str, Field(pattern=r"^[1-9][0-9]*(/[1-9][0-9]*)?$")]  # exact share of the rows, such as 3/10
     max_epochs: float | None
-    rows: Count  # of the committed ones; follows from the rest, and is there to be read
+    rows: Count  # of the committed ones; follows from the other fields, and is here for people to read
 
 
 class StreamState(Record):
@@ -44,7 +44,7 @@ class StreamState(Record):
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "data state") -> "StreamState":
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Args:
             text: a JSON object.
@@ -70,12 +70,12 @@ class StreamState(Record):
 
 
 def check_resumable(saved: StreamState, current: StreamState, allow_changed: bool = False) -> list[str]:
-    """Compares the data that a run has used with the data that it is about to go on with.
+    """Compare the data that a run has used with the data that it is about to resume with.
 
     Args:
         saved: the state that the run left.
         current: the state that the new stream would have at `resumed_row`.
-        allow_changed: go on with what has changed, which cannot be exact.
+        allow_changed: resume although something has changed; the rows are then not exactly those of the old run.
 
     Returns:
         What has changed and what that means, for the user; nothing has changed where it is empty.
@@ -95,7 +95,7 @@ def check_resumable(saved: StreamState, current: StreamState, allow_changed: boo
             f"row {saved.next_row} of {saved.sequence_length} tokens became row {current.next_row} of "
             f"{current.sequence_length} tokens"
         )
-    notes.append(f"the sources go on at {current.sources_at()}; they were left at {saved.sources_at()}")
+    notes.append(f"the sources continue at {current.sources_at()}; they were left at {saved.sources_at()}")
     notes.append(_consequence({key.rsplit(".", 1)[-1] for key, _, _ in changes}, saved, current))
     return notes
 
@@ -128,7 +128,7 @@ def _consequence(changed: set[str], saved: StreamState, current: StreamState) ->
         return "the rows before and those to come are the same until the first source ends"
     if changed == {"sequence_length"}:
         return (
-            "documents of the windows under way, and of a row beside them, may be seen twice or missed in this epoch, "
+            "documents of the current windows, and of a row beside them, may be seen twice or missed in this epoch, "
             "because rows of another length are shuffled anew"
         )
-    return "documents of the epochs under way may be seen twice or missed"
+    return "documents of the current epochs may be seen twice or missed"

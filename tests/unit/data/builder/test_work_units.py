@@ -190,7 +190,7 @@ def test_finished_work_units_are_not_done_again(
 
 
 @pytest.mark.slow
-def test_a_killed_build_of_several_processes_resumes(
+def test_a_killed_build_of_several_processes_is_resumed(
     tmp_path: Path, sources: list[Path], tokenizer: Tokenizer, expected: dict[str, bytes]
 ) -> None:
     command = [sys.executable, "tools/build_shards.py", "--input", *map(str, sources), "--processes", "2"]

@@ -121,7 +121,7 @@ def test_another_sequence_length_resumes_at_the_same_token() -> None:
     assert any("seen twice or missed" in note for note in notes)
 
 
-def test_a_run_does_not_continue_behind_the_end_of_its_data() -> None:
+def test_a_run_does_not_resume_after_the_end_of_its_data() -> None:
     longer = RowStream([Source("a", small_dataset(), max_epochs=2)], 8, 0)
     shorter = RowStream([Source("a", small_dataset(), max_epochs=1)], 8, 0)
     saved = BatchLoader(longer, 4, next_row=60).state

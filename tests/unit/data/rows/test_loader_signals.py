@@ -26,7 +26,7 @@ next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 {body}
 """
-GOES_ON = """
+CONTINUES = """
 sys.stdin.readline()
 for _ in range(20):  # more than was read ahead
     next(batches)
@@ -75,13 +75,13 @@ def start():
 
 
 def test_signals_to_the_whole_group_leave_the_workers_at_work(start):
-    program, workers = start(GOES_ON)
+    program, workers = start(CONTINUES)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.killpg(program.pid, number)
     # What `deepspeed.launcher.launch` does: each process of the tree by itself.
     for worker in workers:
         worker.terminate()
-    output, errors = program.communicate("go on\n", timeout=SECONDS)
+    output, errors = program.communicate("continue\n", timeout=SECONDS)
     assert (program.returncode, output) == (0, "children: 0\n"), errors
     assert not any(worker.is_running() for worker in workers)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebft_mega.data.rows.order import FeistelPermutation, epoch_windows, permutation
-from ebft_mega.data.rows.packing import PackedLine, document_ends, pieces
+from ebft_mega.data.rows.packing import PackedLine, document_ends, document_ranges
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 shard_lists = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=8)
@@ -103,11 +103,11 @@ def test_windows_are_whole_shards_up_to_the_first_that_fills_them(
 
 
 @given(lengths_lists, st.data())
-def test_pieces_are_the_naive_ones(lengths: list[int], data: st.DataObject) -> None:
+def test_document_ranges_are_the_naive_ones(lengths: list[int], data: st.DataObject) -> None:
     line = [(document, token) for document, length in enumerate(lengths) for token in range(length)]
     begin = data.draw(st.integers(0, len(line)))
     end = data.draw(st.integers(begin, len(line)))
-    found = pieces(document_ends(np.array(lengths)), begin, end)
+    found = document_ranges(document_ends(np.array(lengths)), begin, end)
     assert all(first < last for _, first, last in found)
     assert [(position, token) for position, first, last in found for token in range(first, last)] == line[begin:end]
 
@@ -183,7 +183,7 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
     line = packed_line([[3] * 50], 3, 1, window_documents=1000)  # one window an epoch, rows of one document
     windows = [line.window_of_row(50 * epoch) for epoch in range(3)]
     documents = [window.documents.tolist() for window in windows]
-    rows = [[line.piece_of_row(50 * epoch + row) - 50 * epoch for row in range(50)] for epoch in range(3)]
+    rows = [[line.chunk_of_row(50 * epoch + row) - 50 * epoch for row in range(50)] for epoch in range(3)]
     for orders in (documents, rows):
         assert all(sorted(order) == list(range(50)) for order in orders)
         assert len({tuple(order) for order in [*orders, range(50)]}) == 4
@@ -205,7 +205,7 @@ def test_documents_mix_within_a_window_and_no_further() -> None:
         assert order != sorted(order)
 
 
-def test_neighbouring_pieces_of_a_long_document_are_spread() -> None:
+def test_neighbouring_chunks_of_a_long_document_are_spread() -> None:
     line = packed_line([[50_000, *[100] * 500]], 100, 5, window_documents=1000)
     where = [row for row in range(1000) if any(span.document == 0 for span in line.spans_of_row(row))]
     assert 500 <= len(where) <= 502

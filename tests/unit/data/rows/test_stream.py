@@ -67,7 +67,7 @@ def test_sources_take_turns_by_weight_and_each_loses_nothing() -> None:
     assert stream.tail_tokens == (0, 0)
 
 
-def test_a_source_stops_at_its_epochs_and_the_others_go_on() -> None:
+def test_a_source_stops_at_its_epochs_and_the_others_continue() -> None:
     sources = [
         Source("a", numbered(20, 6, "a"), Fraction(1, 2), max_epochs=1.5),  # 180 tokens: 25 rows of 7, and 5 left
         Source("b", numbered(10, 7, "b"), Fraction(1, 2), max_epochs=4),  # 280 tokens: 40 rows

@@ -84,7 +84,7 @@ def test_how_far_a_run_has_come_is_no_change() -> None:
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**6), st.integers(1, 10**6))
-def test_another_length_goes_on_at_the_same_token_or_just_behind(next_row: int, old: int, new: int) -> None:
+def test_another_length_resumes_at_the_same_token_or_just_after(next_row: int, old: int, new: int) -> None:
     row = resumed_row(changed(next_row=next_row, sequence_length=old), new)
     assert 0 <= row * new - next_row * old < new
     assert resumed_row(changed(next_row=next_row, sequence_length=old), old) == next_row
