@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from ebft_mega.types import TokenBatch
 PREFETCH_BATCHES = 2  # read ahead by the thread, or by each worker process
 # Signals that ask a run to stop. Only the rank answers them, even if a launcher or a shell sends them to all processes.
 SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGUSR1)
+PARENT_CHECK_SECONDS = 5.0  # how often a worker process looks whether the rank still runs
 
 OnError = Literal["raise", "skip"]
 
@@ -264,7 +266,7 @@ def _with_processes(
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH_BATCHES,
         multiprocessing_context="fork",
-        worker_init_fn=_obey_the_parent_only,
+        worker_init_fn=partial(_obey_the_parent_only, os.getpid()),
         # Without a generator of its own it would draw from the run's global one.
         generator=torch.Generator(),
     )
@@ -284,17 +286,21 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _obey_the_parent_only(worker: int) -> None:
+def _obey_the_parent_only(parent: int, worker: int) -> None:
     """Make a worker process ignore the rank's signals, except a SIGTERM that the rank itself sends.
 
-    With that one torch and Python terminate a worker that does not exit by itself, and then wait for it.
+    With that one torch and Python terminate a worker that does not exit by itself, and then wait for it. A worker
+    whose parent was killed exits by itself.
+
+    Args:
+        parent: process id of the rank. Not asked for here: the rank may have been killed since it forked.
+        worker: number of the worker.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while True:
-            sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
-            if sender == parent or os.getppid() != parent:
+            received = signal.sigtimedwait([signal.SIGTERM], PARENT_CHECK_SECONDS)
+            if os.getppid() != parent or (received is not None and received.si_pid == parent):
                 os._exit(0)
 
     # The signals stay blocked, as they were in the parent when it forked.

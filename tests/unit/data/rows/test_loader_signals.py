@@ -112,3 +112,29 @@ def test_workers_end_with_a_parent_that_was_killed_after_a_signal(start):
     program.wait()
     deadline = time.monotonic() + SECONDS
     assert not psutil.wait_procs(workers, timeout=deadline - time.monotonic())[1]
+
+
+ORPHAN = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from ebft_mega.data.rows import loader
+loader.PARENT_CHECK_SECONDS = 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, loader.SIGNALS_OF_THE_RANK)
+rank = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == rank:
+        time.sleep(0.01)
+    loader._obey_the_parent_only(rank, 0)
+    time.sleep({seconds})
+    print("still there", flush=True)
+    os._exit(1)
+print("forked", flush=True)
+os.kill(rank, signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_is_still_starting_when_its_parent_is_killed_ends():
+    command = [sys.executable, "-W", "ignore", "-c", ORPHAN.format(root=str(ROOT), seconds=SECONDS)]
+    # The output ends when the worker has ended, too.
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS)
+    assert (answer.returncode, answer.stdout) == (-signal.SIGKILL, "forked\n"), answer.stderr
