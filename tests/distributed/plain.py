@@ -1,4 +1,4 @@
-"""The same steps in one process with plain torch: a whole batch at once, no engine, no partition, no pipeline."""
+"""The reference for layout tests: the same steps in one process with plain torch, a whole batch at once."""
 
 from dataclasses import dataclass, field
 

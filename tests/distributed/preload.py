@@ -1,4 +1,4 @@
-"""Imported once by the fork server; importing it does nothing else."""
+"""Import the heavy packages once in the fork server, so that ranks start fast; importing this does nothing else."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Real ranks on gloo for tests: forked from a server that has imported torch, deepspeed and megatron-core once.
+"""Run a function in real ranks on gloo, forked from a server that has imported torch, deepspeed and megatron-core.
 
 All cases of one world size share one set of processes: starting a rank costs far more than a tiny step.
 """

@@ -1,4 +1,4 @@
-"""Whole runs on gloo ranks, through `run_training` itself, and what they leave, for comparison."""
+"""Run whole trainings on gloo ranks, through `run_training` itself, and compare what they write."""
 
 import json
 import time

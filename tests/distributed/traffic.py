@@ -1,4 +1,4 @@
-"""Counting what ranks say to each other: every collective of torch.distributed, by phase, group and kind."""
+"""Count the communication between ranks: every collective of torch.distributed, by phase, group and kind."""
 
 from collections import Counter
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What ranks must know of each other's data: that it is the same, and how many rows were left out."""
+"""Ranks check that they have the same data, and agree on how many rows were left out."""
 
 import json
 import math

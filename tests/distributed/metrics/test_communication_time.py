@@ -1,4 +1,4 @@
-"""Who waits for whom, in seconds: two ranks, one of them late on purpose, and every layer that communicates."""
+"""Seconds waited for other ranks: two ranks, one of them late on purpose, through every library that communicates."""
 
 import time
 from collections.abc import Callable

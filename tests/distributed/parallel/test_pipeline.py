@@ -1,4 +1,4 @@
-"""The ring and 1F1B on real ranks, with a toy model whose answers are known."""
+"""The pipeline's ring and 1F1B on real ranks, with a toy model whose results are known."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A collective that one rank never joins fails on the others in time, in the world and in a group of an axis."""
+"""A collective that one rank never joins fails on the others by the timeout, in the world and in a smaller group."""
 
 import datetime
 import time

@@ -1,4 +1,4 @@
-"""A small model whose stages need everything that the ZeRO engine does, and the same model in plain torch.
+"""A small model that needs every feature of the ZeRO engines, and the same model in plain torch.
 
 Tokens are embedded, pass a few residual blocks, and are predicted by the tied embedding. A block's matrices are sliced
 over tensor-parallel ranks; the scale of its "heads" is whole on all of them, but each has only its share of the

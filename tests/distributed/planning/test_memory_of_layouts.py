@@ -1,4 +1,4 @@
-"""The memory formulas against real steps of sliced, staged and divided models: bytes of live tensors on every rank."""
+"""The memory formulas against real steps at tensor, pipeline and ZeRO layouts: bytes of live tensors on every rank."""
 
 import dataclasses
 from pathlib import Path

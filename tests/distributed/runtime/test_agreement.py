@@ -1,4 +1,4 @@
-"""What one rank finds is known to all, and so is what it refuses."""
+"""A value or an error of one rank reaches all ranks."""
 
 import torch.distributed as dist
 

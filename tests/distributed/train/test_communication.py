@@ -1,4 +1,4 @@
-"""What crosses ranks in one optimizer step, byte for byte against the formulas of docs/parallelism.md."""
+"""Bytes that cross ranks in one optimizer step equal the formulas of docs/parallelism.md exactly."""
 
 from dataclasses import replace
 from functools import cache

@@ -1,4 +1,4 @@
-"""Something that is not finite on one rank makes every rank skip that step; too many in a row end the run."""
+"""A loss or gradient that is not finite on one rank makes every rank skip that step; too many in a row end the run."""
 
 import dataclasses
 import json

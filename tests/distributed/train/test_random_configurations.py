@@ -1,4 +1,4 @@
-"""Configurations nobody thought of, at layouts they were not written for: the same steps as plain torch."""
+"""Random configurations at random layouts take the same steps as plain torch."""
 
 import random
 

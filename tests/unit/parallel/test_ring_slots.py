@@ -1,4 +1,4 @@
-"""The decode ring's schedule: every pass once, tokens back in time, and no slot idle that need not be."""
+"""The schedule of the decode ring: every pass once, tokens back in time, and no idle slots but unavoidable ones."""
 
 from hypothesis import given
 from hypothesis import strategies as st
