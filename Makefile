@@ -8,6 +8,10 @@ STAMP := $(VENV)/.installed
 # One thread per process: several ranks share the machine, and small tensors lose time in thread pools.
 export OMP_NUM_THREADS ?= 1
 
+# Unit tests are one process each, so two run at a time, file by file. The others start ranks of their own.
+UNIT_TESTS := tests/unit --numprocesses 2 --dist loadfile
+RANK_TESTS := tests/distributed tests/integration
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart study test test-all lint format docs-tables clean
 
@@ -36,10 +40,12 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## the default test suite (at most 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(UNIT_TESTS)
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(RANK_TESTS)
 
 test-all: lint ## everything, also the slow matrices (at most 90 minutes on 2 cores)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --durations=10 $(UNIT_TESTS)
+	$(BIN)/python -m pytest --durations=10 $(RANK_TESTS)
 
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -86,7 +86,7 @@ def test_default(key):
     assert all_keys()[key].default == INTERFACE_DEFAULTS[key]
 
 
-@pytest.mark.parametrize("key", INTERFACE_DEFAULTS.keys() | REQUIRED)
+@pytest.mark.parametrize("key", sorted(INTERFACE_DEFAULTS.keys() | REQUIRED))
 def test_key_is_described(key):
     field = all_keys()[key]
     assert field.description and allowed_text(field)

@@ -30,7 +30,9 @@ def test_what_is_no_json_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("shared", "temporary"), [(False, ".x.tmp"), (True, f".x.{os.getpid()}.tmp")])
+@pytest.mark.parametrize(
+    ("shared", "temporary"), [(False, ".x.tmp"), (True, f".x.{os.getpid()}.tmp")], ids=["alone", "shared"]
+)
 def test_contents_are_synced_before_they_have_their_name_and_the_name_after(tmp_path, monkeypatch, shared, temporary):
     done = []
     sync, replace = os.fsync, os.replace
