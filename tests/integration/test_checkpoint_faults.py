@@ -79,6 +79,7 @@ def kill_all(site, output, settings, stage, last):
     return last
 
 
+@pytest.mark.slow
 def test_all_ranks_are_killed_at_every_stage_of_a_save(site, clean, tmp_path):
     last = 0
     for stage in STAGES:

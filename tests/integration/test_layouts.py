@@ -21,7 +21,6 @@ LAYOUTS = {
     "pp4": (4, (f"{PIPELINE}=4",)),
     "dp2-pp2-zero1": (4, (f"{PIPELINE}=2", "zero.stage=1")),
 }
-FAST = ("tp2",)
 
 
 def trace(data, tmp_path, name: str, ranks: int | None, overrides: tuple[str, ...]):
@@ -39,9 +38,9 @@ def alone(data, tmp_path_factory):
     return trace(data, tmp_path_factory.mktemp("alone"), "trace", None, ())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in LAYOUTS]
-)
+# Slow: `tests/distributed/train/test_layouts.py` compares the same steps on ranks without a launcher.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_trace_of_a_layout_agrees_with_one_process(name, data, alone, tmp_path):
     ranks, overrides = LAYOUTS[name]
     found = trace(data, tmp_path, name, ranks, overrides)
