@@ -1,4 +1,4 @@
-"""The main job: reads and checks a configuration, then prints the plan (`--dry-run`) or trains."""
+"""Read and check a configuration, then print the plan (`--dry-run`) or train: the main job."""
 
 import argparse
 import os

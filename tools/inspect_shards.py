@@ -1,4 +1,4 @@
-"""Show what a dataset directory holds, prints single documents, and verify every byte of it."""
+"""Show what a dataset holds, print single documents, and verify every byte."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The vocabulary in 64 blocks of consecutive token ids, and logits in chunks of 512 rows. No torch."""
+"""Constants of the language-model head: 64 vocabulary blocks, and logits of 512 rows at a time. No torch."""
 
 # Sampling draws a block of token ids, then a token in it, whatever the parallel layout (`rollout/sampling.py`). A
 # tensor-parallel slice is made of whole blocks, so the tensor-parallel size divides this number.

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that say what its tensors are, so that a checkpoint can be used without its run."""
+"""config.json, tokenizer and generation settings of a checkpoint, which make it a model directory for other runs."""
 
 import json
 from pathlib import Path

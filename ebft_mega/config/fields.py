@@ -1,4 +1,4 @@
-"""The building blocks of the configuration schema: a key with its texts, the base of sections, checked paths.
+"""How the schema declares a key, a section and a path.
 
 Which keys there are, and their defaults, stands in `schema.py` alone.
 """

@@ -1,4 +1,4 @@
-"""Checks that involve several keys, or a value that is known but not built yet.
+"""Checks between several keys, and of keys or values that this trainer does not support.
 
 A rule yields problems without a place (`where` is empty); the loader adds file and line. Every rule names the keys that
 it reads: it is skipped when one of them has already been refused.

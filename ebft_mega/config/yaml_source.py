@@ -67,7 +67,7 @@ def read_yaml(text: str, name: str) -> YamlSource:
 
 
 class _TreeDumper(yaml.SafeDumper):
-    """Writes what `read_yaml` reads back: no aliases, and quotes around text that would be read as something else."""
+    """Write what `read_yaml` reads back: no aliases, and quotes around text that would be read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

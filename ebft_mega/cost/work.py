@@ -1,4 +1,4 @@
-"""The units of cost: FLOPs from rows and query-key pairs, for one layer, one phase and one step."""
+"""Count FLOPs of a layer, a phase and a step from its rows and query-key pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Raw text to fixed-length rows of tokens, in four rooms: text, store, build, rows."""
+"""Raw text to fixed-length rows of tokens, in four rooms: text, store, builder, rows."""

@@ -1,4 +1,4 @@
-"""Build the frozen feature network: load a model's lower layers, replicated over data-parallel ranks or sharded."""
+"""Build the frozen feature network from a model's lower layers: whole on every data-parallel rank, or partitioned."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +29,7 @@ class FeatureSettings:
     embed_method: EmbedMethod
     feature_norm: FeatureNorm
     dtype: torch.dtype
-    is_sharded: bool = False  # over the data-parallel group, gathered for each use; else whole on every rank
+    is_sharded: bool = False  # partitioned over the data-parallel group, gathered for each use; else whole
     sequence_parallel: bool = False
     attention: AttentionRoute | None = None  # None: the two-part route
 
@@ -57,7 +57,7 @@ def build_feature_network(
 ) -> FeatureNetwork:
     """Load this rank's part of the feature network.
 
-    Communication: if it is sharded, collective over the data-parallel group, whose first rank reads the weights.
+    Communication: if it is partitioned, collective over the data-parallel group, whose first rank reads the weights.
     """
     taps = tapped_layers(settings.layer_fractions, architecture.num_hidden_layers)
     shape = StageShape.of_features(architecture, taps[-1], groups.pipeline_rank, groups.pipeline_size)

@@ -1,9 +1,10 @@
-"""Gram matrix of each block's rollout and target features: the only data that crosses ranks for the reward.
+"""Gram matrix of each block's rollout and target features, summed over ranks: features never leave their rank.
 
 A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers and over slices of
 the hidden dimension. So no rank ever holds a whole feature: each sums over its own layers and slice, and what is
-all-reduced is one `[n + 1, n + 1]` matrix per block (and, where a norm has to be known before tokens are pooled, one
-squared length per token). Features are rows 0..n-1 for the samples and row n for the target. Everything after the
+all-reduced is one `[n + 1, n + 1]` matrix per block. Where vectors are scaled before those sums, their squared lengths
+are all-reduced first: with `per_layer` one per layer and token read, with `joint` and `mean_pooling` one per token.
+Features are rows 0..n-1 for the samples and row n for the target. Everything after the
 hidden states is float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
 """
 

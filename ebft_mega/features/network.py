@@ -1,4 +1,7 @@
-"""The frozen feature network: a copy of the initial model, cut at its deepest tapped layer, without a head."""
+"""The frozen feature network: a copy of the initial model, cut above the deepest layer that features are read from.
+
+A layer whose output features are read from is *tapped*. The copy has no language-model head.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

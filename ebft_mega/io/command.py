@@ -1,4 +1,4 @@
-"""Runs a command-line tool: errors of this package become messages on standard error and an exit code."""
+"""Run a command-line tool: errors of this package become messages on standard error and an exit code."""
 
 import argparse
 import sys

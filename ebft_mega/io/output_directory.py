@@ -1,4 +1,4 @@
-"""Output directories that appear only when they are complete, some of them made by several processes in turn."""
+"""Output directories that appear only when they are complete; work that was stopped can be resumed."""
 
 import json
 import secrets

@@ -28,7 +28,7 @@ def track(items: Iterable[Item], total: int | None, description: str) -> Iterato
 
 
 class Meter:
-    """Shows on standard error how much is done, where others count it; used as a context manager.
+    """Show on standard error how much is done, where others count it; used as a context manager.
 
     Args:
         total: where the count ends, None where it is not known.

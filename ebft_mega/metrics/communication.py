@@ -50,7 +50,7 @@ METHODS: dict[type, tuple[str, ...]] = {
 
 
 class Stopwatch(Protocol):
-    """Adds up intervals."""
+    """Add up intervals."""
 
     def start(self) -> Any:
         """Begin an interval."""

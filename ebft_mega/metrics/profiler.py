@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Records a few steps in a row and writes them to one file per rank.
+    """Record a few steps in a row and write them to one file per rank.
 
     A context: leaving it early ends the recording without a file.
 

@@ -106,7 +106,7 @@ class TensorboardSink:
 
 
 class MetricsWriter:
-    """Sends each step's metrics to every sink; a sink that fails never stops the training.
+    """Send each step's metrics to every sink; a sink that fails never stops the training.
 
     Args:
         output_dir: the run directory, which must exist.

@@ -10,7 +10,7 @@ from ebft_mega.metrics.phase_memory import PhaseMemory
 
 
 class PhaseTimers:
-    """Adds up the seconds spent in named phases until `reset`, and names them in profiles.
+    """Add up the seconds spent in named phases until `reset`, and name them in profiles.
 
     Args:
         synchronize: waits for the device's queued work (`torch.cuda.synchronize`), so that a phase is charged

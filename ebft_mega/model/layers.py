@@ -96,7 +96,7 @@ class GatedSilu(nn.Module):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """Recomputes the activated gate in the backward pass."""
+    """Recompute the activated gate in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:

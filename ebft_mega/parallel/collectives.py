@@ -1,6 +1,6 @@
-"""Collectives between one tensor of each rank, under the names that torch has had for them since 2.13.
+"""All-gather and reduce-scatter of one tensor per rank, under the name that the installed torch has for them.
 
-Earlier releases know them by the older names only, which 2.13 warns about at every call.
+torch 2.13 has renamed them; earlier releases know only the older names, which 2.13 warns about at every call.
 """
 
 import torch.distributed as dist

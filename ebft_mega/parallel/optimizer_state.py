@@ -1,4 +1,4 @@
-"""The float32 state of a stage's optimizer: its kinds, how ranks divide the work of moving it, and AdamW's format."""
+"""The float32 weights and AdamW moments of a stage, and which rank writes which of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal

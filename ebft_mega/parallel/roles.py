@@ -1,4 +1,4 @@
-"""How a parameter is spread over the ranks of a replica: slices, shared gradients, and which rank counts it."""
+"""How a parameter is spread over the ranks of a replica, and which rank adds it to norms and checksums."""
 
 from dataclasses import dataclass
 

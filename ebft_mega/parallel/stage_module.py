@@ -1,4 +1,4 @@
-"""A pipeline stage as the engines handle it: any module that is built, filled with weights, and run by a function."""
+"""Types through which an engine builds, fills and runs a module that it knows nothing else about."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""The tensor-parallel shard of the vocabulary: whose logits a rank has, and the reductions over all ranks."""
+"""The slice of the vocabulary whose logits a tensor-parallel rank has, and the reductions over all slices."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Build what holds a stage's parameters: the training engine of a ZeRO stage, or a partitioned frozen stage."""
+"""Choose and build the training engine for a ZeRO stage (plain torch at 0, DeepSpeed at 1 to 3)."""
 
 from collections.abc import Callable, Mapping
 

@@ -2,7 +2,7 @@
 
 A pass is the document, then token 0 of every rollout, then token 1 of every rollout, and so on; that is the order in
 which decoding generates them, so the concatenated passes of a decode are the packed pass. Among themselves the
-rollouts of a row are block-major (block, then sample).
+rollouts of a row are block-major (block, then sample). The legend of shapes is in `ebft_mega/types.py`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Checks that inputs are the same on every rank, and results of rank 0 given to all ranks."""
+"""Check that inputs are the same on every rank, and give results of rank 0 to all ranks."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping

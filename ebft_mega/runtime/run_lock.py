@@ -93,7 +93,7 @@ class _Found:
 
 
 class RunLock:
-    """Holds `<output_dir>/run.lock` for one process of a run, within a `with` statement.
+    """Hold `<output_dir>/run.lock` for one process of a run, within a `with` statement.
 
     A lock whose process is known to have ended is taken over: this machine does not run it any more, or Slurm has
     requeued its job. Processes on other machines or in other containers cannot be seen; their lock is taken over when

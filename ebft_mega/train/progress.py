@@ -7,7 +7,7 @@ from ebft_mega.checkpoint.run_state import EvaluationRecord, RunState
 
 @dataclass
 class SkippedSteps:
-    """Counts the steps that all ranks skipped because something was not finite on one of them."""
+    """Count the steps that all ranks skipped because something was not finite on one of them."""
 
     total: int = 0
     in_a_row: int = 0

@@ -108,7 +108,7 @@ class Boundary:
         return self._stop
 
     def finish(self) -> None:
-        """Let a checkpoint in flight count, at the end of the run.
+        """Commit a checkpoint in flight, at the end of the run.
 
         Raises:
             CheckpointError: as for `cross`.
@@ -150,7 +150,7 @@ class Boundary:
             self._report(failure)
 
     def _settle(self) -> None:
-        """Wait until all ranks have written, and let the checkpoint in flight count.
+        """Wait until all ranks have written, and commit the checkpoint in flight.
 
         Communication: an all-reduce of two int64 over the world about every second, then that of
             `CheckpointSaver.settle`.

@@ -1,4 +1,10 @@
-"""Metrics of a step: losses and rewards as global means, times, throughput and memory."""
+"""Metrics of a step: losses and rewards as global means, times, throughput and memory. Add a new one here.
+
+Other metrics are made elsewhere: `data/*` of the run so far, `perf/step_seconds_min` and `_max` and
+`train/skipped_steps` in `train/loop.py`, `perf/checkpoint_seconds` in `train/hooks.py`, `eval/*` in
+`evaluation/held_out.py`. Reports take the labels of `eval/*` from `apps/report/metric_names.py`, and the curves that
+they draw from `apps/report/run_report.py`. docs/running.md lists all keys.
+"""
 
 import math
 from collections.abc import Mapping
@@ -78,7 +84,7 @@ def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _mask_metrics(trainer: Trainer, masks: LossMasks | None) -> dict[str, float]:
-    """Shares of the global batch that did not count."""
+    """Share of anchors and number of rows of the global batch that did not enter the loss."""
     config, metrics = trainer.config, {}
     if masks is not None and config.data.document_masking and trainer.feature_network is not None:
         all_blocks = masks.num_rows * trainer.plan.num_blocks

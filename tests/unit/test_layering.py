@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ebft_mega"
 
-# In the order in which a run uses them. A room may import from itself and from the rooms above it in this list; the
-# three files of the ground floor come first. Rooms within rooms have places of their own.
+# From the ground up, in the order in which a step uses them; planning and what follows put them together. A room may
+# import from itself and from earlier rooms of this list. Three files come first. Rooms within rooms have places of
+# their own.
 ROOMS = (
     *("errors", "types", "block_plan"),
     *("io", "architecture", "config", "runtime", "metrics"),
@@ -91,16 +92,16 @@ def is_module(dotted):
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def arrows_up(module, source):
-    """Line and name of every import of a module that does not point to its own room or one above it in ROOMS."""
+def imports_of_later_rooms(module, source):
+    """Line and name of every import of a module from a room that comes later in ROOMS than its own."""
     own = place_of(module)
     return [(line, name) for line, name in imported_modules(ast.parse(source)) if place_of(name) > own >= 0]
 
 
-def test_imports_point_downwards():
+def test_imports_go_to_earlier_rooms():
     wrong = []
     for path, module in modules().items():
-        found = arrows_up(module, path.read_text())
+        found = imports_of_later_rooms(module, path.read_text())
         wrong += [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in found]
     assert wrong == []
 
@@ -115,9 +116,9 @@ def test_imports_point_downwards():
         "from ebft_mega import train",
     ],
 )
-def test_the_check_for_arrows_can_fail(source):
-    assert [name for _, name in arrows_up("rollout.noise", source)] in (["train.step"], ["train"])
-    assert arrows_up("train.loop", source) == []
+def test_the_check_for_later_rooms_can_fail(source):
+    assert [name for _, name in imports_of_later_rooms("rollout.noise", source)] in (["train.step"], ["train"])
+    assert imports_of_later_rooms("train.loop", source) == []
 
 
 def test_no_import_goes_in_a_circle():

@@ -49,7 +49,7 @@ class LabelledTimers(PhaseTimers):
 
 
 class ProductCounter(TorchDispatchMode):
-    """Records the matrix products of forward and backward passes, by dispatching below autograd.
+    """Record the matrix products of forward and backward passes, by dispatching below autograd.
 
     Products in float64 (the features' inner products and the rewards) are left out: the formulas do not count them.
     """

@@ -1,4 +1,4 @@
-"""Run the sides of a benchmark case in turns, and make an entry of the bench file of their counts, times and memory."""
+"""Measure all sides of a case in turns, and write counts, times and memory as one entry of the bench file."""
 
 import dataclasses
 import gc

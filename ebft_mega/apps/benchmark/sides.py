@@ -1,4 +1,4 @@
-"""The sides of a comparison: for each a function that runs one step, its timers and its exact counts."""
+"""The implementations that a benchmark compares (naive baselines, this trainer): one step, timers, counts of each."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def build_sides(names: Sequence[str], case: BenchCase, model: BenchModel, groups
 
 
 class _Builder:
-    """Makes the sides of a case; objects that they share are made once."""
+    """Make the sides of a case; objects that they share are made once."""
 
     def __init__(self, case: BenchCase, model: BenchModel, groups: ProcessGroups):
         self._case, self._model, self._groups = case, model, groups

@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass
 class PhaseRunner:
-    """Runs the phases of an experiment and records how long each took.
+    """Run the phases of an experiment and record how long each took.
 
     Args:
         root: directory in which the commands run.

@@ -1,4 +1,4 @@
-"""Builds a dataset directory from text with several processes; a build that was stopped is resumed."""
+"""Build a dataset directory from text with several processes; resume a build that was stopped."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Tokenizes text webdatasets when a run first uses them: built once into a cache, then read like any dataset."""
+"""Tokenize text webdatasets when a run first uses them: build once into a cache, then read like any dataset."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writes a dataset directory. The same documents and tokenizer give the same bytes every time."""
+"""Write a dataset directory. The same documents and tokenizer give the same bytes every time."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ class WrittenShards:
 
 
 class ShardWriter:
-    """Writes documents into webdataset shards `shard-000000.tar`, ...
+    """Write documents into webdataset shards `shard-000000.tar`, ...
 
     Memory: one document, and about 2 kB for each document of the shard being written.
 
@@ -162,7 +162,7 @@ class ShardWriter:
 
 
 class DatasetWriter(ShardWriter):
-    """Writes documents into webdataset shards, then the index and the manifest.
+    """Write documents into webdataset shards, then the index and the manifest.
 
     Args:
         directory: an existing, empty directory.

@@ -60,7 +60,7 @@ class FileRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the documents of file ranges."""
+    """Read the documents of file ranges."""
 
     inputs: tuple[Input, ...]
     options: ReadOptions

@@ -1,4 +1,4 @@
-"""Loads this rank's rows of each global batch, read ahead by a thread or by worker processes."""
+"""Load this rank's rows of each global batch, read ahead by a thread or by worker processes."""
 
 import itertools
 import os
@@ -199,7 +199,7 @@ class _ReadRows:
 
 
 class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
-    """Reads this rank's rows of the global batch that begins with a row.
+    """Read this rank's rows of the global batch that begins with a row.
 
     It returns an error instead of raising it, since not the process that reads should stop, but the one that iterates.
     """

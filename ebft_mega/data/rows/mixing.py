@@ -1,4 +1,4 @@
-"""Mixes sources by weight: which source row n of the run comes from, and which of its rows that is.
+"""Mix sources by weight: which source row n of the run comes from, and which of its rows that is.
 
 Weights are exact fractions. The rows are assigned by the rule of R. Tijdeman, "The chairman assignment problem"
 (Discrete Mathematics 32, 1980): row by row, of all sources that have earned their next row it takes the one whose row

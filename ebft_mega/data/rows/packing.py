@@ -1,4 +1,4 @@
-"""Packs the documents of a source into one endless line of tokens, cut into rows of equal length.
+"""Concatenate a source's documents, epoch after epoch, and cut rows of equal length.
 
 The line is epoch after epoch, each of them all documents in the epoch's order, each document followed by its
 end-of-document token. Epoch e begins at coordinate e * T, where T is the number of tokens of an epoch. Chunk j of

@@ -1,4 +1,4 @@
-"""The saved position of a run in its data, and what must be unchanged when the run resumes from it."""
+"""Where a run stands in its data (the next row), and what must be unchanged when it resumes from there."""
 
 import json
 from collections.abc import Iterator

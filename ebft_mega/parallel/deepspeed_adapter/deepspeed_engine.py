@@ -1,4 +1,7 @@
-"""The training engine at ZeRO stages 1 to 3: one DeepSpeed engine for each (tensor, pipeline) coordinate."""
+"""The training engine at ZeRO stages 1 to 3.
+
+There is one DeepSpeed engine over the data-parallel ranks that hold the same slice of the same stage.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

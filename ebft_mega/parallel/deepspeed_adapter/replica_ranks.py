@@ -1,4 +1,7 @@
-"""Tell DeepSpeed, which knows data-parallel ranks only, about the tensor- and pipeline-parallel ranks of a replica."""
+"""Make DeepSpeed count and combine gradients correctly over tensor- and pipeline-parallel ranks.
+
+DeepSpeed itself knows data-parallel ranks only.
+"""
 
 import functools
 from collections.abc import Sequence

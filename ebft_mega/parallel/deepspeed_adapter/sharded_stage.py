@@ -1,4 +1,4 @@
-"""A frozen stage whose parameters are partitioned over the data-parallel ranks: the sharded feature network."""
+"""A frozen stage with parameters partitioned over the data-parallel ranks (`zero.feature_network: sharded`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
