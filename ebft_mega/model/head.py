@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ScoredTokens:
     known: RowScores | None = None  # of the first rows, from the pass that sampled them
 
 
-def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, shard: VocabularyShard) -> RowScores:
+def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, own_slice: VocabularySlice) -> RowScores:
     """Log-probability of chosen tokens under the softmax at a temperature.
 
     Args:
@@ -42,15 +42,15 @@ def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, shard: Vocab
         8 * (1 + m) for float64); none for one rank.
     Source: EBFT paper (arXiv 2603.12248); the authors' code scores at the sampling temperature, in float32.
     """
-    assert logits.shape[-1] == shard.width, "logits of another vocabulary"
-    scaled = _scaled(logits, temperature, shard)
-    largest = shard.maximum(scaled.amax(dim=-1, keepdim=True))
+    assert logits.shape[-1] == own_slice.width, "logits of another vocabulary"
+    scaled = _scaled(logits, temperature, own_slice)
+    largest = own_slice.maximum(scaled.amax(dim=-1, keepdim=True))
     scaled -= largest
-    column, is_own = _own_column(tokens, shard)
+    column, is_own = _own_column(tokens, own_slice)
     # A token has a finite logit on one rank; the others add 0 and leave its bits alone.
     chosen = scaled.gather(-1, column).masked_fill(~is_own, 0.0)
     parts = torch.cat((scaled.exp_().sum(dim=-1, keepdim=True), chosen), dim=-1)
-    mass, chosen = shard.sum(parts).split((1, tokens.shape[-1]), dim=-1)
+    mass, chosen = own_slice.sum(parts).split((1, tokens.shape[-1]), dim=-1)
     return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0])
 
 
@@ -60,7 +60,7 @@ def gradient_of_logits(
     temperature: Tensor,
     normalizers: Tensor,
     gradient: Tensor,
-    shard: VocabularyShard,
+    own_slice: VocabularySlice,
 ) -> Tensor:
     """Gradient of logits from that of log-probabilities.
 
@@ -71,8 +71,8 @@ def gradient_of_logits(
         [N, width] in the logits' dtype, exactly 0 for padding.
     Communication: none.
     """
-    column, is_own = _own_column(tokens, shard)
-    result = _scaled(logits, temperature, shard).sub_(normalizers[:, None]).exp_()  # the softmax
+    column, is_own = _own_column(tokens, own_slice)
+    result = _scaled(logits, temperature, own_slice).sub_(normalizers[:, None]).exp_()  # the softmax
     result *= -gradient.sum(dim=-1, keepdim=True)
     result.scatter_add_(-1, column, gradient.masked_fill(~is_own, 0.0))
     return result.div_(temperature.to(result.dtype)[:, None]).to(logits.dtype)
@@ -81,15 +81,15 @@ def gradient_of_logits(
 class VocabularyHead(nn.Module):
     """This tensor-parallel rank's rows of the head's matrix, and what is computed with them."""
 
-    def __init__(self, shard: VocabularyShard, hidden_size: int, dtype: torch.dtype, is_embedding: bool):
+    def __init__(self, own_slice: VocabularySlice, hidden_size: int, dtype: torch.dtype, is_embedding: bool):
         """Make the matrix with undefined values.
 
         Args:
             is_embedding: the weight is the embedding's, which is passed to every call.
         """
         super().__init__()
-        self.shard = shard
-        self.weight = None if is_embedding else nn.Parameter(torch.empty(shard.width, hidden_size, dtype=dtype))
+        self.own_slice = own_slice
+        self.weight = None if is_embedding else nn.Parameter(torch.empty(own_slice.width, hidden_size, dtype=dtype))
 
     def forward(self, rows: Tensor, tied: Tensor | None, scored: ScoredTokens | None = None) -> Tensor:
         """Logits of rows, or log-probabilities of tokens chosen from them.
@@ -112,10 +112,10 @@ class VocabularyHead(nn.Module):
         if scored is None:
             with torch.no_grad():
                 return F.linear(rows, weight)
-        return logprobs_of_rows(rows, weight, scored, self.shard)
+        return logprobs_of_rows(rows, weight, scored, self.own_slice)
 
 
-def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, shard: VocabularyShard) -> Tensor:
+def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, own_slice: VocabularySlice) -> Tensor:
     """Log-probabilities of tokens chosen from rows, computed by chunks of rows.
 
     Args:
@@ -131,7 +131,7 @@ def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, shard: 
         normalizers=torch.empty(0, device=rows.device),
     )
     logprobs: Tensor = _ChunkedLogprobs.apply(
-        rows, weight, scored.tokens, scored.temperature, known.logprobs, known.normalizers, shard
+        rows, weight, scored.tokens, scored.temperature, known.logprobs, known.normalizers, own_slice
     )
     return logprobs
 
@@ -148,15 +148,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: Tensor,
         known_logprobs: Tensor,
         known_normalizers: Tensor,
-        shard: VocabularyShard,
+        own_slice: VocabularySlice,
     ) -> Tensor:
         logprobs, normalizers = [known_logprobs], [known_normalizers]
         for chunk in _chunks(len(known_normalizers), len(rows)):
-            scores = score_rows(F.linear(rows[chunk], weight), tokens[chunk], temperature[chunk], shard)
+            scores = score_rows(F.linear(rows[chunk], weight), tokens[chunk], temperature[chunk], own_slice)
             logprobs.append(scores.logprobs)
             normalizers.append(scores.normalizers)
         ctx.save_for_backward(rows, weight, tokens, temperature, torch.cat(normalizers))
-        ctx.shard = shard
+        ctx.own_slice = own_slice
         return torch.cat(logprobs)
 
     @staticmethod
@@ -170,13 +170,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for chunk in _chunks(0, len(rows)):
             logits = F.linear(rows[chunk], weight)
             towards_logits = gradient_of_logits(
-                logits, tokens[chunk], temperature[chunk], normalizers[chunk], gradient[chunk], ctx.shard
+                logits, tokens[chunk], temperature[chunk], normalizers[chunk], gradient[chunk], ctx.own_slice
             )
             row_gradient[chunk] = towards_logits @ weight
             if weight_gradient is not None:
                 weight_gradient.addmm_(towards_logits.T, rows[chunk])
             del logits, towards_logits  # before the next chunk's are made
-        return ctx.shard.sum(row_gradient), weight_gradient, None, None, None, None, None
+        return ctx.own_slice.sum(row_gradient), weight_gradient, None, None, None, None, None
 
 
 def _chunks(first: int, end: int) -> list[slice]:
@@ -184,15 +184,15 @@ def _chunks(first: int, end: int) -> list[slice]:
     return [slice(start, min(start + HEAD_ROWS, end)) for start in range(first, end, HEAD_ROWS)]
 
 
-def _scaled(logits: Tensor, temperature: Tensor, shard: VocabularyShard) -> Tensor:
+def _scaled(logits: Tensor, temperature: Tensor, own_slice: VocabularySlice) -> Tensor:
     """A copy of the logits at their rows' temperatures, without padding."""
     # Cast before the division: bfloat16 has 8 bits of mantissa, a rounded logit of 30 is off by a tenth.
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return shard.exclude_padding_(logits.to(dtype) / temperature.to(dtype)[:, None])
+    return own_slice.exclude_padding_(logits.to(dtype) / temperature.to(dtype)[:, None])
 
 
-def _own_column(tokens: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+def _own_column(tokens: Tensor, own_slice: VocabularySlice) -> tuple[Tensor, Tensor]:
     """Each token's column on this rank (any column if it is another rank's), and whether it is this rank's."""
-    column = tokens - shard.first
-    is_own = (column >= 0) & (column < shard.num_tokens)
-    return column.clamp(0, shard.width - 1), is_own
+    column = tokens - own_slice.first
+    is_own = (column >= 0) & (column < own_slice.num_tokens)
+    return column.clamp(0, own_slice.width - 1), is_own

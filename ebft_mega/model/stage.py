@@ -30,7 +30,7 @@ from ebft_mega.parallel.megatron import (
 )
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import StageRunner, runner
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 
 
 class Stage(nn.Module):
@@ -96,8 +96,8 @@ class Stage(nn.Module):
 
     def _build_head(self, dtype: torch.dtype) -> VocabularyHead:
         """This tensor-parallel rank's rows of the output matrix, or none where they are the embedding's."""
-        shard = VocabularyShard.of(self.architecture.vocab_size, self.groups)
-        return VocabularyHead(shard, self.architecture.hidden_size, dtype, is_embedding=self.head_is_embedding)
+        own_slice = VocabularySlice.of(self.architecture.vocab_size, self.groups)
+        return VocabularyHead(own_slice, self.architecture.hidden_size, dtype, is_embedding=self.head_is_embedding)
 
     @property
     def head_is_embedding(self) -> bool:
@@ -296,7 +296,7 @@ class PipelinedModel:
 
     run: StageRunner  # run(compute) is compute(this rank's stage) with whole parameters
     hidden: HiddenShape
-    vocabulary: VocabularyShard
+    vocabulary: VocabularySlice
     groups: ProcessGroups
 
     @classmethod
@@ -306,5 +306,5 @@ class PipelinedModel:
         Args:
             run: runs a function on the stage; None: the parameters are not partitioned, and no gradients are recorded.
         """
-        vocabulary = VocabularyShard.of(stage.architecture.vocab_size, stage.groups)
+        vocabulary = VocabularySlice.of(stage.architecture.vocab_size, stage.groups)
         return cls(run or runner(stage), stage.hidden, vocabulary, stage.groups)

@@ -12,7 +12,7 @@ from ebft_mega.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
-class VocabularyShard:
+class VocabularySlice:
     """The slice of the vocabulary whose logits this tensor-parallel rank computes: whole vocabulary blocks.
 
     One rank has exactly the vocabulary. Of several, the last ones may have columns for tokens that do not exist:
@@ -25,7 +25,7 @@ class VocabularyShard:
     group: dist.ProcessGroup  # tensor parallel
 
     @classmethod
-    def of(cls, vocab_size: int, groups: ProcessGroups) -> "VocabularyShard":
+    def of(cls, vocab_size: int, groups: ProcessGroups) -> "VocabularySlice":
         """Find this rank's slice of a vocabulary."""
         width = padded_vocabulary(vocab_size, groups.tensor_parallel_size) // groups.tensor_parallel_size
         return cls(vocab_size, groups.tensor_parallel_rank * width, width, groups.tensor_parallel)

@@ -175,7 +175,7 @@ class _Decoding:
             int64 [B, n, K].
         """
         plan, sampling = self.plan, self.sampling
-        batch, shard = self.micro_batches[slot.micro_batch], self.model.vocabulary
+        batch, own_slice = self.micro_batches[slot.micro_batch], self.model.vocabulary
         keys = noise_keys(
             sampling.seed, self.step, batch.row_indices, plan.num_samples, plan.num_blocks, slot.pass_index
         )
@@ -184,14 +184,14 @@ class _Decoding:
         for part, part_keys in zip(rows.split(blocks_at_once), keys.split(blocks_at_once, dim=2), strict=True):
             logits = stage.logits(part.flatten(0, 2))
             spread = logits.view(*part.shape[:3], -1).permute(2, 1, 0, 3)  # [B, 1 or n, blocks, V]
-            tokens = sample_tokens(spread, part_keys, sampling.temperature, sampling.top_p, shard)
+            tokens = sample_tokens(spread, part_keys, sampling.temperature, sampling.top_p, own_slice)
             drawn.append(tokens)
             if self.reuse != "off":
                 # One choice from each row, or at the anchors, whose row all samples share, n.
                 by_row = tokens.permute(2, 1, 0) if part.shape[1] > 1 else tokens.permute(2, 0, 1)
                 choices = by_row.reshape(len(logits), -1)
                 temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
-                scores.append(score_rows(logits, choices, temperature, shard))
+                scores.append(score_rows(logits, choices, temperature, own_slice))
         if scores:
             self.saved[slot.micro_batch].scores.append(
                 RowScores(

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 from ebft_mega.rollout.noise import gumbel
 
 # The nucleus's threshold is searched for this many bits at a time: 15 candidates per round.
 SEARCH_BITS = 4
 
 
-def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float, shard: VocabularyShard) -> Tensor:
+def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float, own_slice: VocabularySlice) -> Tensor:
     """Draw one token for every key.
 
     Args:
@@ -35,18 +35,18 @@ def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float
         below 1 also that of `keep_nucleus`. None for one rank, and never logits.
     Source: EBFT paper (arXiv 2603.12248), rollouts; float32 and the order of the authors' code.
     """
-    assert logits.shape[-1] == shard.width, "logits of another vocabulary"
+    assert logits.shape[-1] == own_slice.width, "logits of another vocabulary"
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-    scaled = shard.exclude_padding_(at_temperature(logits, temperature))
+    scaled = own_slice.exclude_padding_(at_temperature(logits, temperature))
     if top_p < 1:
-        scaled = keep_nucleus(scaled, top_p, shard)
-    score, block = block_scores(scaled, keys, shard).max(dim=-1)
-    token = token_in_block(scaled, keys, block, shard)
+        scaled = keep_nucleus(scaled, top_p, own_slice)
+    score, block = block_scores(scaled, keys, own_slice).max(dim=-1)
+    token = token_in_block(scaled, keys, block, own_slice)
     # One message for both numbers: token ids are exact in float64.
-    scores, tokens = shard.gather(torch.stack((score, token.to(score.dtype)))).unbind(dim=1)
+    scores, tokens = own_slice.gather(torch.stack((score, token.to(score.dtype)))).unbind(dim=1)
     return tokens.gather(0, scores.argmax(dim=0, keepdim=True))[0].to(torch.int64)
 
 
@@ -62,7 +62,7 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits.to(dtype) / temperature
 
 
-def keep_nucleus(logits: Tensor, top_p: float, shard: VocabularyShard) -> Tensor:
+def keep_nucleus(logits: Tensor, top_p: float, own_slice: VocabularySlice) -> Tensor:
     """Set all logits outside the nucleus to minus infinity.
 
     The nucleus is the fewest most probable tokens that reach a probability of `top_p` together, the one that
@@ -79,11 +79,11 @@ def keep_nucleus(logits: Tensor, top_p: float, shard: VocabularyShard) -> Tensor
     Memory: at the peak 20 bytes per logit beside the logits (measured), for the sort and its running sums.
     Source: nucleus sampling (arXiv 1904.09751).
     """
-    threshold = _nucleus_threshold(logits, top_p, shard)
+    threshold = _nucleus_threshold(logits, top_p, own_slice)
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
-def block_scores(logits: Tensor, keys: Tensor, shard: VocabularyShard) -> Tensor:
+def block_scores(logits: Tensor, keys: Tensor, own_slice: VocabularySlice) -> Tensor:
     """Noisy log-probability (up to a constant) of each of this rank's vocabulary blocks; the largest of all wins.
 
     Args:
@@ -95,15 +95,15 @@ def block_scores(logits: Tensor, keys: Tensor, shard: VocabularyShard) -> Tensor
     Communication: none.
     """
     # The last block is filled up, so that its sum is taken in the same order as where padding follows it.
-    last_block = shard.width - (shard.num_blocks - 1) * shard.block_width
-    full, last = logits.split((shard.width - last_block, last_block), dim=-1)
-    last = F.pad(last, (0, shard.block_width - last_block), value=-torch.inf)
-    blocks = full.unflatten(-1, (shard.num_blocks - 1, shard.block_width)), last[..., None, :]
+    last_block = own_slice.width - (own_slice.num_blocks - 1) * own_slice.block_width
+    full, last = logits.split((own_slice.width - last_block, last_block), dim=-1)
+    last = F.pad(last, (0, own_slice.block_width - last_block), value=-torch.inf)
+    blocks = full.unflatten(-1, (own_slice.num_blocks - 1, own_slice.block_width)), last[..., None, :]
     masses = torch.cat([block.logsumexp(dim=-1) for block in blocks], dim=-1)
-    return masses + gumbel(keys, shard.first_block + torch.arange(shard.num_blocks, device=keys.device))
+    return masses + gumbel(keys, own_slice.first_block + torch.arange(own_slice.num_blocks, device=keys.device))
 
 
-def token_in_block(logits: Tensor, keys: Tensor, block: Tensor, shard: VocabularyShard) -> Tensor:
+def token_in_block(logits: Tensor, keys: Tensor, block: Tensor, own_slice: VocabularySlice) -> Tensor:
     """Draw a token of one of this rank's vocabulary blocks.
 
     Args:
@@ -116,35 +116,35 @@ def token_in_block(logits: Tensor, keys: Tensor, block: Tensor, shard: Vocabular
         int64, shape of `keys`, ids in the whole vocabulary.
     Communication: none.
     """
-    offsets = torch.arange(shard.block_width, device=keys.device)
-    columns = block[..., None] * shard.block_width + offsets  # the last block may reach past the columns
-    own = logits.expand(*keys.shape, shard.width).gather(-1, columns.clamp(max=shard.width - 1))
-    own = own.masked_fill(columns >= shard.width, -torch.inf)
+    offsets = torch.arange(own_slice.block_width, device=keys.device)
+    columns = block[..., None] * own_slice.block_width + offsets  # the last block may reach past the columns
+    own = logits.expand(*keys.shape, own_slice.width).gather(-1, columns.clamp(max=own_slice.width - 1))
+    own = own.masked_fill(columns >= own_slice.width, -torch.inf)
     # Slots after the blocks' own: the two levels need independent noise.
     choice = (own + gumbel(keys, NUM_VOCABULARY_BLOCKS + offsets)).argmax(dim=-1)
-    return shard.first + block * shard.block_width + choice
+    return own_slice.first + block * own_slice.block_width + choice
 
 
-def _nucleus_threshold(logits: Tensor, top_p: float, shard: VocabularyShard) -> Tensor:
+def _nucleus_threshold(logits: Tensor, top_p: float, own_slice: VocabularySlice) -> Tensor:
     """The largest value that tokens with at least this logit reach `top_p` together, [..., 1].
 
     Probabilities are fixed-point integers: their sums are exact in any order, so that every split of the
     vocabulary finds the same threshold. Resolution: 2^-44 of the most probable token's for 151 936 tokens.
     """
-    largest = shard.maximum(logits.amax(dim=-1, keepdim=True))
+    largest = own_slice.maximum(logits.amax(dim=-1, keepdim=True))
     ordered = _swap_order(_as_integers(logits.contiguous())).sort(dim=-1).values
     weights = _as_floats(_swap_order(ordered)).to(torch.float64).sub_(largest).exp_()
-    weights *= 2.0 ** (62 - shard.size.bit_length())  # V of them still fit into 63 bits
+    weights *= 2.0 ** (62 - own_slice.size.bit_length())  # V of them still fit into 63 bits
     running = weights.round_().to(torch.int64).cumsum_(dim=-1)
     own_total = running[..., -1:]
-    total = shard.sum(own_total)
+    total = own_slice.sum(own_total)
     needed = (total.to(torch.float64) * top_p).ceil_().to(torch.int64).minimum(total)
 
     def mass_from(candidates: Tensor) -> Tensor:
         """Mass of all tokens, on every rank, whose integer is at least a candidate's."""
         num_below = torch.searchsorted(ordered, candidates.to(ordered.dtype))
         below = running.gather(-1, (num_below - 1).clamp_(min=0)).masked_fill_(num_below == 0, 0)
-        return shard.sum(own_total - below)
+        return own_slice.sum(own_total - below)
 
     # The mass falls with the candidate, so the threshold's digits follow one after another from the highest.
     bits = 8 * logits.element_size()

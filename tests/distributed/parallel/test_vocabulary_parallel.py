@@ -14,7 +14,7 @@ from torch import Tensor
 from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
 from ebft_mega.model.head import ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
 from ebft_mega.parallel.groups import connect, make_process_groups
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import at_temperature, keep_nucleus, sample_tokens
 from tests.distributed.ranks import run_ranks
@@ -66,13 +66,13 @@ def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logits, keys, choices, upstream.to(torch.promote_types(case.dtype, torch.float32))
 
 
-def own_columns(logits: Tensor, shard: VocabularyShard, garbage: float) -> Tensor:
+def own_columns(logits: Tensor, own_slice: VocabularySlice, garbage: float) -> Tensor:
     """A rank's slice of whole logits, as a view like the one that the head's output becomes."""
-    ranks = shard.num_ranks
-    padding = padded_vocabulary(shard.size, ranks) - shard.size
+    ranks = own_slice.num_ranks
+    padding = padded_vocabulary(own_slice.size, ranks) - own_slice.size
     return (
         F.pad(logits.transpose(1, 2), (0, padding), value=garbage)
-        .chunk(ranks, dim=-1)[shard.first // shard.width]
+        .chunk(ranks, dim=-1)[own_slice.first // own_slice.width]
         .transpose(1, 2)
     )
 
@@ -80,15 +80,17 @@ def own_columns(logits: Tensor, shard: VocabularyShard, garbage: float) -> Tenso
 def results_of(case: Case, garbage: float, groups) -> dict[str, Any]:
     """Tokens for each top_p, log-probabilities and this rank's gradient."""
     logits, keys, choices, upstream = inputs_of(case)
-    shard = VocabularyShard.of(case.vocabulary, groups)
-    own = own_columns(logits, shard, garbage)
-    tokens = {top_p: sample_tokens(own, keys, TEMPERATURE, top_p, shard) for top_p in TOP_P}
-    shared = sample_tokens(own[:, :1], keys, TEMPERATURE, 0.9, shard)
-    nucleus = keep_nucleus(shard.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, shard)
+    own_slice = VocabularySlice.of(case.vocabulary, groups)
+    own = own_columns(logits, own_slice, garbage)
+    tokens = {top_p: sample_tokens(own, keys, TEMPERATURE, top_p, own_slice) for top_p in TOP_P}
+    shared = sample_tokens(own[:, :1], keys, TEMPERATURE, 0.9, own_slice)
+    nucleus = keep_nucleus(own_slice.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, own_slice)
     rows, tokens_of_rows = own.flatten(0, 2), choices.flatten(0, 2)
     temperature = torch.full((len(rows),), TEMPERATURE, dtype=torch.float64)
-    scores = score_rows(rows, tokens_of_rows, temperature, shard)
-    gradient = gradient_of_logits(rows, tokens_of_rows, temperature, scores.normalizers, upstream.flatten(0, 2), shard)
+    scores = score_rows(rows, tokens_of_rows, temperature, own_slice)
+    gradient = gradient_of_logits(
+        rows, tokens_of_rows, temperature, scores.normalizers, upstream.flatten(0, 2), own_slice
+    )
     return {
         "tokens": tokens,
         "shared": shared,
@@ -152,10 +154,10 @@ def test_logprobs_and_gradients_equal_torch_s_log_softmax(case, garbage, of_rank
 def scores_of_no_rows() -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the log-probabilities and the gradient of nothing: what rollouts of one token leave to decode."""
     groups = make_process_groups(connect(), tensor_parallel_size=dist.get_world_size())
-    shard = VocabularyShard.of(131, groups)
+    own_slice = VocabularySlice.of(131, groups)
     rows = torch.empty(0, HIDDEN, requires_grad=True)
     scored = ScoredTokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
-    logprobs = logprobs_of_rows(rows, torch.ones(shard.width, HIDDEN), scored, shard)
+    logprobs = logprobs_of_rows(rows, torch.ones(own_slice.width, HIDDEN), scored, own_slice)
     (gradient,) = torch.autograd.grad(logprobs.sum(), rows)
     return tuple(logprobs.shape), tuple(gradient.shape)
 
@@ -167,8 +169,10 @@ def test_no_rows_are_scored_without_harm():
 def nucleus_of_steps(step: float) -> Tensor:
     """The nucleus of 0.9 when all tokens of a rank are equal and those of the next are `step` less probable."""
     groups = make_process_groups(connect(), tensor_parallel_size=dist.get_world_size())
-    shard = VocabularyShard.of(64, groups)
-    return keep_nucleus(torch.full((2, shard.width), -step * groups.tensor_parallel_rank), 0.9, shard).isfinite()
+    own_slice = VocabularySlice.of(64, groups)
+    return keep_nucleus(
+        torch.full((2, own_slice.width), -step * groups.tensor_parallel_rank), 0.9, own_slice
+    ).isfinite()
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -205,18 +209,18 @@ def count_bytes(vocabulary: int, dtype: torch.dtype) -> dict[str, list[tuple[str
         return list(calls)
 
     logits, keys, choices, upstream = inputs_of(Case(vocabulary, dtype))
-    shard = VocabularyShard.of(vocabulary, groups)
-    own = own_columns(logits, shard, 0.0)
+    own_slice = VocabularySlice.of(vocabulary, groups)
+    own = own_columns(logits, own_slice, 0.0)
     shared = own[:, :1]
     rows = torch.randn(choices.shape[:-1].numel(), HIDDEN, dtype=dtype).requires_grad_()
-    weight = torch.randn(shard.width, HIDDEN, dtype=dtype)
+    weight = torch.randn(own_slice.width, HIDDEN, dtype=dtype)
     scored = ScoredTokens(choices.flatten(0, 2), torch.full((len(rows),), TEMPERATURE, dtype=torch.float64))
     return {
-        "sample": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 1.0, shard)),
-        "nucleus": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 0.9, shard)),
-        "shared nucleus": calls_of(lambda: sample_tokens(shared, keys, TEMPERATURE, 0.9, shard)),
+        "sample": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 1.0, own_slice)),
+        "nucleus": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 0.9, own_slice)),
+        "shared nucleus": calls_of(lambda: sample_tokens(shared, keys, TEMPERATURE, 0.9, own_slice)),
         "logprobs": calls_of(
-            lambda: logprobs_of_rows(rows, weight, scored, shard).backward(gradient=upstream.flatten(0, 2))
+            lambda: logprobs_of_rows(rows, weight, scored, own_slice).backward(gradient=upstream.flatten(0, 2))
         ),
     }
 

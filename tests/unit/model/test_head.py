@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ebft_mega.model import head
 from ebft_mega.model.head import RowScores, ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 
 VOCABULARY, TEMPERATURE, HIDDEN = 11, 0.6, 6
 
 
 @pytest.fixture(scope="module")
 def whole(groups):
-    """The shard of a rank that has the whole vocabulary of a given size."""
-    return lambda vocabulary: VocabularyShard.of(vocabulary, groups)
+    """The slice of a rank that has the whole vocabulary of a given size."""
+    return lambda vocabulary: VocabularySlice.of(vocabulary, groups)
 
 
 def random_case(rows: int, vocabulary: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS, padded_vocabulary
-from ebft_mega.parallel.vocabulary import VocabularyShard
+from ebft_mega.parallel.vocabulary import VocabularySlice
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import at_temperature, block_scores, keep_nucleus, sample_tokens, token_in_block
 
@@ -18,8 +18,8 @@ NUM_DRAWS = 100_000
 
 @pytest.fixture(scope="module")
 def whole(groups):
-    """The shard of a rank that has the whole vocabulary of a given size."""
-    return lambda vocabulary: VocabularyShard.of(vocabulary, groups)
+    """The slice of a rank that has the whole vocabulary of a given size."""
+    return lambda vocabulary: VocabularySlice.of(vocabulary, groups)
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:
@@ -142,20 +142,24 @@ def test_top_p_comes_after_the_temperature(whole):
 def test_a_block_s_score_needs_only_its_own_logits_and_the_token_only_its_block(whole):
     """What tensor-parallel shards rely on."""
     vocabulary, keys = 64 * 5, keys_of(50)
-    logits, others, shard = random_logits(vocabulary), random_logits(vocabulary, seed=1), whole(vocabulary)
+    logits, others, own_slice = random_logits(vocabulary), random_logits(vocabulary, seed=1), whole(vocabulary)
     for block in (0, 17, 63):
         own = slice(block * 5, block * 5 + 5)
         mixed = others.clone()
         mixed[own] = logits[own]
-        assert torch.equal(block_scores(mixed, keys, shard)[:, block], block_scores(logits, keys, shard)[:, block])
+        assert torch.equal(
+            block_scores(mixed, keys, own_slice)[:, block], block_scores(logits, keys, own_slice)[:, block]
+        )
         chosen = torch.full_like(keys, block)
-        assert torch.equal(token_in_block(mixed, keys, chosen, shard), token_in_block(logits, keys, chosen, shard))
+        assert torch.equal(
+            token_in_block(mixed, keys, chosen, own_slice), token_in_block(logits, keys, chosen, own_slice)
+        )
 
 
-def slices_of(vocabulary: int, ranks: int) -> list[VocabularyShard]:
+def slices_of(vocabulary: int, ranks: int) -> list[VocabularySlice]:
     """What each of several ranks has; nothing here communicates, so they need no group."""
     width = padded_vocabulary(vocabulary, ranks) // ranks
-    return [VocabularyShard(vocabulary, rank * width, width, None) for rank in range(ranks)]
+    return [VocabularySlice(vocabulary, rank * width, width, None) for rank in range(ranks)]
 
 
 @settings(max_examples=40)
@@ -170,8 +174,8 @@ def test_slices_score_their_blocks_bit_for_bit_as_the_whole(whole, vocabulary, r
     expected = block_scores(logits, keys, whole(vocabulary))
     padded = torch.nn.functional.pad(logits, (0, padded_vocabulary(vocabulary, ranks) - vocabulary), value=1e4)
     own = [
-        block_scores(shard.exclude_padding_(part.clone()), keys, shard)
-        for part, shard in zip(padded.chunk(ranks, dim=-1), slices_of(vocabulary, ranks), strict=True)
+        block_scores(own_slice.exclude_padding_(part.clone()), keys, own_slice)
+        for part, own_slice in zip(padded.chunk(ranks, dim=-1), slices_of(vocabulary, ranks), strict=True)
     ]
     scores = torch.cat(own, dim=-1)
     assert scores.shape == (2, 3, NUM_VOCABULARY_BLOCKS) and scores.dtype == expected.dtype == torch.float64
@@ -215,13 +219,13 @@ def test_nucleus_of_many_tokens_that_weigh_little_or_the_same(whole, tail, top_p
 def test_logits_shared_by_samples_broadcast(whole):
     logits = torch.randn(2, 1, 3, 131, generator=torch.Generator().manual_seed(0))
     keys = noise_keys(0, 0, torch.arange(2), 4, 3, 0)
-    shard = whole(131)
-    shared = sample_tokens(logits, keys, 0.6, 0.95, shard)
+    own_slice = whole(131)
+    shared = sample_tokens(logits, keys, 0.6, 0.95, own_slice)
     assert shared.shape == keys.shape
-    assert torch.equal(shared, sample_tokens(logits.expand(-1, 4, -1, -1), keys, 0.6, 0.95, shard))
+    assert torch.equal(shared, sample_tokens(logits.expand(-1, 4, -1, -1), keys, 0.6, 0.95, own_slice))
     for sample in range(4):
-        assert torch.equal(shared[:, sample], sample_tokens(logits[:, 0], keys[:, sample], 0.6, 0.95, shard))
-    assert sample_tokens(logits[1, 0, 2], keys[1, 3, 2], 0.6, 0.95, shard) == shared[1, 3, 2]
+        assert torch.equal(shared[:, sample], sample_tokens(logits[:, 0], keys[:, sample], 0.6, 0.95, own_slice))
+    assert sample_tokens(logits[1, 0, 2], keys[1, 3, 2], 0.6, 0.95, own_slice) == shared[1, 3, 2]
 
 
 def test_low_precision_logits_are_cast_before_they_are_divided(whole):
