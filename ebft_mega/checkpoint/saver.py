@@ -61,7 +61,7 @@ class _InFlight:
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run; `begin` starts one, `settle` commits it.
+    """Save the checkpoints of one run; `begin` starts one, `settle` commits it.
 
     Args:
         root: the folder `checkpoints` of the run directory, which all ranks see.

@@ -17,7 +17,7 @@ REDUCE_ELEMENTS = 2**28
 
 
 def import_deepspeed(groups: ProcessGroups) -> Any:
-    """DeepSpeed, set up for this process.
+    """Import DeepSpeed and set it up for this process.
 
     Raises:
         RuntimeError: a release whose internals were never checked against this module.
