@@ -11,6 +11,11 @@ export OMP_NUM_THREADS ?= 1
 # Unit tests are one process each, so two run at a time, file by file. The others start ranks of their own.
 UNIT_TESTS := tests/unit --numprocesses 2 --dist loadfile
 RANK_TESTS := tests/distributed tests/integration
+# Both parts run to their end, whatever the first one finds.
+run-tests = @status=0; \
+	$(BIN)/python -m pytest $(1) --durations=10 $(UNIT_TESTS) || status=1; \
+	$(BIN)/python -m pytest $(1) --durations=10 $(RANK_TESTS) || status=1; \
+	exit $$status
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart study test test-all lint format docs-tables clean
@@ -40,12 +45,10 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## the default test suite (at most 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" --durations=10 $(UNIT_TESTS)
-	$(BIN)/python -m pytest -m "not slow" --durations=10 $(RANK_TESTS)
+	$(call run-tests,-m "not slow")
 
 test-all: lint ## everything, also the slow matrices (at most 90 minutes on 2 cores)
-	$(BIN)/python -m pytest --durations=10 $(UNIT_TESTS)
-	$(BIN)/python -m pytest --durations=10 $(RANK_TESTS)
+	$(call run-tests,)
 
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
