@@ -35,6 +35,7 @@ batches.close()
 print("children:", len(multiprocessing.active_children()), flush=True)
 """
 ENDS_WITH_WORKERS = """
+sys.stdin.readline()  # until the test knows the workers
 children = multiprocessing.active_children()
 for child in children:
     child.terminate()
@@ -59,8 +60,9 @@ def start():
             text=True,
             start_new_session=True,
         )
+        started.append(program)
         workers = [psutil.Process(int(pid)) for pid in program.stdout.readline().split()]
-        started.extend([program, *workers])
+        started.extend(workers)
         assert len(workers) == 2, program.communicate()
         return program, workers
 
@@ -70,8 +72,9 @@ def start():
             process.kill()
         except psutil.NoSuchProcess:
             pass
+    for process in started:
         if isinstance(process, subprocess.Popen):
-            process.communicate()
+            process.communicate(timeout=SECONDS)  # ends once nobody holds the pipes any more
 
 
 def test_signals_to_the_whole_group_leave_the_workers_at_work(start):
@@ -89,7 +92,7 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(start):
 def test_the_process_that_started_them_can_end_them(start):
     program, _ = start(ENDS_WITH_WORKERS)
     # Python's own exit ends them in the same way, and waits for ever for one that does not go.
-    _, errors = program.communicate(timeout=SECONDS)
+    _, errors = program.communicate("end\n", timeout=SECONDS)
     assert program.returncode == 0, errors
 
 
