@@ -203,6 +203,7 @@ def test_a_second_job_is_refused_and_a_checkpoint_taken_on_request(site, clean, 
     assert_same_outcome(clean, output, STEPS)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint(site, clean, tmp_path):
     output = tmp_path / "out"
     console = finish(site, output, *LENGTH, full=1)

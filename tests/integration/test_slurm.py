@@ -104,6 +104,7 @@ def test_the_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_many_nodes(cluster, data):
     """Two machines with a task each: two ranks that find each other at the first machine."""
     output = cluster.root / "out"

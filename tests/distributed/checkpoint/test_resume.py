@@ -10,7 +10,7 @@ from tests.distributed.runs import Setting, assert_equal_tensors, checkpoint, li
 BFLOAT16 = ("train.dtype=bfloat16",)
 SHORT, LONG = 6, 20  # steps; stopped in the middle
 SETTINGS = (
-    (SHORT, Setting(2, 1, 1, BFLOAT16)),
+    pytest.param(SHORT, Setting(2, 1, 1, BFLOAT16), marks=pytest.mark.slow),
     (SHORT, Setting(1, 1, 2, model_type="qwen3", tied=False)),
     *(
         pytest.param(LONG, setting, marks=pytest.mark.slow)

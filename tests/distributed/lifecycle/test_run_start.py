@@ -58,6 +58,7 @@ def test_refused_start_leaves_the_run_as_it_was(root):
     assert status(root / "other") == outcome
 
 
+@pytest.mark.slow
 def test_directory_of_another_run_becomes_this_run_s(root):
     start(root, "taken", "model.config.initializer_range=0.1")
     start(root, "taken", f"checkpoint.resume={checkpoint(root / 'first', 2)}")

@@ -493,7 +493,7 @@ def hold_parameters(pipeline: int) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_parameters_are_gathered_once_for_a_rollout(pipeline):
     for found in run_ranks(2 * pipeline, hold_parameters, pipeline):
         assert found["outputs"] and found["norms"] < 1e-6
