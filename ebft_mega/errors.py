@@ -8,6 +8,7 @@ EXIT_BAD_INPUT = 2
 EXIT_HANG = 3
 EXIT_DAMAGED_DATA = 4
 EXIT_STOPPED = 75
+EXIT_UNREAD = 141  # of a tool whose output nobody reads any more: what a shell makes of SIGPIPE
 
 
 class EbftError(Exception):

@@ -14,6 +14,7 @@ from ebft_mega.checkpoint.resume_candidates import described_start  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.errors import ConfigError, EbftError, InputProblems, Problem  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
+from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import check_run  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
@@ -67,6 +68,7 @@ def is_first_rank() -> bool:
 def main() -> int:
     """Run the job and return the exit code."""
     started = time.monotonic()
+    forgive_output_errors()
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
     # From here on a signal asks a run for a checkpoint instead of ending the process.

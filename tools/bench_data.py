@@ -29,6 +29,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
+from ebft_mega.io.command import run_command
 
 VOCABULARIES = {"uint16": 50_000, "uint32": 151_000}
 BATCH_ROWS = 64  # of one process
@@ -68,7 +69,9 @@ def synthetic_dataset(directory: Path, vocab_size: int, options: argparse.Namesp
     tokenizer_file = directory / "tokenizer.json"
     tokenizer_file.write_text("{}", encoding="utf-8")
     sha256 = str(tokenizer_sha256(directory))
-    tokenizer = HuggingFaceTokenizer(vocab_size, eos_id=0, sha256=sha256, files=(tokenizer_file,), backend=None)
+    tokenizer = HuggingFaceTokenizer(
+        vocab_size, eos_id=0, sha256=sha256, files=(tokenizer_file,), backend=None, known_ids=frozenset()
+    )
     (directory / "dataset").mkdir()
     writer = DatasetWriter(directory / "dataset", tokenizer, SHARD_BYTES)
     random = np.random.default_rng(0)
@@ -208,4 +211,4 @@ def large_index(directory: Path, num_documents: int) -> Manifest:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, prints_its_result=True))

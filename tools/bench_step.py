@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.apps.benchmark.case import MODELS
 from ebft_mega.apps.benchmark.suite import CASES, QUICK_CASES, run_suite
 from ebft_mega.apps.benchmark.tables import report
+from ebft_mega.io.command import run_command
 
 
 def main() -> int:
@@ -58,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -70,9 +69,6 @@ def main() -> int:
             show_dataset(dataset, arguments)
         sys.stdout.flush()
         return verify(dataset) if arguments.verify else EXIT_DONE
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
     finally:
         dataset.close()
 
@@ -172,4 +168,4 @@ def verify(dataset: Dataset) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, prints_its_result=True))

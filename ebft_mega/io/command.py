@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from ebft_mega.errors import EXIT_FAILED, EbftError, InputProblems
+from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
+from ebft_mega.io.standard_streams import forgive_output_errors, to_nowhere
 
 MAX_SHOWN_PROBLEMS = 50
 
@@ -20,18 +21,39 @@ def add_overrides_option(parser: argparse.ArgumentParser, meaning: str) -> None:
     )
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], prints_its_result: bool = False) -> int:
     """Run a tool.
 
     Args:
         main: the tool; raises `EbftError` for what the user can correct. It may return an exit code.
+        prints_its_result: standard output is what the tool is for: when nobody reads it any more (`| head`), the tool
+            ends without a word and with exit code 141, as the shell reports of other programs. Other tools do their
+            work to the end whatever becomes of their output.
 
     Returns:
         The process's exit code: that of `main`, 0 if it returns none, or that of the error, whose problems are
         printed on standard error.
     """
+    forgive_output_errors(*(("stderr",) if prints_its_result else ()))
+    exit_code = _exit_code(main, prints_its_result)
     try:
-        exit_code = main()
+        if sys.stdout is not None:  # it was closed when the tool started
+            sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes once more when it ends, and would change the exit code.
+        to_nowhere(sys.stdout.fileno())
+        return exit_code or _code_of(error, prints_its_result)
+    return exit_code
+
+
+def _exit_code(main: Callable[[], int | None], prints_its_result: bool) -> int:
+    """Run a tool and print what it raises."""
+    try:
+        return main() or 0
+    except SystemExit as end:  # of the parser: --help, or an unknown option
+        if not isinstance(end.code, int | None):
+            raise
+        return end.code or 0
     except InputProblems as error:
         for problem in error.problems[:MAX_SHOWN_PROBLEMS]:
             print(f"error: {problem}", file=sys.stderr)
@@ -42,8 +64,12 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a full disk, a directory that may not be written
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_FAILED
-    return exit_code or 0
+        return _code_of(error, prints_its_result)
+
+
+def _code_of(error: OSError, prints_its_result: bool) -> int:
+    """The exit code that an error of the system leads to, which is printed unless the tool's reader has just gone."""
+    if isinstance(error, BrokenPipeError) and prints_its_result:
+        return EXIT_UNREAD
+    print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+    return EXIT_FAILED

@@ -72,7 +72,7 @@ class StepProfiler:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(self._path))
-        except OSError as error:
+        except Exception as error:  # of any kind: torch reports a full disk as one of its own
             logger.warning("the profile could not be written (%s); training continues", error)
             return
         if self._announce is not None:

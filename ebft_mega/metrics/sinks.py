@@ -1,21 +1,24 @@
 """Metric sinks, on the one rank that writes: `metrics.jsonl`, tensorboard and the console."""
 
+import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ebft_mega.io.durable import write_bytes
+from ebft_mega.io.standard_streams import output_failures
 from ebft_mega.metrics.console import ConsoleSink, open_console
 
 logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """One destination of metrics; any method may raise OSError when its destination fails."""
+    """One destination of metrics; any method may raise when its destination fails."""
 
     name: str
 
@@ -52,22 +55,54 @@ def _is_kept(line: bytes, last_step: int) -> bool:
 
 
 class JsonlSink:
-    """One JSON object per logged step, on disk as soon as it is logged."""
+    """One JSON object per logged step, on disk as soon as it is logged: a result of the run, and whole at its end.
+
+    Lines that a full disk does not take are written as soon as it does. A file that was removed or renamed is written
+    anew with all that it held; one that was replaced (by an editor, say) is continued.
+    """
 
     name = "metrics.jsonl"
 
     def __init__(self, path: Path):
-        self._file = open(path, "ab", buffering=0)
+        self._path = path
+        self._file = open(path, "a+b", buffering=0)
+        self._waiting: list[bytes] = []
+
+    @property
+    def unwritten_lines(self) -> int:
+        """Lines that are not in the file yet."""
+        return len(self._waiting)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a value that is not finite becomes null, so that the file stays strict JSON.
 
         Raises:
-            OSError: the disk is full or gone. What was written of the line is taken back.
+            OSError: the disk is full or gone. What was written of the line is taken back, and it is tried again.
         """
         record: dict[str, float | None] = {"step": step}
         record.update({key: value if math.isfinite(value) else None for key, value in metrics.items()})
-        line = json.dumps(record).encode() + b"\n"
+        self._waiting.append(json.dumps(record).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not in the file yet.
+
+        Raises:
+            OSError: as for `log`.
+        """
+        self._follow_name()
+        while self._waiting:
+            self._append(self._waiting[0])
+            del self._waiting[0]
+
+    def close(self) -> None:
+        """Write what is not in the file yet, if that is possible now, and close it."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    def _append(self, line: bytes) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
             written = self._file.write(line)
@@ -76,11 +111,23 @@ class JsonlSink:
             raise
         if written != len(line):
             self._file.truncate(start)
-            raise OSError(f"only {written} of {len(line)} bytes were written")
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
 
-    def close(self) -> None:
-        """Close the file."""
+    def _follow_name(self) -> None:
+        """Open the file that has the name now, and make it anew if none has."""
+        own = os.fstat(self._file.fileno())
+        try:
+            named = os.stat(self._path)
+        except FileNotFoundError:
+            self._file.seek(0)
+            write_bytes(self._path, self._file.read())
+            logger.warning("%s was removed or renamed while the run was running: written anew, whole", self._path)
+        else:
+            if (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino):
+                return
+            logger.warning("%s was replaced while the run was running: continued", self._path)
         self._file.close()
+        self._file = open(self._path, "a+b", buffering=0)
 
 
 class TensorboardSink:
@@ -122,13 +169,16 @@ class MetricsWriter:
         cut_after(metrics_path, -1 if resumed_step is None else resumed_step)
         self._failed: set[str] = set()
         self._console: ConsoleSink | None = open_console(total_steps, resumed_step or 0) if console else None
-        self._sinks: list[Sink] = [JsonlSink(metrics_path)]
-        try:
-            self._sinks.append(TensorboardSink(output_dir / "tensorboard", resumed_step))
-        except OSError as error:
-            self._warn_once("tensorboard", error)
+        self._results = JsonlSink(metrics_path)
+        self._sinks: list[Sink] = [self._results]
+        self.show("tensorboard", lambda: self._sinks.append(TensorboardSink(output_dir / "tensorboard", resumed_step)))
         if self._console is not None:
             self._sinks.append(self._console)
+
+    @property
+    def unwritten_lines(self) -> int:
+        """Lines of `metrics.jsonl` that could not be written so far."""
+        return self._results.unwritten_lines
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics everywhere.
@@ -138,32 +188,36 @@ class MetricsWriter:
             metrics: scalars by `section/name`, in the units of the key (seconds, bytes, nats per token).
         """
         for sink in self._sinks:
-            try:
-                sink.log(step, metrics)
-            except OSError as error:
-                self._warn_once(sink.name, error)
+            self.show(sink.name, partial(sink.log, step, metrics))
+        for name, error in output_failures().items():
+            self._warn_once(name, error)
 
     def note(self, text: str) -> None:
         """Say something to the person watching, above the progress bar, and in the rank's log."""
         logger.info(text)
         if self._console is not None:
-            try:
-                self._console.note(text)
-            except OSError as error:
-                self._warn_once(self._console.name, error)
+            self.show(self._console.name, partial(self._console.note, text))
+
+    def show(self, name: str, action: Callable[[], object]) -> None:
+        """Do something that only shows what happens: whatever goes wrong with it is a warning, once for each name.
+
+        Args:
+            name: of what is written.
+            action: tried again at the next call: a disk that was full may have room again.
+        """
+        try:
+            action()
+        except Exception as error:  # of any kind: it may be a library's
+            self._warn_once(name, error)
 
     def close(self) -> None:
         """Flush and close every sink; calling it twice does no harm."""
         for sink in self._sinks:
-            try:
-                sink.close()
-            except OSError as error:
-                self._warn_once(sink.name, error)
+            self.show(sink.name, sink.close)
         self._sinks = []
         self._console = None
 
-    def _warn_once(self, name: str, error: OSError) -> None:
-        # The next steps are still tried: a disk that was full may have room again.
+    def _warn_once(self, name: str, error: Exception) -> None:
         if name not in self._failed:
             self._failed.add(name)
             logger.warning("metrics are not reaching %s (%s); training continues", name, error)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -55,19 +56,24 @@ class Observer:
 
     def show_blocks(self, step: int, evaluation: Evaluation) -> None:
         """Append a few rollouts beside their targets, as text."""
+        self.writer.show(self.samples_path.name, partial(self._append_blocks, step, evaluation))
+
+    def _append_blocks(self, step: int, evaluation: Evaluation) -> None:
         decode = self.tokenizer.decode
+        records = [
+            {
+                "step": step,
+                "row": block.row,
+                "block": block.block,
+                "context": decode(block.context),
+                "target": decode(block.target),
+                "rollouts": [decode(rollout) for rollout in block.rollouts],
+                "alignment": block.alignment,
+            }
+            for block in evaluation.shown
+        ]
         with self.samples_path.open("a", encoding="utf-8") as file:
-            for block in evaluation.shown:
-                record = {
-                    "step": step,
-                    "row": block.row,
-                    "block": block.block,
-                    "context": decode(block.context),
-                    "target": decode(block.target),
-                    "rollouts": [decode(rollout) for rollout in block.rollouts],
-                    "alignment": block.alignment,
-                }
-                file.write(json.dumps(record) + "\n")
+            file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def open_observer(
@@ -90,10 +96,10 @@ def open_observer(
     """
     logged_step, done_step = (progress.logged_step, progress.step) if resumes_here else (-1, -1)
     samples = output / "samples.jsonl"
-    cut_after(samples, logged_step)
-    cut_after(output / ERRORS_NAME, done_step)
     resumed_step = logged_step if logged_step >= 0 else None
     writer = MetricsWriter(output, total_steps, console=True, resumed_step=resumed_step)
+    writer.show(samples.name, partial(cut_after, samples, logged_step))
+    writer.show(ERRORS_NAME, partial(cut_after, output / ERRORS_NAME, done_step))
     for note in notes:
         writer.note(f"note: {note}")
     if not resumes_here:

@@ -19,7 +19,7 @@ from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.hooks import StepHooks
 from ebft_mega.train.learning_rate import learning_rate
-from ebft_mega.train.non_finite import dump_step
+from ebft_mega.train.non_finite import DUMP_DIRECTORY, dump_step
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
@@ -144,12 +144,15 @@ def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> N
         skipped.total,
     )
     if skipped.in_a_row == MAX_SKIPPED_IN_A_ROW:
-        path = dump_step(result, number, dist.get_rank(), trainer.groups, trainer.config.output_dir)
-        logger.error("wrote %s", path)
+        output = trainer.config.output_dir
+        try:
+            logger.error("wrote %s", dump_step(result, number, dist.get_rank(), trainer.groups, output))
+        except OSError as error:  # must not hide what it is about
+            logger.error("rows and statistics could not be written: %s", error)
         dist.barrier()
         raise NonFiniteStepError(
             f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
-            f"finite; rows and statistics are in {path.parent}"
+            f"finite; rows and statistics are in {output / DUMP_DIRECTORY}"
         )
 
 

@@ -70,7 +70,10 @@ def account_for(
     records = [by_row[row] for row in sorted(by_row)]
     path = output_dir / ERRORS_NAME
     if groups.is_world_first:
-        _append(path, records)
+        try:
+            _append(path, records)
+        except OSError as error:  # the same is in the log
+            logger.warning("%s cannot be written (%s); training continues", path, error)
         logger.warning("step %d: %d rows left out, %d so far: %s", step, len(records), total, records)
     dist.barrier()
     if total > allowed:

@@ -5,10 +5,11 @@ special id. No code from a tokenizer directory is run. The libraries are importe
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+REPLACEMENT = "\ufffd"  # shown for an id without a token
 _META_SPACE = "\u2581"  # how sentencepiece writes a space
 
 
@@ -53,7 +55,7 @@ class Tokenizer(Protocol):
         """Token ids of a text; no special token is added or recognised."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; bytes that are no complete UTF-8 character become U+FFFD."""
+        """Text of token ids; an id that is none, and bytes that are no complete UTF-8 character, become U+FFFD."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self.processor.decode([int(token) for token in ids])
+        return _decoded(ids, range(self.vocab_size), self.processor.decode)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class HuggingFaceTokenizer:
     sha256: str
     files: tuple[Path, ...]
     backend: Any = field(repr=False)
+    known_ids: frozenset[int] = field(repr=False)  # a vocabulary may have holes
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -101,7 +104,24 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
+        return _decoded(ids, self.known_ids, lambda known: self.backend.decode(known, skip_special_tokens=False))
+
+
+def _decoded(ids: Sequence[int], known_ids: Container[int], decode: Callable[[list[int]], str]) -> str:
+    """Text of token ids; models have rows, and so ids, for which their tokenizer has no token."""
+    tokens = [int(token) for token in ids]
+    text = ""
+    last: list[int] = []
+    for is_known, group in itertools.groupby(tokens, key=known_ids.__contains__):
+        run = list(group)
+        if not is_known:
+            text += REPLACEMENT * len(run)
+            continue
+        # Tokenizers treat the beginning of a text in their own way, and this run is not at one.
+        before, both = decode(last), decode(last + run)
+        text += both.removeprefix(before) if both.startswith(before) else decode(run)
+        last = run[-1:]
+    return text
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
@@ -200,15 +220,17 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
     if not isinstance(definition.get("model"), dict):
         raise bad_input(str(path), "model", "missing", "a tokenizer of the tokenizers library")
     backend = Backend.from_str(json.dumps(definition))
+    known_ids = frozenset(backend.get_vocab(with_added_tokens=True).values())
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     return HuggingFaceTokenizer(
-        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        vocab_size=max(known_ids) + 1,
         eos_id=_eos_from_config(path.parent, backend.token_to_id),
         sha256=str(tokenizer_sha256(path.parent)),
         files=tokenizer_files(path.parent),
         backend=backend,
+        known_ids=known_ids,
     )
 
 

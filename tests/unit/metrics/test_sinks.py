@@ -1,9 +1,11 @@
 """Metrics reach every sink, and a sink that fails never stops the training."""
 
+import contextlib
 import io
 import json
 import logging
 import math
+import shutil
 
 import pytest
 
@@ -88,7 +90,7 @@ def test_failing_sink_warns_once_and_the_others_continue(tmp_path, monkeypatch, 
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-class ShortFile(io.BytesIO):
+class ShortFile(io.FileIO):
     """A file on a full disk: takes only the first bytes of a line."""
 
     full = False
@@ -97,14 +99,93 @@ class ShortFile(io.BytesIO):
         return super().write(data[:4] if self.full else data)
 
 
-def test_half_written_line_is_taken_back(tmp_path):
+def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.close()
-    sink._file = ShortFile()
+    sink._file = ShortFile(tmp_path / "metrics.jsonl", "a+")
     sink.log(1, {"a": 1.0})
     sink._file.full = True
-    with pytest.raises(OSError, match="only 4 of"):
-        sink.log(2, {"a": 2.0})
+    for step in (2, 3):
+        with pytest.raises(OSError, match="only 4 of"):
+            sink.log(step, {"a": float(step)})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "a": 1.0}\n', "no torn line"
+    assert sink.unwritten_lines == 2
     sink._file.full = False
-    sink.log(3, {"a": 3.0})
-    assert sink._file.getvalue() == b'{"step": 1, "a": 1.0}\n{"step": 3, "a": 3.0}\n'
+    sink.close()
+    assert sink.unwritten_lines == 0
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": step, "a": float(step)} for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("change", ["removed", "renamed", "replaced", "removed at the end"])
+def test_metrics_whose_file_changes_meanwhile_are_whole(tmp_path, change, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ebft_mega"), "propagate", True)
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(tmp_path, total_steps=3, console=False)
+    writer.log(1, {"a": 1.0})
+    if change == "removed":
+        path.unlink()
+    elif change == "renamed":
+        path.rename(tmp_path / "old")
+    elif change == "replaced":
+        (tmp_path / "new").write_text('{"step": 1, "edited": 1}\n')
+        (tmp_path / "new").rename(path)
+    writer.log(2, {"a": 2.0})
+    if change == "removed at the end":
+        path.unlink()
+    writer.close()
+    first = {"step": 1, "edited": 1} if change == "replaced" else {"step": 1, "a": 1.0}
+    assert read_lines(path) == [first, {"step": 2, "a": 2.0}]
+    words = "was replaced" if change == "replaced" else "was removed or renamed"
+    assert sum(words in record.message for record in caplog.records) == 1
+
+
+def test_metrics_without_their_directory_wait(tmp_path):
+    (tmp_path / "run").mkdir()
+    writer = MetricsWriter(tmp_path / "run", total_steps=3, console=False)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    writer.log(1, {"a": 1.0})
+    assert writer.unwritten_lines == 1 and not (tmp_path / "run").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    writer.close()
+    assert writer.unwritten_lines == 0 and len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def make_unwritable(directory, how):
+    """Put something in the place of a tensorboard directory, or take it away in mid-run."""
+    if how == "a file":
+        directory.write_text("notes")
+    elif how == "a link to nothing":
+        directory.symlink_to(directory / "nothing" / "there")
+    elif how == "a library's own error":
+        return RuntimeError("of a library")
+    return None
+
+
+@pytest.mark.parametrize("how", ["a file", "a link to nothing", "a library's own error"])
+def test_a_tensorboard_directory_that_cannot_be_made(tmp_path, how, monkeypatch):
+    failure = make_unwritable(tmp_path / "tensorboard", how)
+    if failure is not None:
+
+        def fail(*_):
+            raise failure
+
+        monkeypatch.setattr(sinks, "TensorboardSink", fail)
+    writer = MetricsWriter(tmp_path, total_steps=2, console=False)
+    writer.log(1, {"a": 1.0})
+    writer.close()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tensorboard_directory_that_is_removed_meanwhile(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=2, console=False)
+    writer.log(1, {"a": 1.0})
+    tensorboard = next(sink for sink in writer._sinks if sink.name == "tensorboard")
+    tensorboard._writer.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    writer.log(2, {"a": 2.0})
+    with contextlib.suppress(OSError):
+        tensorboard._writer.flush()
+    writer.log(3, {"a": 3.0})
+    writer.close()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3

@@ -1,10 +1,13 @@
 """What happens around a step, in which order, and what is left for a resumed run when a stop request interrupts it."""
 
+import json
+import logging
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
+from ebft_mega.metrics.sinks import MetricsWriter
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train import hooks as hooks_module
 from ebft_mega.train.hooks import (
@@ -178,3 +181,35 @@ def test_the_order_of_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("step", "interval", "due"), [(0, 4, True), (3, 4, False), (8, 4, True), (10, None, True)])
 def test_due(step, interval, due):
     assert is_due(step, interval, TOTAL_STEPS) == due
+
+
+class Shown:
+    """A block that an evaluation shows."""
+
+    row, block, context, target, rollouts, alignment = 3, 1, [1, 2], [3], [[4], [5]], [0.5, 0.25]
+
+
+@pytest.mark.parametrize("obstacle", ["nothing", "tokenizer", "directory"])
+def test_blocks_that_cannot_be_shown_are_a_warning(tmp_path, obstacle, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ebft_mega"), "propagate", True)
+
+    class Broken:
+        def decode(self, ids):
+            if obstacle == "tokenizer":
+                raise IndexError("id is out of range.")
+            return " ".join(map(str, ids))
+
+    samples = tmp_path / "samples.jsonl"
+    if obstacle == "directory":
+        samples.mkdir()
+    writer = MetricsWriter(tmp_path, total_steps=2, console=False)
+    observer = Observer(writer, samples, Broken())
+    for step in (1, 2):
+        observer.show_blocks(step, SimpleNamespace(shown=[Shown]))
+    writer.close()
+    expected = 0 if obstacle == "nothing" else 1
+    assert sum("samples.jsonl" in record.message for record in caplog.records) == expected
+    if obstacle == "nothing":
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert lines[0]["rollouts"] == ["4", "5"]

@@ -166,3 +166,25 @@ def test_a_text_that_does_not_round_trip_fails_the_training(
     assert caught.value.exit_code == 1
     assert "module_08" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strange", [lambda size: size, lambda size: size + 10**12, lambda size: -1])
+def test_an_id_without_a_token_becomes_a_replacement_character(directory: Path, strange) -> None:
+    """Models have more rows than their tokenizer has tokens: padding, or tokens that were to be added."""
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode("return 12")
+    stray = strange(tokenizer.vocab_size)
+    assert tokenizer.decode([stray]) == "\ufffd"
+    assert tokenizer.decode([*ids, stray, stray]) == "return 12\ufffd\ufffd"
+    assert tokenizer.decode([stray, *ids, stray, *tokenizer.encode(" 12"), *ids]) == "\ufffdreturn 12\ufffd 12return 12"
+
+
+def test_a_hole_in_a_vocabulary_becomes_a_replacement_character(hugging_face_directory: Path, tmp_path: Path) -> None:
+    copy_tokenizer(hugging_face_directory, tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    token, hole = max(vocabulary.items(), key=lambda item: item[1])
+    vocabulary[token] = hole + 10_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    before = load_tokenizer(hugging_face_directory).decode([hole])
+    assert load_tokenizer(tmp_path).decode([hole, hole + 10_000, hole]) == f"\ufffd{before}\ufffd"
