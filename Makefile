@@ -8,9 +8,10 @@ STAMP := $(VENV)/.installed
 # One thread per process: several ranks share the machine, and small tensors lose time in thread pools.
 export OMP_NUM_THREADS ?= 1
 
-# Unit tests are one process each, so two run at a time, file by file. The others start ranks of their own.
-UNIT_TESTS := tests/unit --numprocesses 2 --dist loadfile
-RANK_TESTS := tests/distributed tests/integration
+# Two test files run at a time. Those with ranks of their own come last: ranks wait for each other and leave time free.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+UNIT_TESTS := tests/unit $(TWO_AT_A_TIME)
+RANK_TESTS := tests/distributed tests/integration $(TWO_AT_A_TIME)
 # Both parts run to their end, whatever the first one finds.
 run-tests = @status=0; \
 	$(BIN)/python -m pytest $(1) --durations=10 $(UNIT_TESTS) || status=1; \
