@@ -24,7 +24,7 @@ from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME, write_environment
-from ebft_mega.runtime.stop_requests import StopReason, StopRequests
+from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.hooks import Observer, open_observer, step_hooks
 from ebft_mega.train.loop import train
@@ -42,6 +42,7 @@ class Run:
     plan: RunPlan
     groups: ProcessGroups
     loader: BatchLoader
+    signals: Signals
     requests: StopRequests
     lock_lost: Callable[[], bool]  # whether this rank knows that another run has the directory now
     write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
@@ -88,9 +89,12 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             small_files,
             announce=observer.writer.note if observer is not None else None,
             beat=watchdog.beat,
+            begun=start.progress,
             saved=start.progress if start.is_in(output) else None,
         )
         hooks = step_hooks(trainer, held_out, plan.total_steps, boundary, observer, watchdog)
+        dist.barrier()  # a rank that stops until here has trained nothing, and neither have the others
+        run.signals.train_from_now_on()
         stopped = train(trainer, run.loader, plan.total_steps, start.progress, hooks, watchdog)
         if stopped:
             if observer is not None:
