@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.describing_files import describing_files, generation_config
+from ebft_mega.checkpoint.describing_files import DescribingFiles, checkpoint_files, describing_files
 from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.load import resolved_yaml
@@ -23,6 +23,7 @@ from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME, write_environment
 from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
@@ -71,15 +72,16 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
     watchdog.beat("building of the model")
     held_out = held_out_rows(config, groups)
-    described = describing_files(config, plan.architecture, run.tokenizer_directory) if groups.is_world_first else {}
+    described = describing_files_of(run)
+    for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
         state = identity.state(progress, run.loader, trainer.engine.applied_updates)
-        return {**described, STATE_NAME: state.to_json().encode()}
+        return {**for_checkpoints, STATE_NAME: state.to_json().encode()}
 
     # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
     start = replace(start, notes=(*start.notes, *tidy(output / CHECKPOINTS, start)))
-    observer = _observer(run, start) if groups.is_world_first else None
+    observer = _observer(run, start, described) if described is not None else None
     try:
         boundary = Boundary(
             trainer,
@@ -100,7 +102,7 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             if observer is not None:
                 observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
             return stopped
-        export(run, trainer)
+        export(run, trainer, described)
         watchdog.beat("writing of the model")
     finally:
         if observer is not None:
@@ -111,28 +113,42 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     return StopReason.NONE
 
 
-def export(run: Run, trainer: Trainer) -> None:
+def describing_files_of(run: Run) -> DescribingFiles | None:
+    """Read what describes the model beside its weights, on the first rank; None on the others.
+
+    Raises:
+        BrokenCheckpointError: on every rank, if the run starts from a checkpoint with a changed file.
+    Communication: one broadcast over the world.
+    """
+    found: list[DescribingFiles] = []
+    from_first_rank(lambda: found.append(describing_files(run.config, run.tokenizer_directory)))
+    return found[0] if found else None
+
+
+def export(run: Run, trainer: Trainer, described: DescribingFiles | None) -> None:
     """Write the final model as a Hugging Face directory.
 
+    Args:
+        described: what describes the model beside its weights; None on all ranks but the first.
     Communication: collective over the world, one parameter after another.
     """
     config, architecture = run.config, run.plan.architecture
     tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
-    if not run.groups.is_world_first:
+    if described is None:
         for _ in tensors:  # gathering a parameter is collective
             pass
         return
     target, dtype = run.output / MODEL_FOLDER, DTYPES[config.train.dtype]
-    write_model(target, architecture, tensors, dtype, run.tokenizer_directory, generation_config(config))
+    write_model(target, architecture, tensors, dtype, described.contents)
 
 
-def _observer(run: Run, start: Start) -> Observer:
+def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
     progress = start.progress
     facts = {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()}
     (run.output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(run.config), encoding="utf-8")
     write_environment(run.output, facts)
-    notes = (*run.plan.notes, *start.notes)
+    notes = (*run.plan.notes, *start.notes, *described.notes)
     return open_observer(
         run.output, run.tokenizer_directory, run.plan.total_steps, progress, start.is_in(run.output), notes
     )
