@@ -1,31 +1,26 @@
 """Read and check a configuration, then print the plan (`--dry-run`) or train: the main job."""
 
+import argparse
 import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installed package
-
-from ebft_mega.io import process_signals  # noqa: E402
-
-if __name__ == "__main__":
-    process_signals.listen(exit_code=75)  # errors.EXIT_STOPPED, before the other imports take their time
-
-import argparse  # noqa: E402
-import time  # noqa: E402
-from collections.abc import MutableMapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from ebft_mega.checkpoint.resume_candidates import described_start  # noqa: E402
-from ebft_mega.config.load import load_config  # noqa: E402
-from ebft_mega.errors import EXIT_STOPPED, ConfigError, EbftError, InputProblems, Problem  # noqa: E402
-from ebft_mega.io.command import add_overrides_option  # noqa: E402
-from ebft_mega.io.process_signals import StopNow  # noqa: E402
-from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
-from ebft_mega.planning.dry_run import describe_run  # noqa: E402
-from ebft_mega.planning.run_plan import check_run  # noqa: E402
-from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
+
+from ebft_mega.config.load import load_config  # noqa: E402
+from ebft_mega.config.schema import RunConfig  # noqa: E402
+from ebft_mega.errors import EXIT_DONE, ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.io.command import add_overrides_option  # noqa: E402
+from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
+from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
+from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
+from ebft_mega.planning.dry_run import describe_run  # noqa: E402
+from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
+from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
+from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,10 +32,13 @@ def parse_arguments() -> argparse.Namespace:
     option("--dry-run", action="store_true", help="print the plan and the memory table, and stop")
     option("--world-size", type=int, metavar="N", help="number of processes that --dry-run plans for")
     option("--trace-step", type=Path, metavar="DIR", help="run one optimizer step and write its trace")
+    option("--fresh", action="store_true", help="set what is in output_dir aside (in previous/) and begin anew")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     arguments = parser.parse_args()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size is a positive number and goes with --dry-run")
+    if arguments.fresh and arguments.trace_step is not None:
+        parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments
 
 
@@ -73,45 +71,53 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def has_nothing_to_do(config: RunConfig, plan: RunPlan) -> bool:
+    """Whether all ranks see that the run is done.
+
+    Raises:
+        ConfigError: all ranks see that the start is refused.
+    """
+    standing = early_standing(config, plan)
+    return standing is not None and standing.action is Action.NOTHING
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write the report page of a run; it draws plots, which neither a dry run nor a refusal should wait for."""
+    from ebft_mega.apps.report.run_report import write_run_report
+
+    return write_run_report(output_dir)
+
+
 def main() -> int:
     """Run the job and return the exit code."""
     started = time.monotonic()
-    try:
-        forgive_output_errors()
-        signals = Signals.listen()
-        code = run(signals, started)
-        signals.done()
-        return code
-    except StopNow as stop:
-        if is_first_rank():
-            print(f"stopped during the start ({stop}): nothing is lost, start it again", file=sys.stderr)
-        process_signals.leave(EXIT_STOPPED)
-
-
-def run(signals: Signals, started: float) -> int:
-    """Run the job and return the exit code.
-
-    Args:
-        signals: those that this process gets; until the first step they raise `StopNow`.
-        started: by `time.monotonic()`.
-    """
+    forgive_output_errors()
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
+    # From here on a signal asks a run for a checkpoint instead of ending the process.
+    signals = Signals() if arguments.dry_run or trace_step else Signals.listen()
     try:
         be_rank_of_slurm_task(os.environ)
         config = load_config(arguments.config, arguments.overrides)
+        given = arguments.config.absolute()
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
+        # A new run writes its own resolved configuration.
+        own_files = [config.data.cache.absolute(), *[given] * (given.name != RESOLVED_CONFIG_NAME)]
+        fresh = Fresh.of(arguments.fresh, own_files)
         plan = check_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
         if arguments.dry_run:
             if is_first_rank():
-                print(f"{describe_run(config, plan)}\n\n{described_start(config)}")
-            return 0
-        from ebft_mega.apps.report.run_report import write_run_report
+                print(describe_run(config, plan), flush=True)
+            standing = planned_standing(config, plan, fresh)
+            if is_first_rank():
+                print("\n" + "\n".join([*standing.notes, standing.words]))
+            return EXIT_DONE
+        if not trace_step and not fresh.acts and has_nothing_to_do(config, plan):
+            return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE
         from ebft_mega.lifecycle.run import run_training
 
-        return run_training(config, plan, trace_step, signals, started, write_run_report)
+        return run_training(config, plan, trace_step, signals, started, write_report, fresh)
     except EbftError as error:
-        signals.fail_undisturbed()
         if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code

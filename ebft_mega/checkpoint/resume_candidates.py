@@ -79,17 +79,12 @@ def candidates(config: RunConfig) -> Candidates:
     )
 
 
-def described_start(config: RunConfig) -> str:
-    """Say from which checkpoint a run would resume, without checking whether it is whole.
-
-    Raises:
-        ConfigError: see `candidates`.
-    """
-    found = candidates(config)
-    if not found.paths:
-        return "The run begins at its first step."
-    older = ", or from an older one if that is not whole" if len(found.paths) > 1 else ""
-    return f"The run resumes from {found.paths[0]}{older}."
+def named_origin(config: RunConfig, found: Candidates) -> StartedFrom | None:
+    """Name the checkpoint that a run begins from, if `checkpoint.resume` names one outside its directory."""
+    if found.named is None or found.named.parent == config.output_dir / CHECKPOINTS:
+        return None
+    checksum = _manifest_checksum(found.named)
+    return None if checksum is None else StartedFrom(path=str(_real(found.named)), manifest_sha256=checksum)
 
 
 def origin(saved: SavedRun, found: Candidates) -> StartedFrom | None:

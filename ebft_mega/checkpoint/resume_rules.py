@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from typing import Any
 
@@ -103,14 +103,14 @@ def refused_changes(saved: SavedRun, config: RunConfig, architecture: Architectu
     """
     advice = f"in {saved.directory}; a new run from its weights is `model.init_from: {saved.directory}`"
     problems = []
-    for key, rule, old, new in _changed_values(saved, config):
+    for key, rule, old, new in changed_values(values_by_key(saved.config), config):
         if rule is Rule.REFUSED:
-            problems.append(Problem(config.place(key), key, _shown(new), f"{_shown(old)}, as {advice}"))
+            problems.append(Problem(config.place(key), key, shown(new), f"{shown(old)}, as {advice}"))
     model_key = "model.init_from" if config.model.config is None else "model.config"
-    then, now = _sizes(saved.architecture), _sizes(architecture)
+    then, now = sizes(saved.architecture), sizes(architecture)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
-            old, new = _shown(then.get(name)), _shown(now.get(name))
+            old, new = shown(then.get(name)), shown(now.get(name))
             problems.append(Problem(config.place(model_key), f"{model_key}: {name}", new, f"{old}, as {advice}"))
     return problems
 
@@ -118,33 +118,49 @@ def refused_changes(saved: SavedRun, config: RunConfig, architecture: Architectu
 def noted_changes(saved: SavedRun, config: RunConfig) -> list[str]:
     """List the allowed changes after which the run differs from one that never stopped."""
     notes = [
-        f"{key} was {_shown(old)} and is {_shown(new)} now: {NOTED[key]}"
-        for key, rule, old, new in _changed_values(saved, config)
+        f"{key} was {shown(old)} and is {shown(new)} now: {NOTED[key]}"
+        for key, rule, old, new in changed_values(values_by_key(saved.config), config)
         if rule is Rule.NOTED
     ]
-    old_steps = _total_steps(saved.config)
+    old_steps = total_steps(saved.config)
     if config.train.lr_scheduler != "constant" and old_steps not in (None, config.total_steps):
         names = " or ".join(LENGTH)
         notes.append(f"the run had {old_steps} steps and has {config.total_steps} now ({names}): {_OTHER_STEPS}")
     return notes
 
 
-def _changed_values(saved: SavedRun, config: RunConfig) -> Iterator[tuple[str, Rule, Any, Any]]:
-    """Key, its rule, old and new value of every key that differs; the old value of a new key is its default."""
-    now = config.model_dump(mode="json")
+def changed_values(then: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Rule, Any, Any]]:
+    """List every key that differs, with its rule, old and new value; the old value of a new key is its default.
+
+    Args:
+        then: values by dotted key, see `values_by_key`.
+    """
+    now = values_by_key(config.model_dump(mode="json"))
     for key, field in all_keys().items():
-        rule = rule_of(key)
-        section, _, leaf = key.rpartition(".")
         default = field.get_default(call_default_factory=True)
         default = None if default is PydanticUndefined else to_jsonable_python(default)
-        old = (saved.config.get(section, {}) if section else saved.config).get(leaf, default)
-        new = (now[section] if section else now)[leaf]
+        old, new = then.get(key, default), now[key]
         if old != new:
-            yield key, rule, old, new
+            yield key, rule_of(key), old, new
 
 
-def _total_steps(tree: dict[str, Any]) -> int | None:
-    """Optimizer steps of the whole run by a saved configuration; None where it does not say."""
+def values_by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the values of all known keys that a configuration has, by dotted key.
+
+    Args:
+        tree: sections of keys, as `config.resolved.yaml` has them.
+    """
+    values = {}
+    for key in all_keys():
+        section, _, leaf = key.rpartition(".")
+        branch = tree.get(section, {}) if section else tree
+        if leaf in branch:
+            values[key] = branch[leaf]
+    return values
+
+
+def total_steps(tree: dict[str, Any]) -> int | None:
+    """Count the optimizer steps of the whole run by a saved configuration; None where it does not say."""
     train, data = tree.get("train", {}), tree.get("data", {})
     if train.get("max_steps") is not None:
         return int(train["max_steps"])
@@ -154,8 +170,8 @@ def _total_steps(tree: dict[str, Any]) -> int | None:
         return None
 
 
-def _sizes(architecture: Architecture) -> dict[str, Any]:
-    """What must be equal for weights to fit a model: all fields, and the rotary settings whatever their spelling."""
+def sizes(architecture: Architecture) -> dict[str, Any]:
+    """List what must be equal for weights to fit a model: all fields, and rotary settings whatever their spelling."""
     fields = {item.name: getattr(architecture, item.name) for item in dataclasses.fields(architecture)}
     hf_config = fields.pop("hf_config")
     rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
@@ -164,5 +180,6 @@ def _sizes(architecture: Architecture) -> dict[str, Any]:
     return {**fields, **{name if name.startswith("rope_") else f"rope_{name}": value for name, value in rope.items()}}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write a value as it stands in a configuration."""
     return yaml_text(value) if not isinstance(value, list | dict) else json.dumps(value)

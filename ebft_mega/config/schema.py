@@ -276,7 +276,10 @@ class CheckpointConfig(Section):
     """Complete checkpoints during the run."""
 
     interval: int | None = key(
-        None, "Steps between checkpoints, with one after the last step; not set: only on request.", unit=STEPS, ge=1
+        None, "Steps between checkpoints; not set: none between the first step and the last.", unit=STEPS, ge=1
+    )
+    final: bool = key(
+        True, "(ours) A checkpoint after the last step, whatever `interval` says; `false`: only where it is due there."
     )
     keep_last: int | None = key(None, "How many of the newest checkpoints are kept; not set: all.", ge=1)
     keep_every: int | None = key(

@@ -1,6 +1,7 @@
 """Output directories that appear only when they are complete; work that was stopped can be resumed."""
 
 import json
+import re
 import secrets
 import shutil
 import sys
@@ -16,6 +17,7 @@ from ebft_mega.io.input_errors import bad_input
 _IDENTITY_NAME = "identity.json"
 _LOCK_NAME = "lock"
 _RESULT_NAME = "result"
+_TOKEN_BYTES = 4  # of the names of temporary directories
 
 
 @contextmanager
@@ -162,6 +164,24 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
+def hidden_siblings(path: Path) -> list[Path]:
+    """List what makers of `path` that were killed have left beside it: unfinished directories, and replaced ones.
+
+    One that `new_directory` was about to put in place, or had just put out of it, is whole.
+    """
+    pattern = re.compile(re.escape(f".{path.name}.") + f"[0-9a-f]{{{2 * _TOKEN_BYTES}}}")
+    try:
+        return sorted(item for item in path.parent.iterdir() if pattern.fullmatch(item.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def discard_hidden_siblings(path: Path) -> None:
+    """Delete what killed makers of `path` have left; only where nobody can be making it."""
+    for item in hidden_siblings(path):
+        shutil.rmtree(item, ignore_errors=True)
+
+
 def _hidden_sibling(path: Path) -> Path:
     """An unused name on the same file system, so that a rename moves nothing."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}")

@@ -1,10 +1,9 @@
 """One run: connect the ranks, check what they share, lock the run directory, run, and record the outcome."""
 
-import datetime
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,15 @@ import torch.distributed as dist
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
-from ebft_mega.errors import EXIT_DONE, EXIT_HANG, ConfigError, Problem
-from ebft_mega.lifecycle.build import build_chosen_trainer
+from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.lifecycle.inputs import make_loader
 from ebft_mega.lifecycle.model_identity import require_whole_models
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.run_directory import make_run_directory
+from ebft_mega.lifecycle.setting_aside import Fresh, take_directory
+from ebft_mega.lifecycle.standing import Action, conclude
 from ebft_mega.lifecycle.start import find_start
+from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.planning.run_plan import RunPlan
@@ -28,8 +29,6 @@ from ebft_mega.runtime.run_files import STATUS_NAME, setup_rank_log
 from ebft_mega.runtime.run_lock import RunLock
 from ebft_mega.runtime.stop_requests import Signals, StopRequests
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
-from ebft_mega.train.loop import rows_of_step
-from ebft_mega.train.step_trace import trace_step
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +40,7 @@ def run_training(
     signals: Signals,
     started_monotonic: float,
     write_report: Callable[[Path], Path],
+    fresh: Fresh | None = None,
 ) -> int:
     """Train, or trace one step.
 
@@ -50,15 +50,15 @@ def run_training(
         signals: those that this process gets.
         started_monotonic: `time.monotonic()` when the process started.
         write_report: writes the report page of a finished run directory and returns its path.
+        fresh: whether what is in the run directory is set aside first; None: it is not.
     Returns:
         Exit code of every rank: 0, or 75 if the run stopped on request.
     Communication: every rank of the job calls it.
     """
-    with signals.stopped_with_peers():
-        groups = connect_ranks(config)
-        loader = make_loader(config, groups, is_trace=trace_directory is not None)
-        require_same_inputs(config, plan, loader)
-        require_whole_models(config)
+    groups = connect_ranks(config)
+    loader = make_loader(config, groups, is_trace=trace_directory is not None)
+    require_same_inputs(config, plan, loader)
+    require_whole_models(config)
     if trace_directory is not None:
         return trace_first_step(config, plan, groups, loader, trace_directory)
     make_run_directory(config)
@@ -67,12 +67,13 @@ def run_training(
         lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
         lock_lost = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
         limit = config.train.max_run_minutes
-        if groups.is_world_first:
-            signals.before_forced_end(lock.delete)
         requests = StopRequests(signals, config.output_dir, started_monotonic, limit, groups.is_world_first)
-        return run_in_directory(
-            Run(config, plan, groups, loader, signals, requests, lock_lost, write_report), lock_notes
-        )
+        # By one rank, under the lock: nobody else changes what is found.
+        standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()))
+        if standing.action is Action.NOTHING:
+            return from_first_rank(lambda: conclude(config, standing, write_report))
+        run = Run(config, plan, groups, loader, requests, lock_lost, write_report, standing)
+        return run_in_directory(run, (*lock_notes, *standing.notes))
 
 
 def connect_ranks(config: RunConfig) -> ProcessGroups:
@@ -108,26 +109,6 @@ def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -
     )
 
 
-def timeout_of_steps(config: RunConfig) -> datetime.timedelta:
-    """How long a run may take between two events that the watchdog is told of."""
-    return datetime.timedelta(minutes=config.train.step_timeout_minutes)
-
-
-def trace_first_step(
-    config: RunConfig, plan: RunPlan, groups: ProcessGroups, loader: BatchLoader, directory: Path
-) -> int:
-    """Write the trace of optimizer step 0, without a run directory; returns the exit code.
-
-    Communication: collective over the world.
-    """
-    watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: EXIT_HANG)
-    with watchdog, closing(iter(loader)) as batches:
-        trainer = build_chosen_trainer(config, plan, groups)
-        trace_step(trainer, rows_of_step(next(batches).rows, config, groups.device), directory)
-        dist.barrier()
-    return EXIT_DONE
-
-
 def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     """Find the start, train, export, and record the outcome, whatever it is.
 
@@ -143,8 +124,7 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     if run.groups.is_world_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
-    outcome = Outcome(output, run.lock_lost)
-    run.signals.before_forced_end(outcome.of_stop_at_start)
+    outcome = Outcome(output)
     try:
         with Watchdog(timeout_of_steps(run.config), log_path, outcome.of_hang) as watchdog:
             start = find_start(run.config, run.plan, run.loader)
@@ -153,8 +133,8 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
             stopped = train_and_export(run, replace(start, notes=(*notes, *start.notes)), watchdog)
             dist.barrier()
     except BaseException as error:
-        run.signals.fail_undisturbed()
         leave_soon()
+        logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
         if (cause := outcome.of_error(error)) is not error:
             raise cause from error
         raise

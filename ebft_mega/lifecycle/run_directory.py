@@ -1,13 +1,17 @@
-"""The directory of a run: made, and refused if it cannot be written, before anything expensive happens."""
+"""The directory of a run: made, and refused if it cannot be written; cleared of what killed starts have left."""
 
+import shutil
 import tempfile
+from pathlib import Path
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, Problem
-from ebft_mega.io.output_directory import refuse_other_contents
+from ebft_mega.io.output_directory import discard_hidden_siblings, refuse_other_contents
 from ebft_mega.model.weights.model_directory import CONFIG_NAME
+from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME
 
-MODEL_FOLDER = "hf"  # of a run directory: the final model
+# What a start writes beside metrics, samples and checkpoints, which are cut or set aside where a run begins anew.
+UNFINISHED = ("tensorboard", "profile", "non_finite", "plots", REPORT_NAME)
 
 
 def make_run_directory(config: RunConfig) -> None:
@@ -31,3 +35,18 @@ def make_run_directory(config: RunConfig) -> None:
     except InputError as error:
         problems = [problem.within(config.place("output_dir")) for problem in error.problems]
         raise ConfigError(problems) from None
+
+
+def clear_unfinished(output: Path, is_all: bool) -> None:
+    """Delete what killed starts have left beside checkpoints, once nothing can refuse the start any more.
+
+    Args:
+        is_all: the run begins anew here; else the profiles and pages of its earlier starts stay.
+    """
+    discard_hidden_siblings(output / MODEL_FOLDER)
+    for name in UNFINISHED if is_all else ():
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -4,35 +4,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.describing_files import DescribingFiles, checkpoint_files, describing_files
+from ebft_mega.checkpoint.describing_files import describing_files
 from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.saver import CheckpointSaver
-from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
+from ebft_mega.errors import CheckpointError
 from ebft_mega.lifecycle.build import build_chosen_trainer
 from ebft_mega.lifecycle.inputs import held_out_rows
 from ebft_mega.lifecycle.model_identity import run_identity
-from ebft_mega.lifecycle.run_directory import MODEL_FOLDER
+from ebft_mega.lifecycle.results import describe_in_directory, export
+from ebft_mega.lifecycle.standing import Standing
 from ebft_mega.lifecycle.start import Start, tidy
-from ebft_mega.model.weights.model_directory import write_model
-from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.planning.dry_run import checkpoint_words
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.runtime.agreement import from_first_rank
-from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME, write_environment
-from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
+from ebft_mega.runtime.run_files import MODEL_FOLDER
+from ebft_mega.runtime.stop_requests import StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.hooks import Observer, open_observer, step_hooks
 from ebft_mega.train.loop import train
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
-from ebft_mega.types import DTYPES
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,10 @@ class Run:
     plan: RunPlan
     groups: ProcessGroups
     loader: BatchLoader
-    signals: Signals
     requests: StopRequests
     lock_lost: Callable[[], bool]  # whether this rank knows that another run has the directory now
     write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
+    standing: Standing  # what was found in the directory
 
     @property
     def output(self) -> Path:
@@ -72,16 +66,16 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
     watchdog.beat("building of the model")
     held_out = held_out_rows(config, groups)
-    described = describing_files_of(run)
-    for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
+    described = describing_files(config, plan.architecture, run.tokenizer_directory) if groups.is_world_first else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
         state = identity.state(progress, run.loader, trainer.engine.applied_updates)
-        return {**for_checkpoints, STATE_NAME: state.to_json().encode()}
+        return {**described, STATE_NAME: state.to_json().encode()}
 
     # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
-    start = replace(start, notes=(*start.notes, *tidy(output / CHECKPOINTS, start)))
-    observer = _observer(run, start, described) if described is not None else None
+    going_back = run.standing.notes_on_going_back(start.progress.step) if start.is_in(output) else ()
+    start = replace(start, notes=(*start.notes, *going_back, *tidy(output / CHECKPOINTS, start)))
+    observer = _observer(run, start) if groups.is_world_first else None
     try:
         boundary = Boundary(
             trainer,
@@ -91,18 +85,21 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             small_files,
             announce=observer.writer.note if observer is not None else None,
             beat=watchdog.beat,
-            begun=start.progress,
             saved=start.progress if start.is_in(output) else None,
         )
         hooks = step_hooks(trainer, held_out, plan.total_steps, boundary, observer, watchdog)
-        dist.barrier()  # a rank that stops until here has trained nothing, and neither have the others
-        run.signals.train_from_now_on()
-        stopped = train(trainer, run.loader, plan.total_steps, start.progress, hooks, watchdog)
+        stopped, failure = StopReason.NONE, None
+        try:
+            stopped = train(trainer, run.loader, plan.total_steps, start.progress, hooks, watchdog)
+        except CheckpointError as error:
+            if start.progress.step < plan.total_steps or start.progress.evaluation_pending:
+                raise
+            failure = error  # of the last checkpoint, on all ranks: the model is no worse for it
         if stopped:
             if observer is not None:
                 observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
             return stopped
-        export(run, trainer, described)
+        export(config, plan, start, trainer, run.tokenizer_directory)
         watchdog.beat("writing of the model")
     finally:
         if observer is not None:
@@ -110,45 +107,14 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     if groups.is_world_first:
         report = run.write_report(output)
         print(f"report: {report}\nmodel:  {output / MODEL_FOLDER}", flush=True)
+    if failure is not None:
+        raise failure
     return StopReason.NONE
 
 
-def describing_files_of(run: Run) -> DescribingFiles | None:
-    """Read what describes the model beside its weights, on the first rank; None on the others.
-
-    Raises:
-        BrokenCheckpointError: on every rank, if the run starts from a checkpoint with a changed file.
-    Communication: one broadcast over the world.
-    """
-    found: list[DescribingFiles] = []
-    from_first_rank(lambda: found.append(describing_files(run.config, run.tokenizer_directory)))
-    return found[0] if found else None
-
-
-def export(run: Run, trainer: Trainer, described: DescribingFiles | None) -> None:
-    """Write the final model as a Hugging Face directory.
-
-    Args:
-        described: what describes the model beside its weights; None on all ranks but the first.
-    Communication: collective over the world, one parameter after another.
-    """
-    config, architecture = run.config, run.plan.architecture
-    tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
-    if described is None:
-        for _ in tensors:  # gathering a parameter is collective
-            pass
-        return
-    target, dtype = run.output / MODEL_FOLDER, DTYPES[config.train.dtype]
-    write_model(target, architecture, tensors, dtype, described.contents)
-
-
-def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
+def _observer(run: Run, start: Start) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
-    progress = start.progress
-    facts = {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()}
-    (run.output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(run.config), encoding="utf-8")
-    write_environment(run.output, facts)
-    notes = (*run.plan.notes, *start.notes, *described.notes)
-    return open_observer(
-        run.output, run.tokenizer_directory, run.plan.total_steps, progress, start.is_in(run.output), notes
-    )
+    describe_in_directory(run.config, run.plan, start, run.standing.model_step)
+    notes = (*run.plan.notes, *start.notes, checkpoint_words(run.config, run.plan.architecture))
+    total_steps, resumes_here = run.plan.total_steps, start.is_in(run.output)
+    return open_observer(run.output, run.tokenizer_directory, total_steps, start.progress, resumes_here, notes)

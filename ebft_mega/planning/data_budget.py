@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.remote import whole_shard_bytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
@@ -33,6 +34,7 @@ class TrainingSupply:
 
     sources: tuple[SourceSupply, ...]
     total_rows: int | None  # available before every source reaches max_epochs; None: endless
+    state: StreamState  # before the first row
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def training_supply(config: RunConfig) -> TrainingSupply:
                 )
             ),
             total,
+            stream.state(0),
         )
     finally:
         for source in stream.sources:

@@ -3,8 +3,9 @@
 All sizes are computed, not measured; `rank_layout.py` and `memory.py` have the formulas.
 """
 
-from ebft_mega.architecture.hf_config import tapped_layers
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
@@ -113,12 +114,9 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
 def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
     """When there are checkpoints, and what they take."""
     checkpoint, sizes = config.checkpoint, plan.parallel
-    size_bytes = CHECKPOINT_BYTES_PER_PARAMETER * plan.architecture.num_parameters
+    size_bytes = checkpoint_bytes(plan.architecture)
     largest_part = max(part.parameters for part in rank_parts(config, plan))
     held_bytes = CHECKPOINT_BYTES_PER_PARAMETER * largest_part / sizes.data_parallel
-    every = "only when the run is asked to save or to stop"
-    if checkpoint.interval is not None:
-        every = f"every {checkpoint.interval:,} optimizer steps, and after the last one"
     kept = "all"
     if checkpoint.keep_last is not None:
         kept = f"the last {checkpoint.keep_last}"
@@ -126,12 +124,38 @@ def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
             kept += f", and those at multiples of {checkpoint.keep_every:,} steps"
     return _table(
         [
-            ("taken", every),
+            ("taken", _when(config)),
+            ("where", str(config.output_dir / CHECKPOINTS)),
             ("kept", kept),
             ("size of one on the disk, GB", f"{size_bytes / 1e9:.3f}"),
             ("host memory per rank while it is written, GB", f"at most about {held_bytes / 1e9:.3f}"),
         ]
     )
+
+
+def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
+    """Say in one line when and where a run takes checkpoints and how large one is."""
+    size = f"{checkpoint_bytes(architecture) / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
+    return f"checkpoints: {_when(config)}; {size}"
+
+
+def checkpoint_bytes(architecture: Architecture) -> int:
+    """Size of a checkpoint's tensors on the disk."""
+    return CHECKPOINT_BYTES_PER_PARAMETER * architecture.num_parameters
+
+
+def _when(config: RunConfig) -> str:
+    """When there are checkpoints."""
+    interval, final = config.checkpoint.interval, config.checkpoint.final
+    last_is_due = final or (interval is not None and config.total_steps % interval == 0)
+    parts = []
+    if interval is not None and interval < config.total_steps:
+        parts.append(f"every {interval:,} optimizer steps")
+    if last_is_due:
+        parts.append("after the last step")
+    if not parts:
+        return "none, unless the run is asked to save or to stop"
+    return " and ".join(parts) if last_is_due else f"{parts[0]}, none after the last one"
 
 
 def _layout_text(config: RunConfig, plan: RunPlan) -> str:

@@ -237,9 +237,10 @@ class CheckpointHook(StepHook):
     Communication: that of `Boundary.cross`.
     """
 
-    def __init__(self, boundary: Boundary, interval: int | None, total_steps: int):
-        """Save every `interval` optimizer steps and after the last one; None: on request only."""
-        self._boundary, self._interval, self._total_steps = boundary, interval, total_steps
+    def __init__(self, boundary: Boundary, interval: int | None, final: bool, total_steps: int):
+        """Save every `interval` optimizer steps (None: never), and if it is `final` after the last one."""
+        self._boundary, self._interval = boundary, interval
+        self._final_step = total_steps if final else None
 
     def at_start(self, progress: Progress) -> StopReason:
         """Stop at once if a stop is requested; the state that a run starts from needs no new checkpoint."""
@@ -251,12 +252,8 @@ class CheckpointHook(StepHook):
 
     def after_step(self, progress: Progress) -> StopReason:
         """Save a checkpoint if one is due."""
-        due = (
-            self._interval is not None
-            and progress.step > 0
-            and is_due(progress.step, self._interval, self._total_steps)
-        )
-        return self._boundary.cross(progress, due)
+        at_interval = self._interval is not None and progress.step % self._interval == 0
+        return self._boundary.cross(progress, progress.step > 0 and (at_interval or progress.step == self._final_step))
 
     def finish(self) -> None:
         """Commit a checkpoint that is still being written."""
@@ -313,12 +310,13 @@ def step_hooks(
 ) -> StepHooks:
     """The hooks of a run, in the order in which they happen after a step."""
     announce = observer.writer.note if observer is not None else None
+    checkpoint = trainer.config.checkpoint
     return StepHooks(
         (
             ProfileHook(trainer, announce),
             EvaluationHook(trainer, held_out, total_steps, boundary, observer, watchdog),
             ReportHook(observer),
-            CheckpointHook(boundary, trainer.config.checkpoint.interval, total_steps),
+            CheckpointHook(boundary, checkpoint.interval, checkpoint.final, total_steps),
         )
     )
 

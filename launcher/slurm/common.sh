@@ -55,6 +55,11 @@ check() {
     echo "the dry run named no output_dir" >&2
     exit 1
   fi
+  # All steps are done and everything is there: no ranks are needed, and nothing changes.
+  if grep -q '^done at step [0-9]*, nothing to do$' <<<"$plan" &&
+    [[ -f $output_dir/status.json && -f $output_dir/report.html ]]; then
+    exit 0
+  fi
 }
 
 # Run the training step, hand Slurm's signals on to it, and end the job as status.json says: launchers swallow and

@@ -18,6 +18,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.lifecycle.run import run_training
+from ebft_mega.lifecycle.setting_aside import Fresh
 from ebft_mega.parallel.groups import connect
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.runtime.stop_requests import Signals
@@ -73,9 +74,11 @@ def make_datasets(directory: Path) -> None:
         build_dataset(directory / "text" / split, load_tokenizer(directory / "tokenizer"), directory / split)
 
 
-def run(directory: str, name: str, setting: Setting, overrides: tuple[str, ...] = ()) -> int:
+def run(directory: str, name: str, setting: Setting, overrides: tuple[str, ...] = (), fresh: bool = False) -> int:
     """One run into `directory/name`, on the data in `directory`; to be called in every rank.
 
+    Args:
+        fresh: with `--fresh`.
     Returns:
         The exit code.
     """
@@ -93,7 +96,7 @@ def run(directory: str, name: str, setting: Setting, overrides: tuple[str, ...] 
     )
     config = load_config(path, (*wanted, *setting.overrides, *overrides))
     plan = check_run(config, dist.get_world_size())
-    return run_training(config, plan, None, Signals(), time.monotonic(), write_run_report)
+    return run_training(config, plan, None, Signals(), time.monotonic(), write_run_report, Fresh.of(fresh, ()))
 
 
 def lines(output: Path) -> list[dict]:

@@ -43,8 +43,10 @@ def clean(site):
 
 @pytest.fixture
 def copy(clean, tmp_path):
-    """The same, to be damaged: its last checkpoint and the one before."""
-    return shutil.copytree(clean, tmp_path / "out")
+    """The same as if it had been killed before it wrote its model, to be damaged: its last two checkpoints."""
+    output = shutil.copytree(clean, tmp_path / "out")
+    shutil.rmtree(output / "hf")
+    return output
 
 
 def entries(output):
@@ -218,6 +220,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(site, copy):
         assert job.end() == [1] * RANKS, job.console
     assert f"the checkpoint of step {STEPS} could not be written: no room on the disk" in job.console
     assert "are needed, 0.000 GB are free" in job.console
+    assert (copy / "hf" / "model.safetensors").exists(), "the model is written all the same"
     last = f"step-{STEPS - EVERY:08d}"
     assert job.status == {"state": "failed", "exit_code": 1, "checkpoint": last, "step": STEPS}
     assert entries(copy) == ["latest", last]

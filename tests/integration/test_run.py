@@ -61,7 +61,7 @@ def run(data, tmp_path_factory):
 def test_run_directory_holds_what_the_interfaces_name(run, data):
     output, console = run
     status = json.loads((output / "status.json").read_text())
-    assert status == {"state": "done", "exit_code": 0, "checkpoint": None, "step": 4}
+    assert status == {"state": "done", "exit_code": 0, "checkpoint": "step-00000004", "step": 4}
     resolved = yaml.safe_load((output / "config.resolved.yaml").read_text())
     assert resolved["data"]["shards"] == str(data.train) and resolved["ebft"]["generate_max_len"] == 4
     assert json.loads((output / "environment.json").read_text())["world_size"] == 2

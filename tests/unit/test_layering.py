@@ -31,6 +31,7 @@ LIGHT_MODULES = (
     *("runtime.run_files", "runtime.run_lock", "runtime.stop_requests", "metrics.console", "metrics.sinks"),
     *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
     "model.weights.weight_files",
+    *("lifecycle.findings", "lifecycle.run_record", "lifecycle.setting_aside", "lifecycle.standing"),
     *("checkpoint.commit", "checkpoint.manifest", "checkpoint.model_folder", "checkpoint.resume_rules"),
     *("checkpoint.resume_candidates", "checkpoint.saved_run"),
     *("checkpoint.retention", "checkpoint.run_state", "checkpoint.tensor_index"),

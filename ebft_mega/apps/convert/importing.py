@@ -1,19 +1,23 @@
 """Import a model: check an untrusted Hugging Face directory and rewrite it in the form that training starts from."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ebft_mega.apps.convert.result import Converted
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
-from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.describing_files import DescribingFiles, read_describing_files
+from ebft_mega.architecture.hf_config import Architecture, code_keys
 from ebft_mega.checkpoint.model_folder import is_checkpoint
-from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
-from ebft_mega.model.weights.model_directory import write_model
-from ebft_mega.model.weights.weight_files import stored_tensors
+from ebft_mega.io.input_errors import read_json_object
+from ebft_mega.model.weights.model_directory import CONFIG_NAME, GENERATION_CONFIG_NAME, write_model
+from ebft_mega.model.weights.weight_files import INDEX_NAME, stored_tensors
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
+
+_JSON_NAMES = (GENERATION_CONFIG_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int, overwrite: bool = False) -> Converted:
@@ -37,19 +41,19 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
             "--input", str(source), "a checkpoint of this trainer", "a Hugging Face directory; see export"
         )
         raise InputError([problem])
-    described = read_describing_files(source)
-    architecture, weights = _checked(described)
+    architecture, weights = _checked(source)
     chosen = _common_dtype(weights) if dtype is None else DTYPES[dtype]
     write_model(
         output,
         architecture,
         converted_tensors(weights, architecture, chosen, source),
         chosen,
-        described_by=described.contents,
+        tokenizer=source if tokenizer_sha256(source) else None,
+        generation_config=source / GENERATION_CONFIG_NAME if (source / GENERATION_CONFIG_NAME).is_file() else None,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )
-    return Converted(source, output, str(chosen).removeprefix("torch."), tuple(_notes(described)))
+    return Converted(source, output, str(chosen).removeprefix("torch."), tuple(_notes(source, weights)))
 
 
 def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
@@ -59,9 +63,8 @@ def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
     return only if not dtypes and only in DTYPES.values() else torch.float32
 
 
-def _checked(described: DescribingFiles) -> tuple[Architecture, SafetensorsWeights]:
-    """Open the model that files describe; raise all problems at once."""
-    source = described.directory
+def _checked(source: Path) -> tuple[Architecture, SafetensorsWeights]:
+    """Open the model in a directory; raise all problems at once."""
     problems: list[Problem] = []
     architecture = weights = None
     try:
@@ -71,13 +74,12 @@ def _checked(described: DescribingFiles) -> tuple[Architecture, SafetensorsWeigh
         problems += error.problems
     if architecture is None:
         problems += stored_tensors(source)[1]
-    problems += described.problems
+    problems += _code_in_json(source)
     if tokenizer_sha256(source) is not None:
         try:
             size = load_tokenizer(source).vocab_size
         except InputProblems as error:
-            named = {problem.where for problem in described.problems}
-            problems += [problem for problem in error.problems if problem.where not in named]
+            problems += error.problems
         else:
             if architecture is not None and size > architecture.vocab_size:
                 found, expected = f"{size} tokens", f"at most the model's vocab_size {architecture.vocab_size}"
@@ -87,7 +89,24 @@ def _checked(described: DescribingFiles) -> tuple[Architecture, SafetensorsWeigh
     return architecture, weights
 
 
-def _notes(described: DescribingFiles) -> list[str]:
+def _code_in_json(source: Path) -> list[Problem]:
+    """Problems of JSON files beside `config.json`: not a JSON object, or a key that names code to run."""
+    problems: list[Problem] = []
+    for name in _JSON_NAMES:
+        path = source / name
+        try:
+            content: dict[str, Any] = read_json_object(path, "JSON") if path.is_file() else {}
+        except InputError as error:
+            problems += error.problems
+            continue
+        expected = "no such key: code named by a model directory is never run"
+        problems += [Problem(str(path), key, json.dumps(value)[:100], expected) for key, value in code_keys(content)]
+    return problems
+
+
+def _notes(source: Path, weights: SafetensorsWeights) -> list[str]:
     """What the result lacks compared with the source, as messages."""
-    notes = [f"left out: {', '.join(described.others)}"] * bool(described.others)
-    return notes + ["there is no tokenizer"] * (not described.has_tokenizer)
+    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.digest_names()}
+    left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
+    notes = [f"left out, and not opened: {', '.join(left_out)}"] * bool(left_out)
+    return notes + ["there is no tokenizer"] * (tokenizer_sha256(source) is None)

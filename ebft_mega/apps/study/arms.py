@@ -116,7 +116,7 @@ class Experiment:
         self.runner.run_once(self._name(WARM_START), command, root / directory, inputs, status_of=root / directory)
 
     def train(self, arm: str) -> float:
-        """Train an arm from the warm start; an earlier run of it is removed first.
+        """Train an arm from the warm start; an earlier run of it is set aside (`--fresh`).
 
         Args:
             arm: `EBFT` or `CROSS_ENTROPY`.
@@ -128,8 +128,8 @@ class Experiment:
         """
         directory = self.runner.root / self.workspace / DIRECTORIES[arm]
         if directory.exists():
-            self.runner.say(f"\n{directory}: removed, because this arm is always trained anew")
-            remove_directory(directory)
+            aside = directory / "previous"
+            self.runner.say(f"\n{directory}: this arm is always trained anew; what is there is set aside in {aside}")
         return self.runner.run(self._name(arm), self._train_command(arm), status_of=directory)
 
     def evaluate(self, arm: str, split: str) -> Path:
@@ -237,7 +237,7 @@ class Experiment:
 
     def _train_command(self, arm: str) -> list[str]:
         command = [str(find_program("deepspeed")), "--num_gpus", str(self.num_ranks)]
-        command += ["--master_port", str(free_port()), "launcher/train.py", "--config", str(CONFIGS[arm])]
+        command += ["--master_port", str(free_port()), "launcher/train.py", "--config", str(CONFIGS[arm]), "--fresh"]
         for override in self._overrides(arm):
             command += ["--set", override]
         return command

@@ -15,6 +15,7 @@ from typing import Any
 from ebft_mega.errors import EbftError
 from ebft_mega.io.durable import write_json
 from ebft_mega.metrics.console import format_duration
+from ebft_mega.runtime.run_files import STATUS_NAME
 
 
 class PhaseFailed(EbftError):
@@ -64,13 +65,15 @@ class PhaseRunner:
             name: of the phase, for people.
             command: program and arguments.
             status_of: run directory whose `status.json` decides about success, because a launcher may change
-                its processes' exit codes.
+                its processes' exit codes. That of an earlier run is deleted first.
         Returns:
             Wall seconds.
         Raises:
             PhaseFailed: the command could not be started, failed, or left no `done` in `status.json`.
         """
         self.say(f"\n== {name}: {shlex.join(command)}")
+        if status_of is not None:
+            (status_of / STATUS_NAME).unlink(missing_ok=True)
         started = time.monotonic()
         try:
             code = subprocess.run(
@@ -99,7 +102,8 @@ class PhaseRunner:
 
         Args:
             name, command, status_of: as in `run`.
-            output: directory that the command makes; removed before the command runs.
+            output: directory that the command makes; removed before the command runs, unless it is a run directory
+                (`status_of`), whose results the launcher sets aside.
             inputs: everything that the output depends on, as plain JSON values.
         Returns:
             Fingerprint of the inputs, for the inputs of phases that use this output.
@@ -115,7 +119,8 @@ class PhaseRunner:
             return fingerprint
         self.say(f"\n== {name}: {reason}")
         stamp.unlink(missing_ok=True)
-        remove_directory(output)
+        if status_of is None:
+            remove_directory(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.run(name, command, status_of)
         write_json(stamp, dict(inputs))
@@ -141,7 +146,7 @@ class PhaseRunner:
         return f"made again, because these inputs changed: {', '.join(changed)}" if changed else ""
 
     def _check_status(self, name: str, command: Sequence[str], directory: Path, code: int) -> None:
-        path = directory / "status.json"
+        path = directory / STATUS_NAME
         if not path.exists():
             raise PhaseFailed(name, command, code if code > 0 else 1, f"exit code {code}, no {path}")
         status = json.loads(path.read_text(encoding="utf-8"))

@@ -46,45 +46,66 @@ def contents(output):
     return [path.read_text() for path in kept], sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
+def without_model(root, name):
+    """The first run as if it had been killed before it wrote its model."""
+    shutil.copytree(root / "first", root / name)
+    shutil.rmtree(root / name / "hf")
+    return root / name
+
+
 def test_refused_start_leaves_the_run_as_it_was(root):
-    """Refused for the initial model, which is looked at late."""
-    start(root, "other", "model.config.initializer_range=0.1")
-    before = contents(root / "other")
+    before = {path: path.stat().st_mtime_ns for path in (root / "first").rglob("*") if path.is_file()}
+    for overrides in (("model.config.initializer_range=0.1",), (f"checkpoint.resume={checkpoint(root / 'first', 2)}",)):
+        message = refusal(root, "first", *overrides)
+        assert "output_dir: found" in message and "--fresh" in message
+    assert {path: path.stat().st_mtime_ns for path in (root / "first").rglob("*") if path.is_file()} == before
+
+
+def test_start_that_is_refused_late_leaves_no_results(root):
+    """Refused for the initial model, whose weights are hashed only then."""
     resume = f"checkpoint.resume={checkpoint(root / 'first', 2)}"
-    message = refusal(root, "other", "model.config.initializer_range=0.1", resume)
-    assert "expected the initial model of this run" in message
-    assert contents(root / "other") == before
-    outcome = {"state": "failed", "exit_code": 2, "checkpoint": "step-00000004", "step": 2}
-    assert status(root / "other") == outcome
+    assert "expected the initial model of this run" in refusal(
+        root, "late", "model.config.initializer_range=0.1", resume
+    )
+    assert sorted(path.name for path in (root / "late").iterdir()) == ["logs", "status.json"]
+    assert status(root / "late") == {"state": "failed", "exit_code": 2, "checkpoint": None, "step": 2}
 
 
 @pytest.mark.slow
 def test_directory_of_another_run_becomes_this_run_s(root):
+    resume = f"checkpoint.resume={checkpoint(root / 'first', 2)}"
     start(root, "taken", "model.config.initializer_range=0.1")
-    start(root, "taken", f"checkpoint.resume={checkpoint(root / 'first', 2)}")
+    other = (root / "taken" / "metrics.jsonl").read_text()
+    assert "--fresh" in refusal(root, "taken", resume)
+    assert run_ranks(1, run, str(root), "taken", ALONE, (*EVERY_TWO, resume), True) == [0]
+    (aside,) = (root / "taken" / "previous").iterdir()
+    assert (aside / "metrics.jsonl").read_text() == other and (aside / "hf" / "model.safetensors").exists()
     first = lines(root / "first")
     assert lines(root / "taken")[-2:] == first[3:]
     evaluations = lines(root / "taken")[:-2]
     assert [line["step"] for line in evaluations] == [0, 2]
     assert all(line.items() <= first[line["step"]].items() for line in evaluations)
     names = sorted(path.name for path in (root / "taken" / "checkpoints").iterdir())
-    assert names == ["latest", "step-00000002.abandoned", "step-00000004", "step-00000004.abandoned"]
+    assert names == ["latest", "step-00000004"]
     # Started again the same way, as a requeued job is: there is nothing left to do.
-    start(root, "taken", f"checkpoint.resume={checkpoint(root / 'first', 2)}")
+    start(root, "taken", resume)
     assert lines(root / "taken")[-2:] == first[3:]
 
 
 def test_latest_that_was_not_written_is_set_right(root):
-    shutil.copytree(root / "first", root / "pointing")
-    latest = root / "pointing" / "checkpoints" / "latest"
+    output = without_model(root, "pointing")
+    latest = output / "checkpoints" / "latest"
     latest.write_text("step-00000002\n")
     start(root, "pointing")
     assert latest.read_text() == "step-00000004\n"
-    assert status(root / "pointing") == {"state": "done", "exit_code": 0, "checkpoint": "step-00000004", "step": 4}
+    assert status(output) == {"state": "done", "exit_code": 0, "checkpoint": "step-00000004", "step": 4}
+    assert (output / "hf" / "model.safetensors").read_bytes() == (
+        root / "first" / "hf" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_broken_newest_checkpoint_is_passed_over_and_set_aside(root):
-    shutil.copytree(root / "first", root / "broken")
+    without_model(root, "broken")
     (checkpoint(root / "broken", 4) / "state.json").write_text("{}")
     start(root, "broken")
     names = sorted(path.name for path in (root / "broken" / "checkpoints").iterdir())

@@ -8,7 +8,7 @@ import pytest
 
 from ebft_mega.checkpoint.commit import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import MANIFEST_NAME
-from ebft_mega.checkpoint.resume_candidates import candidates, described_start, origin
+from ebft_mega.checkpoint.resume_candidates import candidates, named_origin, origin
 from ebft_mega.checkpoint.run_state import StartedFrom
 from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.config.schema import RunConfig
@@ -70,13 +70,13 @@ def test_auto_tries_the_newest_first_whatever_latest_says(output: Path, root: Pa
     assert candidates(resuming(output, "auto")).notes == (f"{root / 'latest'} names step-00000099, which is not there",)
 
 
-def test_a_dry_run_says_where_the_run_would_resume(output: Path, root: Path) -> None:
-    assert described_start(resuming(output, "auto")) == "The run begins at its first step."
-    write_checkpoint(root, 5)
-    assert described_start(resuming(output, "auto")) == f"The run resumes from {root / 'step-00000005'}."
-    write_checkpoint(root, 10)
-    words = described_start(resuming(output, "auto"))
-    assert words == f"The run resumes from {root / 'step-00000010'}, or from an older one if that is not whole."
+def test_where_a_run_begins_is_named_only_outside_its_directory(tmp_path: Path, output: Path, root: Path) -> None:
+    folder = write_checkpoint(tmp_path / "other" / "checkpoints", 5)
+    for resume, began in (("auto", None), (folder, began_at(folder)), (tmp_path / "other", began_at(folder))):
+        config = resuming(output, resume)
+        assert named_origin(config, candidates(config)) == began
+    own = resuming(output, write_checkpoint(root, 10))
+    assert named_origin(own, candidates(own)) is None
 
 
 @pytest.mark.parametrize("way", ["folder", "checkpoints", "run", "link"])

@@ -67,6 +67,7 @@ INTERFACE_DEFAULTS = {
     "zero.offload_optimizer": "none",
     "learn.reuse_rollout": "auto",
     "checkpoint.interval": None,
+    "checkpoint.final": True,
     "checkpoint.keep_last": None,
     "checkpoint.keep_every": None,
     "checkpoint.resume": "auto",

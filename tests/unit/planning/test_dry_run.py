@@ -368,7 +368,20 @@ def test_text_of_shared_heads(inputs):
 def test_checkpoints_of_the_plan(inputs):
     config, plan = plan_of(inputs, checkpoint={"interval": 50, "keep_last": 2, "keep_every": 100})
     text = planner.describe_run(config, plan)
-    assert re.search(r"taken +every 50 optimizer steps, and after the last one\n", text)
+    root = config.output_dir / "checkpoints"
+    size = f"{12 * PARAMETERS / 1e9:.3f} GB each, in {root}"
+    assert plan.total_steps == 10 and re.search(r"taken +after the last step\n", text)
+    assert re.search(rf"where +{root}\n", text)
     assert re.search(r"kept +the last 2, and those at multiples of 100 steps\n", text)
     assert re.search(rf"size of one on the disk, GB +{12 * PARAMETERS / 1e9:.3f}\n", text)
-    assert re.search(r"taken +only when the run is asked to save or to stop\n", planner.describe_run(*plan_of(inputs)))
+    for checkpoint, words in (
+        ({}, "after the last step"),
+        ({"interval": 4}, "every 4 optimizer steps and after the last step"),
+        ({"interval": 5, "final": False}, "every 5 optimizer steps and after the last step"),
+        ({"interval": 4, "final": False}, "every 4 optimizer steps, none after the last one"),
+        ({"interval": 20, "final": False}, "none, unless the run is asked to save or to stop"),
+        ({"final": False}, "none, unless the run is asked to save or to stop"),
+    ):
+        config, plan = plan_of(inputs, checkpoint=checkpoint)
+        assert re.search(rf"taken +{words}\n", planner.describe_run(config, plan))
+        assert planner.checkpoint_words(config, plan.architecture) == f"checkpoints: {words}; {size}"

@@ -55,7 +55,7 @@ class Events:
         self.happened.append(achievement)
 
 
-def hooks_of(events, monkeypatch, interval=4, checkpoint_interval=5):
+def hooks_of(events, monkeypatch, interval=4, checkpoint_interval=5, final=False):
     """The hooks of a run whose evaluations say 1.0 unless they are interrupted."""
 
     def evaluate_now(trainer, held_out, step, observer, is_interrupted):
@@ -67,7 +67,7 @@ def hooks_of(events, monkeypatch, interval=4, checkpoint_interval=5):
         (
             EvaluationHook(None, held_out, TOTAL_STEPS, events, observer, events),
             ReportHook(observer),
-            CheckpointHook(events, checkpoint_interval, TOTAL_STEPS),
+            CheckpointHook(events, checkpoint_interval, final, TOTAL_STEPS),
         )
     )
 
@@ -125,10 +125,17 @@ def test_an_interrupted_evaluation_is_left_to_the_resumed_run(monkeypatch):
     ]
 
 
-def test_without_checkpoint_interval_only_requests_save(monkeypatch):
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize(("interval", "due"), [(None, ()), (4, (4, 8)), (5, (5, TOTAL_STEPS)), (100, ())])
+def test_checkpoints_are_due_at_the_interval_and_if_they_are_wanted_after_the_last_step(
+    monkeypatch, interval, due, final
+):
     events = Events()
-    hooks_of(events, monkeypatch, checkpoint_interval=None).after_step(after(TOTAL_STEPS))
-    assert events.happened[-1] == ("cross", TOTAL_STEPS, False, None)
+    hooks = hooks_of(events, monkeypatch, checkpoint_interval=interval, final=final)
+    for step in range(TOTAL_STEPS + 1):
+        hooks.after_step(after(step))
+    found = [step for word, step, is_due, *_ in (event for event in events.happened if event[0] == "cross") if is_due]
+    assert found == sorted({*due, *([TOTAL_STEPS] if final else [])})
 
 
 def test_contexts_metrics_and_ends_reach_every_hook():
@@ -170,7 +177,7 @@ def test_the_order_of_a_run(tmp_path, monkeypatch):
     config = SimpleNamespace(
         profile=SimpleNamespace(traced_steps=range(0)),
         output_dir=tmp_path,
-        checkpoint=SimpleNamespace(interval=None),
+        checkpoint=SimpleNamespace(interval=None, final=True),
     )
     trainer = SimpleNamespace(config=config, groups=SimpleNamespace(device=SimpleNamespace(type="cpu")))
     found = step_hooks(trainer, None, TOTAL_STEPS, Events(), None, Events())

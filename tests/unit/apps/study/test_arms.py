@@ -30,7 +30,7 @@ class RecordingRunner(PhaseRunner):
     def run(self, name, command, status_of=None):
         self.commands = {**getattr(self, "commands", {}), name: list(command)}
         if status_of is not None:
-            status_of.mkdir(parents=True)
+            status_of.mkdir(parents=True, exist_ok=True)
             (status_of / "status.json").write_text(json.dumps({"state": "done"}))
         return 1.0
 
@@ -72,7 +72,7 @@ def test_the_plain_quickstart_overrides_nothing(root):
     for arm in (WARM_START, CROSS_ENTROPY, EBFT):
         command = commands[arm]
         assert Path(command[0]).name == "deepspeed"
-        assert command[-3:] == ["launcher/train.py", "--config", str(CONFIGS[arm])]
+        assert command[-4:] == ["launcher/train.py", "--config", str(CONFIGS[arm]), "--fresh"]
 
 
 def test_every_arm_is_evaluated_alike(root):
@@ -115,12 +115,15 @@ def test_a_small_budget_takes_fewer_steps_and_keeps_the_schedule_valid(root):
     small.check_equal_steps()
 
 
-def test_an_earlier_run_of_an_arm_is_removed(root):
+def test_an_earlier_run_of_an_arm_is_set_aside_by_the_launcher_and_never_removed(root):
     quickstart = experiment(root)
-    left = root / WORKSPACE / "ebft" / "checkpoints"
-    left.mkdir(parents=True)
-    quickstart.train(EBFT)
-    assert not left.exists()
+    left = [root / WORKSPACE / name / "checkpoints" for name in ("ebft", "warmstart")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    quickstart.run_arms("validation")
+    assert all(folder.exists() for folder in left)
+    commands = quickstart.runner.commands
+    assert all("--fresh" in commands[arm] for arm in (EBFT, CROSS_ENTROPY, WARM_START))
 
 
 def test_arms_of_unequal_length_are_refused(root):

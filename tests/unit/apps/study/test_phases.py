@@ -52,12 +52,17 @@ def test_status_file_decides_and_not_the_launcher(runner, tmp_path):
     with pytest.raises(PhaseFailed, match="no .*status.json"):
         runner.run("lost", python("pass"), status_of=tmp_path)
     status = {"state": "stopped", "exit_code": 75, "step": 3, "checkpoint": None}
-    (tmp_path / "status.json").write_text(json.dumps(status))
-    with pytest.raises(PhaseFailed, match="state 'stopped' after step 3") as caught:
-        runner.run("stopped", python("pass"), status_of=tmp_path)
-    assert caught.value.exit_code == 75
+
+    def leaving(outcome, code=0):
+        return python(f"open('status.json', 'w').write({json.dumps(outcome)!r}); raise SystemExit({code})")
+
     (tmp_path / "status.json").write_text(json.dumps(status | {"state": "done", "exit_code": 0}))
-    runner.run("done", python("raise SystemExit(1)"), status_of=tmp_path)
+    with pytest.raises(PhaseFailed, match="no .*status.json"):
+        runner.run("refused", python("raise SystemExit(2)"), status_of=tmp_path)
+    with pytest.raises(PhaseFailed, match="state 'stopped' after step 3") as caught:
+        runner.run("stopped", leaving(status), status_of=tmp_path)
+    assert caught.value.exit_code == 75
+    runner.run("done", leaving(status | {"state": "done", "exit_code": 0}, code=1), status_of=tmp_path)
 
 
 COUNTING = "import os; os.makedirs('made'); open('count', 'a').write('x')"

@@ -1,0 +1,59 @@
+"""What a run writes into its directory beside metrics and checkpoints: what it is, and at the end its model."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ebft_mega.checkpoint.describing_files import generation_config
+from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.io.durable import write_bytes
+from ebft_mega.lifecycle.run_directory import clear_unfinished
+from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
+from ebft_mega.lifecycle.start import Start
+from ebft_mega.model.weights.model_directory import write_model
+from ebft_mega.model.weights.stage_weights import hf_tensors
+from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.runtime.run_files import MODEL_FOLDER, RESOLVED_CONFIG_NAME, write_environment
+from ebft_mega.train.step import Trainer
+from ebft_mega.types import DTYPES
+
+
+def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_step: int | None) -> None:
+    """Write what the run is and runs on, in place of what unfinished starts have left. On the first rank.
+
+    Args:
+        model_step: optimizer steps of the final model that lies there; None: there is none.
+    """
+    output = config.output_dir
+    clear_unfinished(output, is_all=not start.is_in(output))
+    record = RunRecord.of(config, plan, start.started_from).model_copy(update={"model_step": model_step})
+    write_bytes(output / RECORD_NAME, record.to_json().encode())
+    facts = {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()}
+    (output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(config), encoding="utf-8")
+    write_environment(output, facts)
+
+
+def export(config: RunConfig, plan: RunPlan, start: Start, trainer: Trainer, tokenizer: Path) -> None:
+    """Write the final model as a Hugging Face directory, with the record of the run and its steps.
+
+    Args:
+        tokenizer: its directory.
+    Communication: collective over the world, one parameter after another.
+    """
+    tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
+    if not trainer.groups.is_world_first:
+        for _ in tensors:  # gathering a parameter is collective
+            pass
+        return
+    record = RunRecord.of(config, plan, start.started_from).model_copy(update={"step": plan.total_steps})
+    write_model(
+        config.output_dir / MODEL_FOLDER,
+        plan.architecture,
+        tensors,
+        DTYPES[config.train.dtype],
+        tokenizer,
+        generation_config(config),
+        small_files={RECORD_NAME: record.to_json().encode()},
+    )
