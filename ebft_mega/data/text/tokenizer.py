@@ -7,13 +7,20 @@ special id. No code from a tokenizer directory is run. The libraries are importe
 import hashlib
 import itertools
 import json
-import re
 import shutil
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from ebft_mega.data.text.control_tokens import (
+    added_control_tokens,
+    is_ordinary_text,
+    named_tokens,
+    without_spellings,
+)
+from ebft_mega.data.text.sentencepiece_file import describe_other_kind, user_defined_symbols, with_control_pieces
 from ebft_mega.io.input_errors import bad_input, read_json_object
 
 SENTENCEPIECE_NAME = "tokenizer.model"
@@ -30,6 +37,8 @@ TOKENIZER_FILES = (
 )
 REPLACEMENT = "\ufffd"  # shown for an id without a token
 _META_SPACE = "\u2581"  # how sentencepiece writes a space
+# Part of a tokenizer's identity: which token ids a text gets from the same files and library.
+_ENCODING_VERSION = 2
 
 
 class Tokenizer(Protocol):
@@ -51,8 +60,28 @@ class Tokenizer(Protocol):
     def files(self) -> tuple[Path, ...]:
         """Files that `copy_tokenizer` copies."""
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text becomes: the end of a document, other special tokens, markers."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides which ids a text gets: files, end-of-document token, library, this code."""
+
+    @property
+    def library(self) -> str:
+        """Name and version of the library that encodes."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the directory is not used although it is there, one sentence each."""
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no special token is added or recognised."""
+        """Token ids of a text; no special token is added or recognised.
+
+        Raises:
+            InputError: the tokenizer has no token for a character, or no other one than a control token.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; an id that is none, and bytes that are no complete UTF-8 character, become U+FFFD."""
@@ -67,20 +96,33 @@ class SentencePieceTokenizer:
     sha256: str
     files: tuple[Path, ...]
     processor: Any = field(repr=False)
+    encoder: Any = field(repr=False)  # the same with control pieces for what no text may become
     # Ids of the byte tokens that spell the meta space; () where the model has none.
     meta_space_ids: tuple[int, ...] = field(repr=False)
+    control_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        """See `Tokenizer.library`."""
+        return f"sentencepiece {version('sentencepiece')}"
+
+    @property
+    def identity(self) -> str:
+        """See `Tokenizer.identity`."""
+        return _identity(self)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         if not self.meta_space_ids or _META_SPACE not in text:
-            return self.processor.encode(text)
+            return _without_control(self.encoder.encode(text), self)
         # sentencepiece would turn this character into a space; encoded as byte tokens it is preserved.
         first, *rest = text.split(_META_SPACE)
-        ids = self.processor.encode(first)
+        ids = self.encoder.encode(first)
         for part in rest:
             ids += self.meta_space_ids
-            ids += self.processor.encode(part)
-        return ids
+            ids += self.encoder.encode(part)
+        return _without_control(ids, self)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -97,10 +139,27 @@ class HuggingFaceTokenizer:
     files: tuple[Path, ...]
     backend: Any = field(repr=False)
     known_ids: frozenset[int] = field(repr=False)  # a vocabulary may have holes
+    encoder: Any = field(default=None, repr=False)  # the same without the spellings that no text may become
+    control_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        """See `Tokenizer.library`."""
+        return f"tokenizers {version('tokenizers')}"
+
+    @property
+    def identity(self) -> str:
+        """See `Tokenizer.identity`."""
+        return _identity(self)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.encoder.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library has no type of its own; for a character without a token, say
+            raise bad_input("text", "tokens", error, "a tokenizer with a token for every character") from error
+        return _without_control(ids, self)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -124,8 +183,29 @@ def _decoded(ids: Sequence[int], known_ids: Container[int], decode: Callable[[li
     return text
 
 
+def _without_control(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        InputError: there is a control token among them, the one for unknown characters being one, for instance.
+    """
+    if tokenizer.control_ids.isdisjoint(ids):
+        return ids
+    token = next(token for token in ids if token in tokenizer.control_ids)
+    name = "the end of a document" if token == tokenizer.eos_id else "a control token"
+    expected = "a tokenizer that writes every text with ordinary tokens"
+    raise bad_input("text", "tokens", f"token {token}, {name} ({tokenizer.decode([token])!r})", expected)
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    deciding = [tokenizer.sha256, tokenizer.eos_id, tokenizer.vocab_size, sorted(tokenizer.control_ids)]
+    return hashlib.sha256(json.dumps([*deciding, tokenizer.library, _ENCODING_VERSION]).encode()).hexdigest()
+
+
 def load_tokenizer(directory: Path | str) -> Tokenizer:
-    """Load the tokenizer of a directory; `tokenizer.model` is preferred where both kinds are present.
+    """Load the tokenizer of a directory.
+
+    `tokenizer.model` is preferred where both kinds are present and it is a sentencepiece model.
 
     Raises:
         InputError: there is no tokenizer, it cannot be read, or it names no end-of-document token.
@@ -167,37 +247,78 @@ def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
         shutil.copyfile(path, destination / path.name)
 
 
-def _main_file(directory: Path) -> Path | None:
-    for name in (SENTENCEPIECE_NAME, HUGGING_FACE_NAME):
-        if (directory / name).is_file():
-            return directory / name
-    return None
-
-
 def tokenizer_files(directory: Path) -> tuple[Path, ...]:
     """The files of a tokenizer that are there, and nothing else of its directory."""
     return tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
 
 
+def _main_file(directory: Path) -> Path | None:
+    """The file that decides how text becomes token ids; None where there is none."""
+    sentencepiece, hugging_face = directory / SENTENCEPIECE_NAME, directory / HUGGING_FACE_NAME
+    if not sentencepiece.is_file():
+        return hugging_face if hugging_face.is_file() else None
+    if hugging_face.is_file() and describe_other_kind(sentencepiece.read_bytes()):
+        return hugging_face
+    return sentencepiece
+
+
+def _preference(main_file: Path) -> list[str]:
+    """Say which other file would also say how text becomes token ids, and why it is not used."""
+    other = main_file.with_name(HUGGING_FACE_NAME if main_file.name == SENTENCEPIECE_NAME else SENTENCEPIECE_NAME)
+    if not other.is_file():
+        return []
+    if other.name == HUGGING_FACE_NAME:
+        return [f"{other.name} is not used: {main_file.name} beside it is preferred"]
+    return [f"{other.name} is not used: it is {describe_other_kind(other.read_bytes())}; {main_file.name} is used"]
+
+
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
+    content = path.read_bytes()
+    expected = f"a sentencepiece model, or the model's {HUGGING_FACE_NAME} beside it"
+    if other_kind := describe_other_kind(content):
+        raise bad_input(str(path), "tokenizer", other_kind, expected)
     try:
-        processor = SentencePieceProcessor(model_proto=path.read_bytes())
+        processor = SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
-        raise bad_input(str(path), "tokenizer", str(error), "a sentencepiece model") from error
+        raise bad_input(str(path), "tokenizer", str(error), expected) from error
+    config = _read_config(path.parent)
+    size = processor.vocab_size()
+    ids = {processor.id_to_piece(token): token for token in range(size)}
     eos_id = processor.eos_id()
+    notes = _preference(path)
     if eos_id < 0:
-        pieces = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
-        eos_id = _eos_from_config(path.parent, pieces.get)
+        eos_id = _eos_from_config(path.parent, config, ids.get)
+    elif (named := _spelling(config, "eos_token")) and named != processor.id_to_piece(eos_id):
+        own = processor.id_to_piece(eos_id)
+        notes.append(f"eos_token {named!r} of {CONFIG_NAME} is not used: {path.name} ends documents with {own!r}")
+    control = {token for token in range(size) if processor.is_control(token)}
+    ordinary_symbols = set()
+    for token, symbol in user_defined_symbols(content).items():
+        (ordinary_symbols if is_ordinary_text(symbol) else control).add(token)
+    for named in named_tokens(config):
+        if not is_ordinary_text(named) and not _is_unknown_or_byte(processor, ids.get(named)):
+            control.add(ids[named])
+    control.add(eos_id)
+    changed = {token for token in control if not processor.is_control(token)}
+    changed -= {processor.unk_id()}
+    encoder = SentencePieceProcessor(model_proto=with_control_pieces(content, changed)) if changed else processor
     return SentencePieceTokenizer(
-        vocab_size=processor.vocab_size(),
+        vocab_size=size,
         eos_id=eos_id,
         sha256=str(tokenizer_sha256(path.parent)),
         files=tokenizer_files(path.parent),
         processor=processor,
+        encoder=encoder,
         meta_space_ids=_meta_space_ids(processor),
+        control_ids=frozenset(control),
+        notes=tuple(notes),
     )
+
+
+def _is_unknown_or_byte(processor: Any, token: int | None) -> bool:
+    return token is None or processor.is_unknown(token) or processor.is_byte(token)
 
 
 def _meta_space_ids(processor: Any) -> tuple[int, ...]:
@@ -209,38 +330,66 @@ def _meta_space_ids(processor: Any) -> tuple[int, ...]:
 
 
 def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
-    from tokenizers import Tokenizer as Backend
-
     definition = read_json_object(path, "a tokenizer of the tokenizers library")
-    for token in definition.get("added_tokens") or []:
-        # Markers such as <|fim_prefix|> are often flagged as ordinary added tokens. Flagged as special, their
-        # spelling in a text does not become the marker's id.
-        if re.fullmatch(r"<.*>", token["content"], re.DOTALL):
-            token["special"] = True
     if not isinstance(definition.get("model"), dict):
         raise bad_input(str(path), "model", "missing", "a tokenizer of the tokenizers library")
-    backend = Backend.from_str(json.dumps(definition))
-    known_ids = frozenset(backend.get_vocab(with_added_tokens=True).values())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
+    backend = _backend(path, definition)
+    config = _read_config(path.parent)
+    eos_id = _eos_from_config(path.parent, config, backend.token_to_id)
+    spellings = {named for named in named_tokens(config) if not is_ordinary_text(named)}
+    spellings |= {*added_control_tokens(definition), backend.id_to_token(eos_id)}
+    ids = {backend.token_to_id(spelling) for spelling in spellings} - {None}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    encoder = _backend(path, without_spellings(definition, spellings & set(vocabulary)))
+    others = {spelling: number for spelling, number in vocabulary.items() if number not in ids}
+    if others.items() - encoder.get_vocab(with_added_tokens=True).items():
+        expected = "a tokenizer whose special tokens can be told from text"
+        raise bad_input(str(path), "added_tokens", "other ids without the special tokens", expected)
     return HuggingFaceTokenizer(
-        vocab_size=max(known_ids) + 1,
-        eos_id=_eos_from_config(path.parent, backend.token_to_id),
+        vocab_size=max(vocabulary.values()) + 1,
+        eos_id=eos_id,
         sha256=str(tokenizer_sha256(path.parent)),
         files=tokenizer_files(path.parent),
         backend=backend,
-        known_ids=known_ids,
+        known_ids=frozenset(vocabulary.values()),
+        encoder=encoder,
+        control_ids=frozenset(ids),
+        notes=tuple(_preference(path)),
     )
 
 
-def _eos_from_config(directory: Path, token_to_id: Callable[[str], int | None]) -> int:
+def _backend(path: Path, definition: Mapping[str, Any]) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(json.dumps(definition))
+    except Exception as error:  # the library has no type of its own
+        raise bad_input(str(path), "tokenizer", error, "a tokenizer of the tokenizers library") from error
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The tokenizer's configuration; nothing where there is none."""
+    path = directory / CONFIG_NAME
+    return read_json_object(path, "a tokenizer configuration") if path.exists() else {}
+
+
+def _spelling(config: Mapping[str, Any], key: str) -> str | None:
+    token = config.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _eos_from_config(directory: Path, config: Mapping[str, Any], token_to_id: Callable[[str], int | None]) -> int:
     """End-of-document id from the `eos_token` of the tokenizer's configuration."""
     path = directory / CONFIG_NAME
-    token = read_json_object(path, "a tokenizer configuration that names eos_token").get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    eos_id = token_to_id(token) if isinstance(token, str) else None
+    if not path.exists():
+        raise bad_input(str(path), CONFIG_NAME, "no such file", "a tokenizer configuration that names eos_token")
+    token = _spelling(config, "eos_token")
+    eos_id = None if token is None else token_to_id(token)
     if eos_id is None:
-        raise bad_input(str(path), "eos_token", repr(token), "a token of the vocabulary")
+        raise bad_input(str(path), "eos_token", repr(config.get("eos_token")), "a token of the vocabulary")
     return int(eos_id)
