@@ -13,13 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
+from ebft_mega.data.text.listing import in_words
+from ebft_mega.data.text.text_files import BLANK_LINES, OTHER_MEMBERS
 from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--input",
         type=Path,
@@ -33,8 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece or Hugging Face directory")
     parser.add_argument("--output", type=Path, required=True, help="dataset directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
-    parser.add_argument("--text-key", default="text", help="key of the text in a JSON line (default: text)")
-    parser.add_argument("--text-member", default="txt", help="suffix of the text in a webdataset (default: txt)")
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="key of the text in a JSON line (default: text). With it files of any name that hold such lines are read "
+        "as JSON lines, and other files beside them are left out",
+    )
+    parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
     parser.add_argument("--licence", help="of documents that name none (default: from corpus.json, else unknown)")
     parser.add_argument("--licence-key", metavar="KEY", help="key of a document's licence in its JSON record")
     parser.add_argument(
@@ -53,7 +61,9 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out documents whose text an earlier one has (default: yes)",
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out documents that cannot be used, and list them"
+        "--skip-bad",
+        action="store_true",
+        help="leave out documents, files and folders that cannot be used, and list them",
     )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
     parser.add_argument(
@@ -66,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     arguments = parser.parse_args()
+    for option, text in (("--text-key", arguments.text_key), ("--text-member", arguments.text_member)):
+        if text == "":
+            parser.error(f"{option}: found an empty text; expected a name")
     for option, value in (
         ("--shard-bytes", arguments.shard_bytes),
         ("--part-bytes", arguments.work_unit_bytes),
@@ -89,7 +102,9 @@ def main() -> None:
         overwrite=arguments.overwrite,
     )
     manifest, record = result.manifest, result.record
-    skipped = f", {record.skipped} that cannot be used" if record.skipped else ""
+    skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
+    others = {reason: count for reason, count in record.left_out.items() if reason in (BLANK_LINES, OTHER_MEMBERS)}
+    skipped += f", {in_words(others)}" if others else ""
     print(
         f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
         f"{len(manifest.shards)} shards; left out: {record.empty} empty documents, "

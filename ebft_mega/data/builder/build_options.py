@@ -13,16 +13,18 @@ class BuildOptions:
     """What is read, what is left out, and how large the shards are."""
 
     pattern: str = "*"  # shell pattern on the file names of directories
-    text_key: str = "text"  # the member of a JSON line that holds the text
-    text_member: str = "txt"  # the suffix of the member of a webdataset sample that holds the text
+    # The member of a JSON line that holds the text. None: "text", and JSON lines are told by the names of files alone.
+    text_key: str | None = None
+    # The suffix of the member of a webdataset sample that holds the text. None: "txt", in folders of containers only.
+    text_member: str | None = None
     # Recorded with every document that names none. None: from the corpus manifest of `tools/build_corpus.py` in or
     # above each source, else "unknown".
     licence: str | None = None
     licence_key: str | None = None  # the member of a JSON line, or of a sample's `.json` member, that names the licence
     keep_keys: Sequence[str] = ()  # members of the same that are copied into each document's metadata
     deduplicate: bool = True  # leave out a document whose text an earlier one has, in the order of the inputs
-    # Leave out documents that cannot be used, and list them in `skipped.jsonl`. A file that cannot be read to its end
-    # remains an error.
+    # Leave out documents that cannot be used, files that cannot be read to their end and folders that cannot be
+    # entered, and list them in `skipped.jsonl`.
     skip_bad: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
@@ -31,7 +33,14 @@ class BuildOptions:
     @property
     def read(self) -> ReadOptions:
         """Those that say what is taken from a document's record."""
-        return ReadOptions(self.text_key, self.text_member, self.licence_key, tuple(self.keep_keys))
+        defaults = ReadOptions()
+        key, member = self.text_key or defaults.text_key, self.text_member or defaults.text_member
+        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys))
+
+    @property
+    def wants_records(self) -> bool:
+        """Whether an option names a member of JSON records, which are then told by what files hold."""
+        return bool(self.text_key or self.licence_key or self.keep_keys)
 
 
 DEFAULT_BUILD_OPTIONS = BuildOptions()

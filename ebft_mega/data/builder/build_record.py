@@ -1,8 +1,9 @@
 """`build.json`, the record of how a dataset was made. It is for people: no reader of the dataset uses it."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 BUILD_RECORD_NAME = "build.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -20,6 +21,13 @@ class BuildRecord:
     text_bytes: int  # of the documents in the dataset, as UTF-8
     licences: dict[str, int]  # documents of each
     sources: dict[str, int]  # documents of each
+    # What follows is empty in the records of earlier builds.
+    left_out: dict[str, int] = field(default_factory=dict)  # files, folders, blank lines, ... by reason
+    followed: dict[str, int] = field(default_factory=dict)  # links to files
+    skipped_by_reason: dict[str, int] = field(default_factory=dict)  # `skipped`, folders and files each as one
+    not_round_trip: int = 0  # documents in the dataset whose tokens do not give back their text exactly
+    tokenizer: dict[str, Any] = field(default_factory=dict)  # file that is used, library, end-of-document token
+    notes: tuple[str, ...] = ()  # the lines that the build printed
 
     def write(self, directory: Path) -> None:
         """Write `build.json`."""
@@ -30,6 +38,9 @@ class BuildRecord:
 def read_build_record(directory: Path) -> BuildRecord | None:
     """The record of a dataset directory; None if it has none that can be read, for nothing depends on it."""
     try:
-        return BuildRecord(**json.loads((directory / BUILD_RECORD_NAME).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        path = directory / BUILD_RECORD_NAME
+        known = {field.name for field in fields(BuildRecord)}
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+        return BuildRecord(**{key: value for key, value in content.items() if key in known})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -1,27 +1,27 @@
 """Tokenize text webdatasets when a run first uses them: build once into a cache, then read like any dataset."""
 
 import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.builder.work_plan import ARCHIVE_SUFFIX, list_inputs
+from ebft_mega.data.builder.input_files import ARCHIVE_SUFFIX, list_inputs
+from ebft_mega.data.builder.work_plan import BUILD_VERSION, corpus_licence
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
 from ebft_mega.data.text.tokenizer import load_tokenizer
-
-# Part of a cached dataset's name: another version of the builder makes another dataset.
-_VERSION = 1
 
 
 def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, processes: int) -> Path:
     """Dataset directory for a directory of text webdataset shards, tokenized on the first call.
 
     The result is an ordinary dataset, so order, resumption and checksums are those of any other. Its name is a hash
-    of the contents of the shards and the tokenizer, so it is found again wherever these lie and whatever the number
-    of processes. Every call reads the shards once to hash them. Equal documents are not left out: a run sees what
-    the shards hold.
+    of the contents of the shards, the tokenizer (files, end-of-document token, library), the licence, the options and
+    the builder's version, so it is found again wherever these lie and whatever the number of processes. Every call
+    reads the shards once to hash them. Equal documents are not left out: a run sees what the shards hold.
 
     Several processes may call this at once with one cache: one builds, the others wait for it. A build that was
     stopped is resumed by the next call.
@@ -37,17 +37,18 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
         WorkerDiedError: a worker process died; the same call resumes the build.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    pattern = f"*{ARCHIVE_SUFFIX}"
-    files, _ = list_inputs(place, pattern)
-    base = place if place.is_dir() else place.parent
-    identity = hashlib.sha256(f"{_VERSION}\n{tokenizer.sha256}\n".encode())
-    for file in files:
+    is_folder = place.is_dir()
+    options = BuildOptions(pattern=f"*{ARCHIVE_SUFFIX}" if is_folder else BuildOptions.pattern, deduplicate=False)
+    base = place if is_folder else place.parent
+    # Where the shards lie and under which names of folders is no part of it: neither changes a token.
+    deciding = [BUILD_VERSION, tokenizer.identity, asdict(options), corpus_licence(place)]
+    identity = hashlib.sha256(f"{json.dumps(deciding, sort_keys=True)}\n".encode())
+    for file in list_inputs(place, options).files:
         name, size = file.relative_to(base).as_posix(), file.stat().st_size
         identity.update(f"{file_sha256(file)} {size} {name!r}\n".encode())
     output = cache / f"text-{identity.hexdigest()}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
         if not (output / MANIFEST_NAME).is_file():
-            options = BuildOptions(pattern=pattern, deduplicate=False)
             build_dataset(place, tokenizer, output, options, processes=processes)
     return output

@@ -2,30 +2,29 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ebft_mega.data.builder.build_options import BuildOptions
-from ebft_mega.data.text.archives import read_text_archive
-from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
-from ebft_mega.data.text.text_files import (
-    BadText,
-    ReadOptions,
-    TextDocument,
-    decode_text,
-    list_text_files,
-    read_jsonl,
+from ebft_mega.data.builder.input_files import (
+    ARCHIVE_SUFFIX,
+    OTHER_KINDS,
+    InputFiles,
+    list_inputs,
+    option_problems,
+    repeated_input_problems,
 )
+from ebft_mega.data.text.archives import read_text_archive
+from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
+from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
+from ebft_mega.data.text.listing import in_words, total_counts
+from ebft_mega.data.text.text_files import UNREADABLE, BadText, ReadOptions, TextDocument, decode_text, read_jsonl
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import bad_input, read_json_object
+from ebft_mega.io.input_errors import read_json_object
 
-PLAIN_JSONL_SUFFIX = ".jsonl"
-JSONL_SUFFIXES = (PLAIN_JSONL_SUFFIX, ".jsonl.gz", ".jsonl.zst", ".json.gz")
-ARCHIVE_SUFFIX = ".tar"
-CONTAINER_SUFFIXES = (*JSONL_SUFFIXES, ARCHIVE_SUFFIX)
 UNKNOWN_LICENCE = "unknown"
 
 # A build of a few megabytes is spread over the cores of a small machine, one of terabytes stays at some
@@ -34,8 +33,11 @@ SMALLEST_WORK_UNIT_BYTES = 4 << 20
 LARGEST_WORK_UNIT_BYTES = 1 << 30
 USUAL_WORK_UNITS = 64
 
-# Part of a plan's identity: another version must not resume an unfinished build of this one.
-_BUILD_VERSION = 1
+_UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, GZIP_SUFFIX, ZSTANDARD_SUFFIX)
+
+# Part of a plan's identity, and of the names of datasets made on demand: another version must not resume an unfinished
+# build of this one, nor find its results.
+BUILD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Reader:
     inputs: tuple[Input, ...]
     options: ReadOptions
 
-    def read(self, file_range: FileRange, first_line: int | None) -> Iterator[TextDocument | BadText]:
+    def read(
+        self, file_range: FileRange, first_line: int | None, left_out: Counter[str] | None = None
+    ) -> Iterator[TextDocument | BadText]:
         """Read the documents of a file range.
 
         Args:
             file_range: of a file of one of the inputs.
             first_line: lines of its file before it, see `read_jsonl`.
+            left_out: takes counts of what is no document, by reason.
         """
         source = self.inputs[file_range.input]
         file = source.base / file_range.name
@@ -79,12 +84,12 @@ class Reader:
                 yield decode_text(file.read_bytes(), str(file), file_range.name)
             except OSError as error:
                 problem = Problem(str(file), "text", str(error.strerror), "a readable file")
-                yield BadText(problem, file_range.name, is_file=True)
+                yield BadText(problem, file_range.name, UNREADABLE, is_file=True)
         elif file_range.name.endswith(ARCHIVE_SUFFIX):
-            yield from read_text_archive(file, file_range.name, self.options)
+            yield from read_text_archive(file, file_range.name, self.options, left_out)
         else:
             end = file_range.end if file_range.is_cut else None
-            yield from read_jsonl(file, file_range.name, self.options, file_range.begin, end, first_line)
+            yield from read_jsonl(file, file_range.name, self.options, file_range.begin, end, first_line, left_out)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Plan:
     reader: Reader
     work_units: tuple[tuple[FileRange, ...], ...]
     identity: str  # changes with every file's name, size and time of change, and with every option
+    left_out: Mapping[str, int]  # files and folders, by reason
+    followed: Mapping[str, int]  # links, by kind
+    unreadable: tuple[tuple[str, Problem], ...]  # with the name of their input; empty unless bad ones are skipped
+    notes: tuple[str, ...]  # what a person should know, one sentence each, without a path of the machine
 
 
 class _ListedFile(NamedTuple):
@@ -104,7 +113,9 @@ class _ListedFile(NamedTuple):
     touched: int  # time of the last change of anything about it, which only the system sets, ns
 
 
-def make_plan(sources: Sequence[Path], options: BuildOptions, tokenizer_sha256: str) -> Plan:
+def make_plan(
+    sources: Sequence[Path], options: BuildOptions, tokenizer_identity: str, output: Path | None = None
+) -> Plan:
     """List the files of all inputs and cut them into work units.
 
     A work unit is some whole files in order, or a range of a plain JSONL file. A compressed file and an archive are
@@ -115,42 +126,72 @@ def make_plan(sources: Sequence[Path], options: BuildOptions, tokenizer_sha256: 
     Args:
         sources: directories, JSONL files or text webdataset shards; the order is kept.
         options: of the build.
-        tokenizer_sha256: of the tokenizer; part of the plan's identity.
+        tokenizer_identity: `Tokenizer.identity`; part of the plan's identity.
+        output: what an earlier build made, left out where it lies in one of the sources.
 
     Raises:
-        InputError: with every source in which there is nothing to read.
+        InputError: with every source in which there is nothing to read, everything that cannot be accessed unless bad
+            input is skipped, inputs that are given twice, and options that can have no effect.
     """
-    inputs: list[Input] = []
-    listed: list[_ListedFile] = []
-    problems: list[Problem] = []
-    for number, source in enumerate(sources):
+    problems = list(repeated_input_problems(sources))
+    opened: list[tuple[Path, InputFiles]] = []
+    for source in sources:
         try:
-            files, holds_texts = list_inputs(source, options.pattern)
+            opened.append((source, list_inputs(source, options, output, alone=len(sources) == 1)))
         except InputError as error:
             problems += error.problems
-            continue
-        base = source if source.is_dir() else source.parent
-        licence = options.licence or _corpus_licence(source)
-        inputs.append(Input(base, base.absolute().name, licence, holds_texts))
-        for file in files:
-            status = file.stat()
-            name = file.relative_to(base).as_posix()
-            listed.append(_ListedFile(number, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        if holds_texts and (others := sum(file.name.endswith(CONTAINER_SUFFIXES) for file in files)):
-            print(
-                f"note: {source} holds {others} JSONL or tar files among {len(files)}: each file is read as one text "
-                "(--pattern chooses)",
-                file=sys.stderr,
-            )
+    found = [files for _, files in opened]
+    if len(opened) == len(sources):
+        problems += option_problems(found, sum(source.is_dir() for source in sources), options)
+    if not options.skip_bad:
+        problems += [problem for files in found for problem in files.listing.unreadable]
     if problems:
         raise InputError(problems)
+    inputs: list[Input] = []
+    listed: list[_ListedFile] = []
+    for number, (source, files) in enumerate(opened):
+        base = source if source.is_dir() else source.parent
+        licence = options.licence or corpus_licence(source)
+        inputs.append(Input(base, base.absolute().name, licence, files.holds_texts))
+        listed += [_listed_file(number, file, base) for file in files.files]
     work_unit_bytes = options.work_unit_bytes
     if work_unit_bytes is None:
         total = sum(file.size for file in listed)
         work_unit_bytes = min(max(total // USUAL_WORK_UNITS, SMALLEST_WORK_UNIT_BYTES), LARGEST_WORK_UNIT_BYTES)
-    work_units = tuple(_work_units(inputs, listed, work_unit_bytes))
-    identity = _identity(inputs, listed, options, work_unit_bytes, tokenizer_sha256)
-    return Plan(Reader(tuple(inputs), options.read), work_units, identity)
+    pairs = list(zip(inputs, found, strict=True))
+    return Plan(
+        Reader(tuple(inputs), options.read),
+        tuple(_work_units(inputs, listed, work_unit_bytes)),
+        _identity(inputs, listed, options, work_unit_bytes, tokenizer_identity),
+        left_out=total_counts(files.listing.left_out for files in found),
+        followed=total_counts(files.listing.followed for files in found),
+        unreadable=tuple((source.source, problem) for source, files in pairs for problem in files.listing.unreadable),
+        notes=tuple(note for source, files in pairs for note in _notes(source.source, files)),
+    )
+
+
+def _listed_file(number: int, file: Path, base: Path) -> _ListedFile:
+    status = file.stat()
+    name = file.relative_to(base).as_posix()
+    return _ListedFile(number, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _notes(source: str, files: InputFiles) -> Iterator[str]:
+    """Lines about one input: what is left out and what is followed."""
+    left_out, followed = in_words(files.listing.left_out), in_words(files.listing.followed)
+    if left_out:
+        total = files.listing.left_out.get(OTHER_KINDS, 0)
+        names = [*files.others, *["..."] * (total > len(files.others))]
+        yield f"{source}: left out: {left_out}" + (f" ({', '.join(names)})" if names else "")
+    if followed:
+        yield f"{source}: followed: {followed}"
+    if files.containers_as_texts:
+        yield (
+            f"{source}: JSONL or tar files among {len(files.files)} files that are read as one text each: "
+            f"{files.containers_as_texts} (--text-key reads JSON lines, --pattern chooses)"
+        )
+    if files.listing.unreadable:
+        yield f"{source}: files and folders that cannot be accessed and are skipped: {len(files.listing.unreadable)}"
 
 
 def _identity(
@@ -158,12 +199,12 @@ def _identity(
     listed: list[_ListedFile],
     options: BuildOptions,
     work_unit_bytes: int,
-    tokenizer_sha256: str,
+    tokenizer_identity: str,
 ) -> str:
     """Hash of everything that decides the bytes of the dataset."""
     others = {
-        "version": _BUILD_VERSION,
-        "tokenizer": tokenizer_sha256,
+        "version": BUILD_VERSION,
+        "tokenizer": tokenizer_identity,
         "shard_bytes": options.shard_bytes,
         "deduplicate": options.deduplicate,
         "skip_bad": options.skip_bad,
@@ -175,32 +216,6 @@ def _identity(
     for file in listed:
         identity.update(json.dumps(file).encode())
     return identity.hexdigest()
-
-
-def list_inputs(path: Path, pattern: str = "*") -> tuple[list[Path], bool]:
-    """Input files in the order in which they are read.
-
-    Args:
-        path: a JSONL file or a tar file, a directory that holds nothing else, or a directory of text files.
-        pattern: shell pattern on the file names of a directory.
-
-    Returns:
-        The files, and whether each of them is a text (else JSON lines or an archive).
-
-    Raises:
-        InputError: there is nothing to read.
-    """
-    kinds = f"a {', '.join(CONTAINER_SUFFIXES[:-1])} or {ARCHIVE_SUFFIX} file"
-    if path.is_file():
-        if path.name.endswith(CONTAINER_SUFFIXES):
-            return [path], False
-        raise bad_input("--input", str(path), "a file", f"a directory, or {kinds}")
-    if not path.is_dir():
-        raise bad_input("--input", str(path), "no such file or directory", f"a directory, or {kinds}")
-    files = list_text_files(path, pattern)
-    if not files:
-        raise bad_input("--input", str(path), f"no file that matches {pattern!r}", "text, JSONL or tar files")
-    return files, not all(file.name.endswith(CONTAINER_SUFFIXES) for file in files)
 
 
 def _work_units(
@@ -220,14 +235,15 @@ def _work_units(
 
 
 def _file_ranges(source: Input, file: _ListedFile, most_bytes: int) -> Iterator[FileRange]:
-    if source.holds_texts or not file.name.endswith(PLAIN_JSONL_SUFFIX) or file.size <= most_bytes:
+    if source.holds_texts or file.name.endswith(_UNCUT_SUFFIXES) or file.size <= most_bytes:
         yield FileRange(file.input, file.name, 0, file.size, is_cut=False)
         return
     for begin in range(0, file.size, most_bytes):
         yield FileRange(file.input, file.name, begin, min(begin + most_bytes, file.size), is_cut=True)
 
 
-def _corpus_licence(source: Path) -> str:
+def corpus_licence(source: Path) -> str:
+    """Licence of documents that name none: from the corpus manifest in or above a source, else "unknown"."""
     for directory in (source, source.absolute().parent):
         path = directory / CORPUS_MANIFEST_NAME
         if path.is_file():

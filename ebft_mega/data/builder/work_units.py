@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from ebft_mega.io.input_errors import bad_input
 # Of one work unit: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000
 
+_LISTED_CHANGED = 3  # of the documents that do not round-trip, of one work unit
+
 # Names of a work unit's files say "part": builds that were stopped have them.
 _RECORD_NAME = "part.json"
 _INDEX_NAME = "index.npy"
@@ -42,6 +44,9 @@ class Scan:
     bad: int
     problems: tuple[Problem, ...]  # the first of them
     lines: tuple[int, ...]  # of each file range that is cut, else 0
+    left_out: dict[str, int]  # what is no document, by reason
+    fields: dict[str, int]  # documents that have each of the named members of records
+    skipped_ranges: tuple[int, ...]  # numbers of the file ranges that could not be read to their end, without documents
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class TokenizedUnit:
     text_bytes: int
     licences: dict[str, int]  # documents of each
     sources: dict[str, int]
-    bad: tuple[dict[str, str], ...]  # documents left out: source, path, key, found, expected
+    bad: tuple[dict[str, str], ...]  # documents left out: source, path, reason, key, found, expected
+    not_round_trip: int  # documents whose tokens do not give back their text
+    changed: tuple[str, ...]  # paths of the first of them
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class TokenizeJob:
     shard_bytes: int
     first_document: int  # in the dataset
     first_lines: tuple[int, ...]  # lines before each file range in its file
+    skipped_ranges: tuple[int, ...]  # `Scan.skipped_ranges`
     keep: np.ndarray  # bool [Scan.documents]
 
 
@@ -106,7 +114,8 @@ def load_scan(directory: Path, number: int) -> Scan | None:
         return None
     fields = json.loads(path.read_bytes())
     problems = tuple(Problem(**problem) for problem in fields.pop("problems"))
-    return Scan(problems=problems, lines=tuple(fields.pop("lines")), **fields)
+    lines, skipped = tuple(fields.pop("lines")), tuple(fields.pop("skipped_ranges"))
+    return Scan(problems=problems, lines=lines, skipped_ranges=skipped, **fields)
 
 
 def load_digests(directory: Path, number: int) -> np.ndarray:
@@ -120,7 +129,8 @@ def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
     if not path.is_file():
         return None
     fields = json.loads(path.read_bytes())
-    return TokenizedUnit(shards=tuple(fields.pop("shards")), bad=tuple(fields.pop("bad")), **fields)
+    shards, bad, changed = (tuple(fields.pop(name)) for name in ("shards", "bad", "changed"))
+    return TokenizedUnit(shards=shards, bad=bad, changed=changed, **fields)
 
 
 def load_unit_index(directory: Path, number: int) -> np.ndarray:
@@ -133,39 +143,84 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
 
     Memory: one document, and 32 bytes for each document of the work unit.
     """
-    digests = bytearray()
-    empty = bad = 0
-    problems: list[Problem] = []
+    found = _Found()
     lines = []
-    for file_range in job.work_unit:
-        if len(problems) >= MAX_LISTED_PROBLEMS:
+    skipped_ranges = []
+    for number, file_range in enumerate(job.work_unit):
+        if len(found.problems) >= MAX_LISTED_PROBLEMS:
             break
         file = job.reader.inputs[file_range.input].base / file_range.name
         try:
             lines.append(count_lines(file, file_range.begin, file_range.end) if file_range.is_cut else 0)
-        except OSError as error:
-            problems.append(Problem(str(file), "file", str(error.strerror), "a readable file"))
-            continue
-        for document in job.reader.read(file_range, first_line=None if file_range.is_cut and file_range.begin else 0):
-            advance(1)
-            if isinstance(document, BadText):
-                bad += 1
-                # What cannot be read to its end may hold anything: it is never left out silently.
-                if document.is_file or not job.skip_bad:
-                    problems.append(document.problem)
-            elif document.text:
-                digests += document.sha256
-            else:
-                empty += 1
-            if len(problems) >= MAX_LISTED_PROBLEMS:
-                break
+        except OSError:
+            lines.append(0)  # reading it gives the problem
+        own = _Found()
+        whole = _scan_range(job, file_range, own, advance)
+        if whole:
+            found.add(own)
+        else:
+            # Nothing vouches for what came before the damage: a checksum stands at the end of what it covers.
+            skipped_ranges.append(number)
+            found.bad += 1
     path = _scan_path(job.directory, job.number)
-    hashes = np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+    hashes = np.frombuffer(bytes(found.digests), np.uint8).reshape(-1, DIGEST_BYTES)
     np.save(path.with_suffix(".npy"), hashes, allow_pickle=False)
     flush_to_disk(path.with_suffix(".npy"))  # before the record that says that it is there
-    scan = Scan(len(hashes), empty, bad, tuple(problems[:MAX_LISTED_PROBLEMS]), tuple(lines))
+    scan = Scan(
+        documents=len(hashes),
+        empty=found.empty,
+        bad=found.bad,
+        problems=tuple(found.problems[:MAX_LISTED_PROBLEMS]),
+        lines=tuple(lines),
+        left_out=dict(found.left_out),
+        fields=dict(found.fields),
+        skipped_ranges=tuple(skipped_ranges),
+    )
     write_bytes(path, json.dumps(asdict(scan)).encode())
     return job.number, scan
+
+
+@dataclass
+class _Found:
+    """What has been read of a file range or a work unit."""
+
+    digests: bytearray = field(default_factory=bytearray)
+    empty: int = 0
+    bad: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "_Found") -> None:
+        """Take in what has been read of another range."""
+        self.digests += other.digests
+        self.empty += other.empty
+        self.bad += other.bad
+        self.problems += other.problems
+        self.left_out.update(other.left_out)
+        self.fields.update(other.fields)
+
+
+def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Advance) -> bool:
+    """Read and hash the documents of a file range; False if it cannot be read to its end and is skipped for that."""
+    first_line = None if file_range.is_cut and file_range.begin else 0
+    licence_key = job.reader.options.licence_key
+    for document in job.reader.read(file_range, first_line, found.left_out):
+        advance(1)
+        if isinstance(document, BadText):
+            found.bad += 1
+            if document.is_file and job.skip_bad:
+                return False
+            if not job.skip_bad:
+                found.problems.append(document.problem)
+            if len(found.problems) >= MAX_LISTED_PROBLEMS:
+                break
+        elif document.text:
+            found.digests += document.sha256
+            found.fields.update([*document.fields, *([licence_key] if licence_key and document.licence else [])])
+        else:
+            found.empty += 1
+    return True
 
 
 def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, TokenizedUnit]:
@@ -175,7 +230,8 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
     of a shard.
 
     Raises:
-        InputError: a file is no longer what it was when it was scanned, or a token id lies outside the vocabulary.
+        InputError: a file is no longer what it was when it was scanned, a token id lies outside the vocabulary, or the
+            tokenizer cannot write a text with ordinary tokens.
     """
     tokenizer = job.texts.load()
     final = unit_directory(job.directory, job.number)
@@ -186,7 +242,8 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
     writer = ShardWriter(temporary, tokenizer, job.shard_bytes, job.first_document)
     licences: Counter[str] = Counter()
     sources: Counter[str] = Counter()
-    text_bytes = 0
+    text_bytes = not_round_trip = 0
+    changed: list[str] = []
     bad: list[dict[str, str]] = []
     try:
         for source_number, document in _documents_to_keep(job, bad, advance):
@@ -200,7 +257,16 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
             }
             if document.fields:
                 meta["fields"] = document.fields
-            writer.add(tokenizer.encode(document.text), meta)
+            try:
+                tokens = tokenizer.encode(document.text)
+            except InputError as error:
+                raise InputError(
+                    [problem.within(f"{source.base / document.path}") for problem in error.problems]
+                ) from None
+            writer.add(tokens, meta)
+            if tokenizer.decode(tokens) != document.text:
+                not_round_trip += 1
+                changed += [document.path] * (len(changed) < _LISTED_CHANGED)
             licences[licence] += 1
             sources[source.source] += 1
             text_bytes += document.num_bytes
@@ -212,7 +278,14 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
     np.save(temporary / _INDEX_NAME, shards.index, allow_pickle=False)
     flush_to_disk(temporary / _INDEX_NAME)
     tokenized = TokenizedUnit(
-        tuple(shards.entries), shards.max_token_id, text_bytes, dict(licences), dict(sources), tuple(bad)
+        tuple(shards.entries),
+        shards.max_token_id,
+        text_bytes,
+        dict(licences),
+        dict(sources),
+        tuple(bad),
+        not_round_trip,
+        tuple(changed),
     )
     write_bytes(temporary / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
     temporary.rename(final)
@@ -240,14 +313,16 @@ def _documents_to_keep(
     """Documents that stay, each with the number of its input; those that cannot be used are appended to `bad`."""
     digests = load_digests(job.directory, job.number)
     number = 0
-    for file_range, first_line in zip(job.work_unit, job.first_lines, strict=True):
+    for place, (file_range, first_line) in enumerate(zip(job.work_unit, job.first_lines, strict=True)):
+        source = job.reader.inputs[file_range.input].source
+        if place in job.skipped_ranges:
+            bad.append(_entry_of_file(job, file_range, first_line))
+            continue
         for document in job.reader.read(file_range, first_line):
             if isinstance(document, BadText):
-                problem = document.problem
                 if document.is_file:
-                    raise InputError([problem])
-                place = {"source": job.reader.inputs[file_range.input].source, "path": document.path}
-                bad.append(place | {"key": problem.key, "found": problem.found, "expected": problem.expected})
+                    raise InputError([document.problem])
+                bad.append(skipped_entry(source, document.path, document.reason, document.problem))
                 continue
             if not document.text:
                 continue
@@ -260,6 +335,21 @@ def _documents_to_keep(
     if number != len(digests):
         last = job.work_unit[-1]
         raise _changed(job, last.input, last.name)
+
+
+def _entry_of_file(job: TokenizeJob, file_range: FileRange, first_line: int) -> dict[str, str]:
+    """The line of `skipped.jsonl` for a file range that could not be read to its end."""
+    for document in job.reader.read(file_range, first_line):
+        if isinstance(document, BadText) and document.is_file:
+            source = job.reader.inputs[file_range.input].source
+            return skipped_entry(source, document.path, document.reason, document.problem)
+    raise _changed(job, file_range.input, file_range.name)
+
+
+def skipped_entry(source: str, path: str, reason: str, problem: Problem) -> dict[str, str]:
+    """A line of `skipped.jsonl`."""
+    place = {"source": source, "path": path, "reason": reason}
+    return place | {"key": problem.key, "found": problem.found, "expected": problem.expected}
 
 
 def _changed(job: TokenizeJob, source_number: int, path: str) -> Exception:

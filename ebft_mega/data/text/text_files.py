@@ -1,10 +1,8 @@
 """Read text documents from plain files and from JSON lines."""
 
-import fnmatch
 import hashlib
 import json
-import os
-import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,20 @@ from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 
-_SKIPPED_DIRECTORIES = ("__pycache__",)
 _CHUNK_BYTES = 1 << 22
+_FIRST_LINE_BYTES = 1 << 26  # of a file whose name does not say that it holds JSON lines
+
+# Why a document is left out with `--skip-bad`: `BadText.reason`.
+NOT_UTF8 = "not UTF-8"
+NO_JSON_OBJECT = "no JSON object"
+NO_TEXT = "no text under the key"
+WRONG_FIELD = "a field of the wrong type"
+UNUSABLE_SAMPLE = "a sample without one text"
+UNREADABLE = "unreadable or damaged files"
+
+# What is left out without being bad: keys of the counts that readers are given.
+BLANK_LINES = "blank lines"
+OTHER_MEMBERS = "other members of archives"
 
 
 @dataclass(frozen=True)
@@ -49,40 +59,8 @@ class BadText:
 
     problem: Problem
     path: str  # as in TextDocument
+    reason: str  # why it is left out with `--skip-bad`
     is_file: bool = False  # the rest of the file could not be read: an unknown number of documents is missing
-
-
-def list_text_files(directory: Path, pattern: str) -> list[Path]:
-    """Files below a directory whose name matches a pattern, sorted by path relative to it.
-
-    Hidden files and folders, `__pycache__`, broken links and what is neither file nor folder (sockets, devices) are
-    left out; links to folders are not followed.
-
-    Args:
-        directory: the folder to search.
-        pattern: shell pattern on the file name, such as `*.py`.
-
-    Raises:
-        InputError: lists all folders and files that cannot be accessed, because their documents would be missing.
-    """
-    found = []
-    unreadable: list[OSError] = []
-    for folder, subfolders, names in os.walk(directory, onerror=unreadable.append):
-        subfolders[:] = [name for name in subfolders if name[0] != "." and name not in _SKIPPED_DIRECTORIES]
-        for name in names:
-            if name[0] != "." and fnmatch.fnmatchcase(name, pattern):
-                try:
-                    found += [Path(folder, name)] * stat.S_ISREG(os.stat(Path(folder, name)).st_mode)
-                except FileNotFoundError:  # a broken link
-                    continue
-                except OSError as error:
-                    unreadable.append(error)
-    if unreadable:
-        expected = "a file or folder that can be read"
-        raise InputError(
-            [Problem(str(error.filename), "--input", str(error.strerror), expected) for error in unreadable]
-        )
-    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
 def read_text_file(file: Path, base: Path) -> TextDocument:
@@ -118,12 +96,37 @@ def decode_text(
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        return BadText(Problem(f"{where}:{line}", "text", found, "UTF-8 text"), path)
+        return BadText(Problem(f"{where}:{line}", "text", found, "UTF-8 text"), path, NOT_UTF8)
     return _with_fields(text, hashlib.sha256(content).digest(), where, path, record or {}, options or ReadOptions())
 
 
+def first_record_keys(file: Path) -> list[str] | None:
+    """Keys of the JSON object on the first line that is not blank; None where there is no such object.
+
+    Args:
+        file: plain, or compressed with gzip or zstandard as its name says.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with open_lines(file) as lines:
+            while (line := lines.readline(_FIRST_LINE_BYTES)) and not line.strip():
+                continue
+        record = json.loads(line)
+    except (CutFileError, ValueError, RecursionError):
+        return None
+    return sorted(record) if isinstance(record, dict) else None
+
+
 def read_jsonl(
-    file: Path, path: str, options: ReadOptions, begin: int = 0, end: int | None = None, first_line: int | None = 0
+    file: Path,
+    path: str,
+    options: ReadOptions,
+    begin: int = 0,
+    end: int | None = None,
+    first_line: int | None = 0,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[TextDocument | BadText]:
     """Read the documents of a JSONL file; a bad line gives a `BadText` in its place. Blank lines are left out.
 
@@ -134,6 +137,7 @@ def read_jsonl(
         begin, end: only lines whose first byte lies in this range; plain files alone can be read in ranges.
         first_line: number of lines before `begin`. With None they are counted only when a bad line is found; the
             line numbers in the paths of other documents are then wrong.
+        left_out: takes the number of blank lines.
     """
     number = 0
     try:
@@ -149,6 +153,8 @@ def read_jsonl(
                 number += 1
                 position += len(line)
                 if not line.strip():
+                    if left_out is not None:
+                        left_out[BLANK_LINES] += 1
                     continue
                 document = _parse_line(line, file, path, (first_line or 0) + number, options)
                 if isinstance(document, BadText) and first_line is None:
@@ -158,8 +164,8 @@ def read_jsonl(
     except OSError as error:
         expected = "a complete compressed file" if isinstance(error, CutFileError) else "a readable file"
         line_number = (first_line or 0) + number + 1
-        found = str(error.strerror or error)
-        yield BadText(Problem(f"{file}:{line_number}", "file", found, expected), f"{path}:{line_number}", is_file=True)
+        problem = Problem(f"{file}:{line_number}", "file", str(error.strerror or error), expected)
+        yield BadText(problem, f"{path}:{line_number}", UNREADABLE, is_file=True)
 
 
 def count_lines(file: Path, begin: int, end: int) -> int:
@@ -192,16 +198,18 @@ def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOp
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an integer beyond Python's limit
-        return BadText(Problem(where, key, str(error), expected), path)
+        return BadText(Problem(where, key, str(error), expected), path, NO_JSON_OBJECT)
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         found = f"keys {sorted(record)}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
         if isinstance(record, dict) and key in record:
             found = f"a JSON {type(record[key]).__name__}"
-        return BadText(Problem(where, key, found, expected), path)
+        reason = NO_TEXT if isinstance(record, dict) else NO_JSON_OBJECT
+        return BadText(Problem(where, key, found, expected), path, reason)
     try:
         content = record[key].encode("utf-8")
     except UnicodeEncodeError as error:
-        return BadText(Problem(where, key, f"a lone surrogate at character {error.start}", "valid Unicode text"), path)
+        found = f"a lone surrogate at character {error.start}"
+        return BadText(Problem(where, key, found, "valid Unicode text"), path, NOT_UTF8)
     return _with_fields(record[key], hashlib.sha256(content).digest(), where, path, record, options)
 
 
@@ -214,6 +222,7 @@ def _with_fields(
         licence = ", ".join(licence)
     if not isinstance(licence, str | None):
         found = f"a JSON {type(licence).__name__}"
-        return BadText(Problem(where, str(options.licence_key), found, "a string or a list of strings"), path)
+        problem = Problem(where, str(options.licence_key), found, "a string or a list of strings")
+        return BadText(problem, path, WRONG_FIELD)
     fields = {key: record[key] for key in options.keep_keys if key in record}
     return TextDocument(text, digest, path, licence or None, fields)

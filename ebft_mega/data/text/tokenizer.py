@@ -61,6 +61,10 @@ class Tokenizer(Protocol):
         """Files that `copy_tokenizer` copies."""
 
     @property
+    def main_file(self) -> str:
+        """Name of the file that decides how text becomes token ids."""
+
+    @property
     def control_ids(self) -> frozenset[int]:
         """Tokens that no text becomes: the end of a document, other special tokens, markers."""
 
@@ -103,6 +107,11 @@ class SentencePieceTokenizer:
     notes: tuple[str, ...] = ()
 
     @property
+    def main_file(self) -> str:
+        """See `Tokenizer.main_file`."""
+        return SENTENCEPIECE_NAME
+
+    @property
     def library(self) -> str:
         """See `Tokenizer.library`."""
         return f"sentencepiece {version('sentencepiece')}"
@@ -142,6 +151,11 @@ class HuggingFaceTokenizer:
     encoder: Any = field(default=None, repr=False)  # the same without the spellings that no text may become
     control_ids: frozenset[int] = field(default=frozenset(), repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def main_file(self) -> str:
+        """See `Tokenizer.main_file`."""
+        return HUGGING_FACE_NAME
 
     @property
     def library(self) -> str:

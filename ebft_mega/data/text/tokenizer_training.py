@@ -2,10 +2,12 @@
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebft_mega.data.text.text_files import list_text_files, read_text_file
+from ebft_mega.data.text.listing import in_words, list_files, readable_files
+from ebft_mega.data.text.text_files import read_text_file
 from ebft_mega.data.text.tokenizer import CONFIG_NAME, SENTENCEPIECE_NAME, Tokenizer, load_tokenizer
 from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
@@ -13,6 +15,7 @@ from ebft_mega.io.output_directory import new_directory
 from ebft_mega.io.progress_bar import track
 
 CHUNK_CHARACTERS = 3500
+MAX_VOCAB_SIZE = 1 << 20  # four times the largest in use; the trainer takes no number beyond 31 bits
 MIN_VOCAB_SIZE = 300  # 256 bytes, the unknown and end-of-document tokens, and some characters
 END_OF_DOCUMENT = "</s>"
 EOS_ID = 1
@@ -47,8 +50,9 @@ def train_tokenizer(
         InputError: the input cannot be used or the vocabulary size does not fit the text.
         RoundTripError: with every file that does not round-trip; nothing is written then.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise bad_input("--vocab-size", "vocab_size", str(vocab_size), f"at least {MIN_VOCAB_SIZE}")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        expected = f"at least {MIN_VOCAB_SIZE} and at most {MAX_VOCAB_SIZE}"
+        raise bad_input("--vocab-size", "vocab_size", str(vocab_size), expected)
     texts = _read_texts(source, pattern)
     with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
         chunks = [chunk for text in texts.values() for chunk in split_into_chunks(text)]
@@ -94,7 +98,11 @@ def _read_texts(source: Path, pattern: str) -> dict[str, str]:
         raise bad_input("--input", str(source), "no such directory", "a directory of text files")
     problems: list[Problem] = []
     texts = {}
-    for file in list_text_files(source, pattern):
+    listing = list_files(source, pattern)
+    for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
+        if words := in_words(counts):
+            print(f"note: {source}: {meaning}: {words}", file=sys.stderr)
+    for file in readable_files(listing):
         try:
             document = read_text_file(file, source)
         except InputError as error:

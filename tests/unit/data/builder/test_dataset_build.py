@@ -13,7 +13,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.shard_writer import MAX_SHARD_DOCUMENTS, DatasetWriter
 from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.text_files import list_text_files
+from ebft_mega.data.text.listing import list_files
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.output_directory import new_directory
@@ -137,8 +137,8 @@ def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
     for name in ("a", "b"):
         write_jsonl(tmp_path / f"{name}.jsonl", ['{"code": "x", "l": "MIT"}', f'{{"code": "{name}", "repo": "r"}}'])
     arguments = ["--input", tmp_path / "b.jsonl", tmp_path / "a.jsonl", "--tokenizer", tokenizer_directory]
-    arguments += ["--text-key", "code", "--licence-key", "l", "--keep-key", "repo", "--processes", "1"]
-    done = run_tool("build_shards", *arguments, "--output", tmp_path / "out")
+    arguments += ["--text-key", "code", "--licence-key", "l", "--keep-key", "repo"]
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "out", "--processes", 1)
     assert done.returncode == 0, done.stderr
     assert "3 documents" in done.stdout
     assert "1 duplicates" in done.stdout
@@ -146,17 +146,20 @@ def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
     assert [tokenizer.decode(dataset.tokens(number)) for number in range(3)] == ["x", "b", "a"]
     assert [read_metadata(dataset, number)["licence"] for number in range(3)] == ["MIT", "unknown", "unknown"]
     assert read_metadata(dataset, 2)["fields"] == {"repo": "r"}
-    done = run_tool("build_shards", *arguments, "--output", tmp_path / "all", "--no-deduplicate")
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "all", "--no-dedup", "--processes", 1)
     assert "4 documents" in done.stdout
     done = run_tool("build_shards", *arguments, "--output", tmp_path / "no", "--processes", 0)
     assert done.returncode == 2
     assert "--processes: found 0; expected at least 1" in done.stderr
+    done = run_tool("build_shards", *arguments, "--output", tmp_path / "no", "--dedup", "--no-deduplicate")
+    assert done.returncode == 2
+    assert "--deduplicate: found 2 times; expected at most once" in done.stderr
 
 
 def test_inputs_without_text_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
-    for source in (tmp_path / "absent", tmp_path / "empty", tmp_path / "notes.md"):
+    for source in (tmp_path / "absent", tmp_path / "empty", tmp_path / "notes.md"):  # the last holds no JSON lines
         with pytest.raises(InputError, match="--input"):
             build_dataset(source, tokenizer, tmp_path / "out")
     (tmp_path / "empty" / "a.py").touch()
@@ -197,7 +200,7 @@ def test_list_is_sorted_by_the_whole_path(tmp_path: Path) -> None:
     for name in ("a/b.py", "a-b.py", "a.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in list_text_files(tmp_path, "*")]
+    found = [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path).files]
     assert found == sorted(found) == ["a-b.py", "a.py", "a/b.py"]
 
 

@@ -23,7 +23,8 @@ from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import CutFileError, open_lines
-from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, count_lines, list_text_files, read_jsonl
+from ebft_mega.data.text.listing import list_files, readable_files
+from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, count_lines, read_jsonl
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 
@@ -252,13 +253,24 @@ def test_links_and_long_names(tmp_path: Path) -> None:
     assert "no regular file" in str(link.problem)
 
 
-def test_a_damaged_shard_stops_the_build_even_when_bad_documents_may_be_left_out(
+def test_a_damaged_file_stops_the_build_and_is_left_out_whole_when_bad_ones_may_be(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    path = write_shard(tmp_path / "a.tar", some_samples())
+    source = tmp_path / "shards"
+    source.mkdir()
+    path = write_shard(source / "a.tar", some_samples())
     path.write_bytes(path.read_bytes()[:5120])
-    with pytest.raises(InputError, match=r"a\.tar: offset 5120: file: found the end of the file"):
-        build_dataset(path, tokenizer, tmp_path / "out", BuildOptions(skip_bad=True))
+    (source / "b.jsonl.gz").write_bytes(pack_gzip(LINES)[:-20])
+    (source / "c.jsonl").write_text('{"text": "good"}\n')
+    with pytest.raises(InputError, match=r"a\.tar: offset 5120: file: found the end of the file") as caught:
+        build_dataset(source, tokenizer, tmp_path / "out")
+    assert "b.jsonl.gz" in str(caught.value)
+    result = build_dataset(source, tokenizer, tmp_path / "out", BuildOptions(skip_bad=True, work_unit_bytes=100))
+    # Nothing vouches for the documents before the damage.
+    assert result.manifest.documents == 1
+    assert result.record.skipped_by_reason == {"unreadable or damaged files": 2}
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["path"].split(":")[0] for line in skipped] == ["a.tar", "b.jsonl.gz"]
 
 
 def test_bad_documents_are_left_out_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -277,11 +289,13 @@ def test_bad_documents_are_left_out_when_asked(tmp_path: Path, tokenizer: Tokeni
     assert skipped[0] == {
         "source": "files",
         "path": "a.py",
+        "reason": "not UTF-8",
         "key": "text",
         "found": "byte 0xff at offset 0",
         "expected": "UTF-8 text",
     }
     assert result.record.skipped == 41
+    assert result.record.skipped_by_reason == {"not UTF-8": 1, "no JSON object": 20, "no text under the key": 20}
 
 
 def test_problems_of_a_wrong_key_end_early(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -354,7 +368,7 @@ def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path: Path, monkeyp
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("text")
     (tmp_path / "open" / "nowhere.py").symlink_to("gone")
-    assert [path.name for path in list_text_files(tmp_path, "*.py")] == ["a.py", "b.py"]
+    assert [path.name for path in list_files(tmp_path, "*.py").files] == ["a.py", "b.py"]
     look = os.scandir
 
     def refuse(path: str) -> object:
@@ -364,7 +378,7 @@ def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match="secret: --input: found Permission denied"):
-        list_text_files(tmp_path, "*.py")
+        readable_files(list_files(tmp_path, "*.py"))
 
 
 def test_a_number_too_long_for_python_is_a_bad_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -383,6 +397,8 @@ def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
     (source / "README.md").write_text("my dump")
     (source / "data.jsonl").write_text('{"text": "one"}\n')
     build_dataset(source, tokenizer, tmp_path / "out")
-    assert "holds 1 JSONL or tar files among 2: each file is read as one text" in capsys.readouterr().err
-    build_dataset(source, tokenizer, tmp_path / "again", BuildOptions(pattern="*.jsonl"))
-    assert "note" not in capsys.readouterr().err
+    said = "JSONL or tar files among 2 files that are read as one text each: 1"
+    assert said in capsys.readouterr().err
+    result = build_dataset(source, tokenizer, tmp_path / "again", BuildOptions(pattern="*.jsonl"))
+    assert said not in capsys.readouterr().err
+    assert result.record.left_out == {"files with other names": 1}

@@ -1,0 +1,163 @@
+"""Which files an input holds, of which kind they are, and what of it is left out."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.text.listing import Listing, in_words, list_files
+from ebft_mega.data.text.text_files import first_record_keys
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input
+
+PLAIN_JSONL_SUFFIX = ".jsonl"
+JSONL_SUFFIXES = (PLAIN_JSONL_SUFFIX, ".jsonl.gz", ".jsonl.zst", ".json.gz")
+ARCHIVE_SUFFIX = ".tar"
+CONTAINER_SUFFIXES = (*JSONL_SUFFIXES, ARCHIVE_SUFFIX)
+_KINDS = f"a {', '.join(CONTAINER_SUFFIXES[:-1])} or {ARCHIVE_SUFFIX} file"
+
+OTHER_KINDS = "files of other kinds"
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """What is read of one `--input`."""
+
+    files: tuple[Path, ...]  # in the order in which they are read
+    holds_texts: bool  # each file is a text; else JSON lines or an archive
+    listing: Listing = field(default_factory=lambda: Listing(()))  # counts, and what could not be accessed
+    others: tuple[str, ...] = ()  # first names of files of other kinds that are left out
+    containers_as_texts: int = 0  # files that look like JSON lines or archives, and are read as texts
+    other_keys: tuple[str, ...] = ()  # of JSON lines that have not the wanted key, for messages
+
+
+def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, alone: bool = True) -> InputFiles:
+    """List the files of one input.
+
+    A folder whose files all are containers by their names (JSON lines, archives), and a folder in which the options
+    look for records, is read as containers; any other one as texts.
+
+    Args:
+        path: a container, or a folder.
+        options: pattern and keys.
+        output: left out where it lies below the folder.
+        alone: whether it is the only input. Else the keys may be meant for another one, so a folder that holds fewer
+            containers than other files is refused.
+
+    Raises:
+        InputError: there is nothing to read, or it cannot be said as what.
+    """
+    if path.is_file():
+        return _one_file(path, options)
+    if not path.is_dir():
+        found = "neither a file nor a directory" if path.exists() else "no such file or directory"
+        raise bad_input("--input", str(path), found, f"a directory, or {_KINDS}")
+    listing = list_files(path, options.pattern, output)
+    if not listing.files and not listing.unreadable:
+        found = f"no file that matches {options.pattern!r}"
+        if listing.left_out:
+            found += f" (left out: {in_words(listing.left_out)})"
+        raise bad_input("--input", str(path), found, "text, JSONL or tar files")
+    return _containers(path, listing, options, alone) or _texts(listing)
+
+
+def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOptions) -> Iterator[Problem]:
+    """Report options that can have no effect on these inputs.
+
+    Args:
+        inputs: all of them.
+        folders: how many of them are folders.
+        options: as given.
+    """
+    containers = [file for each in inputs if not each.holds_texts for file in each.files]
+    archives = [file for file in containers if file.name.endswith(ARCHIVE_SUFFIX)]
+    keys = sorted({key for each in inputs for key in each.other_keys})
+    found = f"JSON lines with the keys {', '.join(keys)}" if keys else "no JSON lines in any --input"
+    if options.text_key is not None and len(containers) == len(archives):
+        expected = "JSON lines with this key, or no --text-key"
+        yield Problem("--text-key", options.text_key, found, expected)
+    if options.text_member is not None and not archives:
+        expected = "webdataset shards with such members, or no --text-member"
+        yield Problem("--text-member", options.text_member, f"no {ARCHIVE_SUFFIX} file in any --input", expected)
+    for option, given in (("--licence-key", options.licence_key), ("--keep-key", ", ".join(options.keep_keys))):
+        if given and not containers:
+            expected = f"JSON lines or webdataset shards, or no {option}"
+            yield Problem(option, given, "inputs of which each file is a text", expected)
+    if options.pattern != BuildOptions.pattern and not folders:
+        yield Problem("--pattern", options.pattern, "no directory among the inputs", "a directory, or no --pattern")
+    for key, count in Counter(options.keep_keys).items():
+        if count > 1:
+            yield Problem("--keep-key", key, f"{count} times", "each key once")
+
+
+def repeated_input_problems(sources: Sequence[Path]) -> Iterator[Problem]:
+    """Report inputs that are given twice, or lie in another one: their documents would be read twice."""
+    places = [source.resolve() for source in sources]
+    for number, place in enumerate(places):
+        for other, other_place in enumerate(places):
+            if other != number and (place.is_relative_to(other_place)) and (place != other_place or other < number):
+                found = f"the same as {sources[other]}" if place == other_place else f"a part of {sources[other]}"
+                yield Problem("--input", str(sources[number]), found, "each file in one input")
+                break
+
+
+def _one_file(path: Path, options: BuildOptions) -> InputFiles:
+    if path.name.endswith(CONTAINER_SUFFIXES):
+        return InputFiles((path,), holds_texts=False)
+    keys = _keys_of(path)
+    if keys is None:
+        raise bad_input("--input", str(path), "a file that holds no JSON lines", f"a directory, or {_KINDS}")
+    if not options.wants_records:
+        expected = f"--text-key, with which it is read as such, or a directory, or {_KINDS}"
+        raise bad_input("--input", str(path), f"JSON lines with the keys {', '.join(keys)}", expected)
+    if options.read.text_key not in keys:
+        found, expected = f"JSON lines with the keys {', '.join(keys)}", f"the key {options.read.text_key!r}"
+        raise bad_input("--input", str(path), found, expected)
+    return InputFiles((path,), holds_texts=False)
+
+
+def _keys_of(path: Path) -> list[str] | None:
+    try:
+        return first_record_keys(path)
+    except OSError as error:
+        raise bad_input(str(path), "--input", str(error.strerror), "a file that can be read") from error
+
+
+def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool) -> InputFiles | None:
+    """The folder as containers; None where it is to be read as texts."""
+    chosen: list[Path] = []
+    others: list[Path] = []
+    unreadable = list(listing.unreadable)
+    other_keys: set[str] = set()
+    for file in listing.files:
+        if file.name.endswith(CONTAINER_SUFFIXES):
+            chosen.append(file)
+            continue
+        try:
+            keys = _keys_of(file) if options.wants_records else None
+        except InputError as error:
+            unreadable += error.problems
+            continue
+        (chosen if options.read.text_key in (keys or ()) else others).append(file)
+        other_keys |= set(keys or ())
+    wanted = options.wants_records or (
+        options.text_member is not None and any(file.name.endswith(ARCHIVE_SUFFIX) for file in chosen)
+    )
+    if not chosen or (others and not wanted):
+        texts = _texts(listing)
+        return replace(texts, other_keys=tuple(sorted(other_keys))) if other_keys else None
+    if len(others) > len(chosen) and not alone:
+        found = f"{len(chosen)} files of JSON lines or archives among {len(others)} others"
+        expected = "a folder of one kind beside other inputs: name its files, or build it by itself"
+        raise bad_input("--input", str(path), found, expected)
+    left_out = dict(listing.left_out) | ({OTHER_KINDS: len(others)} if others else {})
+    shown = [file.relative_to(path).as_posix() for file in others[:_SHOWN_NAMES]]
+    counted = Listing(tuple(chosen), left_out, listing.followed, tuple(unreadable))
+    return InputFiles(tuple(chosen), holds_texts=False, listing=counted, others=tuple(shown))
+
+
+def _texts(listing: Listing) -> InputFiles:
+    containers = sum(file.name.endswith(CONTAINER_SUFFIXES) for file in listing.files)
+    return InputFiles(listing.files, holds_texts=True, listing=listing, containers_as_texts=containers)

@@ -1,0 +1,140 @@
+"""List the files below a folder, and count what is left out or followed on the way."""
+
+import errno
+import fnmatch
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ebft_mega.errors import InputError, Problem
+
+COMPILED_FOLDER = "__pycache__"
+
+# Why something is left out; keys of `Listing.left_out` and of `build.json`.
+HIDDEN_FILES = "hidden files"
+HIDDEN_FOLDERS = "hidden folders"
+COMPILED_FOLDERS = f"{COMPILED_FOLDER} folders"
+FOLDER_LINKS = "links to folders"
+BROKEN_LINKS = "links that lead nowhere"
+SPECIAL_FILES = "pipes, sockets and devices"
+OTHER_NAMES = "files with other names"
+EARLIER_OUTPUT = "earlier output"
+# What is followed; keys of `Listing.followed`.
+FILE_LINKS = "links to files"
+OUTSIDE_LINKS = "links to files outside of the input"
+
+# Of a link that names itself, directly or in a circle, or that leads through a file, or to a name that cannot exist.
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files below a folder."""
+
+    files: tuple[Path, ...]  # sorted by their path relative to the folder
+    left_out: Mapping[str, int] = field(default_factory=dict)  # by reason; a folder counts once, whatever it holds
+    followed: Mapping[str, int] = field(default_factory=dict)
+    unreadable: tuple[Problem, ...] = ()  # folders and files that could not be accessed
+
+
+def list_files(directory: Path, pattern: str = "*", output: Path | None = None) -> Listing:
+    """List the files below a folder whose name matches a pattern.
+
+    Left out and counted: hidden files and folders, `__pycache__`, links to folders, links that lead nowhere, what is
+    neither file nor folder (nothing is opened here), and files with other names. Links to files are followed.
+
+    Args:
+        directory: the folder to search; it may be a link.
+        pattern: shell pattern on the file name, such as `*.py`.
+        output: a folder that is left out, because it holds what is made of the files.
+    """
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    followed: Counter[str] = Counter()
+    errors: list[OSError] = []
+    inside = os.path.join(os.path.realpath(directory), "")
+    result = os.path.realpath(output) if output else None
+    for folder, subfolders, names in os.walk(directory, onerror=errors.append):
+        entered = []
+        for name in subfolders:
+            reason = _reason_to_skip_folder(Path(folder, name), result)
+            left_out.update([reason] if reason else [])
+            entered += [] if reason else [name]
+        subfolders[:] = entered
+        for name in names:
+            path = Path(folder, name)
+            if name[0] == ".":
+                left_out[HIDDEN_FILES] += 1
+            elif not fnmatch.fnmatchcase(name, pattern):
+                left_out[OTHER_NAMES] += 1
+            else:
+                try:
+                    reason = _reason_to_skip_file(path)
+                except OSError as error:
+                    errors.append(error)
+                    continue
+                left_out.update([reason] if reason else [])
+                if reason:
+                    continue
+                found.append(path)
+                if path.is_symlink():
+                    followed[FILE_LINKS] += 1
+                    followed[OUTSIDE_LINKS] += not os.path.realpath(path).startswith(inside)
+    expected = "a file or folder that can be read"
+    unreadable = tuple(Problem(str(error.filename), "--input", str(error.strerror), expected) for error in errors)
+    files = tuple(sorted(found, key=lambda path: path.relative_to(directory).as_posix()))
+    return Listing(files, left_out, +followed, unreadable)
+
+
+def readable_files(listing: Listing) -> tuple[Path, ...]:
+    """The files of a listing.
+
+    Raises:
+        InputError: lists all folders and files that could not be accessed, because their documents would be missing.
+    """
+    if listing.unreadable:
+        raise InputError(list(listing.unreadable))
+    return listing.files
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Counts as one phrase, such as `hidden files: 3, links to folders: 1`; empty where there are none."""
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()) if count)
+
+
+def total_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of several counts by reason."""
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
+
+
+def _reason_to_skip_folder(path: Path, output: str | None) -> str | None:
+    if path.name[0] == ".":
+        return HIDDEN_FOLDERS
+    if path.name == COMPILED_FOLDER:
+        return COMPILED_FOLDERS
+    if path.is_symlink():
+        return FOLDER_LINKS
+    return EARLIER_OUTPUT if output is not None and os.path.realpath(path) == output else None
+
+
+def _reason_to_skip_file(path: Path) -> str | None:
+    """None for a regular file, or a link to one.
+
+    Raises:
+        OSError: it cannot be said what it is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return BROKEN_LINKS
+        raise
+    if stat.S_ISDIR(mode):  # a link, made in the meantime
+        return FOLDER_LINKS
+    return None if stat.S_ISREG(mode) else SPECIAL_FILES
