@@ -75,7 +75,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    arguments = parser.parse_args()
+    return checked(parser, parser.parse_args())
+
+
+def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, unless one of them lies outside its bounds."""
     for option, text in (("--text-key", arguments.text_key), ("--text-member", arguments.text_member)):
         if text == "":
             parser.error(f"{option}: found an empty text; expected a name")

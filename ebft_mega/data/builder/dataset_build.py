@@ -1,9 +1,7 @@
 """Build a dataset directory from text with several processes; resume a build that was stopped."""
 
-import json
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
-from ebft_mega.data.builder.build_record import SKIPPED_NAME, BuildRecord
+from ebft_mega.data.builder.build_record import BuildRecord
+from ebft_mega.data.builder.build_summary import late_notes, make_record, skipped_entries, write_skipped
 from ebft_mega.data.builder.deduplication import first_occurrences
 from ebft_mega.data.builder.input_files import ARCHIVE_SUFFIX
 from ebft_mega.data.builder.shard_writer import complete_dataset
@@ -29,14 +28,11 @@ from ebft_mega.data.builder.work_units import (
     load_tokenized,
     load_unit_index,
     scan_work_unit,
-    skipped_entry,
     tokenize_work_unit,
     unit_directory,
 )
 from ebft_mega.data.builder.worker_pool import Workers
 from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
-from ebft_mega.data.text.listing import total_counts
-from ebft_mega.data.text.text_files import UNREADABLE
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
@@ -100,12 +96,12 @@ def build_dataset(
         texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
         tokenized = _tokenize(plan, directory, scans, keep, texts, options.shard_bytes, workers)
         manifest = _join(directory, result, tokenized, tokenizer)
-        late = list(_late_notes(options, scans, tokenized))
+        late = list(late_notes(options, scans, tokenized))
         _print_notes(late)
-        skipped = _skipped(plan, tokenized)
-        record = _record(plan, scans, keep, tokenized, skipped, tokenizer, [*notes, *late])
+        skipped = skipped_entries(plan, tokenized)
+        record = make_record(plan, scans, tokenized, skipped, tokenizer, [*notes, *late])
         record.write(result)
-        _write_skipped(result, skipped)
+        write_skipped(result, skipped)
         for path in result.rglob("*"):
             if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
                 flush_to_disk(path)
@@ -198,73 +194,6 @@ def _moved_index(directory: Path, number: int, first_shard: int) -> np.ndarray:
     index = load_unit_index(directory, number)
     index["shard"] += first_shard
     return index
-
-
-def _record(
-    plan: Plan,
-    scans: list[Scan],
-    keep: list[np.ndarray],
-    tokenized: list[TokenizedUnit],
-    skipped: list[dict[str, str]],
-    tokenizer: Tokenizer,
-    notes: list[str],
-) -> BuildRecord:
-    documents = sum(int(mask.sum()) for mask in keep)
-    files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
-    return BuildRecord(
-        input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
-        documents=documents,
-        empty=sum(scan.empty for scan in scans),
-        duplicates=sum(scan.documents for scan in scans) - documents,
-        skipped=len(skipped),
-        text_bytes=sum(unit.text_bytes for unit in tokenized),
-        licences=total_counts(unit.licences for unit in tokenized),
-        sources=total_counts(unit.sources for unit in tokenized),
-        left_out=total_counts([plan.left_out, *(scan.left_out for scan in scans)]),
-        followed=dict(plan.followed),
-        skipped_by_reason=dict(Counter(entry["reason"] for entry in skipped)),
-        not_round_trip=sum(unit.not_round_trip for unit in tokenized),
-        tokenizer={
-            "end_of_document": tokenizer.eos_id,
-            "file": tokenizer.main_file,
-            "library": tokenizer.library,
-            "sha256": tokenizer.sha256,
-        },
-        notes=tuple(notes),
-    )
-
-
-def _skipped(plan: Plan, tokenized: list[TokenizedUnit]) -> list[dict[str, str]]:
-    """Lines of `skipped.jsonl`: what could not be accessed, then documents in their order."""
-    bases = {source.source: source.base for source in plan.reader.inputs}
-    entries = []
-    for source, problem in plan.unreadable:
-        # What cannot be accessed is named by the place where it lies; the record names no place of the machine.
-        place = Path(problem.where if problem.key == "--input" else problem.key)
-        path = place.relative_to(bases[source]).as_posix() if place.is_relative_to(bases[source]) else place.name
-        entries.append(skipped_entry(source, path, UNREADABLE, problem))
-    return entries + [bad for unit in tokenized for bad in unit.bad]
-
-
-def _write_skipped(result: Path, skipped: list[dict[str, str]]) -> None:
-    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in skipped]
-    if lines:
-        (result / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")
-
-
-def _late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:
-    """What only the texts themselves tell, one sentence each."""
-    fields = total_counts(scan.fields for scan in scans)
-    for key in dict.fromkeys([*([options.licence_key] if options.licence_key else []), *options.keep_keys]):
-        if not fields.get(key):
-            yield f"no document has the key {key!r}"
-    changed = sum(unit.not_round_trip for unit in tokenized)
-    if changed:
-        first = next(path for unit in tokenized for path in unit.changed)
-        yield (
-            f"{changed} documents do not come back exactly from their tokens: the tokenizer normalises text or lacks "
-            f"characters (the first: {first})"
-        )
 
 
 def _print_notes(notes: Sequence[str]) -> None:

@@ -257,14 +257,9 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
             }
             if document.fields:
                 meta["fields"] = document.fields
-            try:
-                tokens = tokenizer.encode(document.text)
-            except InputError as error:
-                raise InputError(
-                    [problem.within(f"{source.base / document.path}") for problem in error.problems]
-                ) from None
+            tokens, comes_back = _encode(tokenizer, document.text, source.base / document.path)
             writer.add(tokens, meta)
-            if tokenizer.decode(tokens) != document.text:
+            if not comes_back:
                 not_round_trip += 1
                 changed += [document.path] * (len(changed) < _LISTED_CHANGED)
             licences[licence] += 1
@@ -277,19 +272,24 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
         flush_to_disk(temporary / entry["name"])
     np.save(temporary / _INDEX_NAME, shards.index, allow_pickle=False)
     flush_to_disk(temporary / _INDEX_NAME)
-    tokenized = TokenizedUnit(
-        tuple(shards.entries),
-        shards.max_token_id,
-        text_bytes,
-        dict(licences),
-        dict(sources),
-        tuple(bad),
-        not_round_trip,
-        tuple(changed),
-    )
+    counts = (text_bytes, dict(licences), dict(sources), tuple(bad), not_round_trip, tuple(changed))
+    tokenized = TokenizedUnit(tuple(shards.entries), shards.max_token_id, *counts)
     write_bytes(temporary / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
     temporary.rename(final)
     return job.number, tokenized
+
+
+def _encode(tokenizer: Tokenizer, text: str, place: Path) -> tuple[list[int], bool]:
+    """Token ids of a text, and whether they give it back exactly.
+
+    Raises:
+        InputError: with the text's place, see `Tokenizer.encode`.
+    """
+    try:
+        tokens = tokenizer.encode(text)
+    except InputError as error:
+        raise InputError([problem.within(str(place)) for problem in error.problems]) from None
+    return tokens, tokenizer.decode(tokens) == text
 
 
 def lines_before(plan: Plan, scans: Sequence[Scan]) -> list[tuple[int, ...]]:

@@ -134,7 +134,7 @@ build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), Bu
         ("work_units", "flush_to_disk", 25),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
         ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
-        ("build", "_write_skipped", 0),  # all but the name
+        ("build", "write_skipped", 0),  # all but the name
     ],
 )
 def test_a_killed_build_is_resumed(
@@ -163,7 +163,7 @@ def test_a_killed_build_is_resumed(
     assert "resuming what" in capsys.readouterr().err
     assert not partial.exists()
     assert (num_done > 0) == (place[1] != "write_bytes")
-    assert has_shards == (place[1] in ("replace", "complete_dataset", "_write_skipped"))
+    assert has_shards == (place[1] in ("replace", "complete_dataset", "write_skipped"))
 
 
 def test_finished_work_units_are_not_done_again(

@@ -1,0 +1,194 @@
+"""What a tokenizer does, and the two kinds of it: sentencepiece models and files of the tokenizers library."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from ebft_mega.io.input_errors import bad_input
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+HUGGING_FACE_NAME = "tokenizer.json"
+REPLACEMENT = "\ufffd"  # shown for an id without a token
+META_SPACE = "\u2581"  # how sentencepiece writes a space
+# Part of a tokenizer's identity: which token ids a text gets from the same files and library.
+_ENCODING_VERSION = 2
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, without special tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a document."""
+
+    @property
+    def sha256(self) -> str:
+        """Same value as `tokenizer_sha256` of the directory that it came from."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that `copy_tokenizer` copies."""
+
+    @property
+    def main_file(self) -> str:
+        """Name of the file that decides how text becomes token ids."""
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text becomes: the end of a document, other special tokens, markers."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides which ids a text gets: files, end-of-document token, library, this code."""
+
+    @property
+    def library(self) -> str:
+        """Name and version of the library that encodes."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the directory is not used although it is there, one sentence each."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no special token is added or recognised.
+
+        Raises:
+            InputError: the tokenizer has no token for a character, or no other one than a control token.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; an id that is none, and bytes that are no complete UTF-8 character, become U+FFFD."""
+
+
+@dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """A sentencepiece model."""
+
+    vocab_size: int
+    eos_id: int
+    sha256: str
+    files: tuple[Path, ...]
+    processor: Any = field(repr=False)
+    encoder: Any = field(repr=False)  # the same with control pieces for what no text may become
+    # Ids of the byte tokens that spell the meta space; () where the model has none.
+    meta_space_ids: tuple[int, ...] = field(repr=False)
+    control_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main_file(self) -> str:
+        """See `Tokenizer.main_file`."""
+        return SENTENCEPIECE_NAME
+
+    @property
+    def library(self) -> str:
+        """See `Tokenizer.library`."""
+        return f"sentencepiece {version('sentencepiece')}"
+
+    @property
+    def identity(self) -> str:
+        """See `Tokenizer.identity`."""
+        return _identity(self)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        if not self.meta_space_ids or META_SPACE not in text:
+            return _without_control(self.encoder.encode(text), self)
+        # sentencepiece would turn this character into a space; encoded as byte tokens it is preserved.
+        first, *rest = text.split(META_SPACE)
+        ids = self.encoder.encode(first)
+        for part in rest:
+            ids += self.meta_space_ids
+            ids += self.encoder.encode(part)
+        return _without_control(ids, self)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return _decoded(ids, range(self.vocab_size), self.processor.decode)
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` in the format of the tokenizers library."""
+
+    vocab_size: int
+    eos_id: int
+    sha256: str
+    files: tuple[Path, ...]
+    backend: Any = field(repr=False)
+    known_ids: frozenset[int] = field(repr=False)  # a vocabulary may have holes
+    encoder: Any = field(default=None, repr=False)  # the same without the spellings that no text may become
+    control_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main_file(self) -> str:
+        """See `Tokenizer.main_file`."""
+        return HUGGING_FACE_NAME
+
+    @property
+    def library(self) -> str:
+        """See `Tokenizer.library`."""
+        return f"tokenizers {version('tokenizers')}"
+
+    @property
+    def identity(self) -> str:
+        """See `Tokenizer.identity`."""
+        return _identity(self)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        try:
+            ids = self.encoder.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library has no type of its own; for a character without a token, say
+            raise bad_input("text", "tokens", error, "a tokenizer with a token for every character") from error
+        return _without_control(ids, self)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return _decoded(ids, self.known_ids, lambda known: self.backend.decode(known, skip_special_tokens=False))
+
+
+def _decoded(ids: Sequence[int], known_ids: Container[int], decode: Callable[[list[int]], str]) -> str:
+    """Text of token ids; models have rows, and so ids, for which their tokenizer has no token."""
+    tokens = [int(token) for token in ids]
+    text = ""
+    last: list[int] = []
+    for is_known, group in itertools.groupby(tokens, key=known_ids.__contains__):
+        run = list(group)
+        if not is_known:
+            text += REPLACEMENT * len(run)
+            continue
+        # Tokenizers treat the beginning of a text in their own way, and this run is not at one.
+        before, both = decode(last), decode(last + run)
+        text += both.removeprefix(before) if both.startswith(before) else decode(run)
+        last = run[-1:]
+    return text
+
+
+def _without_control(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        InputError: there is a control token among them, the one for unknown characters being one, for instance.
+    """
+    if tokenizer.control_ids.isdisjoint(ids):
+        return ids
+    token = next(token for token in ids if token in tokenizer.control_ids)
+    name = "the end of a document" if token == tokenizer.eos_id else "a control token"
+    expected = "a tokenizer that writes every text with ordinary tokens"
+    raise bad_input("text", "tokens", f"token {token}, {name} ({tokenizer.decode([token])!r})", expected)
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    deciding = [tokenizer.sha256, tokenizer.eos_id, tokenizer.vocab_size, sorted(tokenizer.control_ids)]
+    return hashlib.sha256(json.dumps([*deciding, tokenizer.library, _ENCODING_VERSION]).encode()).hexdigest()
