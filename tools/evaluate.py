@@ -39,12 +39,14 @@ def settings(arguments: argparse.Namespace) -> RunConfig:
     """The configuration to evaluate under: the file's, or defaults, with rows as long as the model reads (or 1024)."""
     if arguments.config is not None:
         return load_config(arguments.config, arguments.overrides)
-    architecture = Architecture.from_directory(arguments.model)
-    longest = min(architecture.max_position_embeddings, architecture.sliding_window or LONGEST_DEFAULT_ROW)
+    directories = dict.fromkeys((arguments.model, arguments.feature_model or arguments.model))
+    models = [Architecture.from_directory(directory) for directory in directories]
+    limits = [limit for model in models for limit in (model.max_position_embeddings, model.sliding_window) if limit]
+    longest = min(LONGEST_DEFAULT_ROW, *limits)
     defaults = EbftConfig()
     # Whole blocks: (P - G - c) must be divisible by the stride.
-    beyond_first_block = min(LONGEST_DEFAULT_ROW, longest) - defaults.generate_max_len - defaults.context_length
-    sequence_length = min(LONGEST_DEFAULT_ROW, longest) - beyond_first_block % defaults.stride
+    beyond_first_block = longest - defaults.generate_max_len - defaults.context_length
+    sequence_length = longest - beyond_first_block % defaults.stride
     return RunConfig(
         output_dir=arguments.output,
         model=ModelConfig(init_from=arguments.model),

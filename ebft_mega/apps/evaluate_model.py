@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
@@ -23,6 +22,8 @@ from ebft_mega.io.progress_bar import track
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
+from ebft_mega.planning.model_files import CheckedModel, check_model
 from ebft_mega.types import DTYPES, TokenBatch
 
 
@@ -48,9 +49,11 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     """
     groups = make_process_groups(connect())
     dtype = DTYPES[config.train.dtype]
-    architecture = Architecture.from_directory(request.model)
+    models, notes = check_inputs(request, config)
+    for note in notes:
+        print(f"note: {note}")
+    architecture = models[0].architecture
     dataset = open_dataset(request.data)
-    _check_tokenizer(request.model, dataset.manifest.tokenizer_sha256, request.data)
     route = make_route(
         config.train.attention,
         groups.device,
@@ -61,7 +64,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     load_weights(policy, open_weights(request.model, architecture))
     policy.to(groups.device).requires_grad_(False).eval()
     model = PipelinedModel.of(policy)
-    network = _feature_network(request.feature_model, config, groups, dtype, route)
+    network = _feature_network(models[1], config, groups, dtype, route)
     settings = EvaluationSettings.of(config)
 
     length = config.data.sequence_length
@@ -102,18 +105,50 @@ def main_documents(rows: TokenBatch) -> list[str]:
     return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
 
 
+def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[CheckedModel, CheckedModel], list[str]]:
+    """Check the model, the feature network and the data as the inputs of a training run.
+
+    Returns:
+        The model and the feature network, and notes on them.
+    Raises:
+        InputError: everything that is wrong with them, at once.
+    """
+    problems: list[Problem] = []
+    checked: list[NamedModel] = []
+    options: list[tuple[str, Path, tuple[float, ...] | None]] = [("--model", request.model, None)]
+    if request.feature_model != request.model:
+        options.append(("--feature-model", request.feature_model, config.ebft.feature_layers))
+    for option, directory, layers in options:
+        try:
+            checked.append(NamedModel(option, "", check_model(directory, layers)))
+        except InputProblems as error:
+            problems += [problem.within(option) for problem in error.problems]
+    data: list[NamedData] = []
+    try:
+        dataset = open_dataset(request.data)
+        dataset.close()
+        data.append(NamedData("--data", "", dataset.manifest, dataset.tokenizer_directory))
+    except InputProblems as error:
+        problems += error.problems
+    problems += window_problems(checked, "data.sequence_length", "", config.data.sequence_length)
+    problems += data_problems(checked, data)
+    for named in checked:
+        size, known = data[0].manifest.vocab_size if data else 0, named.model.architecture.vocab_size
+        if size > known:
+            expected = f"no token id outside the vocabulary of {known} of {named.key}"
+            problems.append(Problem("--data", str(request.data), f"a vocabulary of {size} tokens", expected))
+    if problems:
+        raise InputError(problems)
+    notes = [f"{named.key}: {note}" for named in checked for note in named.model.notes]
+    return (checked[0].model, checked[-1].model), [*notes, *data_notes(checked, data)]
+
+
 def _feature_network(
-    directory: Path, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype, route: AttentionRoute
+    model: CheckedModel, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype, route: AttentionRoute
 ) -> FeatureNetwork:
-    architecture, ebft = Architecture.from_directory(directory), config.ebft
+    architecture, ebft, directory = model.architecture, config.ebft, model.directory
+    assert directory is not None, "check_inputs has opened it"
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
     source = open_weights(directory, architecture, deepest)
     settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype, attention=route)
     return build_feature_network(architecture, source, settings, groups)
-
-
-def _check_tokenizer(model: Path, dataset_sha256: str, data: Path) -> None:
-    found = tokenizer_sha256(model)
-    if found is not None and found != dataset_sha256:
-        problem = Problem(str(data), "tokenizer", f"sha256 {dataset_sha256}", f"sha256 {found}, that of {model}")
-        raise InputError([problem])

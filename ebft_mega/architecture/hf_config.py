@@ -1,26 +1,24 @@
 """Read a decoder-only model's architecture from a Hugging Face `config.json`. No torch."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.errors import InputError, Problem
-
-# Hugging Face's names of the classes, by model type.
-CAUSAL_LM_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-# A config may point the loader at code; nothing from a model directory is ever executed here.
-CODE_KEYS = (
-    *("auto_map", "custom_pipelines", "trust_remote_code"),
-    *("_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
+from ebft_mega.architecture.rotary_settings import RotarySettings, resolve_rotary
+from ebft_mega.architecture.supported_configs import (
+    CAUSAL_LM_CLASSES,
+    DEFAULT_EPSILON,
+    head_width,
+    key_value_heads,
+    max_positions,
+    notes,
+    refusals,
+    resolve_window,
 )
-_MISTRAL_WINDOW = 4096  # where a Mistral config does not say
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import read_json_object
+
+_LONGEST_VALUE = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,12 @@ class Architecture:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    hf_config: dict[str, Any]  # the whole config, for rotary frequencies and for export
-    # Positions that a token may look back at, itself among them (Mistral); None: all. The layers know no window, so
-    # rows must not be longer.
+    hf_config: dict[str, Any]  # the whole config, for export
+    rotary: RotarySettings
+    # Positions that a token of some layer may look back at, itself among them; None: all. The layers know no window,
+    # so rows must not be longer.
     sliding_window: int | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)  # settings that may surprise, in sentences
 
     @property
     def qkv_bias(self) -> bool:
@@ -89,26 +89,31 @@ class Architecture:
         Raises:
             InputError: every unsupported or missing field at once.
         """
-        # Later checks count on what the earlier ones let pass.
-        for check in (_unsupported_kind, _unsupported_sizes, _unsupported_switches):
-            problems = [Problem(where, key, repr(found), expected) for key, found, expected in check(config)]
-            if problems:
-                raise InputError(problems)
-        heads = config["num_attention_heads"]
+        found = list(refusals(config))
+        is_known = not any(refusal.key == "model_type" for refusal in found)
+        rotary = resolve_rotary(config, max_positions(config) if is_known else None)
+        problems = [
+            Problem(where, key, repr(value)[:_LONGEST_VALUE], expected, suggestion)
+            for key, value, expected, suggestion in (*found, *rotary.refusals)
+        ]
+        if problems:
+            raise InputError(problems)
         return cls(
             model_type=config["model_type"],
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
             num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=key_value_heads(config),
+            head_dim=head_width(config),
+            max_position_embeddings=max_positions(config),
+            rms_norm_eps=float(config.get("rms_norm_eps", DEFAULT_EPSILON)),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
             hf_config=dict(config),
-            sliding_window=_sliding_window(config),
+            rotary=rotary.settings,
+            sliding_window=resolve_window(config)[0],
+            notes=(*rotary.notes, *notes(config)),
         )
 
     @classmethod
@@ -119,19 +124,7 @@ class Architecture:
             InputError: no such file, not JSON, or an unsupported architecture.
         """
         path = directory / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                [Problem(str(directory), "config.json", "no such file", "a Hugging Face model directory")]
-            ) from None
-        except json.JSONDecodeError as error:
-            raise InputError([Problem(f"{path}:{error.lineno}", "config.json", error.msg, "JSON")]) from None
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise InputError([Problem(str(path), "config.json", str(error), "JSON")]) from None
-        if not isinstance(config, dict):
-            raise InputError([Problem(str(path), "config.json", f"a JSON {type(config).__name__}", "a JSON object")])
-        return cls.from_hf(config, str(path))
+        return cls.from_hf(read_json_object(path, "the config.json of a Hugging Face model directory"), str(path))
 
     def exported_config(self, dtype: str) -> dict[str, Any]:
         """Contents of `config.json` for weights of a dtype.
@@ -154,83 +147,6 @@ class Architecture:
         # transformers 5 reads `dtype` and falls back on the older name; older versions know only that one.
         written_as = {"architectures": [CAUSAL_LM_CLASSES[self.model_type]], "dtype": dtype, "torch_dtype": dtype}
         return {**self.hf_config, **read_as, **written_as}
-
-
-# A key, what stands there, what would be valid.
-Refusal = tuple[str, Any, str]
-
-
-def _unsupported_kind(config: dict[str, Any]) -> Iterator[Refusal]:
-    """Another kind of model, code, or fields without which nothing else can be said."""
-    for key, value in code_keys(config):
-        yield key, value, "no such key: code or kernels named by a model directory are never run"
-    if config.get("quantization_config"):
-        yield "quantization_config", config["quantization_config"], "no such key: weights of 16 or 32 bits"
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CAUSAL_LM_CLASSES:
-        yield "model_type", model_type, "one of " + ", ".join(CAUSAL_LM_CLASSES)
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if not _is_count(config.get(key)):
-            yield key, config.get(key), "a positive integer"
-
-
-def _unsupported_sizes(config: dict[str, Any]) -> Iterator[Refusal]:
-    """Sizes that do not go together."""
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    if not _is_count(groups) or heads % groups:
-        yield "num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})"
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if not _is_count(head_dim) or head_dim % 2:
-        yield "head_dim", head_dim, "an even number"
-    window = _sliding_window(config)
-    if window is not None and not _is_count(window):
-        yield "sliding_window", window, "null or a positive number of positions"
-    if not _is_count(config.get("max_position_embeddings") or 1):
-        yield "max_position_embeddings", config["max_position_embeddings"], "a positive number of positions"
-    epsilon = config.get("rms_norm_eps") or 1e-6
-    if not isinstance(epsilon, float | int) or isinstance(epsilon, bool) or not 0 < epsilon < 1:
-        yield "rms_norm_eps", epsilon, "a number between 0 and 1"
-
-
-def _unsupported_switches(config: dict[str, Any]) -> Iterator[Refusal]:
-    """Variants that the layers here do not have."""
-    if config.get("hidden_act", "silu") != "silu":
-        yield "hidden_act", config["hidden_act"], "'silu'"
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(key):
-            yield key, config[key], "false: not yet supported"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        yield "rope_parameters", rope, "a mapping"
-        rope = {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear", "llama3"):
-        yield "rope_parameters.rope_type", rope_type, "default, linear or llama3"
-    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if rotated not in (None, 1):
-        yield "partial_rotary_factor", rotated, "1: heads are rotated whole"
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
-        yield "layer_types", layer_types, "full_attention for every layer"
-
-
-def _sliding_window(config: dict[str, Any]) -> Any:
-    """Only Mistral has one without saying so; Qwen's is behind a switch."""
-    return config.get("sliding_window", _MISTRAL_WINDOW) if config["model_type"] == "mistral" else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def code_keys(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of a Hugging Face JSON file that name code, at any depth, with their values."""
-    for key, value in config.items():
-        if key in CODE_KEYS and value:
-            yield prefix + key, value
-        elif isinstance(value, dict):
-            yield from code_keys(value, f"{prefix}{key}.")
 
 
 def tapped_layers(fractions: list[float] | tuple[float, ...], num_layers: int) -> tuple[int, ...]:

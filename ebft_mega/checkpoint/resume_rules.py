@@ -172,12 +172,10 @@ def total_steps(tree: dict[str, Any]) -> int | None:
 
 def sizes(architecture: Architecture) -> dict[str, Any]:
     """List what must be equal for weights to fit a model: all fields, and rotary settings whatever their spelling."""
-    fields = {item.name: getattr(architecture, item.name) for item in dataclasses.fields(architecture)}
-    hf_config = fields.pop("hf_config")
-    rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", hf_config.get("rope_theta", 10000.0))
-    return {**fields, **{name if name.startswith("rope_") else f"rope_{name}": value for name, value in rope.items()}}
+    fields = {item.name: getattr(architecture, item.name) for item in dataclasses.fields(architecture) if item.compare}
+    rotary = dataclasses.asdict(fields.pop("rotary"))
+    del fields["hf_config"]
+    return {**fields, **{name if name.startswith("rope_") else f"rope_{name}": value for name, value in rotary.items()}}
 
 
 def shown(value: Any) -> str:

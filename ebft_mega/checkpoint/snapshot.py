@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.io.durable import sync_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
-from ebft_mega.model.weights.weight_layout import hf_shapes, packing_of
+from ebft_mega.model.weights.weight_layout import packing_of
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, share_out
 from ebft_mega.parallel.zero import ZeroEngine
 

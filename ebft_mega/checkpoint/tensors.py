@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.weight_layout import Box, hf_shapes, packing_of
+from ebft_mega.model.weights.weight_layout import Box, packing_of
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
 from ebft_mega.parallel.zero import ZeroEngine
 
@@ -89,6 +90,11 @@ class CheckpointWeights:
     """The weights of a checkpoint as a `WeightSource`, for any layout and for warm starts."""
 
     tensors: CheckpointTensors
+
+    @property
+    def place(self) -> str:
+        """The checkpoint's folder."""
+        return str(self.tensors.directory)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""

@@ -6,7 +6,7 @@ it reads: it is skipped when one of them has already been refused.
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.fields import yaml_text
@@ -61,14 +61,17 @@ def _architecture(config: RunConfig) -> Iterator[Problem]:
     fields = config.model.config
     if fields is None:
         return
+    refused = {name for name in fields if refusal_reason(name)}
     for name in fields:
-        if reason := refusal_reason(name):
-            yield Problem("", f"model.config.{name}", yaml_text(fields[name]), f"no such key: {reason}")
+        if name in refused:
+            expected = f"no such key: {refusal_reason(name)}"
+            yield Problem("", f"model.config.{name}", yaml_text(fields[name]), expected)
     try:
         Architecture.from_hf(fields, "")
     except InputError as error:
         for problem in error.problems:
-            yield Problem("", f"model.config.{problem.key}", problem.found, problem.expected)
+            if problem.key not in refused:
+                yield replace(problem, key=f"model.config.{problem.key}")
 
 
 def _one_kind_of_data(config: RunConfig) -> Iterator[Problem]:

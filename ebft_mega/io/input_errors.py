@@ -1,15 +1,60 @@
-"""Errors about the user's input files and options, and reading JSON files with such errors."""
+"""Errors about the user's input files and options, and reading files with such errors."""
 
+import codecs
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.json_text import parse_json
+
+MAX_JSON_BYTES = 256 * 2**20  # far above any tokenizer's; a larger file is no description of anything
+_KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
 
 
 def bad_input(where: object, key: str, found: object, expected: object) -> InputError:
     """An `InputError` with one problem; see `Problem` for the fields."""
     return InputError([Problem(str(where), key, str(found), str(expected))])
+
+
+def file_obstacle(path: Path) -> str | None:
+    """Why a path cannot be read as a file, in words; None if it can be tried.
+
+    A FIFO or a device is not opened: reading it could wait indefinitely.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except (OSError, ValueError) as error:  # links in a circle, no permission; a name with a zero byte
+        return getattr(error, "strerror", None) or str(error)
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "a device")
+
+
+def read_input_bytes(path: Path, description: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: the file, or a link to it.
+        description: what the file should be, for the message.
+        max_bytes: a longer file is refused unread.
+
+    Raises:
+        InputError: there is no such file, it is something else, too long, or cannot be read.
+    """
+    obstacle = file_obstacle(path)
+    if obstacle is not None:
+        raise bad_input(path, path.name, obstacle, description)
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise bad_input(path, path.name, f"{size} bytes", f"{description}, of at most {max_bytes} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise bad_input(path, path.name, error.strerror or error, description) from error
 
 
 def read_json_object(path: Path, description: str) -> dict[str, Any]:
@@ -20,16 +65,19 @@ def read_json_object(path: Path, description: str) -> dict[str, Any]:
         description: what the file should be, for the message.
 
     Raises:
-        InputError: there is no such file or it does not hold a JSON object.
+        InputError: there is no such file, or it does not hold a JSON object in which every key stands once.
     """
+    content = read_input_bytes(path, description)
+    if content.startswith(codecs.BOM_UTF8):
+        raise bad_input(path, path.name, "a byte order mark", "UTF-8 text that begins with {")
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise bad_input(str(path), path.name, "no such file", description) from error
+        value = parse_json(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise bad_input(path, path.name, f"byte {error.start} is not UTF-8", "UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise bad_input(f"{path}:{error.lineno}", path.name, error.msg, "valid JSON") from error
-    except UnicodeDecodeError as error:
-        raise bad_input(str(path), path.name, f"byte {error.start} is not UTF-8", "UTF-8 text") from error
+    except (ValueError, RecursionError) as error:
+        raise bad_input(path, path.name, str(error)[:200], "valid JSON") from error
     if not isinstance(value, dict):
-        raise bad_input(str(path), path.name, f"a JSON {type(value).__name__}", "a JSON object")
+        raise bad_input(path, path.name, f"a JSON {type(value).__name__}", "a JSON object")
     return value

@@ -1,11 +1,12 @@
 """JSON records that are read strictly: what is missing, unknown, repeated or of another type is an error."""
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+from ebft_mega.io.json_text import parse_json
 
 # More than any count, size or offset of a run, and what every reader of JSON holds exactly enough.
 LARGEST_COUNT = 2**63 - 1
@@ -37,7 +38,7 @@ def parse_record(kind: type[R], text: str | bytes, where: str) -> R:
     description = f"a whole {kind.__name__} as JSON"
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        json.loads(text, object_pairs_hook=_with_single_keys, parse_constant=_refuse_constant)
+        parse_json(text)
         return kind.model_validate_json(text, by_alias=True, by_name=False)
     except UnicodeDecodeError as error:
         problems = [Problem(where, "(text)", f"byte {error.start}, which is not UTF-8", description)]
@@ -67,20 +68,6 @@ def _problems_of_fields(error: ValidationError, where: str) -> list[Problem]:
                 raise InputError([Problem(where, key, f"{found}, of a newer version of this program", known)]) from None
         problems.append(Problem(where, key, found, item["msg"]))
     return problems[:MAX_PROBLEMS]
-
-
-def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different; of equal ones, readers would take different values."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} more than once")
-    return values
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name}, which is not JSON")
 
 
 def _inner_path(name: str) -> str:

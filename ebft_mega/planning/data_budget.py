@@ -10,7 +10,6 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.remote import whole_shard_bytes
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.planning.datasets import BYTES_PER_GIGABYTE, open_place, open_training_rows, shard_cache
 
@@ -26,6 +25,7 @@ class SourceSupply:
     rows: int  # of the whole run
     epochs: float  # passes over the source that these rows amount to
     tail_tokens: int  # tokens within max_epochs that fill no row; 0 without max_epochs
+    tokenizer_directory: Path  # the copy of the tokenizer that made the tokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class HeldOutSupply:
 
     manifest: Manifest
     rows_per_epoch: int
+    tokenizer_directory: Path
 
 
 def rows_of_run(config: RunConfig) -> int:
@@ -82,6 +83,7 @@ def training_supply(config: RunConfig) -> TrainingSupply:
                     rows=rows,
                     epochs=rows * length / source.dataset.manifest.tokens,
                     tail_tokens=tail,
+                    tokenizer_directory=source.dataset.tokenizer_directory,
                 )
                 for source, rows, tail in zip(
                     stream.sources, stream.rows_by_source(needed), stream.tail_tokens, strict=True
@@ -105,7 +107,8 @@ def held_out_supply(config: RunConfig) -> HeldOutSupply:
     assert place is not None, "called only with a held-out dataset"
     dataset = open_place(config, key, place)
     dataset.close()
-    return HeldOutSupply(dataset.manifest, dataset.manifest.tokens // config.data.sequence_length)
+    rows = dataset.manifest.tokens // config.data.sequence_length
+    return HeldOutSupply(dataset.manifest, rows, dataset.tokenizer_directory)
 
 
 def supply_problems(
@@ -163,16 +166,11 @@ def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Ite
 def _tokens_unknown_to_model(
     config: RunConfig, key: str, manifest: Manifest, architecture: Architecture | None
 ) -> Iterator[Problem]:
-    """Token ids beyond the model's vocabulary, or from another tokenizer."""
+    """Token ids beyond the model's vocabulary; whose tokenizer they are of is compared in `model_data`."""
     if architecture and manifest.vocab_size > architecture.vocab_size:
         found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
         expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
         yield Problem(config.place(key), key, found, expected)
-    model = config.model.init_from
-    wanted = tokenizer_sha256(model) if model and model.is_dir() else None
-    if wanted and wanted != manifest.tokenizer_sha256:
-        found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
-        yield Problem(config.place(key), key, found, f"the tokenizer of {model}, sha256 {wanted}")
 
 
 def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:

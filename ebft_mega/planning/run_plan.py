@@ -14,13 +14,15 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
 from ebft_mega.planning.data_budget import (
     HeldOutSupply,
+    SourceSupply,
     TrainingSupply,
     held_out_supply,
     supply_notes,
     supply_problems,
     training_supply,
 )
-from ebft_mega.planning.model_files import weight_file_problems
+from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
+from ebft_mega.planning.model_files import check_model, random_model
 
 T = TypeVar("T")
 
@@ -133,8 +135,8 @@ def _listed(numbers: Sequence[int]) -> str:
 def check_run(config: RunConfig, world_size: int) -> RunPlan:
     """Check a run against its inputs and the number of processes.
 
-    Opens the model's and the datasets' small files; the weights' headers and the shards' presence, sizes and
-    index hashes are checked, their contents are not read.
+    Opens the models' and the datasets' small files; of the weights the headers and tensors that would be left out are
+    checked, of the shards presence, sizes and index hashes.
 
     Args:
         config: the run, as `load_config` gives it.
@@ -152,17 +154,20 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
             problems.extend(error.problems)
             return None
 
-    architecture = attempt(_policy_architecture, config)
-    feature_architecture = attempt(_feature_architecture, config) if config.ebft.feature_model else architecture
+    policy = attempt(_policy, config)
+    features = attempt(_feature_model, config) if config.ebft.feature_model else policy
+    architecture = policy.model.architecture if policy else None
+    feature_architecture = features.model.architecture if features else None
     # With the policy's sizes unknown, the feature model's would be taken for them.
     models = [model for model in (architecture, feature_architecture) if model] if architecture else []
     sizes = attempt(check_world, config, world_size, models)
     train_rows = attempt(training_supply, config)
     evaluation_rows = attempt(held_out_supply, config) if config.evaluation.shards else None
-
     if architecture and feature_architecture:
         problems += _vocabularies_differ(config, architecture, feature_architecture)
-    problems += _rows_longer_than_window(config, architecture, feature_architecture)
+    named = [model for model in (policy, None if features is policy else features) if model]
+    data = _named_data(config, train_rows, evaluation_rows)
+    problems += [*window_problems(named, *_length(config)), *data_problems(named, data)]
     problems += _no_checkpoint_to_resume(config)
     problems += supply_problems(config, train_rows, evaluation_rows, architecture)
     if problems or not (sizes and architecture and feature_architecture and train_rows):
@@ -179,6 +184,8 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
         evaluation_rows=evaluation_rows,
         notes=(
             *notes(config),
+            *(f"{model.key}: {note}" for model in named for note in model.model.notes),
+            *data_notes(named, data),
             *_length_notes(config, architecture),
             *supply_notes(config, train_rows, evaluation_rows),
             *_pipeline_notes(config, sizes, num_micro_batches, feature_architecture),
@@ -191,31 +198,48 @@ def _named(config: RunConfig, key: str, problems: tuple[Problem, ...] | list[Pro
     return [problem.within(f"{config.place(key)}: {key}") for problem in problems]
 
 
-def _policy_architecture(config: RunConfig) -> Architecture:
-    if config.model.config is not None:
-        return Architecture.from_hf(config.model.config, config.place("model.config"))
-    assert config.model.init_from is not None, "load_config lets no other configuration pass"
-    return _model_directory(config, "model.init_from", config.model.init_from)
+def _length(config: RunConfig) -> tuple[str, str, int]:
+    """The key of the length of rows, its place, and the length."""
+    key = "data.sequence_length"
+    return key, config.place(key), config.data.sequence_length
 
 
-def _feature_architecture(config: RunConfig) -> Architecture:
+def _policy(config: RunConfig) -> NamedModel:
+    if config.model.init_from is not None:
+        return _model_directory(config, "model.init_from", config.model.init_from)
+    key = "model.config"
+    assert config.model.config is not None, "load_config lets no other configuration pass"
+    return NamedModel(key, config.place(key), random_model(config.model.config, config.place(key)))
+
+
+def _feature_model(config: RunConfig) -> NamedModel:
     assert config.ebft.feature_model is not None, "called only with a feature model"
-    return _model_directory(config, "ebft.feature_model", config.ebft.feature_model)
+    return _model_directory(config, "ebft.feature_model", config.ebft.feature_model, config.ebft.feature_layers)
 
 
-def _model_directory(config: RunConfig, key: str, directory: Path) -> Architecture:
-    """The architecture of a model directory whose files are all there."""
-    if not directory.is_dir():
+def _model_directory(
+    config: RunConfig, key: str, directory: Path, feature_layers: tuple[float, ...] | None = None
+) -> NamedModel:
+    """A model directory that can be used; of a feature model only the layers up to the deepest one that is read."""
+    if not directory.exists():
         expected = "a Hugging Face model directory"
         raise InputError([Problem(config.place(key), key, f"no directory {directory}", expected)])
-    problems = weight_file_problems(directory)
     try:
-        architecture = Architecture.from_directory(directory)
-    except InputError as error:
-        raise InputError(_named(config, key, [*error.problems, *problems])) from None
-    if problems:
-        raise InputError(_named(config, key, problems))
-    return architecture
+        return NamedModel(key, config.place(key), check_model(directory, feature_layers))
+    except InputProblems as error:
+        raise InputError(_named(config, key, error.problems)) from None
+
+
+def _named_data(
+    config: RunConfig, training: TrainingSupply | None, held_out: HeldOutSupply | None
+) -> tuple[NamedData, ...]:
+    """All datasets that could be opened, under their keys."""
+    supplies: list[tuple[str, SourceSupply | HeldOutSupply]] = []
+    supplies += [(source.key, source) for source in training.sources] if training else []
+    supplies += [("evaluation.shards", held_out)] if held_out else []
+    return tuple(
+        NamedData(key, config.place(key), supply.manifest, supply.tokenizer_directory) for key, supply in supplies
+    )
 
 
 def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Architecture) -> list[Problem]:
@@ -224,19 +248,6 @@ def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Arch
     key = "ebft.feature_model"
     found = f"a vocabulary of {features.vocab_size} tokens"
     return [Problem(config.place(key), key, found, f"{policy.vocab_size} tokens, as the policy has")]
-
-
-def _rows_longer_than_window(
-    config: RunConfig, policy: Architecture | None, features: Architecture | None
-) -> list[Problem]:
-    """Every token attends to its whole prefix here, which a model with a sliding window has not learned."""
-    problems = []
-    for model in {id(model): model for model in (policy, features) if model}.values():
-        if model.sliding_window is not None and config.data.sequence_length > model.sliding_window:
-            key, found = "data.sequence_length", f"{config.data.sequence_length} tokens"
-            expected = f"at most the {model.sliding_window} tokens of the model's sliding_window"
-            problems.append(Problem(config.place(key), key, found, expected))
-    return problems
 
 
 def _no_checkpoint_to_resume(config: RunConfig) -> list[Problem]:

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 
@@ -53,6 +55,13 @@ def write_dataset(directory: Path, tokenizer: Path, lengths: list[int], vocab_si
     for number, length in enumerate(lengths):
         writer.add(np.arange(length) % vocab_size, {"path": f"{number}.py"})
     writer.finish()
+
+
+def write_weights(directory: Path, **changes) -> None:
+    """Weights of the model of MODEL_FIELDS, changed by name; all are ones."""
+    shapes = hf_shapes(Architecture.from_hf(MODEL_FIELDS | changes, "test"))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({tensor: np.ones(shape, np.float32) for tensor, shape in shapes.items()}, directory / "model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +109,7 @@ def made_inputs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     write_tokenizer(root / "model", '{"model": {}}')
     (root / "model" / "config.json").write_text(json.dumps(MODEL_FIELDS), encoding="utf-8")
-    save_file({"w": np.ones((3, 2), np.float32)}, root / "model" / "model.safetensors")
+    write_weights(root / "model")
     write_dataset(root / "train", root / "model", [100, 300, 199, 57])  # 656 + 4 tokens: 20 rows of 32 and 20
     write_dataset(root / "held_out", root / "model", [200, 77])
     return root

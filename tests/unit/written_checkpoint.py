@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.commit import folder_name, point_latest
 from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 
 

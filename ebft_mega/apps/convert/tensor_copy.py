@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.weights.weight_layout import hf_shapes
+from ebft_mega.model.weights.stage_weights import is_finite
 from ebft_mega.model.weights.weight_sources import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,13 +40,8 @@ def _converted(source: WeightSource, name: str, dtype: torch.dtype, where: Path,
     """Convert one tensor. Being a function, it frees the stored tensor before the next one is read."""
     stored = source.tensor(name)
     converted = stored.to(dtype)
-    if not _is_finite(converted):
+    if not is_finite(converted):
         words = f"values beyond the range of {str(dtype).removeprefix('torch.')}"
-        found = words if _is_finite(stored) else "values that are infinite or no numbers"
+        found = words if is_finite(stored) else "values that are infinite or no numbers"
         problems.append(Problem(str(where), name, found, "finite values"))
     return converted
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; minimum and maximum need no second tensor, and are NaN if any value is NaN."""
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

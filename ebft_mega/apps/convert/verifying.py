@@ -13,7 +13,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.checkpoint.initial_model import open_weights
-from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
+from ebft_mega.checkpoint.model_folder import is_checkpoint
 from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import bad_input
@@ -24,6 +24,7 @@ from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_files import INDEX_NAME
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.planning.model_files import CheckedModel, check_model
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Comparison:
     vocab_size: int
     max_difference: float  # largest absolute difference of two logits
     largest_logit: float  # of the reference, absolute
+    notes: tuple[str, ...] = ()  # on the model directories, in sentences
 
     def __str__(self) -> str:
-        return (
+        return "".join(f"note: {note}\n" for note in self.notes) + (
             f"max absolute difference {self.max_difference:.3e}; largest logit {self.largest_logit:.3e}; "
             f"{self.positions} positions of {self.vocab_size} logits, float32"
         )
@@ -57,20 +59,19 @@ def compare_logits(
         InputError: files are missing or do not fit together, all problems at once.
     Memory: one of the two models at a time, in float32, and the logits of all positions.
     """
-    problems: list[Problem] = []
-    if is_checkpoint(model):
-        open_model_folder(model, hash_weights=False)
-        if reference is None:
-            raise bad_input("--reference", str(model), "not given, for a checkpoint", "a Hugging Face directory")
+    if is_checkpoint(model) and reference is None:
+        raise bad_input("--reference", str(model), "not given, for a checkpoint", "a Hugging Face directory")
     reference = reference or model
-    architectures = []
+    problems: list[Problem] = []
+    checked: list[CheckedModel] = []
     for directory in dict.fromkeys((model, reference)):
         try:
-            architectures.append(Architecture.from_directory(directory))
+            checked.append(check_model(directory))
         except InputProblems as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
+    architectures = [found.architecture for found in checked]
     own, other = architectures[0], architectures[-1]
     if own.vocab_size != other.vocab_size:
         raise bad_input(str(reference), "vocab_size", other.vocab_size, f"{own.vocab_size}, as {model} has")
@@ -80,7 +81,8 @@ def compare_logits(
     expected = _reference_logits(reference, files, tokens)
     stage = Stage(own, StageShape.whole(own), groups, torch.float32)
     load_weights(stage, weights)
-    return _compare(stage.requires_grad_(False).eval(), tokens, expected)
+    notes = tuple(dict.fromkeys(note for found in checked for note in found.notes))
+    return _compare(stage.requires_grad_(False).eval(), tokens, expected, notes)
 
 
 def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_positions: int) -> Tensor:
@@ -122,7 +124,7 @@ def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tens
 
 
 @torch.no_grad()
-def _compare(stage: Stage, tokens: Tensor, expected: Tensor) -> Comparison:
+def _compare(stage: Stage, tokens: Tensor, expected: Tensor, notes: tuple[str, ...]) -> Comparison:
     length = tokens.shape[1]
     device = stage.groups.device
     stage.to(device)
@@ -137,4 +139,5 @@ def _compare(stage: Stage, tokens: Tensor, expected: Tensor) -> Comparison:
         vocab_size=expected.shape[1],
         max_difference=float(torch.stack(differences).max()),
         largest_logit=float(expected.abs().max()),
+        notes=notes,
     )

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME
-from ebft_mega.model.weights.weight_layout import hf_shapes
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"

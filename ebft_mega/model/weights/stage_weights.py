@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebft_mega.architecture.tensor_shapes import hf_shapes
+from ebft_mega.errors import InputError, Problem
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.weight_layout import hf_shapes, packing_of
+from ebft_mega.model.weights.weight_layout import packing_of
 from ebft_mega.model.weights.weight_sources import WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
 
@@ -20,24 +22,38 @@ def load_weights(
     gathered: Callable[[nn.Parameter], AbstractContextManager[Any]] = lambda _: nullcontext(),
     is_reader: bool = True,
 ) -> None:
-    """Fill a stage's parameters from a source, one parameter at a time.
+    """Fill a stage's parameters from a source, one parameter at a time, and check that every value is finite.
 
     Args:
         gathered: context in which a partitioned parameter is whole; what rank 0 of its group wrote is kept.
         is_reader: whether this rank reads the source (rank 0 of the partition's group, or everyone).
-    Communication: that of `gathered`.
+    Raises:
+        InputError: on every rank, naming all tensors in which some rank has read infinite values or NaN.
+    Communication: that of `gathered`, then one gathering of names over the world.
     """
     groups, shapes = stage.groups, hf_shapes(stage.architecture)
+    not_finite: list[str] = []
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
             with gathered(parameter):
                 if is_reader:
-                    boxes = (
-                        (hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank))
-                        for hf_name in packing.sources
-                    )
-                    parameter.data.copy_(packing.pack(tuple(source.part(*box) for box in boxes)))
+                    parts = []
+                    for hf_name in packing.sources:
+                        parts.append(source.part(hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank)))
+                        not_finite += [hf_name] * (not is_finite(parts[-1]))
+                    parameter.data.copy_(packing.pack(tuple(parts)))
+    found: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, not_finite)
+    names = sorted({name for part in found for name in part})
+    if names:
+        words = ("values that are infinite or no numbers", "finite values")
+        raise InputError([Problem(source.place, name, *words) for name in names])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; minimum and maximum need no second tensor, and are NaN if any value is NaN."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterator[tuple[str, Tensor]]:

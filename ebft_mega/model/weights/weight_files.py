@@ -1,6 +1,5 @@
 """List the tensors of a Hugging Face directory from file names, sizes and headers: no torch, nothing is unpickled."""
 
-import json
 import math
 import struct
 from collections.abc import Iterable
@@ -8,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.errors import Problem
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import file_obstacle, read_json_object
+from ebft_mega.io.json_text import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -28,6 +29,7 @@ class StoredTensor:
     file: Path
     dtype: str  # in the format's spelling: F32, BF16, ...
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
 
 def stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[Problem]]:
@@ -88,11 +90,14 @@ def _is_plain(name: str) -> bool:
 
 def _read_index(index: Path) -> tuple[dict[str, str], list[Problem]]:
     """The file of each tensor, as the index has it."""
+    expected = "a JSON object of tensor and file names"
     try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-        return {str(tensor): str(name) for tensor, name in content["weight_map"].items()}, []
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return {}, [Problem(str(index), "weight_map", repr(error), "a JSON object of tensor and file names")]
+        weight_map = read_json_object(index, expected).get("weight_map")
+    except InputError as error:
+        return {}, list(error.problems)
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        return {}, [Problem(str(index), "weight_map", repr(weight_map)[:200], expected)]
+    return weight_map, []
 
 
 def _index_differs(index: Path, tensors: dict[str, StoredTensor]) -> list[Problem]:
@@ -113,24 +118,31 @@ def _read_header(path: Path, problems: list[Problem]) -> dict[str, StoredTensor]
         problems.append(Problem(str(path), key, found, expected))
         return {}
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(_LENGTH_BYTES)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else size
-        if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            return refuse(f"{size} bytes", "a complete safetensors header")
-        text = file.read(header_bytes)
+    if (obstacle := file_obstacle(path)) is not None:
+        return refuse(obstacle, "a safetensors file")
     try:
-        entries: Any = json.loads(text, object_pairs_hook=_distinct)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(_LENGTH_BYTES)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else size
+            if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                return refuse(f"{size} bytes", "a complete safetensors header")
+            text = file.read(header_bytes)
+    except OSError as error:
+        return refuse(error.strerror or str(error), "a safetensors file")
+    try:
+        entries: Any = parse_json(text.decode("utf-8"))
         entries.pop("__metadata__", None)
-        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
+        spans = {name: _pair(entry["data_offsets"]) for name, entry in entries.items()}
         tensors = {
-            name: StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            name: StoredTensor(
+                path, str(entry["dtype"]), _whole(entry["shape"]), _LENGTH_BYTES + header_bytes + spans[name][0]
+            )
             for name, entry in entries.items()
         }
         end = max((stop for _, stop in spans.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return refuse(repr(error), "a safetensors header")
+        return refuse(repr(error)[:200], "a safetensors header")
     if size != _LENGTH_BYTES + header_bytes + end:
         return refuse(f"{size} bytes", f"{_LENGTH_BYTES + header_bytes + end} bytes")
     position = 0
@@ -143,9 +155,22 @@ def _read_header(path: Path, problems: list[Problem]) -> dict[str, StoredTensor]
     return tensors
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("one name twice")
-    return content
+def _whole(values: Any) -> tuple[int, ...]:
+    """The whole numbers of a list.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"{values!r} is no list of whole numbers")
+    return tuple(values)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    """Start and end.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    start, stop = _whole(values)
+    return start, stop

@@ -1,7 +1,7 @@
 """Sources of weights, read tensor by tensor: safetensors files of a Hugging Face directory, or random weights."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,17 +11,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.errors import InputError, Problem
-from ebft_mega.model.weights.weight_files import StoredTensor, stored_tensors
-from ebft_mega.model.weights.weight_layout import Box, hf_shapes
+from ebft_mega.architecture.tensor_shapes import hf_shapes
+from ebft_mega.errors import InputError
+from ebft_mega.model.weights.tensor_fit import check_fit
+from ebft_mega.model.weights.weight_files import stored_tensors
+from ebft_mega.model.weights.weight_layout import Box
 
-READABLE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-# Rotary frequencies, which follow from the configuration; old versions of transformers stored them.
-_FORMER_BUFFER = ".rotary_emb.inv_freq"
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class WeightSource(Protocol):
     """Where a model's weights come from, one tensor at a time."""
+
+    @property
+    def place(self) -> str:
+        """The directory, or what stands for one, that messages name."""
+        ...
 
     def tensor(self, name: str) -> Tensor:
         """The full tensor of a Hugging Face name, on the CPU."""
@@ -66,16 +71,16 @@ class SafetensorsWeights:
             InputError: missing, cut off or contradictory files, or else tensors that do not fit, all at once.
         """
         stored, problems = stored_tensors(directory)
-        self._shapes = hf_shapes(architecture, num_layers)
-        problems = problems or _unfitting(directory, stored, architecture, self._shapes)
+        problems = problems or list(check_fit(directory, stored, architecture, num_layers).problems)
         if problems:
             raise InputError(problems)
-        self._stored = {name: stored[name] for name in self._shapes}
+        self.place = str(directory)
+        self._stored = {name: stored[name] for name in hf_shapes(architecture, num_layers)}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Dtype of every tensor as it is stored."""
-        return {name: READABLE_DTYPES[stored.dtype] for name, stored in self._stored.items()}
+        return {name: TORCH_DTYPES[stored.dtype] for name, stored in self._stored.items()}
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -102,29 +107,6 @@ class SafetensorsWeights:
         return {stored.file.name: stored.file for stored in self._stored.values()}
 
 
-def _unfitting(
-    directory: Path, stored: Mapping[str, StoredTensor], architecture: Architecture, needed: Mapping[str, Sequence[int]]
-) -> list[Problem]:
-    """Tensors that are missing, misshapen, of a dtype that is no weight's, or not part of the model."""
-    problems = []
-    for name, shape in needed.items():
-        if name not in stored:
-            problems.append(Problem(str(directory), name, "no such tensor", f"shape {shape}"))
-            continue
-        where, tensor = str(stored[name].file), stored[name]
-        if tensor.shape != shape:
-            problems.append(Problem(where, name, f"shape {tensor.shape}", f"shape {shape}"))
-        if tensor.dtype not in READABLE_DTYPES:
-            problems.append(Problem(where, name, f"dtype {tensor.dtype}", f"one of {', '.join(READABLE_DTYPES)}"))
-    known = {*hf_shapes(architecture), "lm_head.weight"}  # some write a tied head all the same
-    problems += [
-        Problem(str(tensor.file), name, "a tensor", f"none of this name in a {architecture.model_type} model")
-        for name, tensor in stored.items()
-        if name not in known and not name.endswith(_FORMER_BUFFER)
-    ]
-    return problems
-
-
 @dataclass(frozen=True)
 class RandomWeights:
     """Initial weights that are a pure function of (seed, tensor name), so no layout changes them.
@@ -134,6 +116,11 @@ class RandomWeights:
 
     architecture: Architecture
     seed: int
+
+    @property
+    def place(self) -> str:
+        """What stands for a directory in messages."""
+        return f"random weights of seed {self.seed}"
 
     def tensor(self, name: str) -> Tensor:
         """Draw one tensor, float32."""

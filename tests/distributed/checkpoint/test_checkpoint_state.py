@@ -17,13 +17,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, stage_parameters
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.snapshot import StateShard, take_snapshot, write_state_shards
 from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import load_weights
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups

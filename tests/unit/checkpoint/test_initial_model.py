@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.errors import BrokenCheckpointError, InputError, InputProblems
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights, identity
-from ebft_mega.planning.model_files import weight_file_problems
+from ebft_mega.planning.model_files import check_model
 from tests.conftest import tiny_config
 from tests.unit.written_checkpoint import list_files, write_checkpoint
 
@@ -24,13 +24,22 @@ def folder(tmp_path):
     return write_checkpoint(tmp_path / "checkpoints", ARCHITECTURE, RandomWeights(ARCHITECTURE, 1))
 
 
+def model_problems(directory):
+    """What the check of a model directory finds."""
+    try:
+        check_model(directory)
+    except InputProblems as error:
+        return list(error.problems)
+    return []
+
+
 def whole_identity(source):
     return identity({name: source.digest(name) for name in source.digest_names()})
 
 
 def test_a_checkpoint_is_opened_as_the_weights_that_it_holds(folder):
     architecture = Architecture.from_directory(folder)
-    assert weight_file_problems(folder) == []
+    assert model_problems(folder) == []
     source, truth = open_weights(folder, architecture), RandomWeights(ARCHITECTURE, 1)
     for name in hf_shapes(ARCHITECTURE):
         assert torch.equal(source.tensor(name), truth.tensor(name))
@@ -42,8 +51,9 @@ def test_a_checkpoint_is_opened_as_the_weights_that_it_holds(folder):
 def test_a_hugging_face_directory_is_opened_as_one(tmp_path):
     truth = RandomWeights(ARCHITECTURE, 1)
     save_file({name: truth.tensor(name) for name in hf_shapes(ARCHITECTURE)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen2", tied=False, num_hidden_layers=2)))
     assert isinstance(open_weights(tmp_path, ARCHITECTURE), SafetensorsWeights)
-    assert weight_file_problems(tmp_path) == []
+    assert model_problems(tmp_path) == []
 
 
 def test_the_identity_is_that_of_the_weights_alone(folder, tmp_path):
@@ -70,13 +80,13 @@ def test_altered_weights_are_refused_by_name_and_hash(folder):
     with pytest.raises(BrokenCheckpointError, match="weights/rank-00001.safetensors: found sha256"):
         open_weights(folder, ARCHITECTURE)
     # Sizes alone say nothing of it; a dry run reads no weights.
-    assert weight_file_problems(folder) == []
+    assert model_problems(folder) == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "tensors.json"])
 def test_altered_small_files_are_refused_before_they_are_parsed(folder, name):
     flip_a_bit(folder / name)
-    (problem,) = weight_file_problems(folder)
+    (problem,) = model_problems(folder)
     assert problem.key == name and problem.found.startswith("sha256")
     with pytest.raises(BrokenCheckpointError, match="sha256"):
         open_weights(folder, ARCHITECTURE)
@@ -88,7 +98,7 @@ def test_all_that_is_missing_or_cut_off_is_named(folder):
         file.write(b"x")
     flip_a_bit(folder / "config.json")
     wanted = ["config.json", "weights/rank-00000.safetensors", "weights/rank-00001.safetensors"]
-    assert [problem.key for problem in weight_file_problems(folder)] == wanted
+    assert [problem.key for problem in model_problems(folder)] == wanted
     with pytest.raises(BrokenCheckpointError) as caught:
         open_weights(folder, ARCHITECTURE)
     assert [problem.key for problem in caught.value.problems] == wanted
@@ -97,7 +107,7 @@ def test_all_that_is_missing_or_cut_off_is_named(folder):
 def test_moments_do_not_matter(folder):
     shutil.rmtree(folder / "exp_avg")
     (folder / "exp_avg_sq" / "rank-00000.safetensors").write_bytes(b"")
-    assert weight_file_problems(folder) == []
+    assert model_problems(folder) == []
     open_weights(folder, ARCHITECTURE)
 
 
@@ -109,12 +119,12 @@ def test_an_index_that_leads_elsewhere_is_refused(folder):
     shards[0]["file"] = "weights/unlisted.safetensors"
     path.write_text(json.dumps(content))
     list_files(folder)
-    (problem,) = weight_file_problems(folder)
+    (problem,) = model_problems(folder)
     assert problem.found == "a shard in weights/unlisted.safetensors"
     shards[0]["file"] = "../../../outside.safetensors"
     path.write_text(json.dumps(content))
     list_files(folder)
-    assert weight_file_problems(folder)
+    assert model_problems(folder)
     with pytest.raises(InputProblems):
         open_weights(folder, ARCHITECTURE)
 

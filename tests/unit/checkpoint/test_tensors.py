@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint import tensors as tensors_module
 from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.snapshot import StateShard, Written, write_state_shards
@@ -19,7 +20,6 @@ from ebft_mega.checkpoint.tensor_index import TensorIndex, merge_indices
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
 from ebft_mega.data.store.format import file_sha256
 from ebft_mega.errors import BrokenCheckpointError
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from tests.conftest import tiny_config
 
 

@@ -8,13 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError
 from ebft_mega.model.head import ScoredTokens
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import ReadRows, StridedLayout
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights
 from tests.conftest import tiny_config
 
@@ -174,7 +174,10 @@ def test_truncated_weights_are_refused(tmp_path):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"nested": {"auto_map": {"AutoModel": "x.Y"}}}, "nested.auto_map"),
         ({"custom_pipelines": {"text": {"impl": "x.Y"}}}, "custom_pipelines"),

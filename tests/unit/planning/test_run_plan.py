@@ -7,13 +7,13 @@ import shutil
 from fractions import Fraction
 
 import pytest
-from safetensors.numpy import save_file
 
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError, InputError
 from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.planning.dry_run import describe_run
 from ebft_mega.planning.run_plan import check_run, check_world
+from tests.unit.conftest import write_weights
 
 
 def found_problems(inputs, world_size=1, **changes):
@@ -112,9 +112,9 @@ def test_degrees_that_fit_neither_heads_nor_layers(inputs):
 
 def test_the_feature_model_is_cut_by_the_same_degrees(inputs):
     other = inputs.root / "features"
-    other.mkdir()
-    save_file({}, other / "model.safetensors")
-    (other / "config.json").write_text(json.dumps(inputs.model_fields | {"hidden_size": 18, "head_dim": 4}))
+    fields = {"model_type": "mistral", "hidden_size": 18, "head_dim": 4}
+    write_weights(other, **fields)
+    (other / "config.json").write_text(json.dumps(inputs.model_fields | fields))
     changes = {"ebft__feature_model": str(other)}
     check_run(load_config(inputs.write(**changes, parallel={"tensor_parallel_size": 2})), 2)
     (line,) = found_problems(inputs, 4, **changes, parallel={"tensor_parallel_size": 4})
@@ -200,6 +200,7 @@ def test_index_names_a_missing_file(inputs):
 )
 def test_model_config_that_cannot_be_used(inputs, changes, words):
     (inputs.root / "model" / "config.json").write_text(json.dumps(inputs.model_fields | changes))
+    write_weights(inputs.root / "model", **{key: value for key, value in changes.items() if key == "vocab_size"})
     lines = found_problems(inputs)
     assert any(words in line for line in lines)
 
@@ -236,11 +237,11 @@ def test_too_few_rows(inputs):
 
 def test_feature_model_needs_the_same_vocabulary(inputs):
     other = inputs.root / "features"
-    other.mkdir()
-    save_file({}, other / "model.safetensors")
+    write_weights(other, hidden_size=32)
     (other / "config.json").write_text(json.dumps(inputs.model_fields | {"hidden_size": 32}))
     plan = check_run(load_config(inputs.write(ebft__feature_model=str(other))), 1)
     assert (plan.feature_architecture.hidden_size, plan.architecture.hidden_size) == (32, 16)
+    write_weights(other, vocab_size=101)
     (other / "config.json").write_text(json.dumps(inputs.model_fields | {"vocab_size": 101}))
     (line,) = found_problems(inputs, ebft__feature_model=str(other))
     assert "ebft.feature_model: found a vocabulary of 101 tokens; expected 100 tokens" in line

@@ -12,11 +12,11 @@ from ebft_mega.apps.convert.exporting import checkpoint_folder, export_checkpoin
 from ebft_mega.apps.convert.importing import import_model
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import BrokenCheckpointError, InputError
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.model.weights.stage_weights import load_weights
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from tests.conftest import tiny_config
 from tests.unit.apps.convert.test_import import KINDS

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.model.weights.model_directory import write_model
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from tests.conftest import tiny_config
 from tests.unit.written_checkpoint import write_checkpoint

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from ebft_mega.apps.convert import verifying
 from ebft_mega.apps.convert.verifying import compare_logits
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.model.weights.model_directory import write_model
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from tests.conftest import tiny_config
 from tests.unit.apps.convert.test_import import KINDS, change

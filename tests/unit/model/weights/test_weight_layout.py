@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import valid_tensor_parallel_sizes
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.architecture.vocabulary_blocks import padded_vocabulary
-from ebft_mega.model.weights.weight_layout import hf_shapes, packing_of
+from ebft_mega.model.weights.weight_layout import packing_of
 from tests.conftest import tiny_config
 
 PARAMETERS = (

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import load_weights
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights, identity
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError
 from ebft_mega.model.weights import model_directory
 from ebft_mega.model.weights.model_directory import plan_shards, write_model
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights
 from tests.conftest import tiny_config
 from tests.memory import peak_tensor_bytes

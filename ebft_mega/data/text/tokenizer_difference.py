@@ -1,0 +1,112 @@
+"""Say in words how two tokenizers differ, from their files alone: no tokenizer library is loaded."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.data.text.tokenizer import HUGGING_FACE_NAME, SENTENCEPIECE_NAME, tokenizer_sha256
+
+_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def tokenizer_difference(first: Path, second: Path) -> str:
+    """How the tokenizers of two directories differ: kind, number of tokens, tokens with other ids, other parts.
+
+    Args:
+        first, second: tokenizer directories.
+    Returns:
+        Words about the first beside the second; empty where the files say nothing of it.
+    """
+    try:
+        file, other = _deciding_file(first), _deciding_file(second)
+        if file.name != other.name:
+            return f"{file.name} beside {other.name}"
+        if file.name == SENTENCEPIECE_NAME:
+            return _of_tokens(_pieces(file.read_bytes()), _pieces(other.read_bytes()))
+        return _of_definitions(json.loads(file.read_bytes()), json.loads(other.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return ""  # a file that is none of these has a refusal of its own
+
+
+def _deciding_file(directory: Path) -> Path:
+    """The file that `tokenizer_sha256` is the hash of, or else the first of the two that is there.
+
+    Raises:
+        IndexError: there is none.
+    """
+    wanted = tokenizer_sha256(directory)
+    there = [path for name in (SENTENCEPIECE_NAME, HUGGING_FACE_NAME) if (path := directory / name).is_file()]
+    matching = [
+        path for path in there if hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).hexdigest() == wanted
+    ]
+    return (matching or there)[0]
+
+
+def _of_definitions(first: dict[str, Any], second: dict[str, Any]) -> str:
+    models = [definition.get("model") or {} for definition in (first, second)]
+    kinds = [str(model.get("type")) for model in models]
+    words = [f"{kinds[0]} beside {kinds[1]}"] * (kinds[0] != kinds[1])
+    words.append(_of_tokens(*(_vocabulary(model.get("vocab") or {}) for model in models)))
+    if models[0].get("merges") != models[1].get("merges"):
+        words.append("other merges")
+    words += [f"another {part}" for part in _PARTS if first.get(part) != second.get(part)]
+    return ", ".join(filter(None, words))
+
+
+def _vocabulary(vocab: Any) -> dict[str, int]:
+    """Ids by token; a unigram model lists tokens with scores in the order of their ids."""
+    if isinstance(vocab, list):
+        return {str(token[0]): number for number, token in enumerate(vocab)}
+    return dict(vocab)
+
+
+def _of_tokens(first: dict[str, int], second: dict[str, int]) -> str:
+    if first == second:
+        return ""
+    sizes = f"{len(first)} tokens" + (f" beside {len(second)}" if len(first) != len(second) else " in both")
+    others = sum(second.get(token) != number for token, number in first.items())
+    return f"{sizes}, {others} of them with another id or none there"
+
+
+def _pieces(content: bytes) -> dict[str, int]:
+    """Ids by piece of a sentencepiece model, which is a protocol buffer whose field 1 repeats the pieces."""
+    found: dict[str, int] = {}
+    for number, piece in enumerate(value for field, value in _fields(content) if field == 1):
+        texts = [value for field, value in _fields(piece) if field == 1]
+        found[texts[0].decode()] = number
+    return found
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of the fields of a protocol buffer that have a length; others are passed over.
+
+    Raises:
+        ValueError, IndexError: it is no protocol buffer.
+    """
+    at = 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        kind = key & 7
+        if kind == 0:
+            _, at = _varint(content, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, at = _varint(content, at)
+            yield key >> 3, content[at : at + length]
+            at += length
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    """A number of up to ten bytes, and where the next thing begins."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[at]
+        value, at = value | (byte & 127) << shift, at + 1
+        if byte < 128:
+            return value, at
+    raise ValueError("a number without an end")
