@@ -6,6 +6,17 @@ from typing import Any, NamedTuple
 MAX_COUNT = 2**31 - 1  # of a width, a vocabulary, positions
 
 
+class Missing:
+    """Stands where a key is not there; only its text is used."""
+
+    def __repr__(self) -> str:
+        """What a message says."""
+        return "no such key"
+
+
+MISSING = Missing()
+
+
 class Refusal(NamedTuple):
     """A key that cannot be used as it stands."""
 

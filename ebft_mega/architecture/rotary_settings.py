@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ebft_mega.architecture.config_values import Refusal, is_count, is_number
+from ebft_mega.architecture.config_values import MISSING, Refusal, is_count, is_number
 
 DEFAULT_THETA = 10_000.0  # transformers' own, for all supported types of model
+_LEAST_FACTOR = 1e-9
 _LARGEST_THETA = 1e30  # float32 holds its powers
 # Keys that each type reads. `type` is the older spelling of `rope_type`.
 _ALWAYS_READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -104,7 +105,7 @@ def resolve_rotary(config: dict[str, Any], max_position_embeddings: Any) -> Reso
     if rope_type not in ROPE_TYPES or not isinstance(rope_type, str):
         refusals.insert(0, Refusal(f"{name}.{type_key}", rope_type, _TYPES_IN_WORDS))
         return ResolvedRotary(RotarySettings("default", DEFAULT_THETA), tuple(refusals))
-    values: dict[str, Any] = {key: given.get(key) for key in _READ_BY_TYPE[rope_type]}
+    values: dict[str, Any] = {key: given.get(key, MISSING) for key in _READ_BY_TYPE[rope_type]}
     if rope_type == "llama3":
         values["original_max_position_embeddings"] = _original_positions(config, given, max_position_embeddings)
     refusals += _refused_factors(name, values)
@@ -161,11 +162,9 @@ def _refused_factors(name: str, values: dict[str, Any]) -> Iterator[Refusal]:
     if "low_freq_factor" not in values:
         return
     low, high = values["low_freq_factor"], values["high_freq_factor"]
-    for key, value in (("low_freq_factor", low), ("high_freq_factor", high)):
-        if not is_number(value, 0) or value == 0:
-            yield Refusal(f"{name}.{key}", value, "a number above 0")
-            return
-    if low >= high:
+    wrong = [key for key in ("low_freq_factor", "high_freq_factor") if not is_number(values[key], _LEAST_FACTOR)]
+    yield from (Refusal(f"{name}.{key}", values[key], "a number above 0") for key in wrong)
+    if not wrong and low >= high:
         yield Refusal(f"{name}.high_freq_factor", high, f"more than low_freq_factor {low}")
     original = values["original_max_position_embeddings"]
     if not is_count(original):

@@ -120,9 +120,6 @@ def _with_tensors(
 ) -> tuple[Architecture | None, list[Problem], list[str]]:
     """The architecture as the tensors of a directory have it, what is wrong with them, and notes."""
     stored, problems = stored_tensors(directory)
-    if file_obstacle(directory / _ADAPTER_NAME) is None:
-        expected = "no such file: merge the adapter into the weights first"
-        problems.append(Problem(str(directory), _ADAPTER_NAME, "an adapter, which would be left out", expected))
     if architecture is None or problems:
         return architecture, problems, []
     architecture, head_notes = with_own_head(architecture, stored)
@@ -131,7 +128,9 @@ def _with_tensors(
     files = {tensor.file.name for tensor in stored.values()}
     unread = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in files)
     unread_notes = [f"not read, because no index names them: {', '.join(unread)}."] * bool(unread)
-    return architecture, list(fit.problems), [*head_notes, *fit.notes, *unread_notes]
+    adapter_notes = [f"{_ADAPTER_NAME} is not read: an adapter counts only once it is merged into the weights."]
+    adapter_notes *= file_obstacle(directory / _ADAPTER_NAME) is None
+    return architecture, list(fit.problems), [*head_notes, *fit.notes, *unread_notes, *adapter_notes]
 
 
 def _described(directory: Path) -> tuple[dict[str, dict[str, Any]], list[Problem]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ebft_mega.model.weights.weight_files import StoredTensor
 
-_STORED_AS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
+_STORED_AS = {"F32": "<f4", "BF16": "<u2", "F16": "<f2", "F64": "<f8"}
 READABLE_DTYPES = tuple(_STORED_AS)
 _CHUNK_ELEMENTS = 4 * 2**20
 # Relative error of a stored rotary frequency that was rounded to the dtype. float16 has few digits for small numbers.

@@ -98,7 +98,8 @@ def test_transformers_sees_nothing_that_it_could_execute(tmp_path, groups, token
         (tmp_path / "hf" / name).write_bytes(pickle.dumps(Bomb(mark)))
     (tmp_path / "hf" / "adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {"x": "y"}}')
     (tmp_path / "hf" / "modeling.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
-    assert compare_logits(tmp_path / "hf", None, text, 20, groups).max_difference <= 1e-5
+    result = compare_logits(tmp_path / "hf", None, text, 20, groups)
+    assert result.max_difference <= 1e-5 and "adapter_config.json is not read" in str(result)
     ((names, options),) = seen
     assert names == {"config.json", "model.safetensors"}
     assert options["use_safetensors"] and options["local_files_only"] and not options["trust_remote_code"]
@@ -116,7 +117,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, groups, tokenizer, text):
     with pytest.raises(InputError, match="no tokens"):
         compare_logits(tmp_path / "hf", None, tmp_path / "empty", 10, groups)
     for name in ("model", "other"):
-        with pytest.raises(InputError, match="config.json"):
+        with pytest.raises(InputError, match="no directory"):
             compare_logits(tmp_path / "hf", tmp_path / name, text, 10, groups)
     smaller = Architecture.from_hf(tiny_config("llama", vocab_size=399), "test")
     source = RandomWeights(smaller, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ebft_mega.model.weights.weight_files import INDEX_NAME, StoredTensor, stored_tensors
+from ebft_mega.model.weights.weight_files import INDEX_NAME, stored_tensors
 
 
 def write_raw(path: Path, header: object, num_bytes: int) -> None:
@@ -35,12 +35,16 @@ def test_headers_say_what_the_library_wrote(tmp_path):
     stored, problems = stored_tensors(tmp_path)
     file = tmp_path / "model.safetensors"
     assert problems == []
-    assert stored == {
-        "a": StoredTensor(file, "F32", (3, 2)),
-        "b": StoredTensor(file, "BF16", (4,)),
-        "c": StoredTensor(file, "F16", ()),
-        "d": StoredTensor(file, "I8", (0, 5)),
+    assert {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in stored.items()} == {
+        "a": (file, "F32", (3, 2)),
+        "b": (file, "BF16", (4,)),
+        "c": (file, "F16", ()),
+        "d": (file, "I8", (0, 5)),
     }
+    content = file.read_bytes()
+    for name, num_bytes in (("a", 24), ("b", 8), ("c", 2)):
+        offset = stored[name].offset
+        assert content[offset : offset + num_bytes] == tensors[name].view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize(
@@ -52,9 +56,12 @@ def test_headers_say_what_the_library_wrote(tmp_path):
         ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "b: bytes 12 to 20"),
         ({"a": entry(0, 4)}, 4, "a: bytes 0 to 4"),
         ({"a": entry(0, 8, (-2, -1))}, 8, "a: bytes 0 to 8"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": 1}', 8, "one name twice"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": 1}', 8, "the key 'a' more than once"),
         ([1, 2], 0, "TypeError"),
         ({"a": {"dtype": "F32"}}, 0, "KeyError"),
+        ({"a": entry(0, 8) | {"shape": "2"}}, 8, "no list of whole numbers"),
+        ({"a": entry(0, 8) | {"shape": [2.0]}}, 8, "no list of whole numbers"),
+        ({"a": entry(0, 8) | {"data_offsets": [0, True]}}, 8, "no list of whole numbers"),
         (b"\xff\xfe{}", 0, "model.safetensors: "),
         (b"[" * 5000 + b"]" * 5000, 0, "model.safetensors: "),
     ],
@@ -123,4 +130,4 @@ def test_files_that_are_not_part_of_the_model_are_not_looked_at(tmp_path):
 def test_an_index_that_is_none(tmp_path, content):
     (tmp_path / INDEX_NAME).write_text(content)
     (problem,) = found(tmp_path)
-    assert problem.startswith("weight_map: ")
+    assert problem.startswith(("weight_map: ", f"{INDEX_NAME}: "))

@@ -15,9 +15,12 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError
+from ebft_mega.model.rotary import inverse_frequencies
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.tensor_fit import check_fit, with_own_head
+from ebft_mega.model.weights.weight_files import stored_tensors
 from ebft_mega.model.weights.weight_sources import RandomWeights, SafetensorsWeights, identity
 from tests.conftest import tiny_config
 from tests.unit.planted import Bomb
@@ -112,14 +115,90 @@ def test_what_does_not_fit_is_named_at_once(tmp_path):
     ]
 
 
-def test_a_tied_head_and_old_buffers_do_no_harm(groups, tmp_path):
+def test_surplus_tensors_that_change_nothing_do_no_harm(groups, tmp_path):
     directory = write(tmp_path / "model")
-    head = torch.full((131, 32), 7.0)
-    add(directory, lm_head__weight=head, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
+    embedding = RandomWeights(ARCHITECTURE, 1).tensor(EMBEDDING)
+    frequencies = inverse_frequencies(ARCHITECTURE)
+    add(
+        directory,
+        lm_head__weight=embedding.clone(),
+        model__layers__0__self_attn__rotary_emb__inv_freq=frequencies,
+        model__layers__1__self_attn__rotary_emb__inv_freq=frequencies.to(torch.bfloat16),
+        model__layers__0__self_attn__o_proj__bias=torch.zeros(32),
+    )
     stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
     load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
-    # Tied means tied: what the file has for the head counts for nothing, as in transformers.
-    assert torch.equal(stage.embedding.weight, RandomWeights(ARCHITECTURE, 1).tensor(EMBEDDING))
+    assert torch.equal(stage.embedding.weight, embedding)
+    (note,) = check_fit(directory, stored_tensors(directory)[0], ARCHITECTURE).notes
+    assert note.startswith("left out, because they change nothing: ") and note.count("inv_freq") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lm_head.weight", torch.full((131, 32), 7.0), "the values of model.embed_tokens.weight"),
+        ("lm_head.weight", torch.zeros(131, 31), "the values of model.embed_tokens.weight"),
+        ("lm_head.bias", torch.zeros(131), "none of this name in a llama model"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(4), "the rotary frequencies that config.json"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(5), "the rotary frequencies that config.json"),
+        ("model.layers.0.self_attn.o_proj.bias", torch.tensor([0.0] * 31 + [1e-4]), "zeros, or no such tensor"),
+        ("model.norm.bias", torch.ones(32), "zeros, or no such tensor: a llama model has no bias there"),
+        ("model.layers.4.mlp.up_proj.weight", torch.zeros(48, 32), "of 4 layers (num_hidden_layers)"),
+        ("embed_tokens.weight", torch.zeros(131, 32), "(its names begin with model.)"),
+        ("vision_tower.weight", torch.zeros(3), "none of this name in a llama model"),
+    ],
+)
+def test_surplus_tensors_that_may_change_something_are_refused(tmp_path, name, value, words):
+    directory = write(tmp_path / "model")
+    add(directory, **{name: value})
+    (problem,) = problems_of(directory)
+    assert problem.startswith(f"{name}: ") and words in problem
+    # A feature network reads neither head nor upper layers, but the file is the same.
+    assert problems_of(directory, num_layers=2) == [problem]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_head_is_compared_by_its_values_whatever_its_dtype(tmp_path, dtype):
+    directory = write(tmp_path / "model", dtype=torch.bfloat16)
+    embedding = load_file(directory / "model.safetensors")[EMBEDDING].float()
+    embedding[embedding.abs() < 1e-3] = 0.25  # float16 has fewer small numbers
+    add(directory, **{EMBEDDING: embedding.to(torch.bfloat16), "lm_head.weight": embedding.to(dtype)})
+    assert with_own_head(ARCHITECTURE, stored_tensors(directory)[0]) == (ARCHITECTURE, ())
+    other = embedding.clone()
+    other[-1, -1] += 0.25
+    add(directory, **{"lm_head.weight": other.to(dtype)})
+    untied, (note,) = with_own_head(ARCHITECTURE, stored_tensors(directory)[0])
+    assert not untied.tie_word_embeddings and "tie_word_embeddings" in note
+    assert torch.equal(SafetensorsWeights(directory, untied).tensor("lm_head.weight"), other.to(dtype))
+
+
+def test_a_head_that_is_not_finite_is_one_of_its_own_and_refused_when_it_is_read(groups, tmp_path):
+    directory = write(tmp_path / "model")
+    head = RandomWeights(ARCHITECTURE, 1).tensor(EMBEDDING)
+    head[3, 3] = float("nan")
+    add(directory, **{"lm_head.weight": head})
+    untied, _ = with_own_head(ARCHITECTURE, stored_tensors(directory)[0])
+    stage = Stage(untied, StageShape.whole(untied), groups, torch.float32)
+    with pytest.raises(InputError, match=r"lm_head.weight: found values that are infinite or no numbers") as caught:
+        load_weights(stage, SafetensorsWeights(directory, untied))
+    assert len(caught.value.problems) == 1 and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_named_when_weights_are_read(groups, tmp_path, value, dtype):
+    directory = write(tmp_path / "model", dtype=dtype)
+    wrong = load_file(directory / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.2.self_attn.k_proj.weight"):
+        wrong[name].view(-1)[-1] = value
+    save_file(wrong, directory / "model.safetensors")
+    stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, torch.float32)
+    with pytest.raises(InputError) as caught:
+        load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
+    assert [(problem.where, problem.key) for problem in caught.value.problems] == [
+        (str(directory), "model.layers.2.self_attn.k_proj.weight"),
+        (str(directory), "model.norm.weight"),
+    ]
 
 
 def test_layers_that_are_not_needed_may_be_missing(tmp_path):

@@ -76,15 +76,18 @@ def test_everything_that_was_given_is_there(tmp_path, dtype, shard_bytes):
 
 
 def test_the_configuration_says_what_missing_keys_were_taken_for(tmp_path):
-    """transformers' own defaults are others: 32 key-value heads, heads of 128."""
-    fields = tiny_config("qwen3", dtype="float16", torch_dtype="float16")
+    """They are taken for transformers' own defaults: for Qwen3 32 key-value heads, heads of 128."""
+    fields = tiny_config("qwen3", dtype="float16", torch_dtype="float16", num_attention_heads=32)
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
         del fields[name]
     architecture = Architecture.from_hf(fields, "test")
     write_model(tmp_path / "hf", architecture, tensors_of(architecture), torch.bfloat16)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    found = (written["num_key_value_heads"], written["head_dim"], written["max_position_embeddings"])
+    assert found == (32, 128, 32768)
     config = AutoConfig.from_pretrained(tmp_path / "hf")
-    found = (config.num_key_value_heads, config.head_dim, config.max_position_embeddings, config.dtype)
-    assert found == (4, 8, 2048, torch.bfloat16)
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == found
+    assert config.dtype == torch.bfloat16
     assert config.architectures == ["Qwen3ForCausalLM"]
     again = Architecture.from_directory(tmp_path / "hf")
     assert again.layer_parameters == architecture.layer_parameters
