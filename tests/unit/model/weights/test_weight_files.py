@@ -44,7 +44,7 @@ def test_headers_say_what_the_library_wrote(tmp_path):
     content = file.read_bytes()
     for name, num_bytes in (("a", 24), ("b", 8), ("c", 2)):
         offset = stored[name].offset
-        assert content[offset : offset + num_bytes] == tensors[name].view(torch.uint8).numpy().tobytes()
+        assert content[offset : offset + num_bytes] == tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize(
