@@ -104,11 +104,12 @@ class SkipBudgetError(EbftError):
 
 
 class PeerFailedError(EbftError):
-    """Another rank failed first and this one lost its connection to it; both end with the same code."""
+    """Another rank failed or was stopped first, and this one lost its connection; both end with the same code."""
 
     def __init__(self, exit_code: int):
         self.exit_code = exit_code
-        super().__init__(f"another rank failed with exit code {exit_code}")
+        ended = "was stopped during the start" if exit_code == EXIT_STOPPED else f"failed with exit code {exit_code}"
+        super().__init__(f"another rank {ended}")
 
 
 class NonFiniteStepError(EbftError):

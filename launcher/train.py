@@ -1,19 +1,25 @@
 """Read and check a configuration, then print the plan (`--dry-run`) or train: the main job."""
 
-import argparse
 import os
 import sys
-import time
-from collections.abc import MutableMapping
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # works without an installed package, too
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installed package
+
+from ebft_mega.io import process_signals  # noqa: E402
+
+if __name__ == "__main__":
+    process_signals.listen(exit_code=75)  # errors.EXIT_STOPPED, before the other imports take their time
+
+import argparse  # noqa: E402
+import time  # noqa: E402
+from collections.abc import MutableMapping  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
-from ebft_mega.errors import EXIT_DONE, ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, EbftError, InputProblems, Problem  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
+from ebft_mega.io.process_signals import StopNow  # noqa: E402
 from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
@@ -21,6 +27,8 @@ from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,11 +99,27 @@ def write_report(output_dir: Path) -> Path:
 def main() -> int:
     """Run the job and return the exit code."""
     started = time.monotonic()
-    forgive_output_errors()
+    try:
+        forgive_output_errors()
+        signals = Signals.listen()
+        code = run(signals, started)
+        signals.done()
+        return code
+    except StopNow as stop:
+        if is_first_rank():
+            print(f"stopped during the start ({stop}): nothing is lost, start it again", file=sys.stderr)
+        process_signals.leave(EXIT_STOPPED)
+
+
+def run(signals: Signals, started: float) -> int:
+    """Run the job and return the exit code.
+
+    Args:
+        signals: those that this process gets; until the first step they raise `StopNow`.
+        started: by `time.monotonic()`.
+    """
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
-    # From here on a signal asks a run for a checkpoint instead of ending the process.
-    signals = Signals() if arguments.dry_run or trace_step else Signals.listen()
     try:
         be_rank_of_slurm_task(os.environ)
         config = load_config(arguments.config, arguments.overrides)
@@ -118,6 +142,7 @@ def main() -> int:
 
         return run_training(config, plan, trace_step, signals, started, write_report, fresh)
     except EbftError as error:
+        signals.fail_undisturbed()
         if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code

@@ -109,6 +109,7 @@ class CheckpointSaver:
         """
         assert self._in_flight is None, "the next checkpoint waits for the last one"
         needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
+        needed += sum(map(len, small_files.values()))
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
         obstacle = [self._obstacle(flying.folder, needed)] if self._groups.is_world_first else [None]
         dist.broadcast_object_list(obstacle, src=0, device=self._groups.device)

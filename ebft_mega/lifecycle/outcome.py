@@ -1,12 +1,20 @@
 """How a run ends: the outcome in `status.json` and the exit code, the same on every rank."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebft_mega.checkpoint.commit import CHECKPOINTS, newest
+from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_HANG, EXIT_STOPPED, EbftError, LockLostError, PeerFailedError
-from ebft_mega.runtime.run_files import RunState, failure_on_record, record_failure, write_status
+from ebft_mega.io.process_signals import StopNow
+from ebft_mega.runtime.run_files import (
+    RunState,
+    failure_on_record,
+    record_failure,
+    stop_on_record,
+    write_status,
+)
 from ebft_mega.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -17,6 +25,7 @@ class Outcome:
     """What this rank records of how the run ended."""
 
     output: Path  # the run directory
+    lock_lost: Callable[[], bool] = lambda: False  # whether the directory is another run's by now
     progress: Progress = field(default_factory=Progress)  # set once it is known where the run starts
 
     def of_end(self, stopped: bool, is_writer: bool) -> int:
@@ -34,6 +43,16 @@ class Outcome:
             write_status(self.output, state, exit_code, self.progress.step, self._newest_checkpoint())
         return exit_code
 
+    def of_stop_at_start(self) -> None:
+        """Record that the start was stopped on request and has changed nothing, unless an outcome is on record.
+
+        Communication: none; every rank that is stopped does it, since the others may not be.
+        """
+        if not (self.lock_lost() or failure_on_record(self.output) or stop_on_record(self.output)):
+            checkpoint = self._newest_checkpoint()
+            step = self.progress.step or (step_of(checkpoint) if checkpoint is not None else None) or 0
+            write_status(self.output, "stopped", EXIT_STOPPED, step, checkpoint)
+
     def of_hang(self) -> int:
         """Record that nothing moves any more; returns the exit code on record."""
         return self._record_failure(EXIT_HANG)
@@ -44,12 +63,18 @@ class Outcome:
         Returns:
             What to raise: the error, or `PeerFailedError` where it only follows from a peer's failure.
         """
+        if isinstance(error, StopNow):
+            logger.info("stopped during the start by %s", error)
+            self.of_stop_at_start()
+            peer_code = failure_on_record(self.output)  # a launcher ends all ranks once one has failed
+            return error if peer_code is None else PeerFailedError(peer_code)
+        logger.info("this rank failed", exc_info=error)  # below a warning: it is on its way to standard error
         if isinstance(error, LockLostError):
             return error  # the directory and the outcome in it are another run's
         # A rank whose peer failed loses its connection; the failure that the peer recorded is the cause.
-        peer_code = failure_on_record(self.output)
+        peer_code = failure_on_record(self.output) or stop_on_record(self.output)
         if peer_code is not None and not isinstance(error, EbftError):
-            return PeerFailedError(peer_code)
+            return PeerFailedError(peer_code)  # or was stopped, with 75
         self._record_failure(error.exit_code if isinstance(error, EbftError) else EXIT_FAILED)
         return error
 

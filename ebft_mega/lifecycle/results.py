@@ -1,11 +1,9 @@
 """What a run writes into its directory beside metrics and checkpoints: what it is, and at the end its model."""
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.describing_files import generation_config
+from ebft_mega.checkpoint.describing_files import DescribingFiles
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.io.durable import write_bytes
@@ -35,25 +33,19 @@ def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_
     write_environment(output, facts)
 
 
-def export(config: RunConfig, plan: RunPlan, start: Start, trainer: Trainer, tokenizer: Path) -> None:
+def export(config: RunConfig, plan: RunPlan, start: Start, trainer: Trainer, described: DescribingFiles | None) -> None:
     """Write the final model as a Hugging Face directory, with the record of the run and its steps.
 
     Args:
-        tokenizer: its directory.
+        described: what describes the model beside its weights; None on all ranks but the first.
     Communication: collective over the world, one parameter after another.
     """
     tensors = hf_tensors(trainer.engine.local_parameters(), trainer.stage)
-    if not trainer.groups.is_world_first:
+    if described is None:
         for _ in tensors:  # gathering a parameter is collective
             pass
         return
     record = RunRecord.of(config, plan, start.started_from).model_copy(update={"step": plan.total_steps})
-    write_model(
-        config.output_dir / MODEL_FOLDER,
-        plan.architecture,
-        tensors,
-        DTYPES[config.train.dtype],
-        tokenizer,
-        generation_config(config),
-        small_files={RECORD_NAME: record.to_json().encode()},
-    )
+    files = {**described.contents, RECORD_NAME: record.to_json().encode()}
+    target, dtype = config.output_dir / MODEL_FOLDER, DTYPES[config.train.dtype]
+    write_model(target, plan.architecture, tensors, dtype, files)

@@ -55,10 +55,11 @@ def run_training(
         Exit code of every rank: 0, or 75 if the run stopped on request.
     Communication: every rank of the job calls it.
     """
-    groups = connect_ranks(config)
-    loader = make_loader(config, groups, is_trace=trace_directory is not None)
-    require_same_inputs(config, plan, loader)
-    require_whole_models(config)
+    with signals.stopped_with_peers():
+        groups = connect_ranks(config)
+        loader = make_loader(config, groups, is_trace=trace_directory is not None)
+        require_same_inputs(config, plan, loader)
+        require_whole_models(config)
     if trace_directory is not None:
         return trace_first_step(config, plan, groups, loader, trace_directory)
     make_run_directory(config)
@@ -67,12 +68,14 @@ def run_training(
         lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
         lock_lost = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
         limit = config.train.max_run_minutes
+        if groups.is_world_first:
+            signals.before_forced_end(lock.delete)
         requests = StopRequests(signals, config.output_dir, started_monotonic, limit, groups.is_world_first)
         # By one rank, under the lock: nobody else changes what is found.
         standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()))
         if standing.action is Action.NOTHING:
             return from_first_rank(lambda: conclude(config, standing, write_report))
-        run = Run(config, plan, groups, loader, requests, lock_lost, write_report, standing)
+        run = Run(config, plan, groups, loader, signals, requests, lock_lost, write_report, standing)
         return run_in_directory(run, (*lock_notes, *standing.notes))
 
 
@@ -124,7 +127,8 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     if run.groups.is_world_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
-    outcome = Outcome(output)
+    outcome = Outcome(output, run.lock_lost)
+    run.signals.before_forced_end(outcome.of_stop_at_start)
     try:
         with Watchdog(timeout_of_steps(run.config), log_path, outcome.of_hang) as watchdog:
             start = find_start(run.config, run.plan, run.loader)
@@ -133,8 +137,8 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
             stopped = train_and_export(run, replace(start, notes=(*notes, *start.notes)), watchdog)
             dist.barrier()
     except BaseException as error:
+        run.signals.fail_undisturbed()
         leave_soon()
-        logger.info("this rank failed", exc_info=True)  # below a warning, because it is on its way to standard error
         if (cause := outcome.of_error(error)) is not error:
             raise cause from error
         raise

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.describing_files import describing_files
+from ebft_mega.checkpoint.describing_files import DescribingFiles, checkpoint_files, describing_files
 from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.schema import RunConfig
@@ -20,12 +22,14 @@ from ebft_mega.lifecycle.start import Start, tidy
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.dry_run import checkpoint_words
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import MODEL_FOLDER
-from ebft_mega.runtime.stop_requests import StopReason, StopRequests
+from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
-from ebft_mega.train.hooks import Observer, open_observer, step_hooks
+from ebft_mega.train.hooks import Observer, StepHooks, open_observer, step_hooks
 from ebft_mega.train.loop import train
 from ebft_mega.train.progress import Progress
+from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
 
 
@@ -37,6 +41,7 @@ class Run:
     plan: RunPlan
     groups: ProcessGroups
     loader: BatchLoader
+    signals: Signals
     requests: StopRequests
     lock_lost: Callable[[], bool]  # whether this rank knows that another run has the directory now
     write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
@@ -66,16 +71,17 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
     watchdog.beat("building of the model")
     held_out = held_out_rows(config, groups)
-    described = describing_files(config, plan.architecture, run.tokenizer_directory) if groups.is_world_first else {}
+    described = describing_files_of(run)
+    for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
         state = identity.state(progress, run.loader, trainer.engine.applied_updates)
-        return {**described, STATE_NAME: state.to_json().encode()}
+        return {**for_checkpoints, STATE_NAME: state.to_json().encode()}
 
     # Nothing refuses the start from here on; until now everything in the run directory was left as it was.
     going_back = run.standing.notes_on_going_back(start.progress.step) if start.is_in(output) else ()
     start = replace(start, notes=(*start.notes, *going_back, *tidy(output / CHECKPOINTS, start)))
-    observer = _observer(run, start) if groups.is_world_first else None
+    observer = _observer(run, start, described) if described is not None else None
     try:
         boundary = Boundary(
             trainer,
@@ -85,21 +91,18 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             small_files,
             announce=observer.writer.note if observer is not None else None,
             beat=watchdog.beat,
+            begun=start.progress,
             saved=start.progress if start.is_in(output) else None,
         )
         hooks = step_hooks(trainer, held_out, plan.total_steps, boundary, observer, watchdog)
-        stopped, failure = StopReason.NONE, None
-        try:
-            stopped = train(trainer, run.loader, plan.total_steps, start.progress, hooks, watchdog)
-        except CheckpointError as error:
-            if start.progress.step < plan.total_steps or start.progress.evaluation_pending:
-                raise
-            failure = error  # of the last checkpoint, on all ranks: the model is no worse for it
+        dist.barrier()  # a rank that stops until here has trained nothing, and neither have the others
+        run.signals.train_from_now_on()
+        stopped, failure = _take_steps(run, trainer, start.progress, hooks, watchdog)
         if stopped:
             if observer is not None:
                 observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
             return stopped
-        export(config, plan, start, trainer, run.tokenizer_directory)
+        export(config, plan, start, trainer, described)
         watchdog.beat("writing of the model")
     finally:
         if observer is not None:
@@ -112,9 +115,38 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     return StopReason.NONE
 
 
-def _observer(run: Run, start: Start) -> Observer:
+def _take_steps(
+    run: Run, trainer: Trainer, progress: Progress, hooks: StepHooks, watchdog: Watchdog
+) -> tuple[StopReason, CheckpointError | None]:
+    """Take the steps that are left; a checkpoint that fails when all are done is returned, on all ranks alike.
+
+    The model is no worse for that, and is written before the run fails.
+    """
+    total_steps = run.plan.total_steps
+    try:
+        return train(trainer, run.loader, total_steps, progress, hooks, watchdog), None
+    except CheckpointError as error:
+        if progress.step < total_steps or progress.evaluation_pending:
+            raise
+        return StopReason.NONE, error
+
+
+def describing_files_of(run: Run) -> DescribingFiles | None:
+    """Read what describes the model beside its weights, on the first rank; None on the others.
+
+    Raises:
+        BrokenCheckpointError: on every rank, if the run starts from a checkpoint with a changed file.
+    Communication: one broadcast over the world.
+    """
+    found: list[DescribingFiles] = []
+    from_first_rank(lambda: found.append(describing_files(run.config, run.tokenizer_directory)))
+    return found[0] if found else None
+
+
+def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
     describe_in_directory(run.config, run.plan, start, run.standing.model_step)
-    notes = (*run.plan.notes, *start.notes, checkpoint_words(run.config, run.plan.architecture))
+    saving = checkpoint_words(run.config, run.plan.architecture)
+    notes = (*run.plan.notes, *start.notes, *described.notes, saving)
     total_steps, resumes_here = run.plan.total_steps, start.is_in(run.output)
     return open_observer(run.output, run.tokenizer_directory, total_steps, start.progress, resumes_here, notes)

@@ -56,15 +56,26 @@ def write_status(output_dir: Path, state: RunState, exit_code: int, step: int, c
 
 def failure_on_record(output_dir: Path) -> int | None:
     """Exit code that a rank of this run has recorded with `failed`, None if none has."""
+    return _code_on_record(output_dir, "failed")
+
+
+def stop_on_record(output_dir: Path) -> int | None:
+    """Exit code that a rank of this run has recorded with `stopped`, None if none has."""
+    return _code_on_record(output_dir, "stopped")
+
+
+def _code_on_record(output_dir: Path, state: RunState) -> int | None:
     try:
         status = json.loads((output_dir / STATUS_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return int(status["exit_code"]) if status["state"] == "failed" else None
+    return int(status["exit_code"]) if status["state"] == state else None
 
 
 def record_failure(output_dir: Path, exit_code: int, step: int, checkpoint: str | None = None) -> int:
     """Write `failed` to `status.json` unless a rank of this run has already: the first failure is the cause.
+
+    A rank that was stopped during the start is a cause, too: the others lose their connection to it.
 
     Args:
         output_dir, step, checkpoint: as for `write_status`.
@@ -72,7 +83,7 @@ def record_failure(output_dir: Path, exit_code: int, step: int, checkpoint: str 
     Returns:
         The exit code on record, with which every rank ends.
     """
-    earlier = failure_on_record(output_dir)
+    earlier = failure_on_record(output_dir) or stop_on_record(output_dir)
     if earlier is not None:
         return earlier
     write_status(output_dir, "failed", exit_code, step, checkpoint)

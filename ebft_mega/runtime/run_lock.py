@@ -127,6 +127,10 @@ class RunLock:
     ) -> None:
         self._leaving.set()
         self._thread.join()
+        self.delete()
+
+    def delete(self) -> None:
+        """Delete the lock file, unless another run has it; for a process that is ended without leaving."""
         try:
             if self.lost:
                 logger.warning("%s is another run's by now and stays", self._path)

@@ -4,13 +4,16 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import psutil
 
+from ebft_mega.errors import EXIT_STOPPED
+from ebft_mega.io import process_signals
+from ebft_mega.io.process_signals import ProcessSignals
 from ebft_mega.runtime.run_lock import clock_of
 
 logger = logging.getLogger(__name__)
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 SAVE_NAME = "SAVE"
 STOP_NAME = "STOP"
 SECONDS_PER_MINUTE = 60.0
+LAUNCHER_SECONDS = 3.0  # in which a launcher stops all ranks, once one of them has ended
 
 
 class StopReason(IntEnum):
@@ -28,7 +32,9 @@ class StopReason(IntEnum):
     STOP_FILE = 2
     LAUNCHER_GONE = 3
     SIGUSR1 = 4
-    SIGTERM = 5
+    SIGHUP = 5
+    SIGINT = 6
+    SIGTERM = 7
 
     @property
     def words(self) -> str:
@@ -42,9 +48,10 @@ _WORDS = {
     StopReason.STOP_FILE: f"the file {STOP_NAME}",
     StopReason.LAUNCHER_GONE: "the launcher is gone",
     StopReason.SIGUSR1: "SIGUSR1",
+    StopReason.SIGHUP: "SIGHUP",
+    StopReason.SIGINT: "SIGINT",
     StopReason.SIGTERM: "SIGTERM",
 }
-_REASONS = {signal.SIGUSR1: StopReason.SIGUSR1, signal.SIGTERM: StopReason.SIGTERM}
 
 
 class Launcher:
@@ -91,45 +98,81 @@ class Launcher:
 
 
 class Signals:
-    """Record SIGTERM and SIGUSR1 instead of ending the process. Without `listen` nothing is recorded."""
+    """The signals that ask this rank to stop, and the loss of its launcher. Without `listen` there are none.
 
-    def __init__(self, launcher: Launcher | None = None) -> None:
-        self._received = StopReason.NONE
-        self._replaced: dict[signal.Signals, Any] = {}
+    Until `train_from_now_on` a signal, or the loss of the launcher, ends the start within five seconds by raising
+    `StopNow`: nothing is lost, because nothing has been trained. From then on it is noted, and ranks agree on it.
+    """
+
+    def __init__(self, launcher: Launcher | None = None, process: ProcessSignals | None = None) -> None:
+        self._process = process or ProcessSignals()  # one that does not listen
         self._launcher = launcher or Launcher()
 
     @classmethod
     def listen(cls) -> "Signals":
-        """Record signals from now on, and remember which processes have started this one.
+        """Answer signals from now on, and remember which processes have started this one.
 
-        Call it in the main thread, before anything that takes long: until then a signal ends the process. A forked
-        child inherits the handlers, but not what they record.
+        Call it in the main thread, before anything that takes long. A forked child inherits the handlers, but not what
+        they note.
+
+        Raises:
+            StopNow: from now on, at any place.
         """
-        signals = cls(Launcher.of_this_rank())
-        for number in _REASONS:
-            signals._replaced[number] = signal.signal(number, signals._note)
-            # System calls of libraries are restarted, whether these expect interruptions or not.
-            signal.siginterrupt(number, False)
-        return signals
+        launcher, process = Launcher.of_this_rank(), process_signals.listen(EXIT_STOPPED)
+        process.is_orphaned = lambda: launcher.is_gone
+        process.raise_from_now_on()
+        return cls(launcher, process)
+
+    def train_from_now_on(self) -> None:
+        """Only note signals: the start is over.
+
+        Raises:
+            StopNow: one has come before.
+        """
+        self._process.note_from_now_on()
+
+    @contextmanager
+    def stopped_with_peers(self) -> Iterator[None]:
+        """Wait a moment at the loss of a connection: where another rank was stopped, the launcher stops this one, too.
+
+        For the time before there is a run directory in which the other one can say so.
+
+        Raises:
+            StopNow: this rank was stopped as well.
+        """
+        try:
+            yield
+        except RuntimeError:
+            if "RANK" in os.environ:
+                time.sleep(LAUNCHER_SECONDS)
+            raise
+
+    def fail_undisturbed(self) -> None:
+        """Raise nothing any more: this rank has failed and records how."""
+        self._process.finish_without_interruption()
+
+    def done(self) -> None:
+        """Ignore signals: the outcome is recorded, and the process ends."""
+        self._process.ignore_from_now_on()
+
+    def before_forced_end(self, act: Callable[[], object]) -> None:
+        """Let something be done when a start that is asked to stop does not end by itself."""
+        self._process.before_forced_end(act)
 
     def release(self) -> None:
         """Put the handlers back that were there before."""
-        for number, handler in self._replaced.items():
-            signal.signal(number, handler)
-        self._replaced.clear()
+        self._process.release()
 
     @property
     def received(self) -> StopReason:
         """The strongest signal so far, `NONE` if there was none. A second one of the same kind changes nothing."""
-        return self._received
+        noted = tuple(self._process.noted)
+        return max((StopReason[signal.Signals(number).name] for number in noted), default=StopReason.NONE)
 
     @property
     def launcher_is_gone(self) -> bool:
         """Whether the processes that have started this rank have ended."""
         return self._launcher.is_gone
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = max(self._received, _REASONS[signal.Signals(number)])
 
 
 class StopRequests:

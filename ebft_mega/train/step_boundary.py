@@ -39,7 +39,8 @@ class Boundary:
         small_files: contents of the files of a checkpoint beside its tensors, when it begins.
         announce: shows a line to people; None on ranks that do not.
         beat: told that something moves while the run waits for disks.
-        saved: where the run has come from, if that very state lies in its own run directory.
+        begun: where this start of the run begins; to stop there needs no checkpoint.
+        saved: the same, if that very state lies in its own run directory.
     Communication: every method is collective over the world.
     """
 
@@ -52,6 +53,7 @@ class Boundary:
         small_files: Callable[[Progress], Mapping[str, bytes]],
         announce: Callable[[str], None] | None,
         beat: Callable[[str], None],
+        begun: Progress,
         saved: Progress | None,
     ):
         self._trainer, self._saver, self._requests = trainer, saver, requests
@@ -59,6 +61,7 @@ class Boundary:
         self._small_files = small_files
         self._announce, self._beat = announce, beat
         self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
+        self._begun = _key(begun)
         self._stop = StopReason.NONE
         self._seconds = 0.0
 
@@ -82,7 +85,7 @@ class Boundary:
             progress: after the last step.
             is_due: a checkpoint was to be taken here.
         Returns:
-            Why the run stops here, with its state in a complete checkpoint; NONE: it continues.
+            Why the run stops here, with its state in a complete checkpoint unless it has not begun; NONE: it continues.
         Raises:
             CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
             LockLostError: another run has the directory now; nothing more is written there.
@@ -94,13 +97,14 @@ class Boundary:
         if self._saver.in_flight and not agreed.is_writing:
             self._settle()
         is_stopping = self._stop != StopReason.NONE
+        needs_checkpoint = is_stopping and _key(progress) != self._begun
         if agreed.save:
             self._requests.take_save()
-        if is_due or agreed.save or is_stopping:
+        if is_due or agreed.save or needs_checkpoint:
             self._save(progress)
         if is_stopping:
             self._settle()
-            if self._saved is None:
+            if self._saved is None and needs_checkpoint:
                 reason = f"the run was asked to stop ({self._stop.words}) at step {progress.step}"
                 raise CheckpointError(f"{reason}, and its state could not be saved")
             self._requests.take_stop()

@@ -1,19 +1,18 @@
 """Export a checkpoint as a Hugging Face model directory."""
 
-import tempfile
 from pathlib import Path
 
 from ebft_mega.apps.convert.result import Converted
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
+from ebft_mega.checkpoint.describing_files import read_describing_files
 from ebft_mega.checkpoint.initial_model import open_weights
-from ebft_mega.checkpoint.manifest import file_problems, read_listed
-from ebft_mega.checkpoint.model_folder import ModelFolder, is_checkpoint, open_model_folder
-from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, tokenizer_sha256
+from ebft_mega.checkpoint.manifest import file_problems
+from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.progress_bar import track
-from ebft_mega.model.weights.model_directory import GENERATION_CONFIG_NAME, write_model
+from ebft_mega.model.weights.model_directory import write_model
 
 
 def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, overwrite: bool = False) -> Converted:
@@ -36,22 +35,18 @@ def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, ov
     if problems:
         raise BrokenCheckpointError(problems)
     weights = open_weights(folder.directory, architecture, hash_files=False)
-    with tempfile.TemporaryDirectory() as copies:
-        small = Path(copies)
-        _copy_listed(folder, small)
-        has_tokenizer = tokenizer_sha256(small) is not None
-        generation_config = small / GENERATION_CONFIG_NAME
-        write_model(
-            output,
-            architecture,
-            converted_tensors(weights, architecture, DTYPES[dtype], folder.directory),
-            DTYPES[dtype],
-            tokenizer=small if has_tokenizer else None,
-            generation_config=generation_config if generation_config.is_file() else None,
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-        )
-    return Converted(folder.directory, output, dtype, ("there is no tokenizer",) * (not has_tokenizer))
+    described = read_describing_files(folder.directory)
+    write_model(
+        output,
+        architecture,
+        converted_tensors(weights, architecture, DTYPES[dtype], folder.directory),
+        DTYPES[dtype],
+        described_by=described.contents,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
+    notes = [*described.notes, *["there is no tokenizer"] * (not described.has_tokenizer)]
+    return Converted(folder.directory, output, dtype, tuple(notes))
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -71,10 +66,3 @@ def checkpoint_folder(path: Path) -> Path:
         expected = "a checkpoint folder, or a run directory with complete checkpoints"
         raise InputError([Problem("--checkpoint", str(path), found, expected)])
     return root / name
-
-
-def _copy_listed(folder: ModelFolder, destination: Path) -> None:
-    """Copy a model's small files that the manifest lists; files that were added later are left out."""
-    for name in (GENERATION_CONFIG_NAME, *TOKENIZER_FILES):
-        if name in folder.manifest.files:
-            (destination / name).write_bytes(read_listed(folder.directory, folder.manifest, name))

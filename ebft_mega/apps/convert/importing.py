@@ -6,11 +6,11 @@ import torch
 
 from ebft_mega.apps.convert.result import Converted
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
+from ebft_mega.checkpoint.describing_files import DescribingFiles, read_describing_files
 from ebft_mega.checkpoint.model_folder import is_checkpoint
-from ebft_mega.data.text.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
-from ebft_mega.model.weights.model_directory import CONFIG_NAME, GENERATION_CONFIG_NAME, write_model
-from ebft_mega.model.weights.weight_files import INDEX_NAME
+from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.planning.model_files import CheckedModel, check_model
 
@@ -36,7 +36,8 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
             "--input", str(source), "a checkpoint of this trainer", "a Hugging Face directory; see export"
         )
         raise InputError([problem])
-    model = _checked(source)
+    described = read_describing_files(source)
+    model = _checked(described)
     architecture = model.architecture
     weights = SafetensorsWeights(source, architecture)
     chosen = _common_dtype(weights) if dtype is None else DTYPES[dtype]
@@ -45,12 +46,11 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
         architecture,
         converted_tensors(weights, architecture, chosen, source),
         chosen,
-        tokenizer=source if tokenizer_sha256(source) else None,
-        generation_config=source / GENERATION_CONFIG_NAME if (source / GENERATION_CONFIG_NAME).is_file() else None,
+        described_by=described.contents,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )
-    return Converted(source, output, str(chosen).removeprefix("torch."), (*model.notes, *_notes(source, weights)))
+    return Converted(source, output, str(chosen).removeprefix("torch."), (*model.notes, *_notes(described)))
 
 
 def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
@@ -60,19 +60,22 @@ def _common_dtype(weights: SafetensorsWeights) -> torch.dtype:
     return only if not dtypes and only in DTYPES.values() else torch.float32
 
 
-def _checked(source: Path) -> CheckedModel:
-    """Check the model in a directory; raise all problems at once."""
+def _checked(described: DescribingFiles) -> CheckedModel:
+    """Check the model that files describe; raise all problems at once."""
+    source = described.directory
     problems: list[Problem] = []
     model = None
     try:
         model = check_model(source)
     except InputProblems as error:
         problems += error.problems
+    problems += [problem for problem in described.problems if problem not in problems]
     if tokenizer_sha256(source) is not None:
         try:
             size = load_tokenizer(source).vocab_size
         except InputProblems as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+            named = {problem.where for problem in described.problems}
+            problems += [each for each in error.problems if each.where not in named and each not in problems]
         else:
             if model is not None and size > model.architecture.vocab_size:
                 found, expected = f"{size} tokens", f"at most the model's vocab_size {model.architecture.vocab_size}"
@@ -82,9 +85,7 @@ def _checked(source: Path) -> CheckedModel:
     return model
 
 
-def _notes(source: Path, weights: SafetensorsWeights) -> list[str]:
+def _notes(described: DescribingFiles) -> list[str]:
     """What the result lacks compared with the source, as messages."""
-    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *TOKENIZER_FILES, *weights.digest_names()}
-    left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
-    notes = [f"left out, and not opened: {', '.join(left_out)}"] * bool(left_out)
-    return notes + ["there is no tokenizer"] * (tokenizer_sha256(source) is None)
+    notes = [f"left out: {', '.join(described.others)}"] * bool(described.others)
+    return notes + ["there is no tokenizer"] * (not described.has_tokenizer)

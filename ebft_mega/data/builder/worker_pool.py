@@ -2,16 +2,14 @@
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_any
 from types import TracebackType
 from typing import Any, TypeVar
 
 from ebft_mega.errors import EbftError
+from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.progress_bar import Meter
 
 Argument = TypeVar("Argument")
@@ -57,9 +55,16 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._stop.value = int(kind is not None)
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is None:
+            return
+        self._stop.value = int(kind is not None)
+        if kind is not None and not issubclass(kind, Exception):
+            # Asked to stop: what a work unit has done counts only when all of it is done, so nobody waits for one.
+            for process in tuple((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+        # The process may end with this frame still alive, and the system would complain of semaphores.
+        self._pool = self._count = self._stop = None
 
     def run(
         self,
@@ -98,12 +103,15 @@ class Workers:
         if self._pool is None:
             # Fresh interpreters: a forked one would inherit threads' locks in whatever state they are.
             context = multiprocessing.get_context("spawn")
-            self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
+            with signals_blocked():  # creating them starts a process of Python's own
+                self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
             # Processes start as they are needed, so a later call with more work units still gets more processes.
-            self._pool = ProcessPoolExecutor(self._processes, context, _start_worker, (self._count, self._stop))
+            started_with = (os.getpid(), self._count, self._stop)
+            self._pool = ProcessPoolExecutor(self._processes, context, _start_worker, started_with)
         self._count.get_obj().value = 0
         try:
-            pending: set[Future[Result]] = {self._pool.submit(_run_there, job, argument) for argument in arguments}
+            with signals_blocked():
+                pending: set[Future[Result]] = {self._pool.submit(_run_there, job, argument) for argument in arguments}
             while pending:
                 done, pending = wait(pending, _SHOW_SECONDS, FIRST_COMPLETED)
                 # Without the lock: a worker that was killed may hold it forever.
@@ -132,18 +140,10 @@ def _run_here(
 _shared: tuple[Any, Any] | None = None
 
 
-def _start_worker(count: Any, stop: Any) -> None:
+def _start_worker(parent: int, count: Any, stop: Any) -> None:
     global _shared
     _shared = (count, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and sets the flag
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_any([parent.sentinel])
-        os._exit(1)
+    obey_the_parent_only(parent)
 
 
 def _run_there(job: Callable[[Argument, Advance], Result], argument: Argument) -> Result:

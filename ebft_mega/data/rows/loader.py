@@ -2,12 +2,9 @@
 
 import itertools
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,13 +19,11 @@ from ebft_mega.data.rows.stream import Row, RowStream
 from ebft_mega.data.rows.stream_state import StreamState, check_resumable, resumed_row
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.errors import DamagedDataError
+from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.types import TokenBatch
 
 PREFETCH_BATCHES = 2  # read ahead by the thread, or by each worker process
-# Signals that ask a run to stop. Only the rank answers them, even if a launcher or a shell sends them to all processes.
-SIGNALS_OF_THE_RANK = (signal.SIGTERM, signal.SIGUSR1)
-PARENT_CHECK_SECONDS = 5.0  # how often a worker process looks whether the rank still runs
 
 OnError = Literal["raise", "skip"]
 
@@ -266,45 +261,19 @@ def _with_processes(
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH_BATCHES,
         multiprocessing_context="fork",
-        worker_init_fn=partial(_obey_the_parent_only, os.getpid()),
+        worker_init_fn=partial(_obey_the_rank_only, os.getpid()),
         # Without a generator of its own it would draw from the run's global one.
         generator=torch.Generator(),
     )
-    with _blocked(SIGNALS_OF_THE_RANK):  # inherited by the forks: no signal is delivered before they are ready for it
+    with signals_blocked():  # inherited by the forks
         deliveries = iter(loader)
     for delivery in deliveries:
         yield delivery.batch() if isinstance(delivery, _ReadRows) else delivery  # else pinned, or an error
 
 
-@contextmanager
-def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Block signals to this thread; they are delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _obey_the_parent_only(parent: int, worker: int) -> None:
-    """Make a worker process ignore the rank's signals, except a SIGTERM that the rank itself sends.
-
-    With that one torch and Python terminate a worker that does not exit by itself, and then wait for it. A worker
-    whose parent was killed exits by itself.
-
-    Args:
-        parent: process id of the rank. Not asked for here: the rank may have been killed since it forked.
-        worker: number of the worker.
-    """
-
-    def watch() -> None:
-        while True:
-            received = signal.sigtimedwait([signal.SIGTERM], PARENT_CHECK_SECONDS)
-            if os.getppid() != parent or (received is not None and received.si_pid == parent):
-                os._exit(0)
-
-    # The signals stay blocked, as they were in the parent when it forked.
-    threading.Thread(target=watch, name="worker-signals", daemon=True).start()
+def _obey_the_rank_only(rank: int, worker: int) -> None:
+    """Make worker process number `worker` of the process `rank` leave signals to it, and end with it."""
+    obey_the_parent_only(rank)
 
 
 class _Numbers:

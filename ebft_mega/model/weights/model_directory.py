@@ -1,7 +1,6 @@
 """Write a Hugging Face model directory: weight files planned from tensor shapes and written tensor by tensor."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
-from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 SHARD_BYTES = 4 * 2**30  # of tensors in a file, unless given
 
 
@@ -36,9 +33,7 @@ def write_model(
     architecture: Architecture,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
-    tokenizer: Path | None = None,
-    generation_config: Path | None = None,
-    small_files: Mapping[str, bytes] | None = None,
+    described_by: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = True,
 ) -> None:
@@ -51,9 +46,7 @@ def write_model(
     Args:
         tensors: Hugging Face names with full tensors, in the order of `hf_shapes`; read to the end.
         dtype: of the written weights.
-        tokenizer: directory of the tokenizer to put beside the weights.
-        generation_config: a `generation_config.json` to put beside them.
-        small_files: contents by name of further files.
+        described_by: contents by name of the files to put beside the weights: tokenizer, templates, how to generate.
         shard_bytes: how many bytes of tensors a file may have.
         overwrite: whether a model that is there already may be replaced.
     Raises:
@@ -64,14 +57,11 @@ def write_model(
     shards = plan_shards(hf_shapes(architecture), dtype, shard_bytes)
     with new_directory(directory, CONFIG_NAME, overwrite) as partial:
         write_shards(partial, shards, tensors)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial)
-        if generation_config is not None:
-            shutil.copyfile(generation_config, partial / GENERATION_CONFIG_NAME)
-        for name, content in (small_files or {}).items():
+        for name, content in (described_by or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         write_json(partial / CONFIG_NAME, architecture.exported_config(str(dtype).removeprefix("torch.")))
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             flush_to_disk(path)
     flush_to_disk(directory.absolute().parent)
 

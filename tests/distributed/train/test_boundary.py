@@ -59,6 +59,7 @@ class Bench:
             lambda progress: {"state.json": b"{}"},
             self.said.append,
             self.beats.append,
+            begun=Progress(pending=None),
             saved=None,
         )
 
@@ -73,6 +74,20 @@ class Bench:
     def folders(self):
         dist.barrier()
         return [path.name for path in complete_folders(self.root)]
+
+
+def stop_at_the_start(directory):
+    bench = Bench(directory)
+    bench.requests.stop = StopReason.STOP_FILE if bench.is_asked else StopReason.NONE
+    found = bench.cross(0), bench.folders, bench.requests.taken
+    bench.requests.save = bench.is_asked  # asked for by name
+    return (*found, bench.cross(0), bench.folders)
+
+
+def test_a_stop_before_the_first_step_needs_no_checkpoint(tmp_path):
+    for stop, folders, taken, again, saved in run_ranks(2, stop_at_the_start, str(tmp_path)):
+        assert stop is again is StopReason.STOP_FILE and folders == [] and taken[:1] == ["stop"]
+        assert saved == ["step-00000000"]
 
 
 def held_back(bench):

@@ -21,6 +21,7 @@ SECONDS = 30
 @pytest.fixture
 def signals():
     listening = Signals.listen()
+    listening.train_from_now_on()
     yield listening
     listening.release()
 
@@ -37,6 +38,8 @@ def test_the_greatest_reason_counts():
         "the file STOP",
         "the launcher is gone",
         "SIGUSR1",
+        "SIGHUP",
+        "SIGINT",
         "SIGTERM",
     ]
 
@@ -47,12 +50,16 @@ def test_nothing_is_requested_at_first(signals, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "numbers", [("SIGTERM",), ("SIGUSR1",), ("SIGTERM", "SIGUSR1", "SIGUSR1"), ("SIGUSR1", "SIGTERM")]
+    "numbers",
+    [
+        *(("SIGTERM",), ("SIGUSR1",), ("SIGINT",), ("SIGHUP",)),
+        *(("SIGTERM", "SIGUSR1", "SIGUSR1"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGTERM")),
+    ],
 )
 def test_signals_are_noted_and_end_nothing(signals, tmp_path, numbers):
     for name in numbers:
         signal.raise_signal(signal.Signals[name])
-    expected = StopReason.SIGTERM if "SIGTERM" in numbers else StopReason.SIGUSR1
+    expected = max(StopReason[name] for name in numbers)
     assert signals.received is expected
     assert requests(tmp_path, signals).stop_reason() is expected
 
@@ -64,6 +71,7 @@ def test_handlers_are_put_back():
     before = signal.signal(signal.SIGUSR1, other)
     try:
         signals = Signals.listen()
+        signals.train_from_now_on()
         assert signal.getsignal(signal.SIGUSR1) is not other
         signals.release()
         signals.release()

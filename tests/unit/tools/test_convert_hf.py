@@ -11,6 +11,7 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
+from ebft_mega.checkpoint.describing_files import read_describing_files
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.io.command import run_command
 from ebft_mega.model.weights.model_directory import write_model
@@ -49,7 +50,9 @@ def model(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.py").write_text(Path(__file__).read_text())
     train_tokenizer(tmp_path / "text", VOCABULARY, tmp_path / "tokenizer")
-    write_model(tmp_path / "hf", architecture, pairs, torch.float32, tmp_path / "tokenizer")
+    write_model(
+        tmp_path / "hf", architecture, pairs, torch.float32, read_describing_files(tmp_path / "tokenizer").contents
+    )
     write_checkpoint(tmp_path / "run" / "checkpoints", architecture, source, small_files=tmp_path / "tokenizer")
     return tmp_path
 

@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM
 
 from ebft_mega.apps.convert.exporting import checkpoint_folder, export_checkpoint
@@ -101,7 +103,7 @@ def test_small_files_come_along_and_strangers_do_not(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     (small / "generation_config.json").write_text('{"temperature": 0.5}')
-    (small / "tokenizer.json").write_text('{"model": {}}')
+    (small / "tokenizer.json").write_text(Tokenizer(BPE()).to_str())
     _, _, folder = checkpoint(tmp_path, small_files=small)
     mark = tmp_path / "exploded"
     (folder / "tokenizer.model").write_text("added later")

@@ -12,6 +12,7 @@ from ebft_mega.apps.convert import verifying
 from ebft_mega.apps.convert.verifying import compare_logits
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
+from ebft_mega.checkpoint.describing_files import read_describing_files
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
@@ -47,7 +48,7 @@ def model(directory, tokenizer, kind="llama", tied=True, **fields):
     )
     source = VariedWeights(architecture, 1)
     pairs = ((name, source.tensor(name)) for name in hf_shapes(architecture))
-    write_model(directory, architecture, pairs, torch.float32, tokenizer / "tokenizer")
+    write_model(directory, architecture, pairs, torch.float32, read_describing_files(tokenizer / "tokenizer").contents)
     return architecture, source
 
 

@@ -120,14 +120,14 @@ def test_workers_end_with_a_parent_that_was_killed_after_a_signal(start):
 ORPHAN = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from ebft_mega.data.rows import loader
-loader.PARENT_CHECK_SECONDS = 0.1
-signal.pthread_sigmask(signal.SIG_BLOCK, loader.SIGNALS_OF_THE_RANK)
+from ebft_mega.io import child_processes
+child_processes.PARENT_CHECK_SECONDS = 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, child_processes.STOP_SIGNALS)
 rank = os.getpid()
 if os.fork() == 0:
     while os.getppid() == rank:
         time.sleep(0.01)
-    loader._obey_the_parent_only(rank, 0)
+    child_processes.obey_the_parent_only(rank)
     time.sleep({seconds})
     print("still there", flush=True)
     os._exit(1)

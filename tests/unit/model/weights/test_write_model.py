@@ -1,6 +1,7 @@
 """Model directories: complete or not at all, cut into files as planned, and no more than one tensor in memory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,14 @@ def test_generation_config_and_tokenizer_come_along(tmp_path):
     GenerationConfig(temperature=0.7, do_sample=True, max_new_tokens=5).save_pretrained(given)
     (given / "tokenizer.json").write_text("{}")
     (given / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    (given / "training_args.bin").write_bytes(b"pickle")
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     write_model(
         *(tmp_path / "hf", ARCHITECTURE, tensors_of(ARCHITECTURE), torch.float32),
-        tokenizer=given,
-        generation_config=given / "generation_config.json",
+        described_by={name: (given / name).read_bytes() for name in names}
+        | {"additional_chat_templates/a.jinja": b"a"},
     )
-    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert (tmp_path / "hf" / "additional_chat_templates" / "a.jinja").read_bytes() == b"a"
+    shutil.rmtree(tmp_path / "hf" / "additional_chat_templates")
     found = contents(tmp_path / "hf")
     assert found.keys() == names | {"config.json", "model.safetensors"}
     assert {name: found[name] for name in names} == {name: (given / name).read_bytes() for name in names}
