@@ -24,7 +24,7 @@ def tokenizer_difference(first: Path, second: Path) -> str:
         if file.name != other.name:
             return f"{file.name} beside {other.name}"
         if file.name == SENTENCEPIECE_NAME:
-            return _of_tokens(_pieces(file.read_bytes()), _pieces(other.read_bytes()))
+            return _of_tokens(_sentencepiece_tokens(file.read_bytes()), _sentencepiece_tokens(other.read_bytes()))
         return _of_definitions(json.loads(file.read_bytes()), json.loads(other.read_bytes()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return ""  # a file that is none of these has a refusal of its own
@@ -70,11 +70,11 @@ def _of_tokens(first: dict[str, int], second: dict[str, int]) -> str:
     return f"{sizes}, {others} of them with another id or none there"
 
 
-def _pieces(content: bytes) -> dict[str, int]:
-    """Ids by piece of a sentencepiece model, which is a protocol buffer whose field 1 repeats the pieces."""
+def _sentencepiece_tokens(content: bytes) -> dict[str, int]:
+    """Ids by token of a sentencepiece model: a protocol buffer whose field 1 repeats tokens, whose field 1 is text."""
     found: dict[str, int] = {}
-    for number, piece in enumerate(value for field, value in _fields(content) if field == 1):
-        texts = [value for field, value in _fields(piece) if field == 1]
+    for number, token in enumerate(value for field, value in _fields(content) if field == 1):
+        texts = [value for field, value in _fields(token) if field == 1]
         found[texts[0].decode()] = number
     return found
 

@@ -78,8 +78,8 @@ def test_another_run_is_refused_with_the_old_and_the_new_value(
         ({"num_hidden_layers": 5}, "num_hidden_layers", "4", "5"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings", "false", "true"),
         ({"rope_theta": 5e5}, "rope_theta", "10000.0", "500000.0"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_type", "default", "linear"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_factor", "null", "2.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type", "default", "linear"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_factor", "null", "2.0"),
     ],
 )
 def test_another_architecture_is_refused(
