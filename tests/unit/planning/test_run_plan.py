@@ -6,7 +6,9 @@ import re
 import shutil
 from fractions import Fraction
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError, InputError
@@ -213,6 +215,92 @@ def test_another_tokenizer_than_the_dataset(inputs):
         "run.yaml:8: evaluation.shards",
     ]
     assert all("the tokenizer of model, sha256" in line for line in lines)
+
+
+def copy_as_feature_model(inputs, **fields):
+    """The model once more, as a feature model."""
+    other = inputs.root / "features"
+    shutil.copytree(inputs.root / "model", other)
+    (other / "config.json").write_text(json.dumps(inputs.model_fields | fields))
+    return {"ebft__feature_model": str(other)}
+
+
+def test_the_feature_model_has_the_tokenizer_of_the_data_too(inputs):
+    changes = copy_as_feature_model(inputs)
+    assert check_run(load_config(inputs.write(**changes)), 1).notes == ()
+    inputs.add_tokenizer("features", '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 2}, "merges": ["a b"]}}')
+    lines = found_problems(inputs, **changes)
+    assert [line.split(": found")[0] for line in lines] == [
+        "run.yaml:5: data.shards",
+        "run.yaml:8: evaluation.shards",
+    ]
+    assert all("the tokenizer of features, sha256" in line and "(ebft.feature_model)" in line for line in lines)
+    assert all("the model's has BPE beside None, 2 tokens beside 0, 2 of them" in line for line in lines)
+    # Also where the policy's weights are random, and there is no tokenizer to compare them with.
+    random = {"model__init_from": None, "model__config": inputs.model_fields}
+    assert len(found_problems(inputs, **changes, **random)) == 2
+
+
+@pytest.mark.parametrize("key", ["model", "features"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type: found 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.low_freq_factor: found no such"),
+        ({"rope_theta": None}, "rope_theta: found None"),
+        ({"query_pre_attn_scalar": 16}, "query_pre_attn_scalar: found 16"),
+        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'"),
+        ({"model_type": "mistral", "sliding_window": 16}, "at most the 16 tokens of the model's sliding_window"),
+        (
+            {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.1, "auto_map": {"x": "y"}},
+            "auto_map: found",
+        ),
+    ],
+)
+def test_what_is_checked_of_the_policy_is_checked_of_the_feature_model(inputs, key, fields, words):
+    changes = copy_as_feature_model(inputs)
+    (inputs.root / key / "config.json").write_text(json.dumps(inputs.model_fields | fields))
+    lines = found_problems(inputs, **changes)
+    assert any(words in line for line in lines)
+    option = {"model": "model.init_from", "features": "ebft.feature_model"}[key]
+    assert all(option in line for line in lines)
+
+
+def test_weights_and_files_of_both_models_are_checked(inputs):
+    changes = copy_as_feature_model(inputs)
+    for name in ("model", "features"):
+        path = inputs.root / name / "model.safetensors"
+        save_file({**load_file(path), "vision.weight": np.ones(2, np.float32)}, path)
+        (inputs.root / name / "tokenizer_config.json").write_text("junk")
+    lines = found_problems(inputs, **changes)
+    assert [line.split(": ")[1:3] for line in lines] == [
+        ["model.init_from", "model/model.safetensors"],
+        ["model.init_from", "model/tokenizer_config.json:1"],
+        ["ebft.feature_model", "features/model.safetensors"],
+        ["ebft.feature_model", "features/tokenizer_config.json:1"],
+    ]
+
+
+def test_notes_on_models(inputs):
+    """The dry run prints them, and so does the start: both show the notes of the plan."""
+    changes = copy_as_feature_model(inputs, eos_token_id=[5, 6], attention_dropout=0.1)
+    path = inputs.root / "model" / "model.safetensors"
+    head = {"lm_head.weight": np.zeros((100, 16), np.float32)}
+    save_file({**load_file(path), **head}, path)
+    (inputs.root / "features" / "tokenizer.json").unlink()
+    plan = check_run(load_config(inputs.write(**changes)), 1)
+    assert not plan.architecture.tie_word_embeddings and plan.feature_architecture.tie_word_embeddings
+    beginnings = [
+        "model.init_from: lm_head.weight differs from model.embed_tokens.weight",
+        "ebft.feature_model: attention_dropout 0.1 is not applied",
+        "ebft.feature_model: there is no tokenizer in ",
+        "data.shards: documents end with token 0, but the eos_token_id of the model in ebft.feature_model is 5 or 6.",
+        "evaluation.shards: documents end with token 0, but the eos_token_id of the model in ebft.feature_",
+    ]
+    assert len(plan.notes) == len(beginnings)
+    for note, beginning in zip(plan.notes, beginnings, strict=True):
+        assert note.startswith(beginning)
+        assert note in describe_run(load_config(inputs.write(**changes)), plan)
 
 
 def test_datasets_of_two_tokenizers(inputs):
