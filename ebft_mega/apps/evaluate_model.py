@@ -22,6 +22,7 @@ from ebft_mega.io.progress_bar import track
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.planning.data_fit import vocabulary_problems
 from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import CheckedModel, check_model
 from ebft_mega.types import DTYPES, TokenBatch
@@ -132,11 +133,9 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
         problems += error.problems
     problems += window_problems(checked, "data.sequence_length", "", config.data.sequence_length)
     problems += data_problems(checked, data)
-    for named in checked:
-        size, known = data[0].manifest.vocab_size if data else 0, named.model.architecture.vocab_size
-        if size > known:
-            expected = f"no token id outside the vocabulary of {known} of {named.key}"
-            problems.append(Problem("--data", str(request.data), f"a vocabulary of {size} tokens", expected))
+    for named in checked if data else ():
+        size, where = named.model.architecture.vocab_size, str(request.data)
+        problems += vocabulary_problems("--data", where, data[0].manifest, size, named.key)
     if problems:
         raise InputError(problems)
     notes = [f"{named.key}: {note}" for named in checked for note in named.model.notes]

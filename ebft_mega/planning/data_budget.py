@@ -11,6 +11,7 @@ from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.remote import whole_shard_bytes
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.planning.data_fit import held_out_problems, vocabulary_problems
 from ebft_mega.planning.datasets import BYTES_PER_GIGABYTE, open_place, open_training_rows, shard_cache
 
 
@@ -125,14 +126,13 @@ def supply_problems(
     if held_out:
         manifests["evaluation.shards"] = held_out.manifest
     for key, manifest in manifests.items():
-        yield from _tokens_unknown_to_model(config, key, manifest, architecture)
+        if architecture:
+            yield from vocabulary_problems(config.place(key), key, manifest, architecture.vocab_size)
     yield from _cache_too_small_for_all(config, manifests)
     if training and held_out:
         first = training.sources[0]
-        if first.manifest.tokenizer_sha256 != held_out.manifest.tokenizer_sha256:
-            key, found = "evaluation.shards", f"tokens of a tokenizer with sha256 {held_out.manifest.tokenizer_sha256}"
-            expected = f"the tokenizer of {first.key}, sha256 {first.manifest.tokenizer_sha256}"
-            yield Problem(config.place(key), key, found, expected)
+        key = "evaluation.shards"
+        yield from held_out_problems(config.place(key), key, held_out.manifest, first.key, first.manifest)
     if training:
         rows = sum(source.manifest.tokens // config.data.sequence_length for source in training.sources)
         yield from _too_few_rows(config, config.data.mixture_key, rows, "train.global_batch_size")
@@ -161,16 +161,6 @@ def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Ite
     if rows < needed:
         found = f"{rows} rows of {config.data.sequence_length} tokens"
         yield Problem(config.place(key), key, found, f"at least the {needed} rows of {needs_key}")
-
-
-def _tokens_unknown_to_model(
-    config: RunConfig, key: str, manifest: Manifest, architecture: Architecture | None
-) -> Iterator[Problem]:
-    """Token ids beyond the model's vocabulary; whose tokenizer they are of is compared in `model_data`."""
-    if architecture and manifest.vocab_size > architecture.vocab_size:
-        found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
-        expected = f"no token id outside the model's vocabulary of {architecture.vocab_size}"
-        yield Problem(config.place(key), key, found, expected)
 
 
 def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:

@@ -84,7 +84,7 @@ def same_on_all_ranks(
     """The batches, with the same rows left out on all ranks of a replica where damaged rows may be skipped."""
     if not loader.skips_damaged_rows:
         return batches
-    eos = loader.stream.sources[0].dataset.manifest.eos_id  # the same of all sources: they share a tokenizer
+    eos = loader.stream.sources[0].dataset.manifest.eos_id  # of all sources: a mixture that disagrees is refused
     return read_alike(batches, eos, groups)
 
 

@@ -41,6 +41,7 @@ def read_build_record(directory: Path) -> BuildRecord | None:
         path = directory / BUILD_RECORD_NAME
         known = {field.name for field in fields(BuildRecord)}
         content = json.loads(path.read_bytes()) if path.is_file() else {}
-        return BuildRecord(**{key: value for key, value in content.items() if key in known})
+        values = {key: value for key, value in content.items() if key in known}
+        return BuildRecord(**values | {"notes": tuple(values.get("notes", ()))})
     except (OSError, ValueError, TypeError, AttributeError):
         return None

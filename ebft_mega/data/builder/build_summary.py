@@ -57,8 +57,12 @@ def make_record(
     )
 
 
-def skipped_entries(plan: Plan, tokenized: list[TokenizedUnit]) -> list[dict[str, str]]:
-    """Lines of `skipped.jsonl`: what could not be accessed, then documents in their order."""
+def write_skipped(directory: Path, plan: Plan, tokenized: list[TokenizedUnit]) -> list[dict[str, str]]:
+    """Write `skipped.jsonl` if anything was skipped: what could not be accessed, then documents in their order.
+
+    Returns:
+        Its lines.
+    """
     bases = {source.source: source.base for source in plan.reader.inputs}
     entries = []
     for source, problem in plan.unreadable:
@@ -66,14 +70,11 @@ def skipped_entries(plan: Plan, tokenized: list[TokenizedUnit]) -> list[dict[str
         place = Path(problem.where if problem.key == "--input" else problem.key)
         path = place.relative_to(bases[source]).as_posix() if place.is_relative_to(bases[source]) else place.name
         entries.append(skipped_entry(source, path, UNREADABLE, problem))
-    return entries + [bad for unit in tokenized for bad in unit.bad]
-
-
-def write_skipped(result: Path, skipped: list[dict[str, str]]) -> None:
-    """Write `skipped.jsonl`; nothing where nothing was skipped."""
-    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in skipped]
+    entries += [bad for unit in tokenized for bad in unit.bad]
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in entries]
     if lines:
-        (result / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")
+        (directory / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")
+    return entries
 
 
 def late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:

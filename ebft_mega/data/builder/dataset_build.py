@@ -10,7 +10,7 @@ import numpy as np
 
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import BuildRecord
-from ebft_mega.data.builder.build_summary import late_notes, make_record, skipped_entries, write_skipped
+from ebft_mega.data.builder.build_summary import late_notes, make_record, write_skipped
 from ebft_mega.data.builder.deduplication import first_occurrences
 from ebft_mega.data.builder.input_files import ARCHIVE_SUFFIX
 from ebft_mega.data.builder.shard_writer import complete_dataset
@@ -98,10 +98,9 @@ def build_dataset(
         manifest = _join(directory, result, tokenized, tokenizer)
         late = list(late_notes(options, scans, tokenized))
         _print_notes(late)
-        skipped = skipped_entries(plan, tokenized)
+        skipped = write_skipped(result, plan, tokenized)
         record = make_record(plan, scans, tokenized, skipped, tokenizer, [*notes, *late])
         record.write(result)
-        write_skipped(result, skipped)
         for path in result.rglob("*"):
             if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
                 flush_to_disk(path)

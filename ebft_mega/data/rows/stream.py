@@ -227,6 +227,14 @@ def _problems(sources: Sequence[Source], sequence_length: int) -> list[Problem]:
             found = f"tokens of a tokenizer with sha256 {manifest.tokenizer_sha256}"
             expected = f"the tokenizer of source {first.name}, sha256 {first.dataset.manifest.tokenizer_sha256}"
             problems.append(Problem(where, "tokenizer", found, expected))
+        elif manifest.eos_id != first.dataset.manifest.eos_id:
+            found = f"documents that end with token {manifest.eos_id}"
+            expected = f"token {first.dataset.manifest.eos_id}, which ends the documents of source {first.name}"
+            problems.append(Problem(where, "eos_id", found, expected))
+        elif manifest.vocab_size != first.dataset.manifest.vocab_size:
+            found = f"a vocabulary of {manifest.vocab_size} tokens"
+            expected = f"{first.dataset.manifest.vocab_size} tokens, as source {first.name} has"
+            problems.append(Problem(where, "vocab_size", found, expected))
         for other in sources[:number]:
             if source.name == other.name:
                 problems.append(

@@ -25,7 +25,7 @@ from ebft_mega.data.store.format import (
 from ebft_mega.data.store.reader import ShardBytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.input_errors import bad_input, read_input_bytes
 
 _MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 
@@ -37,11 +37,7 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
     """
     path = directory / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise bad_input(path, MANIFEST_NAME, "no such file", _MANIFEST) from error
-    return parse_manifest(content, str(path))
+    return parse_manifest(read_input_bytes(path, _MANIFEST), str(path))
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.control_tokens import (
+from ebft_mega.data.text.tokenizer_control import (
     added_control_tokens,
     is_ordinary_text,
     named_tokens,
     without_spellings,
 )
-from ebft_mega.data.text.sentencepiece_file import describe_other_kind, user_defined_symbols, with_control_pieces
 from ebft_mega.data.text.tokenizer_kinds import (
     HUGGING_FACE_NAME,
     META_SPACE,
@@ -26,6 +25,7 @@ from ebft_mega.data.text.tokenizer_kinds import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
 from ebft_mega.io.input_errors import bad_input, read_json_object
 
 CONFIG_NAME = "tokenizer_config.json"

@@ -98,6 +98,14 @@ def test_what_makes_sources_impossible_is_listed_at_once() -> None:
     foreign = Dataset(foreign.directory, manifest, foreign.index, foreign.files)
     with pytest.raises(InputError, match="tokenizer"):
         RowStream([Source("x", other), Source("y", foreign)], 7, seed=1)
+    for change, words in (
+        ({"eos_id": 5}, "eos_id: found documents that end with token 5"),
+        ({"vocab_size": 999}, "999"),
+    ):
+        manifest = numbered(20, 6, "b").manifest.model_copy(update=change)
+        foreign = Dataset(foreign.directory, manifest, foreign.index, foreign.files)
+        with pytest.raises(InputError, match=words):
+            RowStream([Source("x", other), Source("y", foreign)], 7, seed=1)
 
 
 def test_shards_are_announced_when_a_window_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
