@@ -23,7 +23,7 @@ def vocabulary_problems(
     """
     if manifest.vocab_size > vocab_size:
         found = f"a vocabulary of {manifest.vocab_size} tokens (largest token id in it: {manifest.max_token_id})"
-        yield Problem(where, key, found, f"no token id outside the vocabulary of {vocab_size} of {model}")
+        yield Problem(where, key, found, f"no token id outside {model}'s vocabulary of {vocab_size}")
 
 
 def held_out_problems(
