@@ -69,13 +69,14 @@ def _checked(described: DescribingFiles) -> CheckedModel:
         model = check_model(source)
     except InputProblems as error:
         problems += error.problems
-    problems += [problem for problem in described.problems if problem not in problems]
+    named = {problem.where for problem in problems}
+    problems += [problem for problem in described.problems if problem.where not in named]
     if tokenizer_sha256(source) is not None:
         try:
             size = load_tokenizer(source).vocab_size
         except InputProblems as error:
-            named = {problem.where for problem in described.problems}
-            problems += [each for each in error.problems if each.where not in named and each not in problems]
+            named = {problem.where for problem in problems}
+            problems += [problem for problem in error.problems if problem.where not in named]
         else:
             if model is not None and size > model.architecture.vocab_size:
                 found, expected = f"{size} tokens", f"at most the model's vocab_size {model.architecture.vocab_size}"
