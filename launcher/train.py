@@ -1,7 +1,12 @@
 """Read and check a configuration, then print the plan (`--dry-run`) or train: the main job."""
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installed package
 

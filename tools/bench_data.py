@@ -4,6 +4,12 @@ It writes synthetic shards into a temporary directory and reads them from there,
 files in memory: this is what the code costs, not the disk. Every read is checked. No document is kept for another row.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
 import itertools
@@ -29,6 +35,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
+from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.command import run_command
 
 VOCABULARIES = {"uint16": 50_000, "uint32": 151_000}
@@ -118,17 +125,27 @@ def timed_together(work: Callable[[int], object], processes: int) -> tuple[float
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(processes), context.SimpleQueue()
 
+    parent = os.getpid()
+
     def run(rank: int) -> None:
+        obey_the_parent_only(parent)
         barrier.wait()
         started = time.perf_counter()
         work(rank)
         results.put((started, time.perf_counter(), sum(os.times()[:4])))
 
     children = [context.Process(target=run, args=(rank,)) for rank in range(processes)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
+    try:
+        with signals_blocked():
+            for child in children:
+                child.start()
+        for child in children:
+            child.join()
+    except BaseException:  # a signal to this process
+        for child in children:
+            if child.is_alive():
+                child.terminate()
+        raise
     if any(child.exitcode for child in children):
         raise SystemExit("a process that read has failed")
     found = [results.get() for _ in children]

@@ -6,6 +6,12 @@ A and B are directories written by `launcher/train.py --trace-step`. Tensors are
 step makes them, so the first difference is the place to look.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import sys

@@ -6,6 +6,12 @@ What stands between the two markers of the page is replaced; the rest of the pag
 runs this; a test fails when page and schema differ.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import inspect
 import sys
@@ -15,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from ebft_mega.config.fields import Section, allowed_text, default_text
 from ebft_mega.config.schema import SECTIONS, RunConfig, SourceConfig
+from ebft_mega.io.command import run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 START = "<!-- Written by `make docs-tables` from ebft_mega/config/schema.py; edit it there. -->"
@@ -68,4 +75,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,5 +1,11 @@
 """Train a small model on real code with strided EBFT and compare it with its warm start and with CE-only."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 import time

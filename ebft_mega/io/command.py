@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 
 from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
+from ebft_mega.io import process_signals
+from ebft_mega.io.process_signals import StopNow
 from ebft_mega.io.standard_streams import forgive_output_errors, to_nowhere
 
 MAX_SHOWN_PROBLEMS = 50
@@ -32,8 +34,24 @@ def run_command(main: Callable[[], int | None], prints_its_result: bool = False)
 
     Returns:
         The process's exit code: that of `main`, 0 if it returns none, or that of the error, whose problems are
-        printed on standard error.
+        printed on standard error. A signal that asks for a stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) ends the process
+        here: with one line, 128 and the signal's number, and every process that it has started.
     """
+    signals = process_signals.listen()
+    try:
+        signals.raise_from_now_on()
+        exit_code = _run(main, prints_its_result)
+        signals.finish_without_interruption()
+        return exit_code
+    except StopNow as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        process_signals.leave(signals.code_of(stop.number))
+    finally:
+        signals.release()
+
+
+def _run(main: Callable[[], int | None], prints_its_result: bool) -> int:
+    """Run a tool and see that what it has printed arrives."""
     forgive_output_errors(*(("stderr",) if prints_its_result else ()))
     exit_code = _exit_code(main, prints_its_result)
     try:

@@ -251,6 +251,8 @@ def leave(code: int) -> NoReturn:
 
     They may wait for peers, and complain of what was interrupted.
     """
+    if "multiprocessing.util" in sys.modules:  # hands semaphores back, of which the system would say that they leak
+        sys.modules["multiprocessing.util"]._run_finalizers(0)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
             stream.flush()

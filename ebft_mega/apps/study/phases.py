@@ -1,5 +1,6 @@
 """Run commands one after the other: timed, skipped when nothing changed, stopped at the first failure."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ebft_mega.errors import EbftError
 from ebft_mega.io.durable import write_json
@@ -76,11 +79,14 @@ class PhaseRunner:
             (status_of / STATUS_NAME).unlink(missing_ok=True)
         started = time.monotonic()
         try:
-            code = subprocess.run(
-                command, cwd=self.root, env={**os.environ, **self.environment}, check=False
-            ).returncode
+            process = subprocess.Popen(command, cwd=self.root, env={**os.environ, **self.environment})
         except OSError as error:
             raise PhaseFailed(name, command, 1, str(error)) from None
+        try:
+            code = process.wait()
+        except BaseException:  # a signal to this process
+            ask_to_stop(process.pid)
+            raise
         seconds = time.monotonic() - started
         if status_of is None:
             if code != 0:
@@ -153,6 +159,15 @@ class PhaseRunner:
         if status["state"] != "done":
             reason = f"state {status['state']!r} after step {status['step']}; see {directory / 'logs'}"
             raise PhaseFailed(name, command, status["exit_code"] or 1, reason)
+
+
+def ask_to_stop(pid: int) -> None:
+    """Send SIGTERM to a process and to all that it has started: launchers may end without a word to their ranks."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
 
 
 def remove_directory(path: Path) -> None:
