@@ -130,6 +130,7 @@ def run(signals: Signals, started: float) -> int:
         config = load_config(arguments.config, arguments.overrides)
         given = arguments.config.absolute()
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
+        signals.remember_files(config.output_dir)
         # A new run writes its own resolved configuration.
         own_files = [config.data.cache.absolute(), *[given] * (given.name != RESOLVED_CONFIG_NAME)]
         fresh = Fresh.of(arguments.fresh, own_files)

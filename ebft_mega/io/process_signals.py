@@ -259,12 +259,24 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _forget_in_child() -> None:
-    """A fork shares the pipe of its parent, which must not hear what is sent to the fork."""
+_forking = threading.local()  # the mask of a thread that is forking
+
+
+def _before_fork() -> None:
+    # Until it has forgotten the pipe, a fork would tell its parent of what it is sent itself, and not know of it.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
     global _current
     if _current is not None and _current._replaced:
         signal.set_wakeup_fd(-1)
     _current = None
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

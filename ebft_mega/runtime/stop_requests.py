@@ -3,18 +3,19 @@
 import logging
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from ebft_mega.errors import EXIT_STOPPED
 from ebft_mega.io import process_signals
 from ebft_mega.io.process_signals import ProcessSignals
-from ebft_mega.runtime.run_lock import clock_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Signals:
     def __init__(self, launcher: Launcher | None = None, process: ProcessSignals | None = None) -> None:
         self._process = process or ProcessSignals()  # one that does not listen
         self._launcher = launcher or Launcher()
+        self.earlier_files: dict[str, _Identity] = {}
 
     @classmethod
     def listen(cls) -> "Signals":
@@ -122,6 +124,11 @@ class Signals:
         process.is_orphaned = lambda: launcher.is_gone
         process.raise_from_now_on()
         return cls(launcher, process)
+
+    def remember_files(self, output_dir: Path) -> None:
+        """Remember the files SAVE and STOP that are there already: they were meant for an earlier run."""
+        found = {name: _identity(output_dir / name) for name in (SAVE_NAME, STOP_NAME)}
+        self.earlier_files = {name: identity for name, identity in found.items() if identity is not None}
 
     def train_from_now_on(self) -> None:
         """Only note signals: the start is over.
@@ -175,6 +182,14 @@ class Signals:
         return self._launcher.is_gone
 
 
+class _Identity(NamedTuple):
+    """Changes when a file is made anew or touched, whatever the clocks of machines say meanwhile."""
+
+    inode: int
+    mtime_ns: int
+    mode: int
+
+
 class StopRequests:
     """The stop and save requests that this rank knows of; all ranks have to agree on them before acting.
 
@@ -199,7 +214,7 @@ class StopRequests:
         self._started = started_monotonic
         self._limit_seconds = None if max_run_minutes is None else max_run_minutes * SECONDS_PER_MINUTE
         # Files that could not be deleted: the request was served, and must not be served again at every step.
-        self._served: dict[str, tuple[int, int]] = {}
+        self._served: dict[str, _Identity] = {}
 
     def stop_reason(self) -> StopReason:
         """The strongest stop request that this rank knows of, `NONE` without any. Costs a few system calls."""
@@ -225,30 +240,32 @@ class StopRequests:
         self._take(STOP_NAME)
 
     def clear(self) -> list[str]:
-        """Delete files SAVE and STOP that are older than this process: requests to an earlier run.
+        """Delete the files SAVE and STOP that were there when this process started: requests to an earlier run.
 
         Returns:
             Names of the files.
         """
-        if self._directory is None:
-            return []
         leftovers = []
-        for name in (SAVE_NAME, STOP_NAME):
-            path = self._directory / name
-            try:
-                age_seconds = clock_of(self._directory) - path.stat().st_mtime
-            except OSError:
+        for name, identity in self._signals.earlier_files.items():
+            if not stat.S_ISREG(identity.mode):
                 continue
-            if age_seconds > time.monotonic() - self._started:
+            if self._directory is not None and _identity(self._directory / name) == identity:
                 self._take(name)
-                leftovers.append(name)
+                leftovers += [name] * (name not in self._served)
         return leftovers
 
     def _is_requested(self, name: str) -> bool:
         if self._directory is None:
             return False
-        identity = _identity(self._directory / name)
-        return identity is not None and identity != self._served.get(name)
+        path = self._directory / name
+        identity = _identity(path)
+        if identity is None or identity == self._served.get(name):
+            return False
+        if not stat.S_ISREG(identity.mode):  # nothing that a person makes by `touch`, or that could be deleted as such
+            self._served[name] = identity
+            logger.warning("%s is no plain file and asks for nothing", path)
+            return False
+        return True
 
     def _take(self, name: str) -> None:
         if self._directory is None:
@@ -263,10 +280,10 @@ class StopRequests:
             logger.warning("%s has been read, but cannot be deleted (%s): touch it to be heard again", path, error)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Inode and modification time, which change when a file is made anew or touched; None if there is no file."""
+def _identity(path: Path) -> _Identity | None:
+    """What is there, links not followed; None if nothing is."""
     try:
-        status = path.stat()
+        status = path.lstat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns
+    return _Identity(status.st_ino, status.st_mtime_ns, status.st_mode)

@@ -77,9 +77,10 @@ supervise() {
   local pid code cancelled=0 interrupted
   step "$@" &
   pid=$!
-  # USR1 comes before the time limit (--signal); the ranks save and stop. TERM means that Slurm ends the job.
+  # USR1 comes before the time limit (--signal); the ranks save and stop. TERM means that Slurm ends the job; INT and
+  # HUP come from a person, where the script runs in a terminal.
   trap 'interrupted=1; kill -USR1 "$pid" 2>/dev/null || true' USR1
-  trap 'interrupted=1; cancelled=1; kill -TERM "$pid" 2>/dev/null || true' TERM
+  trap 'interrupted=1; cancelled=1; kill -TERM "$pid" 2>/dev/null || true' TERM INT HUP
   while :; do
     interrupted=0 code=0
     wait "$pid" || code=$?

@@ -55,8 +55,8 @@ def entries(output):
 
 
 def stopped_at(step):
-    """What `status.json` says of a run that was asked to stop."""
-    return {"state": "stopped", "exit_code": 75, "checkpoint": f"step-{step:08d}", "step": step}
+    """What `status.json` says of a run that was asked to stop; before the first step nothing needs a checkpoint."""
+    return {"state": "stopped", "exit_code": 75, "checkpoint": f"step-{step:08d}" if step else None, "step": step}
 
 
 def kill_all(site, output, settings, stage, last):
@@ -128,6 +128,10 @@ def test_one_rank_is_killed(site, clean, tmp_path, seed):
 STOP_REQUESTS = {
     "SIGTERM to a rank": (lambda job: job.rank(1).terminate(), 75),
     "SIGUSR1 to a rank": (lambda job: job.rank(1).send_signal(signal.SIGUSR1), 75),
+    "SIGINT to a rank": (lambda job: job.rank(1).send_signal(signal.SIGINT), 75),
+    "SIGHUP to a rank": (lambda job: job.rank(0).send_signal(signal.SIGHUP), 75),
+    "Ctrl-C": (lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), 1),
+    "a terminal that closes": (lambda job: os.killpg(job.processes[0].pid, signal.SIGHUP), -signal.SIGHUP),
     "SIGTERM to launch.py": (lambda job: job.launch_py.terminate(), 1),
     "SIGTERM to deepspeed": (lambda job: (job.processes[0].terminate(), job.processes[0].wait()), -signal.SIGTERM),
     "SIGTERM to the process group": (lambda job: os.killpg(job.processes[0].pid, signal.SIGTERM), -signal.SIGTERM),
@@ -157,15 +161,29 @@ def stop_and_resume(site, clean, output, start, how, phase, codes, *settings, **
         job.go()
         assert job.end() == codes, job.console
     assert job.status == stopped_at(step), job.console
-    assert entries(output) == ["latest", f"step-{step:08d}"]
+    assert entries(output) == ["latest", f"step-{step:08d}"] if step else not (output / "checkpoints").exists()
     assert not (output / "STOP").exists() and not (output / "run.lock").exists()
     console = finish(site, output, *ON_REQUEST_ONLY)
-    assert f"going on after step {step} from" in console
+    assert (f"going on after step {step} from" in console) == bool(step)
     assert_same_outcome(clean, output, STEPS)
 
 
 def test_a_signal_to_one_rank_in_mid_step_stops_all(site, clean, tmp_path):
     stop_and_resume(site, clean, tmp_path / "out", forked, "SIGUSR1 to a rank", "rollout", [75, 75])
+
+
+def test_a_stop_during_the_start_leaves_a_checkpoint_as_it_was(site, copy):
+    """The rank that is asked leaves at once; the other one, which is building, finds out when it looks for it."""
+    settings = (f"train.max_steps={2 * STEPS}", *LENGTH[1:])
+    with forked(site, copy, *settings, phase="start", call=1) as job:
+        job.wait_until_holding(*range(RANKS))
+        job.rank(1).send_signal(signal.SIGINT)
+        assert job.processes[1].join(5) is None and job.processes[1].exitcode == 75, job.console
+        assert job.status == stopped_at(STEPS)
+        job.go()
+        assert job.end() == [75, 75], job.console
+    assert job.status == stopped_at(STEPS) and entries(copy) == KEPT
+    assert "Traceback" not in job.console and not (copy / "run.lock").exists()
 
 
 @pytest.mark.slow

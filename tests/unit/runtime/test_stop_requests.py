@@ -129,24 +129,56 @@ def test_files_are_requests_until_they_are_taken(tmp_path):
     assert local.stop_reason() is StopReason.NONE and list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_deleted_is_one_request(tmp_path, caplog):
-    (tmp_path / "SAVE").mkdir()  # nobody deletes a directory as a file, not even root
+def test_a_file_that_cannot_be_deleted_is_one_request(tmp_path, monkeypatch, caplog):
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "SAVE").touch()
+    monkeypatch.setattr(Path, "unlink", refuse)
     local = requests(tmp_path)
     assert local.save_requested()
     local.take_save()
     assert not local.save_requested() and "cannot be deleted" in caplog.text
     os.utime(tmp_path / "SAVE", (1, 1))
     assert local.save_requested()
+    # To the next start it is an old one, even though nobody could delete it.
+    later = requests(tmp_path, started_at(tmp_path))
+    assert later.clear() == [] and not later.save_requested()
 
 
-def test_files_from_before_the_start_are_no_requests(tmp_path):
-    before = time.time() - 100
+def started_at(directory):
+    """The signals of a process that starts now."""
+    signals = Signals()
+    signals.remember_files(directory)
+    return signals
+
+
+@pytest.mark.parametrize("jump", [-3600, 0, 3600])
+def test_files_from_before_the_start_are_no_requests_whatever_the_clock_says(tmp_path, jump):
     for name in ("SAVE", "STOP"):
         (tmp_path / name).touch()
-        os.utime(tmp_path / name, (before, before))
-    assert requests(tmp_path, started=time.monotonic() - 200).clear() == []  # they came while this process started
-    assert requests(tmp_path, started=time.monotonic() - 50).clear() == ["SAVE", "STOP"]
+        os.utime(tmp_path / name, (time.time() + jump,) * 2)
+    assert requests(tmp_path, started_at(tmp_path)).clear() == ["SAVE", "STOP"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("jump", [-3600, 0, 3600])
+def test_files_that_come_during_the_start_are_requests(tmp_path, jump):
+    (tmp_path / "STOP").touch()
+    signals = started_at(tmp_path)
+    for name in ("SAVE", "STOP"):  # made, and made again
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() + jump,) * 2)
+    local = requests(tmp_path, signals)
+    assert local.clear() == [] and local.save_requested() and local.stop_reason() is StopReason.STOP_FILE
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
+def test_what_is_no_plain_file_asks_for_nothing_and_is_said_once(tmp_path, caplog, make):
+    make(tmp_path / "STOP")
+    local = requests(tmp_path)
+    assert [local.stop_reason() for _ in range(3)] == [StopReason.NONE] * 3
+    assert caplog.text.count("is no plain file") == 1
 
 
 RANK = """
