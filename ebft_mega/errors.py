@@ -61,6 +61,13 @@ class InputError(InputProblems):
     """A file that the run needs (data set, tokenizer, model) is missing, damaged or of another kind."""
 
 
+class SurroundingsError(InputProblems):
+    """What surrounds this process is wrong: its launcher's variables, its locale, the port at which ranks meet.
+
+    Other ranks may have found nothing, so every machine says it.
+    """
+
+
 class BrokenCheckpointError(InputProblems):
     """A checkpoint folder is not whole, or its files are not those that were written."""
 

@@ -17,19 +17,20 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import time  # noqa: E402
-from collections.abc import MutableMapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
-from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, EbftError, InputProblems, Problem  # noqa: E402
+from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
 from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
+from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
+from ebft_mega.runtime.launch_environment import enter_launch, speaks_for_machine  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
@@ -53,30 +54,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.fresh and arguments.trace_step is not None:
         parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments
-
-
-def be_rank_of_slurm_task(environment: MutableMapping[str, str]) -> None:
-    """Under a bare `srun` of several tasks, be the rank that the task's number says.
-
-    Other launchers set RANK themselves. Within an allocation but outside of a step (no SLURM_STEP_ID) a process is
-    alone, although a batch script has a SLURM_PROCID, too.
-
-    Raises:
-        ConfigError: the tasks are on several machines and MASTER_ADDR does not say where the first of them is.
-    """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    is_task = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
-    if "RANK" in environment or not is_task or tasks == "1":
-        return
-    rank, local_rank = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
-    environment.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=tasks)
-    nodes = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES"))
-    if "MASTER_ADDR" not in environment and nodes != "1":
-        expected = "the host name of the first rank (launcher/slurm/many_nodes.sbatch sets it)"
-        raise ConfigError([Problem("srun", "MASTER_ADDR", "nothing", expected)])
-    environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    # Below the ports that a system hands out, and different for jobs that share a machine.
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
 
 
 def is_first_rank() -> bool:
@@ -126,7 +103,8 @@ def run(signals: Signals, started: float) -> int:
     arguments = parse_arguments()
     trace_step = arguments.trace_step and arguments.trace_step.absolute()
     try:
-        be_rank_of_slurm_task(os.environ)
+        require_utf8()
+        enter_launch(os.environ, starts=not arguments.dry_run, meets=arguments.world_size is None)
         config = load_config(arguments.config, arguments.overrides)
         given = arguments.config.absolute()
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
@@ -149,7 +127,8 @@ def run(signals: Signals, started: float) -> int:
         return run_training(config, plan, trace_step, signals, started, write_report, fresh)
     except EbftError as error:
         signals.fail_undisturbed()
-        if is_first_rank() or not isinstance(error, InputProblems):  # all ranks find the same bad input
+        speaks = speaks_for_machine(os.environ) if isinstance(error, SurroundingsError) else is_first_rank()
+        if speaks or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code
 

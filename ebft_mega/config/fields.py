@@ -75,16 +75,32 @@ def as_tuple(value: Any) -> Any:
 
 def as_integer(value: Any) -> Any:
     """Let `1e9` stand for an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def is_possible_path(text: str) -> bool:
+    """Whether a file could have this path, as far as its length and its characters tell."""
+    data = text.encode("utf-8", "surrogateescape")
+    return b"\0" not in data and len(data) <= MAX_PATH_BYTES and max(map(len, data.split(b"/"))) <= MAX_NAME_BYTES
+
+
+def as_possible_path(value: Any) -> Any:
+    """Let text pass that could be a path; other text becomes nothing and is refused."""
+    return None if isinstance(value, str) and not is_possible_path(value) else value
 
 
 def _as_path(value: Any) -> Any:
-    """Turn text into a path; what could be taken for a command or a download stays text and is refused."""
-    if isinstance(value, str) and value and not re.match(r"\w+:", value):
+    """Turn text into a path; what could be taken for a command or a download stays text and is refused.
+
+    So does what no file system takes, of which every question about the file would raise an error.
+    """
+    if isinstance(value, str) and value and not re.match(r"\w+:", value) and is_possible_path(value):
         return Path(value)
     return value
 
 
+MAX_PATH_BYTES = 4095
+MAX_NAME_BYTES = 255
 # Without user name and query: both may carry secrets, and places are logged.
 _HTTPS = r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"
 LocalPath = Annotated[Path, BeforeValidator(_as_path)]

@@ -16,6 +16,8 @@ from ebft_mega.config.yaml_source import read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, Problem
 
 OVERRIDE = "--set"
+MAX_SHOWN_TEXT = 60
+MAX_SHOWN_PATH = 200
 # Values for required keys that are missing or wrong, so that everything else can still be checked.
 _STAND_INS: dict[str, Any] = {"output_dir": "unset", "sequence_length": 2}
 # What the same key is called in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
@@ -232,6 +234,7 @@ def _unknown_key(section: type[Section], key: str, value: Any) -> Problem:
 def _describe(value: Any) -> str:
     """A value and its kind, as the file has it."""
     if isinstance(value, str):
-        return repr(value)
+        longest = MAX_SHOWN_PATH if "/" in value else MAX_SHOWN_TEXT
+        return repr(value if len(value) <= longest else f"{value[: longest - 3]}...")
     text = yaml_text(value) if value is None or isinstance(value, bool | int | float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MAX_SHOWN_TEXT else f"{text[: MAX_SHOWN_TEXT - 3]}..."

@@ -13,6 +13,7 @@ from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import InputError, Problem
 
+MAX_TRIED = 1_000_000
 _STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
 # Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
 REFUSED_NAMES: tuple[tuple[str, str], ...] = (
@@ -110,11 +111,10 @@ def _blocks_fit(config: RunConfig) -> Iterator[Problem]:
 
 
 def _strides(room: int, wanted: int) -> str:
-    """The divisors of `room` next to `wanted`, which is none itself."""
-    divisors = [stride for stride in range(1, room + 1) if room % stride == 0]
-    below = [stride for stride in divisors if stride < wanted][-1:]
-    above = [stride for stride in divisors if stride > wanted][:1]
-    return " or ".join(map(str, below + above))
+    """The divisors of `room` next to `wanted`, which is none itself; at most a million numbers are tried."""
+    below = next((s for s in range(min(wanted, room), max(0, wanted - MAX_TRIED), -1) if room % s == 0), 1)
+    above = next((s for s in range(wanted, min(wanted + MAX_TRIED, room + 1)) if room % s == 0), room)
+    return " or ".join(map(str, sorted({below, above})))
 
 
 def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:

@@ -13,6 +13,9 @@ import yaml
 from ebft_mega.errors import Problem
 
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
+MAX_INTEGER_CHARACTERS = 40  # Python refuses to read an integer of thousands of digits
+MAX_INTEGER = 2**63 - 1  # beyond it an integer is text, which no key takes for a number
+MAX_DEPTH = 50
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -33,7 +36,9 @@ class YamlSource:
 
 
 class _TreeLoader(yaml.SafeLoader):
-    """A loader used only to compose nodes; each node is written out once, without a tag."""
+    """A loader used only to compose nodes; each node is written out once, without a tag, and not too deep."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
@@ -41,7 +46,12 @@ class _TreeLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="an anchor or alias", problem_mark=event.start_mark)
         if getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(problem=f"the tag {event.tag}", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def read_yaml(text: str, name: str) -> YamlSource:
@@ -58,7 +68,7 @@ def read_yaml(text: str, name: str) -> YamlSource:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        found = getattr(error, "problem", None) or str(error)
+        found = getattr(error, "problem", None) or " ".join(str(error).split())
         source.problems.append(Problem(where, "(text)", found, "plain YAML without anchors, aliases and tags"))
         return source
     if node is not None:
@@ -84,7 +94,7 @@ _TreeDumper.add_representer(str, _represent_text)
 
 def write_yaml(value: Any) -> str:
     """Plain values as YAML text, keys in their order."""
-    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False)
+    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:
@@ -121,7 +131,8 @@ def plain_scalar(text: str) -> str | int | float | bool | None:
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):
-        return int(text.replace("_", ""))
+        short = len(text) <= MAX_INTEGER_CHARACTERS
+        return value if short and abs(value := int(text.replace("_", ""))) <= MAX_INTEGER else text
     if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
     special = _SPECIAL_FLOATS.get(text.lower())

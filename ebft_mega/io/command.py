@@ -8,6 +8,7 @@ from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
 from ebft_mega.io.process_signals import StopNow
 from ebft_mega.io.standard_streams import forgive_output_errors, to_nowhere
+from ebft_mega.io.text_encoding import require_utf8
 
 MAX_SHOWN_PROBLEMS = 50
 
@@ -67,6 +68,7 @@ def _run(main: Callable[[], int | None], prints_its_result: bool) -> int:
 def _exit_code(main: Callable[[], int | None], prints_its_result: bool) -> int:
     """Run a tool and print what it raises."""
     try:
+        require_utf8()
         return main() or 0
     except SystemExit as end:  # of the parser: --help, or an unknown option
         if not isinstance(end.code, int | None):

@@ -47,8 +47,8 @@ class Holder:
             pid=os.getpid(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             token=uuid.uuid4().hex,
-            process_start=_process_start(os.getpid()),
-            boot=_boot(),
+            process_start=process_start(os.getpid()),
+            boot=boot_of_machine(),
             pid_namespace=_pid_namespace(),
             slurm_job_id=os.environ.get("SLURM_JOB_ID"),
             slurm_restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -76,7 +76,7 @@ class Holder:
         """Whether the holder is running; None where `other`, the asking process, cannot see its processes."""
         if self.boot is None or (self.boot, self.pid_namespace) != (other.boot, other.pid_namespace):
             return None
-        return self.process_start is not None and _process_start(self.pid) == self.process_start
+        return self.process_start is not None and process_start(self.pid) == self.process_start
 
     def was_requeued_as(self, other: "Holder") -> bool:
         """Whether `other` is a later start of the same Slurm job, which means that the holder has ended."""
@@ -283,7 +283,7 @@ def _find(path: Path) -> _Found | None:
         return None
 
 
-def _process_start(pid: int) -> int | None:
+def process_start(pid: int) -> int | None:
     """When a process started, in ticks since the boot; None if there is none, or only its exit code is left.
 
     Unlike a time of day it stays the same when somebody sets the clock.
@@ -294,7 +294,8 @@ def _process_start(pid: int) -> int | None:
     return None
 
 
-def _boot() -> str | None:
+def boot_of_machine() -> str | None:
+    """Name one boot of this machine; None where the system does not say."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None

@@ -1,15 +1,12 @@
 """The launcher up to the start of a run, as a user calls it: exit codes, texts, speed, no heavy import."""
 
 import os
-import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-
-from ebft_mega.errors import EbftError
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece")
@@ -48,54 +45,13 @@ def test_dry_run(inputs):
 
 def test_dry_run_takes_the_world_size_of_its_launcher(inputs):
     arguments = ("--config", inputs.write(), "--dry-run", "--local_rank=1")
-    assert launch(*arguments, WORLD_SIZE="2", RANK="1").stdout == ""
-    first_rank = launch(*arguments, WORLD_SIZE="2", RANK="0")
+    assert launch(*arguments, **RANKS, RANK="1").stdout == ""
+    first_rank = launch(*arguments, **RANKS, RANK="0")
     assert "data-parallel size 2" in " ".join(first_rank.stdout.split())
 
 
-SLURM = {"SLURM_JOB_ID": "1234567", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-STEP = SLURM | {"SLURM_STEP_ID": "0"}
-
-
-@pytest.fixture(scope="module")
-def be_rank_of_slurm_task():
-    return runpy.run_path(str(ROOT / "launcher" / "train.py"))["be_rank_of_slurm_task"]
-
-
-@pytest.mark.parametrize(
-    ("given", "added"),
-    [
-        # A task of a step, on machines of which MASTER_ADDR says the first.
-        (
-            STEP | {"MASTER_ADDR": "first", "MASTER_PORT": "77", "SLURM_NNODES": "2"},
-            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
-        ),
-        # All tasks on one machine: they meet there without further settings.
-        (
-            STEP | {"SLURM_NNODES": "1"},
-            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24567"},
-        ),
-        # A step on one machine of a larger allocation.
-        (
-            STEP | {"SLURM_NNODES": "8", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2"},
-            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24567"},
-        ),
-        (SLURM, {}),  # a batch script or an interactive shell: no step
-        ({name: value for name, value in STEP.items() if name != "SLURM_PROCID"}, {}),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {}),  # a step of one task, such as `srun --pty bash`
-        (STEP | {"RANK": "0", "WORLD_SIZE": "8"}, {}),  # torchrun or deepspeed within a step
-        ({}, {}),
-    ],
-)
-def test_ranks_of_slurm_tasks(be_rank_of_slurm_task, given, added):
-    environment = dict(given)
-    be_rank_of_slurm_task(environment)
-    assert environment == given | added
-
-
-def test_tasks_on_several_machines_need_a_meeting_place(be_rank_of_slurm_task):
-    with pytest.raises(EbftError, match="MASTER_ADDR: found nothing; expected the host name of the first rank"):
-        be_rank_of_slurm_task(STEP | {"SLURM_NNODES": "2"})
+STEP = {"SLURM_JOB_ID": "1234567", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+RANKS = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def test_dry_run_in_slurm_tasks_prints_once(inputs):
@@ -113,7 +69,32 @@ def test_bad_configuration_and_bad_input(inputs):
     done = launch("--config", inputs.write())
     assert done.returncode == 2 and "HEAVY []" in done.stderr and "index.npy" in done.stderr
     assert not (inputs.root / "run").exists()
-    assert launch("--config", inputs.write(), RANK="1").stderr.startswith("HEAVY")
+    assert launch("--config", inputs.write(), **RANKS, RANK="1").stderr.startswith("HEAVY")
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"WORLD_SIZE": "abc"}, "environment: WORLD_SIZE: found 'abc'; expected an integer from 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "environment: MASTER_ADDR: found nothing, with WORLD_SIZE 2; expected"),
+        (
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            "environment: LC_ALL: found 'C', whose encoding is ascii; expected UTF-8: LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("options", [("--dry-run",), ()])
+def test_bad_surroundings(inputs, environment, text, options):
+    done = launch("--config", inputs.write(), *options, **environment)
+    first, *others = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, others) == (2, "", ["HEAVY []"]) and first.startswith(text)
+    assert not (inputs.root / "run").exists()
+
+
+def test_text_that_a_stream_does_not_have_is_escaped(inputs):
+    path = inputs.write(output_dir=str(inputs.root / "r\u00e9sultats"))
+    done = launch("--config", path, "--dry-run", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "r\\xe9sultats" in done.stdout.splitlines()[2], done.stderr
 
 
 @pytest.mark.parametrize(

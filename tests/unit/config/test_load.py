@@ -212,7 +212,7 @@ def test_experts_inside_the_model_section(problems):
         ("train.betas=[0.9]", "a list of two numbers >= 0 and < 1"),
         ("train.lr='1e-5'", "a number > 0"),
         ("train.max_tokens=1e6", "exactly one of the two"),
-        ("train.step_timeout_minutes=0", "a number > 0, minutes"),
+        ("train.step_timeout_minutes=0", "a number > 0 and <= 525600, minutes"),
         ("zero.stage=4", "0, 1, 2 or 3"),
         ("zero.feature_network=split", "auto, resident or sharded"),
         ("parallel.tensor_parallel_size=0", "an integer >= 1"),
@@ -231,6 +231,33 @@ def test_experts_inside_the_model_section(problems):
 def test_wrong_values(problems, override, expected):
     (line,) = problems(BASE, override)
     assert line.startswith("--set: ") and line.endswith(f"; expected {expected}")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "seed=" + "1" * 5000,
+            "11...'; expected an integer from 0 to",
+        ),
+        ("seed=9223372036854775808", "an integer from 0 to 2**63 - 1"),
+        ("train.max_tokens=1e300", "an integer >= 1, tokens"),
+        ("train.step_timeout_minutes=1e300", "<= 525600"),
+        ("data.cache_gigabytes=1e300", "<= 1000000000.0"),
+        ("data.workers=1000000", "<= 1024"),
+        ("output_dir=" + "x" * 5000, "a local path"),
+        ("checkpoint.resume=" + "x" * 256, "auto, never or the path of a checkpoint"),
+        ("model=" + "[" * 5000 + "]" * 5000, "more than 50 levels"),
+    ],
+)
+def test_values_beyond_all_bounds(problems, override, text):
+    (line,) = problems(BASE, override)
+    assert line.startswith("--set: ") and text in line and len(line) < 500
+
+
+def test_strides_of_a_huge_row_are_found_at_once(problems):
+    (line,) = problems(BASE, f"data.sequence_length={2**62 + 1}")
+    assert "a stride such as" in line
 
 
 def test_sources_are_read_and_written_back(load, tmp_path):
