@@ -84,11 +84,6 @@ def is_possible_path(text: str) -> bool:
     return b"\0" not in data and len(data) <= MAX_PATH_BYTES and max(map(len, data.split(b"/"))) <= MAX_NAME_BYTES
 
 
-def as_possible_path(value: Any) -> Any:
-    """Let text pass that could be a path; other text becomes nothing and is refused."""
-    return None if isinstance(value, str) and not is_possible_path(value) else value
-
-
 def _as_path(value: Any) -> Any:
     """Turn text into a path; what could be taken for a command or a download stays text and is refused.
 

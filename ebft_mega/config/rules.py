@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config.fields import yaml_text
+from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import InputError, Problem
 
@@ -165,6 +165,24 @@ def _saved_activations_need_whole_parameters(config: RunConfig) -> Iterator[Prob
         yield Problem("", "learn.reuse_rollout", found, "checkpoints, or train.activation_checkpointing none")
 
 
+# Beyond these the system's own types, or the machine, end: nobody means them.
+_HIGHEST = {"data.workers": 1024, "data.cache_gigabytes": 1e9, "train.step_timeout_minutes": 525_600}
+
+
+def _not_beyond_all_bounds(config: RunConfig) -> Iterator[Problem]:
+    for key, highest in _HIGHEST.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value > highest:
+            yield Problem("", key, yaml_text(value), f"at most {highest:g}")
+
+
+def _resume_is_a_path(config: RunConfig) -> Iterator[Problem]:
+    if not is_possible_path(config.checkpoint.resume):
+        found = f"{config.checkpoint.resume[:40]!r}..., which no file can be called"
+        yield Problem("", "checkpoint.resume", found, "auto, never or the path of a checkpoint")
+
+
 @dataclass(frozen=True)
 class Rule:
     """A check and the keys (or sections) that it reads."""
@@ -191,6 +209,8 @@ RULES = (
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
     Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
+    Rule(tuple(_HIGHEST), _not_beyond_all_bounds),
+    Rule(("checkpoint.resume",), _resume_is_a_path),
     Rule(("profile.start", "profile.steps", *_LENGTH), _profile_lies_within_the_run),
 )
 

@@ -13,17 +13,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.fields import (
-    DATASET_PLACE,
-    PATH,
-    DatasetPlace,
-    LocalPath,
-    Section,
-    as_integer,
-    as_possible_path,
-    as_tuple,
-    key,
-)
+from ebft_mega.config.fields import DATASET_PLACE, PATH, DatasetPlace, LocalPath, Section, as_integer, as_tuple, key
 
 STEPS = "optimizer steps"
 
@@ -93,11 +83,7 @@ class DataConfig(Section):
         0.001, "(ours) The same as a share of all rows of the run; the smaller of the two limits applies.", ge=0, le=1
     )
     workers: int = key(
-        1,
-        "(ours) Processes per rank that read rows ahead; 0: a thread. Same rows either way.",
-        unit="processes",
-        ge=0,
-        le=1024,
+        1, "(ours) Processes per rank that read rows ahead; 0: a thread. Same rows either way.", unit="processes", ge=0
     )
     tokenizer: LocalPath | None = key(
         None, "(ours) Tokenizer directory for text shards; not set: that of `model.init_from`.", allowed=PATH
@@ -111,7 +97,6 @@ class DataConfig(Section):
         "shards fit, single documents are fetched instead.",
         unit="1e9 bytes",
         ge=0,
-        le=1e9,
     )
 
     @property
@@ -253,7 +238,6 @@ class TrainConfig(Section):
         "code 3.",
         unit="minutes",
         gt=0,
-        le=525600,
     )
 
 
@@ -301,7 +285,7 @@ class CheckpointConfig(Section):
     keep_every: int | None = key(
         None, "With `keep_last`: checkpoints at multiples of this are never deleted.", unit=STEPS, ge=1
     )
-    resume: Annotated[str, BeforeValidator(as_possible_path), Field(min_length=1)] = key(
+    resume: Annotated[str, Field(min_length=1)] = key(
         "auto",
         "`auto`: resume from the newest complete checkpoint in `output_dir`, if there is one. A path (of a checkpoint "
         "or of a run): start from there, and once the run has a checkpoint of its own, resume from that.",

@@ -87,7 +87,7 @@ def connect_ranks(config: RunConfig) -> ProcessGroups:
     Communication: collective over the world.
     """
     timeout = timeout_of_steps(config) + COLLECTIVE_MARGIN
-    device = connect(timeout)
+    device = connect(timeout, configuration_sha256(config))
     parallel, key = config.parallel, "parallel.sequence_parallel"
     if parallel.sequence_parallel and device.type != "cuda":
         found, expected = f"true, on a {device.type}", "false: it needs GPUs"
@@ -105,11 +105,16 @@ def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -
     held_out = plan.evaluation_rows
     require_agreement(
         {
-            "configuration, sha256": hashlib.sha256(resolved_yaml(config).encode()).hexdigest(),
+            "configuration, sha256": configuration_sha256(config),
             config.data.mixture_key: loader.state.to_json(),
             "evaluation.shards": held_out.manifest.fingerprint if held_out else "none",
         }
     )
+
+
+def configuration_sha256(config: RunConfig) -> str:
+    """Hash of the configuration with every key: the same on all ranks of a run."""
+    return hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
 
 
 def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.parallel.megatron import ProcessGroupCollection
+from ebft_mega.parallel.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -89,30 +90,31 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, configuration: str = "") -> torch.device:
     """Join the job's process group from the launcher's environment; alone if there is no launcher.
 
     Communication: creates the default process group (NCCL on GPUs, gloo on CPUs).
     Args:
         timeout: after which a collective that some rank never joined fails on the others.
+        configuration: tells starts of different runs apart where the launcher tells nothing.
     Returns:
         The device of this process.
+    Raises:
+        SurroundingsError: the ranks cannot meet (`meet`).
     """
     # megatron-core overlaps the all-reduces of its backward pass only when kernels start in the order of the calls.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = local_device()
     if not dist.is_initialized():
-        alone = "RANK" not in os.environ
-        if alone:
+        if "RANK" not in os.environ:
             # DeepSpeed reads these itself.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            store=dist.HashStore() if alone else None,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-        )
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # A rank alone needs no port.
+        store = dist.HashStore() if world_size == 1 else meet(os.environ, configuration)
+        store.set_timeout(timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device
 
 
