@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
 from ebft_mega.config.schema import all_keys
-from ebft_mega.config.yaml_source import plain_scalar, read_yaml, write_yaml
+from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError
 
 DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
@@ -448,13 +448,21 @@ def test_any_way_of_writing_a_float(value):
     assert read_yaml(yaml.safe_dump({"x": value}), "f").value == {"x": value}
 
 
-@given(st.integers())
+INTEGERS = st.integers(-MAX_INTEGER, MAX_INTEGER)
+
+
+@given(INTEGERS)
 def test_any_integer(value):
     assert plain_scalar(str(value)) == value and isinstance(plain_scalar(str(value)), int)
 
 
+@pytest.mark.parametrize("text", [str(MAX_INTEGER + 1), str(-MAX_INTEGER - 1), "1" * 5000, "-" + "9" * 5000])
+def test_an_integer_that_no_key_takes_is_text(text):
+    assert plain_scalar(text) == text
+
+
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | INTEGERS | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
