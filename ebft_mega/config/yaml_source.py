@@ -16,6 +16,7 @@ _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 MAX_INTEGER_CHARACTERS = 40  # Python refuses to read an integer of thousands of digits
 MAX_INTEGER = 2**63 - 1  # beyond it an integer is text, which no key takes for a number
 MAX_DEPTH = 50
+_LINE_BREAKS = frozenset("\x85\u2028\u2029\ufeff")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -86,6 +87,8 @@ class _TreeDumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML quotes by the rules of YAML 1.1, to which `1e5` is text.
     style = None if isinstance(plain_scalar(text), str) else "'"
+    if _LINE_BREAKS.intersection(text):  # escaped only in double quotes
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
