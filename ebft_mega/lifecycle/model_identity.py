@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
+from ebft_mega.checkpoint.resume_rules import sizes
 from ebft_mega.checkpoint.run_state import Layout, RunState, StartedFrom
 from ebft_mega.checkpoint.saved_run import SavedRun
 from ebft_mega.config.schema import RunConfig
@@ -27,6 +30,7 @@ class RunIdentity:
     seed: int
     feature_network: str | None  # sha256 of the initial model; None: no rollouts
     feature_source: str  # where it came from, in words
+    feature_architecture: dict[str, Any] | None  # its sizes and rotary settings by name; None: no rollouts
     layout: Layout
     started_from: StartedFrom | None  # the checkpoint that `checkpoint.resume` named
 
@@ -47,6 +51,7 @@ class RunIdentity:
             data=data,
             feature_network=self.feature_network,
             feature_source=self.feature_source,
+            feature_architecture=self.feature_architecture,
             layout=self.layout,
             evaluations=tuple(progress.evaluations),
             pending_metrics=progress.pending,
@@ -68,11 +73,13 @@ def run_identity(
     """
     source = feature_weights(config, plan.feature_architecture, initial_weights(config, plan.architecture))
     place = config.ebft.feature_model or config.model.init_from
+    described = require_same_feature_architecture(config, plan.feature_architecture, saved.state if saved else None)
     parallel = plan.parallel
     return RunIdentity(
         seed=config.seed,
         feature_network=require_same_initial_model(config, source, saved) if config.uses_rollouts else None,
         feature_source=f"random weights of seed {config.seed}" if place is None else str(place),
+        feature_architecture=described if config.uses_rollouts else None,
         layout=Layout(
             data_parallel=parallel.data_parallel,
             tensor_parallel=parallel.tensor_parallel,
@@ -122,6 +129,33 @@ def require_same_initial_model(config: RunConfig, source: InitialWeights, saved:
         source_then = saved.state.feature_source
         words = f"the initial model of this run, {source_then}, with sha256 {expected}"
         raise InputError([Problem(config.place(key), key, f"weights with sha256 {found}", words)])
+    return found
+
+
+def require_same_feature_architecture(
+    config: RunConfig, architecture: Architecture, saved: RunState | None
+) -> dict[str, Any]:
+    """What decides the feature network beside its weights, which is the same for as long as the run lasts.
+
+    Args:
+        architecture: of the feature network.
+        saved: of the run to resume; None: a new one.
+    Returns:
+        Sizes and rotary settings by name.
+    Raises:
+        InputError: the resumed run began with others; each with both values.
+    Communication: none.
+    """
+    found = sizes(architecture)
+    then = (saved.feature_architecture if saved else None) or {}
+    key = "ebft.feature_model" if config.ebft.feature_model is not None else "model"
+    problems = [
+        Problem(config.place(key), f"{key}: {name}", repr(found[name]), f"{then[name]!r}, as this run began with")
+        for name in sorted(found.keys() & then.keys())
+        if found[name] != then[name]
+    ]
+    if problems:
+        raise InputError(problems)
     return found
 
 
