@@ -1,0 +1,70 @@
+"""What is evaluated is checked as what is trained: the model, the feature network, and the data with both."""
+
+import json
+import shutil
+
+import pytest
+
+from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.config.load import load_config
+from ebft_mega.errors import InputError
+
+
+def request_of(inputs, features=None) -> EvaluationRequest:
+    model = inputs.root / "model"
+    return EvaluationRequest(model, features or model, inputs.root / "held_out", rows=4, skip_rows=0)
+
+
+@pytest.fixture
+def features(inputs):
+    shutil.copytree(inputs.root / "model", inputs.root / "features")
+    return inputs.root / "features"
+
+
+def problems_of(inputs, features) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        check_inputs(request_of(inputs, features), load_config(inputs.write()))
+    assert caught.value.exit_code == 2
+    return [str(problem).replace(f"{inputs.root}/", "") for problem in caught.value.problems]
+
+
+def test_good_inputs(inputs, features):
+    config = load_config(inputs.write())
+    (model, again), notes = check_inputs(request_of(inputs), config)
+    assert model is again and notes == []
+    (features / "tokenizer.json").unlink()
+    (model, other), (note,) = check_inputs(request_of(inputs, features), config)
+    assert other.directory == features and note.startswith("--feature-model: there is no tokenizer in ")
+
+
+@pytest.mark.parametrize("name", ["model", "features"])
+def test_another_tokenizer_is_refused_for_either_model(inputs, features, name):
+    inputs.add_tokenizer(name, '{"model": {"other": 1}}')
+    (line,) = problems_of(inputs, features)
+    option = {"model": "--model", "features": "--feature-model"}[name]
+    assert line.startswith("--data: --data: found tokens of a tokenizer with sha256") and f"({option})" in line
+
+
+@pytest.mark.parametrize("name", ["model", "features"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.type: found 'dynamic'"),
+        ({"model_type": "mistral", "sliding_window": 16}, "data.sequence_length: found 32 tokens"),
+    ],
+)
+def test_settings_are_checked_of_either_model(inputs, features, name, fields, words):
+    (inputs.root / name / "config.json").write_text(json.dumps(inputs.model_fields | fields))
+    (line,) = problems_of(inputs, features)
+    assert words in line and {"model": "--model", "features": "--feature-model"}[name] in line
+
+
+def test_everything_at_once(inputs, features):
+    (inputs.root / "model" / "tokenizer_config.json").write_text("junk")
+    (features / "model.safetensors").unlink()
+    shutil.rmtree(inputs.root / "held_out")
+    assert [line.partition(": ")[0] for line in problems_of(inputs, features)] == [
+        "--model",
+        "--feature-model",
+        "held_out",
+    ]
