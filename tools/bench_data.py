@@ -35,6 +35,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.command import run_command
 
@@ -46,7 +47,7 @@ RESUME_SHARD_DOCUMENTS = 20_000
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=12_000, help="documents in the shards (default: 12000)")
     parser.add_argument("--tokens", type=int, default=6_000, help="mean tokens of a document (default: 6000)")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default: 1024)")

@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C in the imports ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.apps.benchmark.case import MODELS
 from ebft_mega.apps.benchmark.suite import CASES, QUICK_CASES, run_suite
 from ebft_mega.apps.benchmark.tables import report
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 
 
 def main() -> int:
     """Run the benchmark and write its file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=f"cases: {', '.join(case.name for case in CASES)}"
-    )
+    parser = ToolParser(description=__doc__.splitlines()[0], epilog=f"cases: {', '.join(case.name for case in CASES)}")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the bench file to write")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against L, n and stride")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables that are printed")

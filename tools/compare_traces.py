@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 
 ORDER = (
@@ -87,7 +88,7 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
 
 def main() -> int:
     """Compare the two directories of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, metavar="A", help="directory of the first trace")
     parser.add_argument("second", type=Path, metavar="B", help="directory of the second trace")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference (default 1e-4)")

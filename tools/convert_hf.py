@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -20,7 +21,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     summary = "check an untrusted Hugging Face directory and rewrite it for training"

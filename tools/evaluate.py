@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import add_overrides_option, run_command
 
 LONGEST_DEFAULT_ROW = 1024
@@ -22,7 +23,7 @@ LONGEST_DEFAULT_ROW = 1024
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")

@@ -30,18 +30,22 @@ from ebft_mega.data.store.inspection import (
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.data.store.verify import verify_dataset
+from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.progress_bar import track
 
 GIGABYTE = 10**9
+SEQUENCE_LENGTH = 1024
+CACHE_GIGABYTES = 100.0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__, epilog="Exit codes: 0; 2 the dataset cannot be opened; 4 something in it is damaged."
     )
     parser.add_argument("dataset", help="dataset directory, or its https URL (with --cache)")
@@ -49,11 +53,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--show", type=int, metavar="N", help="print document N with its metadata")
     parser.add_argument("--metadata", action="store_true", help="count licences and sources (reads every document's)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of documents")
-    parser.add_argument("--sequence-length", type=int, default=1024, help="of the rows counted (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, help=f"of the rows counted (default: {SEQUENCE_LENGTH})")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("--cache", type=Path, help="directory for what is downloaded from a URL")
-    parser.add_argument("--cache-gigabytes", type=float, default=100.0, help="shards it may hold (default: 100)")
+    parser.add_argument("--cache-gigabytes", type=float, help=f"shards it may hold (default: {CACHE_GIGABYTES})")
     arguments = parser.parse_args()
+    beside: list[tuple[str, str, object]] = []
+    if arguments.show is not None:
+        beside += [("--metadata", "--show", arguments.metadata or None), ("--plot", "--show", arguments.plot)]
+        beside.append(("--sequence-length", "--show", arguments.sequence_length))
+    if "://" not in arguments.dataset:
+        beside.append(("--cache", "a local directory", arguments.cache))
+        beside.append(("--cache-gigabytes", "a local directory", arguments.cache_gigabytes))
+    for option, other, value in beside:
+        if value is not None:
+            parser.error(f"{option}: found beside {other}, where it has no effect; expected one of the two")
+    if arguments.sequence_length is None:
+        arguments.sequence_length = SEQUENCE_LENGTH
+    if arguments.cache_gigabytes is None:
+        arguments.cache_gigabytes = CACHE_GIGABYTES
     if arguments.sequence_length < 1:
         parser.error(f"--sequence-length: found {arguments.sequence_length}; expected at least 1")
     if not 0 <= arguments.cache_gigabytes < float("inf"):
@@ -138,6 +156,14 @@ def print_build(record: BuildRecord) -> None:
     files = ", ".join(f"{count:,} files of {source}" for source, count in record.input_files.items())
     print(f"  made from    {files}; {record.text_bytes:,} bytes of text")
     print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
+    for meaning, counts in (
+        ("left out", record.left_out),
+        ("skipped", record.skipped_by_reason),
+        ("followed", record.followed),
+        ("not exact", {"documents that do not come back from their tokens": record.not_round_trip}),
+    ):
+        if words := in_words(counts):
+            print(f"  {meaning:<12} {words}")
     licences = sorted(record.licences.items(), key=lambda item: -item[1])
     print(f"  licences     {', '.join(f'{licence} ({count:,})' for licence, count in licences)}")
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, ArmResult, Experiment, Scale
 from ebft_mega.apps.study.commands import add_runner_options, phase_runner
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ LEAST_ROWS = 16
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--budget-seconds",
         type=float,

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, Experiment, Scale
 from ebft_mega.apps.study.commands import add_runner_options, phase_runner
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="default: %(default)s")
     parser.add_argument(

@@ -13,12 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="directory of UTF-8 text files")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, the 256 byte tokens included")
     parser.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")

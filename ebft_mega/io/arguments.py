@@ -13,8 +13,8 @@ _REPEATABLE = ("_AppendAction", "_ExtendAction", "_CountAction")
 class ToolParser(argparse.ArgumentParser):
     """The standard parser, which lets the last of two contradicting options win; this one refuses the second."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as the standard parser does.
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse as the standard parser does, which calls this for the arguments of subcommands, too.
 
         Args:
             args: the command line; the process's own if None.
@@ -26,7 +26,7 @@ class ToolParser(argparse.ArgumentParser):
         for name, count in counts.items():
             if count > 1:
                 self.error(f"{name}: found {count} times; expected at most once")
-        return super().parse_args(arguments, namespace)
+        return super().parse_known_args(arguments, namespace)
 
     def _single_option(self, argument: str) -> str | None:
         """Name of the option that an argument is, shortened or not, if it may be given once only."""

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.text.listing import OTHER_NAMES, list_files
+from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.io.progress_bar import track
@@ -95,8 +97,9 @@ def build_corpus(
         InputError: the library has too few packages to split, or the output may not be written.
     """
     left_out = LEFT_OUT_DIRECTORIES + LEFT_OUT_TABLES + (() if include_tests else LEFT_OUT_TESTS)
-    contents, counts = _read_files(source, left_out)
+    contents, counts, followed = _read_files(source, left_out)
     chosen = _choose_files(contents, max_bytes)
+    counts |= {"beyond_max_bytes": len(contents) - len(chosen)} if max_bytes is not None else {}
     packages = _package_sizes(chosen)
     if len(packages) < len(SPLIT_SHARES):
         found, expected = f"{len(packages)} packages", f"at least {len(SPLIT_SHARES)} packages"
@@ -112,7 +115,7 @@ def build_corpus(
             target.write_bytes(content)
             files.append(CorpusFile(path, hashlib.sha256(content).hexdigest(), len(content), package, split))
         licence_file = _copy_licence(source, directory)
-        manifest = _manifest(files, counts, left_out, seed, licence_file)
+        manifest = _manifest(files, counts, followed, left_out, seed, licence_file)
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         (directory / CORPUS_MANIFEST_NAME).write_text(text, encoding="utf-8")
     return manifest
@@ -153,15 +156,26 @@ def assign_splits(package_bytes: dict[str, int], seed: int) -> dict[str, str]:
     return splits
 
 
-def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Contents of the files to use, by sorted relative path, and the number of files left out, by reason."""
-    counts = {"duplicate": 0, "not_utf8": 0, "tiny": 0}
+def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, bytes], dict[str, int], dict[str, int]]:
+    """Contents of the files to use, by sorted relative path, what is left out, by reason, and links that are followed.
+
+    Raises:
+        InputError: with every folder and file that cannot be read.
+    """
+    listing = list_files(source, "*.py")
+    paths = [file.relative_to(source).as_posix() for file in listing.files]
+    chosen = [path for path in paths if not _is_left_out(path, left_out)]
+    counts = {"duplicate": 0, "not_utf8": 0, "tiny": 0, "left_out_by_name": len(paths) - len(chosen)}
+    counts |= {reason: count for reason, count in listing.left_out.items() if reason != OTHER_NAMES}
     contents: dict[str, bytes] = {}
     seen = set()
-    paths = sorted(path.relative_to(source).as_posix() for path in source.rglob("*.py"))
-    kept = [path for path in paths if not _is_left_out(path, left_out) and (source / path).is_file()]
-    for path in track(kept, len(kept), "reading the standard library"):
-        content = (source / path).read_bytes()
+    problems = list(listing.unreadable)
+    for path in track(chosen, len(chosen), "reading the standard library"):
+        try:
+            content = (source / path).read_bytes()
+        except OSError as error:
+            problems.append(Problem(str(source / path), "--source", str(error.strerror), "a file that can be read"))
+            continue
         digest = hashlib.sha256(content).digest()
         if len(content) < MIN_FILE_BYTES:
             counts["tiny"] += 1
@@ -172,7 +186,9 @@ def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, byte
         else:
             contents[path] = content
         seen.add(digest)
-    return contents, counts
+    if problems:
+        raise InputError(problems)
+    return contents, counts, dict(listing.followed)
 
 
 def _is_left_out(path: str, patterns: tuple[str, ...]) -> bool:
@@ -219,6 +235,7 @@ def _copy_licence(source: Path, directory: Path) -> str | None:
 def _manifest(
     files: list[CorpusFile],
     counts: dict[str, int],
+    followed: dict[str, int],
     left_out: tuple[str, ...],
     seed: int,
     licence_file: str | None,
@@ -239,6 +256,7 @@ def _manifest(
         "licence_file": licence_file,
         "seed": seed,
         "left_out_files": counts,
+        "followed": followed,
         "left_out_patterns": sorted(left_out),
         "splits": splits,
         "files": [asdict(file) for file in files],

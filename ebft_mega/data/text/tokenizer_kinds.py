@@ -161,6 +161,8 @@ class HuggingFaceTokenizer:
 def _decoded(ids: Sequence[int], known_ids: Container[int], decode: Callable[[list[int]], str]) -> str:
     """Text of token ids; models have rows, and so ids, for which their tokenizer has no token."""
     tokens = [int(token) for token in ids]
+    if all(token in known_ids for token in set(tokens)):
+        return decode(tokens)
     text = ""
     last: list[int] = []
     for is_known, group in itertools.groupby(tokens, key=known_ids.__contains__):

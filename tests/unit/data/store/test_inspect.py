@@ -125,6 +125,10 @@ def test_one_document(dataset_directory: Path, texts: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert f"path: {path}\n" in done.stdout
     assert done.stdout.endswith(f"\n\n{texts[path]}\n")
+    for options in (("--show", 7, "--metadata"), ("--cache", "x"), ("--verify", "--verify")):
+        done = inspect(dataset_directory, *options)
+        assert done.returncode == 2
+        assert ": found " in done.stderr
     done = inspect(dataset_directory, "--show", 30)
     assert done.returncode == 2
     assert "a number from 0 to 29" in done.stderr

@@ -77,8 +77,15 @@ def small_library(directory: Path) -> Path:
 
 
 def test_left_out_files_are_counted(tmp_path: Path) -> None:
-    manifest = build_corpus(small_library(tmp_path / "library"), tmp_path / "out")
-    assert manifest["left_out_files"] == {"duplicate": 12, "not_utf8": 1, "tiny": 1}
+    library = small_library(tmp_path / "library")
+    (library / "linked.py").symlink_to("package0/code.py")
+    (library / "folder").symlink_to("package0")
+    manifest = build_corpus(library, tmp_path / "out", max_bytes=100_000)
+    assert manifest["left_out_files"] == {
+        **{"duplicate": 13, "not_utf8": 1, "tiny": 1, "left_out_by_name": 1, "beyond_max_bytes": 0},
+        "links to folders": 1,
+    }
+    assert manifest["followed"] == {"links to files": 1}
     assert len(manifest["files"]) == 12
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "licence"
     with_tests = build_corpus(tmp_path / "library", tmp_path / "more", include_tests=True)
