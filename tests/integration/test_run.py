@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,61 @@ def test_run_directory_holds_what_the_interfaces_name(run, data):
     assert any((output / "tensorboard").iterdir())
     assert "<img" in (output / "report.html").read_text()
     assert sum(line.startswith("step ") and "loss" in line for line in console.splitlines()) >= 4
+
+
+SAME = ("profile.start=1", "profile.steps=2")
+
+
+def files(output):
+    """Contents and times of everything in a run directory."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.rglob("*") if path.is_file()}
+
+
+def test_started_again_it_has_nothing_to_do_and_says_so_before_torch_is_imported(run, data):
+    output, before = run[0], files(run[0])
+    probe = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", probe, "launcher/train.py", *CONFIG, *settings(data, output, *SAME)]
+    for more, code, words in (
+        ((), 0, "done at step 4, nothing to do"),
+        (("--dry-run",), 0, "done at step 4, nothing to do"),
+        (("--set", "seed=5"), 2, "another output_dir, or --fresh"),
+        (("--dry-run", "--set", "seed=5"), 2, "another output_dir, or --fresh"),
+    ):
+        done = subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
+        assert done.stdout.endswith("False\n") and files(output) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_started_again_under_a_launcher(run, data, tmp_path, ranks):
+    output = tmp_path / "out"
+    shutil.copytree(run[0], output)
+    arguments = [*CONFIG, *settings(data, output, *SAME)]
+    before = files(output)
+    for _ in range(2):  # at once, when ranks have to agree, and when everything is old enough
+        completed = launch(arguments, ranks=ranks)
+        assert completed.returncode == 0 and completed.stdout.count("done at step 4, nothing to do") == 1
+        assert files(output) == before
+        for path in (output, *output.rglob("*")):
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
+        before = files(output)
+    completed = launch([*arguments, "--set", "seed=5"], ranks=ranks)
+    assert completed.returncode == 2 and files(output) == before, completed.stdout
+    model = (output / "hf" / "model.safetensors").read_bytes()
+    (output / "status.json").unlink()
+    completed = launch([*arguments, "--set", "train.max_steps=6"], ranks=ranks)
+    assert completed.returncode == 0 and "going on after step 4 from" in completed.stdout, completed.stdout
+    assert (output / "hf" / "model.safetensors").read_bytes() != model
+    completed = launch([*arguments, "--set", "train.max_steps=2", "--fresh"], ranks=ranks)
+    assert completed.returncode == 0, completed.stdout
+    (aside,) = (output / "previous").iterdir()
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 7
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_metrics_have_every_key_in_every_step(run):
