@@ -130,7 +130,7 @@ STOP_REQUESTS = {
     "SIGUSR1 to a rank": (lambda job: job.rank(1).send_signal(signal.SIGUSR1), 75),
     "SIGINT to a rank": (lambda job: job.rank(1).send_signal(signal.SIGINT), 75),
     "SIGHUP to a rank": (lambda job: job.rank(0).send_signal(signal.SIGHUP), 75),
-    "Ctrl-C": (lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), 1),
+    "Ctrl-C": (lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), -signal.SIGINT),
     "a terminal that closes": (lambda job: os.killpg(job.processes[0].pid, signal.SIGHUP), -signal.SIGHUP),
     "SIGTERM to launch.py": (lambda job: job.launch_py.terminate(), 1),
     "SIGTERM to deepspeed": (lambda job: (job.processes[0].terminate(), job.processes[0].wait()), -signal.SIGTERM),
