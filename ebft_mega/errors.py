@@ -80,6 +80,14 @@ class LockLostError(EbftError):
     """Another run has taken the run directory over, because this one gave no sign of life."""
 
 
+class DirectoryLostError(EbftError):
+    """The run directory was removed or renamed while the run was running, and no outcome can be recorded in it."""
+
+
+class ResultsLostError(EbftError):
+    """A run has come to its end, and something of what it leaves is missing or damaged."""
+
+
 class DamagedDataError(EbftError):
     """Data that passed the checks before the run is damaged, truncated, missing or unreachable when read (exit code 4).
 

@@ -1,9 +1,13 @@
-"""What a run writes into its directory beside metrics and checkpoints: what it is, and at the end its model."""
+"""What a run writes beside metrics and checkpoints: what it is, and at the end its model and the report."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ebft_mega.checkpoint.describing_files import DescribingFiles
+from ebft_mega.checkpoint.describing_files import DescribingFiles, describing_files
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.io.durable import write_bytes
@@ -13,9 +17,26 @@ from ebft_mega.lifecycle.start import Start
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.runtime.run_files import MODEL_FOLDER, RESOLVED_CONFIG_NAME, write_environment
+from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME, RESOLVED_CONFIG_NAME, write_environment
 from ebft_mega.train.step import Trainer
 from ebft_mega.types import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def read_described(config: RunConfig, tokenizer_directory: Path) -> DescribingFiles | None:
+    """Read what describes the model beside its weights, on the first rank; None on the others.
+
+    Args:
+        tokenizer_directory: of the training data.
+    Raises:
+        BrokenCheckpointError: on every rank, if the run starts from a checkpoint with a changed file.
+    Communication: one broadcast over the world.
+    """
+    found: list[DescribingFiles] = []
+    from_first_rank(lambda: found.append(describing_files(config, tokenizer_directory)))
+    return found[0] if found else None
 
 
 def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_step: int | None) -> None:
@@ -49,3 +70,17 @@ def export(config: RunConfig, plan: RunPlan, start: Start, trainer: Trainer, des
     files = {**described.contents, RECORD_NAME: record.to_json().encode()}
     target, dtype = config.output_dir / MODEL_FOLDER, DTYPES[config.train.dtype]
     write_model(target, plan.architecture, tensors, dtype, files)
+
+
+def show_results(output: Path, write_report: Callable[[Path], Path]) -> None:
+    """Make the report, and say where it and the model are; a report that cannot be made is a warning.
+
+    Args:
+        output: a run directory with its model and metrics.
+        write_report: makes the page and returns its path.
+    """
+    try:
+        print(f"report: {write_report(output)}")
+    except Exception as error:  # of any kind: the model and the metrics are there
+        logger.warning("%s could not be written: %s: %s", REPORT_NAME, type(error).__name__, error)
+    print(f"model:  {output / MODEL_FOLDER}", flush=True)

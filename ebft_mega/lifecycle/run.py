@@ -66,7 +66,6 @@ def run_training(
     with ExitStack() as held_to_the_end:
         lock = RunLock(config.output_dir)
         lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
-        lock_lost = (lambda: lock.lost) if groups.is_world_first else (lambda: False)
         limit = config.train.max_run_minutes
         if groups.is_world_first:
             signals.before_forced_end(lock.delete)
@@ -75,7 +74,7 @@ def run_training(
         standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()))
         if standing.action is Action.NOTHING:
             return from_first_rank(lambda: conclude(config, standing, write_report))
-        run = Run(config, plan, groups, loader, signals, requests, lock_lost, write_report, standing)
+        run = Run(config, plan, groups, loader, signals, requests, lambda: lock.lost, write_report, standing)
         return run_in_directory(run, (*lock_notes, *standing.notes))
 
 
@@ -132,15 +131,15 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     if run.groups.is_world_first:
         (output / STATUS_NAME).unlink(missing_ok=True)  # the outcome of an earlier run there
     dist.barrier()  # from here on a status is one of this run
-    outcome = Outcome(output, run.lock_lost)
+    outcome = Outcome(output, run.lost)
     run.signals.before_forced_end(outcome.of_stop_at_start)
     try:
         with Watchdog(timeout_of_steps(run.config), log_path, outcome.of_hang) as watchdog:
             start = find_start(run.config, run.plan, run.loader)
             watchdog.beat("checking of the checkpoint")
-            outcome.progress = start.progress
+            outcome.begin(start.progress)
             stopped = train_and_export(run, replace(start, notes=(*notes, *start.notes)), watchdog)
-            dist.barrier()
+            from_first_rank(lambda: outcome.require_results(bool(stopped)))
     except BaseException as error:
         run.signals.fail_undisturbed()
         leave_soon()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.describing_files import DescribingFiles, checkpoint_files, describing_files
+from ebft_mega.checkpoint.describing_files import DescribingFiles, checkpoint_files
 from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.schema import RunConfig
@@ -16,14 +16,14 @@ from ebft_mega.errors import CheckpointError
 from ebft_mega.lifecycle.build import build_chosen_trainer
 from ebft_mega.lifecycle.inputs import held_out_rows
 from ebft_mega.lifecycle.model_identity import run_identity
-from ebft_mega.lifecycle.results import describe_in_directory, export
+from ebft_mega.lifecycle.results import describe_in_directory, export, read_described, show_results
 from ebft_mega.lifecycle.standing import Standing
 from ebft_mega.lifecycle.start import Start, tidy
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.dry_run import checkpoint_words
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
-from ebft_mega.runtime.run_files import MODEL_FOLDER
+from ebft_mega.runtime.run_lock import Loss
 from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.hooks import Observer, StepHooks, open_observer, step_hooks
@@ -43,7 +43,7 @@ class Run:
     loader: BatchLoader
     signals: Signals
     requests: StopRequests
-    lock_lost: Callable[[], bool]  # whether this rank knows that another run has the directory now
+    lost: Callable[[], Loss]  # what has become of the run directory, as far as this rank knows
     write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
     standing: Standing  # what was found in the directory
 
@@ -71,7 +71,7 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
     watchdog.beat("building of the model")
     held_out = held_out_rows(config, groups)
-    described = describing_files_of(run)
+    described = read_described(config, run.tokenizer_directory)
     for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             trainer,
             CheckpointSaver(output / CHECKPOINTS, groups, config.checkpoint.keep_last, config.checkpoint.keep_every),
             run.requests,
-            run.lock_lost,
+            run.lost,
             small_files,
             announce=observer.writer.note if observer is not None else None,
             beat=watchdog.beat,
@@ -107,9 +107,9 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     finally:
         if observer is not None:
             observer.writer.close()
-    if groups.is_world_first:
-        report = run.write_report(output)
-        print(f"report: {report}\nmodel:  {output / MODEL_FOLDER}", flush=True)
+    if observer is not None:
+        show_results(output, run.write_report)
+    from_first_rank(observer.writer.require_whole if observer is not None else lambda: None)
     if failure is not None:
         raise failure
     return StopReason.NONE
@@ -129,18 +129,6 @@ def _take_steps(
         if progress.step < total_steps or progress.evaluation_pending:
             raise
         return StopReason.NONE, error
-
-
-def describing_files_of(run: Run) -> DescribingFiles | None:
-    """Read what describes the model beside its weights, on the first rank; None on the others.
-
-    Raises:
-        BrokenCheckpointError: on every rank, if the run starts from a checkpoint with a changed file.
-    Communication: one broadcast over the world.
-    """
-    found: list[DescribingFiles] = []
-    from_first_rank(lambda: found.append(describing_files(run.config, run.tokenizer_directory)))
-    return found[0] if found else None
 
 
 def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from ebft_mega.errors import ResultsLostError
 from ebft_mega.io.durable import write_bytes
 from ebft_mega.io.standard_streams import output_failures
 from ebft_mega.metrics.console import ConsoleSink, open_console
@@ -175,10 +176,14 @@ class MetricsWriter:
         if self._console is not None:
             self._sinks.append(self._console)
 
-    @property
-    def unwritten_lines(self) -> int:
-        """Lines of `metrics.jsonl` that could not be written so far."""
-        return self._results.unwritten_lines
+    def require_whole(self) -> None:
+        """Check that all lines of `metrics.jsonl` are written.
+
+        Raises:
+            ResultsLostError: some could not be.
+        """
+        if self._results.unwritten_lines:
+            raise ResultsLostError(f"metrics.jsonl lacks its last {self._results.unwritten_lines} lines")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics everywhere.

@@ -1,5 +1,6 @@
 """Small files of a run directory: the outcome (`status.json`), `environment.json`, and each rank's log."""
 
+import contextlib
 import json
 import logging
 import os
@@ -67,9 +68,9 @@ def stop_on_record(output_dir: Path) -> int | None:
 def _code_on_record(output_dir: Path, state: RunState) -> int | None:
     try:
         status = json.loads((output_dir / STATUS_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return int(status["exit_code"]) if status["state"] == state else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or a damaged one
         return None
-    return int(status["exit_code"]) if status["state"] == state else None
 
 
 def record_failure(output_dir: Path, exit_code: int, step: int, checkpoint: str | None = None) -> int:
@@ -121,6 +122,54 @@ def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None) 
     return path
 
 
+class RankLog(logging.FileHandler):
+    """A log file that is made anew when it was removed or renamed, and whose failure is a warning, once.
+
+    Args:
+        path: the file; it is opened, and its folder made, when there is something to write.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        self._has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record where the name leads now."""
+        try:
+            self._follow_name()
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Say once that the file cannot be written: logs are only shown."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(f"warning: {self.baseFilename} cannot be written ({error}); the run continues", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file; what a full disk has not taken is dropped."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def _follow_name(self) -> None:
+        path = Path(self.baseFilename)
+        try:
+            named = path.stat()
+            own = os.fstat(self.stream.fileno()) if self.stream is not None else None
+            if own is None or (own.st_dev, own.st_ino) == (named.st_dev, named.st_ino):
+                return
+        except FileNotFoundError:
+            path.parent.mkdir(exist_ok=True)  # never the run directory
+        if self.stream is not None:
+            stream, self.stream = self.stream, None  # as in logging itself
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
 def setup_rank_log(output_dir: Path, rank: int) -> Path:
     """Send this process's logging to `logs/rank-XXXX.log` (all) and, on rank 0, warnings to standard error.
 
@@ -133,9 +182,8 @@ def setup_rank_log(output_dir: Path, rank: int) -> Path:
         The log file.
     """
     directory = output_dir / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"rank-{rank:04d}.log"
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [RankLog(path)]
     if rank == 0:
         console = logging.StreamHandler(sys.stderr)
         console.setLevel(logging.WARNING)

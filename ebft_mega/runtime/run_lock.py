@@ -8,13 +8,16 @@ import os
 import socket
 import tempfile
 import threading
+import time
 import uuid
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
 
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.durable import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,28 @@ HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0  # ten heartbeats
 # Each failed attempt means that another process took the lock meanwhile; so many in a row do not happen.
 MAX_ATTEMPTS = 10
+# Between looks at a lock file that is missing or damaged, until that is believed.
+LOOK_AGAIN_SECONDS = (0.1, 1.0)
+
+
+class Loss(IntEnum):
+    """What a run may lose while it runs. Where ranks know different things the greatest one counts for all."""
+
+    NONE = 0
+    DIRECTORY = 1
+    LOCK = 2
+
+    @property
+    def words(self) -> str:
+        """What has happened, for messages."""
+        return _LOSSES[self]
+
+
+_LOSSES = {
+    Loss.NONE: "the run has its directory",
+    Loss.DIRECTORY: "the run directory was removed or renamed while the run was running",
+    Loss.LOCK: "another run has taken the run directory over",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +136,7 @@ class RunLock:
         self._holder = Holder.of_this_process()
         self._notes: list[str] = []
         self._leaving = threading.Event()
+        self._looking = threading.Lock()  # the heartbeat and the run look, too
         self._thread = threading.Thread(target=self._renew, name="run-lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
@@ -131,10 +157,12 @@ class RunLock:
 
     def delete(self) -> None:
         """Delete the lock file, unless another run has it; for a process that is ended without leaving."""
+        self._leaving.set()
         try:
-            if self.lost:
+            found = self._found()
+            if found is Loss.LOCK:
                 logger.warning("%s is another run's by now and stays", self._path)
-            else:
+            elif found is Loss.NONE:
                 self._path.unlink(missing_ok=True)
         except OSError as failure:
             logger.warning("%s cannot be deleted (%s); the next start takes it over", self._path, failure)
@@ -145,17 +173,53 @@ class RunLock:
         return tuple(self._notes)
 
     @property
-    def lost(self) -> bool:
-        """Whether the lock is not this process's any more, because somebody deleted it or took it over.
+    def lost(self) -> Loss:
+        """What has become of the lock; a lock file that was only deleted or damaged is made anew.
 
-        Reads one small file. A file system that does not answer is no loss.
+        Reads one small file. A file system that does not answer is no loss, and no lock of another rank is this one's.
         """
+        if self._thread.ident is None:
+            return Loss.NONE
+        with self._looking:
+            for wait_seconds in (0.0, *LOOK_AGAIN_SECONDS):
+                # A name may be missing for a moment (a file system that is mounted anew), or a file empty.
+                time.sleep(wait_seconds)
+                found = self._found()
+                if found in (Loss.NONE, Loss.LOCK):
+                    return found or Loss.NONE
+            if not self._path.parent.is_dir():
+                return Loss.DIRECTORY
+            return Loss.NONE if self._leaving.is_set() else self._restored()
+
+    def _found(self) -> Loss | None:
+        """What the lock file says; None: that no run has the directory, because it is missing or damaged."""
         try:
-            return self._path.read_text(encoding="utf-8", errors="replace") != self._holder.to_json()
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            return True
+            return None
         except OSError:
-            return False
+            return Loss.NONE
+        if text == self._holder.to_json():
+            return Loss.NONE
+        return None if Holder.from_json(text) is None else Loss.LOCK
+
+    def _restored(self) -> Loss:
+        """Make the lock file anew where it is missing or damaged; another start that is quicker has the lock."""
+        try:
+            if not self._create(self._path):
+                return self._replaced_damaged()
+        except OSError:  # a full disk
+            return Loss.NONE
+        logger.warning("%s was deleted while the run was running: made anew", self._path)
+        return Loss.NONE
+
+    def _replaced_damaged(self) -> Loss:
+        found = self._found()
+        if found is not None:
+            return found
+        write_bytes(self._path, self._holder.to_json().encode())
+        logger.warning("%s was damaged while the run was running: made anew", self._path)
+        return Loss.NONE
 
     def _acquire(self) -> None:
         for _ in range(MAX_ATTEMPTS):
@@ -254,8 +318,8 @@ class RunLock:
 
     def _renew(self) -> None:
         while not self._leaving.wait(HEARTBEAT_SECONDS):
-            if self.lost:
-                logger.warning("%s: another run has taken this directory over", self._path)
+            if lost := self.lost:
+                logger.warning("%s: %s", self._path, lost.words)
                 return
             try:
                 os.utime(self._path)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -39,7 +40,7 @@ class Watchdog:
     def __init__(self, timeout: datetime.timedelta, log_path: Path | None, record: Callable[[], int]):
         self._timeout_seconds = timeout.total_seconds()
         # Opened now: a process that hangs may have no file descriptor left.
-        self._log = open(log_path, "ab", buffering=0) if log_path else None
+        self._log = _opened(log_path)
         self._record = record
         self._exit_code = EXIT_HANG
         self._beats = 0
@@ -103,6 +104,14 @@ class Watchdog:
         )
         os.write(descriptor, headline.encode())
         faulthandler.dump_traceback(descriptor, all_threads=True)
+
+
+def _opened(log_path: Path | None) -> FileIO | None:
+    """A log file to append to; None where there is none, or it cannot be opened: there is standard error, too."""
+    try:
+        return open(log_path, "ab", buffering=0) if log_path else None
+    except OSError:
+        return None
 
 
 def leave_soon() -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
-from ebft_mega.errors import CheckpointError, LockLostError
+from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
+from ebft_mega.runtime.run_lock import LOCK_NAME, Loss
 from ebft_mega.runtime.stop_requests import StopReason, StopRequests
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
@@ -35,7 +36,7 @@ class Boundary:
         trainer: whose state is saved.
         saver: writes checkpoints.
         requests: what this rank is asked for.
-        lock_lost: whether this rank knows that the run directory has become another run's.
+        lost: what this rank knows to have become of the run directory.
         small_files: contents of the files of a checkpoint beside its tensors, when it begins.
         announce: shows a line to people; None on ranks that do not.
         beat: told that something moves while the run waits for disks.
@@ -49,7 +50,7 @@ class Boundary:
         trainer: Trainer,
         saver: CheckpointSaver,
         requests: StopRequests,
-        lock_lost: Callable[[], bool],
+        lost: Callable[[], Loss],
         small_files: Callable[[Progress], Mapping[str, bytes]],
         announce: Callable[[str], None] | None,
         beat: Callable[[str], None],
@@ -57,7 +58,7 @@ class Boundary:
         saved: Progress | None,
     ):
         self._trainer, self._saver, self._requests = trainer, saver, requests
-        self._lock_lost = lock_lost
+        self._lost = lost
         self._small_files = small_files
         self._announce, self._beat = announce, beat
         self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
@@ -89,6 +90,7 @@ class Boundary:
         Raises:
             CheckpointError: a checkpoint failed, and the run was to stop with it or cannot do without it.
             LockLostError: another run has the directory now; nothing more is written there.
+            DirectoryLostError: there is no such directory any more.
         Communication: one all-reduce of four int64 over the world; when a checkpoint is begun or committed, that of
             `CheckpointSaver.begin` and `settle`.
         """
@@ -128,14 +130,13 @@ class Boundary:
     def _agree(self) -> Agreed:
         """Hear what all ranks are asked for; a rank that was asked to stop is enough."""
         requests = self._requests
-        own = (requests.stop_reason(), requests.save_requested(), self._saver.is_writing, self._lock_lost())
+        own = (requests.stop_reason(), requests.save_requested(), self._saver.is_writing, self._lost())
         heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-        stop, save, is_writing, lock_lost = heard.tolist()
-        if lock_lost:
-            raise LockLostError(
-                f"{self._trainer.config.output_dir} has been taken over by another run: see its run.lock"
-            )
+        stop, save, is_writing, lost = heard.tolist()
+        if lost:
+            message = f"{self._trainer.config.output_dir}: {Loss(lost).words}"
+            raise LockLostError(f"{message}: see its {LOCK_NAME}") if lost == Loss.LOCK else DirectoryLostError(message)
         if stop and not self._stop:
             self._stop = StopReason(stop)
             logger.warning("asked to stop: %s", self._stop.words)

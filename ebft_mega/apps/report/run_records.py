@@ -1,4 +1,4 @@
-"""Read what a run has written: JSON files, JSON-lines files, and one curve per metric."""
+"""Read what a run has written: JSON files, the good lines of JSON-lines files, and one curve per metric."""
 
 import json
 from collections.abc import Iterable
@@ -11,29 +11,26 @@ from ebft_mega.errors import InputError, Problem
 Curve = tuple[list[int], list[float]]
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read all complete objects of a JSON-lines file; an incomplete last line (of a killed run) is left out.
+def read_good_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the objects with a step of a JSON-lines file, whatever else is in it.
 
     Returns:
-        The objects in file order; empty if there is no such file.
-    Raises:
-        InputError: a line other than the last is not a JSON object.
+        The objects in file order, and what was left out, in words.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError([Problem(f"{path}:{number}", "line", error.msg, "a JSON object")]) from None
-        if not isinstance(record, dict):
-            raise InputError([Problem(f"{path}:{number}", "line", repr(record)[:40], "a JSON object")])
-        records.append(record)
-    return records
+    if not path.is_file():
+        return [], []
+    lines = path.read_bytes().splitlines()
+    records = [record for line in lines if (record := _record(line)) is not None]
+    lacking = len(lines) - len(records)
+    return records, [f"{path.name}: {lacking} lines that are damaged are left out"] * bool(lacking)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page of one run: curves, held-out metrics, rollouts beside their targets, configuration and environment."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,16 @@ from typing import Any
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import Chart, draw_chart, draw_phases
-from ebft_mega.apps.report.run_records import Curve, curves, read_json, read_json_lines
-from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME
+from ebft_mega.apps.report.run_records import Curve, curves, read_good_lines, read_json
+from ebft_mega.runtime.run_files import (
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    RESOLVED_CONFIG_NAME,
+    STATUS_NAME,
+)
+
+logger = logging.getLogger(__name__)
 
 TRAINING_CHARTS = (
     Chart(
@@ -65,6 +74,8 @@ PHASES = (
     ("perf/update_seconds", "update"),
 )
 PLOTS_NAME = "plots"
+SAMPLES_NAME = "samples.jsonl"
+NO_TABLE = Table([], [])
 SHOWN_BLOCKS = 6
 CONTEXT_CHARACTERS = 400
 
@@ -72,33 +83,52 @@ CONTEXT_CHARACTERS = 400
 def write_run_report(output_dir: Path) -> Path:
     """Write `report.html` and its plots from the files of a run; whatever was not logged is left out.
 
+    What is damaged or cannot be drawn is left out, too, and the page says so.
+
     Args:
         output_dir: a run directory with `metrics.jsonl`; `samples.jsonl`, `config.resolved.yaml`,
             `environment.json` and `status.json` are shown where they exist.
     Returns:
         The page.
     Raises:
-        InputError: a file is damaged.
+        OSError: the page cannot be written.
     Communication: none.
     """
-    by_key = curves(read_json_lines(output_dir / "metrics.jsonl"))
-    path = output_dir / "report.html"
-    status = output_dir / "status.json"
-    outcome = read_json(status) if status.exists() else {}
+    metrics, damages = read_good_lines(output_dir / METRICS_NAME)
+    samples, more = read_good_lines(output_dir / SAMPLES_NAME)
+    by_key = curves(metrics)
+    path = output_dir / REPORT_NAME
+    lacking = [*damages, *more]
+
+    def attempt(make: Callable[[], object], otherwise: object) -> object:
+        try:
+            return make()
+        except Exception as error:  # of any kind: no part of the page is worth losing the rest
+            lacking.append(f"a part of this page could not be made: {type(error).__name__}: {error}")
+            return otherwise
+
+    outcome: dict[str, str] = {}
+    attempt(lambda: outcome.update(_outcome(output_dir / STATUS_NAME)), None)
     files = [output_dir / name for name in (RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME)]
-    write_page(
-        path,
-        "run.html",
-        title=f"Run {output_dir.name}",
-        subtitle=_subtitle(by_key),
-        evaluation=_evaluation_table(by_key),
-        evaluation_figures=_evaluation_figures(by_key, output_dir),
-        training_figures=_training_figures(by_key, output_dir),
-        blocks=_sampled_blocks(read_json_lines(output_dir / "samples.jsonl")),
-        outcome=Table(["outcome", ""], [[key, str(value)] for key, value in outcome.items()], num_text_columns=2),
-        files={file.name: file.read_text(encoding="utf-8") for file in files if file.exists()},
-    )
+    parts: dict[str, object] = {
+        "title": f"Run {output_dir.name}",
+        "subtitle": attempt(lambda: _subtitle(by_key), ""),
+        "evaluation": attempt(lambda: _evaluation_table(by_key), NO_TABLE),
+        "evaluation_figures": attempt(lambda: _evaluation_figures(by_key, output_dir), []),
+        "training_figures": attempt(lambda: _training_figures(by_key, output_dir), []),
+        "blocks": attempt(lambda: _sampled_blocks(samples), []),
+        "files": attempt(lambda: {file.name: file.read_text(encoding="utf-8") for file in files if file.exists()}, {}),
+    }
+    rows = [*map(list, outcome.items()), *(["lacking", text] for text in lacking)]
+    write_page(path, "run.html", outcome=Table(["outcome", ""], rows, num_text_columns=2), **parts)
+    for text in lacking:
+        logger.warning("%s: %s", path, text)
     return path
+
+
+def _outcome(status: Path) -> dict[str, str]:
+    """What `status.json` says, if there is one: the page of a run is made before its outcome is recorded."""
+    return {key: str(value) for key, value in read_json(status).items()} if status.exists() else {}
 
 
 def _subtitle(by_key: Mapping[str, Curve]) -> str:

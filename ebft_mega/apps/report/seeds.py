@@ -75,14 +75,15 @@ def write_study(
         label = f"{difference.arm} - {difference.against}"
         panels.setdefault(difference.metric.label, {})[label] = difference.interval
     image = output / "differences.png"
-    draw_intervals(panels, image)
+    if panels:
+        draw_intervals(panels, image)
     path = output / "report.html"
     write_page(
         path,
         "study.html",
         title="Arms over several seeds",
         subtitle=", ".join([reference, *others]),
-        plot=Figure.of(image, output, "Differences averaged over seeds, 95 % intervals over rows."),
+        plot=Figure.of(image, output, "Differences averaged over seeds, 95 % intervals over rows.") if panels else None,
         differences=_table(found, len(evaluations)),
         remarks=[*notes, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
     )

@@ -12,7 +12,8 @@ from ebft_mega.checkpoint import saver as saver_module
 from ebft_mega.checkpoint.commit import complete_folders, leftovers, newest
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
 from ebft_mega.checkpoint.saver import CheckpointSaver
-from ebft_mega.errors import CheckpointError, LockLostError
+from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
+from ebft_mega.runtime.run_lock import Loss
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step_boundary import Boundary
@@ -50,12 +51,12 @@ class Bench:
         trainer = build(directory, 1, 1, f"output_dir={directory}", *overrides)
         self.requests, self.said = Requests(), []
         self.saver = CheckpointSaver(self.root, trainer.groups, keep_last=2, keep_every=None)
-        self.lock_lost, self.beats = False, []
+        self.lost, self.beats = Loss.NONE, []
         self.boundary = Boundary(
             trainer,
             self.saver,
             self.requests,
-            lambda: self.lock_lost,
+            lambda: self.lost,
             lambda progress: {"state.json": b"{}"},
             self.said.append,
             self.beats.append,
@@ -161,19 +162,26 @@ def test_a_save_request_is_heard_in_an_evaluation(tmp_path):
         assert result == (False, ["save"], ["step-00000005"], 1, True)
 
 
-def lose_the_lock(directory):
+def lose(directory, lost):
     bench = Bench(directory)
-    bench.lock_lost = dist.get_rank() == 0
+    bench.lost = lost if dist.get_rank() == 0 else Loss.NONE
     try:
         bench.cross(5, is_due=True)
-    except LockLostError as error:
-        return str(error), bench.folders
+    except (LockLostError, DirectoryLostError) as error:
+        return type(error), str(error), bench.folders
     return None
 
 
-def test_a_run_that_lost_its_lock_writes_nothing_more(tmp_path):
-    for message, folders in run_ranks(2, lose_the_lock, str(tmp_path)):
-        assert "has been taken over by another run" in message and folders == []
+@pytest.mark.parametrize(
+    ("lost", "kind", "words"),
+    [
+        (Loss.LOCK, LockLostError, "another run has taken the run directory over: see its run.lock"),
+        (Loss.DIRECTORY, DirectoryLostError, "the run directory was removed or renamed while the run was running"),
+    ],
+)
+def test_a_run_that_lost_its_directory_writes_nothing_more(tmp_path, lost, kind, words):
+    for found, message, folders in run_ranks(2, lose, str(tmp_path), lost):
+        assert found is kind and message.endswith(words) and folders == []
 
 
 def fail_to_point(directory):

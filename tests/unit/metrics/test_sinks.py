@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from ebft_mega.errors import ResultsLostError
 from ebft_mega.metrics import sinks
 from ebft_mega.metrics.sinks import JsonlSink, MetricsWriter, cut_after
 
@@ -144,10 +145,13 @@ def test_metrics_without_their_directory_wait(tmp_path):
     writer = MetricsWriter(tmp_path / "run", total_steps=3, console=False)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     writer.log(1, {"a": 1.0})
-    assert writer.unwritten_lines == 1 and not (tmp_path / "run").exists()
+    with pytest.raises(ResultsLostError, match="lacks its last 1 lines"):
+        writer.require_whole()
+    assert not (tmp_path / "run").exists()
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     writer.close()
-    assert writer.unwritten_lines == 0 and len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    writer.require_whole()
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 def make_unwritable(directory, how):

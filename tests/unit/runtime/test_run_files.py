@@ -2,11 +2,13 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
 from ebft_mega.runtime.run_files import (
     failure_on_record,
+    record_failure,
     setup_rank_log,
     write_environment,
     write_status,
@@ -68,3 +70,46 @@ def test_rank_logs(tmp_path, package_logger, capsys):
     shown = capsys.readouterr().err
     assert "seen by the user" in shown
     assert "only in the file" not in shown
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"state": "failed"}', '{"state": "failed", "exit_code": []}']
+)
+def test_a_damaged_status_is_no_failure_on_record(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    assert failure_on_record(tmp_path) is None
+    assert record_failure(tmp_path, 1, 3) == 1
+    assert failure_on_record(tmp_path) == 1
+
+
+@pytest.mark.parametrize("change", ["removed", "folder removed", "renamed"])
+def test_a_rank_log_that_vanished_is_made_anew(tmp_path, package_logger, change):
+    path = setup_rank_log(tmp_path, 1)
+    logger = logging.getLogger("ebft_mega.train")
+    logger.info("before")
+    if change == "removed":
+        path.unlink()
+    elif change == "renamed":
+        path.parent.rename(tmp_path / "old")
+    else:
+        shutil.rmtree(path.parent)
+    logger.info("after")
+    assert path.read_text().endswith("ebft_mega.train: after\n")
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no directory", "full disk"])
+def test_a_rank_log_that_cannot_be_written_is_one_warning(tmp_path, package_logger, obstacle, capsys):
+    output = tmp_path / "run"
+    if obstacle != "no directory":
+        output.mkdir()
+    if obstacle == "a file":
+        (output / "logs").write_text("notes")
+    elif obstacle == "full disk":
+        (output / "logs").mkdir()
+        (output / "logs" / "rank-0001.log").symlink_to("/dev/full")
+    setup_rank_log(output, 1)
+    for number in range(3):
+        logging.getLogger("ebft_mega.train").info("line %d", number)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "Traceback" not in said
+    assert output.exists() == (obstacle != "no directory")

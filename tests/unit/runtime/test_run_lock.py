@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 
 from ebft_mega.errors import InputError
 from ebft_mega.runtime import run_lock
-from ebft_mega.runtime.run_lock import LOCK_NAME, Holder, RunLock, clock_of
+from ebft_mega.runtime.run_lock import LOCK_NAME, Holder, Loss, RunLock, clock_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30
@@ -169,11 +171,10 @@ def test_a_lock_is_renewed_and_never_somebody_elses(tmp_path, monkeypatch, elsew
         os.utime(tmp_path / LOCK_NAME, (1, 1))
         wait_until(lambda: clock_of(tmp_path) - (tmp_path / LOCK_NAME).stat().st_mtime < 5)
         # Not written in place: its renewal might come in between.
-        write(tmp_path, elsewhere).rename(tmp_path / "new")
-        assert lock.lost
+        (tmp_path / "new").write_text(elsewhere.to_json())
         os.utime(tmp_path / "new", (1, 1))
         (tmp_path / "new").rename(tmp_path / LOCK_NAME)
-        assert lock.lost
+        assert lock.lost is Loss.LOCK
         wait_until(lambda: not any(thread.name == "run-lock" for thread in threading.enumerate()))
         assert (tmp_path / LOCK_NAME).stat().st_mtime == 1
     assert (tmp_path / LOCK_NAME).read_text() == elsewhere.to_json()
@@ -235,6 +236,74 @@ def test_a_taker_that_died_on_the_way_stops_others_for_a_while_only(tmp_path, mo
     with RunLock(tmp_path) as lock:
         assert lock.notes and not lock.lost
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def quick_looks(monkeypatch):
+    monkeypatch.setattr(run_lock, "LOOK_AGAIN_SECONDS", (0.01, 0.05))
+
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "renamed": lambda path: path.rename(path.with_name("old")),
+    "emptied": lambda path: path.write_text(""),
+    "overwritten": lambda path: path.write_text("no lock"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_lock_file_that_only_vanished_is_made_anew(tmp_path, damage, quick_looks, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ebft_mega"), "propagate", True)
+    with RunLock(tmp_path) as lock:
+        text = (tmp_path / LOCK_NAME).read_text()
+        DAMAGES[damage](tmp_path / LOCK_NAME)
+        assert lock.lost is Loss.NONE
+        assert (tmp_path / LOCK_NAME).read_text() == text
+        assert sum("made anew" in record.message for record in caplog.records) == 1
+        (tmp_path / "old").unlink(missing_ok=True)
+        refusal(tmp_path)  # a second run still finds the directory held
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_start_that_comes_after_a_deletion_has_the_lock(tmp_path, quick_looks):
+    with RunLock(tmp_path) as first:
+        (tmp_path / LOCK_NAME).unlink()
+        with RunLock(tmp_path) as second:
+            assert (first.lost, second.lost) == (Loss.LOCK, Loss.NONE)
+            first.delete()
+            assert second.lost is Loss.NONE
+
+
+@pytest.mark.parametrize("is_renamed", [True, False])
+def test_a_run_directory_that_vanished_is_no_other_run(tmp_path, is_renamed, quick_looks):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with RunLock(directory) as lock:
+        if is_renamed:
+            directory.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(directory)
+        assert lock.lost is Loss.DIRECTORY
+        assert "removed or renamed" in lock.lost.words and not directory.exists()
+
+
+def test_a_name_that_is_missing_for_a_moment_is_no_loss(tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with RunLock(directory) as lock:
+        directory.rename(tmp_path / "elsewhere")
+        monkeypatch.setattr(time, "sleep", lambda seconds: seconds and (tmp_path / "elsewhere").rename(directory))
+        assert lock.lost is Loss.NONE
+
+
+def test_a_rank_without_the_lock_loses_none(tmp_path):
+    assert RunLock(tmp_path).lost is Loss.NONE and os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_is_given_back_is_not_made_anew(tmp_path, quick_looks):
+    with RunLock(tmp_path) as lock:
+        lock.delete()
+        assert lock.lost is Loss.NONE and not (tmp_path / LOCK_NAME).exists()
 
 
 def test_of_many_that_take_over_at_once_one_succeeds(tmp_path, elsewhere):

@@ -191,6 +191,17 @@ def test_study_needs_every_seed_to_agree(tmp_path):
     assert f"{np.std(found['eval/ce_loss']['by_seed'], ddof=1):.4f}" in html
 
 
+def test_a_study_in_which_nothing_was_measured_by_row(tmp_path):
+    arms = {}
+    for name in ("warm start", "EBFT"):
+        arms[name] = write_evaluation(tmp_path / name, {"eval/ce_loss": 0.0})
+        path = arms[name] / "evaluation.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "per_row": {}}))
+    html = write_study({0: arms, 1: arms}, tmp_path / "out", "warm start").read_text()
+    assert "nothing to compare" in html and "differences.png" not in html
+    assert json.loads((tmp_path / "out" / "study.json").read_text()) == []
+
+
 def test_study_refuses_other_rows(tmp_path):
     one = {"a": write_evaluation(tmp_path / "a", {"eval/ce_loss": 0.0})}
     other = {"b": write_evaluation(tmp_path / "b", {"eval/ce_loss": 0.0})}

@@ -2,14 +2,14 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from ebft_mega.apps.report.plots import smooth
-from ebft_mega.apps.report.run_records import curves, read_json_lines
+from ebft_mega.apps.report.run_records import curves, read_good_lines
 from ebft_mega.apps.report.run_report import write_run_report
-from ebft_mega.errors import InputError
 from tests.unit.apps.report.page_reader import PageReader
 
 
@@ -75,13 +75,46 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     assert found == {"a": ([2], [3.0]), "b": ([1], [5.0])}
 
 
-def test_torn_last_line_is_left_out_and_a_damaged_one_refused(tmp_path):
+def test_damaged_lines_are_left_out_and_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st')
-    assert read_json_lines(path) == [{"step": 1}]
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(InputError, match="metrics.jsonl:2"):
-        read_json_lines(path)
+    assert read_good_lines(path) == ([], [])
+    path.write_bytes(b'{"step": 1}\n{"st\n[2]\n{"step": "x"}\n\xff\n' + b"[" * 100_000 + b'\n{"step": 2}\n{"st')
+    assert read_good_lines(path) == (
+        [{"step": 1}, {"step": 2}],
+        ["metrics.jsonl: 6 lines that are damaged are left out"],
+    )
+
+
+OBSTACLES = {
+    "damaged metrics": (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n" * 3), "3 lines that are damaged"),
+    "a file where plots go": (lambda run: (run / "plots").write_text("notes"), "FileExistsError"),
+    "a strange sample": (lambda run: (run / "samples.jsonl").write_text('{"step": 1}\n'), "KeyError"),
+    "a damaged status": (lambda run: (run / "status.json").write_text("{"), "a part of this page"),
+    "a configuration in another encoding": (
+        lambda run: (run / "config.resolved.yaml").write_bytes(b"\xff"),
+        "UnicodeDecodeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_whatever_cannot_be_shown_leaves_the_rest_of_the_page(tmp_path, name):
+    write_lines(tmp_path / "metrics.jsonl", ebft_records(3))
+    write_lines(tmp_path / "samples.jsonl", [])
+    (tmp_path / "environment.json").write_text("shown all the same")
+    place, words = OBSTACLES[name]
+    place(tmp_path)
+    text = PageReader(write_run_report(tmp_path).read_text()).text
+    if name != "a configuration in another encoding":
+        assert "shown all the same" in text
+    assert words in text
+
+
+def test_a_page_without_matplotlib(tmp_path, monkeypatch):
+    write_lines(tmp_path / "metrics.jsonl", ebft_records(3))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = PageReader(write_run_report(tmp_path).read_text())
+    assert page.images == [] and "2.2500 (step 3)" in page.text and "could not be made" in page.text
 
 
 def test_smoothing_equals_a_naive_running_mean():
