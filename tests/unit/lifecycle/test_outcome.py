@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import DirectoryLostError, LockLostError, ResultsLostError
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.results import show_results
 from ebft_mega.model.weights.model_directory import write_model
-from ebft_mega.model.weights.weight_layout import hf_shapes
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.train.progress import Progress
 from tests.conftest import tiny_config
