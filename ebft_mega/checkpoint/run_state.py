@@ -63,7 +63,7 @@ class RunState(Record):
     feature_network: Sha256 | None  # identity of the initial model's weights; None: there are no rollouts
     feature_source: str  # where they came from, in words
     # Its sizes and rotary settings by name; None: a checkpoint of before they were recorded, or no rollouts.
-    feature_architecture: dict[str, str | int | float | None] | None = None
+    feature_architecture: dict[str, str | bool | int | float | None] | None = None
     layout: Layout
     evaluations: tuple[EvaluationRecord, ...]
     # Metrics of the last step that are not logged yet, because its evaluation was still to come; None: all is logged.
