@@ -140,6 +140,32 @@ def test_a_configuration_that_names_code_is_refused(tmp_path, fields):
     assert problem.partition(":")[0].split(".")[-1] in {*fields, "auto_map"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type: 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type: 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_parameters.rope_theta: None"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+    ],
+)
+def test_settings_that_the_layers_do_not_compute_are_refused(tmp_path, fields, problem):
+    saved_model(tmp_path / "given")
+    change(tmp_path / "given", "config.json", **fields)
+    assert problems_of(tmp_path / "given") == [problem]
+
+
+def test_a_tied_head_that_differs_comes_in_as_a_head_of_its_own(tmp_path):
+    given = saved_model(tmp_path / "given")
+    given["lm_head.weight"] = torch.randn_like(given["model.embed_tokens.weight"])
+    save_file(given, tmp_path / "given" / "model.safetensors", metadata={"format": "pt"})
+    result = import_model(tmp_path / "given", tmp_path / "imported", None, 10**9)
+    assert "note: lm_head.weight differs from model.embed_tokens.weight" in str(result)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "imported")
+    assert torch.equal(again.lm_head.weight, given["lm_head.weight"]) and not again.config.tie_word_embeddings
+    assert torch.equal(again.model.embed_tokens.weight, given["model.embed_tokens.weight"])
+
+
 def test_planted_code_and_pickles_are_neither_run_nor_copied(tmp_path):
     directory, mark = tmp_path / "given", tmp_path / "exploded"
     saved_model(directory)

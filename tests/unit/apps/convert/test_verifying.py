@@ -69,6 +69,16 @@ def test_one_changed_weight_shows(tmp_path, groups, tokenizer, text):
     assert compare_logits(tmp_path / "hf", tmp_path / "other", text, 100, groups).max_difference > 1e-2
 
 
+def test_both_readers_keep_a_head_apart_that_differs_from_a_tied_embedding(tmp_path, groups, tokenizer, text):
+    model(tmp_path / "hf", tokenizer)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = 3 * torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    result = compare_logits(tmp_path / "hf", None, text, 100, groups)
+    assert result.max_difference <= 1e-4 and result.largest_logit > 1
+    assert "note: lm_head.weight differs" in str(result)
+
+
 def test_a_checkpoint_is_compared_with_its_export(tmp_path, groups, tokenizer, text):
     architecture, source = model(tmp_path / "hf", tokenizer, "qwen3", tied=False)
     folder = write_checkpoint(tmp_path / "checkpoints", architecture, source)
