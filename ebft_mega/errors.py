@@ -127,5 +127,9 @@ class PeerFailedError(EbftError):
         super().__init__(f"another rank {ended}")
 
 
+class OutOfMemoryError(EbftError):
+    """There was not enough memory, on the device or in the machine."""
+
+
 class NonFiniteStepError(EbftError):
     """Too many steps in a row had a loss or gradient that is not finite."""

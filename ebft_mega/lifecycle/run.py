@@ -1,6 +1,5 @@
 """One run: connect the ranks, check what they share, lock the run directory, run, and record the outcome."""
 
-import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.rows.loader import BatchLoader
-from ebft_mega.errors import ConfigError, Problem
+from ebft_mega.errors import OutOfMemoryError
+from ebft_mega.lifecycle.connecting import connect_ranks, require_same_inputs
 from ebft_mega.lifecycle.inputs import make_loader
 from ebft_mega.lifecycle.model_identity import require_whole_models
 from ebft_mega.lifecycle.outcome import Outcome
@@ -22,13 +20,14 @@ from ebft_mega.lifecycle.standing import Action, conclude
 from ebft_mega.lifecycle.start import find_start
 from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
-from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.planning.phase_needs import needs_of_phases
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.runtime.agreement import from_first_rank, require_agreement
+from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_files import STATUS_NAME, setup_rank_log
 from ebft_mega.runtime.run_lock import RunLock
 from ebft_mega.runtime.stop_requests import Signals, StopRequests
-from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN, Watchdog, leave_soon
+from ebft_mega.runtime.watchdog import Watchdog, leave_soon
+from ebft_mega.runtime.witness import Witness, watched_by
 
 logger = logging.getLogger(__name__)
 
@@ -78,44 +77,6 @@ def run_training(
         return run_in_directory(run, (*lock_notes, *standing.notes))
 
 
-def connect_ranks(config: RunConfig) -> ProcessGroups:
-    """Connect the ranks of the job and make its process groups.
-
-    Raises:
-        ConfigError: sequence parallelism without GPUs: megatron-core's mappings allocate on the current CUDA device.
-    Communication: collective over the world.
-    """
-    timeout = timeout_of_steps(config) + COLLECTIVE_MARGIN
-    device = connect(timeout, configuration_sha256(config))
-    parallel, key = config.parallel, "parallel.sequence_parallel"
-    if parallel.sequence_parallel and device.type != "cuda":
-        found, expected = f"true, on a {device.type}", "false: it needs GPUs"
-        raise ConfigError([Problem(config.place(key), key, found, expected)])
-    return make_process_groups(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timeout)
-
-
-def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> None:
-    """Check that all ranks have the same configuration and the same data.
-
-    Raises:
-        InputError: they have not.
-    Communication: that of `require_agreement`.
-    """
-    held_out = plan.evaluation_rows
-    require_agreement(
-        {
-            "configuration, sha256": configuration_sha256(config),
-            config.data.mixture_key: loader.state.to_json(),
-            "evaluation.shards": held_out.manifest.fingerprint if held_out else "none",
-        }
-    )
-
-
-def configuration_sha256(config: RunConfig) -> str:
-    """Hash of the configuration with every key: the same on all ranks of a run."""
-    return hashlib.sha256(resolved_yaml(config).encode()).hexdigest()
-
-
 def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     """Find the start, train, export, and record the outcome, whatever it is.
 
@@ -133,8 +94,16 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     dist.barrier()  # from here on a status is one of this run
     outcome = Outcome(output, run.lost)
     run.signals.before_forced_end(outcome.of_stop_at_start)
+    needs = needs_of_phases(run.config, run.plan, run.groups.pipeline_rank)
+    witness = Witness(dist.get_rank(), log_path, output / STATUS_NAME, needs)
+    run.signals.before_forced_end(witness.leave)
+
+    def of_hang() -> int:
+        witness.leave()
+        return outcome.of_hang()
+
     try:
-        with Watchdog(timeout_of_steps(run.config), log_path, outcome.of_hang) as watchdog:
+        with watched_by(witness), Watchdog(timeout_of_steps(run.config), log_path, of_hang) as watchdog:
             start = find_start(run.config, run.plan, run.loader)
             watchdog.beat("checking of the checkpoint")
             outcome.begin(start.progress)
@@ -143,7 +112,10 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     except BaseException as error:
         run.signals.fail_undisturbed()
         leave_soon()
-        if (cause := outcome.of_error(error)) is not error:
+        cause = outcome.of_error(error)
+        if cause is error and (words := witness.words_for(error)):
+            cause = OutOfMemoryError(words)
+        if cause is not error:
             raise cause from error
         raise
     exit_code = outcome.of_end(bool(stopped), is_writer=run.groups.is_world_first)

@@ -124,7 +124,10 @@ class _Meeting:
         except RuntimeError as error:
             text = str(error).splitlines()[0]
             if "EADDRINUSE" in text or "already in use" in text:
-                self._refuse(f"{self._port}, at which another program listens", f"a free port: {self._other_port}")
+                self._refuse(
+                    f"{self._port}, at which another program listens",
+                    f"a free port, which {self._launch.port_option} sets",
+                )
             if "EACCES" in text or "ermission" in text:
                 self._refuse(f"{self._port}, at which this user may not listen", self._other_port)
             if listens and "timed out" in text:
