@@ -13,7 +13,7 @@ from ebft_mega.io.durable import sync_directory, write_bytes
 from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.findings import PREVIOUS, UNFINISHED_MOVE, is_whole_model
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
-from ebft_mega.lifecycle.standing import Standing, standing_of
+from ebft_mega.lifecycle.standing import Action, Standing, standing_of
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.run_files import MODEL_FOLDER
 from ebft_mega.runtime.run_lock import LOCK_NAME
@@ -104,7 +104,9 @@ def take_directory(config: RunConfig, plan: RunPlan, fresh: Fresh) -> Standing:
         require_inputs_elsewhere(config)
         notes += set_results_aside(output, fresh.keeps)
     standing = standing_of(config, plan)
-    return replace(standing, notes=(*notes, *standing.notes))
+    # That no step is taken needs a word; resuming has its own.
+    what = [standing.words] * (standing.action is Action.COMPLETE)
+    return replace(standing, notes=(*notes, *standing.notes, *what))
 
 
 def set_results_aside(output: Path, keeps: Sequence[Path]) -> list[str]:

@@ -168,5 +168,10 @@ def test_model_is_found_again_after_a_kill_between_its_two_renames(site, replaci
     assert not restore_model(site.output)
 
 
+def test_start_says_that_it_only_writes_the_missing_model(site):
+    site.finish(model=False)
+    assert "its model is missing: it is written from " in take_directory(*site.planned(), Fresh()).notes[-1]
+
+
 def test_the_date_has_no_letters_that_file_systems_refuse():
     assert ":" not in setting_aside.DATE_FORMAT and "/" not in setting_aside.DATE_FORMAT
