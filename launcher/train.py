@@ -22,6 +22,7 @@ from pathlib import Path  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
 from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
+from ebft_mega.io.arguments import output_directory, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
 from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
@@ -30,7 +31,7 @@ from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
-from ebft_mega.runtime.launch_environment import enter_launch, speaks_for_machine  # noqa: E402
+from ebft_mega.runtime.launch_environment import MAX_PROCESSES, enter_launch, speaks_for_machine  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
@@ -44,13 +45,18 @@ def parse_arguments() -> argparse.Namespace:
     option("--config", type=Path, required=True, help="YAML file; docs/configuration.md lists its keys")
     add_overrides_option(parser, "set a key, such as train.lr=1e-5; may be given again")
     option("--dry-run", action="store_true", help="print the plan and the memory table, and stop")
-    option("--world-size", type=int, metavar="N", help="number of processes that --dry-run plans for")
-    option("--trace-step", type=Path, metavar="DIR", help="run one optimizer step and write its trace")
+    option(
+        "--world-size",
+        type=whole_number(1, MAX_PROCESSES),
+        metavar="N",
+        help="number of processes that --dry-run plans for",
+    )
+    option("--trace-step", type=output_directory, metavar="DIR", help="run one optimizer step and write its trace")
     option("--fresh", action="store_true", help="set what is in output_dir aside (in previous/) and begin anew")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     arguments = parser.parse_args()
-    if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
-        parser.error("--world-size is a positive number and goes with --dry-run")
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size goes with --dry-run")
     if arguments.fresh and arguments.trace_step is not None:
         parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments

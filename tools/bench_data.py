@@ -35,7 +35,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.command import run_command
 
@@ -48,14 +48,23 @@ RESUME_SHARD_DOCUMENTS = 20_000
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=12_000, help="documents in the shards (default: 12000)")
-    parser.add_argument("--tokens", type=int, default=6_000, help="mean tokens of a document (default: 6000)")
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default: 1024)")
-    parser.add_argument("--batches", type=int, default=400, help=f"of {BATCH_ROWS} rows a process (default: 400)")
-    parser.add_argument("--processes", type=int, default=2, help="processes that read at once (default: 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="times each figure is measured (default: 3)")
     parser.add_argument(
-        "--resume-documents", type=int, default=10_000_000, help="documents of the large index (default: 10000000)"
+        "--documents", type=whole_number(), default=12_000, help="documents in the shards (default: 12000)"
+    )
+    parser.add_argument(
+        "--tokens", type=whole_number(), default=6_000, help="mean tokens of a document (default: 6000)"
+    )
+    parser.add_argument("--sequence-length", type=whole_number(), default=1024, help="tokens in a row (default: 1024)")
+    parser.add_argument(
+        "--batches", type=whole_number(), default=400, help=f"of {BATCH_ROWS} rows a process (default: 400)"
+    )
+    parser.add_argument("--processes", type=whole_number(), default=2, help="processes that read at once (default: 2)")
+    parser.add_argument("--repeats", type=whole_number(), default=3, help="times each figure is measured (default: 3)")
+    parser.add_argument(
+        "--resume-documents",
+        type=whole_number(),
+        default=10_000_000,
+        help="documents of the large index (default: 10000000)",
     )
     return parser.parse_args()
 

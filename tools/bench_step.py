@@ -21,16 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.apps.benchmark.case import MODELS
 from ebft_mega.apps.benchmark.suite import CASES, QUICK_CASES, run_suite
 from ebft_mega.apps.benchmark.tables import report
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, output_file
 from ebft_mega.io.command import run_command
 
 
 def main() -> int:
     """Run the benchmark and write its file."""
     parser = ToolParser(description=__doc__.splitlines()[0], epilog=f"cases: {', '.join(case.name for case in CASES)}")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="the bench file to write")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cost against L, n and stride")
-    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables that are printed")
+    parser.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE.json", help="the bench file to write"
+    )
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw cost against L, n and stride")
+    parser.add_argument("--markdown", type=output_file, metavar="FILE.md", help="write the tables that are printed")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these")
     parser.add_argument(
         "--model", choices=list(MODELS), default="toy", help="its size (default: toy); others need a GPU"

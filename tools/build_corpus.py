@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.command import run_command
 
 
@@ -22,9 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="corpus directory to make")
     parser.add_argument("--source", type=Path, default=standard_library(), help="another Python standard library")
-    parser.add_argument("--seed", type=int, default=0, help="chooses which packages are held out (default 0)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="chooses which packages are held out (default 0)"
+    )
     parser.add_argument("--include-tests", action="store_true", help="keep the library's own tests")
-    parser.add_argument("--max-bytes", type=int, help="stop at about this many bytes of text")
+    parser.add_argument("--max-bytes", type=whole_number(), help="stop at about this many bytes of text")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     arguments = parser.parse_args()
     if arguments.max_bytes is not None and arguments.max_bytes < 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, output_directory
 from ebft_mega.io.command import run_command
 
 
@@ -29,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         help="an arm's name and its evaluation.json, or the directory holding it; give at least two",
     )
     parser.add_argument("--reference", help="arm that the others are compared with (default: the first)")
-    parser.add_argument("--output", type=Path, required=True, help="directory of report.html and comparison.json")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, help="directory of report.html and comparison.json"
+    )
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, real_number
 from ebft_mega.io.command import run_command
 
 ORDER = (
@@ -91,7 +91,7 @@ def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, metavar="A", help="directory of the first trace")
     parser.add_argument("second", type=Path, metavar="B", help="directory of the second trace")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference (default 1e-4)")
+    parser.add_argument("--tolerance", type=real_number(), default=1e-4, help="allowed difference (default 1e-4)")
     arguments = parser.parse_args()
     missing = [
         str(path / file)

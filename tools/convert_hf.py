@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, real_number
 from ebft_mega.io.command import run_command
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     verifying.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
     verifying.add_argument("--positions", type=positive, default=512, help="tokens of it to read (default: 512)")
     tolerance = "largest absolute difference that passes (default: 1e-3)"
-    verifying.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help=tolerance)
+    verifying.add_argument("--tolerance", type=real_number(), default=1e-3, metavar="X", help=tolerance)
     return parser.parse_args()
 
 

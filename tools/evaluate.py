@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
 from ebft_mega.io.command import add_overrides_option, run_command
 
 LONGEST_DEFAULT_ROW = 1024
@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
-    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and plots")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, help="directory for evaluation.json and plots"
+    )
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
     add_overrides_option(parser, "override keys of --config")
     parser.add_argument(
@@ -34,8 +36,8 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="frozen feature network (default: ebft.feature_model, or --model)",
     )
-    parser.add_argument("--rows", type=int, help="held-out rows (default: evaluation.rows, 64)")
-    parser.add_argument("--skip-rows", type=int, default=0, help="rows at the start that are left out")
+    parser.add_argument("--rows", type=whole_number(), help="held-out rows (default: evaluation.rows, 64)")
+    parser.add_argument("--skip-rows", type=whole_number(0), default=0, help="rows at the start that are left out")
     arguments = parser.parse_args()
     if arguments.overrides and arguments.config is None:
         parser.error("--set overrides keys of --config, which is not given")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, ArmResult, Experiment, Scale
 from ebft_mega.apps.study.commands import add_runner_options, phase_runner
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, real_number
 from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--budget-seconds",
-        type=float,
+        type=real_number(),
         default=FULL_SECONDS,
         help="wall time to aim at on two quiet cores; scales the steps of every phase (default %(default)g)",
     )

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, Experiment, Scale
 from ebft_mega.apps.study.commands import add_runner_options, phase_runner
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, output_directory, real_number, whole_number
 from ebft_mega.io.command import add_overrides_option, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,16 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="default: %(default)s")
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--output", type=output_directory, default=Path("runs/study"), help="default: %(default)s")
     parser.add_argument(
         "--split",
         choices=("tuning", "validation"),
         default="validation",
         help="held-out rows: tuning to choose settings, validation to report (default)",
     )
-    parser.add_argument("--rows", type=int, default=256, help="held-out rows (default %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the configured steps (default 1)")
+    parser.add_argument("--rows", type=whole_number(), default=256, help="held-out rows (default %(default)s)")
+    parser.add_argument(
+        "--scale", type=real_number(above=True), default=1.0, help="share of the configured steps (default 1)"
+    )
     add_overrides_option(parser, "set a key of the EBFT arm only")
     add_runner_options(parser)
     return parser.parse_args()

@@ -1,11 +1,16 @@
-"""A command line on which no option is given twice."""
+"""A command line on which no option is given twice, and no number is beyond its bounds."""
 
 import argparse
+import contextlib
+import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+MOST = 1 << 40  # of anything that an option counts
 # Actions that add to what was given before.
 _REPEATABLE = ("_AppendAction", "_ExtendAction", "_CountAction")
 
@@ -41,3 +46,55 @@ class ToolParser(argparse.ArgumentParser):
             return None
         (action,) = actions.values()
         return None if type(action).__name__ in _REPEATABLE else action.option_strings[0]
+
+
+def whole_number(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        # Python refuses to read an integer of thousands of digits.
+        if re.fullmatch(r"[-+]?[0-9]{1,20}", text) and least <= int(text) <= most:
+            return int(text)
+        upwards = f"a whole number from {least}" + f" to {most}" * (most < MOST)
+        raise argparse.ArgumentTypeError(f"found {_shown(text)}; expected {upwards}")
+
+    return read
+
+
+def real_number(least: float = 0.0, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `least` (or, with `above`, above it) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and (least < value if above else least <= value) and value <= most:
+            return value
+        bounds = f"a number {'above' if above else 'from'} {least:g}" + f" to {most:g}" * math.isfinite(most)
+        raise argparse.ArgumentTypeError(f"found {_shown(text)}; expected {bounds}")
+
+    return read
+
+
+def output_directory(text: str) -> Path:
+    """The type of an option that names a directory to be made or written to."""
+    path = Path(text)
+    with contextlib.suppress(OSError):  # not to be seen: writing will say so
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise argparse.ArgumentTypeError(f"found {_shown(text)}, where {there} is a file; expected a directory")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """The type of an option that names a file to be written."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"found {_shown(text)}, which is a directory; expected a file")
+    output_directory(str(path.parent))
+    return path
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

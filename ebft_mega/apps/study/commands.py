@@ -10,13 +10,16 @@ from pathlib import Path
 
 from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.arguments import whole_number
 
 MOST_THREADS = 4
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:
     """Add `--ranks` and `--fresh`, which `phase_runner` reads."""
-    parser.add_argument("--ranks", type=int, default=default_num_ranks(), help="processes (default %(default)s)")
+    parser.add_argument(
+        "--ranks", type=whole_number(), default=default_num_ranks(), help="processes (default %(default)s)"
+    )
     parser.add_argument("--fresh", action="store_true", help="reuse nothing from an earlier run")
 
 
