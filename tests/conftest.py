@@ -1,11 +1,18 @@
 """Fixtures shared by all tests: one gloo process group of size one, tiny random models of every architecture."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# What is ignored stays ignored in a run (`nohup`), and shells ignore SIGINT in what they start in the background. Tests
+# that send these signals mean programs that were started as usual: what has a handler is not ignored after an exec.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 # Time limits per example would measure how busy the machine is. CI runs the same examples every time, so that a change
 # is judged by itself; elsewhere new ones are tried.

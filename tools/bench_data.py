@@ -94,7 +94,7 @@ def synthetic_dataset(directory: Path, vocab_size: int, options: argparse.Namesp
     random = np.random.default_rng(0)
     for number in range(options.documents):
         length = int(random.integers(options.tokens // 10, 2 * options.tokens - options.tokens // 10))
-        writer.add(random.integers(0, vocab_size, length), {"path": f"synthetic/{number}"})
+        writer.add(random.integers(0, vocab_size, length).tolist(), {"path": f"synthetic/{number}"})
     writer.finish()
     return open_dataset(directory / "dataset")
 

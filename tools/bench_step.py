@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.apps.benchmark.case import MODELS
+from ebft_mega.apps.benchmark.case import MODELS, BenchCase
 from ebft_mega.apps.benchmark.suite import CASES, QUICK_CASES, run_suite
 from ebft_mega.apps.benchmark.tables import report
 from ebft_mega.io.arguments import ToolParser, output_file
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short row, one run: checks that everything works")
     options = parser.parse_args()
 
-    cases = QUICK_CASES if options.quick else CASES
+    cases: tuple[BenchCase, ...] = QUICK_CASES if options.quick else CASES
     if options.cases:
         cases = tuple(case for case in CASES if case.name in options.cases)
     model = dataclasses.replace(MODELS[options.model], attention=options.attention)

@@ -72,6 +72,6 @@ def launch(arguments: list[str], ranks: int | None) -> subprocess.CompletedProce
         output, _ = process.communicate(timeout=LAUNCH_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        output, _ = process.communicate(timeout=60)
         raise AssertionError(f"no end after {LAUNCH_TIMEOUT_SECONDS} s:\n{output}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output, "")

@@ -147,7 +147,7 @@ def forked(site: Site, output: Path, *overrides: str, ranks: int = RANKS, **faul
     finally:
         for process in job.processes:
             process.kill()
-            process.join()
+            process.join(SECONDS_TO_END)
 
 
 def _be_forked_rank(arguments: list[str], environment: dict[str, str], console: str) -> None:
@@ -192,7 +192,7 @@ def launched(site: Site, output: Path, *overrides: str, pipe: bool = False, **fa
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            process.wait()
+            process.wait(SECONDS_TO_END)
 
 
 def _prepare(output: Path, faults: dict[str, Any]) -> tuple[Path, dict[str, str]]:

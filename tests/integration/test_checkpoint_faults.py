@@ -14,7 +14,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from tests.distributed.runs import checkpoint
-from tests.integration.jobs import RANKS, Site, assert_same_outcome, finish, forked, launched
+from tests.integration.jobs import RANKS, SECONDS_TO_END, Site, assert_same_outcome, finish, forked, launched
 from tests.integration.rank_with_faults import STAGES
 
 STAGES_BEFORE_THE_COMMIT = tuple(STAGES)[: tuple(STAGES).index("renamed")]
@@ -124,6 +124,12 @@ def test_one_rank_is_killed(site, clean, tmp_path, seed):
     assert_same_outcome(clean, output, STEPS)
 
 
+def end_the_command(job):
+    """Which ends at once and leaves everybody behind."""
+    job.processes[0].terminate()
+    job.processes[0].wait(SECONDS_TO_END)
+
+
 # What is done to a job, and the code that the `deepspeed` command then ends with.
 STOP_REQUESTS = {
     "SIGTERM to a rank": (lambda job: job.rank(1).terminate(), 75),
@@ -133,7 +139,10 @@ STOP_REQUESTS = {
     "Ctrl-C": (lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), -signal.SIGINT),
     "a terminal that closes": (lambda job: os.killpg(job.processes[0].pid, signal.SIGHUP), -signal.SIGHUP),
     "SIGTERM to launch.py": (lambda job: job.launch_py.terminate(), 1),
-    "SIGTERM to deepspeed": (lambda job: (job.processes[0].terminate(), job.processes[0].wait()), -signal.SIGTERM),
+    "SIGTERM to deepspeed": (
+        lambda job: (job.processes[0].terminate(), job.processes[0].wait(SECONDS_TO_END)),
+        -signal.SIGTERM,
+    ),
     "SIGTERM to the process group": (lambda job: os.killpg(job.processes[0].pid, signal.SIGTERM), -signal.SIGTERM),
     "the file STOP": (lambda job: (job.output / "STOP").touch(), 75),
     "the time limit": (lambda job: None, 75),

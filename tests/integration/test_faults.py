@@ -123,7 +123,7 @@ def started(launcher, data, directory):
                 leftover.kill()
             except psutil.NoSuchProcess:
                 pass
-        process.wait()
+        process.wait(timeout=10)
 
 
 @pytest.mark.slow

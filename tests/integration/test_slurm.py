@@ -85,6 +85,12 @@ def finish(job: subprocess.Popen) -> tuple[int, str]:
     return job.returncode, output
 
 
+def ended(job: subprocess.Popen) -> str:
+    """Stop a batch script that is of no use any more, and return what it has printed."""
+    job.send_signal(signal.SIGTERM)
+    return job.communicate(timeout=60)[0]
+
+
 @pytest.fixture
 def cluster(tmp_path):
     return Cluster(tmp_path)
@@ -246,7 +252,7 @@ def wait_for_ranks(job, output, what):
     """Wait until both ranks have left a file."""
     deadline = time.monotonic() + 60
     while not all((output / f"{what}-{rank}").exists() for rank in range(2)):
-        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0]
+        assert job.poll() is None and time.monotonic() < deadline, ended(job)
         time.sleep(0.05)
 
 
@@ -289,7 +295,7 @@ def test_a_requeued_run_resumes_where_it_was_stopped(cluster, data, script):
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[0]
+        assert job.poll() is None and time.monotonic() < deadline, ended(job)
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
     code, text = finish(job)

@@ -96,7 +96,7 @@ def held_back(bench):
     go, write = threading.Event(), saver_module.write_state_shards
 
     def wait_and_write(*arguments):
-        go.wait()
+        go.wait(60)
         return write(*arguments)
 
     saver_module.write_state_shards = wait_and_write

@@ -131,5 +131,5 @@ def test_calls_of_other_threads_are_seen(groups):
     with timed_communication(calls):
         thread = threading.Thread(target=dist.barrier, kwargs={"group": groups.data_parallel})
         thread.start()
-        thread.join()
+        thread.join(60)
     assert calls.stopped >= 1

@@ -43,7 +43,7 @@ def other_process(tmp_path):
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.communicate()
+    process.communicate(timeout=SECONDS)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path, other_proce
 
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path, other_process):
     other_process.kill()
-    other_process.wait()
+    other_process.wait(SECONDS)
     with RunLock(tmp_path) as lock:
         (note,) = lock.notes
         assert f"process {other_process.pid} on " in note and note.endswith("that process has ended")
@@ -330,7 +330,7 @@ def test_of_many_that_take_over_at_once_one_succeeds(tmp_path, elsewhere):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(SECONDS)
         assert sorted(outcomes) == ["held"] + ["refused"] * (starters - 1)
         assert os.listdir(directory) == []
 

@@ -1,5 +1,6 @@
 """Stop and save requests: signals, files, time, and chains of real processes whose upper ones are killed."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -88,7 +89,7 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
     about_to_read = threading.Event()
 
     def interrupt():
-        about_to_read.wait()
+        about_to_read.wait(SECONDS)
         deadline = time.monotonic() + SECONDS
         while state.read_text().rsplit(")", 1)[1].split()[0] != "S" and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -101,7 +102,7 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
     thread.start()
     about_to_read.set()
     assert read(reader, buffer, 1) == 1
-    thread.join()
+    thread.join(SECONDS)
     assert signals.received is StopReason.SIGUSR1
     os.close(reader), os.close(writer)
 
@@ -219,6 +220,7 @@ class Chain:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self.pids = {name: int(self._first.stdout.readline()) for name in (*names, "rank")}
+        self._rank = psutil.Process(self.pids["rank"])
 
     def kill(self, name):
         """Kill one and wait until the next one has another parent."""
@@ -237,11 +239,21 @@ class Chain:
 
     def close(self):
         """End the rank, and with it the others."""
-        rank = psutil.Process(self.pids["rank"])
         self._first.stdin.close()
-        psutil.wait_procs([rank], timeout=SECONDS)
-        self._first.wait()
-        self._first.stdout.close()
+        try:
+            assert not psutil.wait_procs([self._rank], timeout=SECONDS)[1]
+        finally:
+            for process in [*self._first_and_its_children(), self._rank]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._first.wait(SECONDS)
+            self._first.stdout.close()
+
+    def _first_and_its_children(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self._first.pid)
+            return [first, *first.children(recursive=True)]
+        return []
 
 
 @pytest.mark.parametrize(
@@ -258,7 +270,9 @@ class Chain:
 )
 def test_a_launcher_that_is_gone(tmp_path, names, killed, environment, is_gone):
     chain = Chain(tmp_path, names, environment)
-    assert not chain.launcher_is_gone()
-    chain.kill(killed)
-    assert chain.launcher_is_gone() == is_gone
-    chain.close()
+    try:
+        assert not chain.launcher_is_gone()
+        chain.kill(killed)
+        assert chain.launcher_is_gone() == is_gone
+    finally:
+        chain.close()

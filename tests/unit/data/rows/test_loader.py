@@ -162,15 +162,22 @@ def test_workers_end_with_a_parent_that_was_killed() -> None:
         [sys.executable, "-c", WITH_WORKERS.format(root=str(ROOT), what=ORPHANED)], stdout=subprocess.PIPE
     )
     assert parent.stdout is not None
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 60
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    parent.stdout.close()
+    workers = []
+    try:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.kill()
+        parent.wait(60)
+        deadline = time.monotonic() + 60
+        while any(is_running(pid) for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        for pid in (*workers, parent.pid):
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+        parent.wait(60)
+        parent.stdout.close()
 
 
 def is_running(pid: int) -> bool:

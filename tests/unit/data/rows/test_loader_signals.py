@@ -40,7 +40,7 @@ children = multiprocessing.active_children()
 for child in children:
     child.terminate()
 for child in children:
-    child.join()
+    child.join(30)
     assert child.exitcode == 0, child.exitcode
 """
 WAITS = "signal.pause()"
@@ -63,7 +63,7 @@ def start():
         started.append(program)
         workers = [psutil.Process(int(pid)) for pid in program.stdout.readline().split()]
         started.extend(workers)
-        assert len(workers) == 2, program.communicate()
+        assert len(workers) == 2, program.communicate(timeout=SECONDS)
         return program, workers
 
     yield start
@@ -99,7 +99,7 @@ def test_the_process_that_started_them_can_end_them(start):
 def test_workers_whose_parent_was_killed_can_be_ended(start):
     program, workers = start(WAITS)
     program.kill()
-    program.wait()
+    program.wait(SECONDS)
     for worker in workers:
         worker.terminate()
     # By themselves they look for their parent every few seconds.
@@ -112,7 +112,7 @@ def test_workers_end_with_a_parent_that_was_killed_after_a_signal(start):
     program, workers = start(WAITS)
     os.killpg(program.pid, signal.SIGTERM)
     program.kill()
-    program.wait()
+    program.wait(SECONDS)
     deadline = time.monotonic() + SECONDS
     assert not psutil.wait_procs(workers, timeout=deadline - time.monotonic())[1]
 

@@ -183,7 +183,7 @@ def test_a_forked_reader_gives_the_same_rows(dataset: Dataset) -> None:
     child = context.Process(target=_row_in_child, args=(stream, 0, results))
     child.start()
     assert results.get(timeout=30) == expected
-    child.join()
+    child.join(30)
     assert stream.row(0).tokens.tolist() == expected
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+ANSWER_SECONDS = 60  # after which no thread of a server waits any more
 SHORT_BODY = b"<p>What a server says in an answer without a file.</p>"
 
 
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = fault.kind in ("hang", "stall", "drop", "hang up")
         if fault.kind == "hang":
             server.stalled.set()
-            server.released.wait()
+            server.released.wait(ANSWER_SECONDS)
             return
         if fault.kind in ("status", "redirect"):
             status = 302 if fault.kind == "redirect" else int(fault.value)
@@ -162,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         if fault.kind == "stall":
             server.stalled.set()
-            server.released.wait()
+            server.released.wait(ANSWER_SECONDS)
 
     def _headers(self, status: int, num_bytes: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -234,7 +235,7 @@ def serving(directory: Path, certificate: tuple[Path, Path] | None) -> Iterator[
         finally:
             server.released.set()
             server.shutdown()
-            thread.join()
+            thread.join(ANSWER_SECONDS)
 
 
 @contextmanager
@@ -247,7 +248,7 @@ def proxying(status: int = 200) -> Iterator[Proxy]:
             yield proxy
         finally:
             proxy.shutdown()
-            thread.join()
+            thread.join(ANSWER_SECONDS)
 
 
 @contextmanager

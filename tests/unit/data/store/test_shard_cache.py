@@ -115,12 +115,12 @@ def test_a_deleted_shard_stays_readable_while_it_is_open(cache: ShardCache) -> N
 
 def test_downloads_under_way_count(cache: ShardCache) -> None:
     """Three downloads meet in the middle: a fourth finds no room, and the limit holds."""
-    together = threading.Barrier(4, timeout=30)
+    together = threading.Barrier(4)
 
     def download(content: bytes) -> Iterator[bytes]:
         yield content[:500]
-        together.wait()
-        together.wait()
+        together.wait(30)
+        together.wait(30)
         yield content[500:]
 
     def run(number: int) -> int | None:
@@ -129,11 +129,11 @@ def test_downloads_under_way_count(cache: ShardCache) -> None:
 
     with ThreadPoolExecutor(3) as executor:
         futures = [executor.submit(run, number) for number in range(3)]
-        together.wait()
+        together.wait(30)
         assert sum(held(cache).values()) == 3000
         assert fetch(cache, contents(9)) is None
         assert cache.open(entry(contents(1)), "place", chunks(contents(1)), 0) is None
-        together.wait()
+        together.wait(30)
         for future in futures:
             os.close(future.result())
     assert fetch(cache, contents(9)) == contents(9)
