@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -126,11 +127,16 @@ def test_the_store_of_torchruns_agent():
     """All ranks are clients; what an earlier start of the ranks has left there is not taken for this one's."""
     agent = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     own = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "job", "LOCAL_WORLD_SIZE": "1"}
+    impatient = Patience(peers=20.0, name=0.5, answer=2.0, other_launch=0.1)
+
+    def come(environment):
+        time.sleep(0.0 if environment["RANK"] == "1" else 0.6)  # longer than what an earlier start may take to end
+        return meet(environment, "", impatient)
+
     for attempt in "01":
         more = own | {"TORCHELASTIC_RESTART_COUNT": attempt}
-        environments = [rank(number, agent.port, **more) for number in (1, 0)]
         with ThreadPoolExecutor(2) as ranks:
-            stores = list(ranks.map(lambda environment: meet(environment, "", HASTY), environments))
+            stores = list(ranks.map(come, [rank(number, agent.port, **more) for number in (1, 0)]))
         assert not stores[0].check(["key"])
         stores[0].set("key", attempt)
         assert stores[1].get("key") == attempt.encode()
