@@ -69,7 +69,7 @@ class RunRecord(Record):
         random = to_jsonable_python(config.model.config)
         model = config.model.init_from
         features = config.ebft.feature_model
-        initial = _fingerprint(model) if model is not None else f"random {_sha256(json.dumps(random, sort_keys=True))}"
+        initial = _fingerprint(model) if model is not None else f"random {_hash_of(random)}"
         return cls(
             steps=plan.total_steps,
             settings={key: values[key] for key in _RECORDED},
@@ -77,7 +77,12 @@ class RunRecord(Record):
             data=plan.train_rows.state,
             held_out=plan.evaluation_rows.manifest.fingerprint if plan.evaluation_rows else "none",
             initial_model=initial,
-            feature_model=_fingerprint(features) if features is not None else "the initial model",
+            feature_model=(
+                # Other sizes or rotary settings make another network of the same weights.
+                f"{_fingerprint(features)}, settings {_hash_of(_plain(sizes(plan.feature_architecture)))}"
+                if features is not None
+                else "the initial model"
+            ),
             started_from=started_from,
         )
 
@@ -224,5 +229,5 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(to_jsonable_python(content))))
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What a start does where results are: every line of the table in docs/running.md, with and without checkpoints."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -183,6 +184,16 @@ def test_finished_other_run(site, checkpoint, is_recorded, what):
         "length": (("data.sequence_length=40",), "sequence_length: found 40; expected 32, as "),
     }[what]
     assert words in refusal(site, *overrides)
+
+
+def test_other_settings_beside_the_feature_model_s_weights_make_another_run(site):
+    features = site.inputs.root / "features"
+    shutil.copytree(site.inputs.root / "model", features)
+    named = f"ebft.feature_model={features}"
+    site.finish(named)
+    assert site.standing(named).action is Action.NOTHING
+    (features / "config.json").write_text(json.dumps(site.inputs.model_fields | {"rope_theta": 77.0}))
+    assert "ebft.feature_model: found a model of fingerprint " in refusal(site, named)
 
 
 def test_model_that_has_moved_is_the_same_model(site):
