@@ -5,6 +5,7 @@
 #   CONTAINER_IMAGE   run every step in this image (srun's pyxis plugin); otherwise in .venv, if there is one
 #   CONTAINER_MOUNTS  what the container sees; the repository alone unless given, so name data and models, too
 #   OMP_NUM_THREADS   threads per rank; the job's processors per rank unless given
+#   MASTER_PORT       where ranks meet; 20000 + job number modulo 10000 unless given
 # shellcheck shell=bash
 
 REQUEUE_ME=75 # the exit code of a run that was stopped on request after a complete checkpoint
@@ -35,7 +36,7 @@ prepare() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processors > $1 ? processors / $1 : 1))}
   export SRUN_CPUS_PER_TASK=$processors # srun does not take sbatch's --cpus-per-task over by itself
   # Below the ports that the system hands out, and different for jobs that share a machine.
-  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+  export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 }
 
 # Check the configuration before any accelerator works, print the plan, and set `output_dir`. A bad configuration ends
