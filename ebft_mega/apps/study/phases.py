@@ -17,6 +17,7 @@ import psutil
 
 from ebft_mega.errors import EbftError
 from ebft_mega.io.durable import write_json
+from ebft_mega.io.process_signals import uninterrupted
 from ebft_mega.metrics.console import format_duration
 from ebft_mega.runtime.run_files import STATUS_NAME
 
@@ -78,14 +79,16 @@ class PhaseRunner:
         if status_of is not None:
             (status_of / STATUS_NAME).unlink(missing_ok=True)
         started = time.monotonic()
+        process = None
         try:
-            process = subprocess.Popen(command, cwd=self.root, env={**os.environ, **self.environment})
+            with uninterrupted():  # a process that nobody knows could not be asked to stop
+                process = subprocess.Popen(command, cwd=self.root, env={**os.environ, **self.environment})
+            code = process.wait()
         except OSError as error:
             raise PhaseFailed(name, command, 1, str(error)) from None
-        try:
-            code = process.wait()
         except BaseException:  # a signal to this process
-            ask_to_stop(process.pid)
+            if process is not None:
+                ask_to_stop(process.pid)
             raise
         seconds = time.monotonic() - started
         if status_of is None:

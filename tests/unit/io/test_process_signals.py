@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from ebft_mega.io import process_signals
+
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 60  # on a busy machine; what is measured is stated where it is
 HONOURED_SECONDS = 5.0
+LEAVE_SECONDS = 0.5  # in programs here: the true figure is asserted
 PRELUDE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from ebft_mega.io import process_signals
 from ebft_mega.io.process_signals import StopNow
+process_signals.LEAVE_SECONDS = {LEAVE_SECONDS}
+process_signals.LOOK_SECONDS = 0.1
 signals = process_signals.listen(75)
 def ready():
     print("ready", flush=True)
@@ -73,10 +78,10 @@ OCCUPATIONS = {
     "sleep": ("ready(); time.sleep(60)", True),
     "a FIFO": ("os.mkfifo(FIFO); ready(); open(FIFO)", True),
     "a pipe": ("ready(); os.read(os.pipe()[0], 1)", True),
-    "a child": ("import subprocess; ready(); subprocess.run(['sleep', '60'])", True),
+    "a child": ("import subprocess; ready(); subprocess.run(['sleep', '60'], stdout=-3, stderr=-3)", True),
     "a lock": ("import threading; lock = threading.Lock(); lock.acquire(); ready(); lock.acquire()", True),
     "a destructor": (
-        "class Slow:\n        def __del__(self):\n            ready(); time.sleep(2)\n    slow = Slow(); del slow\n"
+        "class Slow:\n        def __del__(self):\n            ready(); time.sleep(1)\n    slow = Slow(); del slow\n"
         "    time.sleep(60)",
         True,
     ),
@@ -86,20 +91,23 @@ OCCUPATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "occupation", [pytest.param(name, marks=pytest.mark.slow) if name == "swallowed" else name for name in OCCUPATIONS]
-)
+def test_a_forced_end_comes_in_time():
+    forced_seconds = process_signals.LEAVE_SECONDS + process_signals.ENDING_SECONDS
+    assert process_signals.LOOK_SECONDS + forced_seconds <= HONOURED_SECONDS
+
+
+@pytest.mark.parametrize("occupation", OCCUPATIONS)
 def test_a_start_is_left_in_time_whatever_it_does(tmp_path, occupation):
     body, leaves = OCCUPATIONS[occupation]
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
     name = names[list(OCCUPATIONS).index(occupation) % len(names)]
     fifo = f"FIFO = {str(tmp_path / 'fifo')!r}\n"
     with program(fifo + START.format(body=body)) as process:
-        time.sleep(0.2)  # until it does what it is about to do
+        time.sleep(0.2 if leaves is False else 0.1)  # until it does what it is about to do
         started = time.monotonic()
         process.send_signal(signal.Signals[name])
         code, output, errors = end_of(process)
-        assert code == 75 and time.monotonic() - started < HONOURED_SECONDS + 2, output  # 2: to end, on a busy machine
+        assert code == 75 and time.monotonic() - started < HONOURED_SECONDS, output
     if leaves is not None:
         assert output.startswith("left" if leaves else "forced"), output
     assert leaves is not False or errors == f"stopped by {name}\n"
@@ -138,11 +146,11 @@ def test_a_second_ctrl_c_ends_at_once_even_what_does_not_listen(phase):
 
 
 def test_two_ctrl_c_that_lie_apart_and_a_sigterm_after_one_end_nothing():
-    text = "process_signals.AGAIN_SECONDS = 0.2\n" + TRAINING.format(body="ready(); sys.stdin.readline()")
+    text = "process_signals.AGAIN_SECONDS = 0.1\n" + TRAINING.format(body="ready(); sys.stdin.readline()")
     with program(text, stdin=subprocess.PIPE) as process:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             process.send_signal(number)
-            time.sleep(0.4)
+            time.sleep(0.2)
         process.stdin.write("\n")
         process.stdin.flush()
         assert end_of(process)[:2] == (0, "noted SIGINT SIGTERM\n")
@@ -178,7 +186,7 @@ def test_what_is_ignored_at_the_start_stays_ignored_except_sigusr1():
 
 def test_a_signal_at_the_hand_over_is_neither_lost_nor_deadly():
     body = """
-for _ in range(300):
+for _ in range(100):
     signals = process_signals.listen(75)
     signals.raise_from_now_on()
     caught = False

@@ -1,8 +1,11 @@
 """Phases run, fail, and are reused with real (tiny) commands."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from ebft_mega.apps.study.phases import PhaseFailed, PhaseRunner, source_fingerprint
@@ -114,3 +117,31 @@ def test_source_fingerprint_sees_names_and_contents(tmp_path):
     changed = source_fingerprint([folder])
     (folder / "a.py").rename(folder / "b.py")
     assert len({before, changed, source_fingerprint([folder])}) == 3
+
+
+STOPPED_IN_MID_START = """
+import os, signal, subprocess, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from ebft_mega.apps.study import phases
+from ebft_mega.io.command import run_command
+start = subprocess.Popen
+def start_and_be_stopped(*arguments, **options):
+    child = start(*arguments, **options)
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return child
+subprocess.Popen = start_and_be_stopped
+sys.exit(run_command(lambda: phases.PhaseRunner(Path.cwd(), print).run("sleep", ["sleep", "60"])))
+"""
+
+
+def test_a_command_that_is_just_being_started_is_asked_to_stop(tmp_path):
+    program = STOPPED_IN_MID_START.format(root=str(Path(__file__).resolve().parents[4]))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
+    child = int(done.stdout.splitlines()[-1])
+    left = [process for process in psutil.process_iter() if process.pid == child]
+    assert not psutil.wait_procs(left, timeout=10)[1]
