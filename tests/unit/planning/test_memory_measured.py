@@ -17,6 +17,7 @@ from ebft_mega.planning.memory import Choices, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch
+from tests.unit.checkpoint.folder_stand_ins import run_state
 
 # Large enough for allocations that no formula counts (indices, rewards, Gram matrices) to disappear.
 TEXT = """
@@ -42,7 +43,7 @@ def planned(directory, overrides):
     config = load_config(path, list(overrides))
     architecture = Architecture.from_hf(config.model.config, "test")
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-    rows = TrainingSupply((), None)
+    rows = TrainingSupply((), None, run_state(0).data)
     sizes = ParallelSizes(1, 1, 1)
     return config, RunPlan(architecture, architecture, config.block_plan, sizes, micro_batches, 2, rows, None, ())
 
