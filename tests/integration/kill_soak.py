@@ -39,8 +39,8 @@ from tests.integration.jobs import Site, assert_same_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "EBFT_SOAK"  # environment variable by which every process of a start is found
-STEPS = 6
-SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.interval=2")
+STEPS = 16
+SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.interval=4")
 SECONDS_TO_START, SECONDS_TO_END = 240, 90
 LONGEST_START, LONGEST_END = 9.0, 2.5  # seconds within which a fault comes after the start, and after the last step
 LAUNCHERS = {1: ("none", "deepspeed", "torchrun"), 2: ("deepspeed", "torchrun")}  # by the number of ranks
