@@ -70,7 +70,7 @@ class Job:
         """Process of a rank, once the job is holding."""
         if not isinstance(self.processes[0], subprocess.Popen):
             return psutil.Process(self.processes[number].pid)
-        ranks = self.launch_py.children()
+        ranks = [process for process in self.everybody if rank_with_faults.__file__ in process.cmdline()[:3]]
         return next(process for process in ranks if process.environ().get("RANK") == str(number))
 
     @property
@@ -162,15 +162,27 @@ def _be_forked_rank(arguments: list[str], environment: dict[str, str], console: 
 
 
 @contextmanager
-def launched(site: Site, output: Path, *overrides: str, pipe: bool = False, **faults: Any) -> Iterator[Job]:
-    """A job of the `deepspeed` command, in a process group of its own.
+def launched(
+    site: Site,
+    output: Path,
+    *overrides: str,
+    launcher: str = "deepspeed",
+    pipe: bool = False,
+    ignored: tuple[int, ...] = (),
+    **faults: Any,
+) -> Iterator[Job]:
+    """A job of the `deepspeed` command or of `torchrun`, in a process group of its own.
 
     Args:
         pipe: what it prints goes to a `tee` of the same process group.
+        ignored: signals that it ignores when it starts, as under `nohup`.
     """
     notes, environment = _prepare(output, faults)
     programs = Path(sys.executable).parent
-    command = [str(programs / "deepspeed"), "--num_gpus", str(RANKS), "--master_port", str(free_port())]
+    options = {"deepspeed": ("--num_gpus", "--master_port"), "torchrun": ("--nproc-per-node", "--master-port")}[
+        launcher
+    ]
+    command = [str(programs / launcher), options[0], str(RANKS), options[1], str(free_port())]
     command += [rank_with_faults.__file__, *site.arguments(output, overrides)]
     console = notes / "console.txt"
     environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{programs}:{os.environ['PATH']}"}
@@ -181,6 +193,7 @@ def launched(site: Site, output: Path, *overrides: str, pipe: bool = False, **fa
             stdout=subprocess.PIPE if pipe else stream,
             stderr=subprocess.STDOUT,
             process_group=0,
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
         )
         try:
             if pipe:  # it ends with its input, or with its process group

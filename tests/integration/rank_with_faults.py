@@ -42,6 +42,7 @@ PHASES = {
     "rollout": "ebft_mega.train.step:generate_rollouts",
     "learning": "ebft_mega.train.step:learn",
     "evaluation": "ebft_mega.train.hooks:evaluate_chunk",
+    "end": "ebft_mega.lifecycle.training:export",
 }
 
 

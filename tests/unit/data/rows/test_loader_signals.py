@@ -10,6 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ebft_mega.data.builder import worker_pool
+from ebft_mega.data.rows import loader
+
 ROOT = Path(__file__).resolve().parents[4]
 SECONDS = 60
 PROGRAM = """
@@ -141,3 +144,18 @@ def test_a_worker_that_is_still_starting_when_its_parent_is_killed_ends():
     # The output ends when the worker has ended, too.
     answer = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS)
     assert (answer.returncode, answer.stdout) == (-signal.SIGKILL, "forked\n"), answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        (loader, lambda: loader._obey_the_rank_only(7, 0)),
+        (worker_pool, lambda: worker_pool._start_worker(7, None, None)),
+    ],
+)
+def test_workers_take_the_process_for_their_parent_that_started_them(monkeypatch, module, start):
+    """Not the one that they find themselves: it may be whatever has adopted them."""
+    parents = []
+    monkeypatch.setattr(module, "obey_the_parent_only", parents.append)
+    start()
+    assert parents == [7]
