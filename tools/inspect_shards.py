@@ -33,7 +33,7 @@ from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, output_file, whole_number
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.progress_bar import track
@@ -50,10 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("dataset", help="dataset directory, or its https URL (with --cache)")
     parser.add_argument("--verify", action="store_true", help="read everything and compare every checksum")
-    parser.add_argument("--show", type=int, metavar="N", help="print document N with its metadata")
+    parser.add_argument("--show", type=whole_number(0), metavar="N", help="print document N with its metadata")
     parser.add_argument("--metadata", action="store_true", help="count licences and sources (reads every document's)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of documents")
-    parser.add_argument("--sequence-length", type=int, help=f"of the rows counted (default: {SEQUENCE_LENGTH})")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw the lengths of documents")
+    parser.add_argument(
+        "--sequence-length", type=whole_number(), help=f"of the rows counted (default: {SEQUENCE_LENGTH})"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("--cache", type=Path, help="directory for what is downloaded from a URL")
     parser.add_argument("--cache-gigabytes", type=float, help=f"shards it may hold (default: {CACHE_GIGABYTES})")
@@ -72,8 +74,6 @@ def parse_arguments() -> argparse.Namespace:
         arguments.sequence_length = SEQUENCE_LENGTH
     if arguments.cache_gigabytes is None:
         arguments.cache_gigabytes = CACHE_GIGABYTES
-    if arguments.sequence_length < 1:
-        parser.error(f"--sequence-length: found {arguments.sequence_length}; expected at least 1")
     if not 0 <= arguments.cache_gigabytes < float("inf"):
         parser.error(f"--cache-gigabytes: found {arguments.cache_gigabytes}; expected a number >= 0")
     return arguments

@@ -47,6 +47,8 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("cross_attention_layers", "block_configs", "kv_lora_rank", "q_lora_rank"), (None,)),
     **dict.fromkeys(("num_kv_shared_layers", "num_nextn_predict_layers"), (None, 0)),
     **dict.fromkeys(("per_layer_config", "pruned_heads"), (None, {})),
+    # transformers lets a config rename its own keys
+    "attribute_map": (None, {}),
     # other norms and activations
     **dict.fromkeys(("hidden_activation", "activation_function", "activation"), (None, "silu", "swish")),
     **dict.fromkeys(("norm_type", "normalization_type"), (None, "rmsnorm", "RMSNorm", "rms_norm")),
@@ -70,6 +72,7 @@ def refusals(config: dict[str, Any]) -> Iterator[Refusal]:
     if not found:
         yield from _unsupported_sizes(config)
         yield from _unsupported_switches(config)
+        yield from _special_tokens(config)
         yield from resolve_window(config)[1]
 
 
@@ -113,6 +116,17 @@ def _unsupported_sizes(config: dict[str, Any]) -> Iterator[Refusal]:
     epsilon = config.get("rms_norm_eps", DEFAULT_EPSILON)
     if not is_number(epsilon, 0, 1) or not 0 < epsilon < 1:
         yield Refusal("rms_norm_eps", epsilon, "a number between 0 and 1")
+
+
+def _special_tokens(config: dict[str, Any]) -> Iterator[Refusal]:
+    """Ids of tokens that no reader of the config could use."""
+    ends = config.get("eos_token_id")
+    if ends is not None and not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends])):
+        yield Refusal("eos_token_id", ends, "null, an id or a list of ids")
+    padding, most = config.get("pad_token_id"), config["vocab_size"]
+    # Negative ids count from the end; -1 is in common use for "none".
+    if padding is not None and not (type(padding) is int and -most <= padding < most):
+        yield Refusal("pad_token_id", padding, f"null or an id below vocab_size {most}")
 
 
 def _unsupported_switches(config: dict[str, Any]) -> Iterator[Refusal]:

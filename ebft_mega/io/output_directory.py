@@ -139,6 +139,13 @@ def _keep_only_same_work(partial: Path, identity: str) -> None:
 
 def refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:
     """Raise what `new_directory` would raise for the same arguments."""
+    try:
+        _refuse_other_contents(path, marker, overwrite)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise bad_input("--output", str(path), error.strerror or error, "a place to write to") from error
+
+
+def _refuse_other_contents(path: Path, marker: str, overwrite: bool) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():

@@ -12,7 +12,6 @@ from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOpt
 from ebft_mega.data.builder.build_record import BuildRecord
 from ebft_mega.data.builder.build_summary import late_notes, make_record, write_skipped
 from ebft_mega.data.builder.deduplication import first_occurrences
-from ebft_mega.data.builder.input_files import ARCHIVE_SUFFIX
 from ebft_mega.data.builder.shard_writer import complete_dataset
 from ebft_mega.data.builder.work_plan import Plan, make_plan
 from ebft_mega.data.builder.work_units import (
@@ -33,6 +32,7 @@ from ebft_mega.data.builder.work_units import (
 )
 from ebft_mega.data.builder.worker_pool import Workers
 from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
+from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk

@@ -7,14 +7,10 @@ from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.text.listing import Listing, in_words, list_files
-from ebft_mega.data.text.text_files import first_record_keys
+from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX, CONTAINER_SUFFIXES, count_containers, first_record_keys
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 
-PLAIN_JSONL_SUFFIX = ".jsonl"
-JSONL_SUFFIXES = (PLAIN_JSONL_SUFFIX, ".jsonl.gz", ".jsonl.zst", ".json.gz")
-ARCHIVE_SUFFIX = ".tar"
-CONTAINER_SUFFIXES = (*JSONL_SUFFIXES, ARCHIVE_SUFFIX)
 _KINDS = f"a {', '.join(CONTAINER_SUFFIXES[:-1])} or {ARCHIVE_SUFFIX} file"
 
 OTHER_KINDS = "files of other kinds"
@@ -159,5 +155,6 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
 
 
 def _texts(listing: Listing) -> InputFiles:
-    containers = sum(file.name.endswith(CONTAINER_SUFFIXES) for file in listing.files)
-    return InputFiles(listing.files, holds_texts=True, listing=listing, containers_as_texts=containers)
+    return InputFiles(
+        listing.files, holds_texts=True, listing=listing, containers_as_texts=count_containers(listing.files)
+    )

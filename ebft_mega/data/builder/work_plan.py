@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.input_files import (
-    ARCHIVE_SUFFIX,
     OTHER_KINDS,
     InputFiles,
     list_inputs,
@@ -21,7 +20,15 @@ from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
 from ebft_mega.data.text.listing import in_words, total_counts
-from ebft_mega.data.text.text_files import UNREADABLE, BadText, ReadOptions, TextDocument, decode_text, read_jsonl
+from ebft_mega.data.text.text_files import (
+    ARCHIVE_SUFFIX,
+    UNREADABLE,
+    BadText,
+    ReadOptions,
+    TextDocument,
+    decode_text,
+    read_jsonl,
+)
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import read_json_object
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,10 @@ from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 
+ARCHIVE_SUFFIX = ".tar"
+CONTAINER_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ARCHIVE_SUFFIX)
+# Names under which JSON lines are found, too, beside other JSON.
+_JSON_SUFFIXES = (".json", ".ndjson")
 _CHUNK_BYTES = 1 << 22
 _FIRST_LINE_BYTES = 1 << 26  # of a file whose name does not say that it holds JSON lines
 
@@ -117,6 +121,21 @@ def first_record_keys(file: Path) -> list[str] | None:
     except (CutFileError, ValueError, RecursionError):
         return None
     return sorted(record) if isinstance(record, dict) else None
+
+
+def count_containers(files: Iterable[Path]) -> int:
+    """Count the files that go by their names for JSON lines or archives, or are called JSON and begin as JSON lines do.
+
+    Where files are read as one text each, they are probably meant otherwise.
+    """
+    return sum(file.name.endswith(CONTAINER_SUFFIXES) or _begins_as_json_lines(file) for file in files)
+
+
+def _begins_as_json_lines(file: Path) -> bool:
+    try:
+        return file.name.endswith(_JSON_SUFFIXES) and first_record_keys(file) is not None
+    except OSError:  # reading it as a text will say so
+        return False
 
 
 def read_jsonl(

@@ -109,6 +109,9 @@ FOREIGN = {
     "per_layer_config": {"0": {}},
     "vision_config": {"hidden_size": 8},
     "transformers_weights": "other.safetensors",
+    "attribute_map": {"rms_norm_eps": "other"},
+    "eos_token_id": "</s>",
+    "pad_token_id": 10**6,
     "num_experts": 8,
     "num_local_experts": 8,
     "moe_intermediate_size": 64,
@@ -149,6 +152,8 @@ NEUTRAL = {
     "architectures": [],
     "mlp_bias": False,
     "pruned_heads": {},
+    "eos_token_id": [1, 2],
+    "pad_token_id": -1,
 }
 
 

@@ -54,6 +54,11 @@ def test_another_process_is_refused_until_it_is_killed(tmp_path: Path, capsys: p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"found File name too long; expected a place to write to"):
+        finish(tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(descriptor: int, operation: int) -> None:

@@ -125,7 +125,12 @@ def test_one_document(dataset_directory: Path, texts: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert f"path: {path}\n" in done.stdout
     assert done.stdout.endswith(f"\n\n{texts[path]}\n")
-    for options in (("--show", 7, "--metadata"), ("--cache", "x"), ("--verify", "--verify")):
+    for options in (
+        ("--show", 7, "--metadata"),
+        ("--cache", "x"),
+        ("--verify", "--verify"),
+        ("--sequence-length", 10**27),
+    ):
         done = inspect(dataset_directory, *options)
         assert done.returncode == 2
         assert ": found " in done.stderr

@@ -399,6 +399,14 @@ def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
     build_dataset(source, tokenizer, tmp_path / "out")
     said = "JSONL or tar files among 2 files that are read as one text each: 1"
     assert said in capsys.readouterr().err
+    for number, name in enumerate(("data.json", "data.ndjson")):
+        (source / "data.jsonl").rename(source / name)
+        build_dataset(source, tokenizer, tmp_path / f"out{number}")
+        assert said in capsys.readouterr().err
+        (source / name).rename(source / "data.jsonl")
+    (source / "settings.json").write_text('{\n "text": "no JSON line"\n}\n')
+    build_dataset(source, tokenizer, tmp_path / "out2")
+    assert said.replace("2 files", "3 files") in capsys.readouterr().err
     result = build_dataset(source, tokenizer, tmp_path / "again", BuildOptions(pattern="*.jsonl"))
     assert said not in capsys.readouterr().err
-    assert result.record.left_out == {"files with other names": 1}
+    assert result.record.left_out == {"files with other names": 2}

@@ -136,6 +136,15 @@ def test_training_is_deterministic_and_learns_long_tokens(
     assert len(again.encode(text)) <= len(text) / 2
 
 
+def test_json_lines_that_a_tokenizer_is_trained_on_are_pointed_out(
+    text_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(text_directory, tmp_path / "source"))
+    (source / "dump.json").write_text('{"text": "one"}\n')
+    train_tokenizer(source, 400, tmp_path / "out")
+    assert "JSONL or tar files that are read as one text each: 1" in capsys.readouterr().err
+
+
 def test_training_input_that_cannot_be_used_is_refused(tmp_path: Path, text_directory: Path) -> None:
     with pytest.raises(InputError, match="at least"):
         train_tokenizer(text_directory, 256, tmp_path / "out")
