@@ -14,6 +14,7 @@ from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.findings import PREVIOUS, UNFINISHED_MOVE, is_whole_model
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
 from ebft_mega.lifecycle.standing import Action, Standing, standing_of
+from ebft_mega.planning.input_places import input_places
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.run_files import MODEL_FOLDER
 from ebft_mega.runtime.run_lock import LOCK_NAME
@@ -23,7 +24,6 @@ LOGS = "logs"
 DATE_FORMAT = "%Y-%m-%dT%H-%M-%SZ"  # UTC; no colons, which some file systems and tools do not take
 # Set by Slurm and torchrun in a start that is not the first one of its job.
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-_INPUTS = ("model.init_from", "ebft.feature_model", "data.tokenizer", "evaluation.shards", "checkpoint.resume")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def require_inputs_elsewhere(config: RunConfig) -> None:
     Raises:
         ConfigError: something lies in `output_dir`.
     """
-    places = {key: value for key, value in _input_places(config).items() if _is_inside(value, config.output_dir)}
+    places = {key: value for key, value in input_places(config).items() if _is_inside(value, config.output_dir)}
     if places:
         expected = f"a place outside {config.output_dir}, everything in which --fresh sets aside"
         raise ConfigError([Problem(config.place(key), key, str(place), expected) for key, place in places.items()])
@@ -248,19 +248,6 @@ def _entries(directory: Path) -> list[Path]:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _input_places(config: RunConfig) -> dict[str, Path]:
-    """Local files and folders that a run reads, by key."""
-    places: dict[str, Path] = {}
-    for key in _INPUTS:
-        section, leaf = key.split(".")
-        value = getattr(getattr(config, section), leaf)
-        if value is not None and not (key == "checkpoint.resume" and value in ("auto", "never")):
-            places[key] = Path(value)
-    for name, source in config.data.named_sources.items():
-        places[config.data.source_key(name)] = Path(source.shards)
-    return places
 
 
 def _is_inside(path: Path, directory: Path) -> bool:

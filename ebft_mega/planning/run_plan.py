@@ -21,6 +21,7 @@ from ebft_mega.planning.data_budget import (
     supply_problems,
     training_supply,
 )
+from ebft_mega.planning.input_places import output_problems
 from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import check_model, random_model
 
@@ -168,7 +169,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
     named = [model for model in (policy, None if features is policy else features) if model]
     data = _named_data(config, train_rows, evaluation_rows)
     problems += [*window_problems(named, *_length(config)), *data_problems(named, data)]
-    problems += _no_checkpoint_to_resume(config)
+    problems += [*output_problems(config), *_no_checkpoint_to_resume(config)]
     problems += supply_problems(config, train_rows, evaluation_rows, architecture)
     if problems or not (sizes and architecture and feature_architecture and train_rows):
         raise InputError(problems)

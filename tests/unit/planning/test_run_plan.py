@@ -162,6 +162,17 @@ def test_model_directory_missing(inputs):
     assert line.startswith("run.yaml:3: model.init_from: found no directory nowhere")
 
 
+def test_the_output_is_no_folder_of_an_input(inputs):
+    for key, name in (("model__init_from", "model"), ("data__shards", "train"), ("ebft__feature_model", "model")):
+        place = inputs.root / name
+        (inputs.root / "link").unlink(missing_ok=True)
+        (inputs.root / "link").symlink_to(place)
+        (line,) = found_problems(inputs, output_dir=str(inputs.root / "link"), **{key: str(place)})
+        assert f"output_dir: found link, which is {key.replace('__', '.')}" in line or "model.init_from and" in line
+    inside = load_config(inputs.write(output_dir=str(inputs.root / "model" / "run")))
+    assert check_run(inside, 1).total_steps == 10
+
+
 def test_pickled_weights_are_no_weights(inputs):
     model = inputs.root / "model"
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
