@@ -18,6 +18,8 @@ from enum import Enum
 from types import FrameType
 from typing import Any, NoReturn
 
+from ebft_mega.io.standard_streams import fill_closed_descriptors
+
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 # Batch scripts shield launchers from SIGUSR1 by ignoring it; ranks that inherit this answer it all the same.
 ALWAYS_ANSWERED = (signal.SIGUSR1,)
@@ -73,6 +75,7 @@ class ProcessSignals:
 
     def listen(self) -> "ProcessSignals":
         """Install the handlers; call it in the main thread. A forked child inherits them and ends by a signal."""
+        fill_closed_descriptors()  # the pipe would get their numbers, and then what is printed
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._replaced_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)

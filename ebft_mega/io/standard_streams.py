@@ -76,7 +76,7 @@ def forgive_output_errors(*names: str) -> None:
     Args:
         names: of `stdout` and `stderr`; none: both.
     """
-    _fill_closed_descriptors()
+    fill_closed_descriptors()
     for name in names or STREAMS:
         old, descriptor = getattr(sys, name), STREAMS[name]
         if old is not None:
@@ -125,7 +125,8 @@ def _is_at(stream: TextIO, descriptor: int) -> bool:
         return False
 
 
-def _fill_closed_descriptors() -> None:
+def fill_closed_descriptors() -> None:
+    """Let standard streams that were closed when the program started lead nowhere; before anything is opened."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

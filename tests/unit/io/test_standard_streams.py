@@ -66,6 +66,24 @@ def test_streams_that_were_closed_before_the_start(tmp_path):
     assert (code, (tmp_path / "said").read_text()) == (75, "\n")
 
 
+LISTENER = """
+import os, sys
+from ebft_mega.io import process_signals
+from ebft_mega.io.standard_streams import forgive_output_errors
+process_signals.listen(exit_code=75).note_from_now_on()
+forgive_output_errors()
+print("lines whose ends have the number of SIGUSR1\\n" * 20000)
+sys.exit(len({os.fstat(descriptor).st_rdev for descriptor in (0, 1, 2)} - {os.stat(os.devnull).st_rdev}))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_what_listens_to_signals_does_not_get_the_number_of_a_closed_stream(closed):
+    command = ["sh", "-c", f'exec "$0" "$@" </dev/null >/dev/null 2>/dev/null {closed}', sys.executable, "-c", LISTENER]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(command, env=environment, timeout=20, check=False).returncode == 0
+
+
 def test_characters_that_the_console_lacks(tmp_path):
     with open(tmp_path / "out", "wb") as out:
         assert run(tmp_path, {"PYTHONIOENCODING": "ascii"}, stdout=out, stderr=out) == (75, "")
