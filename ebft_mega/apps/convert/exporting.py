@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ebft_mega.apps.convert.result import Converted
+from ebft_mega.apps.convert.result import Converted, require_own_place
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
@@ -25,10 +25,12 @@ def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, ov
         shard_bytes: most bytes of tensors in one file.
         overwrite: replace a model at `output`.
     Raises:
-        InputError: there is no checkpoint, or `dtype` cannot represent a value.
+        InputError: there is no checkpoint, one would be replaced, or `dtype` cannot represent a value.
         BrokenCheckpointError: files are missing or have changed since they were written.
     """
-    folder = open_model_folder(checkpoint_folder(path), hash_weights=False)
+    found = checkpoint_folder(path)
+    require_own_place(found, output)
+    folder = open_model_folder(found, hash_weights=False)
     architecture = Architecture.from_directory(folder.directory)
     files = track(folder.weight_files, len(folder.weight_files), "files checked")
     problems = [problem for name in files for problem in file_problems(folder.directory, folder.manifest, [name])]

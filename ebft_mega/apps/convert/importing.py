@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ebft_mega.apps.convert.result import Converted
+from ebft_mega.apps.convert.result import Converted, require_own_place
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.checkpoint.describing_files import DescribingFiles, read_describing_files
 from ebft_mega.checkpoint.model_folder import is_checkpoint
@@ -36,6 +36,7 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
             "--input", str(source), "a checkpoint of this trainer", "a Hugging Face directory; see export"
         )
         raise InputError([problem])
+    require_own_place(source, output)
     described = read_describing_files(source)
     model = _checked(described)
     architecture = model.architecture

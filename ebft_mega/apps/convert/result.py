@@ -1,4 +1,4 @@
-"""What a conversion has written, and the time and memory it took."""
+"""Where a conversion may write, what it has written, and the time and memory it took."""
 
 import resource
 import sys
@@ -6,9 +6,26 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ebft_mega.checkpoint.model_folder import is_checkpoint
+from ebft_mega.io.input_errors import bad_input
 from ebft_mega.model.weights.weight_files import stored_tensors
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
+
+
+def require_own_place(source: Path, output: Path) -> None:
+    """Check that a model at `output` may be replaced: with it would go all that lies in its directory.
+
+    Args:
+        source: what is read.
+        output: the directory to make.
+    Raises:
+        InputError: the source lies there, or a checkpoint, which holds more than a model.
+    """
+    if is_checkpoint(output):
+        raise bad_input("--output", str(output), "a checkpoint of this trainer", "a directory of the model's own")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise bad_input("--output", str(output), f"the place of {source}", "a directory of the model's own")
 
 
 @dataclass(frozen=True)

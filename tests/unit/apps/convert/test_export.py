@@ -81,6 +81,24 @@ def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
             checkpoint_folder(path)
 
 
+@pytest.mark.parametrize("place", ["checkpoints/step-00000001", "model", "link"])
+def test_neither_a_checkpoint_nor_the_source_is_replaced(tmp_path, place):
+    _, _, folder = checkpoint(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    if place != "checkpoints/step-00000001":  # a run within a model's directory
+        export_checkpoint(folder, tmp_path / "model", "float32", 10**9)
+        (tmp_path / "checkpoints").rename(tmp_path / "model" / "checkpoints")
+        folder = tmp_path / "model" / "checkpoints" / folder.name
+    output = folder if place.startswith("checkpoints") else tmp_path / place
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=r"--output: .*; expected a directory of the model's own"):
+        export_checkpoint(folder, output, "float32", 10**9, overwrite=True)
+    assert sorted(folder.rglob("*")) == before
+    if place != "checkpoints/step-00000001":
+        with pytest.raises(InputError, match="--output: .*: found the place of"):
+            import_model(tmp_path / "model", output, None, 10**9, overwrite=True)
+
+
 def test_a_step_without_a_manifest_is_broken(tmp_path):
     _, _, folder = checkpoint(tmp_path)
     (folder / "manifest.json").unlink()
