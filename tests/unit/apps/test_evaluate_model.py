@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs, write_evaluation
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import InputError
 
@@ -35,6 +35,17 @@ def test_good_inputs(inputs, features):
     (features / "tokenizer.json").unlink()
     (model, other), (note,) = check_inputs(request_of(inputs, features), config)
     assert other.directory == features and note.startswith("--feature-model: there is no tokenizer in ")
+
+
+def test_another_evaluation_is_not_replaced_in_silence(tmp_path):
+    path = tmp_path / "evaluation.json"
+    assert write_evaluation(path, {"model": "a", "eval/ce_loss": 1.0}) == []
+    assert write_evaluation(path, {"model": "a", "eval/ce_loss": 1.0}) == []
+    (note,) = write_evaluation(path, {"model": "b", "eval/ce_loss": 1.0})
+    assert note.endswith("evaluation.json: the earlier evaluation there, of a, is replaced")
+    path.write_text("[")
+    (note,) = write_evaluation(path, {"model": "b"})
+    assert "of an unknown model" in note and json.loads(path.read_text()) == {"model": "b"}
 
 
 @pytest.mark.parametrize("name", ["model", "features"])
