@@ -1,13 +1,12 @@
 """Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ebft_mega.apps.written_evaluation import write_evaluation
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
@@ -19,7 +18,6 @@ from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
-from ebft_mega.io.durable import write_bytes
 from ebft_mega.io.progress_bar import track
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
@@ -97,29 +95,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "per_row": evaluation.per_row,
         "row_groups": main_documents(rows),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "evaluation.json"
-    for note in write_evaluation(path, content):
-        print(f"note: {note}")
-    return path
-
-
-def write_evaluation(path: Path, content: dict[str, Any]) -> list[str]:
-    """Write the file of an evaluation, whole or not at all.
-
-    Returns:
-        A note if another evaluation is replaced.
-    """
-    text = (json.dumps(content, indent=1) + "\n").encode()
-    earlier = path.read_bytes() if path.is_file() else text
-    write_bytes(path, text)
-    if earlier == text:
-        return []
-    try:
-        model = json.loads(earlier)["model"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        model = "an unknown model"
-    return [f"{path}: the earlier evaluation there, of {model}, is replaced"]
+    return write_evaluation(output / "evaluation.json", content)
 
 
 def main_documents(rows: TokenBatch) -> list[str]:

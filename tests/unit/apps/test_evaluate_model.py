@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs, write_evaluation
+from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.apps.written_evaluation import write_evaluation
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import InputError
 
@@ -37,15 +38,16 @@ def test_good_inputs(inputs, features):
     assert other.directory == features and note.startswith("--feature-model: there is no tokenizer in ")
 
 
-def test_another_evaluation_is_not_replaced_in_silence(tmp_path):
+def test_another_evaluation_is_not_replaced_in_silence(tmp_path, capsys):
     path = tmp_path / "evaluation.json"
-    assert write_evaluation(path, {"model": "a", "eval/ce_loss": 1.0}) == []
-    assert write_evaluation(path, {"model": "a", "eval/ce_loss": 1.0}) == []
-    (note,) = write_evaluation(path, {"model": "b", "eval/ce_loss": 1.0})
-    assert note.endswith("evaluation.json: the earlier evaluation there, of a, is replaced")
+    for _ in range(2):
+        write_evaluation(path, {"model": "a", "eval/ce_loss": 1.0})
+        assert capsys.readouterr().out == ""
+    write_evaluation(path, {"model": "b", "eval/ce_loss": 1.0})
+    assert capsys.readouterr().out.endswith("evaluation.json: the earlier evaluation there, of a, is replaced\n")
     path.write_text("[")
-    (note,) = write_evaluation(path, {"model": "b"})
-    assert "of an unknown model" in note and json.loads(path.read_text()) == {"model": "b"}
+    write_evaluation(path, {"model": "b"})
+    assert "of an unknown model" in capsys.readouterr().out and json.loads(path.read_text()) == {"model": "b"}
 
 
 @pytest.mark.parametrize("name", ["model", "features"])
