@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 _META_SPACE = "\u2581"  # how sentencepiece writes a space
+# Names that versions of transformers give the others, in a list or by a name of their own.
+_LISTED_TOKENS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _SINGLE_TOKENS = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
 # Noncharacters, which are "never used for text" (Unicode, chapter 23.7). A text that has them all the same, in this
 # very order and around the same number, is found afterwards by its ids.
@@ -30,10 +32,11 @@ def named_tokens(config: Mapping[str, Any]) -> Iterator[str]:
     Args:
         config: the contents of `tokenizer_config.json`; entries of unexpected types are passed over.
     """
-    listed = config.get("additional_special_tokens")
     added = config.get("added_tokens_decoder")
     candidates = [config.get(key) for key in _SINGLE_TOKENS]
-    candidates += listed if isinstance(listed, list) else []
+    for key in _LISTED_TOKENS:
+        listed = config.get(key)
+        candidates += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
     candidates += [
         token
         for token in (added.values() if isinstance(added, dict) else ())

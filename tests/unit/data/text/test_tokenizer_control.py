@@ -13,7 +13,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
-from ebft_mega.data.text.tokenizer_control import is_ordinary_text
+from ebft_mega.data.text.tokenizer_control import is_ordinary_text, named_tokens
 from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
 from ebft_mega.errors import InputError
 
@@ -169,6 +169,12 @@ def test_markers_come_back_exactly_and_runs_of_spaces_stay_one_token(
 def test_what_counts_as_text() -> None:
     assert all(map(is_ordinary_text, [" ", "\u2581\u2581", "\n\t", "!", "\u00f5", "7"]))
     assert not any(map(is_ordinary_text, ["", "<a>", "[INST]", "word", "\u0003", "\ue000"]))
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("named", [["<a>", {"content": "<b>"}], {"one": "<a>", "two": {"content": "<b>"}}])
+def test_tokens_that_any_version_of_transformers_calls_special_are_named(key: str, named: object) -> None:
+    assert list(named_tokens({"eos_token": "</s>", key: named})) == ["</s>", "<a>", "<b>"]
 
 
 def test_a_tokenizer_that_ends_documents_with_its_unknown_token_refuses_unknown_characters(tmp_path: Path) -> None:
