@@ -141,7 +141,8 @@ def _refused_values(name: str, given: dict[str, Any], config: dict[str, Any]) ->
         ("rope_theta", lambda value: is_number(value, 1, _LARGEST_THETA), f"a number from 1 to {_LARGEST_THETA:g}"),
         (
             "partial_rotary_factor",
-            lambda value: value is None or is_number(value, 1, 1),
+            # Null within the mapping: transformers cannot compute it.
+            lambda value: is_number(value, 1, 1) or (value is None and "partial_rotary_factor" not in given),
             "1: heads are rotated whole",
         ),
     ):

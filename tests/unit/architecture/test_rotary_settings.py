@@ -51,6 +51,10 @@ ACCEPTED = [
     {"rope_parameters": {"rope_type": "default", "attention_factor": 3.0, "factor": 9.0}},
 ]
 REFUSED = [
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": None}},
+        "rope_scaling.partial_rotary_factor",
+    ),
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.type"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type"),
