@@ -127,6 +127,13 @@ class PeerFailedError(EbftError):
         super().__init__(f"another rank {ended}")
 
 
+class PeerLostError(EbftError):
+    """Another rank has ended without leaving an outcome, and this one lost its connection to it."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank has ended, and this one lost its connection to it; logs/ says where it was")
+
+
 class OutOfMemoryError(EbftError):
     """There was not enough memory, on the device or in the machine."""
 

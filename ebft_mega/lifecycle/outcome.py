@@ -17,10 +17,12 @@ from ebft_mega.errors import (
     InputProblems,
     LockLostError,
     PeerFailedError,
+    PeerLostError,
     ResultsLostError,
 )
 from ebft_mega.io.process_signals import StopNow
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
+from ebft_mega.parallel.lost_peers import is_lost_connection
 from ebft_mega.runtime.run_files import (
     METRICS_NAME,
     MODEL_FOLDER,
@@ -82,7 +84,7 @@ class Outcome:
         """Record this rank's failure, unless another rank's is on record.
 
         Returns:
-            What to raise: the error, or `PeerFailedError` where it only follows from a peer's failure.
+            What to raise: the error, or `PeerFailedError` or `PeerLostError` where it only follows from a peer's end.
         """
         if isinstance(error, StopNow):
             logger.info("stopped during the start by %s", error)
@@ -99,7 +101,7 @@ class Outcome:
         if peer_code is not None and not isinstance(error, EbftError):
             return PeerFailedError(peer_code)  # or was stopped, with 75
         self._record_failure(error.exit_code if isinstance(error, EbftError) else EXIT_FAILED)
-        return error
+        return PeerLostError() if is_lost_connection(error) else error
 
     def require_results(self, stopped: bool) -> None:
         """Check that what the outcome is about to promise is there.

@@ -1,5 +1,6 @@
 """The outcome of a run promises nothing that is not there."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
-from ebft_mega.errors import DirectoryLostError, LockLostError, ResultsLostError
+from ebft_mega.errors import DirectoryLostError, LockLostError, PeerLostError, ResultsLostError
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.results import show_results
 from ebft_mega.model.weights.model_directory import write_model
@@ -65,6 +66,17 @@ def test_a_lost_directory_is_said_to_be_lost(finished):
     assert isinstance(cause, DirectoryLostError) and not finished.output.exists()
     error = LockLostError("of another run")
     assert finished.of_error(error) is error
+
+
+def test_a_lost_connection_is_one_line_and_another_error_stays_itself(finished):
+    (finished.output / "status.json").unlink(missing_ok=True)
+    error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:40869. This is typically caused by")
+    assert isinstance(finished.of_error(error), PeerLostError)
+    assert json.loads((finished.output / "status.json").read_text())["exit_code"] == 1
+    (finished.output / "status.json").unlink()
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("Connection closed by peer")):
+        (finished.output / "status.json").unlink(missing_ok=True)
+        assert finished.of_error(error) is error
 
 
 def test_a_stop_promises_the_checkpoint_of_its_step(finished, architecture):
