@@ -48,9 +48,10 @@ class Standing:
         """
         notes = []
         if step < self.logged_step:
+            first, last = step + 1, self.logged_step
+            again = f"step {last} is" if first == last else f"steps {first} to {last} are"
             notes.append(
-                f"the metrics there show {self.logged_step} steps and the run starts after step {step}: steps "
-                f"{step + 1} to {self.logged_step} are taken again"
+                f"the metrics there show {last} steps and the run starts after step {step}: {again} taken again"
             )
         if self.model_step is not None and step < self.model_step:
             notes.append(
