@@ -63,7 +63,9 @@ class ProcessSignals:
         self.mode = Mode.EXIT
         self.is_orphaned: Callable[[], bool] = lambda: False  # whether whoever would pass a signal on has gone
         self.noted: dict[int, float] = {}  # signals so far and when each came last, by time.monotonic()
+        self.words_when_noted = ""  # said once, at the first signal that is only noted
         self._before_end: list[Callable[[], object]] = []
+        self._before_end_at_once: list[Callable[[], object]] = []
         self._raised: int | None = None  # the signal that has raised StopNow
         self._uninterrupted = 0  # contexts that must not be left half way
         self._put_off: int | None = None  # the signal that came in one of them
@@ -146,6 +148,10 @@ class ProcessSignals:
         """Let something be done when the process has to be ended because its main thread does not leave."""
         self._before_end.append(act)
 
+    def before_end_at_once(self, act: Callable[[], object]) -> None:
+        """Let something be done, which must not wait for anything, before a second Ctrl-C ends the process."""
+        self._before_end_at_once.append(act)
+
     def code_of(self, number: int) -> int:
         """The exit code of a process that this signal has stopped."""
         return SHELL_OFFSET + number if self.exit_code is None else self.exit_code
@@ -155,7 +161,7 @@ class ProcessSignals:
             os._exit(SHELL_OFFSET + number)
         self.noted[number] = time.monotonic()
         if self.mode is Mode.EXIT:
-            _say(number)
+            _say(_stopped_by(number))
             os._exit(self.code_of(number))
         if self.mode is Mode.RAISE and self._raised is None:
             if self._uninterrupted:
@@ -205,16 +211,27 @@ class ProcessSignals:
         if number == signal.SIGINT:
             echo_seconds = ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
             if self._last_interrupt is not None and echo_seconds <= now - self._last_interrupt < AGAIN_SECONDS:
-                os._exit(SHELL_OFFSET + number)
+                self._end_at_once(number)
             self._last_interrupt = now
+        if self.mode is Mode.NOTE and self.words_when_noted:
+            words, self.words_when_noted = f"{signal.Signals(number).name}: {self.words_when_noted}", ""
+            threading.Thread(target=_say, args=(words,), daemon=True).start()  # whose reader may stand still
         if self._deadline is None:
             self._deadline, self._number = now + LEAVE_SECONDS, number
+
+    def _end_at_once(self, number: int) -> NoReturn:
+        for before_end in self._before_end_at_once:
+            before_end()
+        thread = threading.Thread(target=_say, args=("ended at once by a second Ctrl-C",), daemon=True)
+        thread.start()
+        thread.join(ENDING_SECONDS)
+        os._exit(SHELL_OFFSET + number)
 
     def _end(self) -> None:
         """End the process; what is done before may hang on a file system or a full pipe, as the main thread does."""
 
         def act() -> None:
-            _say(self._number)
+            _say(_stopped_by(self._number))
             for before_end in self._before_end:
                 before_end()
 
@@ -224,9 +241,13 @@ class ProcessSignals:
         os._exit(self.code_of(self._number))
 
 
-def _say(number: int) -> None:
+def _stopped_by(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}"
+
+
+def _say(words: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+        os.write(2, f"{words}\n".encode())
 
 
 _current: ProcessSignals | None = None

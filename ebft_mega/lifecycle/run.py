@@ -97,6 +97,7 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     needs = needs_of_phases(run.config, run.plan, run.groups.pipeline_rank)
     witness = Witness(dist.get_rank(), log_path, output / STATUS_NAME, needs)
     run.signals.before_forced_end(witness.leave)
+    run.signals.before_end_at_once(witness.leave)
 
     def of_hang() -> int:
         witness.leave()

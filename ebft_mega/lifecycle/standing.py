@@ -185,7 +185,8 @@ class _Refusal:
                 self._with([])  # results of a run of which nothing is known
             return  # a start looks into the checkpoints
         problems = refused_differences(then, now, config, found.output)
-        problems += [] if may_change_data else data_differences(then, now, config, found.output)
+        if not may_change_data and not any(problem.key == "seed" for problem in problems):  # it decides their order
+            problems += data_differences(then, now, config, found.output)
         if not problems and not _begins_where_it_began(then, now, chosen, found, config):
             key, began = "checkpoint.resume", then.started_from
             origin = began.path if began is not None else "its first step"
@@ -206,7 +207,7 @@ class _Refusal:
     def fewer_steps(self, steps: int, reached: int) -> None:
         """Refuse because more steps are done than are asked for."""
         key = "train.max_steps" if self._config.train.max_tokens is None else "train.max_tokens"
-        expected = f"at least the {reached} steps that are done, in {self._found.output}"
+        expected = f"at least the {reached} steps that are done, in {self._found.output}; {reached} for that very run"
         self.because(key, f"{steps} optimizer steps", expected)
 
     def _with(self, problems: list[Problem]) -> None:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 SAVE_NAME = "SAVE"
 STOP_NAME = "STOP"
 SECONDS_PER_MINUTE = 60.0
+WORDS_WHEN_NOTED = (
+    "the step under way ends first, then a checkpoint is written; a second Ctrl-C within 5 s ends at once without one"
+)
 LAUNCHER_SECONDS = 3.0  # in which a launcher stops all ranks, once one of them has ended
 
 
@@ -136,6 +139,8 @@ class Signals:
         Raises:
             StopNow: one has come before.
         """
+        if os.environ.get("RANK", "0") == "0":  # one rank speaks for the job
+            self._process.words_when_noted = WORDS_WHEN_NOTED
         self._process.note_from_now_on()
 
     @contextmanager
@@ -165,6 +170,10 @@ class Signals:
     def before_forced_end(self, act: Callable[[], object]) -> None:
         """Let something be done when a start that is asked to stop does not end by itself."""
         self._process.before_forced_end(act)
+
+    def before_end_at_once(self, act: Callable[[], object]) -> None:
+        """Let something be done, which must not wait for anything, before a second Ctrl-C ends this process."""
+        self._process.before_end_at_once(act)
 
     def release(self) -> None:
         """Put the handlers back that were there before."""
