@@ -34,7 +34,6 @@ from ebft_mega.planning.run_plan import RunPlan
 RECORD_NAME = "run.json"  # in the run directory and in its model's
 # Keys whose contents a record names by their hash; a path may change while they stay the same.
 _HELD_OUT_KEY = "evaluation.shards"
-_MODEL_KEYS = ("model.init_from", "model.config", "ebft.feature_model")
 _RECORDED = tuple(key for key in (*REFUSED, *NOTED) if key != _HELD_OUT_KEY)
 # Of a file of weights so much is hashed: all of a small one, else samples that lie evenly in it, and both ends.
 WHOLE_BYTES = 8 * 2**20

@@ -184,6 +184,7 @@ def test_finished_other_run(site, checkpoint, is_recorded, what):
         "length": (("data.sequence_length=40",), "sequence_length: found 40; expected 32, as "),
     }[what]
     assert words in refusal(site, *overrides)
+    assert "data.shards: seed" not in refusal(site, *overrides), "the seed is named once, by its own key"
 
 
 def test_other_settings_beside_the_feature_model_s_weights_make_another_run(site):
