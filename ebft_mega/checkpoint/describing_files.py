@@ -23,7 +23,7 @@ from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME as TENSORS_NAME
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.text.tokenizer import tokenizer_files
+from ebft_mega.data.text.tokenizer import parse_definition, tokenizer_files
 from ebft_mega.errors import Problem
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME, stored_tensors
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME, describe_environment
@@ -246,7 +246,7 @@ def _checked(name: str, content: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
     if name in OBJECT_NAMES and not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}")
     if name == "tokenizer.json":
-        _load_tokenizer(text)
+        parse_definition(text)
     named_code = list(code_keys(value)) if isinstance(value, dict) else []
     return (json.dumps(_without_code(value), indent=2).encode() if named_code else content), named_code
 
@@ -258,18 +258,6 @@ def _without_code(value: Mapping[str, Any]) -> dict[str, Any]:
         for key, item in value.items()
         if not (key in CODE_KEYS and item)
     }
-
-
-def _load_tokenizer(text: str) -> None:
-    """Raise ValueError for what the tokenizers library does not load."""
-    from tokenizers import Tokenizer
-
-    try:
-        Tokenizer.from_str(text)
-    except BaseException as error:  # a panic of the library is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise ValueError(f"no tokenizer that can be loaded ({error})") from None
 
 
 def _is_sentencepiece(content: bytes) -> bool:

@@ -195,12 +195,28 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
     )
 
 
-def _backend(path: Path, definition: Mapping[str, Any]) -> Any:
+def parse_definition(text: str) -> Any:
+    """Load a tokenizer of the tokenizers library from the text of a `tokenizer.json`.
+
+    Raises:
+        ValueError: the library does not take it.
+    """
     from tokenizers import Tokenizer as Backend
 
     try:
-        backend = Backend.from_str(json.dumps(definition))
-    except Exception as error:  # the library has no type of its own
+        return Backend.from_str(text)
+    except MemoryError:
+        raise
+    except BaseException as error:  # the panic of the library is no Exception, and neither is a request to stop
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"no tokenizer that can be loaded ({error})") from None
+
+
+def _backend(path: Path, definition: Mapping[str, Any]) -> Any:
+    try:
+        backend = parse_definition(json.dumps(definition))
+    except ValueError as error:
         raise bad_input(str(path), "tokenizer", error, "a tokenizer of the tokenizers library") from error
     backend.encode_special_tokens = True
     backend.no_truncation()

@@ -1,16 +1,19 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data.text.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import copy_tokenizer, load_tokenizer, parse_definition, tokenizer_sha256
 from ebft_mega.data.text.tokenizer_training import RoundTripError, split_into_chunks, train_tokenizer
 from ebft_mega.errors import InputError
+from ebft_mega.io.process_signals import StopNow
 
 HARD_TEXTS = [
     "",
@@ -197,3 +200,22 @@ def test_a_hole_in_a_vocabulary_becomes_a_replacement_character(hugging_face_dir
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     before = load_tokenizer(hugging_face_directory).decode([hole])
     assert load_tokenizer(tmp_path).decode([hole, hole + 10_000, hole]) == f"\ufffd{before}\ufffd"
+
+
+def test_a_panic_of_the_library_is_bad_input_and_a_request_to_stop_is_not(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    def load_that_raises(error):
+        def load(text):
+            raise error
+
+        monkeypatch.setattr("tokenizers.Tokenizer", types.SimpleNamespace(from_str=load))
+
+    for error in (panic("index out of range"), ValueError("junk")):
+        load_that_raises(error)
+        with pytest.raises(ValueError, match="no tokenizer that can be loaded"):
+            parse_definition("{}")
+    for error in (StopNow(signal.SIGTERM), KeyboardInterrupt(), MemoryError()):
+        load_that_raises(error)
+        with pytest.raises(type(error)):
+            parse_definition("{}")
