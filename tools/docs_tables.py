@@ -20,7 +20,8 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ebft_mega.config.fields import Section, allowed_text, default_text
-from ebft_mega.config.schema import SECTIONS, RunConfig, SourceConfig
+from ebft_mega.config.input_keys import SourceConfig
+from ebft_mega.config.schema import SECTIONS, RunConfig
 from ebft_mega.io.command import run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

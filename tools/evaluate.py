@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
-from ebft_mega.config.schema import DataConfig, EbftConfig, ModelConfig, RunConfig, TrainConfig
+from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
 from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
 from ebft_mega.io.command import add_overrides_option, run_command
 

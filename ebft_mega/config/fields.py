@@ -1,6 +1,6 @@
 """How the schema declares a key, a section and a path.
 
-Which keys there are, and their defaults, stands in `schema.py` alone.
+Which keys there are, and their defaults, stands in `schema.py` and `input_keys.py` alone.
 """
 
 import re

@@ -3,7 +3,8 @@
 from fractions import Fraction
 from pathlib import Path
 
-from ebft_mega.config.schema import DataConfig, RunConfig
+from ebft_mega.config.input_keys import DataConfig
+from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.builder.on_demand import tokenized_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.rows.stream import RowStream, Source

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.schema import (
-    DataConfig,
     EbftConfig,
     LearnConfig,
-    ModelConfig,
     Reuse,
     RunConfig,
     TrainConfig,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.config.fields import allowed_text, default_text
-from ebft_mega.config.schema import SourceConfig, all_keys
+from ebft_mega.config.input_keys import SourceConfig
+from ebft_mega.config.schema import all_keys
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
