@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from ebft_mega.shown_text import shown
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -9,12 +11,20 @@ EXIT_HANG = 3
 EXIT_DAMAGED_DATA = 4
 EXIT_STOPPED = 75
 EXIT_UNREAD = 141  # of a tool whose output nobody reads any more: what a shell makes of SIGPIPE
+# Characters of a message. A place is a path, of up to 4,096 bytes, and a line; lists of what is valid are long.
+_LONGEST_PLACE = 5000
+_LONGEST_FOUND = 1000
+_LONGEST_EXPECTED = 4000
+_LONGEST_MESSAGE = 8000
 
 
 class EbftError(Exception):
-    """Base of the package's own errors."""
+    """Base of the package's own errors. As text they are one line, with escapes for what a terminal would obey."""
 
     exit_code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return shown(super().__str__(), _LONGEST_MESSAGE)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Problem:
 
     `where` is `file:line` (or the command-line option), `key` the full dotted key or the path in question,
     `found` and `expected` say what stands there and what would be valid, `suggestion` the nearest valid spelling.
+    As text it is one line, with escapes for what a terminal would obey.
     """
 
     where: str
@@ -32,8 +43,10 @@ class Problem:
     suggestion: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.key}: found {self.found}; expected {self.expected}"
-        return f"{text}. Did you mean {self.suggestion!r}?" if self.suggestion else text
+        place, key = shown(self.where, _LONGEST_PLACE), shown(self.key, _LONGEST_PLACE)
+        found, expected = shown(self.found, _LONGEST_FOUND), shown(self.expected, _LONGEST_EXPECTED)
+        text = f"{place}: {key}: found {found}; expected {expected}"
+        return f"{text}. Did you mean {shown(repr(self.suggestion))}?" if self.suggestion else text
 
     def within(self, where: str) -> "Problem":
         """The same problem, found on behalf of another place: the configuration key that names the file, say."""
@@ -41,7 +54,7 @@ class Problem:
 
 
 class InputProblems(EbftError):
-    """Several problems at once, found before anything has started (exit code 2)."""
+    """Several problems at once, found before anything has started (exit code 2). As text, each is a line."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -109,7 +122,8 @@ class DamagedDataError(EbftError):
         place = [self.shard]
         place += [f"offset {self.offset}"] * (self.offset is not None)
         place += [f"document {self.document}"] * (self.document is not None)
-        return f"{': '.join(place)}: expected {self.expected}, found {self.found}"
+        text = f"{': '.join(place)}: expected {self.expected}, found {self.found}"
+        return shown(text, _LONGEST_MESSAGE)
 
 
 class SkipBudgetError(EbftError):

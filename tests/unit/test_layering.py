@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ebft_mega"
 
 # From the ground up, in the order in which a step uses them; planning and what follows put them together. A room may
-# import from itself and from earlier rooms of this list. Three files come first. Rooms within rooms have places of
+# import from itself and from earlier rooms of this list. Four files come first. Rooms within rooms have places of
 # their own.
 ROOMS = (
-    *("errors", "types", "block_plan"),
+    *("shown_text", "errors", "types", "block_plan"),
     *("io", "architecture", "config", "runtime", "metrics"),
     *("data.text", "data.store", "data.builder", "data.rows"),
     *("parallel", "attention", "model"),
@@ -27,7 +27,7 @@ HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "senten
 # Rooms that a dry run or a tool's --help goes through, and single modules of rooms that are heavy otherwise.
 LIGHT_ROOMS = ("io", "architecture", "config", "planning", "cost", "data.text", "data.store", "data.builder")
 LIGHT_MODULES = (
-    *("errors", "block_plan"),
+    *("shown_text", "errors", "block_plan"),
     *("runtime.run_files", "runtime.run_lock", "runtime.stop_requests", "metrics.console", "metrics.sinks"),
     *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
     "model.weights.weight_files",

@@ -157,4 +157,4 @@ def _check_round_trips(tokenizer: Tokenizer, texts: dict[str, str]) -> None:
         if tokenizer.decode(tokenizer.encode(text)) != text
     ]
     if failed:
-        raise RoundTripError("texts that do not round-trip exactly:\n" + "\n".join(failed))
+        raise RoundTripError(f"{len(failed)} texts do not round-trip exactly: {', '.join(failed)}")

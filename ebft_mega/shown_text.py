@@ -1,0 +1,70 @@
+"""What this program shows of texts that it did not write: names, keys, values, documents, messages of libraries.
+
+A terminal obeys what stands in the text that it is sent, a page obeys what looks like HTML, and a log is read line by
+line. Whatever comes from outside therefore passes here on its way to a reader. Letters of all scripts stay as they are.
+"""
+
+import html
+import re
+import unicodedata
+
+# Control characters, format characters (bidirectional overrides, zero-width ones, tags), halves of surrogate pairs
+# (bytes of a file name that are not UTF-8), and the two separators that some readers take for the end of a line.
+_ESCAPED_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+# Letters and marks that are drawn as nothing at all.
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+LONGEST = 200
+_REST = "… ({} more characters)"
+
+
+def escaped(text: str, meant: str = "") -> str:
+    r"""Return a text with escapes in place of all characters that are not simply drawn.
+
+    The escapes are those of JSON (`\u001b`), so that a line of JSON stays one. A backslash stays as it is: what is
+    escaped already does not change.
+
+    Args:
+        text: of any length.
+        meant: characters that stay, such as the newlines of a document.
+    """
+    if text.isprintable() and not _INVISIBLE.search(text):
+        return text
+    return "".join(character if character in meant else _escape(character) for character in text)
+
+
+def shown(value: object, longest: int = LONGEST) -> str:
+    """Return one line that stands for a value in a message: escaped, and not longer than a reader wants it.
+
+    What `shown` returned comes through it unchanged.
+
+    Args:
+        value: a text, or anything with one.
+        longest: characters of the line; a longer text is cut, and its end says how much of it is left out.
+    """
+    text = str(value)
+    line = escaped(text[: longest + 1])
+    if len(text) <= longest and len(line) <= longest:
+        return line
+    room = longest - len(_REST.format(len(text)))
+    taken: list[str] = []
+    for character in text[:room]:
+        escape = escaped(character)
+        room -= len(escape)
+        if room < 0:
+            break
+        taken.append(escape)
+    return "".join(taken) + _REST.format(len(text) - len(taken))
+
+
+def shown_html(value: object) -> str:
+    """Return HTML that shows a value as text, within an element or a quoted attribute."""
+    return html.escape(escaped(str(value), meant="\n\t"))
+
+
+def _escape(character: str) -> str:
+    """One character, as an escape if it is not simply drawn."""
+    if unicodedata.category(character) not in _ESCAPED_CATEGORIES and not _INVISIBLE.match(character):
+        return character
+    code = ord(character)
+    return _SHORT.get(character) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
