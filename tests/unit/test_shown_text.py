@@ -41,7 +41,7 @@ def test_letters_of_all_scripts_stay_readable(text):
 
 
 def test_escapes_are_those_of_json():
-    every = "".join(character for character in map(chr, range(0x10000)) if character not in '"\\')
+    every = "".join(character for character in map(chr, range(0xD800)) if character not in '"\\')
     assert json.loads(f'"{escaped(every)}"') == every
     assert escaped("\x1b\x7f\x9b\n\r\t\u202e\U000e0041\udcff") == r"\u001b\u007f\u009b\n\r\t\u202e\U000e0041\udcff"
 
