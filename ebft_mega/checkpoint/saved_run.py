@@ -12,7 +12,7 @@ from ebft_mega.checkpoint.commit import step_of
 from ebft_mega.checkpoint.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_listed, read_manifest_bytes
 from ebft_mega.checkpoint.run_state import STATE_NAME, RunState
 from ebft_mega.config.schema import SECTIONS
-from ebft_mega.config.yaml_source import read_yaml
+from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME
 
@@ -68,7 +68,7 @@ def read_run(directory: Path) -> SavedRun:
 def _read_config(content: bytes, where: str) -> dict[str, Any]:
     expected = "the configuration of a run: sections of keys, as YAML"
     try:
-        source = read_yaml(content.decode(), where)
+        source = read_yaml(content.decode(), where, MAX_WRITTEN_VALUES)
     except (UnicodeDecodeError, RecursionError) as error:
         raise BrokenCheckpointError([Problem(where, "(text)", str(error), expected)]) from None
     problems = list(source.problems)

@@ -10,14 +10,16 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ebft_mega.config.fields import Section, allowed_text, yaml_text
+from ebft_mega.config.overrides import OVERRIDE, apply_overrides
 from ebft_mega.config.rules import broken_rules, refusal_reason
 from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys
-from ebft_mega.config.yaml_source import read_yaml, write_yaml
-from ebft_mega.errors import ConfigError, Problem
+from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
+from ebft_mega.errors import ConfigError, InputError, Problem
+from ebft_mega.io.input_errors import read_input_bytes
 
-OVERRIDE = "--set"
 MAX_SHOWN_TEXT = 60
 MAX_SHOWN_PATH = 200
+MAX_EXPLAINED = 100  # problems of one section; each takes a search for what may have been meant
 # Values for required keys that are missing or wrong, so that everything else can still be checked.
 _STAND_INS: dict[str, Any] = {"output_dir": "unset", "sequence_length": 2}
 # What the same key is called in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
@@ -47,15 +49,14 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value` texts, applied in order; the value is read as YAML.
+        overrides: `section.key=value` texts, each for another key; the value is read as YAML.
     Returns:
         The configuration; `place(key)` tells where each key was written.
     Raises:
         ConfigError: everything that is wrong, each with file and line, key, value and what is allowed.
     """
     tree, places, problems = _read_file(Path(path))
-    for text in overrides:
-        problems += _apply_override(tree, places, text)
+    problems += apply_overrides(tree, places, overrides)
     problems += _inherit_defaults(tree, places)
     config, unplaced = _build(tree)
     config = config.with_places(places | {"": str(path)})
@@ -100,9 +101,9 @@ def nearest_key(wrong: str, keys: Iterable[str] | None = None) -> str:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
     """The tree of the file, the place of every key, and what is wrong with the text."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([Problem(str(path), "(file)", error.strerror or str(error), "a YAML file")]) from None
+        text = read_input_bytes(path, "a YAML file", MAX_TEXT_BYTES).decode("utf-8")
+    except InputError as error:
+        raise ConfigError([dataclasses.replace(problem, key="(file)") for problem in error.problems]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([Problem(str(path), "(file)", f"{error.reason} at byte {error.start}", "UTF-8")]) from None
     source = read_yaml(text, str(path))
@@ -111,33 +112,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem
         if source.problems and source.value is None:  # not YAML at all: nothing else can be said
             raise ConfigError(source.problems)
         return source.value or {}, places, source.problems
-    raise ConfigError([Problem(f"{path}:1", "(file)", repr(source.value), "a mapping of sections")])
-
-
-def _apply_override(tree: dict[str, Any], places: dict[str, str], text: str) -> list[Problem]:
-    """Write one `a.b=value` into the tree."""
-    key, equals, value_text = text.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        return [Problem(OVERRIDE, text, "no key=value", "section.key=value, such as train.lr=1e-5")]
-    source = read_yaml(value_text, OVERRIDE)
-    if source.problems:
-        return [Problem(OVERRIDE, key, problem.found, problem.expected) for problem in source.problems]
-    *parents, leaf = key.split(".")
-    branch = tree
-    for depth, name in enumerate(parents, start=1):
-        if branch.get(name) is None:
-            branch[name] = {}
-            places[".".join(parents[:depth])] = OVERRIDE
-        if not isinstance(branch[name], dict):
-            holder = ".".join(parents[:depth])
-            return [Problem(OVERRIDE, key, f"{holder} holding a value, not a section", "a key inside a section")]
-        branch = branch[name]
-    branch[leaf] = source.value
-    for old in [known for known in places if known == key or known.startswith(key + ".")]:
-        del places[old]
-    places[key] = OVERRIDE
-    return []
+    raise ConfigError([Problem(f"{path}:1", "(file)", _describe(source.value), "a mapping of sections")])
 
 
 def _inherit_defaults(tree: dict[str, Any], places: Mapping[str, str]) -> list[Problem]:
@@ -178,12 +153,19 @@ def _valid_part(section: type[Section], values: Mapping[str, Any], prefix: str) 
         return section.model_validate(dict(values)), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    explained = [_explain(section, prefix, tuple(map(str, item["loc"])), item["type"], values) for item in details]
+    explained = [
+        _explain(section, prefix, tuple(map(str, item["loc"])), item["type"], values)
+        for item in details[:MAX_EXPLAINED]
+    ]
     problems = {problem.key: problem for problem in reversed(explained)}
     wrong = {str(item["loc"][0]) for item in details}
     good = {name: value for name, value in values.items() if name not in wrong}
     required = {name: value for name, value in _STAND_INS.items() if name in wrong}
-    return section.model_validate(required | good), list(reversed(problems.values()))
+    found = list(reversed(problems.values()))
+    if len(details) > MAX_EXPLAINED:
+        more = f"{len(details) - MAX_EXPLAINED} more wrong keys and values"
+        found.append(Problem("", prefix.rstrip(".") or "(file)", more, f"at most {len(section.model_fields)} keys"))
+    return section.model_validate(required | good), found
 
 
 def _explain(

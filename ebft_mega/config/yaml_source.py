@@ -16,6 +16,12 @@ _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 MAX_INTEGER_CHARACTERS = 40  # Python refuses to read an integer of thousands of digits
 MAX_INTEGER = 2**63 - 1  # beyond it an integer is text, which no key takes for a number
 MAX_DEPTH = 50
+MAX_TEXT_BYTES = 128 * 1024  # of a file, or of all values on a command line; a file with every key has 5,000
+# Of one text, keys counted, too. What a run writes for a file of so many, with all keys and their defaults, has more.
+MAX_VALUES = 10_000
+MAX_WRITTEN_VALUES = 2 * MAX_VALUES
+MAX_KEY_CHARACTERS = 256
+_MAX_SHOWN = 200
 _LINE_BREAKS = frozenset("\x85\u2028\u2029\ufeff")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS: dict[str, bool | None] = {
@@ -40,6 +46,8 @@ class _TreeLoader(yaml.SafeLoader):
     """A loader used only to compose nodes; each node is written out once, without a tag, and not too deep."""
 
     depth = 0
+    num_values = 0
+    max_values = MAX_VALUES
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
@@ -49,28 +57,40 @@ class _TreeLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"the tag {event.tag}", problem_mark=event.start_mark)
         if self.depth == MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self.num_values += 1
+        if self.num_values > self.max_values:
+            found = f"more than {self.max_values} keys and values"
+            raise yaml.MarkedYAMLError(problem=found, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
-def read_yaml(text: str, name: str) -> YamlSource:
-    """Read one YAML document.
+def read_yaml(text: str, name: str, max_values: int = MAX_VALUES) -> YamlSource:
+    """Read one YAML document. The time it takes is proportional to its length, and to `max_values`.
 
     Args:
         text: the document.
         name: what to call it in problems: the file's path.
+        max_values: more keys and values than so many are a problem.
     """
     source = YamlSource(name)
     try:
         loader = _TreeLoader(text)
+        loader.max_values = max_values
         node = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        where = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
+        found = f"the character U+{ord(text[error.position]):04X}"
+        source.problems.append(Problem(where, "(text)", found, "text that YAML allows"))
+        return source
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         found = getattr(error, "problem", None) or " ".join(str(error).split())
-        source.problems.append(Problem(where, "(text)", found, "plain YAML without anchors, aliases and tags"))
+        expected = "plain YAML without anchors, aliases and tags"
+        source.problems.append(Problem(where, "(text)", found[:_MAX_SHOWN], expected))
         return source
     if node is not None:
         source.value = _plain(node, "", source)
@@ -118,6 +138,10 @@ def _mapping(node: yaml.MappingNode, prefix: str, source: YamlSource) -> dict[st
         where = f"{source.name}:{line}"
         if not isinstance(name_node, yaml.ScalarNode):
             source.problems.append(Problem(where, prefix or "(text)", "a list or mapping as a key", "a word as a key"))
+            continue
+        if len(name_node.value) > MAX_KEY_CHARACTERS:
+            found, expected = f"a key of {len(name_node.value)} characters", f"at most {MAX_KEY_CHARACTERS}"
+            source.problems.append(Problem(where, prefix or "(text)", found, expected))
             continue
         key = f"{prefix}.{name_node.value}" if prefix else name_node.value
         if name_node.value in values:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ebft_mega.checkpoint.commit import CHECKPOINTS, complete_folders, leftovers, step_of
 from ebft_mega.checkpoint.saved_run import read_run
-from ebft_mega.config.yaml_source import read_yaml
+from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
 from ebft_mega.errors import InputProblems
 from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
@@ -165,7 +165,9 @@ def _record_of_earlier_version(output: Path) -> RunRecord | None:
 
 def _configuration(output: Path) -> RunRecord | None:
     try:
-        tree = read_yaml((output / RESOLVED_CONFIG_NAME).read_text(encoding="utf-8"), RESOLVED_CONFIG_NAME).value
+        tree = read_yaml(
+            (output / RESOLVED_CONFIG_NAME).read_text(encoding="utf-8"), RESOLVED_CONFIG_NAME, MAX_WRITTEN_VALUES
+        ).value
     except (OSError, UnicodeDecodeError):
         return None
     return RunRecord.of_configuration(tree) if isinstance(tree, dict) else None

@@ -22,6 +22,7 @@ from ebft_mega.lifecycle.setting_aside import Fresh
 from ebft_mega.parallel.groups import connect
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.runtime.stop_requests import Signals
+from tests.overrides import last_of_each
 
 TEXT = """
 output_dir: unused
@@ -94,7 +95,7 @@ def run(directory: str, name: str, setting: Setting, overrides: tuple[str, ...] 
         f"parallel.tensor_parallel_size={setting.tensor}",
         f"parallel.pipeline_parallel_size={setting.pipeline}",
     )
-    config = load_config(path, (*wanted, *setting.overrides, *overrides))
+    config = load_config(path, last_of_each(*wanted, *setting.overrides, *overrides))
     plan = check_run(config, dist.get_world_size())
     return run_training(config, plan, None, Signals(), time.monotonic(), write_run_report, Fresh.of(fresh, ()))
 

@@ -19,6 +19,7 @@ from ebft_mega.rollout import generate
 from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.types import TokenBatch
+from tests.overrides import last_of_each
 
 GLOBAL_BATCH = 4
 MASKING = "data.document_masking=true"
@@ -96,7 +97,7 @@ def config_of(case: Case, directory: str, overrides: tuple[str, ...] = ()) -> Ru
     """The case's configuration."""
     path = Path(directory) / f"{case.name}-{dist.get_rank()}.yaml"
     path.write_text(TEXT % (case.model_type, str(case.tied).lower()), encoding="utf-8")
-    return load_config(path, (*case.overrides, *overrides))
+    return load_config(path, last_of_each(*case.overrides, *overrides))
 
 
 # First tokens of the documents in each row of a global batch. The last two rows, which are a replica of their own

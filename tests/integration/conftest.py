@@ -15,6 +15,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from tests.distributed.ranks import free_port
+from tests.overrides import last_of_each
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_MODULES = ("argparse.py", "textwrap.py", "shlex.py", "string.py", "queue.py", "heapq.py")
@@ -47,7 +48,7 @@ def data(tmp_path_factory) -> Data:
 def settings(data: Data, output: Path, *more: str) -> list[str]:
     """Overrides that make `configs/tiny_cpu.yaml` run on the test's data."""
     pairs = [f"data.shards={data.train}", f"evaluation.shards={data.held_out}", f"output_dir={output}", *more]
-    return ["--set", *pairs]
+    return ["--set", *last_of_each(*pairs)]
 
 
 def launch(arguments: list[str], ranks: int | None) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ import psutil
 from tests.distributed.ranks import free_port
 from tests.distributed.runs import TEXT, assert_equal_tensors, checkpoint, lines, make_datasets
 from tests.integration import rank_with_faults
+from tests.overrides import last_of_each
 
 RANKS = 2
 SECONDS_TO_START = 120
@@ -48,7 +49,7 @@ class Site:
             f"data.cache={self.directory / 'cache'}",
             *overrides,
         )
-        return ["--config", str(self.directory / "config.yaml"), "--set", *pairs]
+        return ["--config", str(self.directory / "config.yaml"), "--set", *last_of_each(*pairs)]
 
 
 @dataclass

@@ -117,10 +117,10 @@ def test_started_again_under_a_launcher(run, data, tmp_path, ranks):
     assert completed.returncode == 2 and files(output) == before, completed.stdout
     model = (output / "hf" / "model.safetensors").read_bytes()
     (output / "status.json").unlink()
-    completed = launch([*arguments, "--set", "train.max_steps=6"], ranks=ranks)
+    completed = launch([*CONFIG, *settings(data, output, *SAME, "train.max_steps=6")], ranks=ranks)
     assert completed.returncode == 0 and "going on after step 4 from" in completed.stdout, completed.stdout
     assert (output / "hf" / "model.safetensors").read_bytes() != model
-    completed = launch([*arguments, "--set", "train.max_steps=2", "--fresh"], ranks=ranks)
+    completed = launch([*CONFIG, *settings(data, output, *SAME, "train.max_steps=2"), "--fresh"], ranks=ranks)
     assert completed.returncode == 0, completed.stdout
     (aside,) = (output / "previous").iterdir()
     assert len((aside / "metrics.jsonl").read_text().splitlines()) == 7

@@ -8,6 +8,7 @@ from pathlib import Path
 from ebft_mega.apps.study.commands import find_program, free_port, tool_command
 from ebft_mega.apps.study.phases import PhaseRunner, remove_directory, source_fingerprint
 from ebft_mega.config.load import load_config
+from ebft_mega.config.overrides import replace_overrides
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.metrics.console import format_duration
@@ -215,7 +216,7 @@ class Experiment:
     def _overrides(self, arm: str) -> list[str]:
         """`key=value` texts for values that differ from the config file; none for the plain quickstart."""
         path = self.runner.root / CONFIGS[arm]
-        extra = [*self.overrides, *(self.ebft_overrides if arm == EBFT else ())]
+        extra = replace_overrides(self.overrides, self.ebft_overrides if arm == EBFT else ())
         configured = load_config(path, extra)
         steps = self.scale.steps(configured.total_steps)
         wanted: dict[str, tuple[object, object]] = {
@@ -233,7 +234,7 @@ class Experiment:
             wanted["model.init_from"] = (configured.model.init_from, warm)
         if self.seed is not None:
             wanted["seed"] = (configured.seed, self.seed)
-        return extra + [f"{key}={new}" for key, (old, new) in wanted.items() if new != old]
+        return replace_overrides(extra, [f"{key}={new}" for key, (old, new) in wanted.items() if new != old])
 
     def _train_command(self, arm: str) -> list[str]:
         command = [str(find_program("deepspeed")), "--num_gpus", str(self.num_ranks)]

@@ -17,6 +17,7 @@ from ebft_mega.planning.memory import Choices, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch
+from tests.overrides import last_of_each
 from tests.unit.checkpoint.folder_stand_ins import run_state
 
 # Large enough for allocations that no formula counts (indices, rewards, Gram matrices) to disappear.
@@ -40,7 +41,7 @@ def planned(directory, overrides):
     """A configuration and its plan, without datasets."""
     path = directory / "run.yaml"
     path.write_text(TEXT, encoding="utf-8")
-    config = load_config(path, list(overrides))
+    config = load_config(path, last_of_each(*overrides))
     architecture = Architecture.from_hf(config.model.config, "test")
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
     rows = TrainingSupply((), None, run_state(0).data)
