@@ -1,7 +1,6 @@
 """Read a checkpoint's small files (state, configuration, architecture), compared with its manifest; no tensors."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from ebft_mega.checkpoint.run_state import STATE_NAME, RunState
 from ebft_mega.config.schema import SECTIONS
 from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
 from ebft_mega.errors import BrokenCheckpointError, Problem
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME
 
 MODEL_NAME = "config.json"
@@ -67,10 +68,8 @@ def read_run(directory: Path) -> SavedRun:
 
 def _read_config(content: bytes, where: str) -> dict[str, Any]:
     expected = "the configuration of a run: sections of keys, as YAML"
-    try:
+    with reading(where, "(text)", expected, BrokenCheckpointError):
         source = read_yaml(content.decode(), where, MAX_WRITTEN_VALUES)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise BrokenCheckpointError([Problem(where, "(text)", str(error), expected)]) from None
     problems = list(source.problems)
     tree = source.value
     if not isinstance(tree, dict):
@@ -84,10 +83,8 @@ def _read_config(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_architecture(content: bytes, where: str) -> Architecture:
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BrokenCheckpointError([Problem(where, "(text)", str(error), "JSON")]) from None
+    with reading(where, "(text)", "JSON", BrokenCheckpointError):
+        fields = parse_json(content.decode())
     if not isinstance(fields, dict):
         raise BrokenCheckpointError([Problem(where, "(text)", repr(fields)[:200], "a JSON object")])
     return Architecture.from_hf(fields, where)

@@ -1,14 +1,15 @@
 """Errors about the user's input files and options, and reading files with such errors."""
 
 import codecs
-import json
 import stat
 from pathlib import Path
 from typing import Any
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading, words_of
 
+_LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES = 256 * 2**20  # far above any tokenizer's; a larger file is no description of anything
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
 
@@ -28,7 +29,7 @@ def file_obstacle(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return "no such file"
     except (OSError, ValueError) as error:  # links in a circle, no permission; a name with a zero byte
-        return getattr(error, "strerror", None) or str(error)
+        return words_of(error)
     if stat.S_ISREG(mode):
         return None
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "a device")
@@ -48,13 +49,19 @@ def read_input_bytes(path: Path, description: str, max_bytes: int = MAX_JSON_BYT
     obstacle = file_obstacle(path)
     if obstacle is not None:
         raise bad_input(path, path.name, obstacle, description)
-    try:
+    with reading(path, path.name, description):
         size = path.stat().st_size
         if size > max_bytes:
             raise bad_input(path, path.name, f"{size} bytes", f"{description}, of at most {max_bytes} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise bad_input(path, path.name, error.strerror or error, description) from error
+        content = path.read_bytes()
+    if found := lfs_pointer(content):
+        raise bad_input(path, path.name, found, description)
+    return content
+
+
+def lfs_pointer(content: bytes) -> str | None:
+    """Say so where a file is the few lines that stand for it in a repository with large files; None elsewhere."""
+    return "a Git LFS pointer, not the file: git lfs pull" if content.startswith(_LFS_POINTER) else None
 
 
 def read_json_object(path: Path, description: str) -> dict[str, Any]:
@@ -70,14 +77,8 @@ def read_json_object(path: Path, description: str) -> dict[str, Any]:
     content = read_input_bytes(path, description)
     if content.startswith(codecs.BOM_UTF8):
         raise bad_input(path, path.name, "a byte order mark", "UTF-8 text that begins with {")
-    try:
+    with reading(path, path.name, "valid JSON"):
         value = parse_json(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise bad_input(path, path.name, f"byte {error.start} is not UTF-8", "UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise bad_input(f"{path}:{error.lineno}", path.name, error.msg, "valid JSON") from error
-    except (ValueError, RecursionError) as error:
-        raise bad_input(path, path.name, str(error)[:200], "valid JSON") from error
     if not isinstance(value, dict):
         raise bad_input(path, path.name, f"a JSON {type(value).__name__}", "a JSON object")
     return value

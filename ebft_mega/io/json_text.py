@@ -1,7 +1,10 @@
-"""Parse JSON text of which every reader makes the same: no key twice, no NaN, no byte order mark."""
+"""Parse JSON text of which every reader makes the same: no key twice, no NaN, no number beyond all bounds."""
 
 import json
+import math
 from typing import Any
+
+MAX_DIGITS = 40  # of an integer: Hugging Face writes some of 31
 
 
 def parse_json(text: str) -> Any:
@@ -9,10 +12,20 @@ def parse_json(text: str) -> Any:
 
     Raises:
         json.JSONDecodeError: it is not JSON.
-        ValueError: an object has a key more than once, or a number is NaN or infinite.
+        ValueError: an object has a key more than once, a number is NaN, infinite or an integer of more than
+            `MAX_DIGITS` digits, or a text has half of a surrogate pair.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_with_single_keys, parse_constant=_refuse_constant)
+    value = json.loads(
+        text,
+        object_pairs_hook=_with_single_keys,
+        parse_constant=_refuse_constant,
+        parse_int=_bounded_integer,
+        parse_float=_finite_number,
+    )
+    if "\\ud" in text or "\\uD" in text:  # no other way leads to one
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -23,6 +36,18 @@ def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {repeated!r} more than once")
     return values
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite_number(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:MAX_DIGITS]}, which is beyond the numbers of 64 bits")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,17 +1,18 @@
 """JSON records that are read strictly: what is missing, unknown, repeated or of another type is an error."""
 
-import json
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading
 
 # More than any count, size or offset of a run, and what every reader of JSON holds exactly enough.
 LARGEST_COUNT = 2**63 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # hexadecimal
+NEWER = "written by a newer version of ebft_mega"
 MAX_PROBLEMS = 20  # a record that is wrong throughout needs no more to be recognised as such
 
 
@@ -35,25 +36,17 @@ def parse_record(kind: type[R], text: str | bytes, where: str) -> R:
         BrokenCheckpointError: it is no such record; each problem with its place, at most `MAX_PROBLEMS`.
         InputError: a newer version of this program has written it: not broken, so not to be skipped as such.
     """
-    description = f"a whole {kind.__name__} as JSON"
-    try:
+    with reading(where, "(text)", f"a whole {kind.__name__} as JSON", BrokenCheckpointError):
         text = text.decode() if isinstance(text, bytes) else text
         parse_json(text)
-        return kind.model_validate_json(text, by_alias=True, by_name=False)
-    except UnicodeDecodeError as error:
-        problems = [Problem(where, "(text)", f"byte {error.start}, which is not UTF-8", description)]
-    except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}"
-        problems = [Problem(place, "(text)", f"{error.msg} (column {error.colno})", description)]
-    except ValidationError as error:
-        problems = _problems_of_fields(error, where)
-    except (ValueError, RecursionError) as error:  # repeated keys, endless numbers, endless nesting
-        problems = [Problem(where, "(text)", str(error)[:200], description)]
-    raise BrokenCheckpointError(problems) from None
+        try:
+            return kind.model_validate_json(text, by_alias=True, by_name=False)
+        except ValidationError as error:
+            raise BrokenCheckpointError(_problems_of_fields(error, where)) from None
 
 
 def _problems_of_fields(error: ValidationError, where: str) -> list[Problem]:
-    """One problem per field.
+    """One problem per field, at most `MAX_PROBLEMS`.
 
     Raises:
         InputError: the version is a newer one.
@@ -65,7 +58,7 @@ def _problems_of_fields(error: ValidationError, where: str) -> list[Problem]:
         if item["type"] == "literal_error" and item["loc"][-1] == "version":
             known = item["ctx"]["expected"]
             if isinstance(item["input"], int) and item["input"] > int(known):
-                raise InputError([Problem(where, key, f"{found}, of a newer version of this program", known)]) from None
+                raise InputError([Problem(where, key, f"{found}, {NEWER}", known)]) from None
         problems.append(Problem(where, key, found, item["msg"]))
     return problems[:MAX_PROBLEMS]
 

@@ -109,9 +109,11 @@ def last_logged_step(path: Path) -> int:
         return -1
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
+        if type(step) is int:
+            return step
     return -1
 
 
@@ -140,7 +142,7 @@ def status_says_done(output: Path) -> bool:
     try:
         status: Any = json.loads((output / STATUS_NAME).read_text(encoding="utf-8"))
         return bool(status["state"] == "done")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

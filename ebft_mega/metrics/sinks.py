@@ -51,7 +51,7 @@ def cut_after(path: Path, last_step: int) -> int:
 def _is_kept(line: bytes, last_step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

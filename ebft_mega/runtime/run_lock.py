@@ -85,7 +85,7 @@ class Holder:
         try:
             content = json.loads(text)
             holder = cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
         return holder if type(holder.pid) is int and type(holder.slurm_restart_count) is int else None
 

@@ -62,7 +62,15 @@ def outcome_in(directory: Path) -> dict[str, Any]:
     try:
         step = int(json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"])
         checkpoint = (directory / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, KeyError, IndexError):  # it had not come so far
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):  # it had not come so far
         pass
     return {"state": "failed", "exit_code": KILLED_FOR_MEMORY, "checkpoint": checkpoint, "step": step}
 

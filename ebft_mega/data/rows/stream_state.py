@@ -1,14 +1,12 @@
 """Where a run stands in its data (the next row), and what must be unchanged when it resumes from there."""
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import bad_input
-from ebft_mega.io.records import Count, Record, Sha256
+from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+from ebft_mega.io.records import Count, Record, Sha256, parse_record
 
 STATE_VERSION: Literal[1] = 1
 
@@ -54,19 +52,9 @@ class StreamState(Record):
             InputError: it is no such state, with all problems found.
         """
         try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise bad_input(where, "data state", error, "a JSON object") from error
-        version = fields.get("version") if isinstance(fields, dict) else None
-        if version != STATE_VERSION:
-            raise bad_input(where, "version", version, STATE_VERSION)
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            problems = []
-            for item in error.errors():
-                problems.append(Problem(where, ".".join(map(str, item["loc"])), repr(item["input"])[:200], item["msg"]))
-            raise InputError(problems) from error
+            return parse_record(cls, text, where)
+        except BrokenCheckpointError as error:  # of its own it is part of none
+            raise InputError(error.problems) from error
 
 
 def check_resumable(saved: StreamState, current: StreamState, allow_changed: bool = False) -> list[str]:

@@ -1,12 +1,10 @@
 """Checks of a dataset before any document is read: manifest, tokenizer copy, index, sizes and order of the shards."""
 
-import json
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from ebft_mega.data.store.format import (
     FORMAT_NAME,
@@ -24,8 +22,11 @@ from ebft_mega.data.store.format import (
 )
 from ebft_mega.data.store.reader import ShardBytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input, read_input_bytes
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading
+from ebft_mega.io.records import NEWER, parse_record
 
 _MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 
@@ -50,23 +51,18 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     Raises:
         InputError: as `read_manifest`.
     """
-    try:
-        fields = json.loads(content)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise bad_input(where, MANIFEST_NAME, error, _MANIFEST) from error
+    with reading(where, MANIFEST_NAME, _MANIFEST):
+        fields = parse_json(content.decode("utf-8"))
     if not isinstance(fields, dict):
         raise bad_input(where, MANIFEST_NAME, f"a JSON {type(fields).__name__}", _MANIFEST)
     found, expected = (fields.get("format"), fields.get("version")), (FORMAT_NAME, FORMAT_VERSION)
     if found != expected:
-        raise bad_input(where, "format, version", found, expected)
+        is_newer = found[0] == FORMAT_NAME and type(found[1]) is int and found[1] > FORMAT_VERSION
+        raise bad_input(where, "format, version", f"{found!r:.200}{f', {NEWER}' * is_newer}", expected)
     try:
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(map(str, item["loc"]))
-            problems.append(Problem(where, key, repr(item["input"])[:200], item["msg"]))
-        raise InputError(problems) from error
+        return parse_record(Manifest, content, where)
+    except BrokenCheckpointError as error:  # a dataset is none
+        raise InputError(error.problems) from error
 
 
 def fingerprint_problems(where: str, manifest: Manifest) -> list[Problem]:
@@ -139,12 +135,22 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
     if found != manifest.index.sha256:
         return problem(f"sha256 {found}", f"sha256 {manifest.index.sha256}")
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:  # among others: pickled objects, which are never loaded
-        return problem(error, f"records of {INDEX_DTYPE}")
+        index = load_index(path)
+    except InputError as error:
+        return list(error.problems)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.documents,):
         return problem(f"{index.shape} of {index.dtype}", f"({manifest.documents},) of {INDEX_DTYPE}")
     return record_problems(str(path), np.asarray(index), manifest)
+
+
+def load_index(path: Path) -> np.ndarray:
+    """Map the index file into memory, whatever its records are; pickled objects are never loaded.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    with reading(path, "index", f"records of {INDEX_DTYPE}"):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[Problem]:

@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
-
 from ebft_mega.data.store.checks import (
     index_problems,
+    load_index,
     manifest_problems,
     read_manifest,
     shard_problems,
@@ -59,7 +58,7 @@ def open_dataset(
     problems += shard_problems(directory, manifest) + index_problems(directory, manifest)
     if problems:
         raise InputError(problems)
-    index = np.load(directory / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+    index = load_index(directory / INDEX_NAME)
     files = ShardFiles([directory / shard.name for shard in manifest.shards])
     problems = swapped_shard_problems(directory, manifest, index, files)
     if problems:
@@ -86,5 +85,5 @@ def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, tran
     problems += remote_shard_problems(address, manifest, client)
     if problems:
         raise InputError(problems)
-    index = np.load(directory / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+    index = load_index(directory / INDEX_NAME)
     return Dataset(directory, manifest, index, RemoteShards(address, manifest, directory, cache, client, on_error))

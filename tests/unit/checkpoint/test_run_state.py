@@ -54,7 +54,7 @@ def test_numbers_that_are_not_finite_are_words_in_the_file() -> None:
         ('"step":20', '"step":"20"', "step"),
         ('"step":20', '"step":20.0', "step"),
         ('"step":20', '"step":20,"step":21', "(text)"),
-        ('"step":20', '"step":1e400', "step"),
+        ('"step":20', '"step":1e400', "(text)"),
         ('"seed":3,', "", "seed"),
         ('"skipped_steps":0', '"skipped_steps":0,"rng":"cos"', "rng"),
         ('"metrics":{"eval/ce_loss":4.5}', '"metrics":{"eval/ce_loss":"4.5"}', "evaluations.0.metrics.eval/ce_loss"),
@@ -83,7 +83,7 @@ def test_a_state_of_a_newer_version_is_named_as_such(part: str, key: str) -> Non
     with pytest.raises(InputError) as caught:
         RunState.from_json(json.dumps(fields))
     (problem,) = caught.value.problems
-    assert (problem.key, problem.found, problem.expected) == (key, "2, of a newer version of this program", "1")
+    assert (problem.key, problem.found, problem.expected) == (key, "2, written by a newer version of ebft_mega", "1")
 
 
 def test_a_state_of_no_version_is_broken() -> None:

@@ -322,5 +322,5 @@ def test_record_of_a_newer_version_is_not_ignored(site):
     site.finish()
     record = site.output / "run.json"
     record.write_text(record.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(InputError, match="of a newer version of this program"):
+    with pytest.raises(InputError, match="written by a newer version of ebft_mega"):
         site.standing()
