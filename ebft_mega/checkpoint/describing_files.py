@@ -5,11 +5,9 @@ in them is executed, and whatever a loader would stumble over stays behind and i
 """
 
 import base64
-import errno
 import itertools
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +21,16 @@ from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME as TENSORS_NAME
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.text.tokenizer import parse_definition, tokenizer_files
-from ebft_mega.errors import Problem
+from ebft_mega.data.text.tokenizer import parse_definition
+from ebft_mega.data.text.tokenizer_files import (
+    LONGEST_BYTES,
+    MEBIBYTE,
+    NAMED_TEXTS,
+    check_named_text,
+    read_tokenizer_files,
+)
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.contained_files import leaves, read_contained_bytes
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME, stored_tensors
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME, describe_environment
 
@@ -36,7 +42,6 @@ TOKENIZER_NAMES = (
     *VOCABULARY_NAMES,
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-OBJECT_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 RUN_RECORD_NAME = "run.json"  # which run has made a final model; not what another one is made of
 # This program's own; a file of such a name would be taken for it.
 OWN_NAMES = (
@@ -50,8 +55,6 @@ OWN_NAMES = (
 )
 # They would make a loader look for other weights than those beside them.
 MISLEADING_NAMES = ("adapter_config.json", "hf_quant_config.json", "quantize_config.json")
-MEBIBYTE = 2**20
-LONGEST_BYTES = {".json": 128 * MEBIBYTE, ".model": 64 * MEBIBYTE, ".jinja": MEBIBYTE, ".txt": 16 * MEBIBYTE}
 ALL_BYTES = 256 * MEBIBYTE
 MOST_NAMES = 1000  # of a directory that are looked at
 SHOWN_NAMES = 20
@@ -83,8 +86,9 @@ class DescribingFiles:
 def read_describing_files(directory: Path) -> DescribingFiles:
     """Read everything that describes the model in a directory.
 
-    JSON is parsed, tokenizers are loaded, and `.jinja` and `.txt` files are UTF-8; sizes are bounded by
-    `LONGEST_BYTES` and `ALL_BYTES`. Links are followed to plain files, as in Hugging Face's cache.
+    Each file is checked to be what it is named (see `check_named_text`), and tokenizers are loaded; sizes are bounded
+    by `LONGEST_BYTES` and `ALL_BYTES`. Links are followed within the directory, and in Hugging Face's cache to its
+    blobs; what lies elsewhere is left out.
 
     Args:
         directory: a Hugging Face directory, or a checkpoint folder of this trainer, of which only files count that its
@@ -106,9 +110,7 @@ def read_describing_files(directory: Path) -> DescribingFiles:
         except ValueError as error:
             problems.append(Problem(str(directory / name), name, str(error), f"a {Path(name).suffix} file or none"))
         else:
-            problems += [
-                Problem(str(directory / name), key, json.dumps(value)[:100], _NO_CODE) for key, value in named_code
-            ]
+            problems += _code_problems(directory / name, named_code)
     return DescribingFiles(directory, contents, tuple(problems), tuple(others))
 
 
@@ -119,17 +121,41 @@ def describing_files(config: RunConfig, tokenizer_directory: Path) -> Describing
         tokenizer_directory: of the training data, for a model that has no tokenizer of its own.
     Raises:
         BrokenCheckpointError: the model is a checkpoint with a changed file.
+        InputError: a file of the data's tokenizer is not what it is named, or lies elsewhere.
     """
-    tokenizer = {path.name: path.read_bytes() for path in tokenizer_files(tokenizer_directory)}
+    tokenizer = _describing_tokenizer(tokenizer_directory)
     if config.model.init_from is None:
-        return DescribingFiles(tokenizer_directory, tokenizer, (), ())
+        return tokenizer
     own = read_describing_files(config.model.init_from)
     if own.has_tokenizer:
         return own
     orphans = [name for name in own.contents if name in TOKENIZER_NAMES]
     others = (*own.others, *(f"{name} (there is no vocabulary beside it)" for name in orphans))
     contents = {name: content for name, content in own.contents.items() if name not in orphans}
-    return DescribingFiles(own.directory, {**contents, **tokenizer}, own.problems, others)
+    return DescribingFiles(
+        own.directory, {**contents, **tokenizer.contents}, (*own.problems, *tokenizer.problems), others
+    )
+
+
+def _describing_tokenizer(directory: Path) -> DescribingFiles:
+    """The whole tokenizer of a dataset.
+
+    Raises:
+        InputError: a file is not what it is named, or lies elsewhere.
+    """
+    contents: dict[str, bytes] = {}
+    named_code: list[Problem] = []
+    problems: list[Problem] = []
+    for name, content in read_tokenizer_files(directory).items():
+        try:
+            contents[name], found = _checked(name, content)
+        except ValueError as error:
+            problems.append(Problem(str(directory / name), name, str(error), f"the {name} of a tokenizer"))
+        else:
+            named_code += _code_problems(directory / name, found)
+    if problems:
+        raise InputError(problems)
+    return DescribingFiles(directory, contents, tuple(named_code), ())
 
 
 def checkpoint_files(config: RunConfig, architecture: Architecture, described: DescribingFiles) -> dict[str, bytes]:
@@ -154,9 +180,10 @@ def _plain_files(directory: Path) -> tuple[Iterator[tuple[str, bytes]], list[str
     weights = {tensor.file.name for tensor in stored_tensors(directory)[0].values()}
     expected = {*weights, SINGLE_NAME, INDEX_NAME, CONFIG_NAME, RUN_RECORD_NAME}
     names, others = _names_in(directory)
-    if TEMPLATES_FOLDER in names and (directory / TEMPLATES_FOLDER).is_dir():
+    templates = directory / TEMPLATES_FOLDER
+    if TEMPLATES_FOLDER in names and leaves(directory, templates) is None and templates.is_dir():
         names.remove(TEMPLATES_FOLDER)
-        inner, more = _names_in(directory / TEMPLATES_FOLDER)
+        inner, more = _names_in(templates)
         names += [f"{TEMPLATES_FOLDER}/{name}" for name in inner]
         others += more
 
@@ -169,7 +196,7 @@ def _plain_files(directory: Path) -> tuple[Iterator[tuple[str, bytes]], list[str
                 others.append(name)
                 continue
             try:
-                yield name, _read_bounded(directory / name, LONGEST_BYTES[kind])
+                yield name, read_contained_bytes(directory, name, LONGEST_BYTES[kind])
             except OSError as error:
                 others.append(f"{name} ({error.strerror})")
 
@@ -196,22 +223,9 @@ def _kind(name: str) -> str | None:
         return suffix if folder == TEMPLATES_FOLDER and suffix == ".jinja" else None
     if suffix not in LONGEST_BYTES or base in MISLEADING_NAMES or base.endswith(".index.json"):
         return None
+    if suffix == ".txt" and base not in NAMED_TEXTS:
+        return None
     return suffix
-
-
-def _read_bounded(path: Path, longest_bytes: int) -> bytes:
-    """Read a plain file whole; never waits for one that is none, such as a pipe.
-
-    Raises:
-        OSError: it is none, or longer, or cannot be read.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "no plain file")
-    if found.st_size > longest_bytes:
-        raise OSError(errno.EFBIG, f"longer than {longest_bytes // MEBIBYTE} MiB")
-    with open(path, "rb") as file:
-        return file.read(longest_bytes)
 
 
 def _left_out(problem: Problem) -> str:
@@ -231,24 +245,16 @@ def _checked(name: str, content: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
         if not (_is_sentencepiece(content) or _is_tiktoken(content)):
             raise ValueError("neither a sentencepiece model nor a list of tiktoken's")
         return content, []
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8") from None
-    if kind != ".json":
-        return content, []
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON (line {error.lineno}: {error.msg})") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-    if name in OBJECT_NAMES and not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}")
+    value = check_named_text(Path(name).name, content)
     if name == "tokenizer.json":
-        parse_definition(text)
+        parse_definition(content.decode("utf-8"))
     named_code = list(code_keys(value)) if isinstance(value, dict) else []
     return (json.dumps(_without_code(value), indent=2).encode() if named_code else content), named_code
+
+
+def _code_problems(path: Path, named_code: list[tuple[str, Any]]) -> list[Problem]:
+    """Keys of a file that name code, each as a problem."""
+    return [Problem(str(path), key, json.dumps(value)[:100], _NO_CODE) for key, value in named_code]
 
 
 def _without_code(value: Mapping[str, Any]) -> dict[str, Any]:

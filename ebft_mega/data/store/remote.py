@@ -32,7 +32,7 @@ from ebft_mega.data.store.format import (
 from ebft_mega.data.store.https import HttpsClient
 from ebft_mega.data.store.reader import read_fully
 from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError
-from ebft_mega.data.text.tokenizer import TOKENIZER_FILES
+from ebft_mega.data.text.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 

@@ -6,7 +6,7 @@ special id. No code from a tokenizer directory is run. The libraries are importe
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ebft_mega.data.text.tokenizer_control import (
     named_tokens,
     without_spellings,
 )
+from ebft_mega.data.text.tokenizer_files import CONFIG_NAME, read_tokenizer_file, read_tokenizer_files
 from ebft_mega.data.text.tokenizer_kinds import (
     HUGGING_FACE_NAME,
     META_SPACE,
@@ -26,18 +27,8 @@ from ebft_mega.data.text.tokenizer_kinds import (
     Tokenizer,
 )
 from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
-from ebft_mega.io.input_errors import bad_input, read_json_object
-
-CONFIG_NAME = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    SENTENCEPIECE_NAME,
-    HUGGING_FACE_NAME,
-    CONFIG_NAME,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.json_text import parse_json
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
@@ -49,14 +40,12 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
         InputError: there is no tokenizer, it cannot be read, or it names no end-of-document token.
     """
     directory = Path(directory)
-    main_file = _main_file(directory)
-    if main_file is None:
+    contents = read_tokenizer_files(directory)
+    if SENTENCEPIECE_NAME not in contents and HUGGING_FACE_NAME not in contents:
         expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
         found = "neither" if directory.is_dir() else "no such directory"
         raise bad_input(str(directory), "tokenizer", found, expected)
-    if main_file.name == SENTENCEPIECE_NAME:
-        return _load_sentencepiece(main_file)
-    return _load_hugging_face(main_file)
+    return (_load_sentencepiece if SENTENCEPIECE_NAME in contents else _load_hugging_face)(directory, contents)
 
 
 def tokenizer_sha256(directory: Path | str) -> str | None:
@@ -65,69 +54,77 @@ def tokenizer_sha256(directory: Path | str) -> str | None:
     Files that may be rewritten without changing an id (`tokenizer_config.json` with its templates) are left
     out, so a copy of the directory, and a model exported with it, keep the hash.
     """
-    main_file = _main_file(Path(directory))
-    if main_file is None:
-        return None
-    return hashlib.sha256(main_file.name.encode() + b"\0" + main_file.read_bytes()).hexdigest()
+    found = main_tokenizer_file(Path(directory))
+    return None if found is None else _sha256(*found)
 
 
 def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
     """Copy the tokenizer files of one directory into another, which is made if missing.
 
+    What is written is what was checked to be what it is named (see `read_tokenizer_files`).
+
     Raises:
-        InputError: the source holds no tokenizer.
+        InputError: the source holds no tokenizer, or a file that is not what its name says, or leads elsewhere.
     """
     source, destination = Path(source), Path(destination)
-    if _main_file(source) is None:
+    contents = read_tokenizer_files(source)
+    if main_tokenizer_file(source) is None:
         raise bad_input(str(source), "tokenizer", "no tokenizer", "a tokenizer directory")
     destination.mkdir(parents=True, exist_ok=True)
-    for path in tokenizer_files(source):
-        shutil.copyfile(path, destination / path.name)
+    for name, content in contents.items():
+        (destination / name).write_bytes(content)
 
 
-def tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer that are there, and nothing else of its directory."""
-    return tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
+def main_tokenizer_file(directory: Path) -> tuple[str, bytes] | None:
+    """Name and contents of the file that decides how text becomes token ids; None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or lies outside of the directory.
+    """
+    model = _content_of(directory, SENTENCEPIECE_NAME)
+    has_other = os.path.lexists(directory / HUGGING_FACE_NAME)
+    if model is not None and not (has_other and describe_other_kind(model)):
+        return SENTENCEPIECE_NAME, model
+    definition = _content_of(directory, HUGGING_FACE_NAME)
+    return None if definition is None else (HUGGING_FACE_NAME, definition)
 
 
-def _main_file(directory: Path) -> Path | None:
-    """The file that decides how text becomes token ids; None where there is none."""
-    sentencepiece, hugging_face = directory / SENTENCEPIECE_NAME, directory / HUGGING_FACE_NAME
-    if not sentencepiece.is_file():
-        return hugging_face if hugging_face.is_file() else None
-    if hugging_face.is_file() and describe_other_kind(sentencepiece.read_bytes()):
-        return hugging_face
-    return sentencepiece
+def _content_of(directory: Path, name: str) -> bytes | None:
+    """A file of a tokenizer; None where there is none."""
+    return read_tokenizer_file(directory, name) if os.path.lexists(directory / name) else None
 
 
-def _preference(main_file: Path) -> list[str]:
+def _sha256(name: str, content: bytes) -> str:
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
+
+
+def _preference(directory: Path, contents: Mapping[str, bytes]) -> list[str]:
     """Say which other file would also say how text becomes token ids, and why it is not used."""
-    other = main_file.with_name(HUGGING_FACE_NAME if main_file.name == SENTENCEPIECE_NAME else SENTENCEPIECE_NAME)
-    if not other.is_file():
+    if SENTENCEPIECE_NAME in contents:
+        words = f"{HUGGING_FACE_NAME} is not used: {SENTENCEPIECE_NAME} beside it is preferred"
+        return [words] * (HUGGING_FACE_NAME in contents)
+    other = _content_of(directory, SENTENCEPIECE_NAME)
+    if other is None:
         return []
-    if other.name == HUGGING_FACE_NAME:
-        return [f"{other.name} is not used: {main_file.name} beside it is preferred"]
-    return [f"{other.name} is not used: it is {describe_other_kind(other.read_bytes())}; {main_file.name} is used"]
+    return [f"{SENTENCEPIECE_NAME} is not used: it is {describe_other_kind(other)}; {HUGGING_FACE_NAME} is used"]
 
 
-def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
+def _load_sentencepiece(directory: Path, contents: Mapping[str, bytes]) -> SentencePieceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    content = path.read_bytes()
-    expected = f"a sentencepiece model, or the model's {HUGGING_FACE_NAME} beside it"
-    if other_kind := describe_other_kind(content):
-        raise bad_input(str(path), "tokenizer", other_kind, expected)
+    path, content = directory / SENTENCEPIECE_NAME, contents[SENTENCEPIECE_NAME]
     try:
         processor = SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
+        expected = f"a sentencepiece model, or the model's {HUGGING_FACE_NAME} beside it"
         raise bad_input(str(path), "tokenizer", str(error), expected) from error
-    config = _read_config(path.parent)
+    config = _config_of(contents)
     size = processor.vocab_size()
     ids = {processor.id_to_piece(token): token for token in range(size)}
     eos_id = processor.eos_id()
-    notes = _preference(path)
+    notes = _preference(directory, contents)
     if eos_id < 0:
-        eos_id = _eos_from_config(path.parent, config, ids.get)
+        eos_id = _eos_from_config(directory, config, ids.get)
     elif (named := _spelling(config, "eos_token")) and named != processor.id_to_piece(eos_id):
         own = processor.id_to_piece(eos_id)
         notes.append(f"eos_token {named!r} of {CONFIG_NAME} is not used: {path.name} ends documents with {own!r}")
@@ -144,8 +141,8 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(
         vocab_size=size,
         eos_id=eos_id,
-        sha256=str(tokenizer_sha256(path.parent)),
-        files=tokenizer_files(path.parent),
+        sha256=_sha256(SENTENCEPIECE_NAME, content),
+        files=tuple(directory / name for name in contents),
         processor=processor,
         encoder=encoder,
         meta_space_ids=_meta_space_ids(processor),
@@ -166,13 +163,12 @@ def _meta_space_ids(processor: Any) -> tuple[int, ...]:
     return ids if all(processor.is_byte(token) for token in ids) else ()
 
 
-def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
-    definition = read_json_object(path, "a tokenizer of the tokenizers library")
-    if not isinstance(definition.get("model"), dict):
-        raise bad_input(str(path), "model", "missing", "a tokenizer of the tokenizers library")
+def _load_hugging_face(directory: Path, contents: Mapping[str, bytes]) -> HuggingFaceTokenizer:
+    path, content = directory / HUGGING_FACE_NAME, contents[HUGGING_FACE_NAME]
+    definition = parse_json(content.decode("utf-8"))
     backend = _backend(path, definition)
-    config = _read_config(path.parent)
-    eos_id = _eos_from_config(path.parent, config, backend.token_to_id)
+    config = _config_of(contents)
+    eos_id = _eos_from_config(directory, config, backend.token_to_id)
     spellings = {named for named in named_tokens(config) if not is_ordinary_text(named)}
     spellings |= {*added_control_tokens(definition), backend.id_to_token(eos_id)}
     ids = {backend.token_to_id(spelling) for spelling in spellings} - {None}
@@ -185,13 +181,13 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=eos_id,
-        sha256=str(tokenizer_sha256(path.parent)),
-        files=tokenizer_files(path.parent),
+        sha256=_sha256(HUGGING_FACE_NAME, content),
+        files=tuple(directory / name for name in contents),
         backend=backend,
         known_ids=frozenset(vocabulary.values()),
         encoder=encoder,
         control_ids=frozenset(ids),
-        notes=tuple(_preference(path)),
+        notes=tuple(_preference(directory, contents)),
     )
 
 
@@ -224,10 +220,9 @@ def _backend(path: Path, definition: Mapping[str, Any]) -> Any:
     return backend
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """The tokenizer's configuration; nothing where there is none."""
-    path = directory / CONFIG_NAME
-    return read_json_object(path, "a tokenizer configuration") if path.exists() else {}
+def _config_of(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """The tokenizer's configuration, from files that were checked; nothing where there is none."""
+    return dict(parse_json(contents[CONFIG_NAME].decode("utf-8"))) if CONFIG_NAME in contents else {}
 
 
 def _spelling(config: Mapping[str, Any], key: str) -> str | None:

@@ -1,12 +1,13 @@
 """Say in words how two tokenizers differ, from their files alone: no tokenizer library is loaded."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.tokenizer import HUGGING_FACE_NAME, SENTENCEPIECE_NAME, tokenizer_sha256
+from ebft_mega.data.text.tokenizer import main_tokenizer_file
+from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
+from ebft_mega.errors import InputError
 
 _PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 
@@ -20,28 +21,16 @@ def tokenizer_difference(first: Path, second: Path) -> str:
         Words about the first beside the second; empty where the files say nothing of it.
     """
     try:
-        file, other = _deciding_file(first), _deciding_file(second)
-        if file.name != other.name:
-            return f"{file.name} beside {other.name}"
-        if file.name == SENTENCEPIECE_NAME:
-            return _of_tokens(_sentencepiece_tokens(file.read_bytes()), _sentencepiece_tokens(other.read_bytes()))
-        return _of_definitions(json.loads(file.read_bytes()), json.loads(other.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        file, other = main_tokenizer_file(first), main_tokenizer_file(second)
+        if file is None or other is None:
+            return ""
+        if file[0] != other[0]:
+            return f"{file[0]} beside {other[0]}"
+        if file[0] == SENTENCEPIECE_NAME:
+            return _of_tokens(_sentencepiece_tokens(file[1]), _sentencepiece_tokens(other[1]))
+        return _of_definitions(json.loads(file[1]), json.loads(other[1]))
+    except (InputError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return ""  # a file that is none of these has a refusal of its own
-
-
-def _deciding_file(directory: Path) -> Path:
-    """The file that `tokenizer_sha256` is the hash of, or else the first of the two that is there.
-
-    Raises:
-        IndexError: there is none.
-    """
-    wanted = tokenizer_sha256(directory)
-    there = [path for name in (SENTENCEPIECE_NAME, HUGGING_FACE_NAME) if (path := directory / name).is_file()]
-    matching = [
-        path for path in there if hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).hexdigest() == wanted
-    ]
-    return (matching or there)[0]
 
 
 def _of_definitions(first: dict[str, Any], second: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from ebft_mega.checkpoint.describing_files import MEBIBYTE, describing_files, re
 from ebft_mega.config.load import load_config
 from ebft_mega.data.text.tokenizer import copy_tokenizer
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.errors import InputError
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from tests.unit.written_checkpoint import list_files, write_checkpoint
@@ -131,30 +132,150 @@ def test_what_is_no_describing_file_is_listed(model, tmp_path):
     for name in (
         *others,
         "original",
-        "folder.json (no plain file)",
-        "pipe.json (no plain file)",
+        "folder.json (a directory)",
+        "pipe.json (a FIFO)",
         "'line\\nbreak.json'",
     ):
         assert name in note
-    assert "loop.json (Too many" in note and "nowhere.json (No such file" in note
+    assert "loop.json (links in a circle)" in note and "nowhere.json (No such file" in note
     assert {"tokenizer.model", "tokenizer_config.json", "generation_config.json"} == described.contents.keys()
 
 
-def test_links_to_files_are_followed_as_in_a_cache_of_downloads(model, tmp_path):
-    (tmp_path / "blob").write_text(TEMPLATE)
-    (model / "chat_template.jinja").symlink_to(tmp_path / "blob")
-    assert read_describing_files(model).contents["chat_template.jinja"] == TEMPLATE.encode()
+def test_links_to_blobs_are_followed_as_in_a_cache_of_downloads(model, tmp_path):
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "0123456"
+    (repository / "blobs").mkdir(parents=True)
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    for number, path in enumerate(sorted(model.iterdir())):
+        path.rename(repository / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    (repository / "blobs" / ("f" * 40)).write_text(TEMPLATE)
+    (snapshot / "additional_chat_templates" / "a.jinja").symlink_to(f"../../../blobs/{'f' * 40}")
+    described = written_again(snapshot, tmp_path / "hf")
+    assert described.notes == []
+    assert described.contents["additional_chat_templates/a.jinja"] == TEMPLATE.encode()
+    assert described.has_tokenizer and not any(path.is_symlink() for path in (tmp_path / "hf").rglob("*"))
+
+
+SECRET = "a secret\n"
+LINKED = {  # each would pass for what it is named
+    "generation_config.json": '{"secret": 1}',
+    "chat_template.json": '{"secret": 1}',
+    "chat_template.jinja": SECRET,
+    "merges.txt": SECRET,
+    "vocab.json": '{"secret": 1}',
+    "vocab.txt": "secret\n",
+    "other.json": '["secret"]',
+    "special_tokens_map.json": '{"eos_token": "secret"}',
+    "added_tokens.json": '{"secret": 1}',
+    "tokenizer_config.json": '{"eos_token": "</s>", "secret": 1}',
+    "additional_chat_templates/a.jinja": SECRET,
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_nothing_is_copied_through_a_link_that_leaves_the_directory(model, tmp_path, folder):
+    outside = tmp_path / "outside"
+    for name, content in LINKED.items():
+        (outside / name).parent.mkdir(parents=True, exist_ok=True)
+        (outside / name).write_text(content)
+        if "/" not in name:
+            (model / name).unlink(missing_ok=True)
+            (model / name).symlink_to(outside / name)
+    if folder:
+        (model / "additional_chat_templates").symlink_to(outside / "additional_chat_templates")
+    else:
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "a.jinja").symlink_to(outside / "additional_chat_templates/a.jinja")
+    described = written_again(model, tmp_path / "hf")
+    assert described.contents.keys() == {"tokenizer.model"}
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "hf").rglob("*") if path.is_file())
+    (note,) = described.notes
+    assert all(name.split("/")[0] in note for name in LINKED)
+    assert "outside of its directory" in note
+
+
+NOT_WHAT_THEY_ARE_NAMED = {
+    "merges.txt": ["a b\nroot:x:0:0\n", "a b c\n", "a b\n\nc d\n", "a \n", "a\tb\n"],
+    "vocab.txt": ["a\nb c\n", "a\n\nb\n", "a\0\n"],
+    "vocab.json": ['["a"]', '{"a": "b"}', '{"a": true}', '{"a": -1}', '{"a": 1.5}', '{"a": 1, "a": 2}'],
+    "added_tokens.json": ['{"a": null}', "1"],
+    "special_tokens_map.json": ['{"eos_token": 1}', '{"eos_token": {"text": 1}}', '{"x": ["a", 1]}'],
+    "generation_config.json": ["1", '"text"', "[]", '{"a": NaN}'],
+    "tokenizer_config.json": ["[]", "null"],
+    "chat_template.jinja": ["a\0b", "\x1b[31m"],
+    "other.json": ["1", '"secret"'],
+}
+
+
+@pytest.mark.parametrize("name", NOT_WHAT_THEY_ARE_NAMED)
+def test_each_file_is_parsed_as_what_it_is_named(model, name):
+    for content in NOT_WHAT_THEY_ARE_NAMED[name]:
+        (model / name).write_text(content)
+        described = read_describing_files(model)
+        assert name not in described.contents, content
+        assert [problem.key for problem in described.problems] == [name], content
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("merges.txt", "#version: 0.2\n\u0120 t\ni n\n"),
+        ("merges.txt", "\u2581 t\r\na\u2028 b\x85\r\n"),
+        ("merges.txt", ""),
+        ("vocab.txt", "[PAD]\n[UNK]\n##s\n"),
+        ("vocab.json", '{"a": 0, "\u0120b": 1}'),
+        ("special_tokens_map.json", '{"eos_token": {"content": "a", "special": true}, "pad_token": null, "x": ["b"]}'),
+        ("chat_template.jinja", TEMPLATE + "\t\r\n"),
+    ],
+)
+def test_what_real_files_hold_is_accepted(model, name, content):
+    (model / name).write_bytes(content.encode())
+    assert read_describing_files(model).contents[name] == content.encode()
+
+
+def test_other_texts_describe_no_model(model):
+    (model / "notes.txt").write_text("private")
+    described = read_describing_files(model)
+    assert "notes.txt" not in described.contents and described.others == ("notes.txt",)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("has_model", [False, True])
+def test_the_datas_tokenizer_is_refused_where_a_link_leaves_it(model, tmp_path, tokenizer_directory, name, has_model):
+    dataset = Path(shutil.copytree(tokenizer_directory, tmp_path / "tokenizer"))
+    (dataset / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("a secret\n")
+    (dataset / name).symlink_to("../secret")
+    config = configuration(tmp_path, model)
+    if not has_model:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
+    with pytest.raises(InputError, match=r"secret, which is outside of its directory") as caught:
+        describing_files(config, dataset)
+    assert [problem.where for problem in caught.value.problems] == [str(dataset / name)]
+
+
+def test_keys_that_name_code_do_not_come_from_the_data_either(model, tmp_path, tokenizer_directory):
+    dataset = Path(shutil.copytree(tokenizer_directory, tmp_path / "tokenizer"))
+    change_json(dataset / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
+    (model / "tokenizer.model").unlink()
+    described = describing_files(configuration(tmp_path, model), dataset)
+    assert b"auto_map" not in described.contents["tokenizer_config.json"]
+    assert "auto_map of tokenizer_config.json" in described.notes[0]
 
 
 def test_sizes_and_numbers_are_bounded(model, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_BYTES", {**module.LONGEST_BYTES, ".txt": 4, ".jinja": MEBIBYTE})
-    (model / "short.txt").write_text("1234")
-    (model / "long.txt").write_text("12345")
+    (model / "merges.txt").write_text("a b\n")
+    (model / "vocab.txt").write_text("12345")
     (model / "sparse.jinja").touch()
     os.truncate(model / "sparse.jinja", 2**40)
     described = read_describing_files(model)
-    assert "short.txt" in described.contents
-    assert described.others == ("long.txt (longer than 0 MiB)", "sparse.jinja (longer than 1 MiB)")
+    assert "merges.txt" in described.contents
+    assert described.others == (
+        f"sparse.jinja ({2**40} bytes, more than {MEBIBYTE})",
+        "vocab.txt (5 bytes, more than 4)",
+    )
     monkeypatch.setattr(module, "ALL_BYTES", sum(map(len, described.contents.values())) - 1)
     assert len(read_describing_files(model).contents) == len(described.contents) - 1
     monkeypatch.setattr(module, "MOST_NAMES", 2)

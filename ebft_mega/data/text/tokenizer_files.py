@@ -1,0 +1,165 @@
+"""Files that describe a tokenizer or a model, checked to be what their names say. No tokenizer library is loaded.
+
+They come from directories that nobody vouches for and are copied into datasets, checkpoints and final models, so that
+whatever is none of these must not pass for one.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ebft_mega.data.text.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
+from ebft_mega.data.text.tokenizer_model_file import describe_other_kind
+from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.contained_files import read_contained
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import words_of
+
+CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    SENTENCEPIECE_NAME,
+    HUGGING_FACE_NAME,
+    CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+MEBIBYTE = 2**20
+# Most bytes of a file, by its suffix.
+LONGEST_BYTES = {".json": 128 * MEBIBYTE, ".model": 64 * MEBIBYTE, ".jinja": MEBIBYTE, ".txt": 16 * MEBIBYTE}
+
+_OBJECT_NAMES = (CONFIG_NAME, "generation_config.json", "chat_template.json")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def check_named_text(name: str, content: bytes) -> Any:
+    """Check that a text or JSON file is what its name says.
+
+    Args:
+        name: of the file, without a folder.
+        content: all of it.
+    Returns:
+        The value of a JSON file; None for others.
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+    if not name.endswith(".json"):
+        if control := _CONTROL_CHARACTER.search(text):
+            raise ValueError(f"the control character U+{ord(control[0]):04X}")
+        _TEXTS.get(name, lambda text: None)(text)
+        return None
+    try:
+        value = parse_json(text)
+    except Exception as error:
+        raise ValueError(f"no JSON ({words_of(error)})") from None
+    if name in _OBJECTS:
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON {type(value).__name__}")
+        _OBJECTS[name](value)
+    elif not isinstance(value, dict | list):
+        raise ValueError(f"a JSON {type(value).__name__}")
+    return value
+
+
+def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """Read the files of a tokenizer that are there, and nothing else of its directory, without a tokenizer library.
+
+    A `tokenizer.model` of another kind beside a `tokenizer.json` is not used, and left out.
+
+    Returns:
+        Contents by name, in the order of `TOKENIZER_FILES`; empty where there is none.
+    Raises:
+        InputError: a file is not what its name says, too long, or lies outside of the directory; all problems at once.
+    """
+    contents: dict[str, bytes] = {}
+    problems: list[Problem] = []
+    for name in TOKENIZER_FILES:
+        if not os.path.lexists(directory / name):
+            continue
+        try:
+            contents[name] = read_tokenizer_file(directory, name)
+            if name != SENTENCEPIECE_NAME:
+                check_named_text(name, contents[name])
+            elif (found := describe_other_kind(contents[name])) is not None:
+                del contents[name]
+                if not os.path.lexists(directory / HUGGING_FACE_NAME):
+                    expected = f"a sentencepiece model, or the model's {HUGGING_FACE_NAME} beside it"
+                    problems.append(Problem(str(directory / name), "tokenizer", found, expected))
+        except InputError as error:
+            problems += error.problems
+        except ValueError as error:
+            expected = f"the {name} of a tokenizer, or no such file"
+            problems.append(Problem(str(directory / name), name, str(error), expected))
+    if problems:
+        raise InputError(problems)
+    return contents
+
+
+def read_tokenizer_file(directory: Path, name: str) -> bytes:
+    """Read one file of a tokenizer, bounded by `LONGEST_BYTES`.
+
+    Raises:
+        InputError: it cannot be read, or lies outside of the directory.
+    """
+    return read_contained(directory, name, LONGEST_BYTES[Path(name).suffix], f"the {name} of a tokenizer")
+
+
+def _check_merges(text: str) -> None:
+    """Raise a `ValueError` unless each line, a first one with the version left aside, is two symbols."""
+    lines = text.split("\n")  # a symbol may be another line end
+    for number, line in enumerate(lines, 1):
+        parts = line.removesuffix("\r").split(" ")
+        is_version = number == 1 and line.startswith("#version")
+        is_end = number == len(lines) and not line
+        if not (is_version or is_end or (len(parts) == 2 and all(parts))):
+            raise ValueError(f"line {number} is no pair of symbols")
+
+
+def _check_vocabulary(text: str) -> None:
+    """Raise a `ValueError` unless each line is one token."""
+    lines = text.removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or " " in line or "\t" in line:
+            raise ValueError(f"line {number} is no token")
+
+
+def _check_definition(value: dict[str, Any]) -> None:
+    if not isinstance(value.get("model"), dict):
+        raise ValueError("a JSON object without a model")
+
+
+def _check_ids(value: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the values are token ids."""
+    for token, number in value.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{token[:40]!r}, whose value is no token id")
+
+
+def _check_special_tokens(value: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the values are tokens, or several of them."""
+    for name, token in value.items():
+        several = token if isinstance(token, list) else token.values() if isinstance(token, dict) else None
+        if not (token is None or _is_token(token) or (several is not None and all(map(_is_token, several)))):
+            raise ValueError(f"{name[:40]!r}, whose value is no token")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+_TEXTS: dict[str, Callable[[str], None]] = {"merges.txt": _check_merges, "vocab.txt": _check_vocabulary}
+NAMED_TEXTS = tuple(_TEXTS)
+_OBJECTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    **dict.fromkeys(_OBJECT_NAMES, lambda value: None),
+    HUGGING_FACE_NAME: _check_definition,
+    "vocab.json": _check_ids,
+    "added_tokens.json": _check_ids,
+    "special_tokens_map.json": _check_special_tokens,
+}
