@@ -87,6 +87,8 @@ class Rollout:
     """What the policy sampled for the rows of a micro-batch."""
 
     tokens: Tensor  # int64 [B, n, K, G]
+    # bool [B, K], false where the logits of any token were not all finite; None: it is not known
+    finite_blocks: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.parallel.stage_module import StageRunner
 from ebft_mega.rollout.duplicates import copy_duplicate_rows
+from ebft_mega.rollout.marked_blocks import mark_blocks
 from ebft_mega.rollout.packed_order import packed_sequence
 from ebft_mega.types import Rollout, TokenBatch
 
@@ -44,7 +45,8 @@ class FeatureNetwork:
         a kernel rounds.
 
         Returns:
-            float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target.
+            float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target. NaN
+            throughout for a marked block: a feature, or a logit that its tokens were drawn from, was not finite.
         Communication: that of the layers; hidden states from stage to stage; what `block_grams` says.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
@@ -65,9 +67,13 @@ class FeatureNetwork:
                 return hidden
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
-        return [
+        grams = [
             copy_duplicate_rows(self._gram(rows, rollout, pooled), rollout.tokens)
             for rows, rollout in zip(tapped, rollouts, strict=True)
+        ]
+        return [
+            gram if rollout.finite_blocks is None else mark_blocks(gram, rollout.finite_blocks)
+            for gram, rollout in zip(grams, rollouts, strict=True)
         ]
 
     def _packed_pass(

@@ -37,19 +37,21 @@ def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, own_slice: V
         tokens: int64 [N, m], the same on all ranks. Tokens that a nucleus left out are scored by the full softmax, too.
         temperature: float64 [N]; that of the sampling for rollouts, 1 for targets.
     Returns:
-        RowScores, the same on all ranks.
+        RowScores, the same on all ranks; NaN for a row with a logit that is not finite on any of them.
     Communication: with several tensor-parallel ranks two all-reduces, of 4 and of 4 * (1 + m) bytes per row (8 and
         8 * (1 + m) for float64); none for one rank.
     Source: EBFT paper (arXiv 2603.12248); the authors' code scores at the sampling temperature, in float32.
     """
     assert logits.shape[-1] == own_slice.width, "logits of another vocabulary"
     scaled = _scaled(logits, temperature, own_slice)
+    marked = own_slice.has_nan_or_minus_infinity(scaled)
     largest = own_slice.maximum(scaled.amax(dim=-1, keepdim=True))
     scaled -= largest
     column, is_own = _own_column(tokens, own_slice)
     # A token has a finite logit on one rank; the others add 0 and leave its bits alone.
     chosen = scaled.gather(-1, column).masked_fill(~is_own, 0.0)
-    parts = torch.cat((scaled.exp_().sum(dim=-1, keepdim=True), chosen), dim=-1)
+    mass = scaled.exp_().sum(dim=-1, keepdim=True).masked_fill(marked[:, None], torch.nan)
+    parts = torch.cat((mass, chosen), dim=-1)
     mass, chosen = own_slice.sum(parts).split((1, tokens.shape[-1]), dim=-1)
     return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0])
 

@@ -36,6 +36,7 @@ def loss_terms(
     rl_coef: float,
     ce_coef: float,
     counted_rows: Tensor | None = None,
+    counted_blocks: Tensor | None = None,
 ) -> LossTerms:
     """A micro-batch's share of the step's losses.
 
@@ -50,6 +51,8 @@ def loss_terms(
         counts: denominators over the global batch; a term that nothing counts in is 0.
         rl_coef, ce_coef: weights of the two terms.
         counted_rows: bool [B], rows whose targets count; None: all.
+        counted_blocks: bool [B, K], blocks whose rollouts count; None: all. What does not count may be anything: NaN
+            times an advantage of 0 would be NaN.
     Returns:
         LossTerms in the log-probabilities' dtype (float32), scalars; `total` has the gradient, `rl` and `ce`
         are values only. The shares of all micro-batches of all ranks sum to the step's losses.
@@ -64,7 +67,10 @@ def loss_terms(
         if advantages is None:
             raise ValueError("log-probabilities of rollouts need the rollouts' advantages")
         weights = advantages.detach().to(logprobs.rollout.dtype)[..., None]
-        rl = -(weights * logprobs.rollout).sum() / max(counts.rollout_tokens, 1)
+        rollout = logprobs.rollout
+        if counted_blocks is not None:
+            rollout = rollout.masked_fill(~counted_blocks[:, None, :, None], 0.0)
+        rl = -(weights * rollout).sum() / max(counts.rollout_tokens, 1)
         shares.append(rl_coef * rl)
     if logprobs.target is not None:
         target = logprobs.target

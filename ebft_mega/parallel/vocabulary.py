@@ -60,6 +60,18 @@ class VocabularySlice:
         logits[..., self.num_tokens :] = -torch.inf
         return logits
 
+    def has_nan_or_minus_infinity(self, logits: Tensor) -> Tensor:
+        """Tell rows with a logit that softmax or sampling may lose: bool [...] of [..., width], of this rank alone.
+
+        One reduction: it finds NaN too. Plus infinity needs none, since it makes a NaN or an infinity of every sum of
+        exponentials.
+
+        Communication: none, and nothing waits for the device.
+        """
+        if not self.num_tokens:
+            return torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return ~(logits[..., : self.num_tokens].amin(dim=-1) > -torch.inf)
+
     def maximum(self, values: Tensor) -> Tensor:
         """Take the element-wise maximum over the ranks.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.rollout.duplicates import first_equal
+from ebft_mega.rollout.marked_blocks import finite_blocks, mark_blocks
 from ebft_mega.types import BlockRewards
 
 Whitening = Literal["none", "sample", "feature"]
@@ -47,7 +48,8 @@ def block_rewards(gram: Tensor, whitening: Whitening, alignment_coef: float, div
 
     alignment = 2 cos(x_j, y_j); diversity = 2 / (n - 1) * sum over k != j of x_j . x_k, a plain inner
     product, 0 for n = 1. Rollouts with the same inner products get the same figures to the last bit; zero
-    features get 0.
+    features get 0. Everything of a block with an inner product that is not finite is NaN; other blocks are the
+    same to the last bit.
 
     Args:
         gram: float64 [B, K, n + 1, n + 1], symmetric, samples first, the target last; equal rollouts have
@@ -59,6 +61,10 @@ def block_rewards(gram: Tensor, whitening: Whitening, alignment_coef: float, div
     Communication: none.
     Source: EBFT paper (arXiv 2603.12248), equation 7; the authors' whitening for `sample`.
     """
+    finite = finite_blocks(gram)
+    # A decomposition raises on NaN, and for all blocks: orthonormal features stand in for those of a marked one.
+    stand_in = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(finite[..., None, None], gram, stand_in)
     products = _products(gram, whitening)
     lengths = products.rollouts.diagonal(dim1=-2, dim2=-1)
     alignment = 2 * _cosine(products.cross, lengths, products.target)
@@ -72,7 +78,9 @@ def block_rewards(gram: Tensor, whitening: Whitening, alignment_coef: float, div
     alignment = alignment.gather(-1, first).transpose(-1, -2)
     diversity = diversity.gather(-1, first).transpose(-1, -2)
     reward = alignment_coef * alignment - diversity_coef * diversity
-    return BlockRewards(alignment, diversity, reward, products.cfm.clamp(min=0))
+    marked = ~finite[:, None]  # [B, 1, K]
+    alignment, diversity, reward = (values.masked_fill(marked, torch.nan) for values in (alignment, diversity, reward))
+    return BlockRewards(alignment, diversity, reward, products.cfm.clamp(min=0).masked_fill(~finite, torch.nan))
 
 
 def raw_cosine(gram: Tensor) -> Tensor:
@@ -81,10 +89,10 @@ def raw_cosine(gram: Tensor) -> Tensor:
     Args:
         gram: float64 [B, K, n + 1, n + 1].
     Returns:
-        float64 [B, n, K].
+        float64 [B, n, K]; NaN for a block with an inner product that is not finite.
     Communication: none.
     """
-    rollouts, cross, target = _blocks_of(gram)
+    rollouts, cross, target = _blocks_of(mark_blocks(gram, finite_blocks(gram)))
     cosine = _cosine(cross, rollouts.diagonal(dim1=-2, dim2=-1), target[..., None])
     return cosine.transpose(-1, -2)
 
@@ -98,13 +106,13 @@ def unbiased_feature_matching(gram: Tensor) -> Tensor:
     Args:
         gram: float64 [B, K, n + 1, n + 1], n >= 2.
     Returns:
-        float64 [B, K].
+        float64 [B, K]; NaN for a block with an inner product that is not finite.
     Raises:
         ValueError: for n = 1, where there is no pair.
     Communication: none.
     Source: EBFT paper (arXiv 2603.12248), feature-matching loss; 1 - the authors' `feature_map_reward`.
     """
-    rollouts, cross, target = _blocks_of(gram)
+    rollouts, cross, target = _blocks_of(mark_blocks(gram, finite_blocks(gram)))
     n = cross.shape[-1]
     if n < 2:
         raise ValueError("the unbiased feature-matching loss needs at least two samples per anchor")

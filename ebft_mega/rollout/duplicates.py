@@ -8,6 +8,8 @@ directions. So equality is decided by token ids, and equal rollouts are given on
 import torch
 from torch import Tensor
 
+from ebft_mega.rollout.marked_blocks import finite_blocks, mark_blocks
+
 
 def first_equal(rows: Tensor) -> Tensor:
     """For every row, the index of the first row that equals it.
@@ -33,7 +35,8 @@ def copy_duplicate_rows(gram: Tensor, rollouts: Tensor) -> Tensor:
         rollouts: int64 [B, n, K, G].
     Returns:
         float64 [B, K, n + 1, n + 1], symmetric to the last bit; rows and columns of equal rollouts are the
-        same, and their inner product with each other is that of the first with itself.
+        same, and their inner product with each other is that of the first with itself. A block with a value that is
+        not finite is marked, also where that is the feature of a rollout that takes over the first one's.
     Communication: none.
     Source: the authors' code rewards equality of features; here equal tokens are made to have them.
     """
@@ -42,7 +45,8 @@ def copy_duplicate_rows(gram: Tensor, rollouts: Tensor) -> Tensor:
     index = torch.cat((first, target), dim=-1)
     symmetric = (gram + gram.transpose(-1, -2)) / 2
     rows = symmetric.gather(-2, index[..., :, None].expand_as(gram))
-    return rows.gather(-1, index[..., None, :].expand_as(gram))
+    copied = rows.gather(-1, index[..., None, :].expand_as(gram))
+    return mark_blocks(copied, finite_blocks(gram))
 
 
 def has_duplicates(rollouts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import anchor_positions, document_positions, generated_positions, to_sequence
-from ebft_mega.rollout.sampling import sample_tokens
+from ebft_mega.rollout.sampling import drawn_from_finite, sample_tokens, without_marks
 from ebft_mega.types import Rollout, TokenBatch
 
 
@@ -66,7 +66,8 @@ def generate_rollouts(
         with_targets: the gradient pass will also score the row's own tokens: the document pass reads on to P - 1.
     Returns:
         Per micro-batch the rollout, the same on every rank of the replica, and what this stage saved; tokens are a
-        pure function of (weights, row, seed, step, row index, sample, block, token index).
+        pure function of (weights, row, seed, step, row index, sample, block, token index). Logits that are not finite
+        give tokens, too, and a mark of their block.
     Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved; along the
         pipeline hidden states, the tokens of each pass back to the first stage, and one broadcast of all tokens.
     Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
@@ -85,7 +86,13 @@ def generate_rollouts(
     drawn = [torch.stack(tokens, dim=-1) if tokens else torch.empty(0) for tokens in decoding.drawn]
     shared = share_from_last_stage(drawn, shapes, torch.int64, model.groups)
     saved = [None if reuse == "off" else part for part in decoding.saved]
-    return [Sampled(Rollout(tokens), part) for tokens, part in zip(shared, saved, strict=True)]
+    return [Sampled(_rollout(tokens), part) for tokens, part in zip(shared, saved, strict=True)]
+
+
+def _rollout(marked_tokens: Tensor) -> Rollout:
+    """The rollout of marked tokens [B, n, K, G]."""
+    finite = drawn_from_finite(marked_tokens).all(dim=-1).all(dim=1)
+    return Rollout(without_marks(marked_tokens), finite)
 
 
 class _Decoding:
@@ -107,7 +114,7 @@ class _Decoding:
         self.document_length = plan.document_length(with_targets)
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
         self.saved = [SavedForward() for _ in micro_batches]
-        self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token
+        self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token, marked
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
         """One pass of one micro-batch through this stage."""
@@ -149,7 +156,7 @@ class _Decoding:
                 hidden = hidden[anchor_positions(plan, device) - 1]
             tokens = self._draw(stage, slot, hidden.unflatten(0, (plan.num_blocks, -1)))
         self.drawn[slot.micro_batch].append(tokens)
-        return tokens
+        return without_marks(tokens)
 
     def _hidden_states(
         self, stage: Stage, slot: Slot, entering: Tensor, positions: Tensor, layout: StridedLayout
@@ -172,7 +179,7 @@ class _Decoding:
         Args:
             rows: [K, 1 or n, B, H] before the final norm, the same on every tensor-parallel rank.
         Returns:
-            int64 [B, n, K].
+            int64 [B, n, K], marked (`sample_tokens`).
         """
         plan, sampling = self.plan, self.sampling
         batch, own_slice = self.micro_batches[slot.micro_batch], self.model.vocabulary
@@ -188,8 +195,8 @@ class _Decoding:
             drawn.append(tokens)
             if self.reuse != "off":
                 # One choice from each row, or at the anchors, whose row all samples share, n.
-                by_row = tokens.permute(2, 1, 0) if part.shape[1] > 1 else tokens.permute(2, 0, 1)
-                choices = by_row.reshape(len(logits), -1)
+                order = (2, 1, 0) if part.shape[1] > 1 else (2, 0, 1)
+                choices = without_marks(tokens).permute(order).reshape(len(logits), -1)
                 temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
                 scores.append(score_rows(logits, choices, temperature, own_slice))
         if scores:

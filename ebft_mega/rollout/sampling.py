@@ -4,6 +4,9 @@ The vocabulary is cut into 64 fixed blocks of consecutive ids. First a block is 
 probability, then a token inside it: the distribution is exactly the softmax, but noise (`rollout/noise.py`) is made for
 64 + V / 64 numbers, not for V. The blocks do not depend on the parallel layout: a tensor-parallel rank scores
 its own blocks, and (score, token) of its best one is all that the ranks have to compare.
+
+A token is an integer and cannot be NaN. One that was drawn from logits of which any was not finite is marked instead:
+what is returned is its complement, a negative number. `without_marks` gives the token, `drawn_from_finite` the mark.
 """
 
 import torch
@@ -28,7 +31,8 @@ def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float
         temperature: > 0.
         top_p: in (0, 1]; below 1 only the nucleus is drawn from.
     Returns:
-        int64, shape of `keys`, in [0, V); the same on all ranks, and the same for every number of ranks.
+        int64, shape of `keys`, in [0, V); the same on all ranks, and the same for every number of ranks. Where a logit
+        of the row is not finite on any rank, the complement of such a token, on all ranks the same one.
     Raises:
         ValueError: for a temperature or top_p out of range.
     Communication: with several tensor-parallel ranks one all-gather of 16 bytes per key and rank; for top_p
@@ -41,13 +45,27 @@ def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
     scaled = own_slice.exclude_padding_(at_temperature(logits, temperature))
+    marked = own_slice.has_nan_or_minus_infinity(scaled)
     if top_p < 1:
         scaled = keep_nucleus(scaled, top_p, own_slice)
     score, block = block_scores(scaled, keys, own_slice).max(dim=-1)
     token = token_in_block(scaled, keys, block, own_slice)
+    score = score.masked_fill(marked, torch.nan)  # which wins on every rank, as the largest of all numbers
     # One message for both numbers: token ids are exact in float64.
     scores, tokens = own_slice.gather(torch.stack((score, token.to(score.dtype)))).unbind(dim=1)
-    return tokens.gather(0, scores.argmax(dim=0, keepdim=True))[0].to(torch.int64)
+    best = scores.argmax(dim=0, keepdim=True)
+    winner = tokens.gather(0, best)[0].to(torch.int64)
+    return torch.where(scores.gather(0, best)[0].isfinite(), winner, ~winner.clamp(0, own_slice.size - 1))
+
+
+def drawn_from_finite(tokens: Tensor) -> Tensor:
+    """Which tokens of `sample_tokens` are not marked: bool, of the same shape."""
+    return tokens >= 0
+
+
+def without_marks(tokens: Tensor) -> Tensor:
+    """Tokens of `sample_tokens` as ids in [0, V), marked or not."""
+    return torch.where(drawn_from_finite(tokens), tokens, ~tokens)
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -129,13 +147,15 @@ def _nucleus_threshold(logits: Tensor, top_p: float, own_slice: VocabularySlice)
     """The largest value that tokens with at least this logit reach `top_p` together, [..., 1].
 
     Probabilities are fixed-point integers: their sums are exact in any order, so that every split of the
-    vocabulary finds the same threshold. Resolution: 2^-44 of the most probable token's for 151 936 tokens.
+    vocabulary finds the same threshold. Resolution: 2^-44 of the most probable token's for 151 936 tokens. In a row
+    with NaN or plus infinity no integer has a meaning; what is excluded there are numbers below that, never those.
     """
     largest = own_slice.maximum(logits.amax(dim=-1, keepdim=True))
     ordered = _swap_order(_as_integers(logits.contiguous())).sort(dim=-1).values
     weights = _as_floats(_swap_order(ordered)).to(torch.float64).sub_(largest).exp_()
     weights *= 2.0 ** (62 - own_slice.size.bit_length())  # V of them still fit into 63 bits
-    running = weights.round_().to(torch.int64).cumsum_(dim=-1)
+    # What integer NaN becomes depends on the processor.
+    running = weights.nan_to_num_(nan=0.0).round_().to(torch.int64).cumsum_(dim=-1)
     own_total = running[..., -1:]
     total = own_slice.sum(own_total)
     needed = (total.to(torch.float64) * top_p).ceil_().to(torch.int64).minimum(total)

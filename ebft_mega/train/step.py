@@ -154,9 +154,9 @@ class _GradientPass:
         if not trainer.groups.is_last_stage:
             return scores[0]
         advantages = self.experiences[index].advantages if self.experiences else None
-        counted_rows = None if self.masks is None else self.masks.rows[index]
+        rows, blocks = (None, None) if self.masks is None else (self.masks.rows[index], self.masks.blocks[index])
         logprobs = request.logprobs(scores)
-        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, counted_rows)
+        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, rows, blocks)
         self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
         return guarded(terms.total, [self.experiences[index].counted_reward] if self.experiences else [])
 

@@ -28,6 +28,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         Scalars under the `ebft/*` and `train/*` names: nats per token for losses. With document masking,
         `data/dropped_anchor_share`: of the blocks of real rows those that no document holds whole. Where damaged rows
         may be skipped, `data/skipped_rows` of this step. Means over blocks are left out of a step in which none counts.
+        What is the mean of something that is not finite is NaN or infinite itself, never 0.
     Communication: one all-reduce of a dozen float64 over the data-parallel group.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
@@ -62,7 +63,9 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     metrics = dict(zip(sums, values.tolist(), strict=True))
     if has_blocks:
         mean, square = metrics.pop("advantage"), metrics.pop("advantage_squared")
-        metrics["ebft/advantages_std"] = math.sqrt(max(0.0, square - mean * mean))
+        variance = square - mean * mean
+        # Rounding may leave a little less than nothing; `max` would make 0 of NaN.
+        metrics["ebft/advantages_std"] = 0.0 if variance <= 0 else math.sqrt(variance)
     if not result.experiences:
         del metrics["ebft/rl_loss"]
     if ebft.ce_coef == 0:
