@@ -16,7 +16,7 @@ from ebft_mega.architecture.supported_configs import (
     resolve_window,
 )
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import read_json_object
+from ebft_mega.io.contained_files import read_contained_json
 
 _LONGEST_VALUE = 200  # characters of a value in a message
 
@@ -123,8 +123,9 @@ class Architecture:
         Raises:
             InputError: no such file, not JSON, or an unsupported architecture.
         """
-        path = directory / "config.json"
-        return cls.from_hf(read_json_object(path, "the config.json of a Hugging Face model directory"), str(path))
+        name = "config.json"
+        config = read_contained_json(directory, name, f"the {name} of a Hugging Face model directory")
+        return cls.from_hf(config, str(directory / name))
 
     def exported_config(self, dtype: str) -> dict[str, Any]:
         """Contents of `config.json` for weights of a dtype.

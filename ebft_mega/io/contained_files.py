@@ -5,13 +5,17 @@ directory, and in Hugging Face's cache to a blob of the same repository. Hard li
 and cannot be told from them.
 """
 
+import codecs
 import errno
 import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
-from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.input_errors import MAX_JSON_BYTES, bad_input, lfs_pointer
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading, words_of
 
 # The cache of huggingface_hub: models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>
 _HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
@@ -74,13 +78,36 @@ def read_contained(directory: Path, name: str, max_bytes: int, description: str)
     Raises:
         InputError: the name leads out of the directory, or there is no such file that can be read.
     """
+    path = directory / name
     try:
         return read_contained_bytes(directory, name, max_bytes)
     except LeavesDirectoryError as error:
         expected = f"{description}, in {directory} itself: copy it there, or name the directory in which it is"
-        raise bad_input(directory / name, name, error.strerror, expected) from error
+        raise bad_input(path, name, error.strerror, expected) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise bad_input(path, name, "no such file", description) from error
     except OSError as error:
-        raise bad_input(directory / name, name, error.strerror or error, description) from error
+        raise bad_input(path, name, words_of(error), description) from error
+
+
+def read_contained_json(directory: Path, name: str, description: str) -> dict[str, Any]:
+    """Read a JSON object from a file of a directory.
+
+    Args:
+        description: what the file should be, for the message.
+    Raises:
+        InputError: as `read_contained`, or the file does not hold a JSON object in which every key stands once.
+    """
+    path, content = directory / name, read_contained(directory, name, MAX_JSON_BYTES, description)
+    if found := lfs_pointer(content):
+        raise bad_input(path, name, found, description)
+    if content.startswith(codecs.BOM_UTF8):
+        raise bad_input(path, name, "a byte order mark", "UTF-8 text that begins with {")
+    with reading(path, name, "valid JSON"):
+        value = parse_json(content.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise bad_input(path, name, f"a JSON {type(value).__name__}", "a JSON object")
+    return value
 
 
 def _read_beneath(base: Path, inner: Path, max_bytes: int, shown: Path) -> bytes:

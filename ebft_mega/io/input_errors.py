@@ -1,12 +1,9 @@
 """Errors about the user's input files and options, and reading files with such errors."""
 
-import codecs
 import stat
 from pathlib import Path
-from typing import Any
 
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import reading, words_of
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -62,23 +59,3 @@ def read_input_bytes(path: Path, description: str, max_bytes: int = MAX_JSON_BYT
 def lfs_pointer(content: bytes) -> str | None:
     """Say so where a file is the few lines that stand for it in a repository with large files; None elsewhere."""
     return "a Git LFS pointer, not the file: git lfs pull" if content.startswith(_LFS_POINTER) else None
-
-
-def read_json_object(path: Path, description: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Args:
-        path: the file.
-        description: what the file should be, for the message.
-
-    Raises:
-        InputError: there is no such file, or it does not hold a JSON object in which every key stands once.
-    """
-    content = read_input_bytes(path, description)
-    if content.startswith(codecs.BOM_UTF8):
-        raise bad_input(path, path.name, "a byte order mark", "UTF-8 text that begins with {")
-    with reading(path, path.name, "valid JSON"):
-        value = parse_json(content.decode("utf-8"))
-    if not isinstance(value, dict):
-        raise bad_input(path, path.name, f"a JSON {type(value).__name__}", "a JSON object")
-    return value

@@ -4,6 +4,8 @@ Only tensors that would be left out are compared with what stands in for them.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
+from ebft_mega.data.text.tokenizer_files import read_tokenizer_file
+from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError, InputProblems, Problem
-from ebft_mega.io.input_errors import file_obstacle, read_json_object
+from ebft_mega.io.contained_files import leaves, read_contained_json
+from ebft_mega.io.input_errors import file_obstacle
 from ebft_mega.model.weights.tensor_fit import check_fit, with_own_head
 from ebft_mega.model.weights.weight_files import stored_tensors
 
@@ -27,6 +32,7 @@ DESCRIBING_NAMES = (
 )
 _ADAPTER_NAME = "adapter_config.json"
 _DIRECTORY = "a Hugging Face model directory"
+_SHOWN_LINKS = 3
 
 
 @dataclass(frozen=True)
@@ -130,19 +136,37 @@ def _with_tensors(
     unread_notes = [f"not read, because no index names them: {', '.join(unread)}."] * bool(unread)
     adapter_notes = [f"{_ADAPTER_NAME} is not read: an adapter counts only once it is merged into the weights."]
     adapter_notes *= file_obstacle(directory / _ADAPTER_NAME) is None
-    return architecture, list(fit.problems), [*head_notes, *fit.notes, *unread_notes, *adapter_notes]
+    model_notes = [*_link_notes(directory, files), *head_notes, *fit.notes]
+    return architecture, list(fit.problems), [*model_notes, *unread_notes, *adapter_notes]
+
+
+def _link_notes(directory: Path, files: Iterable[str]) -> list[str]:
+    """Say which files of weights lie elsewhere: they are read, and what is trained from them is published."""
+    targets = {name: leaves(directory, directory / name) for name in sorted(files)}
+    words = [f"{name} -> {target}" for name, target in targets.items() if target is not None]
+    more = [f"and {len(words) - _SHOWN_LINKS} more"] * (len(words) > _SHOWN_LINKS)
+    shown = ", ".join(words[:_SHOWN_LINKS] + more)
+    return [f"weights are read through links that leave {directory}: {shown}."] * bool(words)
 
 
 def _described(directory: Path) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """The JSON files beside `config.json`; problems of those that are no JSON object or name code to run."""
+    """The JSON files beside `config.json`; problems of those that are no JSON object or name code to run.
+
+    What a run reads of a model must be in its directory; of a `tokenizer.model` no more is looked at here.
+    """
     described: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
+    if os.path.lexists(directory / SENTENCEPIECE_NAME):
+        try:
+            read_tokenizer_file(directory, SENTENCEPIECE_NAME)
+        except InputError as error:
+            problems += error.problems
     for name in DESCRIBING_NAMES:
         path = directory / name
-        if not (path.exists() or path.is_symlink()):
+        if not os.path.lexists(path):
             continue
         try:
-            described[name] = read_json_object(path, "JSON")
+            described[name] = read_contained_json(directory, name, "JSON")
         except InputError as error:
             problems += error.problems
             continue

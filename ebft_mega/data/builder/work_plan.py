@@ -30,7 +30,7 @@ from ebft_mega.data.text.text_files import (
     read_jsonl,
 )
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import read_json_object
+from ebft_mega.io.contained_files import read_contained_json
 
 UNKNOWN_LICENCE = "unknown"
 
@@ -252,7 +252,7 @@ def _file_ranges(source: Input, file: _ListedFile, most_bytes: int) -> Iterator[
 def corpus_licence(source: Path) -> str:
     """Licence of documents that name none: from the corpus manifest in or above a source, else "unknown"."""
     for directory in (source, source.absolute().parent):
-        path = directory / CORPUS_MANIFEST_NAME
-        if path.is_file():
-            return str(read_json_object(path, "a corpus manifest").get("licence", UNKNOWN_LICENCE))
+        if (directory / CORPUS_MANIFEST_NAME).is_file():
+            manifest = read_contained_json(directory, CORPUS_MANIFEST_NAME, "a corpus manifest")
+            return str(manifest.get("licence", UNKNOWN_LICENCE))
     return UNKNOWN_LICENCE

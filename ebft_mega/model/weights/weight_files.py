@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import file_obstacle, read_json_object
+from ebft_mega.io.contained_files import read_contained_json
+from ebft_mega.io.input_errors import file_obstacle
 from ebft_mega.io.json_text import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], list[Problem]]:
     """The file of each tensor, as the index has it."""
     expected = "a JSON object of tensor and file names"
     try:
-        weight_map = read_json_object(index, expected).get("weight_map")
+        weight_map = read_contained_json(index.parent, index.name, expected).get("weight_map")
     except InputError as error:
         return {}, list(error.problems)
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

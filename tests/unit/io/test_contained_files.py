@@ -209,6 +209,6 @@ def test_the_error_for_users_says_what_to_do(directory):
     assert problem.where == str(directory / "config.json")
     assert "/etc/passwd" in problem.found
     assert "copy it there" in problem.expected
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_contained(directory, "gone", MOST, "a file")
     assert read_contained(directory, "plain", MOST, "a file") == b"own"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ebft_mega.architecture.hf_config import Architecture
@@ -70,7 +71,7 @@ def test_files_that_are_none_are_not_opened(directory, name, kind):
     ("content", "words"),
     [
         (b"\xef\xbb\xbf{}", "config.json: a byte order mark"),
-        (json.dumps(MODEL_FIELDS).encode("utf-16"), "config.json: byte 0 is not UTF-8"),
+        (json.dumps(MODEL_FIELDS).encode("utf-16"), "config.json: byte 0, which is not UTF-8"),
         (json.dumps(MODEL_FIELDS).encode()[:-1] + b', "hidden_size": 16}', "config.json: the key 'hidden_size' more"),
         (json.dumps(MODEL_FIELDS | {"x": float("nan")}).encode(), "config.json: NaN, which is not JSON"),
         (b"[" * 100_000, "config.json: "),
@@ -96,6 +97,64 @@ def test_describing_files_that_are_none(directory, name, content):
     assert problem.startswith(f"{name}: ")
     (directory / name).write_text('{"deep": {"auto_map": {"AutoTokenizer": ["x.Y", null]}}}')
     assert problems_of(directory) == ['deep.auto_map: {"AutoTokenizer": ["x.Y", null]}']
+
+
+def moved(directory, name):
+    """Put a file of a model elsewhere, and a link in its place."""
+    outside = directory.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    target = (directory / name).rename(outside / name)
+    (directory / name).symlink_to(target)
+    return target
+
+
+def safe_names(path):
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+READ_NAMES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.json", "tokenizer.model"),
+)
+
+
+@pytest.mark.parametrize("name", READ_NAMES)
+def test_what_a_run_reads_of_a_model_is_in_its_directory(directory, name):
+    if name != "config.json":
+        (directory / name).write_text("{}")
+    target = moved(directory, name)
+    assert problems_of(directory) == [f"{name}: a link to {target}, which is outside of its directory"]
+    # Within the directory a link may lead anywhere.
+    (directory / name).unlink()
+    target.rename(directory / "other")
+    (directory / name).symlink_to("other")
+    assert check_model(directory).notes == ()
+
+
+def test_an_index_elsewhere_is_refused_and_weights_elsewhere_are_a_note(directory):
+    target = moved(directory, "model.safetensors")
+    (note,) = check_model(directory).notes
+    assert note == f"weights are read through links that leave {directory}: model.safetensors -> {target}."
+    names = safe_names(target)
+    (directory / "model-1.safetensors").symlink_to(target)
+    (directory / "model.safetensors").unlink()
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+    assert len(check_model(directory).notes) == 1
+    target = moved(directory, index.name)
+    assert f"{index.name}: a link to {target}, which is outside of its directory" in problems_of(directory)
+
+
+def test_blobs_of_the_hubs_cache_are_no_links_that_leave(directory, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(directory.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    assert check_model(snapshot).notes == ()
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\..\\b"])
