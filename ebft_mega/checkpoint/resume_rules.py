@@ -61,6 +61,7 @@ BY_CONTENTS = (
 FREE = (
     "output_dir",
     "data.on_error",
+    "data.skip_rows",
     "data.allow_changed",
     "data.max_skipped_rows",
     "data.max_skipped_share",

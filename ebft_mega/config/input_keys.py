@@ -6,9 +6,9 @@ They are part of `schema.py`, where the other sections and the whole configurati
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ebft_mega.config.fields import DATASET_PLACE, PATH, DatasetPlace, LocalPath, Section, key
+from ebft_mega.config.fields import DATASET_PLACE, PATH, DatasetPlace, LocalPath, Section, as_tuple, key
 
 STEPS = "optimizer steps"
 
@@ -39,6 +39,9 @@ class SourceConfig(Section):
     )
 
 
+RowRange = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(as_tuple)
+]
 SourceName = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_-]*$")]
 
 
@@ -66,6 +69,12 @@ class DataConfig(Section):
         "raise",
         "When damaged data is found in mid-run: `raise` ends the run with exit code 4, `skip` leaves the row out and "
         "records it in `data_errors.jsonl`.",
+    )
+    skip_rows: Annotated[tuple[RowRange, ...], BeforeValidator(as_tuple)] = key(
+        (),
+        "Rows of the run that are left out: the first and the last of each range, as `data_errors.jsonl` and "
+        "`non_finite/` number them. They are not read and become filler; every other row keeps its place.",
+        allowed="a list of pairs [first, last] of row numbers, each an integer >= 0",
     )
     allow_changed: bool = key(
         False,

@@ -117,6 +117,17 @@ def _strides(room: int, wanted: int) -> str:
     return " or ".join(map(str, sorted({below, above})))
 
 
+def _skipped_rows_are_in_order(config: RunConfig) -> Iterator[Problem]:
+    pairs = config.data.skip_rows
+    for number, (first, last) in enumerate(pairs):
+        before = pairs[number - 1] if number else None
+        if first > last:
+            yield Problem("", "data.skip_rows", f"[{first}, {last}]", f"[first, last], such as [{last}, {first}]")
+        elif before is not None and first <= before[1]:
+            found = f"[{first}, {last}] behind {list(before)}"
+            yield Problem("", "data.skip_rows", found, "ranges in ascending order without a common row")
+
+
 def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:
     rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     if rows % micro:
@@ -205,6 +216,7 @@ RULES = (
     Rule(("train.max_steps", "train.max_tokens"), _one_length),
     Rule(("train.max_tokens", "train.global_batch_size", "data.sequence_length"), _at_least_one_step),
     Rule(_GEOMETRY, _blocks_fit),
+    Rule(("data.skip_rows",), _skipped_rows_are_in_order),
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),

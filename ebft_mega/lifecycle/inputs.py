@@ -2,6 +2,7 @@
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
+from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.evaluation.held_out import EvaluationSettings
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.datasets import open_place, open_training_rows
@@ -25,6 +26,7 @@ def make_loader(config: RunConfig, groups: ProcessGroups, is_trace: bool) -> Bat
         workers=0 if is_trace else config.data.workers,
         pin_memory=groups.device.type == "cuda",
         on_error="raise" if is_trace else config.data.on_error,
+        left_out=RowRanges(config.data.skip_rows),
     )
 
 

@@ -1,5 +1,9 @@
-"""The initial model of a run: undamaged at every start, and the same one for as long as the run lasts."""
+"""The initial model of a run: undamaged at every start, and the same one for as long as the run lasts.
 
+And the software that a checkpoint was written with, against what is here.
+"""
+
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_manifest, share_of_files
+from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_listed, read_manifest, share_of_files
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
 from ebft_mega.checkpoint.resume_rules import sizes
 from ebft_mega.checkpoint.run_state import Layout, RunState, StartedFrom
@@ -20,6 +24,7 @@ from ebft_mega.lifecycle.build import feature_weights, initial_weights
 from ebft_mega.model.weights.weight_sources import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment
 from ebft_mega.train.progress import Progress
 
 
@@ -169,3 +174,11 @@ def damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[P
     parts: list[list[Problem]] = [[]] * dist.get_world_size()
     dist.all_gather_object(parts, problems)
     return [problem for part in parts for problem in part]
+
+
+def other_software(saved: SavedRun) -> list[str]:
+    """Releases that differ from those that a checkpoint was written with: results may then differ by rounding."""
+    then = json.loads(read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME))["packages"]
+    now = describe_environment()["packages"]
+    changed = [f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name) != version]
+    return [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)

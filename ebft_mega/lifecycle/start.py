@@ -1,6 +1,5 @@
 """Where a run starts: at step 0, or at the newest checkpoint that is complete and undamaged for every rank."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,7 @@ from ebft_mega.checkpoint.commit import (
     set_aside,
     step_of,
 )
-from ebft_mega.checkpoint.manifest import (
-    read_listed,
-    unlisted_files,
-)
+from ebft_mega.checkpoint.manifest import unlisted_files
 from ebft_mega.checkpoint.model_folder import open_model_folder
 from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, origin
 from ebft_mega.checkpoint.resume_rules import noted_changes, refused_changes
@@ -31,10 +27,10 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
-from ebft_mega.lifecycle.model_identity import damaged_files
+from ebft_mega.lifecycle.model_identity import damaged_files, other_software
+from ebft_mega.planning.data_budget import rows_of_run, skipped_rows_problems
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
-from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment
 from ebft_mega.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -86,7 +82,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         if refused:
             raise ConfigError(refused)
         notes += noted_changes(saved, config)
-        notes += from_first_rank(lambda: _other_software(saved))
+        notes += from_first_rank(lambda: other_software(saved))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
         problems = list(_rest_does_not_fit(config, plan, saved, loader))
         if problems:
@@ -95,6 +91,8 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         index = from_first_rank(lambda: _tensor_index(saved, plan.architecture))
         progress, started_from = Progress.of(saved.state), origin(saved, found)
         return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken))
+    if beyond := list(skipped_rows_problems(config, rows_of_run(config))):
+        raise ConfigError(beyond)
     set_aside_before = from_first_rank(lambda: sorted(path.name for path in root.glob("step-*.abandoned*")))
     if set_aside_before and config.checkpoint.resume == "auto":
         notes.append(f"beginning anew beside checkpoints that were set aside: {', '.join(set_aside_before)}")
@@ -118,6 +116,7 @@ def _rest_does_not_fit(config: RunConfig, plan: RunPlan, saved: SavedRun, loader
         return
     there_are = loader.stream.total_rows
     needed = next_row + (total - done) * rows
+    yield from skipped_rows_problems(config, needed)
     if there_are is not None and needed > there_are:
         key = config.data.mixture_key
         found = f"{there_are} rows until every source's max_epochs is reached"
@@ -151,14 +150,6 @@ def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:
         return read_run(directory), ()
     except BrokenCheckpointError as error:
         return None, error.problems
-
-
-def _other_software(saved: SavedRun) -> list[str]:
-    """Releases that differ from those that the checkpoint was written with: results may then differ by rounding."""
-    then = json.loads(read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME))["packages"]
-    now = describe_environment()["packages"]
-    changed = [f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name) != version]
-    return [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)
 
 
 def _foreign_files(saved: SavedRun) -> list[str]:

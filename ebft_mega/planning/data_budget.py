@@ -6,7 +6,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.remote import whole_shard_bytes
@@ -56,6 +58,23 @@ def allowed_skipped_rows(config: RunConfig) -> int:
     """Count the rows that a run may skip: the smaller of `data.max_skipped_rows` and `data.max_skipped_share`."""
     share = Fraction(str(config.data.max_skipped_share))
     return min(config.data.max_skipped_rows, int(share * rows_of_run(config)))
+
+
+def skipped_rows(config: RunConfig) -> int:
+    """Count the rows of the run that `data.skip_rows` leaves out."""
+    return RowRanges(config.data.skip_rows).count(0, rows_of_run(config))
+
+
+def skipped_rows_problems(config: RunConfig, rows: int) -> Iterator[Problem]:
+    """Report ranges of `data.skip_rows` that reach beyond the last row of the run.
+
+    Args:
+        rows: that the run reads in all.
+    """
+    for first, last in config.data.skip_rows:
+        if last >= rows:
+            key, expected = "data.skip_rows", f"row numbers below {rows}, which is how many rows the run reads"
+            yield Problem(config.place(key), key, f"[{first}, {last}]", expected)
 
 
 def training_supply(config: RunConfig) -> TrainingSupply:
@@ -133,6 +152,10 @@ def supply_problems(
         first = training.sources[0]
         key = "evaluation.shards"
         yield from held_out_problems(config.place(key), key, held_out.manifest, first.key, first.manifest)
+    resume = config.checkpoint.resume
+    if resume == "never" or (resume == "auto" and not (config.output_dir / CHECKPOINTS).exists()):
+        # Else its steps may have had another size, and the start that reads the checkpoint looks.
+        yield from skipped_rows_problems(config, rows_of_run(config))
     if training:
         rows = sum(source.manifest.tokens // config.data.sequence_length for source in training.sources)
         yield from _too_few_rows(config, config.data.mixture_key, rows, "train.global_batch_size")
@@ -165,6 +188,8 @@ def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Ite
 
 def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:
     """List settings that work but may surprise, one sentence each."""
+    if count := skipped_rows(config):
+        yield f"data.skip_rows leaves out {count:,} of the run's {rows_of_run(config):,} rows: they are filler."
     for source in training.sources:
         if held_out and held_out.manifest.fingerprint == source.manifest.fingerprint:
             yield f"evaluation.shards is a training dataset itself ({source.key}): nothing is held out."

@@ -11,7 +11,7 @@ from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
 from ebft_mega.planning.auto import USABLE_SHARE, choices, possible_reuses
-from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run
+from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, skipped_rows
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
@@ -99,6 +99,8 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
         name = "epochs of the run" if len(sources) == 1 else f"epochs of {source.name}"
         share = f", {float(source.share):.2%} of the rows: {source.rows:,}" if len(sources) > 1 else ""
         table.append((name, f"{source.epochs:.2f}{share}"))
+    if config.data.skip_rows:
+        table.append(("rows that data.skip_rows turns into filler", skipped_rows(config)))
     if config.data.on_error == "skip":
         table.append(("damaged rows that may be skipped", allowed_skipped_rows(config)))
     table += [

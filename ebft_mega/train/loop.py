@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.parallel.groups import ProcessGroups
@@ -115,6 +116,7 @@ def measured_step(
     )
     result = train_step(trainer, batch, step, rate)
     metrics = step_metrics(trainer, result, rate)
+    metrics |= left_out_metrics(metrics, loaded.left_out, trainer.config)
     step_seconds = time.perf_counter() - started
     peak = peak_flops(torch.cuda.get_device_name(device), settings.dtype) if device.type == "cuda" else None
     metrics |= speed_metrics(trainer, step_seconds, timers.seconds(), stopwatch.seconds(), peak)
@@ -124,12 +126,14 @@ def measured_step(
     return loaded, result, metrics
 
 
-def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> None:
+def count_skipped(progress: Progress, trainer: Trainer, result: StepResult, next_row: int) -> None:
     """Take in whether the step that has just been done was skipped.
 
+    Args:
+        next_row: first row of the run that no step has used yet.
     Raises:
         NonFiniteStepError: it is the `MAX_SKIPPED_IN_A_ROW`-th skipped one in a row. Every rank has then written what
-            the step looked like.
+            the step looked like. The message has the line that leaves the rows of those steps out.
     Communication: none, but for a barrier before the error, so that no rank ends while another one writes.
     """
     skipped, number = progress.skipped, progress.step
@@ -144,16 +148,30 @@ def count_skipped(progress: Progress, trainer: Trainer, result: StepResult) -> N
         skipped.total,
     )
     if skipped.in_a_row == MAX_SKIPPED_IN_A_ROW:
-        output = trainer.config.output_dir
+        config, output = trainer.config, trainer.config.output_dir
+        first_row = next_row - config.train.global_batch_size
         try:
-            logger.error("wrote %s", dump_step(result, number, dist.get_rank(), trainer.groups, output))
+            path = dump_step(result, number, first_row, dist.get_rank(), trainer.groups, output)
+            logger.error("wrote %s", path)
         except OSError as error:  # must not hide what it is about
             logger.error("rows and statistics could not be written: %s", error)
         dist.barrier()
         raise NonFiniteStepError(
             f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
-            f"finite; rows and statistics are in {output / DUMP_DIRECTORY}"
+            f"finite; rows and statistics are in {output / DUMP_DIRECTORY}\n"
+            f"A restart will meet the same rows. To leave them out: {way_past(config, skipped.in_a_row, next_row)}"
         )
+
+
+def way_past(config: RunConfig, steps: int, next_row: int) -> str:
+    """The option of a start that leaves out the rows of the last steps, beside those that are left out already.
+
+    Args:
+        next_row: first row of the run that no step has used yet.
+    """
+    first_row = max(0, next_row - steps * config.train.global_batch_size)
+    rows = RowRanges(config.data.skip_rows).joined_with(first_row, next_row - 1)
+    return f"--set data.skip_rows={rows}"
 
 
 def commit_step(
@@ -176,8 +194,23 @@ def commit_step(
     if left_out:
         total, allowed = loader.state.skipped_rows, allowed_skipped_rows(config)
         account_for(progress.step, loaded.skipped, total, allowed, config.output_dir, trainer.groups)
-    count_skipped(progress, trainer, result)
+    count_skipped(progress, trainer, result, loader.state.next_row)
     metrics["train/skipped_steps"] = float(progress.skipped.total)
+
+
+def left_out_metrics(metrics: Mapping[str, float], left_out: int, config: RunConfig) -> dict[str, float]:
+    """Tell the filler of `data.skip_rows` from that of damaged rows.
+
+    Args:
+        metrics: of the step, where `data/skipped_rows` counts both.
+        left_out: rows of the global batch that `data.skip_rows` names.
+    """
+    if not config.data.skip_rows:
+        return {}
+    separate = {"data/left_out_rows": float(left_out)}
+    if "data/skipped_rows" in metrics:
+        separate["data/skipped_rows"] = metrics["data/skipped_rows"] - left_out
+    return separate
 
 
 def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""Masks that exclude rows and blocks from the loss: filler in the place of damaged rows, blocks across documents."""
+"""Masks that exclude rows and blocks from the loss: filler in the place of rows, blocks across documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def loss_masks(
         raise ValueError("data.document_masking needs rows with masked documents (TokenBatch.with_document_masking)")
     # Without rollouts there are no blocks, and document masking drops nothing else.
     drops_blocks = config.data.document_masking and config.uses_rollouts
-    if not drops_blocks and config.data.on_error != "skip":
+    if not drops_blocks and config.data.on_error != "skip" and not config.data.skip_rows:
         return None
     rows = tuple(batch.row_indices >= 0 for batch in micro_batches)
     blocks = tuple(counted_blocks(batch, plan) for batch in micro_batches)

@@ -15,12 +15,15 @@ from ebft_mega.types import TokenBatch
 DUMP_DIRECTORY = "non_finite"
 
 
-def dump_step(result: StepResult, step: int, rank: int, groups: ProcessGroups, output_dir: Path) -> Path:
+def dump_step(
+    result: StepResult, step: int, first_row: int, rank: int, groups: ProcessGroups, output_dir: Path
+) -> Path:
     """Write statistics of this rank's part of a step to `non_finite/step-XXXXXXXX-rank-XXXX.json`.
 
     Args:
         result: this rank's rows, rewards, log-probabilities, losses.
         step: number of the optimizer step, the first being 1, as in `metrics.jsonl`.
+        first_row: number of the step's first row, counted through the whole run.
         rank, groups: this process in the job.
         output_dir: the run directory.
     Communication: none.
@@ -35,7 +38,9 @@ def dump_step(result: StepResult, step: int, rank: int, groups: ProcessGroups, o
         "tensor_parallel_rank": groups.tensor_parallel_rank,
         "pipeline_rank": groups.pipeline_rank,
         "grad_norm": _number(result.update.grad_norm),
-        "micro_batches": [_describe_micro_batch(result, index) for index in range(len(result.micro_batches))],
+        "micro_batches": [
+            _describe_micro_batch(result, index, first_row) for index in range(len(result.micro_batches))
+        ],
     }
     write_json(path, content)
     return path
@@ -51,7 +56,7 @@ def statistics(values: Tensor) -> dict[str, Any]:
     return summary
 
 
-def _describe_micro_batch(result: StepResult, index: int) -> dict[str, Any]:
+def _describe_micro_batch(result: StepResult, index: int, first_row: int) -> dict[str, Any]:
     """Losses of a micro-batch and statistics of each of its rows; a stage of a pipeline knows only some of them."""
     per_row: dict[str, Tensor] = {}
     if result.experiences:
@@ -70,18 +75,20 @@ def _describe_micro_batch(result: StepResult, index: int) -> dict[str, Any]:
     counted = None
     if result.masks is not None:
         counted = result.masks.blocks[index].sum(dim=1).tolist()
-    return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], per_row, counted)}
+    return {"loss": losses, "rows": _describe_rows(result.micro_batches[index], first_row, per_row, counted)}
 
 
 def _describe_rows(
-    rows: TokenBatch, per_row: dict[str, Tensor], counted_blocks: list[int] | None
+    rows: TokenBatch, first_row: int, per_row: dict[str, Tensor], counted_blocks: list[int] | None
 ) -> list[dict[str, Any]]:
+    """Statistics of each row under its number in the run, as `data.skip_rows` takes it; filler has none."""
     described = []
-    for position, row in enumerate(rows.row_indices.tolist()):
+    for position, index in enumerate(rows.row_indices.tolist()):
+        numbers = {"row": first_row + index, "row_in_batch": index} if index >= 0 else {"row": None}
         documents = rows.document_ids[position].unique().tolist()
         row_statistics = {name: statistics(values[position]) for name, values in per_row.items()}
         weight = {} if counted_blocks is None else {"counted_blocks": counted_blocks[position]}
-        described.append({"row": row, "documents": documents, **weight, **row_statistics})
+        described.append({**numbers, "documents": documents, **weight, **row_statistics})
     return described
 
 

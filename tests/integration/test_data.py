@@ -76,6 +76,18 @@ def test_damaged_rows_are_left_out_and_written_down(data, damaged, tmp_path):
     assert len({record["row"] for record in records}) == len(records)
     assert all(line["data/skipped_rows"] == sum(r["step"] == line["step"] for r in records) for line in steps)
 
+    # The same rows by their numbers there, which are then not even read: the same losses, and no row counts as damaged.
+    rows = f"data.skip_rows={[[record['row']] * 2 for record in records]}"
+    named = tmp_path / "named"
+    arguments = [*settings(data, named, f"data.shards={damaged}", *PLAIN, "train.max_steps=12", rows), "--set"]
+    completed = launch([*CONFIG, *arguments, "data.workers=2"], ranks=2)
+    assert completed.returncode == 0, completed.stdout
+    assert not (named / "data_errors.jsonl").exists()
+    keys = ("train/loss", "train/grad_norm")
+    for line, other in zip(steps, metrics_of(named), strict=True):
+        assert [line[key] for key in keys] == [other[key] for key in keys]
+        assert other["data/left_out_rows"] == line["data/skipped_rows"] and "data/skipped_rows" not in other
+
 
 @pytest.mark.slow
 def test_more_damage_than_the_budget_ends_every_rank_with_code_4(data, damaged, tmp_path):

@@ -200,12 +200,14 @@ def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path
     broken = tmp_path / "model"
     shutil.copytree(run[0] / "hf", broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    for part in ("up", "gate"):  # finite, but not what comes of it
+        tensors[f"model.layers.2.mlp.{part}_proj.weight"].fill_(3e38)
     save_file(tensors, broken / "model.safetensors")
     more = (f"model.init_from={broken}", "model.config=null", "ebft.rl_coef=0", "ebft.ce_coef=1", "train.max_steps=30")
     completed = launch([*CONFIG, *settings(data, tmp_path / "out", *more)], ranks=None)
     assert completed.returncode == 1, completed.stdout
     assert "10 updates in a row" in completed.stdout
+    assert "A restart will meet the same rows. To leave them out: --set data.skip_rows=[[0,39]]" in completed.stdout
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 10
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ebft_mega.data.rows.order import permutation
+from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.data.rows.stream import Row, RowStream
 from ebft_mega.data.rows.stream_state import StreamState, check_resumable, resumed_row
 from ebft_mega.data.store.dataset import Dataset
@@ -43,6 +44,7 @@ class LoadedBatch:
 
     rows: TokenBatch
     skipped: tuple[SkippedRow, ...] = ()  # these rows are filler in `rows` (row index -1)
+    left_out: int = 0  # rows of the whole global batch that were not to be read, and are filler, too
 
 
 class BatchLoader:
@@ -63,6 +65,7 @@ class BatchLoader:
             forked when an iteration starts, and end with it or with this process.
         pin_memory: hand out page-locked memory; needs an accelerator.
         on_error: "raise" stops at a row that cannot be read, "skip" puts filler in its place and reports it.
+        left_out: rows that are never read; filler is in their place.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class BatchLoader:
         workers: int = 0,
         pin_memory: bool = False,
         on_error: OnError = "raise",
+        left_out: RowRanges | None = None,
     ):
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size}")
@@ -97,6 +101,7 @@ class BatchLoader:
         self._workers = workers
         self._pin_memory = pin_memory
         self._on_error = on_error
+        self._left_out = left_out or RowRanges()
 
     @property
     def stream(self) -> RowStream:
@@ -160,7 +165,7 @@ class BatchLoader:
 
     def _batches(self, numbers: Iterator[int]) -> Generator[LoadedBatch, None, None]:
         """The batches that begin with these rows."""
-        reader = _BatchReader(self._stream, self._indices, self._on_error)
+        reader = _BatchReader(self._stream, self._indices, self._global_batch_size, self._on_error, self._left_out)
         read_ahead = _with_processes if self._workers else _with_thread
         for delivery in read_ahead(reader, numbers, self._workers, self._pin_memory):
             if isinstance(delivery, DamagedDataError):
@@ -180,17 +185,18 @@ class _ReadRows:
     document_ids: np.ndarray  # int64 [B, P]
     indices: np.ndarray  # int64 [B]
     skipped: tuple[SkippedRow, ...] = ()
+    left_out: int = 0
 
     def batch(self) -> LoadedBatch:
         """The same batch as tensors in the same memory."""
         tokens, document_ids, indices = map(torch.from_numpy, (self.tokens, self.document_ids, self.indices))
-        return LoadedBatch(TokenBatch(tokens, document_ids, indices), self.skipped)
+        return LoadedBatch(TokenBatch(tokens, document_ids, indices), self.skipped, self.left_out)
 
     def pin_memory(self) -> LoadedBatch:
         """The same batch in page-locked memory, from which copies to an accelerator need not wait."""
         rows = self.batch().rows
         pinned = TokenBatch(rows.tokens.pin_memory(), rows.document_ids.pin_memory(), rows.row_indices.pin_memory())
-        return LoadedBatch(pinned, self.skipped)
+        return LoadedBatch(pinned, self.skipped, self.left_out)
 
 
 class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
@@ -199,10 +205,14 @@ class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
     It returns an error instead of raising it, since not the process that reads should stop, but the one that iterates.
     """
 
-    def __init__(self, stream: RowStream, indices: range, on_error: OnError):
+    def __init__(
+        self, stream: RowStream, indices: range, global_batch_size: int, on_error: OnError, left_out: RowRanges
+    ):
         self._stream = stream
         self._indices = indices
+        self._global_batch_size = global_batch_size
         self._on_error = on_error
+        self._left_out = left_out
 
     def __getitem__(self, first_row: int) -> _ReadRows | DamagedDataError:
         rows = []
@@ -210,6 +220,10 @@ class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
         indices = np.arange(self._indices.start, self._indices.stop)
         for place, index in enumerate(self._indices):
             number = first_row + index
+            if number in self._left_out:
+                rows.append(self._stream.filler(number))
+                indices[place] = -1
+                continue
             try:
                 rows.append(self._stream.row(number))
             except DamagedDataError as damage:
@@ -218,12 +232,15 @@ class _BatchReader(TorchDataset[_ReadRows | DamagedDataError]):
                 skipped.append(SkippedRow(number, index, damage))
                 rows.append(self._stream.filler(number))
                 indices[place] = -1
-        return _read_rows(rows, indices, tuple(skipped))
+        left_out = self._left_out.count(first_row, first_row + self._global_batch_size)
+        return _read_rows(rows, indices, tuple(skipped), left_out)
 
 
-def _read_rows(rows: list[Row], indices: np.ndarray, skipped: tuple[SkippedRow, ...] = ()) -> _ReadRows:
+def _read_rows(
+    rows: list[Row], indices: np.ndarray, skipped: tuple[SkippedRow, ...] = (), left_out: int = 0
+) -> _ReadRows:
     tokens, document_ids = np.stack([row.tokens for row in rows]), np.stack([row.document_ids for row in rows])
-    return _ReadRows(tokens, document_ids, indices, skipped)
+    return _ReadRows(tokens, document_ids, indices, skipped, left_out)
 
 
 def _with_thread(

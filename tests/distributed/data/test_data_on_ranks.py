@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
@@ -14,12 +15,12 @@ from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.train import loop
-from ebft_mega.train.hooks import step_hooks
+from ebft_mega.train.hooks import Observer, step_hooks
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import rows_of_step
-from tests.distributed.train.test_non_finite import Beats, QuietBoundary, build
+from tests.distributed.train.test_non_finite import Beats, Lines, QuietBoundary, build
 
 
 def compare(values):
@@ -38,7 +39,10 @@ def test_ranks_with_other_data_are_named_on_every_rank():
 
 
 class HalfDamaged:
-    """Stands for the loader of two ranks that are one replica; only the second one finds a row of step 2 damaged."""
+    """Stands for the loader of two ranks that are one replica; only the second one finds a row of step 2 damaged.
+
+    In step 3 a row is left out as `data.skip_rows` asks.
+    """
 
     skips_damaged_rows = True
     state = SimpleNamespace(next_row=0, sequence_length=1, sources=(SimpleNamespace(rows=0),), skipped_rows=0)
@@ -57,19 +61,26 @@ class HalfDamaged:
                 indices[0] = -1
                 rows = replace(rows, row_indices=indices)
                 skipped = (SkippedRow(40, 0, DamagedDataError("a shard", 512, "crc32 1", "crc32 2", 3)),)
-            yield LoadedBatch(rows, skipped)
+            if step == 2:
+                rows = replace(rows, row_indices=torch.tensor([0, -1, 2, 3]))
+            yield LoadedBatch(rows, skipped, left_out=int(step == 2))
 
     def commit(self, skipped_rows):
         self.left_out.append(skipped_rows)
 
 
 def train_on_half_damaged(directory, tensor, pipeline):
-    """Rows left out by step, and the parameters' sum, after three steps."""
-    trainer = build(directory, tensor, pipeline, f"output_dir={directory}", "data.on_error=skip", *ANY_NUMBER)
+    """Damaged rows and rows left out by step, and the parameters' sum, after three steps."""
+    more = ("data.on_error=skip", *ANY_NUMBER, "data.skip_rows=[[9,9]]")
+    trainer = build(directory, tensor, pipeline, f"output_dir={directory}", *more)
     loader = HalfDamaged(trainer.groups)
-    hooks = step_hooks(trainer, None, 3, QuietBoundary(), None, Beats())
+    lines = Lines()
+    observer = Observer(lines, Path(directory) / "samples.jsonl", None)
+    hooks = step_hooks(trainer, None, 3, QuietBoundary(), observer, Beats())
     loop.train(trainer, loader, 3, Progress(), hooks, Beats())
-    return loader.left_out, sum(float(values.double().sum()) for _, values in trainer.engine.local_parameters())
+    left_out = [metrics["data/left_out_rows"] for _, metrics in lines.logged]
+    total = sum(float(values.double().sum()) for _, values in trainer.engine.local_parameters())
+    return loader.left_out, left_out, total
 
 
 ANY_NUMBER = ("data.max_skipped_rows=100", "data.max_skipped_share=1")
@@ -79,8 +90,8 @@ ANY_NUMBER = ("data.max_skipped_rows=100", "data.max_skipped_share=1")
 def test_a_row_that_one_rank_of_a_replica_cannot_read_is_left_out_by_all(tmp_path, tensor, pipeline):
     """Without agreement the ranks would wait for each other for ever."""
     results = run_ranks(2, train_on_half_damaged, str(tmp_path), tensor, pipeline)
-    assert [left_out for left_out, _ in results] == [[0, 1, 0]] * 2
-    assert all(math.isfinite(total) for _, total in results)
+    assert [(skipped, left_out) for skipped, left_out, _ in results] == [([0, 1, 0], [0.0, 0.0, 1.0])] * 2
+    assert all(math.isfinite(total) for *_, total in results)
     (record,) = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
     assert (record["step"], record["row"], record["shard"]) == (2, 40, "a shard")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,14 @@ from ebft_mega.train import step as step_module
 from ebft_mega.train.hooks import Observer, step_hooks
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import train_step
+from ebft_mega.train.step_metrics import step_metrics
 from tests.distributed.ranks import run_ranks
-from tests.distributed.steps import LEARNING_RATE, Case, config_of, rows_of_step
+from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, Case, config_of, rows_of_step
 
 POISONED_RANK = 1  # the last stage of a pipeline of two
 LAYOUTS = {"data": (1, 1), "tensor": (2, 1), "pipeline": (1, 2)}
 NUM_SKIPS_BEFORE_THE_END = 3
+FIRST_ROW = 100  # of the run that is trained, as after a resume
 
 
 def build(directory, tensor, pipeline, *overrides):
@@ -103,6 +106,33 @@ def take_poisoned_steps(directory, tensor, pipeline):
     return outcomes
 
 
+def take_a_step_of_filler(directory, tensor, pipeline):
+    """Metrics of a first step in which no row counts, and how far the weights moved in it and in the next one."""
+    trainer = build(directory, tensor, pipeline, "data.skip_rows=[[0,3]]")
+    moved, metrics = [], []
+    for case in (Case("filler", filler=(0, 1, 2, 3)), None):
+        before = weights_of(trainer)
+        result = train_step(trainer, rows_of_step(0, trainer.groups, case), 0, LEARNING_RATE)
+        moved.append((result.update.applied, (weights_of(trainer) - before).abs().max().item()))
+        metrics.append(step_metrics(trainer, result, LEARNING_RATE))
+    return moved, metrics
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
+def test_a_step_in_which_no_row_counts_has_a_gradient_of_zero(layout, tmp_path):
+    """Applied, not skipped: it says nothing against the run, and a row of such steps does not end it."""
+    for moved, metrics in run_ranks(2, take_a_step_of_filler, str(tmp_path), *LAYOUTS[layout]):
+        assert moved[0] == (True, 0.0) and moved[1][0] and moved[1][1] > 1e-4
+        empty, healthy = metrics
+        zeros = ("ebft/rl_loss", "ebft/ce_loss", "train/loss", "train/grad_norm")
+        assert [empty[name] for name in zeros] == [0.0] * 4
+        assert all(math.isfinite(value) for value in empty.values())
+        assert set(healthy) - set(empty) == {
+            *("ebft/alignment", "ebft/diversity", "ebft/mean_reward", "ebft/cfm_loss"),
+            *("ebft/advantages_std", "ebft/duplicate_share"),
+        }
+
+
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=pytest.mark.slow if name == "tensor" else []) for name in LAYOUTS]
 )
@@ -121,11 +151,15 @@ class Rows:
 
     skips_damaged_rows = False
     stream = SimpleNamespace(sources=())
-    state = SimpleNamespace(next_row=0, sequence_length=1, sources=(), skipped_rows=0)
 
     def __init__(self, groups):
         self.groups = groups
         self.committed = 0
+
+    @property
+    def state(self):
+        next_row = FIRST_ROW + GLOBAL_BATCH * self.committed
+        return SimpleNamespace(next_row=next_row, sequence_length=1, sources=(), skipped_rows=0)
 
     def __iter__(self):
         while True:
@@ -178,7 +212,8 @@ class Lines:
 def train_until_it_stops(directory):
     """Two healthy steps, then a loss that stays NaN on one rank."""
     loop.MAX_SKIPPED_IN_A_ROW = NUM_SKIPS_BEFORE_THE_END
-    trainer = build(directory, 1, 1, f"output_dir={directory}")
+    skip_rows = "data.skip_rows=[[0, 3], [110, 111]]"  # none of them in `Rows`
+    trainer = build(directory, 1, 1, f"output_dir={directory}", "train.max_steps=100", skip_rows)
     beats, lines = Beats(), Lines()
     original = loop.train_step
 
@@ -205,6 +240,9 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
     names = [f"step-00000006-rank-000{rank}.json" for rank in range(2)]
     for message, files, achievements, logged in run_ranks(2, train_until_it_stops, str(tmp_path)):
         assert message.startswith("step 6: 3 updates in a row") and str(tmp_path / "non_finite") in message
+        assert message.endswith(
+            "\nA restart will meet the same rows. To leave them out: --set data.skip_rows=[[0,3],[110,123]]"
+        )
         assert files == names
         steps = [text for step in range(1, 6) for text in (f"step {step}", f"checkpoints after step {step}")]
         assert achievements == ["evaluation after step 0", *steps]
@@ -221,7 +259,8 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
     dumps = [json.loads((tmp_path / "non_finite" / name).read_text()) for name in names]
     assert [dump["rank"] for dump in dumps] == [0, 1] and dumps[0]["step"] == 6
     rows = [[row["row"] for part in dump["micro_batches"] for row in part["rows"]] for dump in dumps]
-    assert rows == [[0, 1], [2, 3]]
+    assert rows == [[120, 121], [122, 123]]  # as `data.skip_rows` takes them
+    assert dumps[1]["micro_batches"][0]["rows"][0]["row_in_batch"] == 2
     healthy, spoiled = (dump["micro_batches"][0] for dump in dumps)
     assert spoiled["loss"]["total"] == "nan" and isinstance(healthy["loss"]["total"], float)
     row = healthy["rows"][0]

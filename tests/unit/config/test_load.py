@@ -217,6 +217,13 @@ def test_experts_inside_the_model_section(problems):
         ("zero.feature_network=split", "auto, resident or sharded"),
         ("parallel.tensor_parallel_size=0", "an integer >= 1"),
         ("seed=-1", "an integer from 0 to 2**63 - 1"),
+        *(
+            (f"data.skip_rows={value}", "a list of pairs [first, last] of row numbers, each an integer >= 0")
+            for value in ("3", "[3]", "[[3]]", "[[1, 2, 3]]", "[[-1, 3]]", "[[0, 1.5]]", "[[a, b]]", "{a: 1}", "null")
+        ),
+        ("data.skip_rows=[[4, 3]]", "[first, last], such as [3, 4]"),
+        ("data.skip_rows=[[0, 3], [3, 9]]", "ranges in ascending order without a common row"),
+        ("data.skip_rows=[[8, 9], [0, 3]]", "ranges in ascending order without a common row"),
         *((f"data.shards={place}", DATASET_PLACE) for place in NO_DATASET_PLACES),
         *((f"evaluation.shards={place}", DATASET_PLACE) for place in NO_DATASET_PLACES),
         (
@@ -432,6 +439,10 @@ def test_overrides_are_applied_and_checked(load, problems):
 
 def test_a_corrected_key_is_blamed_no_more(load):
     assert load(BASE + "ebft: {stride: 0}\n", "ebft.stride=4").ebft.stride == 4
+
+
+def test_rows_that_are_left_out_are_read_as_the_end_of_a_run_names_them(load):
+    assert load(BASE, "data.skip_rows=[[0,15],[160,319]]").data.skip_rows == ((0, 15), (160, 319))
 
 
 def test_resolved_yaml_reads_back_unchanged(load):

@@ -439,6 +439,21 @@ def test_the_budget_for_damaged_rows_is_the_smaller_of_number_and_share(inputs, 
     assert any("allows no row of this run's 80" in note for note in check_run(config, 1).notes) == (not allowed)
 
 
+def test_rows_that_are_left_out_are_counted_and_lie_within_the_run(inputs):
+    config = load_config(inputs.write(data__skip_rows=[[0, 7], [70, 79]]))
+    plan = check_run(config, 1)
+    assert plan.notes == ("data.skip_rows leaves out 18 of the run's 80 rows: they are filler.",)
+    assert re.search(r"rows that data.skip_rows turns into filler +18\n", describe_run(config, plan))
+    (line,) = found_problems(inputs, data__skip_rows=[[0, 7], [70, 80]])
+    assert re.fullmatch(r"run.yaml:\d+: data.skip_rows: found \[70, 80\]; expected row numbers below 80, .*", line)
+    (inputs.root / "output" / "checkpoints").mkdir(parents=True)
+    assert check_run(load_config(inputs.write(data__skip_rows=[[0, 80]], output_dir=str(inputs.root / "output"))), 1)
+    (line,) = found_problems(
+        inputs, data__skip_rows=[[0, 80]], output_dir=str(inputs.root / "output"), checkpoint={"resume": "never"}
+    )
+    assert "below 80" in line
+
+
 def test_text_shards_need_a_tokenizer(inputs, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
+from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.errors import DamagedDataError, InputError
@@ -61,6 +62,28 @@ def test_a_damaged_row_becomes_filler_where_that_is_wanted(workers: int) -> None
             assert batch.rows.row_indices.tolist() == [2, 3]
             assert torch.equal(batch.rows.tokens, expected.tokens[2:])
             assert torch.equal(batch.rows.document_ids, expected.document_ids[2:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_are_left_out_become_filler_unread_and_all_others_keep_their_place(workers: int, size: int) -> None:
+    dataset = small_dataset()
+    whole = [batch.rows for batch in itertools.islice(BatchLoader(RowStream.of(dataset, 8, None), 4), 5)]
+    damage(dataset, 6)  # its row is among those that are left out: nobody notices
+    stream = RowStream.of(dataset, 8, None)
+    left_out = RowRanges(((3, 6), (12, 15)))
+    for rank in range(size):
+        loader = BatchLoader(stream, 4, rank, size, workers=workers, left_out=left_out)
+        own = slice(4 // size * rank, 4 // size * (rank + 1))
+        for number, (batch, expected) in enumerate(zip(itertools.islice(loader, 5), whole, strict=True)):
+            assert batch.skipped == () and batch.left_out == [1, 3, 0, 4, 0][number]
+            for place, index in enumerate(range(4)[own]):
+                row = batch.rows.row_indices[place].item(), batch.rows.tokens[place].tolist()
+                if 4 * number + index in left_out:
+                    assert row == (-1, [EOS] * 8) and len(batch.rows.document_ids[place].unique()) == 1
+                else:
+                    assert row == (index, expected.tokens[index].tolist())
+                    assert torch.equal(batch.rows.document_ids[place], expected.document_ids[index])
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
