@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ebft_mega.shown_text import shown
+from ebft_mega.shown_text import LONGEST_PATH, shown
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -11,8 +11,7 @@ EXIT_HANG = 3
 EXIT_DAMAGED_DATA = 4
 EXIT_STOPPED = 75
 EXIT_UNREAD = 141  # of a tool whose output nobody reads any more: what a shell makes of SIGPIPE
-# Characters of a message. A place is a path, of up to 4,096 bytes, and a line; lists of what is valid are long.
-_LONGEST_PLACE = 5000
+# Characters of a message. Lists of what is valid are long.
 _LONGEST_FOUND = 1000
 _LONGEST_EXPECTED = 4000
 _LONGEST_MESSAGE = 8000
@@ -43,7 +42,7 @@ class Problem:
     suggestion: str = ""
 
     def __str__(self) -> str:
-        place, key = shown(self.where, _LONGEST_PLACE), shown(self.key, _LONGEST_PLACE)
+        place, key = shown(self.where, LONGEST_PATH), shown(self.key, LONGEST_PATH)
         found, expected = shown(self.found, _LONGEST_FOUND), shown(self.expected, _LONGEST_EXPECTED)
         text = f"{place}: {key}: found {found}; expected {expected}"
         return f"{text}. Did you mean {shown(repr(self.suggestion))}?" if self.suggestion else text

@@ -4,7 +4,9 @@ A terminal obeys what stands in the text that it is sent, a page obeys what look
 line. Whatever comes from outside therefore passes here on its way to a reader. Letters of all scripts stay as they are.
 """
 
+import copy
 import html
+import logging
 import re
 import unicodedata
 
@@ -15,6 +17,8 @@ _ESCAPED_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 LONGEST = 200
+LONGEST_PATH = 5000  # a system's longest is 4,096 bytes
+LONGEST_RECORD = 20_000  # of one line of a log
 _REST = "… ({} more characters)"
 
 
@@ -28,7 +32,10 @@ def escaped(text: str, meant: str = "") -> str:
         text: of any length.
         meant: characters that stay, such as the newlines of a document.
     """
-    if text.isprintable() and not _INVISIBLE.search(text):
+    unmeant = text
+    for character in meant:
+        unmeant = unmeant.replace(character, "")
+    if unmeant.isprintable() and not _INVISIBLE.search(unmeant):
         return text
     return "".join(character if character in meant else _escape(character) for character in text)
 
@@ -60,6 +67,27 @@ def shown(value: object, longest: int = LONGEST) -> str:
 def shown_html(value: object) -> str:
     """Return HTML that shows a value as text, within an element or a quoted attribute."""
     return html.escape(escaped(str(value), meant="\n\t"))
+
+
+class LogLines(logging.Formatter):
+    """Format log records such that only a record's first line begins at the margin.
+
+    A message is one line, whatever it holds; what follows it (a stack) is indented. No text of a message can pass for a
+    record of its own.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record, without a newline at the end."""
+        own = copy.copy(record)  # other handlers may show it in another way
+        own.msg, own.args, own.exc_text = shown(record.getMessage(), LONGEST_RECORD), None, None
+        first, *more = super().format(own).split("\n")
+        return "\n".join([escaped(first), *(f"  {shown(line, LONGEST_RECORD)}" for line in more)])
+
+
+def set_last_resort() -> None:
+    """Let records that no handler takes be printed as harmless lines."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LogLines())
 
 
 def _escape(character: str) -> str:

@@ -22,10 +22,10 @@ from pathlib import Path  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
 from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
-from ebft_mega.io.arguments import output_directory, whole_number  # noqa: E402
+from ebft_mega.io.arguments import PlainParser, output_directory, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
-from ebft_mega.io.standard_streams import forgive_output_errors  # noqa: E402
+from ebft_mega.io.standard_streams import protect_standard_streams  # noqa: E402
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
@@ -40,7 +40,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; an unknown option ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = PlainParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("--config", type=Path, required=True, help="YAML file; docs/configuration.md lists its keys")
     add_overrides_option(parser, "set a key, such as train.lr=1e-5; may be given again")
@@ -88,7 +88,7 @@ def main() -> int:
     """Run the job and return the exit code."""
     started = time.monotonic()
     try:
-        forgive_output_errors()
+        protect_standard_streams()
         signals = Signals.listen()
         code = run(signals, started)
         signals.done()

@@ -8,14 +8,24 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from ebft_mega.shown_text import LONGEST_PATH, shown
 
 MOST = 1 << 40  # of anything that an option counts
 # Actions that add to what was given before.
 _REPEATABLE = ("_AppendAction", "_ExtendAction", "_CountAction")
 
 
-class ToolParser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """The standard parser, whose errors quote what the user has typed; this one quotes it as a harmless line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and a message, and end the process with exit code 2."""
+        super().error(shown(message, LONGEST_PATH))
+
+
+class ToolParser(PlainParser):
     """The standard parser, which lets the last of two contradicting options win; this one refuses the second."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

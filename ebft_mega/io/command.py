@@ -7,8 +7,9 @@ from collections.abc import Callable
 from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
 from ebft_mega.io.process_signals import StopNow
-from ebft_mega.io.standard_streams import forgive_output_errors, to_nowhere
+from ebft_mega.io.standard_streams import protect_standard_streams, to_nowhere
 from ebft_mega.io.text_encoding import require_utf8
+from ebft_mega.shown_text import LONGEST_PATH, shown
 
 MAX_SHOWN_PROBLEMS = 50
 
@@ -53,7 +54,7 @@ def run_command(main: Callable[[], int | None], prints_its_result: bool = False)
 
 def _run(main: Callable[[], int | None], prints_its_result: bool) -> int:
     """Run a tool and see that what it has printed arrives."""
-    forgive_output_errors(*(("stderr",) if prints_its_result else ()))
+    protect_standard_streams(failing=("stdout",) if prints_its_result else ())
     exit_code = _exit_code(main, prints_its_result)
     try:
         if sys.stdout is not None:  # it was closed when the tool started
@@ -91,5 +92,7 @@ def _code_of(error: OSError, prints_its_result: bool) -> int:
     """The exit code that an error of the system leads to, which is printed unless the tool's reader has just gone."""
     if isinstance(error, BrokenPipeError) and prints_its_result:
         return EXIT_UNREAD
-    print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+    print(
+        f"error: {shown(error.filename or 'system', LONGEST_PATH)}: {shown(error.strerror or error)}", file=sys.stderr
+    )
     return EXIT_FAILED

@@ -2,15 +2,19 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from ebft_mega.io.standard_streams import drawing_stream
+from ebft_mega.shown_text import escaped, shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 Item = TypeVar("Item")
 LINE_INTERVAL_SECONDS = 10.0
+LONGEST_NOTE = 8000
 
 
 def track(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
@@ -37,7 +41,7 @@ class Meter:
 
     def __init__(self, total: int | None, description: str):
         self._total = total
-        self._description = description
+        self._description = shown(description)
         self._done = 0
         self._started = self._last_line = time.monotonic()
         self._bar = work_bar(total, description) if sys.stderr.isatty() else None
@@ -73,6 +77,21 @@ class Meter:
         print(line, file=sys.stderr, flush=True)
 
 
+class _AboveBar:
+    """What is printed while a bar is drawn: the package takes it past the standard stream, colours and all."""
+
+    def __init__(self, proxy: TextIO):
+        self._proxy = proxy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proxy, name)
+
+    def write(self, text: str) -> int:
+        """Print a text, with escapes for what a terminal would obey."""
+        self._proxy.write(escaped(text, "\n\t"))
+        return len(text)
+
+
 class TerminalBar:
     """One bar, redrawn in place from `start` to `stop`.
 
@@ -84,21 +103,25 @@ class TerminalBar:
         texts: other texts for the columns, by name.
     """
 
-    def __init__(self, progress: "Progress", description: str, total: int | None, done: int = 0, **texts: Any):
+    def __init__(self, progress: "Progress", description: str, total: int | None, done: int = 0, **texts: str):
         self._progress = progress
-        self._task = progress.add_task(description, total=total, completed=done, **texts)
+        self._task = progress.add_task(shown(description), total=total, completed=done, **_as_shown(texts))
 
     def start(self) -> None:
-        """Draw the bar and keep it up to date."""
+        """Draw the bar and keep it up to date; what is printed meanwhile appears above it."""
         self._progress.start()
+        for name in ("stdout", "stderr"):
+            proxy = getattr(sys, name)
+            if hasattr(proxy, "rich_proxied_file"):  # the bar's own; it is taken back when the bar ends
+                setattr(sys, name, _AboveBar(proxy))
 
-    def show(self, done: int, **texts: Any) -> None:
+    def show(self, done: int, **texts: str) -> None:
         """Show the count of what is done so far, and the texts of the columns."""
-        self._progress.update(self._task, completed=done, **texts)
+        self._progress.update(self._task, completed=done, **_as_shown(texts))
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(shown(text, LONGEST_NOTE), markup=False, emoji=False, highlight=False)
 
     def stop(self) -> None:
         """Stop redrawing; the last state of the bar stays on screen."""
@@ -112,11 +135,11 @@ def work_bar(total: int | None, description: str) -> TerminalBar:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     progress = Progress(
-        TextColumn("[progress.description]{task.description}"),
+        TextColumn("{task.description}", style="progress.description", markup=False),
         BarColumn(),
         TaskProgressColumn(show_speed=True),
         TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
+        console=Console(file=drawing_stream(sys.stderr)),
     )
     return TerminalBar(progress, description, total)
 
@@ -142,6 +165,10 @@ def step_bar(total_steps: int, first_step: int, stream: TextIO) -> TerminalBar:
         # On a narrow terminal the numbers are cut, never the bar or the time left.
         TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
         expand=True,
-        console=Console(file=stream),
+        console=Console(file=drawing_stream(stream)),
     )
     return TerminalBar(progress, "train", total_steps, first_step, clock="", numbers="")
+
+
+def _as_shown(texts: Mapping[str, str]) -> dict[str, Any]:
+    return {name: shown(text) for name, text in texts.items()}

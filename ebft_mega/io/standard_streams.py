@@ -1,4 +1,7 @@
-"""Standard output and standard error for what is only shown: no failure of theirs ends a run."""
+"""Standard output and standard error for what is only shown.
+
+No failure of theirs ends a run, and nothing that is printed through them makes a terminal do more than draw letters.
+"""
 
 import contextlib
 import errno
@@ -6,7 +9,10 @@ import io
 import os
 import select
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, TextIO
+
+from ebft_mega.shown_text import escaped, set_last_resort
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -17,6 +23,8 @@ STALLED_SECONDS = 30.0
 # A pipe that can be written at all takes so many bytes at once.
 MOST_BYTES = 4096
 _ROOM_MAY_RETURN = (errno.ENOSPC, errno.EDQUOT)
+# Of all characters that a terminal obeys, those that a text is laid out with.
+_LAYOUT = "\n\t"
 
 
 class ForgivingFile(io.FileIO):
@@ -67,27 +75,54 @@ class ForgivingFile(io.FileIO):
         to_nowhere(self.fileno())
 
 
-def forgive_output_errors(*names: str) -> None:
-    """Replace standard streams by ones that never raise, whatever becomes of their reader or their disk.
+class ShownText(io.TextIOWrapper):
+    """A text stream that draws letters, newlines and tabs; every other character is written as an escape.
 
-    Characters that the stream's encoding lacks are written as escapes. A stream that was closed when the program
-    started leads nowhere: the next file that is opened would otherwise get its number, and the texts.
+    It is so on a terminal, in a pipe and in a file alike: what a program printed is the same everywhere, and a file
+    is read on a terminal later.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write a text; returns the number of its characters."""
+        super().write(escaped(text, _LAYOUT))
+        return len(text)
+
+    def drawing(self) -> io.TextIOWrapper:
+        """A stream for what moves the cursor by itself: a progress bar, which escapes the texts that it shows."""
+        self.flush()
+        return io.TextIOWrapper(
+            io.BufferedWriter(ForgivingFile(self.fileno())), encoding=self.encoding, errors=self.errors
+        )
+
+
+def drawing_stream(stream: TextIO) -> TextIO:
+    """The stream on which a progress bar draws, beside what is printed to `stream`."""
+    return stream.drawing() if isinstance(stream, ShownText) else stream
+
+
+def protect_standard_streams(failing: Collection[str] = ()) -> None:
+    """Replace standard output and standard error by streams that only show text, and never raise.
+
+    Characters that a terminal obeys and those that the stream's encoding lacks are written as escapes. Log records that
+    no handler takes are harmless lines there, too. A stream that was closed when the program started leads nowhere: the
+    next file that is opened would otherwise get its number, and the texts.
 
     Args:
-        names: of `stdout` and `stderr`; none: both.
+        failing: of `stdout` and `stderr`, those that raise what becomes of their reader and their disk all the same.
     """
+    set_last_resort()
     fill_closed_descriptors()
-    for name in names or STREAMS:
-        old, descriptor = getattr(sys, name), STREAMS[name]
+    for name, descriptor in STREAMS.items():
+        old = getattr(sys, name)
         if old is not None:
-            if _forgiving_file(name) is not None or not _is_at(old, descriptor):
+            if isinstance(old, ShownText) or not _is_at(old, descriptor):
                 continue
             with contextlib.suppress(OSError):
                 old.flush()
-        encoding = getattr(old, "encoding", None) or "utf-8"
-        stream = io.TextIOWrapper(
-            io.BufferedWriter(ForgivingFile(descriptor)),
-            encoding=encoding,
+        raw = io.FileIO(descriptor, "wb", closefd=False) if name in failing else ForgivingFile(descriptor)
+        stream = ShownText(
+            io.BufferedWriter(raw),
+            encoding=getattr(old, "encoding", None) or "utf-8",
             errors="backslashreplace",
             line_buffering=old is None or name == "stderr" or old.line_buffering,
             write_through=getattr(old, "write_through", False),

@@ -199,7 +199,7 @@ class MetricsWriter:
 
     def note(self, text: str) -> None:
         """Say something to the person watching, above the progress bar, and in the rank's log."""
-        logger.info(text)
+        logger.info("%s", text)
         if self._console is not None:
             self.show(self._console.name, partial(self._console.note, text))
 

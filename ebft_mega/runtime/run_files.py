@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ebft_mega
 from ebft_mega.io.durable import write_json
+from ebft_mega.shown_text import LogLines
 
 STATUS_NAME = "status.json"
 MODEL_FOLDER = "hf"  # the final model
@@ -196,7 +197,7 @@ def setup_rank_log(output_dir: Path, rank: int) -> Path:
     # DeepSpeed prints through the root logger; our lines would appear twice.
     package_logger.propagate = False
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        handler.setFormatter(LogLines(LOG_FORMAT))
         package_logger.addHandler(handler)
     return path
 

@@ -13,8 +13,8 @@ from ebft_mega.io.standard_streams import ForgivingFile
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import logging, os, sys, warnings
-from ebft_mega.io.standard_streams import forgive_output_errors, output_failures
-forgive_output_errors()
+from ebft_mega.io.standard_streams import protect_standard_streams, output_failures
+protect_standard_streams()
 logging.basicConfig(stream=sys.stderr)
 sys.stdin.read()  # until the other ends are closed
 for number in range(3):
@@ -69,9 +69,9 @@ def test_streams_that_were_closed_before_the_start(tmp_path):
 LISTENER = """
 import os, sys
 from ebft_mega.io import process_signals
-from ebft_mega.io.standard_streams import forgive_output_errors
+from ebft_mega.io.standard_streams import protect_standard_streams
 process_signals.listen(exit_code=75).note_from_now_on()
-forgive_output_errors()
+protect_standard_streams()
 print("lines whose ends have the number of SIGUSR1\\n" * 20000)
 sys.exit(len({os.fstat(descriptor).st_rdev for descriptor in (0, 1, 2)} - {os.stat(os.devnull).st_rdev}))
 """
