@@ -15,6 +15,9 @@ import unicodedata
 _ESCAPED_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 # Letters and marks that are drawn as nothing at all.
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
+# What of an address may be a secret: user and password, and the query, which may be a signature.
+_WORD_OF_ADDRESS = re.compile(r"[^\s'\"<>]+")
+_USER = re.compile(r"://[^/?#]+@")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 LONGEST = 200
 LONGEST_PATH = 5000  # a system's longest is 4,096 bytes
@@ -40,8 +43,19 @@ def escaped(text: str, meant: str = "") -> str:
     return "".join(character if character in meant else _escape(character) for character in text)
 
 
+def without_secrets(text: str) -> str:
+    """Return a text in which addresses have `***` in place of user, password and query."""
+    return _WORD_OF_ADDRESS.sub(_masked, text) if "://" in text else text
+
+
+def _masked(word: re.Match[str]) -> str:
+    before, sign, address = word[0].partition("://")
+    place, question, query = _USER.sub("://***@", sign + address).partition("?")
+    return f"{before}{place}?***" if sign and query else f"{before}{place}{question}{query}"
+
+
 def shown(value: object, longest: int = LONGEST) -> str:
-    """Return one line that stands for a value in a message: escaped, and not longer than a reader wants it.
+    """Return one line that stands for a value in a message: escaped, without secrets, and not too long to be read.
 
     What `shown` returned comes through it unchanged.
 
@@ -49,7 +63,7 @@ def shown(value: object, longest: int = LONGEST) -> str:
         value: a text, or anything with one.
         longest: characters of the line; a longer text is cut, and its end says how much of it is left out.
     """
-    text = str(value)
+    text = without_secrets(str(value))
     line = escaped(text[: longest + 1])
     if len(text) <= longest and len(line) <= longest:
         return line

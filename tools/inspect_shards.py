@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.builder.build_record import BuildRecord, read_build_record
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest
+from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.inspection import (
     Lengths,
     Rows,
@@ -58,6 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("--cache", type=Path, help="directory for what is downloaded from a URL")
+    parser.add_argument(
+        "--redirect-hosts",
+        nargs="+",
+        metavar="HOST",
+        help="servers that the server of a URL may redirect to, as data.redirect_hosts has them",
+    )
     parser.add_argument("--cache-gigabytes", type=float, help=f"shards it may hold (default: {CACHE_GIGABYTES})")
     arguments = parser.parse_args()
     beside: list[tuple[str, str, object]] = []
@@ -67,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     if "://" not in arguments.dataset:
         beside.append(("--cache", "a local directory", arguments.cache))
         beside.append(("--cache-gigabytes", "a local directory", arguments.cache_gigabytes))
+        beside.append(("--redirect-hosts", "a local directory", arguments.redirect_hosts))
     for option, other, value in beside:
         if value is not None:
             parser.error(f"{option}: found beside {other}, where it has no effect; expected one of the two")
@@ -85,7 +93,8 @@ def main() -> int:
     # The copy on the server is verified, so no shard of a URL is read from the cache or stored in it.
     limit_bytes = 0 if arguments.verify else int(arguments.cache_gigabytes * GIGABYTE)
     cache = ShardCache(arguments.cache, limit_bytes) if arguments.cache else None
-    dataset = open_dataset(arguments.dataset, cache)
+    transfer = Transfer(redirect_hosts=tuple(arguments.redirect_hosts or ()))
+    dataset = open_dataset(arguments.dataset, cache, transfer=transfer)
     try:
         if arguments.show is not None:
             show_document(dataset, arguments.show, arguments.json)

@@ -68,6 +68,7 @@ FREE = (
     "data.workers",
     "data.cache",
     "data.cache_gigabytes",
+    "data.redirect_hosts",
     "train.micro_batch_size",
     "train.max_run_minutes",
     "train.step_timeout_minutes",

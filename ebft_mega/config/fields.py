@@ -98,6 +98,11 @@ MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 255
 # Without user name and query: both may carry secrets, and places are logged.
 _HTTPS = r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_PORT = "(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+# A wildcard stands before a domain of two labels at least: `*.com` would name everybody.
+_REDIRECT_HOST = rf"({_LABEL}(\.{_LABEL})*|\*(\.{_LABEL}){{2,}}|\[[0-9A-Fa-f:.]+\]){_PORT}"
+RedirectHost = Annotated[str, Field(pattern=f"^{_REDIRECT_HOST}$", max_length=253 + len("*.:65535"))]
 LocalPath = Annotated[Path, BeforeValidator(_as_path)]
 DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path)]
 PATH = "a local path (relative paths start at the repository root)"

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ebft_mega.config.fields import DATASET_PLACE, PATH, DatasetPlace, LocalPath, Section, as_tuple, key
+from ebft_mega.config.fields import (
+    DATASET_PLACE,
+    PATH,
+    DatasetPlace,
+    LocalPath,
+    RedirectHost,
+    Section,
+    as_tuple,
+    key,
+)
 
 STEPS = "optimizer steps"
 
@@ -101,6 +110,12 @@ class DataConfig(Section):
         "shards fit, single documents are fetched instead.",
         unit="1e9 bytes",
         ge=0,
+    )
+    redirect_hosts: Annotated[tuple[RedirectHost, ...], BeforeValidator(as_tuple)] = key(
+        (),
+        "(ours) Servers that a server of `https://` data may redirect to, besides itself. `host` stands for its port "
+        "443, `*.domain` for every host below the domain; all other redirects are refused.",
+        allowed="a list of host, host:port or *.domain",
     )
 
     @property

@@ -16,6 +16,7 @@ from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.input_errors import read_input_bytes
+from ebft_mega.shown_text import without_secrets
 
 MAX_SHOWN_TEXT = 60
 MAX_SHOWN_PATH = 200
@@ -216,7 +217,8 @@ def _unknown_key(section: type[Section], key: str, value: Any) -> Problem:
 def _describe(value: Any) -> str:
     """A value and its kind, as the file has it."""
     if isinstance(value, str):
+        value = without_secrets(value)  # before it is cut, which could take the end of a password away
         longest = MAX_SHOWN_PATH if "/" in value else MAX_SHOWN_TEXT
         return repr(value if len(value) <= longest else f"{value[: longest - 3]}...")
-    text = yaml_text(value) if value is None or isinstance(value, bool | int | float) else repr(value)
+    text = yaml_text(value) if value is None or isinstance(value, bool | int | float) else without_secrets(repr(value))
     return text if len(text) <= MAX_SHOWN_TEXT else f"{text[: MAX_SHOWN_TEXT - 3]}..."

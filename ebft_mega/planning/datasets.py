@@ -10,6 +10,7 @@ from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import MANIFEST_NAME
+from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.errors import InputError, Problem
@@ -60,7 +61,8 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
         if isinstance(place, Path) and _holds_text(place):
             tokenizer = _text_tokenizer(config)
             place = tokenized_dataset(place, tokenizer, config.data.cache, available_cores())
-        return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error)
+        transfer = Transfer(redirect_hosts=config.data.redirect_hosts)
+        return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error, transfer=transfer)
     except InputError as error:
         raise InputError([problem.within(f"{config.place(key)}: {key}") for problem in error.problems]) from None
     except OSError as error:

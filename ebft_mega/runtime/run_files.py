@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import ebft_mega
 from ebft_mega.io.durable import write_json
-from ebft_mega.shown_text import LogLines
+from ebft_mega.shown_text import LogLines, without_secrets
 
 STATUS_NAME = "status.json"
 MODEL_FOLDER = "hf"  # the final model
@@ -107,7 +107,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "packages": packages,
-        "command": sys.argv,
+        "command": [without_secrets(argument) for argument in sys.argv],
     }
 
 

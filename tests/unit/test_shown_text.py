@@ -14,7 +14,7 @@ from ebft_mega.errors import (
     Problem,
     SkipBudgetError,
 )
-from ebft_mega.shown_text import escaped, shown, shown_html
+from ebft_mega.shown_text import escaped, shown, shown_html, without_secrets
 from tests.unit.hostile import TEXTS, dangers
 
 hostile = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
@@ -97,3 +97,32 @@ def test_an_error_is_one_harmless_line(text, kind):
 @hostile
 def test_damaged_data_is_one_harmless_line(text):
     assert dangers(str(DamagedDataError(text, 1, text, text, 2))) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://user:s3cret@host/a", "https://***@host/a"),
+        ("https://s3cret@host:8443", "https://***@host:8443"),
+        ("http://a@b:s3cret@host", "http://***@host"),
+        ("https://host/a?signature=s3cret&until=1#x", "https://host/a?***"),
+        ("{'a': 'https://u:s3cret@h?k=s3cret', 'b': 1}", "{'a': 'https://***@h?***', 'b': 1}"),
+        ("--set=data.shards=https://u:s3cret@h/x y", "--set=data.shards=https://***@h/x y"),
+        ("https://host/mail@example", "https://host/mail@example"),
+        ("why? a@b", "why? a@b"),
+    ],
+)
+def test_secrets_of_addresses_are_not_shown(text, expected):
+    assert without_secrets(text) == shown(text) == expected
+    assert without_secrets(expected) == expected
+
+
+@pytest.mark.parametrize("padding", range(150, 210, 5))
+def test_a_secret_is_masked_before_the_text_is_cut(padding):
+    assert "s3" not in shown("x" * padding + " https://user:s3cret-s3cret-s3cret@host/a?s3cret")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", ["://", "a://a", "://a?", "://@", "?", "@"])
+def test_masking_takes_no_longer_for_hostile_texts(part):
+    without_secrets(part * 200_000)

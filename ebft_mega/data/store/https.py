@@ -1,9 +1,10 @@
 """Download whole files and byte ranges from https servers, over kept connections. Imports no torch.
 
-Only https is spoken, after redirects too, and certificates are verified: against the system's authorities, or
-those that SSL_CERT_FILE or SSL_CERT_DIR name. The proxy of the environment (HTTPS_PROXY, ALL_PROXY, NO_PROXY) is
-used. An address with a user, a password or a query is refused, and no message shows the target of a redirect, because
-such targets often contain credentials. An address is never run as a command or opened as a local file.
+Only https is spoken, and certificates are verified: against the system's authorities, or those that SSL_CERT_FILE or
+SSL_CERT_DIR name. The proxy of the environment (HTTPS_PROXY, ALL_PROXY, NO_PROXY) is used. Redirects are followed
+within the server and to named hosts (`addresses.py`). Nothing that a server says is believed before it is bounded: an
+answer by its announced and by its expected size, and by time (`time_limits.py`). An address is never run as a command
+or opened as a local file.
 """
 
 import logging
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from http.client import responses
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from ebft_mega.data.store.addresses import redirect_obstacle
+from ebft_mega.data.store.time_limits import answer_within, limit_connections
 from ebft_mega.errors import DamagedDataError
 
 if TYPE_CHECKING:
@@ -36,17 +38,20 @@ _SHORT_BODY_BYTES = 1 << 16
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT_STATUS = (404, 410)
 _HEAD_REFUSED_STATUS = (403, 405, 501)
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+# At most 18 digits: far above any size, and below what Python or a disk could not hold.
+_COUNT = "[0-9]{1,18}"
+_CONTENT_RANGE = re.compile(f"bytes (?:({_COUNT})-({_COUNT})|\\*)/({_COUNT})")
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Timeouts and retries of requests to a server."""
+    """Timeouts, retries and redirects of requests to a server."""
 
-    timeout_seconds: float = 30.0  # to connect, and for every single read
+    timeout_seconds: float = 30.0  # from a request to the end of its answer's header, and for every further read
     attempts: int = 5  # for one file or byte range; the next one continues at the first missing byte
     first_wait_seconds: float = 0.5  # before the second attempt; doubled for each further one, times 0.5 to 1.5
     minimum_bytes_per_second: float = 10_000.0  # an attempt whose average stays below it is aborted
+    redirect_hosts: tuple[str, ...] = ()  # followed to, besides the server itself; see `addresses.redirect_obstacle`
 
 
 DEFAULT_TRANSFER = Transfer()
@@ -56,7 +61,7 @@ class HttpsClient:
     """Read files of https servers. Threads may share a client; copies in other processes open their own connections.
 
     Args:
-        transfer: timeouts and retries.
+        transfer: timeouts, retries and redirects.
     """
 
     def __init__(self, transfer: Transfer):
@@ -89,7 +94,7 @@ class HttpsClient:
             except _TransientError as failure:
                 found = str(failure)
             except _RefusedError as failure:
-                raise DamagedDataError(url, None, "a file", str(failure)) from failure
+                raise DamagedDataError(url, None, failure.expected or "a file", str(failure)) from failure
         raise DamagedDataError(url, None, "a file", self._after_attempts(found))
 
     def chunks(self, url: str, start: int, stop: int, total_bytes: int) -> Iterator[bytes]:
@@ -145,13 +150,15 @@ class HttpsClient:
             try:
                 with self._answer("GET", url) as answer:
                     declared = _content_length(answer)
+                    if declared is not None and declared > limit_bytes:
+                        raise _RefusedError(f"{declared} bytes")
                     content = b"".join(self._body(answer, limit_bytes))
             except _TransientError as failure:
                 found = str(failure)
             except _RefusedError as failure:
                 if failure.status in absent:
                     return None
-                raise DamagedDataError(url, None, expected, str(failure)) from failure
+                raise DamagedDataError(url, None, failure.expected or expected, str(failure)) from failure
             else:
                 if declared in (None, len(content)):
                     return content
@@ -234,34 +241,43 @@ class HttpsClient:
             answer.close()
 
     def _send(self, method: str, url: str, byte_range: str | None) -> "httpx2.Response":
-        """Send a request and follow redirects to https; returns with the header of the last answer."""
+        """Send a request and follow redirects; returns with the header of the last answer, all within the timeout."""
         import httpx2
 
         client = self._client_of_this_process()
         headers = {"User-Agent": "ebft-mega", "Accept-Encoding": "identity"}
         if byte_range:
             headers["Range"] = byte_range
-        redirects = 0
         try:
             request = client.build_request(method, url, headers=headers)
-            while True:
-                answer = client.send(request, stream=True)
-                target = answer.next_request
-                if target is None or target.url.scheme != "https" or target.url.userinfo or redirects == _MAX_REDIRECTS:
-                    return answer
-                redirects += 1
-                request = target
-                self._read_rest(answer)
-                answer.close()
+            with answer_within(self._transfer.timeout_seconds):
+                return self._follow(client, request)
         except (httpx2.InvalidURL, UnicodeError) as error:  # the latter: a host without a form for the DNS
             raise _RefusedError("no valid address") from error
         except httpx2.HTTPError as error:
             raise self._failure(error) from error
 
+    def _follow(self, client: "httpx2.Client", request: "httpx2.Request") -> "httpx2.Response":
+        """Send a request and, while the answer is a redirect, the next one."""
+        asked = request.url
+        for number in range(_MAX_REDIRECTS + 1):
+            answer = client.send(request, stream=True)
+            if answer.next_request is None:
+                return answer
+            self._read_rest(answer)
+            answer.close()
+            request = answer.next_request
+            obstacle = redirect_obstacle(asked, request.url, self._transfer.redirect_hosts)
+            if obstacle or number == _MAX_REDIRECTS:
+                found = f"{_status_text(answer.status_code)}: {obstacle or f'more than {_MAX_REDIRECTS} in a row'}"
+                raise _RefusedError(found, status=answer.status_code)
+        raise AssertionError
+
     def _body(self, answer: "httpx2.Response", limit_bytes: int) -> Iterator[bytes]:
         """Chunks of an answer's body, together at most `limit_bytes`.
 
-        They end where the answer ends, also where that is before its Content-Length: the callers count.
+        They end where the answer ends, also where that is before its Content-Length: the callers count. The time for
+        all of them grows with the bytes that have come.
         """
         import httpx2
 
@@ -269,13 +285,18 @@ class HttpsClient:
         body = answer.iter_raw()
         while True:
             before = time.monotonic()
+            allowed = self._transfer.timeout_seconds + received / self._transfer.minimum_bytes_per_second
             try:
-                chunk = next(body, b"")
+                with answer_within(allowed - waited):
+                    chunk = next(body, b"")
             except httpx2.RemoteProtocolError as error:
                 if _content_length(answer) is None:
                     raise self._failure(error) from error
                 return
             except httpx2.HTTPError as error:
+                read_seconds = time.monotonic() - before
+                if isinstance(error, httpx2.TimeoutException) and read_seconds < 0.9 * self._transfer.timeout_seconds:
+                    raise _TransientError(f"{received} bytes in {waited + read_seconds:.0f} s") from error
                 raise self._failure(error) from error
             waited += time.monotonic() - before
             received += len(chunk)
@@ -284,8 +305,6 @@ class HttpsClient:
             if received > limit_bytes:
                 raise _RefusedError("a longer answer")
             yield chunk
-            if waited > self._transfer.timeout_seconds + received / self._transfer.minimum_bytes_per_second:
-                raise _TransientError(f"{received} bytes in {waited:.0f} s")
 
     def _read_rest(self, answer: "httpx2.Response") -> None:
         """Read a short body that nobody has read, so that the connection can be used again."""
@@ -311,7 +330,7 @@ class HttpsClient:
         if isinstance(error, httpx2.TimeoutException):
             return _TransientError(f"no answer within {self._transfer.timeout_seconds:g} s")
         if isinstance(error, httpx2.ProxyError):
-            return _TransientError(f"Tunnel connection failed: {error}")
+            return _TransientError(f"Tunnel connection failed: {str(error)[:100]}")
         # httpx2 raises from the exception of httpcore2, and that one was raised while an OSError was handled.
         core = error.__cause__
         cause = core and (core.__cause__ or core.__context__)
@@ -322,23 +341,7 @@ class HttpsClient:
             return _TransientError("a closed connection")
         if isinstance(cause, OSError) and cause.strerror:
             return _TransientError(cause.strerror)
-        return _TransientError(str(error) or type(error).__name__)
-
-
-def https_address_problem(address: str) -> str | None:
-    """Why an address is not one that `HttpsClient` reads; None where it is."""
-    try:
-        parts = urlsplit(address)
-        port_is_valid = parts.port is None or 0 < parts.port
-    except ValueError as error:
-        return str(error)
-    if parts.scheme.lower() != "https":
-        return f"the scheme {parts.scheme!r}"
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        return "a user, password, query or fragment"
-    if not parts.hostname or not port_is_valid or not address.isprintable() or " " in address:
-        return "no valid host, port or path"
-    return None
+        return _TransientError(ascii(str(error))[1:-1][:200] or type(error).__name__)
 
 
 class _TransferFailureError(Exception):
@@ -362,7 +365,7 @@ def _new_client(timeout_seconds: float) -> "httpx2.Client":
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return httpx2.Client(
+        client = httpx2.Client(
             verify=ssl.create_default_context(),
             timeout=timeout_seconds,
             limits=httpx2.Limits(max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS),
@@ -373,6 +376,8 @@ def _new_client(timeout_seconds: float) -> "httpx2.Client":
     except (ValueError, ImportError, httpx2.InvalidURL) as error:  # an ImportError for the scheme socks5
         # Not the error's own text: a proxy's address may contain a password.
         raise _RefusedError("a proxy in the environment that cannot be used", "an http or https proxy") from error
+    limit_connections(client)
+    return client
 
 
 def _status_text(status: int) -> str:
@@ -382,7 +387,7 @@ def _status_text(status: int) -> str:
 
 def _content_length(answer: "httpx2.Response") -> int | None:
     text = answer.headers.get("Content-Length", "")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if re.fullmatch(_COUNT, text) else None
 
 
 def _content_range(answer: "httpx2.Response") -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ebft_mega.data.store.addresses import https_address_problem
 from ebft_mega.data.store.checks import (
     index_problems,
     load_index,
@@ -14,7 +15,7 @@ from ebft_mega.data.store.checks import (
 )
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import INDEX_NAME, MANIFEST_NAME
-from ebft_mega.data.store.https import DEFAULT_TRANSFER, HttpsClient, Transfer, https_address_problem
+from ebft_mega.data.store.https import DEFAULT_TRANSFER, HttpsClient, Transfer
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards, remote_description, remote_shard_problems
 from ebft_mega.data.store.shard_cache import ShardCache
@@ -43,7 +44,7 @@ def open_dataset(
         cache: where the files of a URL are stored; not used for a local directory.
         on_error: for a URL. With "raise", every read from a downloaded shard with a wrong sha256 is an error; with
             "skip", only reads of its documents with a wrong checksum are.
-        transfer: timeouts and retries for the server of a URL.
+        transfer: timeouts, retries and redirects for the server of a URL.
 
     Raises:
         InputError: with all problems found.

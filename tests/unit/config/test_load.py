@@ -262,6 +262,56 @@ def test_values_beyond_all_bounds(problems, override, text):
     assert line.startswith("--set: ") and text in line and len(line) < 500
 
 
+REDIRECT_HOSTS = "a list of host, host:port or *.domain"
+
+
+def test_redirect_hosts_are_read_and_written_back(load, tmp_path):
+    hosts = ("cdn.example", "Cdn.example:8443", "*.cdn.example", "*.a.b.example:1", "localhost:65535", "[::1]:443")
+    config = load(BASE, f"data.redirect_hosts={list(hosts)}".replace("'", '"'))
+    assert config.data.redirect_hosts == hosts
+    (tmp_path / "again.yaml").write_text(resolved_yaml(config))
+    assert load_config(tmp_path / "again.yaml").data == config.data
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "cdn.example",
+        "['https://cdn.example']",
+        "['*']",
+        "['*.com']",
+        "['a.*.com']",
+        "[cdn.example/x]",
+        "[443]",
+        "['a b']",
+    ]
+    + ["['user@cdn.example']", "['cdn.example:0']", "['cdn.example:65536']", "['cdn..example']", "['']", "['::1']"],
+)
+def test_what_is_no_redirect_host_is_refused(problems, value):
+    (line,) = problems(BASE.replace("data: {", f"data: {{redirect_hosts: {value}, "))
+    assert line.startswith("c.yaml:3: data.redirect_hosts: found ")
+    assert line.endswith(f"; expected {REDIRECT_HOSTS}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.shards=https://user:s3cret@host/data",
+        "data.shards=https://user:" + 30 * "s3cret" + "@host/data",
+        "data.shards=https://host/data?signature=s3cret",
+        "data.shards=[https://user:s3cret@host/data]",
+        "model.init_from=https://user:s3cret@host/model",
+        "data.sahrds=https://user:s3cret@host/data",
+        "https://user:s3cret@host/data",
+        "output_dir=https://user:s3cret@host/data",
+        "train=https://user:s3cret@host/data",
+    ],
+)
+def test_secrets_of_a_refused_address_are_not_shown(problems, override):
+    text = "\n".join(problems(BASE, override))
+    assert "***" in text and "s3cret" not in text and "user" not in text
+
+
 def test_strides_of_a_huge_row_are_found_at_once(problems):
     (line,) = problems(BASE, f"data.sequence_length={2**62 + 1}")
     assert "a stride such as" in line

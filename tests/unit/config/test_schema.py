@@ -23,6 +23,7 @@ INTERFACE_DEFAULTS = {
     "data.tokenizer": None,
     "data.cache": Path("runs/cache"),
     "data.cache_gigabytes": 100.0,
+    "data.redirect_hosts": (),
     "evaluation.shards": None,
     "evaluation.interval": None,
     "evaluation.rows": 64,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ebft_mega.data.store.addresses import redirect_obstacle
 from ebft_mega.data.store.https import HttpsClient, Transfer
 from ebft_mega.errors import DamagedDataError
 from tests.unit.data.store.https_server import Fault, FileServer, proxying, serving
@@ -128,21 +129,79 @@ def test_answers_without_a_length_are_counted(server: FileServer, url: str) -> N
         read_range(url, 0, len(CONTENT))
 
 
-def test_a_trickle_is_broken_off(server: FileServer, url: str) -> None:
-    # The first attempt brings everything but the last byte, yet takes longer than the slowest that is accepted.
-    slow = Transfer(timeout_seconds=-1, attempts=1, minimum_bytes_per_second=float("inf"))
-    client = HttpsClient(slow)
-    client._transfer = replace(slow, timeout_seconds=5)
-    with client._answer_from(url, 0, len(CONTENT), len(CONTENT)) as answer:
-        client._transfer = slow
-        with pytest.raises(Exception, match=f"{len(CONTENT)} bytes in 0 s"):
-            list(client._body(answer, len(CONTENT)))
-
-
 def test_an_unreachable_server_is_an_error(server: FileServer, url: str) -> None:
     closed = url.replace(str(server.server_address[1]), "1")
     with pytest.raises(DamagedDataError, match=r"refused.*attempt 3 of 3"):
         read_range(closed, 0, 5)
+
+
+def test_a_size_of_thousands_of_digits_is_no_traceback(server: FileServer, url: str) -> None:
+    digits = "9" * 5000
+    server.more_headers = {"Content-Range": f"bytes 16-199/{digits}"}
+    server.faults["file"] = Fault("status", 206)
+    with pytest.raises(DamagedDataError, match="Content-Range 'bytes 16-199/9999"):
+        read_range(url, 16, 200)
+    server.more_headers = {"Content-Length": digits}
+    for read in (HttpsClient(QUICK).size, lambda url: HttpsClient(QUICK).small_file(url, 100)):
+        with pytest.raises(DamagedDataError):
+            read(url)
+
+
+def test_a_small_file_is_refused_by_the_size_it_announces(server: FileServer, url: str) -> None:
+    server.faults["file"] = Fault("stall", 0)
+    with pytest.raises(DamagedDataError, match=f"at most 100 bytes, found {len(CONTENT)} bytes"):
+        HttpsClient(IMPATIENT).small_file(url, 100)
+
+
+@pytest.mark.parametrize(
+    ("target", "hosts", "obstacle"),
+    [
+        ("https://data.example/other", (), None),
+        ("https://DATA.example:443/other", (), None),
+        ("https://data.example:8443/other", (), "to data.example:8443, which"),
+        ("https://data.example:8443/other", ("data.example",), "to data.example:8443, which"),
+        ("https://data.example:8443/other", ("data.example:8443",), None),
+        ("https://data.example.evil.example/", (), "to data.example.evil.example, which"),
+        ("https://data.example./", (), "to data.example., which"),
+        ("https://cdn.example/x?signature=s3cret", ("Cdn.Example",), None),
+        ("https://cdn.example/x?signature=s3cret", (), "to cdn.example, which"),
+        ("https://a.b.cdn.example/", ("*.cdn.example",), None),
+        ("https://cdn.example/", ("*.cdn.example",), "to cdn.example, which"),
+        ("https://evilcdn.example/", ("*.cdn.example",), "to evilcdn.example, which"),
+        ("https://a.cdn.example:8443/", ("*.cdn.example",), "to a.cdn.example:8443, which"),
+        ("https://a.cdn.example:8443/", ("*.cdn.example:8443",), None),
+        ("https://169.254.169.254/latest/meta-data", ("cdn.example",), "to 169.254.169.254, which"),
+        ("https://[::1]/", (), "to [::1], which"),
+        ("https://[::1]/", ("[::1]",), None),
+        ("https://[::1]:8443/", ("[::1]",), "to [::1]:8443, which"),
+        ("https://[::1]:8443/", ("[::1]:8443",), None),
+        ("http://data.example/", ("data.example", "data.example:80"), "to the scheme 'http'"),
+        ("https://user:s3cret@data.example/", (), "with a user or password"),
+    ],
+)
+def test_a_redirect_leads_to_the_server_itself_and_to_named_hosts(
+    target: str, hosts: tuple[str, ...], obstacle: str | None
+) -> None:
+    import httpx2
+
+    found = redirect_obstacle(httpx2.URL("https://data.example/file"), httpx2.URL(target), hosts)
+    assert found == obstacle if obstacle is None else found is not None and found.startswith(obstacle)
+    assert "s3cret" not in str(found)
+
+
+def test_a_circle_of_redirects_ends(server: FileServer, url: str) -> None:
+    server.faults["file"] = Fault("redirect", url)
+    with pytest.raises(DamagedDataError, match="not followed: more than 10 in a row"):
+        read_range(url, 0, 5)
+    assert len(server.requests) == 11
+
+
+def test_a_redirect_to_no_address_is_refused_at_once(server: FileServer, url: str) -> None:
+    server.faults["file"] = Fault("redirect", "https://s3cret:[::1/file")
+    with pytest.raises(DamagedDataError, match="a redirect that is not followed") as caught:
+        read_range(url, 0, 5)
+    assert "s3cret" not in str(caught.value)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("host", ["host..example", "h\u00f6st..example"])
@@ -240,12 +299,20 @@ def test_a_redirect_to_another_server_asks_it_for_the_same_range(
     with serving(server.directory, certificate) as other:
         server.faults["file"] = Fault("redirect", f"{other.url}/file?signature=a%2Fb&until=1")
         (server.directory / "file?signature=a%2Fb&until=1").write_bytes(CONTENT)
-        client = HttpsClient(QUICK)
+        host = other.url.removeprefix("https://")
+        client = HttpsClient(replace(QUICK, redirect_hosts=(host,)))
         for _ in range(3):
             assert b"".join(client.chunks(url, 7, 70, len(CONTENT))) == CONTENT[7:70]
         assert other.requests == [("GET", "/file?signature=a%2Fb&until=1", "bytes=7-69")] * 3
         assert other.headers[0]["host"] == other.url.removeprefix("https://")
         assert (server.connections, other.connections) == (1, 1)
+        # Without a port an entry stands for 443.
+        for hosts in ((), ("localhost",), (f"elsewhere:{other.server_address[1]}",)):
+            with pytest.raises(DamagedDataError) as caught:
+                list(HttpsClient(replace(QUICK, redirect_hosts=hosts)).chunks(url, 7, 70, len(CONTENT)))
+            found = f"to {host}, which is neither this server nor one of data.redirect_hosts"
+            assert caught.value.found == f"HTTP status 302 (Found), a redirect that is not followed: {found}"
+        assert len(other.requests) == 3
 
 
 def test_what_is_sent_says_nothing_of_this_machine_or_of_earlier_answers(
