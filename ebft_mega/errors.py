@@ -147,6 +147,14 @@ class PeerLostError(EbftError):
         super().__init__("another rank has ended, and this one lost its connection to it; logs/ says where it was")
 
 
+class FirstRankFailedError(EbftError):
+    """What the first rank does for all of them failed there, and the others end with it."""
+
+
+class ForeignMessageError(EbftError):
+    """What another rank has sent is no message of this program: not of this version of it, or of somebody else."""
+
+
 class OutOfMemoryError(EbftError):
     """There was not enough memory, on the device or in the machine."""
 

@@ -29,6 +29,7 @@ from ebft_mega.checkpoint.tensor_index import (
 from ebft_mega.model.stage import Stage
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.zero import ZeroEngine
+from ebft_mega.runtime.exchange import broadcast_value, gather_values
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,9 @@ class CheckpointSaver:
         needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
         needed += sum(map(len, small_files.values()))
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
-        obstacle = [self._obstacle(flying.folder, needed)] if self._groups.is_world_first else [None]
-        dist.broadcast_object_list(obstacle, src=0, device=self._groups.device)
-        if obstacle[0] is not None:
-            return Outcome(step, obstacle[0])
+        obstacle = broadcast_value(self._obstacle(flying.folder, needed) if self._groups.is_world_first else None)
+        if obstacle is not None:
+            return Outcome(step, obstacle)
         shards = take_snapshot(engine, stage)
         flying.thread = threading.Thread(
             target=self._write, args=(flying, shards, small_files), name=f"checkpoint-{step}", daemon=True
@@ -137,15 +137,11 @@ class CheckpointSaver:
         assert flying.thread is not None, "it was started"
         flying.thread.join()
         own = flying.error if flying.written is None else flying.written
-        parts: list[Written | str | None] | None = (
-            [None] * dist.get_world_size() if self._groups.is_world_first else None
-        )
-        dist.gather_object(own, parts, dst=0)
-        outcome = [self._committed(flying, parts)] if parts is not None else [None]
-        dist.broadcast_object_list(outcome, src=0, device=self._groups.device)
+        parts: list[Written | str | None] | None = gather_values(own, kinds=(Written,))
+        outcome = broadcast_value(None if parts is None else self._committed(flying, parts), kinds=(Outcome,))
         self._in_flight = None
-        assert outcome[0] is not None, "the first rank has sent it"
-        return outcome[0]
+        assert isinstance(outcome, Outcome), "the first rank has sent it"
+        return outcome
 
     def finish(self) -> None:
         """Wait a while for the deletion of old checkpoints, where it runs; the next start deletes the rest."""

@@ -26,6 +26,7 @@ from ebft_mega.rollout.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
+from ebft_mega.runtime.exchange import all_gather_values
 from ebft_mega.types import Rollout, TokenBatch
 
 # Step number that the sampling noise of evaluations depends on; no training step has it.
@@ -168,9 +169,7 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
 
     Communication: one all-gather of a few numbers per row.
     """
-    parts: list[Evaluation | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, evaluation, group=group)
-    return merge([part for part in parts if part is not None])
+    return merge(all_gather_values(evaluation, group, (Evaluation,)))
 
 
 def _rollout_figures(

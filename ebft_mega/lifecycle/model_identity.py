@@ -24,6 +24,7 @@ from ebft_mega.lifecycle.build import feature_weights, initial_weights
 from ebft_mega.model.weights.weight_sources import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.runtime.exchange import all_gather_values
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, describe_environment
 from ebft_mega.train.progress import Progress
 
@@ -106,7 +107,7 @@ def require_whole_models(config: RunConfig) -> None:
     """
     for directory in (config.model.init_from, config.ebft.feature_model):
         if directory is not None and from_first_rank(partial(is_checkpoint, directory)):
-            manifest = from_first_rank(partial(read_manifest, directory))
+            manifest = from_first_rank(partial(read_manifest, directory), Manifest)
             problems = damaged_files(directory, manifest, WEIGHTS_FOLDER)
             if problems:
                 raise BrokenCheckpointError(problems)
@@ -125,8 +126,7 @@ def require_same_initial_model(config: RunConfig, source: InitialWeights, saved:
     Communication: one gathering over the world; each rank hashes a part of the model.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    parts: list[dict[str, str]] = [{}] * size
-    dist.all_gather_object(parts, {name: source.digest(name) for name in source.digest_names()[rank::size]})
+    parts = all_gather_values({name: source.digest(name) for name in source.digest_names()[rank::size]})
     found = identity({name: digest for part in parts for name, digest in part.items()})
     expected = None if saved is None else saved.state.feature_network
     if saved is not None and expected != found:
@@ -171,9 +171,7 @@ def damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[P
     """
     own = share_of_files(manifest, dist.get_rank(), dist.get_world_size())
     problems = file_problems(directory, manifest, [name for name in own if name.startswith(beginning)])
-    parts: list[list[Problem]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, problems)
-    return [problem for part in parts for problem in part]
+    return [problem for part in all_gather_values(problems) for problem in part]
 
 
 def other_software(saved: SavedRun) -> list[str]:

@@ -16,7 +16,7 @@ from ebft_mega.lifecycle.model_identity import require_whole_models
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.run_directory import make_run_directory
 from ebft_mega.lifecycle.setting_aside import Fresh, take_directory
-from ebft_mega.lifecycle.standing import Action, conclude
+from ebft_mega.lifecycle.standing import Action, Standing, conclude
 from ebft_mega.lifecycle.start import find_start
 from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
@@ -70,7 +70,7 @@ def run_training(
             signals.before_forced_end(lock.delete)
         requests = StopRequests(signals, config.output_dir, started_monotonic, limit, groups.is_world_first)
         # By one rank, under the lock: nobody else changes what is found.
-        standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()))
+        standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()), Standing)
         if standing.action is Action.NOTHING:
             return from_first_rank(lambda: conclude(config, standing, write_report))
         run = Run(config, plan, groups, loader, signals, requests, lambda: lock.lost, write_report, standing)

@@ -74,7 +74,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
     root = config.output_dir / CHECKPOINTS
     restored = from_first_rank(lambda: restore_replaced(root))
     notes = [f"{name} has its name again: the run was killed while it replaced it" for name in restored]
-    found = from_first_rank(lambda: candidates(config))
+    found = from_first_rank(lambda: candidates(config), Candidates)
     notes += found.notes
     saved, broken = _newest_whole(found, notes)
     if saved is not None:
@@ -88,7 +88,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
         if problems:
             raise ConfigError(problems)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
-        index = from_first_rank(lambda: _tensor_index(saved, plan.architecture))
+        index = from_first_rank(lambda: _tensor_index(saved, plan.architecture), TensorIndex)
         progress, started_from = Progress.of(saved.state), origin(saved, found)
         return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken))
     if beyond := list(skipped_rows_problems(config, rows_of_run(config))):
@@ -129,7 +129,7 @@ def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None,
     all_problems: list[Problem] = []
     broken: list[Path] = []
     for directory in found.paths:
-        saved, problems = from_first_rank(partial(_try, directory))
+        saved, problems = from_first_rank(partial(_try, directory), SavedRun)
         if saved is not None:
             problems = damaged_files(saved.directory, saved.manifest, "")
             if not problems:

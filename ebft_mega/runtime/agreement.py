@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.runtime.exchange import all_gather_values, broadcast_message
+from ebft_mega.runtime.message_text import from_message, to_message
 
 T = TypeVar("T")
 
@@ -20,8 +22,7 @@ def require_agreement(texts: Mapping[str, str]) -> None:
         InputError: on every rank, with the ranks of each version of each text that differs.
     Communication: one gathering of the texts over the world.
     """
-    found: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, dict(texts))
+    found: list[dict[str, str]] = all_gather_values(dict(texts))
     problems = []
     for key in texts:
         ranks: defaultdict[str, list[int]] = defaultdict(list)
@@ -34,21 +35,26 @@ def require_agreement(texts: Mapping[str, str]) -> None:
         raise InputError(problems)
 
 
-def from_first_rank(compute: Callable[[], T]) -> T:
+def from_first_rank(compute: Callable[[], T], *kinds: type) -> T:
     """Call a function on rank 0 and return its result on every rank.
 
+    Args:
+        kinds: classes of which the result may be made, beside `Problem` and plain values (`message_text`).
     Raises:
-        Exception: on every rank, what it raises there.
+        Exception: on every rank what it raises there, where that is an `EbftError` or an `OSError`; of any other error
+            the other ranks learn the words (`FirstRankFailedError`).
     Communication: one broadcast of the result over the world.
     """
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [(compute(), None)]
-        except Exception as error:
-            answer = [(None, error)]
-    dist.broadcast_object_list(answer, src=0)
-    result, failure = answer[0]
-    if failure is not None:
-        raise failure
+    if dist.get_rank() != 0:
+        result, failure = from_message(broadcast_message(None), kinds)
+        if failure is not None:
+            raise failure
+        return result
+    try:
+        result = compute()
+        content = to_message((result, None), kinds)
+    except Exception as error:
+        broadcast_message(to_message((None, error), kinds))
+        raise
+    broadcast_message(content)
     return result

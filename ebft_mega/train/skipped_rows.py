@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import SkipBudgetError
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.runtime.exchange import all_gather_values
 
 ERRORS_NAME = "data_errors.jsonl"
 
@@ -63,8 +64,7 @@ def account_for(
     Communication: over the world one gathering of descriptions, and one barrier so that no rank ends before they are
         written.
     """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [_described(step, row) for row in skipped])
+    parts = all_gather_values([_described(step, row) for row in skipped])
     # Most often all ranks of a replica tell of the same damage; any of them may be the only one.
     by_row = {record["row"]: record for part in reversed(parts) for record in part}
     records = [by_row[row] for row in sorted(by_row)]

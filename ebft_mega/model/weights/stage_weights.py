@@ -14,6 +14,10 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.weight_layout import packing_of
 from ebft_mega.model.weights.weight_sources import WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.runtime.exchange import all_gather_values, broadcast_value
+from ebft_mega.types import DTYPES
+
+_NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}  # of a run's parameters
 
 
 def load_weights(
@@ -43,9 +47,7 @@ def load_weights(
                         parts.append(source.part(hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank)))
                         not_finite += [hf_name] * (not is_finite(parts[-1]))
                     parameter.data.copy_(packing.pack(tuple(parts)))
-    found: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, not_finite)
-    names = sorted({name for part in found for name in part})
+    names = sorted({name for part in all_gather_values(not_finite) for name in part})
     if names:
         words = ("values that are infinite or no numbers", "finite values")
         raise InputError([Problem(source.place, name, *words) for name in names])
@@ -91,20 +93,19 @@ def _announce(pair: tuple[str, Tensor] | None, groups: ProcessGroups) -> None:
     """Broadcast a named tensor of this stage to the other stages; None: there is no more."""
     if groups.pipeline_size == 1:
         return
-    header = [None if pair is None else (pair[0], pair[1].shape, pair[1].dtype)]
+    header = None if pair is None else [pair[0], list(pair[1].shape), _NAMES_OF_DTYPES[pair[1].dtype]]
     group, own = groups.pipeline_parallel, groups.pipeline_rank
-    dist.broadcast_object_list(header, group=group, group_src=own, device=groups.device)
+    broadcast_value(header, group, own)
     if pair is not None:
         dist.broadcast(pair[1].contiguous(), group=group, group_src=own)
 
 
 def _hear(stage: int, groups: ProcessGroups) -> tuple[str, Tensor] | None:
     """Receive what a stage announces next; None: it has no more."""
-    header: list[tuple[str, torch.Size, torch.dtype] | None] = [None]
-    dist.broadcast_object_list(header, group=groups.pipeline_parallel, group_src=stage, device=groups.device)
-    if header[0] is None:
+    header = broadcast_value(None, groups.pipeline_parallel, stage)
+    if header is None:
         return None
-    name, shape, dtype = header[0]
-    tensor = torch.empty(shape, dtype=dtype, device=groups.device)
+    name, shape, dtype = header
+    tensor = torch.empty(shape, dtype=DTYPES[dtype], device=groups.device)
     dist.broadcast(tensor, group=groups.pipeline_parallel, group_src=stage)
     return name, tensor
