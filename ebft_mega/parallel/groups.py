@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ebft_mega.parallel.megatron import ProcessGroupCollection
 from ebft_mega.parallel.rendezvous import meet
+from ebft_mega.runtime.listening import stay_on_loopback
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -110,6 +111,8 @@ def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, configuration: str
             # DeepSpeed reads these itself.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if world_size > 1:
+            stay_on_loopback(os.environ)
         # A rank alone needs no port.
         store = dist.HashStore() if world_size == 1 else meet(os.environ, configuration)
         store.set_timeout(timeout)

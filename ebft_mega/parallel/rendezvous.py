@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ebft_mega.errors import Problem, SurroundingsError
 from ebft_mega.runtime.launch_environment import Launch
+from ebft_mega.runtime.listening import listener_of_store
 
 T = TypeVar("T")
 NAP_SECONDS = 0.1
@@ -54,6 +55,7 @@ class _Meeting:
     def __init__(self, environment: Mapping[str, str], configuration: str, patience: Patience):
         self._host, self._port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         self._rank, self._world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        self._environment = environment
         self._launch = Launch.of(environment)
         self._patience = patience
         self._agent_listens = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -106,6 +108,7 @@ class _Meeting:
 
     def _opened(self, listens: bool) -> dist.Store:
         def make() -> dist.Store:
+            own = listener_of_store(self._environment) if listens else None
             return dist.TCPStore(
                 self._host,
                 self._port,
@@ -114,6 +117,7 @@ class _Meeting:
                 timeout=datetime.timedelta(seconds=self._patience.answer / 2),  # of each try
                 wait_for_workers=False,  # whoever connects would count
                 multi_tenant=True,
+                master_listen_fd=None if own is None else own.detach(),  # the store closes it
             )
 
         try:
@@ -121,7 +125,7 @@ class _Meeting:
                 return _within(self._patience.answer, make)
         except TimeoutError:
             self._refuse(f"{self._place}, where something listens and says nothing", self._other_port)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             text = str(error).splitlines()[0]
             if "EADDRINUSE" in text or "already in use" in text:
                 self._refuse(

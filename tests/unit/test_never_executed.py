@@ -49,7 +49,9 @@ def findings(source):
 
 
 def test_sources_execute_nothing_that_they_read():
-    found = [f"{path.relative_to(ROOT)}:{line}: {name}" for path in SOURCES for line, name in findings(path.read_text())]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}" for path in SOURCES for line, name in findings(path.read_text())
+    ]
     assert found == []
 
 

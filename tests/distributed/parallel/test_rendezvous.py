@@ -1,17 +1,21 @@
 """Ranks meet under their launch: a port in use, something else that listens and another launch end in one line."""
 
 import contextlib
+import os
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from ebft_mega.errors import SurroundingsError
+from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.parallel.rendezvous import Patience, meet
-from tests.distributed.ranks import free_port
+from tests.distributed.ranks import free_port, run_ranks
 
 HASTY = Patience(peers=20.0, name=0.5, answer=2.0, other_launch=1.0)
 SHORT = Patience(peers=1.0, name=0.5, answer=2.0, other_launch=1.0)
@@ -140,3 +144,31 @@ def test_the_store_of_torchruns_agent():
         assert not stores[0].check(["key"])
         stores[0].set("key", attempt)
         assert stores[1].get("key") == attempt.encode()
+
+
+def listening():
+    """Addresses and ports at which this process listens for connections."""
+    found = psutil.Process().net_connections("tcp")
+    return {tuple(item.laddr) for item in found if item.status == psutil.CONN_LISTEN}
+
+
+def test_the_store_listens_where_the_ranks_meet_and_nowhere_else():
+    port = free_port()
+    with ThreadPoolExecutor(2) as ranks:
+        stores = list(ranks.map(lambda number: meet(rank(number, port), "a", HASTY), range(2)))
+    assert stores and {address for address, its_port in listening() if its_port == port} == {"127.0.0.1"}
+
+
+def listen_with_groups():
+    connect()
+    groups = make_process_groups(torch.device("cpu"))
+    dist.all_reduce(torch.ones(1), group=groups.data_parallel)
+    return listening(), os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]
+
+
+def test_ranks_of_one_machine_listen_at_loopback_alone():
+    """The store and gloo; without the variables gloo takes the address that the machine's name means."""
+    for places, gloo, nccl in run_ranks(2, listen_with_groups):
+        assert len(places) >= 2 and {address for address, _ in places} <= {"127.0.0.1", "::1"}
+        assert nccl == f"={gloo}"
+        assert [item.address for item in psutil.net_if_addrs()[gloo]].count("127.0.0.1") == 1

@@ -55,9 +55,11 @@ def there_and_back(value, *kinds):
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner)
-    | st.lists(inner).map(tuple)
-    | st.dictionaries(st.text() | st.integers() | st.tuples(st.text(), st.booleans()), inner),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers() | st.tuples(st.text(), st.booleans()), inner)
+    ),
     max_leaves=20,
 )
 
@@ -97,9 +99,7 @@ def test_classes_and_those_of_their_fields():
 def run_of_a_checkpoint():
     sizes = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     fields = {"model_type": "llama", **sizes, "num_attention_heads": 1, "num_key_value_heads": 1}
-    source = SourceState(
-        name="a", fingerprint="0" * 64, tokenizer_sha256="1" * 64, weight="1", max_epochs=None, rows=3
-    )
+    source = SourceState(name="a", fingerprint="0" * 64, tokenizer_sha256="1" * 64, weight="1", max_epochs=None, rows=3)
     return SavedRun(
         directory=Path("run/checkpoints/step-00000003"),
         manifest=Manifest(version=1, step=3, files={"state.json": FileRecord(bytes=1, sha256="2" * 64)}),
