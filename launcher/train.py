@@ -24,6 +24,7 @@ from ebft_mega.config.schema import RunConfig  # noqa: E402
 from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
 from ebft_mega.io.arguments import PlainParser, output_directory, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
+from ebft_mega.io.output_directory import limit_permissions  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
 from ebft_mega.io.standard_streams import protect_standard_streams  # noqa: E402
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
@@ -112,6 +113,7 @@ def run(signals: Signals, started: float) -> int:
         require_utf8()
         enter_launch(os.environ, starts=not arguments.dry_run, meets=arguments.world_size is None)
         config = load_config(arguments.config, arguments.overrides)
+        limit_permissions(config.permissions)
         given = arguments.config.absolute()
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
         signals.remember_files(config.output_dir)

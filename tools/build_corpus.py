@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
 from ebft_mega.io.arguments import ToolParser, whole_number
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_permissions_option, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--include-tests", action="store_true", help="keep the library's own tests")
     parser.add_argument("--max-bytes", type=whole_number(), help="stop at about this many bytes of text")
+    add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     arguments = parser.parse_args()
     if arguments.max_bytes is not None and arguments.max_bytes < 1:

@@ -23,7 +23,7 @@ from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import BLANK_LINES, OTHER_MEMBERS
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_permissions_option, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
         help="input that a process takes at a time (default: by the inputs)",
     )
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
+    add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return checked(parser, parser.parse_args())
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.arguments import ToolParser, output_directory
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_permissions_option, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=output_directory, required=True, help="directory of report.html and comparison.json"
     )
+    add_permissions_option(parser)
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
 from ebft_mega.io.arguments import ToolParser, real_number
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_permissions_option, run_command
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--output", type=Path, required=True, help="model directory to make")
         size = "tensors in one file (default: 4)"
         command.add_argument("--shard-gigabytes", type=gigabytes, default=4.0, metavar="GB", help=size)
+        add_permissions_option(command)
         command.add_argument("--overwrite", action="store_true", help="replace an existing model")
 
     summary = "compare the logits of the model as it is trained here with transformers', on a text"

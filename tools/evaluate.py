@@ -17,7 +17,7 @@ from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
 from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
-from ebft_mega.io.command import add_overrides_option, run_command
+from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
 
 LONGEST_DEFAULT_ROW = 1024
 
@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=output_directory, required=True, help="directory for evaluation.json and plots"
     )
     parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
+    add_permissions_option(parser)
     add_overrides_option(parser, "override keys of --config")
     parser.add_argument(
         "--feature-model",

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.io.arguments import ToolParser, whole_number
-from ebft_mega.io.command import run_command
+from ebft_mega.io.command import add_permissions_option, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
+    add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return parser.parse_args()
 

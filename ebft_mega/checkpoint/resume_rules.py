@@ -60,6 +60,7 @@ BY_CONTENTS = (
 )
 FREE = (
     "output_dir",
+    "permissions",
     "data.on_error",
     "data.skip_rows",
     "data.allow_changed",

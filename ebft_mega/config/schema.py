@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.fields import PATH, LocalPath, Section, as_integer, as_tuple, key
 from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig
+from ebft_mega.io.output_directory import Permissions
 
 
 class EbftConfig(Section):
@@ -204,6 +205,12 @@ class RunConfig(Section):
     """One run, complete: what `config.resolved.yaml` of a run directory holds."""
 
     output_dir: LocalPath = key(..., "Run directory; it is created if it does not exist.", allowed=PATH)
+    permissions: Permissions = key(
+        "private",
+        "(ours) Who may use the directories and files that the run makes: `private`: their owner alone (0700); "
+        "`group`: the group, too (0770), as a shared `data.cache` needs; `umask`: whoever the umask leaves. What is "
+        "there keeps its mode.",
+    )
     seed: int = key(
         0,
         "Seed of the data order, of random weights and of the sampling noise.",

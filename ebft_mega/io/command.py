@@ -1,11 +1,14 @@
 """Run a command-line tool: errors of this package become messages on standard error and an exit code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from typing import Any, get_args
 
 from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
+from ebft_mega.io.output_directory import Permissions, limit_permissions
 from ebft_mega.io.process_signals import StopNow
 from ebft_mega.io.standard_streams import protect_standard_streams, to_nowhere
 from ebft_mega.io.text_encoding import require_utf8
@@ -25,6 +28,24 @@ def add_overrides_option(parser: argparse.ArgumentParser, meaning: str) -> None:
     )
 
 
+def add_permissions_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--permissions`, which acts as soon as it is read; without it a tool's output is private."""
+    parser.add_argument(
+        "--permissions",
+        choices=get_args(Permissions),
+        action=_LimitPermissions,
+        help="who may use what is made: the owner alone (private, the default), the group too, or whoever the umask "
+        "leaves",
+    )
+
+
+class _LimitPermissions(argparse.Action):
+    """Limit the permissions of what the process makes."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        limit_permissions(values)
+
+
 def run_command(main: Callable[[], int | None], prints_its_result: bool = False) -> int:
     """Run a tool.
 
@@ -40,6 +61,7 @@ def run_command(main: Callable[[], int | None], prints_its_result: bool = False)
         here: with one line, 128 and the signal's number, and every process that it has started.
     """
     signals = process_signals.listen()
+    umask = os.umask(0o077)  # private, unless `--permissions` says otherwise
     try:
         signals.raise_from_now_on()
         exit_code = _run(main, prints_its_result)
@@ -49,6 +71,7 @@ def run_command(main: Callable[[], int | None], prints_its_result: bool = False)
         print(f"stopped by {stop}", file=sys.stderr)
         process_signals.leave(signals.code_of(stop.number))
     finally:
+        os.umask(umask)
         signals.release()
 
 

@@ -1,6 +1,7 @@
 """Output directories that appear only when they are complete; work that was stopped can be resumed."""
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -18,6 +20,23 @@ _IDENTITY_NAME = "identity.json"
 _LOCK_NAME = "lock"
 _RESULT_NAME = "result"
 _TOKEN_BYTES = 4  # of the names of temporary directories
+
+Permissions = Literal["private", "group", "umask"]
+_WITHHELD: dict[Permissions, int] = {"private": 0o077, "group": 0o007}
+_umask_at_start = os.umask(0o077)  # the system tells it only by setting another one
+os.umask(_umask_at_start)
+
+
+def limit_permissions(permissions: Permissions) -> None:
+    """Decide who may use what this process, and every process that it starts, makes from now on.
+
+    A directory that is renamed keeps its mode, and directories that exist keep theirs.
+
+    Args:
+        permissions: `private`: its owner alone (directories 0700, files 0600), whatever the umask; `group`: the group,
+            too (0770, 0660); `umask`: whoever the umask leaves with which the process was started.
+    """
+    os.umask(_WITHHELD.get(permissions, _umask_at_start))
 
 
 @contextmanager

@@ -237,7 +237,7 @@ class RunLock:
     def _create(self, path: Path) -> bool:
         """Make a file that names this process; False if there is one."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         try:

@@ -72,6 +72,11 @@ def test_run_directory_holds_what_the_interfaces_name(run, data):
     assert sum(line.startswith("step ") and "loss" in line for line in console.splitlines()) >= 4
 
 
+def test_everything_that_a_run_makes_is_its_owner_s_alone(run):
+    output = run[0]
+    assert [path for path in (output, *output.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
 SAME = ("profile.start=1", "profile.steps=2")
 
 

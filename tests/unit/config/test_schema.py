@@ -16,6 +16,7 @@ INTERFACE_DEFAULTS = {
     "data.document_masking": False,
     "data.on_error": "raise",
     "data.skip_rows": (),
+    "permissions": "private",
     "data.allow_changed": False,
     "data.max_skipped_rows": 100,
     "data.max_skipped_share": 0.001,
