@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.errors import InputError
+from ebft_mega.io.contained_files import read_contained_json
+
 BUILD_RECORD_NAME = "build.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -38,10 +41,9 @@ class BuildRecord:
 def read_build_record(directory: Path) -> BuildRecord | None:
     """The record of a dataset directory; None if it has none that can be read, for nothing depends on it."""
     try:
-        path = directory / BUILD_RECORD_NAME
         known = {field.name for field in fields(BuildRecord)}
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
+        content = read_contained_json(directory, BUILD_RECORD_NAME, "the record of a build")
         values = {key: value for key, value in content.items() if key in known}
         return BuildRecord(**values | {"notes": tuple(values.get("notes", ()))})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (InputError, TypeError, AttributeError):
         return None

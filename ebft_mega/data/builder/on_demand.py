@@ -12,8 +12,10 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.input_files import list_inputs
 from ebft_mega.data.builder.work_plan import BUILD_VERSION, corpus_licence
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
+from ebft_mega.data.text.listing import OUTSIDE_LINKS
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.io.input_errors import bad_input
 
 
 def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, processes: int) -> Path:
@@ -34,7 +36,8 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
         processes: at most so many work at a time.
 
     Raises:
-        InputError: with all shards that are damaged or hold something else, or the tokenizer cannot be used.
+        InputError: with all shards that are damaged or hold something else; there are links to shards elsewhere; or the
+            tokenizer cannot be used.
         WorkerDiedError: a worker process died; the same call resumes the build.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
@@ -44,7 +47,11 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
     # Where the shards lie and under which names of folders is no part of it: neither changes a token.
     deciding = [BUILD_VERSION, tokenizer.identity, asdict(options), corpus_licence(place)]
     identity = hashlib.sha256(f"{json.dumps(deciding, sort_keys=True)}\n".encode())
-    for file in list_inputs(place, options).files:
+    shards = list_inputs(place, options)
+    if count := shards.listing.left_out.get(OUTSIDE_LINKS):
+        expected = "shards in the directory itself, or the name of the directory in which they are"
+        raise bad_input(place, "shards", f"{OUTSIDE_LINKS}: {count}", expected)
+    for file in shards.files:
         name, size = file.relative_to(base).as_posix(), file.stat().st_size
         identity.update(f"{file_sha256(file)} {size} {name!r}\n".encode())
     output = cache / f"text-{identity.hexdigest()}"

@@ -19,7 +19,7 @@ from ebft_mega.data.builder.input_files import (
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
-from ebft_mega.data.text.listing import in_words, total_counts
+from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
     UNREADABLE,
@@ -190,6 +190,8 @@ def _notes(source: str, files: InputFiles) -> Iterator[str]:
         total = files.listing.left_out.get(OTHER_KINDS, 0)
         names = [*files.others, *["..."] * (total > len(files.others))]
         yield f"{source}: left out: {left_out}" + (f" ({', '.join(names)})" if names else "")
+    if OUTSIDE_LINKS in files.listing.left_out:
+        yield f"{source}: {TO_FOLLOW}"
     if followed:
         yield f"{source}: followed: {followed}"
     if files.containers_as_texts:

@@ -22,8 +22,10 @@ from ebft_mega.data.store.format import (
 )
 from ebft_mega.data.store.reader import ShardBytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
+from ebft_mega.data.text.tokenizer_files import read_tokenizer_files
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
-from ebft_mega.io.input_errors import bad_input, read_input_bytes
+from ebft_mega.io.contained_files import leaves, read_contained
+from ebft_mega.io.input_errors import MAX_JSON_BYTES, bad_input, lfs_pointer
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.records import NEWER, parse_record
@@ -38,7 +40,10 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
     """
     path = directory / MANIFEST_NAME
-    return parse_manifest(read_input_bytes(path, _MANIFEST), str(path))
+    content = read_contained(directory, MANIFEST_NAME, MAX_JSON_BYTES, _MANIFEST)
+    if found := lfs_pointer(content):
+        raise bad_input(path, MANIFEST_NAME, found, _MANIFEST)
+    return parse_manifest(content, str(path))
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
@@ -99,13 +104,24 @@ def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
 
 
 def tokenizer_problems(directory: Path, manifest: Manifest) -> list[Problem]:
-    """Report a copy of the tokenizer that is missing or is not the one that made the tokens."""
-    tokenizer = tokenizer_sha256(directory / TOKENIZER_DIRECTORY)
+    """Report a copy of the tokenizer that is missing, not the one that made the tokens, or more than a tokenizer.
+
+    It goes into checkpoints as it is, so none of its files may lie elsewhere or be something else.
+    """
+    place = directory / TOKENIZER_DIRECTORY
+    if (outside := leaves(directory, place)) is not None:
+        found = f"a link to {outside}, which is outside of its directory"
+        return [Problem(str(place), "tokenizer", found, "the dataset's own copy of the tokenizer")]
+    try:
+        read_tokenizer_files(place)
+        tokenizer = tokenizer_sha256(place)
+    except InputError as error:
+        return list(error.problems)
     if tokenizer == manifest.tokenizer_sha256:
         return []
     found = f"a tokenizer with sha256 {tokenizer}" if tokenizer else "no tokenizer"
     expected = f"the tokenizer that made the tokens, sha256 {manifest.tokenizer_sha256}"
-    return [Problem(str(directory / TOKENIZER_DIRECTORY), "tokenizer", found, expected)]
+    return [Problem(str(place), "tokenizer", found, expected)]
 
 
 def shard_problems(directory: Path, manifest: Manifest) -> list[Problem]:

@@ -7,7 +7,6 @@ import fnmatch
 import hashlib
 import json
 import platform
-import shutil
 import sysconfig
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -16,13 +15,16 @@ from typing import Any
 
 from ebft_mega.data.text.listing import OTHER_NAMES, list_files
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.contained_files import read_contained
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
+from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.progress_bar import track
 
 CORPUS_MANIFEST_NAME = "corpus.json"
 LICENCE = "PSF-2.0"
 LICENCE_FILE_NAME = "LICENSE.txt"
+_LICENCE_BYTES = 1 << 20
 MIN_FILE_BYTES = 64
 SPLIT_SHARES = {"train": 0.84, "tuning": 0.06, "validation": 0.10}
 
@@ -222,12 +224,19 @@ def _package_sizes(contents: dict[str, bytes]) -> dict[str, int]:
 
 
 def _copy_licence(source: Path, directory: Path) -> str | None:
-    """Copy the interpreter's licence beside the corpus; Debian keeps it with the documentation."""
+    """Copy the interpreter's licence beside the corpus; Debian keeps it with the documentation.
+
+    Raises:
+        InputError: it is no text, or a link that leaves the library.
+    """
     version = platform.python_version_tuple()
-    documentation = Path(sysconfig.get_path("data"), "share", "doc", f"python{version[0]}.{version[1]}", "copyright")
-    for candidate in (source / LICENCE_FILE_NAME, documentation):
-        if candidate.is_file():
-            shutil.copyfile(candidate, directory / LICENCE_FILE_NAME)
+    documentation = Path(sysconfig.get_path("data"), "share", "doc")
+    for place, name in ((source, LICENCE_FILE_NAME), (documentation, f"python{version[0]}.{version[1]}/copyright")):
+        if (place / name).is_file():
+            content = read_contained(place, name, _LICENCE_BYTES, "a licence")
+            with reading(place / name, name, "a licence in UTF-8"):
+                content.decode("utf-8")
+            (directory / LICENCE_FILE_NAME).write_bytes(content)
             return LICENCE_FILE_NAME
     return None
 

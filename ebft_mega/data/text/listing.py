@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.contained_files import leaves
 
 COMPILED_FOLDER = "__pycache__"
 
@@ -22,9 +23,13 @@ BROKEN_LINKS = "links that lead nowhere"
 SPECIAL_FILES = "pipes, sockets and devices"
 OTHER_NAMES = "files with other names"
 EARLIER_OUTPUT = "earlier output"
-# What is followed; keys of `Listing.followed`.
+OUTSIDE_LINKS = "links that leave the input"
+REPEATING_LINKS = "links to files that are read anyway"
+# What is followed; key of `Listing.followed`.
 FILE_LINKS = "links to files"
-OUTSIDE_LINKS = "links to files outside of the input"
+
+# What to do about `OUTSIDE_LINKS`.
+TO_FOLLOW = f"{OUTSIDE_LINKS} are not followed: copy what they lead to into it, or name it as an input of its own"
 
 # Of a link that names itself, directly or in a circle, or that leads through a file, or to a name that cannot exist.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -43,8 +48,10 @@ class Listing:
 def list_files(directory: Path, pattern: str = "*", output: Path | None = None) -> Listing:
     """List the files below a folder whose name matches a pattern.
 
-    Left out and counted: hidden files and folders, `__pycache__`, links to folders, links that lead nowhere, what is
-    neither file nor folder (nothing is opened here), and files with other names. Links to files are followed.
+    Left out and counted: hidden files and folders, `__pycache__`, links to folders (those within the folder are
+    searched without them), links that lead nowhere or out of the folder, what is neither file nor folder (nothing is
+    opened here), and files with other names. A link to a file within the folder, or to a blob of the repository in the
+    hub's cache to which the folder belongs, is followed unless the file is listed anyway: no file is listed twice.
 
     Args:
         directory: the folder to search; it may be a link.
@@ -52,10 +59,9 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
         output: a folder that is left out, because it holds what is made of the files.
     """
     found: list[Path] = []
+    links: list[Path] = []
     left_out: Counter[str] = Counter()
-    followed: Counter[str] = Counter()
     errors: list[OSError] = []
-    inside = os.path.join(os.path.realpath(directory), "")
     result = os.path.realpath(output) if output else None
     for folder, subfolders, names in os.walk(directory, onerror=errors.append):
         entered = []
@@ -77,16 +83,34 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
                     errors.append(error)
                     continue
                 left_out.update([reason] if reason else [])
-                if reason:
-                    continue
-                found.append(path)
-                if path.is_symlink():
-                    followed[FILE_LINKS] += 1
-                    followed[OUTSIDE_LINKS] += not os.path.realpath(path).startswith(inside)
+                if not reason:
+                    (links if path.is_symlink() else found).append(path)
+    followed, reasons = _followed_links(directory, found, links)
+    left_out.update(reasons)
     expected = "a file or folder that can be read"
     unreadable = tuple(Problem(str(error.filename), "--input", str(error.strerror), expected) for error in errors)
-    files = tuple(sorted(found, key=lambda path: path.relative_to(directory).as_posix()))
-    return Listing(files, left_out, +followed, unreadable)
+    files = _in_order(directory, [*found, *followed])
+    return Listing(files, left_out, {FILE_LINKS: len(followed)} if followed else {}, unreadable)
+
+
+def _followed_links(directory: Path, files: Iterable[Path], links: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The links to files within a folder that are listed under no other name, and why the others are left out."""
+    listed = {os.path.realpath(path) for path in files} if links else set()
+    followed, reasons = [], []
+    for path in _in_order(directory, links):
+        target = os.path.realpath(path)
+        if leaves(directory, path) is not None:
+            reasons.append(OUTSIDE_LINKS)
+        elif target in listed:
+            reasons.append(REPEATING_LINKS)
+        else:
+            listed.add(target)
+            followed.append(path)
+    return followed, reasons
+
+
+def _in_order(directory: Path, paths: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(sorted(paths, key=lambda path: path.relative_to(directory).as_posix()))
 
 
 def readable_files(listing: Listing) -> tuple[Path, ...]:

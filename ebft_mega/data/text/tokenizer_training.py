@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebft_mega.data.text.listing import in_words, list_files, readable_files
+from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files
 from ebft_mega.data.text.text_files import count_containers, read_text_file
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.text.tokenizer_files import CONFIG_NAME
@@ -104,6 +104,8 @@ def _read_texts(source: Path, pattern: str) -> dict[str, str]:
     for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
         if words := in_words(counts):
             print(f"note: {source}: {meaning}: {words}", file=sys.stderr)
+    if OUTSIDE_LINKS in listing.left_out:
+        print(f"note: {source}: {TO_FOLLOW}", file=sys.stderr)
     if count := count_containers(listing.files):
         print(f"note: {source}: JSONL or tar files that are read as one text each: {count}", file=sys.stderr)
     for file in readable_files(listing):

@@ -45,10 +45,13 @@ def test_links_special_files_and_hidden_ones_are_counted(
         folder.mkdir(parents=True)
     (source / "folder" / "a.py").write_text("a = 1\n")
     (outside / "b.py").write_text("b = 2\n")
+    (source / ".hidden.py").write_text("# hidden\n")
     for name in (".hidden", ".git/config", "__pycache__/a.pyc", "notes.md"):
         (source / name).write_text("not read")
     for name, target in {
         "inside.py": "folder/a.py",
+        "first.py": ".hidden.py",
+        "second.py": ".hidden.py",
         "outside.py": "../outside/b.py",
         "folders": "folder",
         "up": "..",
@@ -64,23 +67,76 @@ def test_links_special_files_and_hidden_ones_are_counted(
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(source / "s.py"))
         result = build_dataset(source, tokenizer, tmp_path / "out", BuildOptions(pattern="*.py"))
-    assert texts_of(tmp_path / "out", tokenizer) == ["a = 1\n", "b = 2\n"]
-    assert result.record.duplicates == 1
+    assert texts_of(tmp_path / "out", tokenizer) == ["a = 1\n", "# hidden\n"]
+    assert result.record.duplicates == 0
     assert result.record.left_out == {
-        "hidden files": 1,
+        "hidden files": 2,
         "hidden folders": 1,
         "__pycache__ folders": 1,
         "links to folders": 2,
         "links that lead nowhere": 5,
         "pipes, sockets and devices": 3,
         "files with other names": 1,
+        "links that leave the input": 1,
+        "links to files that are read anyway": 2,
     }
-    assert result.record.followed == {"links to files": 2, "links to files outside of the input": 1}
+    assert result.record.followed == {"links to files": 1}
     said = capsys.readouterr().err
-    assert "note: source: left out: __pycache__ folders: 1, files with other names: 1, hidden files: 1" in said
-    assert "note: source: followed: links to files: 2, links to files outside of the input: 1" in said
-    assert [f"note: {note}" in said for note in result.record.notes] == [True, True]
+    assert "note: source: left out: __pycache__ folders: 1, files with other names: 1, hidden files: 2" in said
+    assert "note: source: followed: links to files: 1" in said
+    assert "note: source: links that leave the input are not followed: copy what they lead to" in said
+    assert [f"note: {note}" in said for note in result.record.notes] == [True, True, True]
     assert read_build_record(tmp_path / "out") == result.record
+
+
+def test_what_links_of_one_input_lead_to_is_read_as_another_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source, outside = tmp_path / "source", tmp_path / "outside"
+    for folder in (source, outside):
+        folder.mkdir()
+    (source / "a.py").write_text("a = 1\n")
+    (outside / "b.py").write_text("b = 2\n")
+    (source / "b.py").symlink_to("../outside/b.py")
+    (source / "folder").symlink_to("../outside")
+    build_dataset(source, tokenizer, tmp_path / "one")
+    assert texts_of(tmp_path / "one", tokenizer) == ["a = 1\n"]
+    build_dataset([source, outside], tokenizer, tmp_path / "two")
+    assert texts_of(tmp_path / "two", tokenizer) == ["a = 1\n", "b = 2\n"]
+    (source / "a.py").unlink()
+    with pytest.raises(InputError, match=r"left out: links that leave the input: 1, links to folders: 1"):
+        build_dataset(source, tokenizer, tmp_path / "none")
+
+
+def test_an_input_may_be_a_link_and_a_snapshot_of_the_hub(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    snapshot = tmp_path / "datasets--org--name" / "snapshots" / "0123"
+    blob = snapshot.parents[1] / "blobs" / ("0" * 64)
+    for folder in (snapshot, blob.parent):
+        folder.mkdir(parents=True)
+    blob.write_text("a = 1\n")
+    (snapshot / "a.py").symlink_to(f"../../blobs/{blob.name}")
+    (tmp_path / "way").symlink_to(snapshot)
+    result = build_dataset(tmp_path / "way", tokenizer, tmp_path / "out")
+    assert texts_of(tmp_path / "out", tokenizer) == ["a = 1\n"]
+    assert (result.record.followed, result.record.left_out) == ({"links to files": 1}, {})
+
+
+def test_no_document_is_read_twice_where_equal_ones_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "b.py").write_text("a = 1\n")
+    for name in ("a.py", "c.py"):
+        (source / name).symlink_to("b.py")
+    build_dataset(source, tokenizer, tmp_path / "out", BuildOptions(deduplicate=False))
+    assert texts_of(tmp_path / "out", tokenizer) == ["a = 1\n"]
+
+
+def test_a_corpus_manifest_elsewhere_says_no_licence(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = tmp_path / "source" / "train"
+    source.mkdir(parents=True)
+    (source / "a.py").write_text("a = 1\n")
+    (tmp_path / "secret.json").write_text('{"licence": "a secret"}')
+    (source.parent / "corpus.json").symlink_to("../secret.json")
+    with pytest.raises(InputError, match=r"corpus\.json: found a link to .*secret\.json, which is outside"):
+        build_dataset(source, tokenizer, tmp_path / "out")
 
 
 def test_an_input_that_is_a_pipe_is_refused_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -62,6 +62,21 @@ def test_other_shards_or_another_tokenizer_make_another_dataset(
     assert len({open_dataset(path).manifest.fingerprint for path in made}) == 4
 
 
+def test_shards_elsewhere_are_refused_and_none_is_read_twice(
+    tmp_path: Path, place: Path, tokenizer_directory: Path
+) -> None:
+    before = open_dataset(tokenized_dataset(place, tokenizer_directory, tmp_path / "cache", 1)).manifest
+    (place / "again.tar").symlink_to("1.tar")
+    assert open_dataset(tokenized_dataset(place, tokenizer_directory, tmp_path / "cache", 1)).manifest == before
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0.tar").write_bytes((place / "0.tar").read_bytes())
+    (tmp_path / "links" / "1.tar").symlink_to(place / "1.tar")
+    with pytest.raises(InputError, match=r"links: shards: found links that leave the input: 1; expected shards in the"):
+        tokenized_dataset(tmp_path / "links", tokenizer_directory, tmp_path / "cache", 1)
+    (tmp_path / "way").symlink_to(place)
+    assert open_dataset(tokenized_dataset(tmp_path / "way", tokenizer_directory, tmp_path / "cache", 1))
+
+
 def test_damaged_shards_are_refused_and_leave_nothing(tmp_path: Path, place: Path, tokenizer_directory: Path) -> None:
     (place / "1.tar").write_bytes((place / "1.tar").read_bytes()[:1024])
     with pytest.raises(InputError, match=r"1\.tar"):

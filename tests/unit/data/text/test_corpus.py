@@ -80,16 +80,28 @@ def test_left_out_files_are_counted(tmp_path: Path) -> None:
     library = small_library(tmp_path / "library")
     (library / "linked.py").symlink_to("package0/code.py")
     (library / "folder").symlink_to("package0")
+    (tmp_path / "secret.py").write_text("secret = 1\n" * 30)
+    (library / "outside.py").symlink_to("../secret.py")
     manifest = build_corpus(library, tmp_path / "out", max_bytes=100_000)
     assert manifest["left_out_files"] == {
-        **{"duplicate": 13, "not_utf8": 1, "tiny": 1, "left_out_by_name": 1, "beyond_max_bytes": 0},
-        "links to folders": 1,
+        **{"duplicate": 12, "not_utf8": 1, "tiny": 1, "left_out_by_name": 1, "beyond_max_bytes": 0},
+        **{"links to folders": 1, "links to files that are read anyway": 1, "links that leave the input": 1},
     }
-    assert manifest["followed"] == {"links to files": 1}
+    assert manifest["followed"] == {}
     assert len(manifest["files"]) == 12
     assert (tmp_path / "out" / "LICENSE.txt").read_text() == "licence"
     with_tests = build_corpus(tmp_path / "library", tmp_path / "more", include_tests=True)
     assert len(with_tests["files"]) == 13
+
+
+def test_a_licence_elsewhere_is_not_copied(tmp_path: Path) -> None:
+    library = small_library(tmp_path / "library")
+    (tmp_path / "secret").write_text("a secret")
+    (library / "LICENSE.txt").unlink()
+    (library / "LICENSE.txt").symlink_to("../secret")
+    with pytest.raises(InputError, match=r"LICENSE\.txt: found a link to .*secret, which is outside"):
+        build_corpus(library, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_seed_gives_the_same_corpus(tmp_path: Path) -> None:
