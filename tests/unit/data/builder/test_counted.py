@@ -50,8 +50,8 @@ def test_links_special_files_and_hidden_ones_are_counted(
         (source / name).write_text("not read")
     for name, target in {
         "inside.py": "folder/a.py",
-        "first.py": ".hidden.py",
-        "second.py": ".hidden.py",
+        "once.py": ".hidden.py",
+        "twice.py": ".hidden.py",
         "outside.py": "../outside/b.py",
         "folders": "folder",
         "up": "..",
