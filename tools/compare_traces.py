@@ -78,11 +78,13 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
                     f"{int(wrong.sum())} of {wrong.numel()} differ, at most by {difference.max().item():.3g}"
                 )
     for name in NUMBERS:
-        left, right = (trace[name] for trace in numbers)
-        if (left is None) != (right is None):
-            lines.append(f"{name}: {left} against {right}")
-        elif left is not None and not abs(left - right) <= tolerance * max(1.0, abs(left), abs(right)):
-            lines.append(f"{name}: {left} against {right}")
+        # What is not finite is a word in the file.
+        one, other = (None if trace[name] is None else float(trace[name]) for trace in numbers)
+        if one is None or other is None:
+            if one is not other:
+                lines.append(f"{name}: {one} against {other}")
+        elif not abs(one - other) <= tolerance * max(1.0, abs(one), abs(other)):
+            lines.append(f"{name}: {one} against {other}")
     return lines
 
 

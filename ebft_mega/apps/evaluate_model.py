@@ -1,5 +1,6 @@
 """Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class EvaluationRequest:
 def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Path) -> Path:
     """Evaluate a model and write `evaluation.json`: the `eval/*` means, and values per row for paired comparisons.
 
+    Where something is not finite, the file says null and how many blocks and rows were left out.
+
     Args:
         config: geometry, sampling and feature settings, as in training.
         output: directory for the file; made if needed.
@@ -82,6 +85,11 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
     ]
     evaluation = merge(parts)
+    if evaluation.blocks_left_out or evaluation.rows_left_out:
+        print(
+            f"note: something was not finite: {evaluation.blocks_left_out} blocks are left out, and the cross-entropy "
+            f"of {evaluation.rows_left_out} rows"
+        )
     content = {
         "model": str(request.model),
         "feature_model": str(request.feature_model),
@@ -91,7 +99,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
         "document_masking": config.data.document_masking,
-        **evaluation.means,
+        **{name: value if math.isfinite(value) else None for name, value in evaluation.means.items()},
         "per_row": evaluation.per_row,
         "row_groups": main_documents(rows),
     }

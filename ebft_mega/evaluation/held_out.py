@@ -3,8 +3,12 @@
 Rollouts are sampled at the training temperature, on fixed rows, with noise that depends only on the seed and the row,
 so that two models are compared under the same draws. With document masking, metrics of rollouts are means over the
 blocks that lie within one document. A row without such a block has no metrics of rollouts, whatever the model.
+
+What is not finite is left out and counted: marked blocks (`rollout/marked_blocks.py`) of the metrics of rollouts, rows
+of the cross-entropy.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +28,7 @@ from ebft_mega.reward.alignment_and_diversity import (
 )
 from ebft_mega.rollout.duplicates import has_duplicates
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
+from ebft_mega.rollout.marked_blocks import finite_blocks
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.runtime.exchange import all_gather_values
@@ -35,6 +40,7 @@ EVALUATION_STEP = -1
 # says, so that models trained with different rewards are compared by the same metric.
 ALIGNMENT_WHITENING: Whitening = "sample"
 SHOWN_BLOCKS = 3
+CROSS_ENTROPY = "eval/ce_loss"
 BATCHES_PER_STAGE = 4  # micro-batches evaluated at a time, for each pipeline stage
 
 
@@ -76,12 +82,30 @@ class Evaluation:
 
     per_row: dict[str, list[float | None]]
     shown: tuple[ShownBlock, ...]
+    blocks_left_out: int = 0  # of those that would count; something of them was not finite
+
+    @property
+    def rows_left_out(self) -> int:
+        """Rows whose cross-entropy is not finite."""
+        return self.per_row[CROSS_ENTROPY].count(None)
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of every metric over the rows that have it; a metric that no row has is left out."""
-        known = {name: [value for value in values if value is not None] for name, values in self.per_row.items()}
-        return {name: sum(values) / len(values) for name, values in known.items() if values}
+        """Mean of every metric over the rows that have it, and how much was left out because it is not finite.
+
+        A metric that no row has is left out where no row could have it; NaN where it was left out of all of them.
+        """
+        means = {}
+        for name, values in self.per_row.items():
+            known = [value for value in values if value is not None]
+            if known:
+                means[name] = sum(known) / len(known)
+            elif self.rows_left_out if name == CROSS_ENTROPY else self.blocks_left_out:
+                means[name] = math.nan
+        counts = {"eval/rows_left_out": float(self.rows_left_out)}
+        if self.per_row.keys() != {CROSS_ENTROPY}:
+            counts["eval/blocks_left_out"] = float(self.blocks_left_out)
+        return means | counts
 
 
 def evaluate(
@@ -134,34 +158,35 @@ def evaluate_chunk(
     ]
     per_row: dict[str, list[float | None]] = {}
 
-    def note(batch: TokenBatch, figures: dict[str, Tensor], has_figures: Tensor | None = None) -> None:
-        """Add metrics [B], without those of filler rows; `has_figures` bool [B], None: all rows have them."""
+    def note(batch: TokenBatch, figures: dict[str, Tensor]) -> None:
+        """Add metrics [B], without those of filler rows; what is not finite is none."""
         real = batch.row_indices >= 0
-        known = [True] * len(real) if has_figures is None else has_figures[real].tolist()
         for name, values in figures.items():
-            pairs = zip(values[real].tolist(), known, strict=False)
-            per_row.setdefault(name, []).extend(value if is_known else None for value, is_known in pairs)
+            found = values[real].tolist()
+            per_row.setdefault(name, []).extend(value if math.isfinite(value) else None for value in found)
 
     for batch, logprobs in zip(batches, score_without_gradient(policy, requests, plan), strict=True):
         assert logprobs.target is not None, "targets were asked for"
-        note(batch, {"eval/ce_loss": -logprobs.target.double().mean(dim=1)})
+        note(batch, {CROSS_ENTROPY: -logprobs.target.double().mean(dim=1)})
     if feature_network is None:
         return Evaluation(per_row, ())
     sampled = generate_rollouts(policy, batches, plan, settings.sampling, EVALUATION_STEP)
     rollouts = [item.rollout for item in sampled]
     grams = feature_network.grams(batches, rollouts, plan)
+    blocks_left_out = 0
     for batch, gram, rollout in zip(batches, grams, rollouts, strict=True):
-        counted = None if batch.documents is None else counted_blocks(batch, plan)
-        figures = _rollout_figures(gram, rollout, settings, counted)
-        note(batch, figures, None if counted is None else counted.any(dim=1))
-    return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan))
+        counted, finite = counted_blocks(batch, plan), finite_blocks(gram)
+        blocks_left_out += int((counted & ~finite).sum())
+        note(batch, _rollout_figures(gram, rollout, settings, None if batch.documents is None else counted))
+    return Evaluation(per_row, _shown_blocks(batches[0], rollouts[0], grams[0], plan), blocks_left_out)
 
 
 def merge(parts: Sequence[Evaluation]) -> Evaluation:
     """Put the ranks' evaluations together in row order."""
     names = {name: None for part in parts for name in part.per_row}
     per_row = {name: [value for part in parts for value in part.per_row.get(name, [])] for name in names}
-    return Evaluation(per_row, tuple(block for part in parts for block in part.shown)[:SHOWN_BLOCKS])
+    shown = tuple(block for part in parts for block in part.shown)[:SHOWN_BLOCKS]
+    return Evaluation(per_row, shown, sum(part.blocks_left_out for part in parts))
 
 
 def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
@@ -175,7 +200,10 @@ def gather(evaluation: Evaluation, group: dist.ProcessGroup) -> Evaluation:
 def _rollout_figures(
     gram: Tensor, rollout: Rollout, settings: EvaluationSettings, counted: Tensor | None
 ) -> dict[str, Tensor]:
-    """Per-row metrics [B] of rollouts; over counted blocks bool [B, K] if given, NaN for a row without any."""
+    """Per-row metrics [B] of rollouts over the finite blocks, of those that count, bool [B, K], if given.
+
+    NaN for a row without any.
+    """
     figures = {
         "eval/alignment": block_rewards(gram, ALIGNMENT_WHITENING, 1.0, 1.0).alignment,
         "eval/raw_cosine": raw_cosine(gram),
@@ -184,20 +212,24 @@ def _rollout_figures(
     }
     if settings.plan.num_samples > 1:
         figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram)
-    return {name: _row_means(values, counted) for name, values in figures.items()}
+    finite = finite_blocks(gram)
+    return {name: _row_means(values, finite, counted) for name, values in figures.items()}
 
 
-def _row_means(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Means [B] of values [B, K] or [B, n, K] over all blocks or over counted ones, bool [B, K]."""
-    if counted is None:
-        return values.mean(dim=tuple(range(1, values.dim())))
+def _row_means(values: Tensor, finite: Tensor, counted: Tensor | None) -> Tensor:
+    """Means [B] of values [B, K] or [B, n, K] over finite blocks, bool [B, K], of all or of counted ones."""
+    used = finite if counted is None else finite & counted
     by_block = values if values.dim() == 2 else values.mean(dim=1)
-    return by_block.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1)
+    means = by_block.masked_fill(~used, 0.0).sum(dim=1) / used.sum(dim=1)
+    if counted is not None:
+        return means
+    # The mean of everything rounds differently; a row that is finite keeps its own bits beside one that is not.
+    return torch.where(finite.all(dim=1), values.mean(dim=tuple(range(1, values.dim()))), means)
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
-    """A few of the counted blocks of a batch's first row; a filler row has none."""
-    counted = counted_blocks(batch, plan)[0].nonzero()[:, 0].tolist()
+    """A few of the finite and counted blocks of a batch's first row; a filler row has none."""
+    counted = (counted_blocks(batch, plan) & finite_blocks(gram))[0].nonzero()[:, 0].tolist()
     alignment = block_rewards(gram[:1], ALIGNMENT_WHITENING, 1.0, 1.0).alignment[0]
     blocks = counted[:: max(1, len(counted) // SHOWN_BLOCKS)]
     starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()

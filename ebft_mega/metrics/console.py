@@ -68,10 +68,11 @@ def key_numbers(metrics: Mapping[str, float]) -> str:
 
 
 def evaluation_numbers(metrics: Mapping[str, float]) -> str:
-    """Every `eval/*` value on one line, or an empty text."""
-    return "  ".join(
-        f"{key.removeprefix('eval/')} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")
-    )
+    """Every `eval/*` value on one line, or an empty text; what was left out only if something was."""
+    values = {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}
+    means = [f"{name} {value:.4f}" for name, value in values.items() if not name.endswith("_left_out")]
+    counts = [f"{name} {value:.0f}" for name, value in values.items() if name.endswith("_left_out") and value]
+    return "  ".join(means + counts)
 
 
 class StepClock:

@@ -1,6 +1,7 @@
 """Write the step trace: every tensor of one optimizer step, gathered, for comparison between parallel layouts."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,13 +33,17 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output / "step.safetensors")
-    numbers = {
+    figures = {
         "rl_loss": metrics.get("ebft/rl_loss"),
         "ce_loss": metrics.get("ebft/ce_loss"),
         "loss": metrics["train/loss"],
         "cfm_loss": metrics.get("ebft/cfm_loss"),
         "grad_norm": metrics["train/grad_norm"],
         **checksums,
+    }
+    numbers = {
+        # Words for what JSON has no numbers for.
+        **{name: value if value is None or math.isfinite(value) else str(value) for name, value in figures.items()},
         "layout": {
             "data_parallel": trainer.groups.data_parallel_size,
             "tensor_parallel": trainer.groups.tensor_parallel_size,

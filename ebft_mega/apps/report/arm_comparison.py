@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.apps.report.evaluations import Difference, Evaluation, differences, read_evaluations
+from ebft_mega.apps.report.evaluations import Difference, Evaluation, differences, left_out_notes, read_evaluations
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
@@ -73,7 +73,7 @@ def write_comparison(
         values=_values_table(evaluations, base, compared),
         differences=_differences_table(found),
         plot=_plot(found, output),
-        remarks=[*notes, *CAVEATS],
+        remarks=[*notes, *left_out_notes(evaluations), *CAVEATS],
         metrics=[f"{metric.label}: {metric.meaning}" for metric in EVALUATION_METRICS],
         arms=_facts_table(names, arm_facts) if arm_facts else None,
         links={text: Path(os.path.relpath(target, output)).as_posix() for text, target in (links or {}).items()},

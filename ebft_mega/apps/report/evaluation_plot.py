@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def plot_evaluation(path: Path) -> Path:
-    """Draw one histogram per metric of an `evaluation.json`.
+    """Draw one histogram per metric of an `evaluation.json`; a metric that no row has is left out.
 
     Returns:
         The PNG beside it.
@@ -15,8 +15,9 @@ def plot_evaluation(path: Path) -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
     known = {name: [value for value in values if value is not None] for name, values in content["per_row"].items()}
     per_row = {name: values for name, values in known.items() if values}
-    figure = Figure(figsize=(3.2 * len(per_row), 2.8), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(per_row), squeeze=False)[0], per_row.items(), strict=True):
+    num_panels = max(1, len(per_row))
+    figure = Figure(figsize=(3.2 * num_panels, 2.8), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, num_panels, squeeze=False)[0], per_row.items(), strict=False):
         axes.hist(values, bins=24, color="#4878a8")
         axes.axvline(content[name], color="black", linewidth=1)
         axes.set(title=f"{name}\nmean {content[name]:.4f}", xlabel="per row")

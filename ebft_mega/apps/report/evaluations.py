@@ -25,7 +25,7 @@ class Evaluation:
 
     path: Path
     content: Mapping[str, Any]
-    # Metric key to float64 [R]; NaN for a row whose masked documents hold no block: it has no figures of rollouts.
+    # Metric key to float64 [R]; NaN for a row without a figure: its masked documents hold no block, or it was left out.
     per_row: Mapping[str, NDArray[np.float64]]
     row_groups: tuple[str, ...] | None  # [R], document or package of each row
 
@@ -33,6 +33,13 @@ class Evaluation:
         """Mean of a metric over the rows, None if it was not measured."""
         value = self.content.get(key)
         return None if value is None else float(value)
+
+    @property
+    def left_out(self) -> str:
+        """What is not in the figures because it was not finite, in words; empty if nothing is."""
+        counts = {name: _left_out(self.content, f"eval/{name}_left_out") for name in ("blocks", "rows")}
+        blocks, rows = f"{counts['blocks']} blocks", f"the cross-entropy of {counts['rows']} rows"
+        return " and ".join(text for text, count in zip((blocks, rows), counts.values(), strict=True) if count)
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,6 @@ def _read_one(path: Path) -> Evaluation:
         raise InputError([Problem(str(path), "rows", repr(num_rows), "a number of rows, at least 2")])
     per_row: dict[str, NDArray[np.float64]] = {}
     for key, values in content.get("per_row", {}).items():
-        # Rows may lack figures of rollouts, never the cross-entropy.
         is_missing = [value is None and _may_lack(content, key) for value in values]
         vector = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
         if vector.shape != (num_rows,):
@@ -149,7 +155,25 @@ def _read_one(path: Path) -> Evaluation:
 
 
 def _may_lack(content: Mapping[str, Any], key: str) -> bool:
-    return bool(content.get("document_masking")) and key != "eval/ce_loss"
+    """Whether rows may have no figure: masked documents without a block, and what was left out and counted."""
+    if key == "eval/ce_loss":
+        return _left_out(content, "eval/rows_left_out") > 0
+    return bool(content.get("document_masking")) or _left_out(content, "eval/blocks_left_out") > 0
+
+
+def _left_out(content: Mapping[str, Any], key: str) -> int:
+    """A count of an evaluation; 0 where a file is from before it was counted."""
+    count = content.get(key, 0)
+    return int(count) if isinstance(count, int | float) else 0
+
+
+def left_out_notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """One sentence for every arm whose figures lack something."""
+    return [
+        f"{name}: {evaluation.left_out} were left out, because something was not finite."
+        for name, evaluation in evaluations.items()
+        if evaluation.left_out
+    ]
 
 
 def _shared(evaluation: Evaluation, field: str) -> Any:

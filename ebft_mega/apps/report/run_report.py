@@ -73,6 +73,7 @@ PHASES = (
     ("perf/learn_seconds", "learn"),
     ("perf/update_seconds", "update"),
 )
+LEFT_OUT = (("eval/blocks_left_out", "blocks"), ("eval/rows_left_out", "rows' cross-entropies"))
 PLOTS_NAME = "plots"
 SAMPLES_NAME = "samples.jsonl"
 NO_TABLE = Table([], [])
@@ -98,7 +99,7 @@ def write_run_report(output_dir: Path) -> Path:
     samples, more = read_good_lines(output_dir / SAMPLES_NAME)
     by_key = curves(metrics)
     path = output_dir / REPORT_NAME
-    lacking = [*damages, *more]
+    lacking = [*damages, *more, *_left_out(by_key)]
 
     def attempt(make: Callable[[], object], otherwise: object) -> object:
         try:
@@ -126,6 +127,16 @@ def write_run_report(output_dir: Path) -> Path:
     return path
 
 
+def _left_out(by_key: Mapping[str, Curve]) -> list[str]:
+    """What evaluations have left out, by step."""
+    return [
+        f"evaluation of step {step}: {count:.0f} {what} were left out, because something was not finite"
+        for key, what in LEFT_OUT
+        for step, count in zip(*by_key.get(key, ([], [])), strict=True)
+        if count
+    ]
+
+
 def _outcome(status: Path) -> dict[str, str]:
     """What `status.json` says, if there is one: the page of a run is made before its outcome is recorded."""
     return {key: str(value) for key, value in read_json(status).items()} if status.exists() else {}
@@ -137,7 +148,8 @@ def _subtitle(by_key: Mapping[str, Curve]) -> str:
     if "perf/step_seconds" in by_key:
         seconds = sorted(by_key["perf/step_seconds"][1])
         parts.append(f"median {seconds[len(seconds) // 2]:.2f} s per step")
-    kind = "strided EBFT" if "ebft/alignment" in by_key else "cross-entropy only"
+    # The share of duplicates is finite also where nothing else is.
+    kind = "strided EBFT" if by_key.keys() & {"ebft/alignment", "ebft/duplicate_share"} else "cross-entropy only"
     return ", ".join([kind, *parts])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ebft_mega.apps.report.arm_comparison import NUM_RESAMPLES, format_interval
-from ebft_mega.apps.report.evaluations import Evaluation, read_evaluations
+from ebft_mega.apps.report.evaluations import Evaluation, left_out_notes, read_evaluations
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMetric
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
@@ -77,6 +77,7 @@ def write_study(
     image = output / "differences.png"
     if panels:
         draw_intervals(panels, image)
+    left_out = [f"Seed {seed}, {note}" for seed, arms in evaluations.items() for note in left_out_notes(arms)]
     path = output / "report.html"
     write_page(
         path,
@@ -85,7 +86,7 @@ def write_study(
         subtitle=", ".join([reference, *others]),
         plot=Figure.of(image, output, "Differences averaged over seeds, 95 % intervals over rows.") if panels else None,
         differences=_table(found, len(evaluations)),
-        remarks=[*notes, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
+        remarks=[*notes, *left_out, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
     )
     write_json(output / "study.json", [_plain(difference) for difference in found])
     return path
@@ -106,7 +107,7 @@ def seed_differences(
         if any(key not in arms[name].per_row for arms in evaluations.values() for name in (arm, against)):
             continue
         rows = np.stack([arms[arm].per_row[key] - arms[against].per_row[key] for arms in evaluations.values()])
-        rows = rows[:, ~np.isnan(rows).any(axis=0)]  # with document masking a row may lack a metric, in all seeds alike
+        rows = rows[:, ~np.isnan(rows).any(axis=0)]  # a row may lack a metric: document masking, or left out
         if rows.shape[1] < 2:
             continue
         interval = paired_bootstrap(rows.mean(axis=0), NUM_RESAMPLES)

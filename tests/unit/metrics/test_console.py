@@ -2,7 +2,14 @@
 
 import io
 
-from ebft_mega.metrics.console import PlainLines, ProgressBar, StepClock, format_duration, open_console
+from ebft_mega.metrics.console import (
+    PlainLines,
+    ProgressBar,
+    StepClock,
+    evaluation_numbers,
+    format_duration,
+    open_console,
+)
 
 TRAINING = {
     "train/loss": 1.25,
@@ -42,6 +49,13 @@ def test_missing_keys_are_left_out_and_evaluations_get_their_own_line():
         "step 1/10  loss 1.0000  2.00 s/step  ETA 18 s",
         "step 1/10  held out: ce_loss 2.0000",
     ]
+
+
+def test_what_an_evaluation_left_out_is_shown_if_there_is_any():
+    counts = {"eval/rows_left_out": 0.0, "eval/blocks_left_out": 0.0}
+    assert evaluation_numbers({"eval/ce_loss": 3.0} | counts) == "ce_loss 3.0000"
+    some = {"eval/ce_loss": float("nan")} | counts | {"eval/blocks_left_out": 12.0}
+    assert evaluation_numbers(some) == "ce_loss nan  blocks_left_out 12"
 
 
 def test_progress_bar_on_a_terminal():

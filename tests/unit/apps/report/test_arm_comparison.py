@@ -124,6 +124,31 @@ def test_rows_without_figures_are_left_out_of_pairs(tmp_path):
     assert plot_evaluation(arms["EBFT"] / "evaluation.json").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_an_evaluation_left_out_is_no_pair_and_the_pages_say_so(tmp_path, arms):
+    """Rows without a figure are allowed where they were counted; a metric of which nothing is left has no mean."""
+    path = arms["EBFT"] / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["per_row"]["eval/ce_loss"][5] = None
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="row 5 is not finite"):
+        write_comparison(arms, tmp_path / "refused")
+    content |= {"eval/rows_left_out": 1.0, "eval/blocks_left_out": 64.0, "eval/alignment": None}
+    content["per_row"]["eval/alignment"] = [None] * ROWS
+    path.write_text(json.dumps(content))
+    page = write_comparison(arms, tmp_path / "out").read_text()
+    sentence = "64 blocks and the cross-entropy of 1 rows were left out, because something was not finite."
+    assert f"EBFT: {sentence}" in page and page.count("left out, because") == 1
+    directions, summary = shown(tmp_path / "out")
+    assert directions["EBFT", "warm start", "eval/ce_loss"] == "lower"
+    assert ("EBFT", "warm start", "eval/alignment") not in directions
+    assert summary["values"]["EBFT"]["eval/alignment"] is None
+    page = write_study({0: arms, 1: arms}, tmp_path / "study", "warm start").read_text()
+    assert f"Seed 1, EBFT: {sentence}" in page
+    content["per_row"] = {"eval/alignment": [None] * ROWS}
+    path.write_text(json.dumps(content))
+    assert plot_evaluation(path).read_bytes().startswith(b"\x89PNG")
+
+
 def test_masked_and_shared_rows_are_not_compared(tmp_path, arms):
     without_figures(arms["EBFT"], [])
     with pytest.raises(InputError) as caught:

@@ -70,6 +70,18 @@ def test_empty_run(tmp_path):
     assert "no step was logged" in page.text
 
 
+def test_a_run_in_which_nothing_was_finite_has_a_page_that_says_so(tmp_path):
+    nothing = dict.fromkeys(("train/loss", "train/grad_norm", "ebft/alignment", "eval/alignment", "eval/ce_loss"))
+    counts = {"eval/blocks_left_out": 12.0, "eval/rows_left_out": 0.0}
+    records = [nothing | counts | {"step": step, "ebft/duplicate_share": 0.5, "train/lr": 0.1} for step in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", records)
+    page = PageReader(write_run_report(tmp_path).read_text())
+    assert "strided EBFT, 2 optimizer steps" in page.text
+    assert "evaluation of step 2: 12 blocks were left out, because something was not finite" in page.text
+    assert "rows' cross-entropies" not in page.text and "could not be made" not in page.text
+    assert sorted(page.images) == ["plots/duplicates.png", "plots/lr.png"]
+
+
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     found = curves([{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 1, "b": 5}, {"step": 2, "a": 3.0}])
     assert found == {"a": ([2], [3.0]), "b": ([1], [5.0])}
