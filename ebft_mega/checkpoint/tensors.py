@@ -13,6 +13,7 @@ from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.model.stage import Stage
+from ebft_mega.model.weights.stage_weights import NotFinite
 from ebft_mega.model.weights.weight_layout import Box, packing_of
 from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
 from ebft_mega.parallel.zero import ZeroEngine
@@ -32,6 +33,10 @@ class CheckpointTensors:
             BrokenCheckpointError: there is no such tensor.
         """
         return tuple(self._indexed(kind, name).shape)
+
+    def place(self, kind: str, name: str) -> str:
+        """The files of a tensor's shards, in a checkpoint that has it."""
+        return ", ".join(sorted({str(self.directory / shard.file) for shard in self._indexed(kind, name).shards}))
 
     def part(self, kind: str, name: str, box: Box) -> Tensor:
         """A part of a tensor from the shards that overlap with it; of each no more than that is read.
@@ -91,10 +96,9 @@ class CheckpointWeights:
 
     tensors: CheckpointTensors
 
-    @property
-    def place(self) -> str:
-        """The checkpoint's folder."""
-        return str(self.tensors.directory)
+    def place(self, name: str) -> str:
+        """The files of a tensor's shards."""
+        return self.tensors.place("weights", name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -131,13 +135,19 @@ def restore_engine(engine: ZeroEngine, stage: Stage, tensors: CheckpointTensors,
         applied_updates: by which the moments have come about.
     Raises:
         BrokenCheckpointError: on one rank alone, if a file changed after it was checked.
-    Communication: that of `ZeroEngine.restore`.
+        InputError: on every rank, naming all tensors in which some rank has read infinite values or NaN.
+    Communication: that of `ZeroEngine.restore`, then that of `NotFinite.require_none`.
     """
     groups, shapes = stage.groups, hf_shapes(stage.architecture)
+    not_finite = NotFinite()
 
     def read(kind: StateKind, name: str) -> Tensor:
         packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
-        boxes = ((source, packing.box(shapes[source], groups.tensor_parallel_rank)) for source in packing.sources)
-        return packing.pack(tuple(tensors.part(kind, source, box) for source, box in boxes))
+        parts = []
+        for source in packing.sources:
+            parts.append(tensors.part(kind, source, packing.box(shapes[source], groups.tensor_parallel_rank)))
+            not_finite.look_at(parts[-1], torch.float32, tensors.place(kind, source), f"{kind}: {source}")
+        return packing.pack(tuple(parts))
 
     engine.restore(read, applied_updates)
+    not_finite.require_none()

@@ -79,8 +79,8 @@ def test_damaged_rows_are_left_out_and_written_down(data, damaged, tmp_path):
     # The same rows by their numbers there, which are then not even read: the same losses, and no row counts as damaged.
     rows = f"data.skip_rows={[[record['row']] * 2 for record in records]}"
     named = tmp_path / "named"
-    arguments = [*settings(data, named, f"data.shards={damaged}", *PLAIN, "train.max_steps=12", rows), "--set"]
-    completed = launch([*CONFIG, *arguments, "data.workers=2"], ranks=2)
+    more = (f"data.shards={damaged}", *PLAIN, "train.max_steps=12", "data.workers=2", rows)
+    completed = launch([*CONFIG, *settings(data, named, *more)], ranks=2)
     assert completed.returncode == 0, completed.stdout
     assert not (named / "data_errors.jsonl").exists()
     keys = ("train/loss", "train/grad_norm")

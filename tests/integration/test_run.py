@@ -201,6 +201,32 @@ def test_evaluation_without_a_configuration_takes_rows_as_long_as_the_model_read
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "key", "more"),
+    [
+        (None, "model.init_from", ("train.dtype=bfloat16",)),
+        (2, "model.init_from", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
+        (2, "model.init_from", ("parallel.tensor_parallel_size=2", "zero.stage=1")),
+        (2, "ebft.feature_model", ("parallel.pipeline_parallel_size=2", "ebft.feature_layers=[1.0]")),
+    ],
+    ids=["one", "data", "tensor", "pipeline"],
+)
+def test_weights_that_are_not_finite_are_named_with_their_file_at_the_start(run, data, tmp_path, ranks, key, more):
+    broken, name = tmp_path / "model", "model.layers.3.mlp.up_proj.weight"  # on the last stage, in the last slice
+    shutil.copytree(run[0] / "hf", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][-1, -1] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    initial = broken if key == "model.init_from" else run[0] / "hf"
+    models = (f"model.init_from={initial}", "model.config=null", f"ebft.feature_model={broken}")
+    completed = launch([*CONFIG, *settings(data, tmp_path / "out", *models, *more)], ranks=ranks)
+    assert completed.returncode == 2, completed.stdout
+    assert f"{broken / 'model.safetensors'}: {name}: found values that are infinite or no numbers" in completed.stdout
+    assert "Traceback" not in completed.stdout and not list((tmp_path / "out" / "checkpoints").glob("step-*"))
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["exit_code"] == 2
+
+
+@pytest.mark.slow
 def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path):
     broken = tmp_path / "model"
     shutil.copytree(run[0] / "hf", broken)

@@ -30,6 +30,7 @@ LIGHT_MODULES = (
     *("shown_text", "errors", "block_plan"),
     *("runtime.run_files", "runtime.run_lock", "runtime.stop_requests", "metrics.console", "metrics.sinks"),
     *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
+    "data.rows.row_ranges",
     "model.weights.weight_files",
     *("lifecycle.findings", "lifecycle.run_record", "lifecycle.setting_aside", "lifecycle.standing"),
     *("checkpoint.commit", "checkpoint.manifest", "checkpoint.model_folder", "checkpoint.resume_rules"),

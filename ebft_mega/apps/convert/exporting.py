@@ -41,7 +41,7 @@ def export_checkpoint(path: Path, output: Path, dtype: str, shard_bytes: int, ov
     write_model(
         output,
         architecture,
-        converted_tensors(weights, architecture, DTYPES[dtype], folder.directory),
+        converted_tensors(weights, architecture, DTYPES[dtype]),
         DTYPES[dtype],
         described_by=described.contents,
         shard_bytes=shard_bytes,

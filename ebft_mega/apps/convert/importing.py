@@ -45,7 +45,7 @@ def import_model(source: Path, output: Path, dtype: str | None, shard_bytes: int
     write_model(
         output,
         architecture,
-        converted_tensors(weights, architecture, chosen, source),
+        converted_tensors(weights, architecture, chosen),
         chosen,
         described_by=described.contents,
         shard_bytes=shard_bytes,

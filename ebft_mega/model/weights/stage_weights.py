@@ -36,7 +36,7 @@ def load_weights(
     Communication: that of `gathered`, then one gathering of names over the world.
     """
     groups, shapes = stage.groups, hf_shapes(stage.architecture)
-    not_finite: list[str] = []
+    not_finite = NotFinite()
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             packing = packing_of(name, stage.architecture, stage.shape.first_layer, groups.tensor_parallel_size)
@@ -45,17 +45,53 @@ def load_weights(
                     parts = []
                     for hf_name in packing.sources:
                         parts.append(source.part(hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank)))
-                        not_finite += [hf_name] * (not is_finite(parts[-1]))
+                        not_finite.look_at(parts[-1], parameter.dtype, source.place(hf_name), hf_name)
                     parameter.data.copy_(packing.pack(tuple(parts)))
-    names = sorted({name for part in all_gather_values(not_finite) for name in part})
-    if names:
-        words = ("values that are infinite or no numbers", "finite values")
-        raise InputError([Problem(source.place, name, *words) for name in names])
+    not_finite.require_none()
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; minimum and maximum need no second tensor, and are NaN if any value is NaN."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+class NotFinite:
+    """Tensors with values that are not finite, as one rank reads them."""
+
+    def __init__(self) -> None:
+        self._problems: list[Problem] = []
+
+    def look_at(self, tensor: Tensor, dtype: torch.dtype, place: str, name: str) -> None:
+        """Take in a tensor, or a part of it, that is used in a dtype.
+
+        Args:
+            place: its file, for the message.
+            name: its name there.
+        """
+        if (found := not_finite_as(tensor, dtype)) is not None:
+            self._problems.append(Problem(place, name, found, "finite values"))
+
+    def require_none(self) -> None:
+        """Make sure that no rank has found any.
+
+        Raises:
+            InputError: on every rank, naming all tensors that any rank has found.
+        Communication: one gathering of problems over the world.
+        """
+        found = all_gather_values(self._problems)
+        problems = {(problem.where, problem.key): problem for of_rank in found for problem in of_rank}
+        if problems:
+            raise InputError([problems[place] for place in sorted(problems)])
+
+
+def not_finite_as(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """What of a tensor is not finite once it is converted to a dtype, in words; None: nothing.
+
+    Minimum and maximum need no second tensor, and are NaN if any value is NaN. Rounding keeps their order.
+    """
+    if not tensor.numel():
+        return None
+    extremes = torch.stack(torch.aminmax(tensor))
+    if not extremes.isfinite().all():
+        return "values that are infinite or no numbers"
+    if not extremes.to(dtype).isfinite().all():
+        return f"values beyond the range of {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def hf_tensors(parameters: Iterable[tuple[str, Tensor]], stage: Stage) -> Iterator[tuple[str, Tensor]]:

@@ -23,9 +23,8 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 class WeightSource(Protocol):
     """Where a model's weights come from, one tensor at a time."""
 
-    @property
-    def place(self) -> str:
-        """The directory, or what stands for one, that messages name."""
+    def place(self, name: str) -> str:
+        """The file or files of a tensor, or what stands for one, that messages name."""
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -74,8 +73,11 @@ class SafetensorsWeights:
         problems = problems or list(check_fit(directory, stored, architecture, num_layers).problems)
         if problems:
             raise InputError(problems)
-        self.place = str(directory)
         self._stored = {name: stored[name] for name in hf_shapes(architecture, num_layers)}
+
+    def place(self, name: str) -> str:
+        """The file of a tensor."""
+        return str(self._stored[name].file)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -117,9 +119,8 @@ class RandomWeights:
     architecture: Architecture
     seed: int
 
-    @property
-    def place(self) -> str:
-        """What stands for a directory in messages."""
+    def place(self, name: str) -> str:
+        """What stands for a file in messages."""
         return f"random weights of seed {self.seed}"
 
     def tensor(self, name: str) -> Tensor:

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.architecture.partition import StageShape
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint import tensors as tensors_module
 from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.snapshot import StateShard, Written, write_state_shards
 from ebft_mega.checkpoint.tensor_index import TensorIndex, merge_indices
-from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors
+from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
 from ebft_mega.data.store.format import file_sha256
-from ebft_mega.errors import BrokenCheckpointError
+from ebft_mega.errors import BrokenCheckpointError, InputError
+from ebft_mega.model.stage import Stage
+from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from tests.conftest import tiny_config
 
 
@@ -222,6 +225,37 @@ def test_unknown_tensors_and_gaps_are_named(tmp_path):
     gap = CheckpointTensors(tmp_path, TensorIndex(version=1, kinds={"weights": {"x": half}}))
     with pytest.raises(BrokenCheckpointError, match="6 elements of it are in no shard"):
         gap.part("weights", "x", EVERYTHING)
+
+
+class Restored:
+    """Stands for an engine: asks for the whole state of a model."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def restore(self, read, applied_updates):
+        for kind in STATE_KINDS:
+            for name in self.names:
+                read(kind, name)
+
+
+@pytest.mark.parametrize("kind", STATE_KINDS)
+def test_a_state_that_is_not_finite_is_named_with_its_files(groups, tmp_path, kind):
+    architecture = Architecture.from_hf(tiny_config("llama"), "test")
+    shards = [
+        StateShard(each, name, (0,) * len(shape), shape, torch.zeros(shape))
+        for each in STATE_KINDS
+        for name, shape in hf_shapes(architecture).items()
+    ]
+    wrong = next(shard for shard in shards if (shard.kind, shard.name) == (kind, "model.norm.weight"))
+    wrong.tensor[3] = torch.nan
+    tensors = saved(tmp_path, [shards])
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
+    engine = Restored([name for name, _ in stage.named_parameters()])
+    with pytest.raises(InputError, match=f"{kind}: model.norm.weight: found values that are infinite") as caught:
+        restore_engine(engine, stage, tensors, 3)
+    (problem,) = caught.value.problems
+    assert problem.where.startswith(str(tmp_path)) and problem.where.endswith("rank-00000.safetensors")
 
 
 def test_all_tensors_that_a_model_lacks_are_named_at_once(tmp_path):

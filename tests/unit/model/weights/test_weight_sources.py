@@ -196,9 +196,30 @@ def test_values_that_are_not_finite_are_named_when_weights_are_read(groups, tmp_
     with pytest.raises(InputError) as caught:
         load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
     assert [(problem.where, problem.key) for problem in caught.value.problems] == [
-        (str(directory), "model.layers.2.self_attn.k_proj.weight"),
-        (str(directory), "model.norm.weight"),
+        (str(directory / "model.safetensors"), "model.layers.2.self_attn.k_proj.weight"),
+        (str(directory / "model.safetensors"), "model.norm.weight"),
     ]
+
+
+def test_values_that_the_dtype_of_training_cannot_hold_are_named_when_weights_are_read(groups, tmp_path):
+    directory = write(tmp_path / "model")
+    large = load_file(directory / "model.safetensors")
+    large["model.norm.weight"][5] = -3.4e38  # beyond bfloat16 after rounding, within float32
+    save_file(large, directory / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        stage = Stage(ARCHITECTURE, StageShape.whole(ARCHITECTURE), groups, dtype)
+        if dtype is torch.float32:
+            load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
+            continue
+        with pytest.raises(InputError, match=r"model.norm.weight: found values beyond the range of bfloat16"):
+            load_weights(stage, SafetensorsWeights(directory, ARCHITECTURE))
+
+
+def test_random_weights_that_are_not_finite_are_named(groups):
+    architecture = Architecture.from_hf({**ARCHITECTURE.hf_config, "initializer_range": 1e39}, "test")
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
+    with pytest.raises(InputError, match="random weights of seed 3: model.embed_tokens.weight: found values that"):
+        load_weights(stage, RandomWeights(architecture, 3))
 
 
 def test_layers_that_are_not_needed_may_be_missing(tmp_path):
