@@ -219,3 +219,15 @@ def test_a_panic_of_the_library_is_bad_input_and_a_request_to_stop_is_not(monkey
         load_that_raises(error)
         with pytest.raises(type(error)):
             parse_definition("{}")
+
+
+def test_no_text_outside_of_the_input_is_trained_on(
+    text_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(text_directory, tmp_path / "source"))
+    (tmp_path / "secret.py").write_text("\u03a9\u03a9\u03a9 " * 500)
+    (source / "linked.py").symlink_to("../secret.py")
+    tokenizer = train_tokenizer(source, 400, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "left out: links that leave the input: 1" in said and "are not followed: copy what they lead to" in said
+    assert len(tokenizer.encode("\u03a9")) > 1  # its bytes
