@@ -1,6 +1,5 @@
 """Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +84,6 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
     ]
     evaluation = merge(parts)
-    if evaluation.blocks_left_out or evaluation.rows_left_out:
-        print(
-            f"note: something was not finite: {evaluation.blocks_left_out} blocks are left out, and the cross-entropy "
-            f"of {evaluation.rows_left_out} rows"
-        )
     content = {
         "model": str(request.model),
         "feature_model": str(request.feature_model),
@@ -99,7 +93,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
         "document_masking": config.data.document_masking,
-        **{name: value if math.isfinite(value) else None for name, value in evaluation.means.items()},
+        **evaluation.means,
         "per_row": evaluation.per_row,
         "row_groups": main_documents(rows),
     }

@@ -1,6 +1,7 @@
 """The file that an evaluation leaves. No torch."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ from ebft_mega.io.durable import write_bytes
 def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
     """Write the file of an evaluation, whole or not at all; where another one is replaced, a note says so.
 
+    A mean that is not finite becomes null, and a note says what was left out.
+
     Args:
-        content: of finite numbers and None, since JSON has no others.
+        content: means under their names, and everything else, whose numbers are finite.
     Returns:
         `path`, whose directory is made if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    blocks, rows = (int(content.get(f"eval/{name}_left_out", 0)) for name in ("blocks", "rows"))
+    if blocks or rows:
+        print(f"note: something was not finite: {blocks} blocks are left out, and the cross-entropy of {rows} rows")
+    content = {key: None if _is_not_finite(value) else value for key, value in content.items()}
     text = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     earlier = path.read_bytes() if path.is_file() else text
     write_bytes(path, text)
@@ -27,3 +34,7 @@ def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
         model = "an unknown model"
     print(f"note: {path}: the earlier evaluation there, of {model}, is replaced")
     return path
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

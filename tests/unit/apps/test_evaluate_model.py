@@ -1,6 +1,7 @@
 """What is evaluated is checked as what is trained: the model, the feature network, and the data with both."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -81,3 +82,18 @@ def test_everything_at_once(inputs, features):
         "--feature-model",
         "held_out",
     ]
+
+
+def test_what_was_left_out_is_noted_and_a_mean_of_nothing_is_null(tmp_path, capsys):
+    counts = {"eval/blocks_left_out": 12.0, "eval/rows_left_out": 0.0}
+    content = {"model": "m", "eval/alignment": math.nan, **counts, "per_row": {"eval/alignment": [None, None]}}
+    written = write_evaluation(tmp_path / "evaluation.json", content).read_text()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(written, parse_constant=refuse) == content | {"eval/alignment": None}
+    line = "note: something was not finite: 12 blocks are left out, and the cross-entropy of 0 rows\n"
+    assert capsys.readouterr().out == line
+    write_evaluation(tmp_path / "another.json", content | dict.fromkeys(counts, 0.0))
+    assert capsys.readouterr().out == ""
