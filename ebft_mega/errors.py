@@ -16,6 +16,8 @@ _LONGEST_FOUND = 1000
 _LONGEST_EXPECTED = 4000
 _LONGEST_MESSAGE = 8000
 
+MAX_SHOWN_PROBLEMS = 50
+
 
 class EbftError(Exception):
     """Base of the package's own errors. As text they are one line, with escapes for what a terminal would obey."""
@@ -62,7 +64,9 @@ class InputProblems(EbftError):
         super().__init__(self.problems)  # what pickling between processes hands to the constructor again
 
     def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
+        lines = [str(problem) for problem in self.problems[:MAX_SHOWN_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        return "\n".join([*lines, *[f"and {more} more problems"] * bool(more)])
 
 
 class ConfigError(InputProblems):

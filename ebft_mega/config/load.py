@@ -161,7 +161,7 @@ def _valid_part(section: type[Section], values: Mapping[str, Any], prefix: str) 
     problems = {problem.key: problem for problem in reversed(explained)}
     wrong = {str(item["loc"][0]) for item in details}
     good = {name: value for name, value in values.items() if name not in wrong}
-    required = {name: value for name, value in _STAND_INS.items() if name in wrong}
+    required = {name: value for name, value in _STAND_INS.items() if name in wrong and name in section.model_fields}
     found = list(reversed(problems.values()))
     if len(details) > MAX_EXPLAINED:
         more = f"{len(details) - MAX_EXPLAINED} more wrong keys and values"

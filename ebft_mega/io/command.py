@@ -14,8 +14,6 @@ from ebft_mega.io.standard_streams import protect_standard_streams, to_nowhere
 from ebft_mega.io.text_encoding import require_utf8
 from ebft_mega.shown_text import LONGEST_PATH, shown
 
-MAX_SHOWN_PROBLEMS = 50
-
 
 def add_overrides_option(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Add `--set KEY=VALUE ...`, which may be given again; its texts are in `overrides`.
@@ -99,10 +97,8 @@ def _exit_code(main: Callable[[], int | None], prints_its_result: bool) -> int:
             raise
         return end.code or 0
     except InputProblems as error:
-        for problem in error.problems[:MAX_SHOWN_PROBLEMS]:
-            print(f"error: {problem}", file=sys.stderr)
-        if len(error.problems) > MAX_SHOWN_PROBLEMS:
-            print(f"error: and {len(error.problems) - MAX_SHOWN_PROBLEMS} more problems", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except EbftError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Histograms of one evaluation's metrics over the held-out rows."""
 
-import json
 from pathlib import Path
+
+from ebft_mega.apps.report.run_records import read_json
 
 
 def plot_evaluation(path: Path) -> Path:
@@ -12,7 +13,7 @@ def plot_evaluation(path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     known = {name: [value for value in values if value is not None] for name, values in content["per_row"].items()}
     per_row = {name: values for name, values in known.items() if values}
     num_panels = max(1, len(per_row))

@@ -12,6 +12,7 @@ from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMet
 from ebft_mega.apps.report.run_records import read_json
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
+from ebft_mega.io.parse_boundary import reading
 
 # Fields in which two evaluations must agree; otherwise their rows are not paired.
 SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")
@@ -131,12 +132,25 @@ def _by_group(
 
 def _read_one(path: Path) -> Evaluation:
     content = read_json(path)
+    with reading(path, "(contents)", "what tools/evaluate.py has written"):
+        return _evaluation(path, content)
+
+
+def _evaluation(path: Path, content: dict[str, Any]) -> Evaluation:
+    """An evaluation, from the contents of its file; whatever it raises is about them."""
     problems: list[Problem] = []
     num_rows = content.get("rows")
-    if not isinstance(num_rows, int) or num_rows < 2:
+    if type(num_rows) is not int or num_rows < 2:
         raise InputError([Problem(str(path), "rows", repr(num_rows), "a number of rows, at least 2")])
     per_row: dict[str, NDArray[np.float64]] = {}
+    for metric in EVALUATION_METRICS:
+        mean = content.get(metric.key)
+        if mean is not None and not _is_number(mean):
+            problems.append(Problem(str(path), metric.key, repr(mean), "a number or null"))
     for key, values in content.get("per_row", {}).items():
+        if not all(value is None or _is_number(value) for value in values):
+            problems.append(Problem(str(path), f"per_row.{key}", "values of other kinds", "numbers or null"))
+            continue
         is_missing = [value is None and _may_lack(content, key) for value in values]
         vector = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
         if vector.shape != (num_rows,):
@@ -152,6 +166,10 @@ def _read_one(path: Path) -> Evaluation:
     if problems:
         raise InputError(problems)
     return Evaluation(path, content, per_row, None if groups is None else tuple(map(str, groups)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _may_lack(content: Mapping[str, Any], key: str) -> bool:

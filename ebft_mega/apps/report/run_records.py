@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.input_errors import bad_input, read_input_bytes
+from ebft_mega.io.parse_boundary import reading
 
 # Steps and values of one key, in step order.
 Curve = tuple[list[int], list[float]]
@@ -39,14 +40,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or not a JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError([Problem(str(path), "file", "no such file", "a JSON file")]) from None
-    except json.JSONDecodeError as error:
-        raise InputError([Problem(f"{path}:{error.lineno}", "file", error.msg, "a JSON object")]) from None
+    text = read_input_bytes(path, "a JSON file")
+    with reading(path, "file", "a JSON object"):
+        content = json.loads(text)
     if not isinstance(content, dict):
-        raise InputError([Problem(str(path), "file", type(content).__name__, "a JSON object")])
+        raise bad_input(path, "file", type(content).__name__, "a JSON object")
     return content
 
 

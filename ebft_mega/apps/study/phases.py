@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from ebft_mega.errors import EbftError
+from ebft_mega.errors import EbftError, InputError
+from ebft_mega.io.contained_files import read_contained_json
 from ebft_mega.io.durable import write_json
 from ebft_mega.io.process_signals import uninterrupted
 from ebft_mega.metrics.console import format_duration
@@ -149,7 +150,10 @@ class PhaseRunner:
             return "a fresh start was asked for"
         if not output.is_dir() or not stamp.exists():
             return f"no finished {output} yet"
-        before = json.loads(stamp.read_text(encoding="utf-8"))
+        try:
+            before = read_contained_json(stamp.parent, stamp.name, "the inputs that a phase was run with")
+        except InputError:
+            return f"made again, because {stamp} cannot be read"
         after = json.loads(json.dumps(dict(inputs)))
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
         return f"made again, because these inputs changed: {', '.join(changed)}" if changed else ""
@@ -158,10 +162,14 @@ class PhaseRunner:
         path = directory / STATUS_NAME
         if not path.exists():
             raise PhaseFailed(name, command, code if code > 0 else 1, f"exit code {code}, no {path}")
-        status = json.loads(path.read_text(encoding="utf-8"))
-        if status["state"] != "done":
-            reason = f"state {status['state']!r} after step {status['step']}; see {directory / 'logs'}"
-            raise PhaseFailed(name, command, status["exit_code"] or 1, reason)
+        try:
+            status = read_contained_json(directory, STATUS_NAME, "the outcome of a run")
+        except InputError as error:
+            raise PhaseFailed(name, command, code if code > 0 else 1, str(error)) from error
+        if status.get("state") != "done":
+            reason = f"state {status.get('state')!r} after step {status.get('step')}; see {directory / 'logs'}"
+            recorded = status.get("exit_code")
+            raise PhaseFailed(name, command, recorded if type(recorded) is int and 0 < recorded < 256 else 1, reason)
 
 
 def ask_to_stop(pid: int) -> None:

@@ -1,6 +1,7 @@
 """Checks of a dataset before any document is read: manifest, tokenizer copy, index, sizes and order of the shards."""
 
 import tarfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -166,7 +167,9 @@ def load_index(path: Path) -> np.ndarray:
         InputError: it is no such file.
     """
     with reading(path, "index", f"records of {INDEX_DTYPE}"):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        # Sizes beyond all bounds overflow in the library: a warning there, and an error only by luck.
+        with np.errstate(over="raise"), warnings.catch_warnings(action="error"):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[Problem]:

@@ -29,6 +29,7 @@ from ebft_mega.data.text.tokenizer_kinds import (
 from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import is_of_parser, reading
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:
@@ -45,7 +46,10 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
         expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
         found = "neither" if directory.is_dir() else "no such directory"
         raise bad_input(str(directory), "tokenizer", found, expected)
-    return (_load_sentencepiece if SENTENCEPIECE_NAME in contents else _load_hugging_face)(directory, contents)
+    is_sentencepiece = SENTENCEPIECE_NAME in contents
+    name = SENTENCEPIECE_NAME if is_sentencepiece else HUGGING_FACE_NAME
+    with reading(directory / name, "tokenizer", "a tokenizer that can be loaded"):
+        return (_load_sentencepiece if is_sentencepiece else _load_hugging_face)(directory, contents)
 
 
 def tokenizer_sha256(directory: Path | str) -> str | None:
@@ -204,7 +208,7 @@ def parse_definition(text: str) -> Any:
     except MemoryError:
         raise
     except BaseException as error:  # the panic of the library is no Exception, and neither is a request to stop
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_of_parser(error):
             raise
         raise ValueError(f"no tokenizer that can be loaded ({error})") from None
 

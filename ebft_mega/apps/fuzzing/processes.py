@@ -1,0 +1,50 @@
+"""Spread the cases of a search over processes, of which each writes to a directory of its own."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from ebft_mega.apps.fuzzing.campaign import Tally, run_cases
+from ebft_mega.apps.fuzzing.fuzzed_parsers import PARSERS, FuzzedParser
+from ebft_mega.apps.fuzzing.watched_writes import WatchedWrites
+
+_IN_MEMORY = "/dev/shm"
+_watch: WatchedWrites | None = None
+
+
+def run_campaign(parsers: Sequence[FuzzedParser], seed: int, numbers: range, processes: int = 1) -> list[Tally]:
+    """Run the same numbers of cases of several parsers.
+
+    Args:
+        processes: that work at a time; each takes every so manieth case. The cases do not depend on it.
+    """
+    if processes == 1:
+        return [_run_share(parser.name, seed, numbers) for parser in parsers]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        shares = [
+            [pool.submit(_run_share, parser.name, seed, numbers[first::processes]) for first in range(processes)]
+            for parser in parsers
+        ]
+        return [_joined([share.result() for share in of_parser]) for of_parser in shares]
+
+
+def _run_share(name: str, seed: int, numbers: range) -> Tally:
+    global _watch
+    sys.dont_write_bytecode = True  # an import within a case would write
+    _watch = _watch or WatchedWrites()
+    parser = next(parser for parser in PARSERS if parser.name == name)
+    # In memory where there is such a place: a case takes less time than a disk needs to open its file.
+    memory = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ebft-fuzz-", dir=memory) as scratch:
+        return run_cases(parser, seed, numbers, Path(scratch), _watch)
+
+
+def _joined(tallies: Sequence[Tally]) -> Tally:
+    whole = Tally(tallies[0].parser)
+    for tally in tallies:
+        whole.add(tally)
+    return whole

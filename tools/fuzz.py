@@ -1,0 +1,65 @@
+"""Try damaged and hostile input on every parser: each case is read or refused, quickly, and nothing else happens.
+
+    python tools/fuzz.py --cases 500 --seed 0
+    python tools/fuzz.py --parser tar --seed 0 --only 17   # one case again
+
+Cases are mutations of valid files, of which at least a third have the right syntax. Exit code 1: a case raised
+something else than a refusal, took more than 5 s, or wrote where it should not; the files of such cases are saved with
+`--output`.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.apps.fuzzing.campaign import Tally
+from ebft_mega.apps.fuzzing.fuzzed_parsers import PARSERS
+from ebft_mega.apps.fuzzing.processes import run_campaign
+from ebft_mega.apps.fuzzing.summary import save_failures, shortcomings, table
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
+from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
+from ebft_mega.io.command import run_command
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--cases", type=whole_number(), help="of each parser (default 500)")
+    option("--total", type=whole_number(), help="cases of all parsers together, instead of --cases")
+    option("--seed", type=whole_number(0), default=0, help="decides the cases (default %(default)s)")
+    option("--parser", nargs="+", choices=[parser.name for parser in PARSERS], help="only these")
+    option("--only", type=whole_number(0), metavar="NUMBER", help="one case alone")
+    option("--processes", type=whole_number(1, 256), default=1, help="at a time (default %(default)s)")
+    option("--output", type=output_directory, metavar="DIR", help="directory for the files of cases that fail")
+    arguments = parser.parse_args()
+    if arguments.cases is not None and arguments.total is not None:
+        parser.error("--cases and --total exclude each other")
+    return arguments
+
+
+def main() -> int:
+    """Run the cases and print what became of them."""
+    arguments = parse_arguments()
+    chosen = [parser for parser in PARSERS if arguments.parser is None or parser.name in arguments.parser]
+    cases = arguments.cases or -(-(arguments.total or 500 * len(chosen)) // len(chosen))
+    numbers = range(cases) if arguments.only is None else range(arguments.only, arguments.only + 1)
+    tallies: list[Tally] = run_campaign(chosen, arguments.seed, numbers, arguments.processes)
+    print("\n".join(table(tallies)))
+    found = shortcomings(tallies, of_one_case=arguments.only is not None)
+    print("\n".join(found), file=sys.stderr)
+    if arguments.output is not None:
+        save_failures(tallies, arguments.output)
+    return EXIT_FAILED if found else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
