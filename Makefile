@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDIT := $(VENV)/audit
 
 # One thread per process: several ranks share the machine, and small tensors lose time in thread pools.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +20,7 @@ run-tests = @status=0; \
 	exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart study test test-all lint format docs-tables clean
+.PHONY: help setup quickstart study test test-all lint audit format docs-tables clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -50,6 +51,14 @@ test: lint ## the default test suite (at most 10 minutes on 2 cores)
 
 test-all: lint ## everything, also the slow matrices (at most 90 minutes on 2 cores)
 	$(call run-tests,)
+
+# In an environment of its own: what it needs is no part of the tested one. A version that it cannot look up is an error.
+audit: ## compare the pinned versions with PyPI's advisories (needs the network)
+	test -x $(AUDIT)/bin/pip-audit || \
+		{ $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit; }
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
+		|| { echo "audit: not passed. If no advisory is named above, PyPI's data could not be reached;"; \
+		echo "docs/security.md says what was known when it was written."; exit 1; }
 
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

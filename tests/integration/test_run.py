@@ -50,11 +50,17 @@ EVALUATION_KEYS = {
 }
 
 
+SECRET = "kept-in-the-environment"
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """Four steps on two ranks, the second and the third of them with a profile."""
     output = tmp_path_factory.mktemp("run") / "out"
-    completed = launch([*CONFIG, *settings(data, output, "profile.start=1", "profile.steps=2")], ranks=2)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HTTPS_PROXY", "EBFT_ANYTHING"):
+            environment.setenv(name, f"http://{SECRET}:{SECRET}@localhost")
+        completed = launch([*CONFIG, *settings(data, output, "profile.start=1", "profile.steps=2")], ranks=2)
     assert completed.returncode == 0, completed.stdout
     return output, completed.stdout
 
@@ -75,6 +81,16 @@ def test_run_directory_holds_what_the_interfaces_name(run, data):
 def test_everything_that_a_run_makes_is_its_owner_s_alone(run):
     output = run[0]
     assert [path for path in (output, *output.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
+def test_no_secret_of_the_environment_is_written(run):
+    output, console = run
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert len(files) > 10 and SECRET not in console
+    for path in files:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        assert SECRET.encode() not in content, path
 
 
 SAME = ("profile.start=1", "profile.steps=2")

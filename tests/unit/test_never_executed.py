@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ebft_mega.data.builder.shard_writer import ShardWriter
+from tests.unit.conftest import FakeTokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [path for folder in ("ebft_mega", "launcher", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 # Modules whose only use is to load objects or to run code.
@@ -18,6 +21,7 @@ CALLS = {
     *("unsafe_load", "full_load", "UnsafeLoader", "FullLoader"),
     *("read_pickle", "to_pickle", "decode_pickle"),
     "extractall",
+    *("from_string", "apply_chat_template", "FileSystemLoader"),  # templates from elsewhere
 }
 # Called through their module; the same names mean other things elsewhere.
 CALLS_OF_MODULES = {"torch": {"load", "save"}, "yaml": {"load", "load_all"}, "np": {"fromregex"}}
@@ -73,10 +77,40 @@ def test_sources_execute_nothing_that_they_read():
         "yaml.load(text, Loader)",
         "AutoModel.from_pretrained(path, trust_remote_code=True)",
         "tarfile.open(path).extractall(target)",
+        "tokenizer.apply_chat_template(messages)",
     ],
 )
 def test_the_check_can_fail(source):
     assert list(findings(source))
+
+
+def imports_of(package, source):
+    """Names that a module imports from a package, and the package itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_webdataset_only_writes_open_files(tmp_path, monkeypatch):
+    """Its own opening of names runs commands and follows variables."""
+    used = {name for path in SOURCES for name in imports_of("webdataset", path.read_text())}
+    assert used == {"webdataset.TarWriter"}
+
+    import webdataset.writer
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a name was opened")
+
+    monkeypatch.setattr(webdataset.writer, "gopen", refuse)
+    monkeypatch.setenv("GOPEN_REWRITE", f"shard=pipe:touch {tmp_path / 'executed'} #")
+    directory = tmp_path / "pipe:touch executed"
+    directory.mkdir()
+    writer = ShardWriter(directory, FakeTokenizer((), 9), shard_bytes=4096)
+    writer.add(range(5), {"path": "pipe:touch executed"})
+    writer.finish_shards()
+    assert (directory / "shard-000000.tar").is_file() and not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("source", ["model.eval()", "np.load(path, allow_pickle=False)", "json.load(file)"])
