@@ -21,6 +21,8 @@ _USER = re.compile(r"://[^/?#]+@")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 LONGEST = 200
 LONGEST_PATH = 5000  # a system's longest is 4,096 bytes
+LONGEST_LABEL = 60
+LONGEST_NOTE = 8000
 LONGEST_RECORD = 20_000  # of one line of a log
 _REST = "… ({} more characters)"
 
@@ -81,6 +83,11 @@ def shown(value: object, longest: int = LONGEST) -> str:
 def shown_html(value: object) -> str:
     """Return HTML that shows a value as text, within an element or a quoted attribute."""
     return html.escape(escaped(str(value), meant="\n\t"))
+
+
+def shown_label(value: object, longest: int = LONGEST_LABEL) -> str:
+    """Return one line for a plot, whose library would read what stands between two dollar signs as a formula."""
+    return shown(value, longest).replace("$", r"\$")
 
 
 class LogLines(logging.Formatter):

@@ -26,7 +26,7 @@ from ebft_mega.io.arguments import PlainParser, output_directory, whole_number  
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.output_directory import limit_permissions  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
-from ebft_mega.io.standard_streams import protect_standard_streams  # noqa: E402
+from ebft_mega.io.standard_streams import print_line, protect_standard_streams  # noqa: E402
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
@@ -96,7 +96,7 @@ def main() -> int:
         return code
     except StopNow as stop:
         if is_first_rank():
-            print(f"stopped during the start ({stop}): nothing is lost, start it again", file=sys.stderr)
+            print_line(f"stopped during the start ({stop}): nothing is lost, start it again")
         process_signals.leave(EXIT_STOPPED)
 
 
@@ -126,7 +126,8 @@ def run(signals: Signals, started: float) -> int:
                 print(describe_run(config, plan), flush=True)
             standing = planned_standing(config, plan, fresh)
             if is_first_rank():
-                print("\n" + "\n".join([*standing.notes, standing.words]))
+                for line in ("", *standing.notes, standing.words):
+                    print_line(line, sys.stdout)
             return EXIT_DONE
         if not trace_step and not fresh.acts and has_nothing_to_do(config, plan):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE

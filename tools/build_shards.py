@@ -24,6 +24,7 @@ from ebft_mega.data.text.text_files import BLANK_LINES, OTHER_MEMBERS
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser
 from ebft_mega.io.command import add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,10 +117,11 @@ def main() -> None:
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
     others = {reason: count for reason, count in record.left_out.items() if reason in (BLANK_LINES, OTHER_MEMBERS)}
     skipped += f", {in_words(others)}" if others else ""
-    print(
+    print_line(
         f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
         f"{len(manifest.shards)} shards; left out: {record.empty} empty documents, "
-        f"{record.duplicates} duplicates{skipped}; fingerprint {manifest.fingerprint}"
+        f"{record.duplicates} duplicates{skipped}; fingerprint {manifest.fingerprint}",
+        sys.stdout,
     )
 
 

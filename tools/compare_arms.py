@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.arguments import ToolParser, output_directory
 from ebft_mega.io.command import add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,7 +69,7 @@ def main() -> None:
     # Draws plots, which --help should not wait for.
     from ebft_mega.apps.report.arm_comparison import write_comparison
 
-    print(f"Report: {write_comparison(arms, arguments.output, arguments.reference)}")
+    print_line(f"Report: {write_comparison(arms, arguments.output, arguments.reference)}", sys.stdout)
 
 
 if __name__ == "__main__":

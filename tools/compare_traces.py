@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.io.arguments import ToolParser, real_number
 from ebft_mega.io.command import run_command
+from ebft_mega.io.standard_streams import print_line
 
 ORDER = (
     "tokens",
@@ -102,10 +103,11 @@ def main() -> int:
         if not (path / file).exists()
     ]
     if missing:
-        print("no such file: " + ", ".join(missing), file=sys.stderr)
+        print_line("no such file: " + ", ".join(missing))
         return 2
     lines = compare(arguments.first, arguments.second, arguments.tolerance)
-    print("\n".join(lines) if lines else "the traces agree")
+    for line in lines or ["the traces agree"]:
+        print_line(line, sys.stdout)
     return 1 if lines else 0
 
 

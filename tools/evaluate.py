@@ -18,6 +18,7 @@ from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
 from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
 from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 LONGEST_DEFAULT_ROW = 1024
 
@@ -82,7 +83,8 @@ def main() -> None:
         skip_rows=arguments.skip_rows,
     )
     path = evaluate_directory(request, config, arguments.output)
-    print(f"{path}\n{plot_evaluation(path)}")
+    for made in (path, plot_evaluation(path)):
+        print_line(str(made), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from ebft_mega.io.arguments import ToolParser, output_file, whole_number
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.progress_bar import track
+from ebft_mega.io.standard_streams import print_line
 
 GIGABYTE = 10**9
 SEQUENCE_LENGTH = 1024
@@ -119,7 +120,7 @@ def show_document(dataset: Dataset, number: int, as_json: bool) -> None:
         return
     print(f"document {number}: {len(tokens)} tokens and the end-of-document token")
     for key, value in metadata.items():
-        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+        print_line(f"{key}: {value if isinstance(value, str) else json.dumps(value)}", sys.stdout)
     print(f"\n{text}")
 
 
@@ -145,13 +146,13 @@ def show_dataset(dataset: Dataset, arguments: argparse.Namespace) -> None:
     for key, counts in (metadata or {}).items():
         print(f"\nDocuments by {key}")
         for value, count in sorted(counts.items(), key=lambda item: -item[1]):
-            print(f"  {count:>12,}  {value}")
+            print_line(f"  {count:>12,}  {value}", sys.stdout)
 
 
 def print_manifest(place: str, manifest: Manifest) -> None:
     """Print what the manifest says."""
     num_bytes = sum(shard.bytes for shard in manifest.shards)
-    print(place)
+    print_line(place, sys.stdout)
     print(f"  documents    {manifest.documents:,}")
     print(f"  tokens       {manifest.tokens:,} (with one end-of-document token each), {manifest.dtype}")
     print(f"  shards       {len(manifest.shards):,}, {num_bytes:,} bytes")
@@ -163,7 +164,7 @@ def print_manifest(place: str, manifest: Manifest) -> None:
 def print_build(record: BuildRecord) -> None:
     """Print what `build.json` says."""
     files = ", ".join(f"{count:,} files of {source}" for source, count in record.input_files.items())
-    print(f"  made from    {files}; {record.text_bytes:,} bytes of text")
+    print_line(f"  made from    {files}; {record.text_bytes:,} bytes of text", sys.stdout)
     print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
     for meaning, counts in (
         ("left out", record.left_out),
@@ -172,9 +173,9 @@ def print_build(record: BuildRecord) -> None:
         ("not exact", {"documents that do not come back from their tokens": record.not_round_trip}),
     ):
         if words := in_words(counts):
-            print(f"  {meaning:<12} {words}")
+            print_line(f"  {meaning:<12} {words}", sys.stdout)
     licences = sorted(record.licences.items(), key=lambda item: -item[1])
-    print(f"  licences     {', '.join(f'{licence} ({count:,})' for licence, count in licences)}")
+    print_line(f"  licences     {', '.join(f'{licence} ({count:,})' for licence, count in licences)}", sys.stdout)
 
 
 def print_lengths(lengths: Lengths, rows: Rows) -> None:
@@ -201,7 +202,7 @@ def verify(dataset: Dataset) -> int:
         num_bytes += report.bytes
         num_problems += len(report.problems)
         for problem in report.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print_line(f"error: {problem}")
     outcome = f"{num_problems} problems" if num_problems else "every checksum is right"
     counts = f"{documents:,} of {manifest.documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes"
     print(f"verified {counts}: {outcome}", file=sys.stderr)

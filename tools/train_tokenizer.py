@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.text.tokenizer_training import train_tokenizer
 from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def main() -> None:
         overwrite=arguments.overwrite,
     )
     size, digest = tokenizer.vocab_size, tokenizer.sha256
-    print(f"{arguments.output}: {size} tokens, every file round-trips, sha256 {digest}")
+    print_line(f"{arguments.output}: {size} tokens, every file round-trips, sha256 {digest}", sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evalua
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
+from ebft_mega.io.standard_streams import print_line
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.planning import model_data
 from ebft_mega.planning.data_fit import vocabulary_problems
-from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import CheckedModel, check_model
 from ebft_mega.types import DTYPES, TokenBatch
 
@@ -54,7 +56,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     dtype = DTYPES[config.train.dtype]
     models, notes = check_inputs(request, config)
     for note in notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}", sys.stdout)
     architecture = models[0].architecture
     dataset = open_dataset(request.data)
     route = make_route(
@@ -114,31 +116,31 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
         InputError: everything that is wrong with them, at once.
     """
     problems: list[Problem] = []
-    checked: list[NamedModel] = []
+    checked: list[model_data.NamedModel] = []
     options: list[tuple[str, Path, tuple[float, ...] | None]] = [("--model", request.model, None)]
     if request.feature_model != request.model:
         options.append(("--feature-model", request.feature_model, config.ebft.feature_layers))
     for option, directory, layers in options:
         try:
-            checked.append(NamedModel(option, "", check_model(directory, layers)))
+            checked.append(model_data.NamedModel(option, "", check_model(directory, layers)))
         except InputProblems as error:
             problems += [problem.within(option) for problem in error.problems]
-    data: list[NamedData] = []
+    data: list[model_data.NamedData] = []
     try:
         dataset = open_dataset(request.data)
         dataset.close()
-        data.append(NamedData("--data", "", dataset.manifest, dataset.tokenizer_directory))
+        data.append(model_data.NamedData("--data", "", dataset.manifest, dataset.tokenizer_directory))
     except InputProblems as error:
         problems += error.problems
-    problems += window_problems(checked, "data.sequence_length", "", config.data.sequence_length)
-    problems += data_problems(checked, data)
+    problems += model_data.window_problems(checked, "data.sequence_length", "", config.data.sequence_length)
+    problems += model_data.data_problems(checked, data)
     for named in checked if data else ():
         size, where = named.model.architecture.vocab_size, str(request.data)
         problems += vocabulary_problems("--data", where, data[0].manifest, size, named.key)
     if problems:
         raise InputError(problems)
     notes = [f"{named.key}: {note}" for named in checked for note in named.model.notes]
-    return (checked[0].model, checked[-1].model), [*notes, *data_notes(checked, data)]
+    return (checked[0].model, checked[-1].model), [*notes, *model_data.data_notes(checked, data)]
 
 
 def _feature_network(

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from ebft_mega.io.durable import write_bytes
+from ebft_mega.io.standard_streams import print_line
 
 
 def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
@@ -32,7 +34,7 @@ def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
         model = json.loads(earlier)["model"]
     except (ValueError, KeyError, TypeError, RecursionError):
         model = "an unknown model"
-    print(f"note: {path}: the earlier evaluation there, of {model}, is replaced")
+    print_line(f"note: {path}: the earlier evaluation there, of {model}, is replaced", sys.stdout)
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ebft_mega.errors import Problem
+from ebft_mega.shown_text import escaped
 
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 MAX_INTEGER_CHARACTERS = 40  # Python refuses to read an integer of thousands of digits
@@ -117,7 +118,10 @@ _TreeDumper.add_representer(str, _represent_text)
 
 def write_yaml(value: Any) -> str:
     """Plain values as YAML text, keys in their order."""
-    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=True)
+    if escaped(text, "\n") == text:
+        return text
+    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=False)  # with escapes, read back alike
 
 
 def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:

@@ -103,7 +103,22 @@ def output_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"found {_shown(text)}, which is a directory; expected a file")
     output_directory(str(path.parent))
+    if path.parent.is_dir():
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            found = f"{_shown(text)}, which cannot be written ({error.strerror})"
+            raise argparse.ArgumentTypeError(f"found {found}; expected a file to write") from None
     return path
+
+
+def _try_to_write(path: Path) -> None:
+    """Open a file for writing and leave everything as it was: what fails would fail after the work otherwise."""
+    is_new = not path.exists()
+    with open(path, "ab"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def _shown(text: str) -> str:

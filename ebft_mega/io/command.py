@@ -10,9 +10,8 @@ from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
 from ebft_mega.io.output_directory import Permissions, limit_permissions
 from ebft_mega.io.process_signals import StopNow
-from ebft_mega.io.standard_streams import protect_standard_streams, to_nowhere
+from ebft_mega.io.standard_streams import print_line, protect_standard_streams, to_nowhere
 from ebft_mega.io.text_encoding import require_utf8
-from ebft_mega.shown_text import LONGEST_PATH, shown
 
 
 def add_overrides_option(parser: argparse.ArgumentParser, meaning: str) -> None:
@@ -66,7 +65,7 @@ def run_command(main: Callable[[], int | None], prints_its_result: bool = False)
         signals.finish_without_interruption()
         return exit_code
     except StopNow as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
+        print_line(f"stopped by {stop}")
         process_signals.leave(signals.code_of(stop.number))
     finally:
         os.umask(umask)
@@ -98,10 +97,10 @@ def _exit_code(main: Callable[[], int | None], prints_its_result: bool) -> int:
         return end.code or 0
     except InputProblems as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print_line(f"error: {line}")
         return error.exit_code
     except EbftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}")
         return error.exit_code
     except OSError as error:  # a full disk, a directory that may not be written
         return _code_of(error, prints_its_result)
@@ -111,7 +110,5 @@ def _code_of(error: OSError, prints_its_result: bool) -> int:
     """The exit code that an error of the system leads to, which is printed unless the tool's reader has just gone."""
     if isinstance(error, BrokenPipeError) and prints_its_result:
         return EXIT_UNREAD
-    print(
-        f"error: {shown(error.filename or 'system', LONGEST_PATH)}: {shown(error.strerror or error)}", file=sys.stderr
-    )
+    print_line(f"error: {error.filename or 'system'}: {error.strerror or error}")
     return EXIT_FAILED

@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.standard_streams import print_line
 
 _IDENTITY_NAME = "identity.json"
 _LOCK_NAME = "lock"
@@ -95,7 +95,7 @@ def unfinished_directory(path: Path, marker: str, overwrite: bool, identity: str
             shutil.rmtree(partial)
             raise
         except BaseException:
-            print(f"note: what is done stays in {partial}; the same command resumes it", file=sys.stderr)
+            print_line(f"note: what is done stays in {partial}; the same command resumes it")
             raise
         # A process that is killed from here on leaves nothing that the next one could resume.
         (partial / _IDENTITY_NAME).unlink()
@@ -142,10 +142,10 @@ def _keep_only_same_work(partial: Path, identity: str) -> None:
     content = json.dumps({"identity": identity})
     remains = [item for item in partial.iterdir() if item.name != _LOCK_NAME]
     if identity_file.is_file() and identity_file.read_text() == content:
-        print(f"note: resuming what an earlier process left in {partial}", file=sys.stderr)
+        print_line(f"note: resuming what an earlier process left in {partial}")
         return
     if remains:
-        print(f"note: inputs or options are not those of {partial}; starting anew", file=sys.stderr)
+        print_line(f"note: inputs or options are not those of {partial}; starting anew")
     # First, so that remains which are removed only in part are never resumed.
     identity_file.unlink(missing_ok=True)
     for item in remains:

@@ -7,14 +7,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from ebft_mega.io.standard_streams import drawing_stream
-from ebft_mega.shown_text import escaped, shown
+from ebft_mega.shown_text import LONGEST_NOTE, escaped, shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 Item = TypeVar("Item")
 LINE_INTERVAL_SECONDS = 10.0
-LONGEST_NOTE = 8000
 
 
 def track(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:

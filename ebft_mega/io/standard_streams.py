@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, TextIO
 
-from ebft_mega.shown_text import escaped, set_last_resort
+from ebft_mega.shown_text import LONGEST_NOTE, escaped, set_last_resort, shown
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -128,6 +128,11 @@ def protect_standard_streams(failing: Collection[str] = ()) -> None:
             write_through=getattr(old, "write_through", False),
         )
         setattr(sys, name, stream)
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print what may hold foreign text as one line, at once, on standard error or another stream."""
+    print(shown(text, LONGEST_NOTE), file=stream or sys.stderr, flush=True)
 
 
 def output_failures() -> dict[str, OSError]:

@@ -1,6 +1,7 @@
 """What a run writes beside metrics and checkpoints: what it is, and at the end its model and the report."""
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ebft_mega.checkpoint.describing_files import DescribingFiles, describing_fi
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.io.durable import write_bytes
+from ebft_mega.io.standard_streams import print_line
 from ebft_mega.lifecycle.run_directory import clear_unfinished
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
 from ebft_mega.lifecycle.start import Start
@@ -80,7 +82,7 @@ def show_results(output: Path, write_report: Callable[[Path], Path]) -> None:
         write_report: makes the page and returns its path.
     """
     try:
-        print(f"report: {write_report(output)}")
+        print_line(f"report: {write_report(output)}", sys.stdout)
     except Exception as error:  # of any kind: the model and the metrics are there
         logger.warning("%s could not be written: %s: %s", REPORT_NAME, type(error).__name__, error)
-    print(f"model:  {output / MODEL_FOLDER}", flush=True)
+    print_line(f"model:  {output / MODEL_FOLDER}", sys.stdout)

@@ -164,7 +164,7 @@ def data_differences(then: RunRecord, now: RunRecord, config: RunConfig, where: 
     except InputError as error:
         key = config.data.mixture_key
         return [
-            Problem(f"{config.place(key)}: {key}", each.key, each.found, f"{each.expected}, as in {where}")
+            Problem(config.place(key), each.key, each.found, f"{each.expected}, as in {where}")
             for each in error.problems
         ]
     return []

@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,6 +15,7 @@ from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, named
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import EXIT_DONE, ConfigError, Problem
 from ebft_mega.io.output_directory import discard_hidden_siblings
+from ebft_mega.io.standard_streams import print_line
 from ebft_mega.lifecycle.findings import PREVIOUS, Findings, is_settled, look, status_says_done
 from ebft_mega.lifecycle.run_record import RunRecord, data_differences, noted_differences, refused_differences
 from ebft_mega.planning.run_plan import RunPlan
@@ -142,10 +144,11 @@ def conclude(config: RunConfig, standing: Standing, write_report: Callable[[Path
     discard_hidden_siblings(output / MODEL_FOLDER)
     if not (output / REPORT_NAME).exists():
         write_report(output)
-        print(f"note: {output / REPORT_NAME} was missing and has been written", flush=True)
+        print_line(f"note: {output / REPORT_NAME} was missing and has been written", sys.stdout)
     if not status_says_done(output):
         write_status(output, "done", EXIT_DONE, steps, newest(output / CHECKPOINTS))
-    print(f"{standing.words}\nreport: {output / REPORT_NAME}\nmodel:  {output / MODEL_FOLDER}", flush=True)
+    for line in (standing.words, f"report: {output / REPORT_NAME}", f"model:  {output / MODEL_FOLDER}"):
+        print_line(line, sys.stdout)
     return EXIT_DONE
 
 

@@ -137,12 +137,19 @@ def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None,
                 return saved, broken
         broken.append(directory)
         all_problems += problems
-        notes.append(f"passed over {directory}: " + "; ".join(map(str, problems)))
+        notes.append(f"passed over {directory}: " + "; ".join(_within(directory, each) for each in problems))
     if all_problems:
         expected = "a whole checkpoint; `checkpoint.resume: never` begins anew"
         all_problems.append(Problem("checkpoint.resume", "all checkpoints", f"{len(found.paths)} broken", expected))
         raise BrokenCheckpointError(all_problems)
     return None, broken
+
+
+def _within(directory: Path, problem: Problem) -> str:
+    """A problem of a checkpoint that is named already; its file is named once."""
+    place = problem.where.removeprefix(str(directory)).removeprefix("/")
+    names = [name for name in dict.fromkeys((place, problem.key.removeprefix(f"{directory}/"))) if name]
+    return f"{': '.join(names)}: found {problem.found}; expected {problem.expected}"
 
 
 def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol, TextIO
 
-from ebft_mega.io.progress_bar import LONGEST_NOTE, step_bar
-from ebft_mega.shown_text import shown
+from ebft_mega.io.progress_bar import step_bar
+from ebft_mega.io.standard_streams import print_line
 
 # Short name on screen, metric key, format. A key that a run does not log (a CE-only run has no alignment) is
 # left out.
@@ -125,7 +125,7 @@ class PlainLines:
 
     def note(self, text: str) -> None:
         """Print a line at once, also into a pipe."""
-        print(shown(text, LONGEST_NOTE), file=self._stream, flush=True)
+        print_line(text, self._stream)
 
     def close(self) -> None:
         """Do nothing: nothing is held open."""

@@ -14,6 +14,7 @@ from ebft_mega.errors import ResultsLostError
 from ebft_mega.io.durable import write_bytes
 from ebft_mega.io.standard_streams import output_failures
 from ebft_mega.metrics.console import ConsoleSink, open_console
+from ebft_mega.shown_text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class TensorboardSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queue the scalars; a failure of the writing thread is raised here at one of the next steps."""
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, global_step=step)
+            self._writer.add_scalar(shown(key), value, global_step=step)
 
     def close(self) -> None:
         """Flush the queue and close the event file."""

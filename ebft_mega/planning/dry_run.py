@@ -15,6 +15,7 @@ from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, sk
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 GIB_BYTES = 1 << 30
 
@@ -35,7 +36,7 @@ def describe_run(config: RunConfig, plan: RunPlan) -> str:
         title = "Peak by what learning takes over from rollouts and by zero.feature_network (GiB)"
         parts.append(_title(title) + _reuse_text(config, plan))
     if plan.notes:
-        parts.append(_title("Notes") + "\n".join(plan.notes))
+        parts.append(_title("Notes") + "\n".join(shown(note, LONGEST_NOTE) for note in plan.notes))
     return "\n\n".join(parts)
 
 
@@ -44,8 +45,9 @@ def _title(text: str) -> str:
 
 
 def _table(rows: list[tuple[str, object]]) -> str:
+    rows = [(shown(name), value) for name, value in rows]
     width = max(len(name) for name, _ in rows)
-    texts = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in rows]
+    texts = [(name, f"{value:,}" if isinstance(value, int) else shown(value, LONGEST_NOTE)) for name, value in rows]
     return "\n".join(f"{name:<{width}}  {text}" for name, text in texts)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ebft_mega
 from ebft_mega.io.durable import write_json
+from ebft_mega.io.standard_streams import print_line
 from ebft_mega.shown_text import LogLines, without_secrets
 
 STATUS_NAME = "status.json"
@@ -149,7 +150,7 @@ class RankLog(logging.FileHandler):
             super().handleError(record)
         elif not self._has_failed:
             self._has_failed = True
-            print(f"warning: {self.baseFilename} cannot be written ({error}); the run continues", file=sys.stderr)
+            print_line(f"warning: {self.baseFilename} cannot be written ({error}); the run continues")
 
     def close(self) -> None:
         """Close the file; what a full disk has not taken is dropped."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from ebft_mega.checkpoint.model_folder import is_checkpoint
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.model.weights.weight_files import stored_tensors
+from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage's unit
 
@@ -42,7 +43,8 @@ class Converted:
         files = {tensor.file for tensor in tensors.values()}
         size = sum(file.stat().st_size for file in files)
         summary = f"{self.directory}: {len(tensors)} tensors in {len(files)} file(s), {size / 1e9:.3f} GB, {self.dtype}"
-        return "\n".join([summary, f"from {self.source}", *(f"note: {note}" for note in self.notes)])
+        lines = [summary, f"from {self.source}", *(f"note: {note}" for note in self.notes)]
+        return "\n".join(shown(line, LONGEST_NOTE) for line in lines)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ebft_mega.apps.report.run_records import read_json
+from ebft_mega.shown_text import shown_label
 
 
 def plot_evaluation(path: Path) -> Path:
@@ -21,7 +22,7 @@ def plot_evaluation(path: Path) -> Path:
     for axes, (name, values) in zip(figure.subplots(1, num_panels, squeeze=False)[0], per_row.items(), strict=False):
         axes.hist(values, bins=24, color="#4878a8")
         axes.axvline(content[name], color="black", linewidth=1)
-        axes.set(title=f"{name}\nmean {content[name]:.4f}", xlabel="per row")
+        axes.set(title=f"{shown_label(name)}\nmean {content[name]:.4f}", xlabel="per row")
     target = path.with_name("evaluation.png")
     figure.savefig(target, dpi=110)
     return target

@@ -1,10 +1,14 @@
-"""Render report pages from the Jinja2 templates in `templates/`; every text is escaped."""
+"""Render report pages from the Jinja2 templates in `templates/`; every text and every address is escaped."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from ebft_mega.shown_text import escaped
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,11 +55,24 @@ def _environment() -> "Environment":
     # Imported when a page is written: tools answer --help without it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("ebft_mega.apps.report"),
         autoescape=True,
+        finalize=_as_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["address"] = _address
+    return environment
+
+
+def _as_text(value: object) -> object:
+    """What a template shows, before its HTML is escaped; what a macro has made is HTML already."""
+    return value if hasattr(value, "__html__") else escaped(str(value), "\n\t")
+
+
+def _address(place: str) -> str:
+    """A path as a relative address: nothing in it is a scheme, a query or a place within the page."""
+    return quote(os.fsencode(place))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ebft_mega.apps.report.run_records import Curve
 from ebft_mega.evaluation.bootstrap import Interval
+from ebft_mega.shown_text import shown_label
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#868e96", "#c2255c")
 DOTS_PER_INCH = 130
@@ -45,9 +46,9 @@ def draw_chart(chart: Chart, curves: Mapping[str, Curve], path: Path) -> bool:
         steps, values = curves[key]
         if len(steps) > SMOOTHED_FROM:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
+            axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=shown_label(label))
         else:
-            axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=shown_label(label))
     if chart.logarithmic and all(value > 0 for key, _ in present for value in curves[key][1]):
         axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -76,7 +77,7 @@ def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], 
         if key in curves:
             by_step = dict(zip(*curves[key], strict=True))
             layers.append(np.array([by_step.get(step, 0.0) for step in steps]))
-            labels.append(label)
+            labels.append(shown_label(label))
     explained = np.sum(layers, axis=0) if layers else np.zeros(len(steps))
     layers.append(np.maximum(np.asarray(totals) - explained, 0.0))
     labels.append("other")
@@ -114,7 +115,7 @@ def draw_intervals(panels: Mapping[str, Mapping[str, Interval]], path: Path) -> 
             colour = COLOURS[position % len(COLOURS)]
             axes.plot([interval.low, interval.high], [position, position], color=colour, linewidth=2.0)
             axes.plot(interval.mean, position, marker="o", color=colour, markersize=5)
-        labels = list(intervals) if index % num_columns == 0 else []
+        labels = [shown_label(label) for label in intervals] if index % num_columns == 0 else []
         axes.set_yticks(range(len(intervals)), labels=labels or [""] * len(intervals), fontsize=8)
         axes.set_ylim(len(intervals) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=4)
@@ -149,7 +150,7 @@ def _axes(title: str) -> tuple[Any, Any]:
 
 
 def _decorate(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_title(shown_label(title), fontsize=10, loc="left", fontweight="bold")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

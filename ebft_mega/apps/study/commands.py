@@ -11,6 +11,7 @@ from pathlib import Path
 from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.arguments import whole_number
+from ebft_mega.io.standard_streams import print_line
 
 MOST_THREADS = 4
 
@@ -32,7 +33,7 @@ def phase_runner(arguments: argparse.Namespace, root: Path) -> PhaseRunner:
     """
     return PhaseRunner(
         root,
-        say=lambda text: print(text, flush=True),
+        say=lambda text: print_line(text, sys.stdout),
         environment=thread_environment(arguments.ranks),
         fresh=arguments.fresh,
     )

@@ -27,7 +27,7 @@ class PhaseFailed(EbftError):
     """A command ended with an error; `exit_code` is the command's own."""
 
     def __init__(self, name: str, command: Sequence[str], exit_code: int, reason: str):
-        super().__init__(f"phase {name!r} failed ({reason}); its command was:\n  {shlex.join(command)}")
+        super().__init__(f"phase {name!r} failed ({reason}); its command was: {shlex.join(command)}")
         self.exit_code = exit_code
 
 

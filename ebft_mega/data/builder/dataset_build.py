@@ -1,6 +1,5 @@
 """Build a dataset directory from text with several processes; resume a build that was stopped."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import unfinished_directory
+from ebft_mega.io.standard_streams import print_line
 
 
 @dataclass(frozen=True)
@@ -197,4 +197,4 @@ def _moved_index(directory: Path, number: int, first_shard: int) -> np.ndarray:
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print_line(f"note: {note}")

@@ -95,20 +95,27 @@ def resumed_row(saved: StreamState, sequence_length: int) -> int:
 
 def _changes(saved: StreamState, current: StreamState) -> Iterator[tuple[str, object, object]]:
     """Key, old value and new value of everything that differs."""
-    for key in ("seed", "sequence_length"):
-        old, new = getattr(saved, key), getattr(current, key)
+    for key in ("seed", "data.sequence_length"):
+        field = key.removeprefix("data.")
+        old, new = getattr(saved, field), getattr(current, field)
         if old != new:
             yield key, old, new
     names, new_names = ([source.name for source in state.sources] for state in (saved, current))
     if names != new_names:
-        yield "sources", ", ".join(names), ", ".join(new_names)
+        yield "data.sources", ", ".join(names), ", ".join(new_names)
     new_sources = {source.name: source for source in current.sources}
     for old_source in saved.sources:
         new_source = new_sources.get(old_source.name)
         for key in ("fingerprint", "tokenizer_sha256", "weight", "max_epochs") if new_source else ():
             old, new = getattr(old_source, key), getattr(new_source, key)
             if old != new:
-                yield f"sources.{old_source.name}.{key}", old, new
+                yield _source_key(old_source.name, key), old, new
+
+
+def _source_key(name: str, field: str) -> str:
+    """How the configuration calls a source or one of its keys; `data.shards` alone is a source of this name."""
+    source = "data.shards" if name == "shards" else f"data.sources.{name}"
+    return f"{source}.{field}" if field in ("weight", "max_epochs") else f"{source} ({field})"
 
 
 def _consequence(changed: set[str], saved: StreamState, current: StreamState) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.io.progress_bar import track
+from ebft_mega.io.standard_streams import print_line
 
 CHUNK_CHARACTERS = 3500
 MAX_VOCAB_SIZE = 1 << 20  # four times the largest in use; the trainer takes no number beyond 31 bits
@@ -103,11 +103,11 @@ def _read_texts(source: Path, pattern: str) -> dict[str, str]:
     listing = list_files(source, pattern)
     for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
         if words := in_words(counts):
-            print(f"note: {source}: {meaning}: {words}", file=sys.stderr)
+            print_line(f"note: {source}: {meaning}: {words}")
     if OUTSIDE_LINKS in listing.left_out:
-        print(f"note: {source}: {TO_FOLLOW}", file=sys.stderr)
+        print_line(f"note: {source}: {TO_FOLLOW}")
     if count := count_containers(listing.files):
-        print(f"note: {source}: JSONL or tar files that are read as one text each: {count}", file=sys.stderr)
+        print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
     for file in readable_files(listing):
         try:
             document = read_text_file(file, source)

@@ -163,7 +163,7 @@ def test_finished_other_run(site, checkpoint, is_recorded, what):
     site.finish(checkpoint=checkpoint, is_recorded=is_recorded)
     if what == "data":
         # Without a record and a checkpoint only the path tells.
-        expected = "fingerprint: found" if is_recorded or checkpoint else "data.shards: found"
+        expected = "data.shards (fingerprint): found" if is_recorded or checkpoint else "data.shards: found"
         assert expected in refusal(site, site.add_other_data())
         assert refusal(site, f"data.shards={site.inputs.root / 'other'}", MORE)
         return

@@ -1,19 +1,27 @@
 """Report pages show every text as text: none becomes markup, whatever it says."""
 
 import json
-from urllib.parse import unquote
+import os
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
 
-from ebft_mega.apps.report import page
+from ebft_mega.apps.report import page, plots
 from ebft_mega.apps.report.arm_comparison import write_comparison
+from ebft_mega.apps.report.evaluation_plot import plot_evaluation
 from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.apps.report.seeds import write_study
+from ebft_mega.evaluation.bootstrap import Interval
+from ebft_mega.shown_text import escaped
 from tests.unit.apps.report.page_reader import PageReader
+from tests.unit.hostile import dangers
 
 # Closes what it may stand in (an attribute, a span, the style sheet), then would run. No slash: it is a file name, too.
-HOSTILE = "\"'><script>alert(1)<img src=x onerror=alert(1)>&lt;b&gt; {{ 7 * 7 }} %41 #?"
+# Then: what a terminal or a reader of lines obeys, half a formula of a plot, and a byte of a name that is not UTF-8.
+MARKUP = "\"'><script>alert(1)<img src=x onerror=alert(1)>&lt;b&gt; {{ 7 * 7 }} %41 #? ]]>"
+TEXT = f"{MARKUP}\x1b[31m\x9b2J\x07\x08\r\x7f\u202eabc\u2066\u200b\u2028$x^2$ \\frac{{1}}{{$ $\\undefined$"
+HOSTILE = f"{TEXT}\udcff"
 
 
 def hostile_run(directory):
@@ -24,7 +32,7 @@ def hostile_run(directory):
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
     sample = {"step": 1, "row": 0, "block": 0, "context": HOSTILE, "target": HOSTILE, "alignment": [0.5]}
     (run / "samples.jsonl").write_text(json.dumps(sample | {"rollouts": [f"{HOSTILE}\n{HOSTILE}"]}) + "\n")
-    (run / "config.resolved.yaml").write_text(f"output_dir: {HOSTILE}\n")
+    (run / "config.resolved.yaml").write_text(f"output_dir: {TEXT}\n", encoding="utf-8", newline="")
     (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
     (run / "status.json").write_text(json.dumps({"state": HOSTILE, HOSTILE: 1}))
     return write_run_report(run)
@@ -54,6 +62,11 @@ def hostile_study(directory):
     return write_study({0: arms, 1: arms}, directory / f"study {HOSTILE}", HOSTILE, [HOSTILE])
 
 
+def place(address):
+    """The path that a relative address leads to."""
+    return os.fsdecode(unquote_to_bytes(address))
+
+
 PAGES = {"run": (hostile_run, 11), "comparison": (hostile_comparison, 16), "study": (hostile_study, 5)}
 
 
@@ -64,8 +77,9 @@ def test_hostile_text_is_shown_as_it_is(tmp_path, name):
     found = PageReader(report.read_text(encoding="utf-8"))
     assert found.tags & {"script", "iframe", "b"} == set()
     assert found.attributes <= {"charset", "class", "lang", "name", "content", "src", "alt", "href"}
-    assert found.text.count(HOSTILE) >= times
-    assert found.images and all((report.parent / unquote(image)).exists() for image in found.images)
+    assert found.text.count(MARKUP) >= times and escaped(TEXT) in found.text
+    assert dangers(found.text, "\n\t") == set()
+    assert found.images and all((report.parent / place(image)).exists() for image in found.images)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -82,7 +96,17 @@ def test_links_lead_to_files_of_any_name(tmp_path):
     html = hostile_comparison(tmp_path).read_text(encoding="utf-8")
     (link,) = PageReader(html).links
     assert not set("\"'<>#? ") & set(link)
-    assert (tmp_path / f"comparison {HOSTILE}" / unquote(link)).resolve() == report
+    assert (tmp_path / f"comparison {HOSTILE}" / place(link)).resolve() == report
+
+
+@pytest.mark.parametrize("text", ["$\\frac{1}{$", "a\x1b[31m\n$b$"])
+def test_a_name_in_a_plot_is_no_formula(tmp_path, text):
+    plots.draw_intervals({text: {text: Interval(0.0, -1.0, 1.0)}}, tmp_path / "a.png")
+    assert plots.draw_chart(
+        plots.Chart("a", text, text, (("a", text), ("b", text))), {"a": ([1], [1.0])}, tmp_path / "b.png"
+    )
+    (tmp_path / "evaluation.json").write_text(json.dumps({text: 1.0, "per_row": {text: [0.0, 2.0]}}))
+    plot_evaluation(tmp_path / "evaluation.json")
 
 
 def test_a_value_that_a_template_lacks_is_an_error(tmp_path):

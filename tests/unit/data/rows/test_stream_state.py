@@ -53,13 +53,13 @@ def test_a_state_that_is_none_is_refused(old: str, new: str, key: str) -> None:
     [
         (changed(seed=4), "seed", "3", "4"),
         (changed(seed=None), "seed", "3", "None"),
-        (changed(sequence_length=512, next_row=200), "sequence_length", "1024", "512"),
-        (changed_source(fingerprint="d" * 64), "sources.code.fingerprint", "a" * 64, "d" * 64),
-        (changed_source(tokenizer_sha256="d" * 64), "sources.code.tokenizer_sha256", "b" * 64, "d" * 64),
-        (changed_source(weight="1/2"), "sources.code.weight", "7/10", "1/2"),
-        (changed_source(max_epochs=2.0), "sources.code.max_epochs", "None", "2.0"),
-        (changed(sources=(CODE,)), "sources", "code, books", "code"),
-        (changed(sources=(BOOKS, CODE)), "sources", "code, books", "books, code"),
+        (changed(sequence_length=512, next_row=200), "data.sequence_length", "1024", "512"),
+        (changed_source(fingerprint="d" * 64), "data.sources.code (fingerprint)", "a" * 64, "d" * 64),
+        (changed_source(tokenizer_sha256="d" * 64), "data.sources.code (tokenizer_sha256)", "b" * 64, "d" * 64),
+        (changed_source(weight="1/2"), "data.sources.code.weight", "7/10", "1/2"),
+        (changed_source(max_epochs=2.0), "data.sources.code.max_epochs", "None", "2.0"),
+        (changed(sources=(CODE,)), "data.sources", "code, books", "code"),
+        (changed(sources=(BOOKS, CODE)), "data.sources", "code, books", "books, code"),
     ],
 )
 def test_a_change_is_refused_with_the_old_and_the_new_value(current: StreamState, key: str, old: str, new: str) -> None:
@@ -77,7 +77,7 @@ def test_all_changes_are_listed_at_once() -> None:
     with pytest.raises(InputError) as caught:
         check_resumable(SAVED, changed(seed=1, sequence_length=8, sources=sources))
     keys = [problem.key for problem in caught.value.problems]
-    assert keys == ["seed", "sequence_length", "sources.code.fingerprint", "sources.code.weight"]
+    assert keys == ["seed", "data.sequence_length", "data.sources.code (fingerprint)", "data.sources.code.weight"]
 
 
 def test_how_far_a_run_has_come_is_no_change() -> None:

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from ebft_mega.data.builder.build_record import read_build_record
+from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
 from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.errors import DamagedDataError
+from tests.unit.hostile import FORGED_LINE, TEXTS, dangers
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 
@@ -65,9 +68,6 @@ def test_metadata_of_every_document(dataset: Dataset, texts: dict[str, str]) -> 
 
 
 def test_long_metadata(tmp_path: Path, tokenizer_directory: Path) -> None:
-    from ebft_mega.data.builder.shard_writer import DatasetWriter
-    from ebft_mega.data.text.tokenizer import load_tokenizer
-
     writer = DatasetWriter(tmp_path, load_tokenizer(tokenizer_directory), 10_000)
     metadata = [{"path": "x" * length} for length in (10, 900, 1010, 1020, 5000)]
     for item in metadata:
@@ -173,3 +173,32 @@ def test_a_build_record_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"documents": 1}', "\xff"):
         (tmp_path / "build.json").write_text(content, encoding="latin-1")
         assert read_build_record(tmp_path) is None
+
+
+def test_what_a_dataset_says_is_shown_as_letters(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """A document keeps its lines and tabs; the lines that describe it are not its own to write."""
+    tokenizer = load_tokenizer(tokenizer_directory)
+    (tmp_path / "data").mkdir()
+    writer = DatasetWriter(tmp_path / "data", tokenizer, 10_000)
+    document = "first\n\tsecond\x1b[31m\r\x9b\u202e"
+    for text in TEXTS.values():
+        named = text.encode("utf-8", "replace").decode()  # a dataset's metadata is UTF-8
+        writer.add(tokenizer.encode(document), {"path": named, "licence": named, "source": named, named: named})
+    writer.finish()
+    number = list(TEXTS).index("forged_line")
+    for arguments in (["--metadata"], ["--show", number], ["--show", number, "--json"], ["--metadata", "--json"]):
+        done = inspect(tmp_path / "data", *arguments)
+        assert done.returncode == 0 and done.stderr == ""
+        assert dangers(done.stdout, "\n\t") == set()
+        assert not any(line.startswith(FORGED_LINE) for line in done.stdout.splitlines())
+        if "--json" in arguments:
+            json.loads(done.stdout)
+        elif "--show" in arguments:
+            assert r"first" + "\n\tsecond" in done.stdout and tokenizer.decode(tokenizer.encode(document)) != ""
+
+
+@pytest.mark.parametrize("place", ["/proc/x.png", "here/x.png"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "here").touch()
+    done = inspect(tmp_path, "--plot", tmp_path / place if place[0] != "/" else place)
+    assert done.returncode == 2 and "argument --plot: found '" in done.stderr and "expected a" in done.stderr
