@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="HOST",
         help="servers that the server of a URL may redirect to, as data.redirect_hosts has them",
     )
-    parser.add_argument("--cache-gigabytes", type=float, help=f"shards it may hold (default: {CACHE_GIGABYTES})")
+    parser.add_argument("--cache-gigabytes", type=float, help=f"what it may hold in all (default: {CACHE_GIGABYTES})")
     arguments = parser.parse_args()
     beside: list[tuple[str, str, object]] = []
     if arguments.show is not None:

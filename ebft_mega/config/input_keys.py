@@ -106,8 +106,8 @@ class DataConfig(Section):
     )
     cache_gigabytes: float = key(
         100.0,
-        "(ours) Limit for downloaded shards in the cache; the least recently used are deleted first. If not even a few "
-        "shards fit, single documents are fetched instead.",
+        "(ours) Limit for what is downloaded into the cache; the least recently used is deleted first. If not even a "
+        "few shards fit, single documents are fetched instead; index and tokenizer may take 0.1 in any case.",
         unit="1e9 bytes",
         ge=0,
     )

@@ -168,7 +168,7 @@ def _cache_too_small_for_all(config: RunConfig, manifests: Mapping[str, Manifest
     sources = config.data.named_sources.items()
     places: dict[str, Path | str | None] = {config.data.source_key(name): source.shards for name, source in sources}
     places["evaluation.shards"] = config.evaluation.shards
-    limit = shard_cache(config.data).limit_bytes
+    limit = shard_cache(config.data).bytes_for_shards()
     needs = [whole_shard_bytes(manifest) for key, manifest in manifests.items() if isinstance(places[key], str)]
     needed = sum(need for need in needs if need <= limit)
     if needed > limit:

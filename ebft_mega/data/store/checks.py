@@ -1,7 +1,6 @@
 """Checks of a dataset before any document is read: manifest, tokenizer copy, index, sizes and order of the shards."""
 
 import tarfile
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ebft_mega.data.store.format import (
     FORMAT_VERSION,
     INDEX_DTYPE,
     INDEX_NAME,
+    MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
     TAR_BLOCK_BYTES,
     TOKENIZER_DIRECTORY,
@@ -21,15 +21,16 @@ from ebft_mega.data.store.format import (
     fingerprint,
     payload_suffix,
 )
+from ebft_mega.data.store.index_file import MAX_HEADER_BYTES, header_bytes, load_index
 from ebft_mega.data.store.reader import ShardBytes
 from ebft_mega.data.text.tokenizer import tokenizer_sha256
 from ebft_mega.data.text.tokenizer_files import read_tokenizer_files
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.contained_files import leaves, read_contained
-from ebft_mega.io.input_errors import MAX_JSON_BYTES, bad_input, lfs_pointer
+from ebft_mega.io.input_errors import bad_input, file_obstacle, lfs_pointer
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import reading
-from ebft_mega.io.records import NEWER, parse_record
+from ebft_mega.io.records import MAX_PROBLEMS, NEWER, parse_record
 
 _MANIFEST = "the manifest of a dataset made by tools/build_shards.py"
 
@@ -41,7 +42,7 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
     """
     path = directory / MANIFEST_NAME
-    content = read_contained(directory, MANIFEST_NAME, MAX_JSON_BYTES, _MANIFEST)
+    content = read_contained(directory, MANIFEST_NAME, MANIFEST_LIMIT_BYTES, _MANIFEST)
     if found := lfs_pointer(content):
         raise bad_input(path, MANIFEST_NAME, found, _MANIFEST)
     return parse_manifest(content, str(path))
@@ -97,10 +98,32 @@ def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
     for key, token in (("max_token_id", manifest.max_token_id), ("eos_id", manifest.eos_id)):
         if token >= manifest.vocab_size:
             problems.append(Problem(where, key, str(token), below_vocab))
+    problems += _size_problems(where, manifest)
     names = Counter(shard.name for shard in manifest.shards)
     for name, count in names.items():
         if count > 1:
             problems.append(Problem(where, "shards", f"{count} shards named {name}", "different names"))
+    return problems
+
+
+def _size_problems(where: str, manifest: Manifest) -> list[Problem]:
+    """Numbers that no files could have: what is read and reserved is computed from them."""
+    problems = []
+    header = header_bytes(manifest.index.bytes, manifest.documents)
+    if not 0 < header <= MAX_HEADER_BYTES:
+        records = f"{manifest.documents} records of {INDEX_DTYPE.itemsize} bytes"
+        expected = f"{records} and a header of at most {MAX_HEADER_BYTES}"
+        problems.append(Problem(where, "index.bytes", str(manifest.index.bytes), expected))
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for shard in manifest.shards:
+        # A document has a tar header, and a token that is not stored: the one that ends it.
+        least = shard.documents * TAR_BLOCK_BYTES + (shard.tokens - shard.documents) * itemsize
+        if shard.tokens < shard.documents or shard.bytes < least:
+            found = f"{shard.bytes} bytes with {shard.documents} documents and {shard.tokens} tokens"
+            expected = f"a token per document at least, and {least} bytes or more"
+            problems.append(Problem(where, shard.name, found, expected))
+        if len(problems) == MAX_PROBLEMS:
+            break
     return problems
 
 
@@ -144,8 +167,8 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
     def problem(found: object, expected: object) -> list[Problem]:
         return [Problem(str(path), "index", str(found), str(expected))]
 
-    if not path.is_file():
-        return problem("no such file", f"{manifest.index.bytes} bytes")
+    if (obstacle := file_obstacle(path)) is not None:
+        return problem(obstacle, f"{manifest.index.bytes} bytes")
     if path.stat().st_size != manifest.index.bytes:
         return problem(f"{path.stat().st_size} bytes", f"{manifest.index.bytes} bytes")
     found = file_sha256(path)
@@ -155,21 +178,9 @@ def index_problems(directory: Path, manifest: Manifest) -> list[Problem]:
         index = load_index(path)
     except InputError as error:
         return list(error.problems)
-    if index.dtype != INDEX_DTYPE or index.shape != (manifest.documents,):
-        return problem(f"{index.shape} of {index.dtype}", f"({manifest.documents},) of {INDEX_DTYPE}")
+    if len(index) != manifest.documents:
+        return problem(f"{len(index)} records", f"{manifest.documents} records")
     return record_problems(str(path), np.asarray(index), manifest)
-
-
-def load_index(path: Path) -> np.ndarray:
-    """Map the index file into memory, whatever its records are; pickled objects are never loaded.
-
-    Raises:
-        InputError: it is no such file.
-    """
-    with reading(path, "index", f"records of {INDEX_DTYPE}"):
-        # Sizes beyond all bounds overflow in the library: a warning there, and an error only by luck.
-        with np.errstate(over="raise"), warnings.catch_warnings(action="error"):
-            return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def record_problems(where: str, index: np.ndarray, manifest: Manifest) -> list[Problem]:

@@ -22,11 +22,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from ebft_mega.io.records import Count, Record, Sha256
+from ebft_mega.io.records import LARGEST_COUNT, Count, Record, Sha256
 
 FORMAT_NAME = "ebft_mega.dataset"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
+MANIFEST_LIMIT_BYTES = 1 << 26  # of more than 200,000 shards
 INDEX_NAME = "index.npy"
 TOKENIZER_DIRECTORY = "tokenizer"
 TAR_BLOCK_BYTES = 512
@@ -45,7 +46,9 @@ INDEX_DTYPE = np.dtype(
 )
 
 # A plain file name: neither a folder, a URL nor a command can be written into a manifest.
-ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")]
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$", max_length=255)]
+_PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+_MAX_VOCABULARY = 1 << 32  # what the wider token type holds
 
 
 class ShardEntry(Record):
@@ -54,8 +57,8 @@ class ShardEntry(Record):
     name: ShardName
     bytes: Count
     sha256: Sha256
-    documents: Annotated[int, Field(ge=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    documents: _PositiveCount
+    tokens: _PositiveCount
 
 
 class IndexEntry(Record):
@@ -76,11 +79,11 @@ class Manifest(Record):
     format: Literal["ebft_mega.dataset"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
-    vocab_size: Annotated[int, Field(ge=1)]
+    vocab_size: Annotated[int, Field(ge=1, le=_MAX_VOCABULARY)]
     eos_id: Count
     tokenizer_sha256: Sha256
-    documents: Annotated[int, Field(ge=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    documents: _PositiveCount
+    tokens: _PositiveCount
     max_token_id: Count
     shards: tuple[ShardEntry, ...]
     index: IndexEntry

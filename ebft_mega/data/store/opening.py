@@ -1,28 +1,43 @@
 """Open a local or remote dataset after every check that is possible without reading documents. Imports no torch."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ebft_mega.data.store.addresses import https_address_problem
+from ebft_mega.data.store.cache_folder import plain_files, remove
 from ebft_mega.data.store.checks import (
     index_problems,
-    load_index,
     manifest_problems,
+    parse_manifest,
     read_manifest,
     shard_problems,
     swapped_shard_problems,
     tokenizer_problems,
 )
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.store.format import INDEX_NAME, MANIFEST_NAME
+from ebft_mega.data.store.format import (
+    INDEX_NAME,
+    MANIFEST_LIMIT_BYTES,
+    MANIFEST_NAME,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+)
 from ebft_mega.data.store.https import DEFAULT_TRANSFER, HttpsClient, Transfer
+from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import ShardFiles
-from ebft_mega.data.store.remote import OnError, RemoteShards, remote_description, remote_shard_problems
+from ebft_mega.data.store.remote import OnError, RemoteShards
 from ebft_mega.data.store.shard_cache import ShardCache
-from ebft_mega.errors import InputError
+from ebft_mega.data.text.tokenizer_files import TOKENIZER_FILES
+from ebft_mega.errors import DamagedDataError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.records import MAX_PROBLEMS
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+_TOKENIZER_LIMIT_BYTES = 1 << 28
+_SIMULTANEOUS_CHECKS = 16
+# Public buckets without permission to list them answer 403 for a missing file.
+_ABSENT_TOKENIZER_STATUS = (403, 404, 410)
 _WHAT = "dataset directory made by tools/build_shards.py"
 
 
@@ -82,9 +97,125 @@ def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, tran
         directory, manifest = remote_description(address, cache, client)
     except OSError as error:  # of the disk; what the server does wrong has errors of its own
         raise bad_input(cache.directory, "cache", error.strerror or error, "a directory that can be written") from error
-    problems = manifest_problems(f"{address}/{MANIFEST_NAME}", manifest)
-    problems += remote_shard_problems(address, manifest, client)
-    if problems:
+    if problems := remote_shard_problems(address, manifest, client):
         raise InputError(problems)
     index = load_index(directory / INDEX_NAME)
     return Dataset(directory, manifest, index, RemoteShards(address, manifest, directory, cache, client, on_error))
+
+
+def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
+    """Copy manifest, index and tokenizer of a remote dataset, unless complete copies exist.
+
+    The manifest is fetched every time. The copies lie in a directory named by its fingerprint, so a dataset that
+    changed gets new ones. One process of a node copies at a time; the others wait and use the same copy.
+
+    Args:
+        address: https URL of the dataset directory.
+        cache: of this node.
+        client: to read with.
+
+    Returns:
+        The local directory, and the manifest.
+
+    Raises:
+        InputError: no manifest, a wrong one, or files that are not what it describes.
+    """
+    where = f"{address}/{MANIFEST_NAME}"
+    content = _read_manifest(where, client)
+    manifest = parse_manifest(content, where)
+    # The fingerprint becomes the name of the directory, and the sizes are downloaded, so they are checked first.
+    if problems := manifest_problems(where, manifest):
+        raise InputError(problems)
+    directory = cache.dataset_directory(manifest.fingerprint)
+    with cache.lock(manifest.fingerprint):
+        if _description_problems(directory, content, manifest):
+            num_bytes = len(content) + manifest.index.bytes
+            room = cache.make_room_for_description(manifest.fingerprint, num_bytes)
+            if room < num_bytes:
+                found = f"manifest and index of {num_bytes} bytes, and room for {room} in {cache.directory}"
+                expected = "a larger data.cache_gigabytes (--cache-gigabytes), which holds at least these"
+                raise bad_input(where, "index.bytes", found, expected)
+            incoming = directory.with_suffix(".incoming")
+            try:
+                incoming.mkdir()
+                _copy_description(address, incoming, content, manifest, client, room)
+                problems = _description_problems(incoming, content, manifest)
+                if problems:
+                    raise InputError([problem.within(address) for problem in problems])
+                remove(directory)
+                incoming.rename(directory)
+            except DamagedDataError as error:
+                raise bad_input(error.shard, Path(error.shard).name, error.found, error.expected) from error
+            finally:
+                remove(incoming)
+    return directory, manifest
+
+
+def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient) -> list[Problem]:
+    """Report shards that are missing, unreachable or of another size; requests only their sizes, 16 at a time.
+
+    After `MAX_PROBLEMS` no others are asked for: each of them may take as long as a server that hangs.
+    """
+    found_problems: list[Problem] = []
+
+    def problem(shard: int) -> Problem | None:
+        if len(found_problems) >= MAX_PROBLEMS:
+            return None
+        entry = manifest.shards[shard]
+        url, expected = f"{address}/{entry.name}", f"{entry.bytes} bytes"
+        try:
+            found = f"{client.size(url)} bytes"
+        except DamagedDataError as error:
+            found = error.found
+        return None if found == expected else Problem(url, entry.name, found, expected)
+
+    with ThreadPoolExecutor(_SIMULTANEOUS_CHECKS, thread_name_prefix="shard-sizes") as executor:
+        for item in executor.map(problem, range(len(manifest.shards))):
+            if item is not None and len(found_problems) < MAX_PROBLEMS:
+                found_problems.append(item)
+    return found_problems
+
+
+def _read_manifest(url: str, client: HttpsClient) -> bytes:
+    expected = "the manifest of a dataset made by tools/build_shards.py"
+    try:
+        content = client.small_file(url, MANIFEST_LIMIT_BYTES)
+    except DamagedDataError as error:
+        raise bad_input(url, MANIFEST_NAME, error.found, expected) from error
+    if content is None:
+        raise bad_input(url, MANIFEST_NAME, "no such file", expected)
+    return content
+
+
+def _description_problems(directory: Path, manifest_content: bytes, manifest: Manifest) -> list[Problem]:
+    """Report what is missing or wrong in a local copy of manifest, index and tokenizer; links are, too."""
+    path = directory / MANIFEST_NAME
+    if (
+        plain_files(directory) is None
+        or not path.is_file()
+        or path.stat().st_size != len(manifest_content)
+        or path.read_bytes() != manifest_content
+    ):
+        return [Problem(str(path), MANIFEST_NAME, "no copy", "a copy of the manifest")]
+    return index_problems(directory, manifest) + tokenizer_problems(directory, manifest)
+
+
+def _copy_description(
+    address: str, directory: Path, manifest_content: bytes, manifest: Manifest, client: HttpsClient, room_bytes: int
+) -> None:
+    """Download a description into a directory that has just been made; at most `room_bytes` in all."""
+    num_bytes = manifest.index.bytes
+    room_bytes -= len(manifest_content) + num_bytes
+    with (directory / MANIFEST_NAME).open("xb") as file:
+        file.write(manifest_content)
+    with (directory / INDEX_NAME).open("xb") as file:
+        for chunk in client.chunks(f"{address}/{INDEX_NAME}", 0, num_bytes, num_bytes):
+            file.write(chunk)
+    (directory / TOKENIZER_DIRECTORY).mkdir()
+    for name in TOKENIZER_FILES:
+        url, limit = f"{address}/{TOKENIZER_DIRECTORY}/{name}", min(_TOKENIZER_LIMIT_BYTES, room_bytes)
+        content = client.small_file(url, limit, _ABSENT_TOKENIZER_STATUS)
+        if content is not None:
+            room_bytes -= len(content)
+            with (directory / TOKENIZER_DIRECTORY / name).open("xb") as file:
+                file.write(content)

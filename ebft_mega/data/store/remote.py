@@ -1,111 +1,40 @@
-"""Read datasets from an https server: manifest, index and tokenizer are copied, shards cached or read by byte ranges.
-
-Imports no torch.
-"""
+"""Read the shards of a dataset on an https server, cached whole or by byte ranges. Imports no torch."""
 
 import logging
 import os
-import shutil
 import threading
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
-from ebft_mega.data.store.checks import fingerprint_problems, index_problems, parse_manifest, tokenizer_problems
 from ebft_mega.data.store.format import (
     INDEX_NAME,
-    MANIFEST_NAME,
     TAR_BLOCK_BYTES,
-    TOKENIZER_DIRECTORY,
     WINDOW_DOCUMENTS,
     Manifest,
 )
 from ebft_mega.data.store.https import HttpsClient
+from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import read_fully
 from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError
-from ebft_mega.data.text.tokenizer_files import TOKENIZER_FILES
-from ebft_mega.errors import DamagedDataError, InputError, Problem
-from ebft_mega.io.input_errors import bad_input
+from ebft_mega.errors import DamagedDataError
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST_LIMIT_BYTES = 1 << 28
-_TOKENIZER_LIMIT_BYTES = 1 << 28
-_SIMULTANEOUS_CHECKS = 16
 # How long to wait for a shard that another thread or process is downloading; after that, its documents are read by
 # byte ranges. While a server hangs, the processes of a node try the download in turn: waiting for all of them would
 # exceed the run's own time limit for a step.
 _WAIT_SECONDS = 60.0
 
 OnError = Literal["raise", "skip"]
-# Public buckets without permission to list them answer 403 for a missing file.
-_ABSENT_TOKENIZER_STATUS = (403, 404, 410)
-
-
-def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
-    """Copy manifest, index and tokenizer of a remote dataset, unless complete copies exist.
-
-    The manifest is fetched every time. The copies lie in a directory named by its fingerprint, so a dataset that
-    changed gets new ones. One process of a node copies at a time; the others wait and use the same copy.
-
-    Args:
-        address: https URL of the dataset directory.
-        cache: of this node.
-        client: to read with.
-
-    Returns:
-        The local directory, and the manifest.
-
-    Raises:
-        InputError: no manifest, a wrong one, or files that are not what it describes.
-    """
-    content = _read_manifest(f"{address}/{MANIFEST_NAME}", client)
-    manifest = parse_manifest(content, f"{address}/{MANIFEST_NAME}")
-    # The fingerprint becomes the name of the directory, so it is checked first.
-    if problems := fingerprint_problems(f"{address}/{MANIFEST_NAME}", manifest):
-        raise InputError(problems)
-    directory = cache.dataset_directory(manifest.fingerprint)
-    with cache.lock(manifest.fingerprint):
-        if _description_problems(directory, content, manifest):
-            incoming = directory.with_suffix(".incoming")
-            for leftover in (incoming, directory):
-                shutil.rmtree(leftover, ignore_errors=True)
-            (incoming / TOKENIZER_DIRECTORY).mkdir(parents=True)
-            try:
-                _copy_description(address, incoming, content, manifest, client)
-            except DamagedDataError as error:
-                raise bad_input(error.shard, Path(error.shard).name, error.found, error.expected) from error
-            problems = _description_problems(incoming, content, manifest)
-            if problems:
-                raise InputError([problem.within(address) for problem in problems])
-            incoming.rename(directory)
-    return directory, manifest
-
-
-def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient) -> list[Problem]:
-    """Report shards that are missing, unreachable or of another size; requests only their sizes, 16 at a time."""
-
-    def problem(shard: int) -> Problem | None:
-        entry = manifest.shards[shard]
-        url, expected = f"{address}/{entry.name}", f"{entry.bytes} bytes"
-        try:
-            found = f"{client.size(url)} bytes"
-        except DamagedDataError as error:
-            found = error.found
-        return None if found == expected else Problem(url, entry.name, found, expected)
-
-    with ThreadPoolExecutor(_SIMULTANEOUS_CHECKS, thread_name_prefix="shard-sizes") as executor:
-        found_problems = executor.map(problem, range(len(manifest.shards)))
-        return [item for item in found_problems if item is not None]
 
 
 def whole_shard_bytes(manifest: Manifest) -> int:
@@ -171,7 +100,9 @@ class RemoteShards:
         self._first_documents = [0, *accumulate(shard.documents for shard in manifest.shards)]
         self._on_error = on_error
         self._max_open = max_open
-        self._whole = cache.limit_bytes >= whole_shard_bytes(manifest)
+        self._whole = cache.bytes_for_shards() >= whole_shard_bytes(manifest)
+        # A process that unpickles this object depends on the one that sent it.
+        self._hold: BinaryIO | None = cache.hold(manifest.fingerprint)
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -238,6 +169,8 @@ class RemoteShards:
         # Missing only when the constructor itself failed.
         if hasattr(self, "_process"):
             self.close()
+            if self._hold is not None:
+                self._hold.close()
 
     def __getstate__(self) -> dict[str, object]:
         names = ("_downloads", "_directory", "_first_documents", "_on_error", "_max_open", "_whole")
@@ -245,6 +178,7 @@ class RemoteShards:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self._hold = None
         self._start_empty()
 
     def _descriptor(self, shard: int, offset: int) -> int | None:
@@ -281,7 +215,7 @@ class RemoteShards:
         manifest = self._downloads.manifest
         if self._index is None:
             # Opened here, not taken from the dataset: pickling this object would copy the whole array.
-            self._index = np.asarray(np.load(self._directory / INDEX_NAME, mmap_mode="r", allow_pickle=False))
+            self._index = np.asarray(load_index(self._directory / INDEX_NAME))
         offsets = self._index["offset"]
         first = self._first_documents[shard]
         documents = range(first, first + manifest.shards[shard].documents)
@@ -361,37 +295,3 @@ class _DownloadsAhead:
             with self.changed:
                 self.expected.popleft()
                 self.changed.notify_all()
-
-
-def _read_manifest(url: str, client: HttpsClient) -> bytes:
-    expected = "the manifest of a dataset made by tools/build_shards.py"
-    try:
-        content = client.small_file(url, _MANIFEST_LIMIT_BYTES)
-    except DamagedDataError as error:
-        raise bad_input(url, MANIFEST_NAME, error.found, expected) from error
-    if content is None:
-        raise bad_input(url, MANIFEST_NAME, "no such file", expected)
-    return content
-
-
-def _description_problems(directory: Path, manifest_content: bytes, manifest: Manifest) -> list[Problem]:
-    """Report what is missing or wrong in a local copy of manifest, index and tokenizer."""
-    path = directory / MANIFEST_NAME
-    if not path.is_file() or path.read_bytes() != manifest_content:
-        return [Problem(str(path), MANIFEST_NAME, "no copy", "a copy of the manifest")]
-    return index_problems(directory, manifest) + tokenizer_problems(directory, manifest)
-
-
-def _copy_description(
-    address: str, directory: Path, manifest_content: bytes, manifest: Manifest, client: HttpsClient
-) -> None:
-    (directory / MANIFEST_NAME).write_bytes(manifest_content)
-    with (directory / INDEX_NAME).open("wb") as file:
-        num_bytes = manifest.index.bytes
-        for chunk in client.chunks(f"{address}/{INDEX_NAME}", 0, num_bytes, num_bytes):
-            file.write(chunk)
-    for name in TOKENIZER_FILES:
-        url = f"{address}/{TOKENIZER_DIRECTORY}/{name}"
-        content = client.small_file(url, _TOKENIZER_LIMIT_BYTES, _ABSENT_TOKENIZER_STATUS)
-        if content is not None:
-            (directory / TOKENIZER_DIRECTORY / name).write_bytes(content)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebft_mega.data.rows import order
-from ebft_mega.data.store import remote
+from ebft_mega.data.store import opening, remote
 from ebft_mega.data.store.addresses import https_address_problem
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest, fingerprint
@@ -283,7 +283,7 @@ def test_all_problems_of_a_remote_dataset_are_reported_before_the_start(
         ("index.npy", b"short", "index.npy: found a file of 5 bytes"),
         ("index.npy", "flip", "index: found sha256"),
         ("tokenizer/tokenizer.model", None, "tokenizer: found no tokenizer"),
-        ("tokenizer/tokenizer.model", b"another", "tokenizer: found a tokenizer with sha256"),
+        ("tokenizer/tokenizer.model", b"another", "found no sentencepiece model, or a damaged one"),
     ],
 )
 def test_a_damaged_description_is_refused_and_not_kept(
@@ -326,6 +326,184 @@ def test_a_remote_manifest_names_plain_files_only(
     path.write_text(json.dumps(fields))
     assert "shards.0.name" in refused(remote_url, cache)
     assert [entry[1] for entry in server.requests] == ["/data/train/dataset.json"]
+
+
+def change_manifest(server: FileServer, change: Callable[[dict], object]) -> None:
+    """Change a manifest on the server; its fingerprint stays right."""
+    path = server.directory / "data" / "train" / "dataset.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields | {"fingerprint": fingerprint(fields)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda fields: fields["index"].update(bytes=10**15), "index.bytes: found 1000000000000000; expected "),
+        (lambda fields: fields["index"].update(bytes=fields["documents"] * 32), "a header of at most 4096"),
+        (lambda fields: fields["index"].update(bytes=fields["documents"] * 32 + 4097), "a header of at most 4096"),
+        (lambda fields: fields.update(documents=2**63), "documents: found 9223372036854775808"),
+        (lambda fields: fields.update(vocab_size=2**33), "vocab_size: found 8589934592"),
+        (lambda fields: fields["shards"][0].update(bytes=600), "found 600 bytes with "),
+        (lambda fields: fields["shards"][0].update(tokens=1), "a token per document at least"),
+        (lambda fields: fields["shards"][0].update(name="a" * 252 + ".tar"), "shards.0.name: found"),
+        (lambda fields: fields.update(shards=[]), "documents: found"),
+    ],
+)
+def test_nothing_is_downloaded_for_numbers_that_cannot_be(
+    remote_url: str, server: FileServer, cache: ShardCache, change: Callable[[dict], object], problem: str
+) -> None:
+    change_manifest(server, change)
+    assert problem in refused(remote_url, cache)
+    assert [entry[1] for entry in server.requests] == ["/data/train/dataset.json"]
+    assert not cache.directory.exists()
+
+
+def test_a_manifest_of_any_size_is_not_read_to_its_end(remote_url: str, server: FileServer, cache: ShardCache) -> None:
+    with (server.directory / "data" / "train" / "dataset.json").open("r+b") as file:
+        file.truncate((1 << 26) + 1)
+    server.faults["dataset.json"] = Fault("stall", 0)
+    assert f"found {(1 << 26) + 1} bytes" in refused(remote_url, cache, IMPATIENT)
+
+
+def test_an_index_that_the_cache_cannot_hold_is_not_downloaded(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    documents = 10**8
+
+    def change(fields: dict) -> None:
+        more = documents - fields["documents"]
+        fields["shards"][0]["documents"] += more
+        fields["shards"][0]["tokens"] += more
+        fields["shards"][0]["bytes"] += 1024 * more
+        fields.update(documents=documents, tokens=fields["tokens"] + more)
+        fields["index"]["bytes"] = 192 + 32 * documents
+
+    change_manifest(server, change)
+    message = refused(remote_url, cache)
+    assert "index.bytes: found manifest and index of 32000" in message
+    assert "expected a larger data.cache_gigabytes (--cache-gigabytes)" in message
+    assert server.asked("GET", "index.npy") == []
+    assert bytes_below(cache.directory) == 0
+
+
+def test_tokenizer_files_have_the_room_that_is_left(
+    remote_url: str, server: FileServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ebft_mega.data.store import shard_cache
+
+    name = "tokenizer/tokenizer.model"
+    served = server.directory / "data" / "train"
+    needed = sum((served / part).stat().st_size for part in ("dataset.json", "index.npy", name))
+    monkeypatch.setattr(shard_cache, "DESCRIPTION_BYTES", needed - 1)
+    message = refused(remote_url, ShardCache(cache.directory, 0))
+    size = (served / name).stat().st_size
+    assert f"found {size} bytes; expected at most {size - 1} bytes" in message
+    assert bytes_below(cache.directory) == 0
+
+
+def test_leftovers_of_killed_processes_are_deleted(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset
+) -> None:
+    others = ["0" * 64, "1" * 64]
+    for name in (*others, dataset.manifest.fingerprint):
+        (cache.directory / f"{name}.incoming" / "tokenizer").mkdir(parents=True)
+        (cache.directory / f"{name}.incoming" / "index.npy").write_bytes(bytes(1000))
+    (cache.directory / "shards").mkdir()
+    for name in others:
+        (cache.directory / "shards" / f"{name}.part").write_bytes(bytes(1000))
+    with cache.lock(others[0]):  # this one is still being copied
+        open_dataset(remote_url, cache, transfer=QUICK)
+    left = sorted(path.name for path in cache.directory.iterdir())
+    assert left == sorted([f"{others[0]}.incoming", dataset.manifest.fingerprint, "locks", "shards"])
+    assert [path.name for path in (cache.directory / "shards").iterdir()] == [f"{others[0]}.part"]
+
+
+@pytest.mark.parametrize("fault", [Fault("status", 404), Fault("stall", 40), Fault("longer", 5)])
+def test_a_description_that_fails_leaves_nothing(
+    remote_url: str, server: FileServer, cache: ShardCache, fault: Fault
+) -> None:
+    server.faults["index.npy"] = fault
+    refused(remote_url, cache, Transfer(timeout_seconds=0.3, attempts=1))
+    assert [path.name for path in cache.directory.iterdir()] == ["locks"]
+
+
+def test_descriptions_that_nobody_uses_make_room(
+    remote_url: str, cache: ShardCache, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ebft_mega.data.store import shard_cache
+
+    directory = open_dataset(remote_url, cache, transfer=QUICK).directory
+    size = bytes_below(directory)
+    monkeypatch.setattr(shard_cache, "DESCRIPTION_BYTES", 2 * size)
+    small = ShardCache(cache.directory, 0)
+    other = small.dataset_directory("0" * 64)
+    shutil.copytree(directory, other)
+    long_ago = 1_000_000_000
+    os.utime(other, (long_ago, long_ago))
+    os.utime(directory, (long_ago, long_ago))
+    # Held, just used, and at last neither.
+    with small.hold("0" * 64):
+        os.utime(other, (long_ago, long_ago))
+        assert small.make_room_for_description("1" * 64, 2 * size) == size
+        assert sorted(small._descriptions()) == ["0" * 64]
+    os.utime(other)
+    assert small.make_room_for_description("1" * 64, 2 * size) == size
+    os.utime(other, (long_ago, long_ago))
+    assert small.make_room_for_description("1" * 64, 2 * size) == 2 * size
+    assert small._descriptions() == {}
+
+
+def test_an_open_dataset_holds_its_description(remote_url: str, cache: ShardCache, dataset: Dataset) -> None:
+    opened = open_dataset(remote_url, cache, transfer=QUICK)
+    fingerprint = dataset.manifest.fingerprint
+    os.utime(opened.directory, (1_000_000_000,) * 2)
+    assert not cache._remove_unused(fingerprint)
+    opened.close()  # opens its shards again when it is read
+    os.utime(opened.directory, (1_000_000_000,) * 2)
+    assert not cache._remove_unused(fingerprint)
+    del opened
+    assert cache._remove_unused(fingerprint)
+
+
+def test_links_in_place_of_a_description_are_not_written_through(
+    remote_url: str, server: FileServer, cache: ShardCache, dataset: Dataset, tmp_path: Path
+) -> None:
+    fingerprint = dataset.manifest.fingerprint
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(open_dataset(remote_url, ShardCache(tmp_path / "other", 0), transfer=QUICK).directory, elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    for name in (fingerprint, f"{fingerprint}.incoming"):
+        shutil.rmtree(cache.directory, ignore_errors=True)
+        cache.directory.mkdir()
+        (cache.directory / name).symlink_to(elsewhere)
+        directory = open_dataset(remote_url, cache, transfer=QUICK).directory
+        assert not directory.is_symlink()
+        assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for planted in ("index.npy", "tokenizer/tokenizer.model", "tokenizer/tokenizer_config.json", "tokenizer"):
+        path = directory / planted
+        (shutil.rmtree if path.is_dir() else os.unlink)(path) if path.exists() else None
+        path.symlink_to(elsewhere / planted if (elsewhere / planted).exists() else secret)
+        directory = open_dataset(remote_url, cache, transfer=QUICK).directory
+        assert not any(path.is_symlink() for path in directory.rglob("*"))
+        assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    os.unlink(directory / "index.npy")
+    os.mkfifo(directory / "index.npy")
+    assert (open_dataset(remote_url, cache, transfer=QUICK).directory / "index.npy").is_file()
+
+
+def test_no_more_shards_are_asked_for_when_many_are_missing(
+    remote_url: str, server: FileServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
+) -> None:
+    monkeypatch.setattr(opening, "MAX_PROBLEMS", 2)
+    monkeypatch.setattr(opening, "_SIMULTANEOUS_CHECKS", 1)
+    shards = [shard.name for shard in dataset.manifest.shards]
+    for name in shards:
+        server.faults[name] = Fault("status", 404, methods=("HEAD",))
+    assert len(refused(remote_url, cache).splitlines()) == 2
+    assert len(server.asked("HEAD")) < len(shards)
 
 
 def test_a_wrong_fingerprint_cannot_take_the_place_of_another_dataset(
@@ -412,16 +590,22 @@ def test_a_cache_that_holds_a_part_is_never_passed(
     monkeypatch.setattr(remote, "WINDOW_DOCUMENTS", 1)
     largest = max(shard.bytes for shard in dataset.manifest.shards)
     assert remote.whole_shard_bytes(dataset.manifest) <= 4 * largest < sum(s.bytes for s in dataset.manifest.shards)
-    cache = ShardCache(tmp_path / "cache", 4 * largest)
+    description = open_dataset(remote_url, ShardCache(tmp_path / "other", 0), transfer=QUICK).directory
+    cache = ShardCache(tmp_path / "cache", 4 * largest + bytes_below(description))
     for _ in range(2):
         opened = open_dataset(remote_url, cache, transfer=QUICK)
         for number, expected in enumerate(read_all(dataset)):
             assert opened.tokens(number).tolist() == expected
-            assert sum(path.stat().st_size for path in (cache.directory / "shards").iterdir()) <= cache.limit_bytes
+            assert bytes_below(cache.directory) <= cache.limit_bytes
+    assert bytes_below(cache.directory) > 4 * largest
     asked = server.asked("GET", ".tar")
     assert all(entry[2] is None for entry in asked)
     shards = len(dataset.manifest.shards)
     assert shards < len(asked) <= 2 * shards
+
+
+def bytes_below(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def test_copies_that_were_deleted_are_closed(remote_url: str, dataset: Dataset, cache: ShardCache) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +193,104 @@ def test_a_killed_process_leaves_no_lock_and_no_bytes_behind(tmp_path: Path) -> 
     assert fetch(cache, contents(3, 2000)) == contents(3, 2000)
     assert list(held(cache).values()) == [2000]
     assert fetch(cache, contents(1)) == contents(1)
+
+
+def plant(kind: str, path: Path, target: Path) -> None:
+    """Put something else where a file of the cache belongs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "dangling link":
+        path.symlink_to(target.with_name("created through a link"))
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    elif kind == "empty folder":
+        path.mkdir()
+    elif kind == "folder":
+        (path / "below").mkdir(parents=True)
+
+
+KINDS = ("link", "dangling link", "FIFO", "socket", "empty folder", "folder")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".part"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_planted_is_waited_for_or_written_through(
+    cache: ShardCache, tmp_path: Path, kind: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(contents(2))  # as large as the shard
+    path = cache.shard_path(entry(contents(1))).with_suffix(suffix)
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    plant(kind, Path(os.path.relpath(path, tmp_path)), target)
+    downloads: list[bytes] = []
+    data = [fetch(cache, contents(1), downloads) for _ in range(2)]
+    stays = kind == "folder" or (kind == "empty folder" and suffix == ".part")
+    # A folder with contents is not deleted, and what cannot be stored is not downloaded for it.
+    assert data == ([None, None] if stays else [contents(1)] * 2)
+    assert len(downloads) == (0 if stays else 1)
+    assert target.read_bytes() == contents(2)
+    assert not target.with_name("created through a link").exists()
+    assert stays or not path.with_suffix(".tar").is_symlink()
+
+
+def test_a_link_in_place_of_the_shards_or_locks_is_not_followed(
+    cache: ShardCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = tmp_path / "backups"
+    elsewhere.mkdir()
+    for number in range(5):
+        (elsewhere / f"{number}.tar").write_bytes(bytes(1000))
+    cache.directory.mkdir()
+    for name in ("shards", "locks"):
+        (cache.directory / name).symlink_to(elsewhere)
+        assert fetch(cache, contents(1)) is None
+        assert "a link or a file in place of a folder of the cache" in caplog.text
+        caplog.clear()
+        (cache.directory / name).unlink()
+    assert len(list(elsewhere.iterdir())) == 5
+
+
+def test_only_files_of_the_cache_are_deleted_for_room(cache: ShardCache) -> None:
+    fetch(cache, contents(1))
+    folder = cache.directory / "shards"
+    for name in ("backup.tar", f"{'0' * 63}.tar", f"{'0' * 64}.tar.gz"):
+        (folder / name).write_bytes(bytes(400))
+    assert fetch(cache, contents(2, 2200)) == contents(2, 2200)
+    assert sum(held(cache).values()) == 3400
+    assert fetch(cache, contents(3, 2400)) is None
+
+
+def test_descriptions_count_towards_the_limit(cache: ShardCache) -> None:
+    assert cache.bytes_for_shards() == 3500
+    description = cache.dataset_directory("0" * 64)
+    (description / "tokenizer").mkdir(parents=True)
+    (description / "index.npy").write_bytes(bytes(1500))
+    (description / "tokenizer" / "tokenizer.model").write_bytes(bytes(500))
+    assert cache.bytes_for_shards() == 1500
+    assert fetch(cache, contents(1)) == contents(1)
+    assert fetch(cache, contents(2)) == contents(2)
+    assert sum(held(cache).values()) == 1000
+    assert fetch(cache, contents(3, 1600)) is None
+    (description / "index.npy").write_bytes(bytes(5000))
+    assert cache.bytes_for_shards() == 0
+
+
+def test_a_failed_disk_leaves_no_descriptor_open(cache: ShardCache) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    fetch(cache, contents(1))
+    before = descriptors()
+    for call in ("replace", "ftruncate", "utime"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, call, lambda *arguments, **named: os.stat("/nowhere"))
+            fetch(cache, contents(2))
+        assert descriptors() == before
+        assert [name for name in held(cache) if name.endswith(".part")] == []
 
 
 def test_a_copy_of_another_size_is_replaced(cache: ShardCache) -> None:
