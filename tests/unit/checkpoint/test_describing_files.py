@@ -183,6 +183,7 @@ def test_nothing_is_copied_through_a_link_that_leaves_the_directory(model, tmp_p
             (model / name).unlink(missing_ok=True)
             (model / name).symlink_to(outside / name)
     if folder:
+        (outside / "additional_chat_templates" / "private-name").touch()
         (model / "additional_chat_templates").symlink_to(outside / "additional_chat_templates")
     else:
         (model / "additional_chat_templates").mkdir()
@@ -193,6 +194,7 @@ def test_nothing_is_copied_through_a_link_that_leaves_the_directory(model, tmp_p
     (note,) = described.notes
     assert all(name.split("/")[0] in note for name in LINKED)
     assert "outside of its directory" in note
+    assert "private-name" not in note  # nor are the names of a folder elsewhere
 
 
 NOT_WHAT_THEY_ARE_NAMED = {

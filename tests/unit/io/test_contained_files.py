@@ -176,14 +176,21 @@ def test_a_link_that_takes_the_place_of_a_checked_file_is_not_followed(directory
         read_contained_bytes(directory, name, MOST)
 
 
-def test_a_link_that_comes_between_the_look_and_the_opening_is_not_followed(directory, monkeypatch):
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["a link", "a FIFO", "a longer file"])
+def test_what_comes_between_the_look_and_the_opening_is_not_read(directory, monkeypatch, kind):
     look = os.stat
 
     def swapped(*arguments, **options):
         found = look(*arguments, **options)
         if options.get("dir_fd") is not None:
             (directory / "plain").unlink()
-            (directory / "plain").symlink_to("../secret")
+            if kind == "a link":
+                (directory / "plain").symlink_to("../secret")
+            elif kind == "a FIFO":
+                os.mkfifo(directory / "plain")
+            else:
+                (directory / "plain").write_bytes(bytes(MOST + 1))
         return found
 
     monkeypatch.setattr(contained_files.os, "stat", swapped)
