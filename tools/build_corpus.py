@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
 from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,9 +48,11 @@ def main() -> None:
         overwrite=arguments.overwrite,
     )
     for name, split in manifest["splits"].items():
-        print(f"{name}: {split['files']} files, {split['bytes']} bytes, {len(split['packages'])} packages")
+        counts = f"{split['files']} files, {split['bytes']} bytes, {len(split['packages'])} packages"
+        print_line(f"{name}: {counts}", sys.stdout)
     left_out = ", ".join(f"{count} {reason}" for reason, count in manifest["left_out_files"].items())
-    print(f"left out: {left_out}; licence {manifest['licence']}; see {arguments.output / CORPUS_MANIFEST_NAME}")
+    manifest_path = arguments.output / CORPUS_MANIFEST_NAME
+    print_line(f"left out: {left_out}; licence {manifest['licence']}; see {manifest_path}", sys.stdout)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from ebft_mega.config.fields import Section, allowed_text, default_text
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.schema import SECTIONS, RunConfig
+from ebft_mega.io.arguments import PlainParser
 from ebft_mega.io.command import run_command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -69,7 +70,7 @@ def with_tables(page: str) -> str:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

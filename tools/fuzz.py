@@ -27,6 +27,7 @@ from ebft_mega.apps.fuzzing.summary import save_failures, shortcomings, table
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
 from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
 from ebft_mega.io.command import run_command
+from ebft_mega.io.standard_streams import print_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +56,8 @@ def main() -> int:
     tallies: list[Tally] = run_campaign(chosen, arguments.seed, numbers, arguments.processes)
     print("\n".join(table(tallies)))
     found = shortcomings(tallies, of_one_case=arguments.only is not None)
-    print("\n".join(found), file=sys.stderr)
+    for line in found:
+        print_line(line)
     if arguments.output is not None:
         save_failures(tallies, arguments.output)
     return EXIT_FAILED if found else EXIT_DONE

@@ -16,6 +16,7 @@ from ebft_mega.apps.study.arms import WARM_START, WORKSPACE, Experiment, Scale
 from ebft_mega.apps.study.commands import add_runner_options, phase_runner
 from ebft_mega.io.arguments import ToolParser, output_directory, real_number, whole_number
 from ebft_mega.io.command import add_overrides_option, run_command
+from ebft_mega.io.standard_streams import print_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +65,8 @@ def main() -> None:
     if arguments.overrides:
         notes.append(f"EBFT arm changed by: {', '.join(arguments.overrides)}.")
     page = write_study(evaluations, ROOT / arguments.output, WARM_START, notes)
-    print(f"\nWall time by phase:\n{runner.summary()}\n\nReport: {page}")
+    print(f"\nWall time by phase:\n{runner.summary()}\n")
+    print_line(f"Report: {page}", sys.stdout)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ebft_mega.model.weights.weight_files import INDEX_NAME
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.model_files import CheckedModel, check_model
+from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Comparison:
     notes: tuple[str, ...] = ()  # on the model directories, in sentences
 
     def __str__(self) -> str:
-        return "".join(f"note: {note}\n" for note in self.notes) + (
+        return "".join(f"note: {shown(note, LONGEST_NOTE)}\n" for note in self.notes) + (
             f"max absolute difference {self.max_difference:.3e}; largest logit {self.largest_logit:.3e}; "
             f"{self.positions} positions of {self.vocab_size} logits, float32"
         )
