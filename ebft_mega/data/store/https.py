@@ -3,7 +3,7 @@
 Only https is spoken, and certificates are verified: against the system's authorities, or those that SSL_CERT_FILE or
 SSL_CERT_DIR name. The proxy of the environment (HTTPS_PROXY, ALL_PROXY, NO_PROXY) is used. Redirects are followed
 within the server and to named hosts (`addresses.py`). Nothing that a server says is believed before it is bounded: an
-answer by its announced and by its expected size, and by time (`time_limits.py`). An address is never run as a command
+answer by its announced and by its expected size, and by time (`connections.py`). An address is never run as a command
 or opened as a local file.
 """
 
@@ -22,7 +22,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
 from ebft_mega.data.store.addresses import redirect_obstacle
-from ebft_mega.data.store.time_limits import answer_within, limit_connections
+from ebft_mega.data.store.connections import answer_within, limit_connections, shared_context
 from ebft_mega.errors import DamagedDataError
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def _new_client(timeout_seconds: float) -> "httpx2.Client":
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = httpx2.Client(
-            verify=ssl.create_default_context(),
+            verify=shared_context(),
             timeout=timeout_seconds,
             limits=httpx2.Limits(max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import pickle
+import ssl
 import subprocess
 import sys
 import time
@@ -412,6 +413,27 @@ def test_threads_share_a_client_and_not_a_connection(server: FileServer, url: st
         assert all(executor.map(read, range(0, 8000, 100)))
     assert len(server.requests) == 80
     assert 1 <= server.connections <= 4
+
+
+def test_connections_leave_the_context_that_they_share_alone(
+    server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL frees the old list of protocols while another thread may be copying it into its handshake."""
+    protocols: list[list[str]] = []
+    original = ssl.SSLContext.set_alpn_protocols
+
+    def record(context: ssl.SSLContext, names: list[str]) -> None:
+        protocols.append(names)
+        original(context, names)
+
+    monkeypatch.setattr(ssl.SSLContext, "set_alpn_protocols", record)
+    client = HttpsClient(QUICK)
+    server.faults["file"] = Fault("hang up", methods=("GET", "HEAD"))
+    for number in range(3):
+        assert client.size(url) == len(CONTENT)
+        wait_until(lambda: len(server.open_connections) == 0)
+        assert server.connections == number + 1
+    assert protocols == [["http/1.1"]]
 
 
 def test_a_connection_that_the_server_closed_costs_no_attempt(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.store import time_limits
+from ebft_mega.data.store import connections
 from ebft_mega.data.store.https import HttpsClient, Transfer
 from ebft_mega.errors import DamagedDataError
 from tests.unit.data.store.dripping_server import DrippingServer, Say, dripping
@@ -201,19 +201,19 @@ def test_an_address_that_stays_silent_leaves_time_for_the_others(
 
 
 def test_limits_lie_within_each_other() -> None:
-    with time_limits.answer_within(10):
-        outer = time_limits._limit.at
-        with time_limits.answer_within(20):
-            assert time_limits._limit.at == outer
-        with time_limits.answer_within(5):
-            assert time_limits._limit.at < outer - 4
-        assert time_limits._limit.at == outer
+    with connections.answer_within(10):
+        outer = connections._limit.at
+        with connections.answer_within(20):
+            assert connections._limit.at == outer
+        with connections.answer_within(5):
+            assert connections._limit.at < outer - 4
+        assert connections._limit.at == outer
         seen: list[float] = []
-        thread = threading.Thread(target=lambda: seen.append(time_limits._limit.at))
+        thread = threading.Thread(target=lambda: seen.append(connections._limit.at))
         thread.start()
         thread.join(30)
         assert seen == [float("inf")]
-    assert time_limits._limit.at == float("inf")
+    assert connections._limit.at == float("inf")
 
 
 def test_a_library_without_a_place_for_limits_is_refused() -> None:
@@ -222,4 +222,4 @@ def test_a_library_without_a_place_for_limits_is_refused() -> None:
     client = httpx2.Client()
     del client._transport._pool._network_backend
     with pytest.raises(RuntimeError, match="no place for a network backend"):
-        time_limits.limit_connections(client)
+        connections.limit_connections(client)

@@ -1,4 +1,4 @@
-"""A limit of time for a whole answer of a server, however slowly its bytes drip. Imports no torch.
+"""Connections to servers: limits of time for whole answers, however slowly their bytes drip. Imports no torch.
 
 The timeouts of sockets are for single reads: a server that sends a byte a second never meets them. Here the thread that
 asks sets a limit (`answer_within`), and every operation on its connection ends with it: looking the host up,
@@ -40,6 +40,20 @@ def answer_within(seconds: float) -> Iterator[None]:
         yield
     finally:
         _limit.at = before
+
+
+def shared_context() -> "ssl.SSLContext":
+    """Make a TLS context that threads may share, which httpcore2 assumes and does not see to.
+
+    It sets the protocols anew for each connection. OpenSSL then frees the list that another thread may be copying into
+    its handshake: the server gets bytes of freed memory and answers "decode error".
+    """
+    import ssl
+
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    vars(context)["set_alpn_protocols"] = lambda protocols: None
+    return context
 
 
 def limit_connections(client: "httpx2.Client") -> None:
