@@ -20,11 +20,14 @@ from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptio
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.text.listing import in_words
-from ebft_mega.data.text.text_files import BLANK_LINES, OTHER_MEMBERS
+from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, MAX_DOCUMENT_BYTES, OTHER_MEMBERS
 from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.io.arguments import ToolParser
+from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
+
+# Reasons for which a build that went well leaves something of a file out, named in the summary.
+COUNTED = (BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,6 +53,12 @@ def parse_arguments() -> argparse.Namespace:
         "as JSON lines, and other files beside them are left out",
     )
     parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
+    add_choices(parser)
+    return checked(parser, parser.parse_args())
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Add what is said of documents, what is left out and how the work is done."""
     parser.add_argument("--licence", help="of documents that name none (default: from corpus.json, else unknown)")
     parser.add_argument("--licence-key", metavar="KEY", help="key of a document's licence in its JSON record")
     parser.add_argument(
@@ -72,6 +81,13 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="leave out documents, files and folders that cannot be used, and list them",
     )
+    parser.add_argument(
+        "--max-document-bytes",
+        type=whole_number(),
+        default=MAX_DOCUMENT_BYTES,
+        help="leave out longer documents, counted but not read (default: %(default)s, 16 MiB of UTF-8; "
+        "tokenizing takes up to 45 times as much memory in each process)",
+    )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
     parser.add_argument(
         "--part-bytes",
@@ -83,7 +99,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=available_cores(), help="default: all cores (%(default)s)")
     add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    return checked(parser, parser.parse_args())
 
 
 def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
@@ -115,7 +130,7 @@ def main() -> None:
     )
     manifest, record = result.manifest, result.record
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
-    others = {reason: count for reason, count in record.left_out.items() if reason in (BLANK_LINES, OTHER_MEMBERS)}
+    others = {reason: count for reason, count in record.left_out.items() if reason in COUNTED}
     skipped += f", {in_words(others)}" if others else ""
     print_line(
         f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "

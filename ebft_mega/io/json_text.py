@@ -7,8 +7,12 @@ from typing import Any
 MAX_DIGITS = 40  # of an integer: Hugging Face writes some of 31
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, half_pairs: bool = False) -> Any:
     """Parse JSON that leaves no choice to its reader.
+
+    Args:
+        text: all of it.
+        half_pairs: take texts with half of a surrogate pair, too, which cannot be written as UTF-8.
 
     Raises:
         json.JSONDecodeError: it is not JSON.
@@ -23,7 +27,7 @@ def parse_json(text: str) -> Any:
         parse_int=_bounded_integer,
         parse_float=_finite_number,
     )
-    if "\\ud" in text or "\\uD" in text:  # no other way leads to one
+    if not half_pairs and ("\\ud" in text or "\\uD" in text):  # no other way leads to one
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

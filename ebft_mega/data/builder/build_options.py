@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ebft_mega.data.text.text_files import ReadOptions
+from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES, ReadOptions
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 
@@ -26,6 +26,7 @@ class BuildOptions:
     # Leave out documents that cannot be used, files that cannot be read to their end and folders that cannot be
     # entered, and list them in `skipped.jsonl`.
     skip_bad: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES  # of a text as UTF-8; longer documents are left out, and never read
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
     work_unit_bytes: int | None = None
@@ -35,7 +36,7 @@ class BuildOptions:
         """Those that say what is taken from a document's record."""
         defaults = ReadOptions()
         key, member = self.text_key or defaults.text_key, self.text_member or defaults.text_member
-        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys))
+        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys), self.max_document_bytes)
 
     @property
     def wants_records(self) -> bool:

@@ -1,24 +1,25 @@
 """What a build tells about itself when it is done: counts over its work units, what it skipped, and its last notes."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.build_record import SKIPPED_NAME, BuildRecord
+from ebft_mega.data.builder.skipped_list import MAX_LISTED_SKIPPED, SkippedList, join_skipped
 from ebft_mega.data.builder.work_plan import Plan
-from ebft_mega.data.builder.work_units import Scan, TokenizedUnit, skipped_entry
-from ebft_mega.data.text.listing import total_counts
-from ebft_mega.data.text.text_files import UNREADABLE
+from ebft_mega.data.builder.work_units import NOT_WRITABLE, Scan, TokenizedUnit, unit_directory
+from ebft_mega.data.text.listing import in_words, total_counts
+from ebft_mega.data.text.text_files import LONG_DOCUMENTS, UNREADABLE
 from ebft_mega.data.text.tokenizer import Tokenizer
+from ebft_mega.io.input_errors import bad_input
 
 
 def make_record(
     plan: Plan,
     scans: list[Scan],
     tokenized: list[TokenizedUnit],
-    skipped: list[dict[str, str]],
+    skipped: Mapping[str, int],
     tokenizer: Tokenizer,
     notes: list[str],
 ) -> BuildRecord:
@@ -28,24 +29,25 @@ def make_record(
         plan: of the build.
         scans: of all work units.
         tokenized: of all work units.
-        skipped: lines of `skipped.jsonl`.
+        skipped: what was left out as bad, by reason.
         tokenizer: made the token ids.
         notes: lines that the build printed.
     """
-    documents = sum(shard["documents"] for unit in tokenized for shard in unit.shards)
+    documents = sum(unit.documents for unit in tokenized)
+    unwritable = sum(unit.skipped.get(NOT_WRITABLE, 0) for unit in tokenized)
     files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
     return BuildRecord(
         input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
         documents=documents,
         empty=sum(scan.empty for scan in scans),
-        duplicates=sum(scan.documents for scan in scans) - documents,
-        skipped=len(skipped),
+        duplicates=sum(scan.documents for scan in scans) - documents - unwritable,
+        skipped=sum(skipped.values()),
         text_bytes=sum(unit.text_bytes for unit in tokenized),
         licences=total_counts(unit.licences for unit in tokenized),
         sources=total_counts(unit.sources for unit in tokenized),
         left_out=total_counts([plan.left_out, *(scan.left_out for scan in scans)]),
         followed=dict(plan.followed),
-        skipped_by_reason=dict(Counter(entry["reason"] for entry in skipped)),
+        skipped_by_reason=dict(skipped),
         not_round_trip=sum(unit.not_round_trip for unit in tokenized),
         tokenizer={
             "end_of_document": tokenizer.eos_id,
@@ -57,28 +59,47 @@ def make_record(
     )
 
 
-def write_skipped(directory: Path, plan: Plan, tokenized: list[TokenizedUnit]) -> list[dict[str, str]]:
+def require_texts(sources: Sequence[Path], scans: list[Scan]) -> None:
+    """Check that there is anything to tokenize.
+
+    Raises:
+        InputError: there is not; it says what was left out.
+    """
+    if not sum(scan.documents for scan in scans):
+        left_out = in_words(total_counts(scan.left_out for scan in scans))
+        found = "no document with text" + (f" (left out: {left_out})" if left_out else "")
+        raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
+
+
+def write_skipped(directory: Path, partial: Path, plan: Plan, tokenized: list[TokenizedUnit]) -> dict[str, int]:
     """Write `skipped.jsonl` if anything was skipped: what could not be accessed, then documents in their order.
 
+    Args:
+        directory: the dataset.
+        partial: holds the directories of the work units.
+        plan: of the build.
+        tokenized: of all work units.
+
     Returns:
-        Its lines.
+        How much was skipped, by reason.
     """
     bases = {source.source: source.base for source in plan.reader.inputs}
-    entries = []
-    for source, problem in plan.unreadable:
-        # What cannot be accessed is named by the place where it lies; the record names no place of the machine.
-        place = Path(problem.where if problem.key == "--input" else problem.key)
-        path = place.relative_to(bases[source]).as_posix() if place.is_relative_to(bases[source]) else place.name
-        entries.append(skipped_entry(source, path, UNREADABLE, problem))
-    entries += [bad for unit in tokenized for bad in unit.bad]
-    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in entries]
-    if lines:
-        (directory / SKIPPED_NAME).write_text("".join(lines), encoding="utf-8")
-    return entries
+    with SkippedList(partial) as skipped:
+        for source, problem in plan.unreadable:
+            # What cannot be accessed is named by the place where it lies; the record names no place of the machine.
+            place = Path(problem.where if problem.key == "--input" else problem.key)
+            path = place.relative_to(bases[source]).as_posix() if place.is_relative_to(bases[source]) else place.name
+            skipped.add(source, path, UNREADABLE, problem)
+    join_skipped(directory, [partial, *(unit_directory(partial, number) for number in range(len(tokenized)))])
+    return total_counts([skipped.counts, *(unit.skipped for unit in tokenized)])
 
 
 def late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:
     """What only the texts themselves tell, one sentence each."""
+    if long := sum(scan.left_out.get(LONG_DOCUMENTS, 0) for scan in scans):
+        yield f"{long} documents of more than {options.max_document_bytes} bytes are left out (--max-document-bytes)"
+    if unlisted := sum(max(0, sum(unit.skipped.values()) - MAX_LISTED_SKIPPED) for unit in tokenized):
+        yield f"{unlisted} that cannot be used are counted, but not listed in {SKIPPED_NAME}"
     fields = total_counts(scan.fields for scan in scans)
     for key in dict.fromkeys([*([options.licence_key] if options.licence_key else []), *options.keep_keys]):
         if not fields.get(key):

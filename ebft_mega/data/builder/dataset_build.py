@@ -9,7 +9,7 @@ import numpy as np
 
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import BuildRecord
-from ebft_mega.data.builder.build_summary import late_notes, make_record, write_skipped
+from ebft_mega.data.builder.build_summary import late_notes, make_record, require_texts, write_skipped
 from ebft_mega.data.builder.deduplication import first_occurrences
 from ebft_mega.data.builder.shard_writer import complete_dataset
 from ebft_mega.data.builder.work_plan import Plan, make_plan
@@ -35,7 +35,6 @@ from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.text.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
-from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import unfinished_directory
 from ebft_mega.io.standard_streams import print_line
 
@@ -66,7 +65,8 @@ def build_dataset(
     the output.
 
     Memory: about 700 bytes per input file and 90 bytes per document here, and in each worker 32 bytes per document
-    of a work unit, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB).
+    of a work unit, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB). No
+    input makes that more: what is longer than `options.max_document_bytes` is not read.
 
     Args:
         sources: directories of text files, of JSONL files or of text webdataset shards, or such files.
@@ -79,6 +79,7 @@ def build_dataset(
     Raises:
         InputError: with the documents that cannot be used (the first 1,000 of them); nothing is written then.
         WorkerDiedError: a worker process died; the same call resumes the build.
+        OSError: the disk is full, for example; the same call resumes the build when there is room.
     """
     sources = [sources] if isinstance(sources, Path) else list(sources)
     plan = make_plan(sources, options, tokenizer.identity, output)
@@ -89,16 +90,14 @@ def build_dataset(
         Workers(processes) as workers,
     ):
         scans = _scan(plan, directory, options.skip_bad, workers)
-        if not sum(scan.documents for scan in scans):
-            found = "no document with text"
-            raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
+        require_texts(sources, scans)
         keep = _documents_to_keep(directory, scans, options.deduplicate)
         texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
-        tokenized = _tokenize(plan, directory, scans, keep, texts, options.shard_bytes, workers)
+        tokenized = _tokenize(plan, directory, scans, keep, texts, options, workers)
         manifest = _join(directory, result, tokenized, tokenizer)
         late = list(late_notes(options, scans, tokenized))
         _print_notes(late)
-        skipped = write_skipped(result, plan, tokenized)
+        skipped = write_skipped(result, directory, plan, tokenized)
         record = make_record(plan, scans, tokenized, skipped, tokenizer, [*notes, *late])
         record.write(result)
         for path in result.rglob("*"):
@@ -141,33 +140,42 @@ def _tokenize(
     scans: list[Scan],
     keep: list[np.ndarray],
     texts: TextEncoder,
-    shard_bytes: int,
+    options: BuildOptions,
     workers: Workers,
 ) -> list[TokenizedUnit]:
+    """Tokenize all work units.
+
+    What a tokenizer cannot write is known only now. Where that is skipped, later documents get other numbers, and their
+    work units are done once more.
+    """
     numbers = range(len(plan.work_units))
     tokenized = {number: done for number in numbers if (done := load_tokenized(directory, number))}
     first_lines = lines_before(plan, scans)
-    first_documents = np.cumsum([0] + [int(mask.sum()) for mask in keep])
-    jobs = [
-        TokenizeJob(
-            plan.reader,
-            work_unit,
-            number,
-            directory,
-            texts,
-            shard_bytes,
-            int(first_documents[number]),
-            first_lines[number],
-            scans[number].skipped_ranges,
-            keep[number],
-        )
-        for number, work_unit in enumerate(plan.work_units)
-        if number not in tokenized
-    ]
-    total = sum(scans[job.number].documents for job in jobs)
-    for number, done in workers.run(tokenize_work_unit, jobs, total, "tokenizing documents"):
-        tokenized[number] = done
-    return [tokenized[number] for number in sorted(tokenized)]
+    while True:
+        counts = [tokenized[n].documents if n in tokenized else int(keep[n].sum()) for n in numbers]
+        first_documents = np.cumsum([0, *counts]).tolist()
+        jobs = [
+            TokenizeJob(
+                plan.reader,
+                plan.work_units[number],
+                number,
+                directory,
+                texts,
+                options.shard_bytes,
+                first_documents[number],
+                first_lines[number],
+                scans[number].skipped_ranges,
+                keep[number],
+                options.skip_bad,
+            )
+            for number in numbers
+            if number not in tokenized or tokenized[number].first_document != first_documents[number]
+        ]
+        if not jobs:
+            return [tokenized[number] for number in numbers]
+        total = sum(scans[job.number].documents for job in jobs)
+        for number, done in workers.run(tokenize_work_unit, jobs, total, "tokenizing documents"):
+            tokenized[number] = done
 
 
 def _join(directory: Path, result: Path, tokenized: list[TokenizedUnit], tokenizer: Tokenizer) -> Manifest:

@@ -16,6 +16,7 @@ from ebft_mega.data.text.listing import OUTSIDE_LINKS
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.text.tokenizer import load_tokenizer
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.parse_boundary import reading
 
 
 def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, processes: int) -> Path:
@@ -52,8 +53,9 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
         expected = "shards in the directory itself, or the name of the directory in which they are"
         raise bad_input(place, "shards", f"{OUTSIDE_LINKS}: {count}", expected)
     for file in shards.files:
-        name, size = file.relative_to(base).as_posix(), file.stat().st_size
-        identity.update(f"{file_sha256(file)} {size} {name!r}\n".encode())
+        name = file.relative_to(base).as_posix()
+        with reading(file, name, "a file that can be read"):
+            identity.update(f"{file_sha256(file)} {file.stat().st_size} {name!r}\n".encode())
     output = cache / f"text-{identity.hexdigest()}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):

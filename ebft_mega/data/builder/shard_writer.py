@@ -1,5 +1,6 @@
 """Write a dataset directory. The same documents and tokenizer give the same bytes every time."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -8,10 +9,12 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.store.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -81,6 +84,15 @@ class ShardWriter:
         self._tar: Any = None
         self._file: io.BufferedWriter | None = None
 
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # after a failure, which is raised already; a finished shard is closed
+            self.close()
+
     @property
     def num_documents(self) -> int:
         """Documents added so far."""
@@ -127,10 +139,14 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close files that are still open; needed only when the last shard was not finished."""
-        if self._tar is not None:
-            self._tar.close()
-        if self._file is not None:
-            self._file.close()
+        tar, file = self._tar, self._file
+        self._tar = self._file = None
+        try:
+            if tar is not None:
+                tar.close()
+        finally:
+            if file is not None:
+                file.close()
 
     def _open_shard(self) -> None:
         from webdataset import TarWriter
@@ -203,16 +219,15 @@ def complete_dataset(
         entries: `ShardEntry` fields of all shards, in order; at least one.
         indexes: INDEX_DTYPE arrays that together describe all documents, one in memory at a time.
         max_token_id: largest id in the shards.
+
+    Raises:
+        InputError: there is no document.
     """
     documents = sum(entry["documents"] for entry in entries)
+    if not documents:
+        raise bad_input("--input", "documents", "none that this tokenizer can write", "at least one")
     index_path = directory / INDEX_NAME
-    index = np.lib.format.open_memmap(index_path, "w+", INDEX_DTYPE, (documents,))
-    filled = 0
-    for records in indexes:
-        index[filled : filled + len(records)] = records
-        filled += len(records)
-    index.flush()
-    del index
+    write_array(index_path, INDEX_DTYPE, (documents,), indexes)
     copy_tokenizer(tokenizer.files[0].parent, directory / TOKENIZER_DIRECTORY)
     fields = {
         "format": FORMAT_NAME,

@@ -22,15 +22,16 @@ from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
-    UNREADABLE,
     BadText,
     ReadOptions,
     TextDocument,
-    decode_text,
     read_jsonl,
+    read_text_file,
 )
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained_json
+from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.parse_boundary import words_of
 
 UNKNOWN_LICENCE = "unknown"
 
@@ -44,7 +45,7 @@ _UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, GZIP_SUFFIX, ZSTANDARD_SUFFIX)
 
 # Part of a plan's identity, and of the names of datasets made on demand: another version must not resume an unfinished
 # build of this one, nor find its results.
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,9 @@ class Reader:
         source = self.inputs[file_range.input]
         file = source.base / file_range.name
         if source.holds_texts:
-            try:
-                yield decode_text(file.read_bytes(), str(file), file_range.name)
-            except OSError as error:
-                problem = Problem(str(file), "text", str(error.strerror), "a readable file")
-                yield BadText(problem, file_range.name, UNREADABLE, is_file=True)
+            document = read_text_file(file, file_range.name, self.options, left_out)
+            if document is not None:
+                yield document
         elif file_range.name.endswith(ARCHIVE_SUFFIX):
             yield from read_text_archive(file, file_range.name, self.options, left_out)
         else:
@@ -178,7 +177,10 @@ def make_plan(
 
 
 def _listed_file(number: int, file: Path, base: Path) -> _ListedFile:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError as error:  # it has just gone
+        raise bad_input("--input", str(file), words_of(error), "inputs that do not change during the build") from error
     name = file.relative_to(base).as_posix()
     return _ListedFile(number, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 

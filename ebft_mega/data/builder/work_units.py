@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.builder.deduplication import DIGEST_BYTES
 from ebft_mega.data.builder.shard_writer import ShardWriter
+from ebft_mega.data.builder.skipped_list import SkippedList
 from ebft_mega.data.builder.work_plan import FileRange, Plan, Reader
 from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
@@ -28,6 +30,7 @@ from ebft_mega.io.input_errors import bad_input
 # Of one work unit: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000
 
+NOT_WRITABLE = "a text that the tokenizer cannot write"  # why a document is left out with `--skip-bad`
 _LISTED_CHANGED = 3  # of the documents that do not round-trip, of one work unit
 
 # Names of a work unit's files say "part": builds that were stopped have them.
@@ -53,14 +56,20 @@ class Scan:
 class TokenizedUnit:
     """What the shards of a work unit hold."""
 
+    first_document: int  # its number in the dataset
     shards: tuple[dict[str, Any], ...]  # `ShardEntry` fields
     max_token_id: int
     text_bytes: int
     licences: dict[str, int]  # documents of each
     sources: dict[str, int]
-    bad: tuple[dict[str, str], ...]  # documents left out: source, path, reason, key, found, expected
+    skipped: dict[str, int]  # documents and files left out, by reason; its directory lists them
     not_round_trip: int  # documents whose tokens do not give back their text
     changed: tuple[str, ...]  # paths of the first of them
+
+    @property
+    def documents(self) -> int:
+        """That its shards hold."""
+        return sum(shard["documents"] for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class TokenizeJob:
     first_lines: tuple[int, ...]  # lines before each file range in its file
     skipped_ranges: tuple[int, ...]  # `Scan.skipped_ranges`
     keep: np.ndarray  # bool [Scan.documents]
+    skip_bad: bool
 
 
 def unit_directory(directory: Path, number: int) -> Path:
@@ -129,8 +139,8 @@ def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
     if not path.is_file():
         return None
     fields = json.loads(path.read_bytes())
-    shards, bad, changed = (tuple(fields.pop(name)) for name in ("shards", "bad", "changed"))
-    return TokenizedUnit(shards=shards, bad=bad, changed=changed, **fields)
+    shards, changed = (tuple(fields.pop(name)) for name in ("shards", "changed"))
+    return TokenizedUnit(shards=shards, changed=changed, **fields)
 
 
 def load_unit_index(directory: Path, number: int) -> np.ndarray:
@@ -163,9 +173,8 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
             skipped_ranges.append(number)
             found.bad += 1
     path = _scan_path(job.directory, job.number)
-    hashes = np.frombuffer(bytes(found.digests), np.uint8).reshape(-1, DIGEST_BYTES)
-    np.save(path.with_suffix(".npy"), hashes, allow_pickle=False)
-    flush_to_disk(path.with_suffix(".npy"))  # before the record that says that it is there
+    hashes = np.frombuffer(found.digests, np.uint8).reshape(-1, DIGEST_BYTES)
+    write_array(path.with_suffix(".npy"), hashes.dtype, hashes.shape, [hashes])  # before the record that says so
     scan = Scan(
         documents=len(hashes),
         empty=found.empty,
@@ -231,22 +240,35 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
 
     Raises:
         InputError: a file is no longer what it was when it was scanned, a token id lies outside the vocabulary, or the
-            tokenizer cannot write a text with ordinary tokens.
+            tokenizer cannot write a text with ordinary tokens and bad ones are not skipped.
+        OSError: the disk is full, for example; what was written is removed.
     """
-    tokenizer = job.texts.load()
     final = unit_directory(job.directory, job.number)
     # A process that was killed may have left its files.
     temporary = final.with_name(f"{final.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    writer = ShardWriter(temporary, tokenizer, job.shard_bytes, job.first_document)
+    try:
+        tokenized = _write_unit(job, temporary, advance)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)  # with other numbers of documents
+    temporary.rename(final)
+    return job.number, tokenized
+
+
+def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> TokenizedUnit:
+    tokenizer = job.texts.load()
     licences: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     text_bytes = not_round_trip = 0
     changed: list[str] = []
-    bad: list[dict[str, str]] = []
-    try:
-        for source_number, document in _documents_to_keep(job, bad, advance):
+    with (
+        ShardWriter(directory, tokenizer, job.shard_bytes, job.first_document) as writer,
+        SkippedList(directory) as skipped,
+    ):
+        for source_number, document in _documents_to_keep(job, skipped, advance):
             source = job.reader.inputs[source_number]
             licence = document.licence or source.licence
             meta: dict[str, object] = {
@@ -257,7 +279,13 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
             }
             if document.fields:
                 meta["fields"] = document.fields
-            tokens, comes_back = _encode(tokenizer, document.text, source.base / document.path)
+            try:
+                tokens, comes_back = _encode(tokenizer, document.text, source.base / document.path)
+            except InputError as error:
+                if not job.skip_bad:
+                    raise
+                skipped.add(source.source, document.path, NOT_WRITABLE, error.problems[0])
+                continue
             writer.add(tokens, meta)
             if not comes_back:
                 not_round_trip += 1
@@ -266,17 +294,13 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
             sources[source.source] += 1
             text_bytes += document.num_bytes
         shards = writer.finish_shards()
-    finally:
-        writer.close()
     for entry in shards.entries:
-        flush_to_disk(temporary / entry["name"])
-    np.save(temporary / _INDEX_NAME, shards.index, allow_pickle=False)
-    flush_to_disk(temporary / _INDEX_NAME)
-    counts = (text_bytes, dict(licences), dict(sources), tuple(bad), not_round_trip, tuple(changed))
-    tokenized = TokenizedUnit(tuple(shards.entries), shards.max_token_id, *counts)
-    write_bytes(temporary / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
-    temporary.rename(final)
-    return job.number, tokenized
+        flush_to_disk(directory / entry["name"])
+    write_array(directory / _INDEX_NAME, shards.index.dtype, shards.index.shape, [shards.index])
+    counts = (text_bytes, dict(licences), dict(sources), dict(skipped.counts), not_round_trip, tuple(changed))
+    tokenized = TokenizedUnit(job.first_document, tuple(shards.entries), shards.max_token_id, *counts)
+    write_bytes(directory / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
+    return tokenized
 
 
 def _encode(tokenizer: Tokenizer, text: str, place: Path) -> tuple[list[int], bool]:
@@ -307,22 +331,21 @@ def lines_before(plan: Plan, scans: Sequence[Scan]) -> list[tuple[int, ...]]:
     return result
 
 
-def _documents_to_keep(
-    job: TokenizeJob, bad: list[dict[str, str]], advance: Advance
-) -> Iterator[tuple[int, TextDocument]]:
-    """Documents that stay, each with the number of its input; those that cannot be used are appended to `bad`."""
+def _documents_to_keep(job: TokenizeJob, skipped: SkippedList, advance: Advance) -> Iterator[tuple[int, TextDocument]]:
+    """Documents that stay, each with the number of its input; those that cannot be used are listed in `skipped`."""
     digests = load_digests(job.directory, job.number)
     number = 0
     for place, (file_range, first_line) in enumerate(zip(job.work_unit, job.first_lines, strict=True)):
         source = job.reader.inputs[file_range.input].source
         if place in job.skipped_ranges:
-            bad.append(_entry_of_file(job, file_range, first_line))
+            damaged = _damage_of_file(job, file_range, first_line)
+            skipped.add(source, damaged.path, damaged.reason, damaged.problem)
             continue
         for document in job.reader.read(file_range, first_line):
             if isinstance(document, BadText):
                 if document.is_file:
                     raise InputError([document.problem])
-                bad.append(skipped_entry(source, document.path, document.reason, document.problem))
+                skipped.add(source, document.path, document.reason, document.problem)
                 continue
             if not document.text:
                 continue
@@ -337,19 +360,12 @@ def _documents_to_keep(
         raise _changed(job, last.input, last.name)
 
 
-def _entry_of_file(job: TokenizeJob, file_range: FileRange, first_line: int) -> dict[str, str]:
-    """The line of `skipped.jsonl` for a file range that could not be read to its end."""
+def _damage_of_file(job: TokenizeJob, file_range: FileRange, first_line: int) -> BadText:
+    """Why a file range could not be read to its end."""
     for document in job.reader.read(file_range, first_line):
         if isinstance(document, BadText) and document.is_file:
-            source = job.reader.inputs[file_range.input].source
-            return skipped_entry(source, document.path, document.reason, document.problem)
+            return document
     raise _changed(job, file_range.input, file_range.name)
-
-
-def skipped_entry(source: str, path: str, reason: str, problem: Problem) -> dict[str, str]:
-    """A line of `skipped.jsonl`."""
-    place = {"source": source, "path": path, "reason": reason}
-    return place | {"key": problem.key, "found": problem.found, "expected": problem.expected}
 
 
 def _changed(job: TokenizeJob, source_number: int, path: str) -> Exception:

@@ -6,6 +6,7 @@ Files of one package quote and copy each other, so a split by file would leak he
 import fnmatch
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 from collections import defaultdict
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.text.bounded_reading import read_at_most
 from ebft_mega.data.text.listing import OTHER_NAMES, list_files
+from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained
 from ebft_mega.io.input_errors import bad_input
@@ -147,7 +150,7 @@ def assign_splits(package_bytes: dict[str, int], seed: int) -> dict[str, str]:
     Returns:
         The split of each package.
     """
-    order = sorted(package_bytes, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    order = sorted(package_bytes, key=lambda name: hashlib.sha256(os.fsencode(f"{seed}\0{name}")).digest())
     filled = dict.fromkeys(SPLIT_SHARES, 0)
     splits = {}
     for package in order:
@@ -174,9 +177,12 @@ def _read_files(source: Path, left_out: tuple[str, ...]) -> tuple[dict[str, byte
     problems = list(listing.unreadable)
     for path in track(chosen, len(chosen), "reading the standard library"):
         try:
-            content = (source / path).read_bytes()
+            content = read_at_most(source / path, MAX_DOCUMENT_BYTES)
         except OSError as error:
             problems.append(Problem(str(source / path), "--source", str(error.strerror), "a file that can be read"))
+            continue
+        if content is None:
+            counts["too_long"] = counts.get("too_long", 0) + 1
             continue
         digest = hashlib.sha256(content).digest()
         if len(content) < MIN_FILE_BYTES:
@@ -209,7 +215,7 @@ def _choose_files(contents: dict[str, bytes], max_bytes: int | None) -> dict[str
     if max_bytes is None:
         return contents
     chosen, total = set(), 0
-    for path in sorted(contents, key=lambda path: hashlib.sha256(path.encode()).digest()):
+    for path in sorted(contents, key=lambda path: hashlib.sha256(os.fsencode(path)).digest()):
         if total + len(contents[path]) <= max_bytes:
             chosen.add(path)
             total += len(contents[path])

@@ -6,29 +6,41 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ebft_mega.data.text.bounded_reading import open_regular, read_at_most, read_line, skip_line
 from ebft_mega.data.text.compression import CutFileError, open_lines
-from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.input_errors import bad_input
+from ebft_mega.errors import Problem
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import words_of
 
 ARCHIVE_SUFFIX = ".tar"
 CONTAINER_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ARCHIVE_SUFFIX)
 # Names under which JSON lines are found, too, beside other JSON.
 _JSON_SUFFIXES = (".json", ".ndjson")
 _CHUNK_BYTES = 1 << 22
-_FIRST_LINE_BYTES = 1 << 26  # of a file whose name does not say that it holds JSON lines
+_FIRST_LINE_BYTES = 1 << 24  # of a file whose name does not say that it holds JSON lines
+# To tokenize a document, sentencepiece takes 43 times its size.
+MAX_DOCUMENT_BYTES = 16 << 20
+# JSON writes most texts in less than three times as many bytes (as ASCII, a letter of two bytes takes six).
+_RECORD_RATIO, _RECORD_BYTES = 3, 1 << 20
+MAX_LICENCE_CHARACTERS = 1000
+MAX_FIELDS_BYTES = 1 << 20  # of what is kept of a record, as JSON
+MAX_FIELD_LEVELS = 100
 
 # Why a document is left out with `--skip-bad`: `BadText.reason`.
 NOT_UTF8 = "not UTF-8"
 NO_JSON_OBJECT = "no JSON object"
 NO_TEXT = "no text under the key"
 WRONG_FIELD = "a field of the wrong type"
+LONG_FIELD = "a field that is too long"
 UNUSABLE_SAMPLE = "a sample without one text"
 UNREADABLE = "unreadable or damaged files"
 
 # What is left out without being bad: keys of the counts that readers are given.
 BLANK_LINES = "blank lines"
 OTHER_MEMBERS = "other members of archives"
+LONG_DOCUMENTS = "documents that are too long"
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,17 @@ class ReadOptions:
     text_member: str = "txt"  # of a webdataset sample
     licence_key: str | None = None  # of a JSON line or a sample's `.json` member
     keep_keys: tuple[str, ...] = ()  # of the same, copied into the dataset
+    max_document_bytes: int = MAX_DOCUMENT_BYTES  # of the text as UTF-8; longer ones are left out and not read
+
+    @property
+    def max_record_bytes(self) -> int:
+        """Of a JSON line; a longer one is left out like the document that it may hold."""
+        return _RECORD_RATIO * self.max_document_bytes + _RECORD_BYTES
+
+    @property
+    def reads_records(self) -> bool:
+        """Whether anything of a sample's `.json` member is used."""
+        return bool(self.licence_key or self.keep_keys)
 
 
 @dataclass(frozen=True)
@@ -67,16 +90,29 @@ class BadText:
     is_file: bool = False  # the rest of the file could not be read: an unknown number of documents is missing
 
 
-def read_text_file(file: Path, base: Path) -> TextDocument:
+def read_text_file(
+    file: Path, path: str, options: ReadOptions, left_out: Counter[str] | None = None
+) -> TextDocument | BadText | None:
     """Read a text file exactly: line ends, NUL characters and byte-order marks stay as they are.
 
-    Raises:
-        InputError: the file cannot be read or is not UTF-8.
+    Args:
+        file: whose text is the document.
+        path: of the file, relative to the input.
+        options: how much is read.
+        left_out: takes the number of documents that are too long.
+
+    Returns:
+        None for a document that is too long.
     """
-    document = decode_text(_read_bytes(file), str(file), file.relative_to(base).as_posix())
-    if isinstance(document, BadText):
-        raise InputError([document.problem])
-    return document
+    try:
+        content = read_at_most(file, options.max_document_bytes)
+    except OSError as error:
+        return BadText(Problem(str(file), "text", words_of(error), "a readable file"), path, UNREADABLE, is_file=True)
+    if content is None:
+        if left_out is not None:
+            left_out[LONG_DOCUMENTS] += 1
+        return None
+    return decode_text(content, str(file), path)
 
 
 def decode_text(
@@ -117,7 +153,7 @@ def first_record_keys(file: Path) -> list[str] | None:
         with open_lines(file) as lines:
             while (line := lines.readline(_FIRST_LINE_BYTES)) and not line.strip():
                 continue
-        record = json.loads(line)
+        record = parse_json_line(line)
     except (CutFileError, ValueError, RecursionError):
         return None
     return sorted(record) if isinstance(record, dict) else None
@@ -159,18 +195,23 @@ def read_jsonl(
         left_out: takes the number of blank lines.
     """
     number = 0
+    most = options.max_record_bytes
     try:
         with open_lines(file) as lines:
             position = begin
             if begin:
                 lines.seek(begin - 1)
-                position += len(lines.readline()) - 1
+                position += skip_line(lines, None if end is None else end - begin + 1) - 1
             while end is None or position < end:
-                line = lines.readline()
-                if not line:
+                line, num_bytes = read_line(lines, most)
+                if not num_bytes:
                     return
                 number += 1
-                position += len(line)
+                position += num_bytes
+                if line is None:
+                    if left_out is not None:
+                        left_out[LONG_DOCUMENTS] += 1
+                    continue
                 if not line.strip():
                     if left_out is not None:
                         left_out[BLANK_LINES] += 1
@@ -179,11 +220,14 @@ def read_jsonl(
                 if isinstance(document, BadText) and first_line is None:
                     first_line = count_lines(file, 0, begin)
                     document = _parse_line(line, file, path, first_line + number, options)
-                yield document
+                if document is not None:
+                    yield document
+                elif left_out is not None:
+                    left_out[LONG_DOCUMENTS] += 1
     except OSError as error:
-        expected = "a complete compressed file" if isinstance(error, CutFileError) else "a readable file"
+        expected = error.expected if isinstance(error, CutFileError) else "a readable file"
         line_number = (first_line or 0) + number + 1
-        problem = Problem(f"{file}:{line_number}", "file", str(error.strerror or error), expected)
+        problem = Problem(f"{file}:{line_number}", "file", words_of(error), expected)
         yield BadText(problem, f"{path}:{line_number}", UNREADABLE, is_file=True)
 
 
@@ -195,7 +239,7 @@ def count_lines(file: Path, begin: int, end: int) -> int:
     if end <= begin:
         return 0
     count = int(begin == 0)  # elsewhere a line begins after a line end
-    with file.open("rb") as content:
+    with open_regular(file) as content:
         content.seek(max(0, begin - 1))
         remaining = end - 1 - max(0, begin - 1)
         while remaining > 0 and (chunk := content.read(min(_CHUNK_BYTES, remaining))):
@@ -204,20 +248,24 @@ def count_lines(file: Path, begin: int, end: int) -> int:
     return count
 
 
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise bad_input(str(file), "text", str(error.strerror), "a readable file") from error
+def parse_json_line(line: bytes) -> Any:
+    """Parse the JSON of a line, or of a sample's record; a byte order mark before it, which old editors write, is none.
+
+    Raises:
+        ValueError: it is not JSON of which every reader makes the same.
+        RecursionError: it is nested too deeply.
+    """
+    return parse_json(line.decode("utf-8-sig"), half_pairs=True)
 
 
-def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOptions) -> TextDocument | BadText:
+def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOptions) -> TextDocument | BadText | None:
+    """The document of a line; None if it is too long."""
     where, path, key = f"{file}:{number}", f"{name}:{number}", options.text_key
     expected = f"a JSON object with a string {key!r}"
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an integer beyond Python's limit
-        return BadText(Problem(where, key, str(error), expected), path, NO_JSON_OBJECT)
+        record = parse_json_line(line)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, numbers beyond all bounds
+        return BadText(Problem(where, key, words_of(error), expected), path, NO_JSON_OBJECT)
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         found = f"keys {sorted(record)}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
         if isinstance(record, dict) and key in record:
@@ -229,6 +277,8 @@ def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOp
     except UnicodeEncodeError as error:
         found = f"a lone surrogate at character {error.start}"
         return BadText(Problem(where, key, found, "valid Unicode text"), path, NOT_UTF8)
+    if len(content) > options.max_document_bytes:
+        return None
     return _with_fields(record[key], hashlib.sha256(content).digest(), where, path, record, options)
 
 
@@ -243,5 +293,27 @@ def _with_fields(
         found = f"a JSON {type(licence).__name__}"
         problem = Problem(where, str(options.licence_key), found, "a string or a list of strings")
         return BadText(problem, path, WRONG_FIELD)
+    if licence and len(licence) > MAX_LICENCE_CHARACTERS:
+        found = f"{len(licence)} characters"
+        problem = Problem(where, str(options.licence_key), found, f"at most {MAX_LICENCE_CHARACTERS} characters")
+        return BadText(problem, path, LONG_FIELD)
     fields = {key: record[key] for key in options.keep_keys if key in record}
+    too_much = _too_much(fields)
+    if too_much:
+        expected = f"at most {MAX_FIELDS_BYTES} bytes of JSON, of {MAX_FIELD_LEVELS} levels"
+        return BadText(Problem(where, ", ".join(fields), too_much, expected), path, LONG_FIELD)
     return TextDocument(text, digest, path, licence or None, fields)
+
+
+def _too_much(fields: Mapping[str, object]) -> str | None:
+    """Why the kept members of a record are not written into a dataset, if they are not."""
+    if not fields:
+        return None
+    level: list[object] = list(fields.values())
+    for _ in range(MAX_FIELD_LEVELS):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [value for values in inner for value in values]
+    if level:
+        return f"more than {MAX_FIELD_LEVELS} levels"
+    num_bytes = len(json.dumps(fields))
+    return f"{num_bytes} bytes" if num_bytes > MAX_FIELDS_BYTES else None

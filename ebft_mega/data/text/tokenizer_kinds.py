@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.parse_boundary import is_of_parser
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"
@@ -149,7 +150,9 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.encode`."""
         try:
             ids = self.encoder.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library has no type of its own; for a character without a token, say
+        except BaseException as error:  # the library has no type of its own; for a character without a token, say
+            if not is_of_parser(error):
+                raise
             raise bad_input("text", "tokens", error, "a tokenizer with a token for every character") from error
         return _without_control(ids, self)
 

@@ -1,12 +1,21 @@
 """Train a sentencepiece tokenizer and check that it reproduces its input texts exactly."""
 
 import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files
-from ebft_mega.data.text.text_files import count_containers, read_text_file
+from ebft_mega.data.text.text_files import (
+    MAX_DOCUMENT_BYTES,
+    BadText,
+    ReadOptions,
+    TextDocument,
+    count_containers,
+    read_text_file,
+)
 from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.text.tokenizer_files import CONFIG_NAME
 from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
@@ -38,7 +47,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-fallback BPE on the text files of a directory and check that each of them round-trips.
 
-    The text is not normalised: spaces, tabs, line ends and every Unicode character stay as they are.
+    The text is not normalised: spaces, tabs, line ends and every Unicode character stay as they are. Files that are too
+    long to be documents of a dataset are left out. Every file is read three times, so that memory holds one file and
+    the sample.
 
     Args:
         source: a directory of UTF-8 text files.
@@ -55,11 +66,13 @@ def train_tokenizer(
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         expected = f"at least {MIN_VOCAB_SIZE} and at most {MAX_VOCAB_SIZE}"
         raise bad_input("--vocab-size", "vocab_size", str(vocab_size), expected)
-    texts = _read_texts(source, pattern)
+    files = _files(source, pattern)
+    characters = _count_characters(files, source, pattern)
     with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
-        chunks = [chunk for text in texts.values() for chunk in split_into_chunks(text)]
-        step = max(1, sum(map(len, chunks)) // sample_characters)
-        (directory / SENTENCEPIECE_NAME).write_bytes(_train_model(chunks[::step], vocab_size, source))
+        step = max(1, characters // sample_characters)
+        all_chunks = (chunk for document in _documents(files, source) for chunk in split_into_chunks(document.text))
+        chunks = list(itertools.islice(all_chunks, 0, None, step))
+        (directory / SENTENCEPIECE_NAME).write_bytes(_train_model(chunks, vocab_size, source))
         config = {
             "add_bos_token": False,
             "add_eos_token": False,
@@ -70,7 +83,7 @@ def train_tokenizer(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        _check_round_trips(load_tokenizer(directory), texts)
+        _check_round_trips(load_tokenizer(directory), files, source)
     return load_tokenizer(output)
 
 
@@ -95,11 +108,10 @@ def split_into_chunks(text: str) -> Iterator[str]:
         yield "".join(chunk)
 
 
-def _read_texts(source: Path, pattern: str) -> dict[str, str]:
+def _files(source: Path, pattern: str) -> tuple[Path, ...]:
+    """The files to read; what is left out and followed is said."""
     if not source.is_dir():
         raise bad_input("--input", str(source), "no such directory", "a directory of text files")
-    problems: list[Problem] = []
-    texts = {}
     listing = list_files(source, pattern)
     for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
         if words := in_words(counts):
@@ -108,18 +120,41 @@ def _read_texts(source: Path, pattern: str) -> dict[str, str]:
         print_line(f"note: {source}: {TO_FOLLOW}")
     if count := count_containers(listing.files):
         print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
-    for file in readable_files(listing):
-        try:
-            document = read_text_file(file, source)
-        except InputError as error:
-            problems += error.problems
-        else:
-            texts[document.path] = document.text
-    if not problems and not any(texts.values()):
+    return readable_files(listing)
+
+
+def _count_characters(files: Sequence[Path], source: Path, pattern: str) -> int:
+    """Characters of all files.
+
+    Raises:
+        InputError: with every file that cannot be read, or there is no text.
+    """
+    problems: list[Problem] = []
+    left_out = Counter[str]()
+    characters = 0
+    for file in files:
+        document = read_text_file(file, file.relative_to(source).as_posix(), ReadOptions(), left_out)
+        if isinstance(document, BadText):
+            problems.append(document.problem)
+        elif document is not None:
+            characters += len(document.text)
+    if left_out:
+        print_line(f"note: {source}: left out: {in_words(left_out)} (over {MAX_DOCUMENT_BYTES} bytes)")
+    if not problems and not characters:
         problems.append(Problem("--input", str(source), f"no text in files that match {pattern!r}", "text files"))
     if problems:
         raise InputError(problems)
-    return texts
+    return characters
+
+
+def _documents(files: Iterable[Path], source: Path) -> Iterator[TextDocument]:
+    """Read files that could be read a moment ago."""
+    for file in files:
+        document = read_text_file(file, file.relative_to(source).as_posix(), ReadOptions())
+        if isinstance(document, BadText):
+            raise InputError([document.problem])
+        if document is not None:
+            yield document
 
 
 def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
@@ -154,11 +189,11 @@ def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
     return model.getvalue()
 
 
-def _check_round_trips(tokenizer: Tokenizer, texts: dict[str, str]) -> None:
+def _check_round_trips(tokenizer: Tokenizer, files: Sequence[Path], source: Path) -> None:
     failed = [
-        path
-        for path, text in track(texts.items(), len(texts), "checking round trips")
-        if tokenizer.decode(tokenizer.encode(text)) != text
+        document.path
+        for document in _documents(track(files, len(files), "checking round trips"), source)
+        if tokenizer.decode(tokenizer.encode(document.text)) != document.text
     ]
     if failed:
-        raise RoundTripError(f"{len(failed)} texts do not round-trip exactly: {', '.join(failed)}")
+        raise RoundTripError("texts that do not round-trip exactly:\n" + "\n".join(failed))

@@ -183,6 +183,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return checked
 
         monkeypatch.setattr(os, "scandir", guarded(os.scandir))
+        monkeypatch.setattr(os, "open", guarded(os.open))
         monkeypatch.setattr(Path, "open", guarded(Path.open))
         monkeypatch.setattr(Path, "read_bytes", guarded(Path.read_bytes))
 
@@ -383,6 +384,7 @@ CHANGED = {
     "keep_keys": ("k",),
     "deduplicate": False,
     "skip_bad": True,
+    "max_document_bytes": 7,
     "shard_bytes": 5,
     "work_unit_bytes": 50,
 }

@@ -131,7 +131,7 @@ build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), Bu
     "place",
     [
         ("work_units", "write_bytes", 3),  # a few work units scanned
-        ("work_units", "flush_to_disk", 25),  # in the middle of a work unit that is being tokenized
+        ("work_units", "flush_to_disk", 5),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
         ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
         ("build", "write_skipped", 0),  # all but the name
