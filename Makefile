@@ -20,7 +20,7 @@ run-tests = @status=0; \
 	exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart study test test-all lint audit format docs-tables clean
+.PHONY: help setup quickstart study test test-all lint audit format docs-tables golden clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 
 docs-tables: $(STAMP) ## write the key tables of docs/configuration.md from the schema
 	$(BIN)/python tools/docs_tables.py
+
+golden: $(STAMP) ## write the golden curve anew, after a change that is meant to change results
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
 
 clean: ## remove caches and build outputs; runs/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,28 +43,33 @@ class AttentionRoute(Protocol):
         """
 
 
-def make_route(name: RouteName, device: torch.device, *, own_capacity: int, head_dim: int) -> AttentionRoute:
+def make_route(
+    name: RouteName, device: torch.device, *, own_capacity: int, head_dim: int, is_repeatable: bool = False
+) -> AttentionRoute:
     """The route of a run.
 
     `auto` is two_part on a CPU; on CUDA flex, because one kernel call serves every pass, or two_part where Triton
-    is missing or heads are too small for it; elsewhere dense, the only one that needs nothing but torch's public
-    functions. Which of flex and two_part is faster on a GPU has not been measured.
+    is missing, heads are too small for it or bits have to repeat; elsewhere dense, the only one that needs nothing but
+    torch's public functions. Which of flex and two_part is faster on a GPU has not been measured.
 
     Args:
         name: `train.attention`.
         device: where the tensors lie.
         own_capacity: most keys of one rollout in any pass, G.
         head_dim: values of a head.
+        is_repeatable: only kernels of which torch promises the same bits every time.
     Raises:
-        ValueError: flex where it has no backward pass or for heads that it does not take, or two_part where none of
-            its kernels runs.
+        ValueError: flex where it has no backward pass, for heads that it does not take or where bits have to repeat, or
+            two_part where none of its kernels runs.
     """
     if name == "auto":
-        if flex_is_available(device) and head_dim >= MIN_HEAD_DIM:
+        if flex_is_available(device) and head_dim >= MIN_HEAD_DIM and not is_repeatable:
             name = "flex"
         else:
             name = "two_part" if device.type in ("cpu", "cuda") else "dense"
     if name == "flex":
+        if is_repeatable:
+            raise ValueError("deterministic is true, and torch does not promise the same bits of its compiled kernel")
         if not flex_is_available(device):
             raise ValueError(f"flex attention needs CUDA and Triton: it has no backward pass on {device.type}")
         if head_dim < MIN_HEAD_DIM:

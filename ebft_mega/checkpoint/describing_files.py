@@ -32,6 +32,7 @@ from ebft_mega.data.text.tokenizer_files import (
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import leaves, read_contained_bytes
 from ebft_mega.model.weights.weight_files import INDEX_NAME, SINGLE_NAME, stored_tensors
+from ebft_mega.runtime.repeatability import describe_numerics
 from ebft_mega.runtime.run_files import ENVIRONMENT_NAME, RESOLVED_CONFIG_NAME, describe_environment
 
 CONFIG_NAME = "config.json"
@@ -163,7 +164,7 @@ def checkpoint_files(config: RunConfig, architecture: Architecture, described: D
     return {
         **described.contents,
         CONFIG_NAME: _as_json(architecture.exported_config("float32")),
-        ENVIRONMENT_NAME: _as_json(describe_environment()),
+        ENVIRONMENT_NAME: _as_json({**describe_environment(), **describe_numerics()}),
         RESOLVED_CONFIG_NAME: resolved_yaml(config).encode(),
     }
 

@@ -61,6 +61,7 @@ BY_CONTENTS = (
 FREE = (
     "output_dir",
     "permissions",
+    "deterministic",
     "data.on_error",
     "data.skip_rows",
     "data.allow_changed",

@@ -218,6 +218,11 @@ class RunConfig(Section):
         ge=0,
         lt=2**63,
     )
+    deterministic: bool = key(
+        False,
+        "Only kernels that give the same bits every time: two runs at one layout on one machine are equal bit for bit. "
+        "An operation without such a kernel ends the run.",
+    )
     model: ModelConfig
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()

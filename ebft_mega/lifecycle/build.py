@@ -130,7 +130,13 @@ def attention_route(config: RunConfig, architecture: Architecture, device: torch
     """The attention route that the configuration names."""
     name = config.train.attention
     try:
-        return make_route(name, device, own_capacity=config.ebft.generate_max_len, head_dim=architecture.head_dim)
+        return make_route(
+            name,
+            device,
+            own_capacity=config.ebft.generate_max_len,
+            head_dim=architecture.head_dim,
+            is_repeatable=config.deterministic,
+        )
     except ValueError as error:
         key = "train.attention"
         raise ConfigError([Problem(config.place(key), key, f"{name}, on a {device.type}: {error}", "auto")]) from None

@@ -178,5 +178,7 @@ def other_software(saved: SavedRun) -> list[str]:
     """Releases that differ from those that a checkpoint was written with: results may then differ by rounding."""
     then = json.loads(read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME))["packages"]
     now = describe_environment()["packages"]
-    changed = [f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name) != version]
+    changed = [
+        f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name, version) != version
+    ]
     return [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)

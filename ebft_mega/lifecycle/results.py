@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.describing_files import DescribingFiles, describing_files
@@ -20,6 +19,7 @@ from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.runtime.repeatability import describe_numerics
 from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME, RESOLVED_CONFIG_NAME, write_environment
 from ebft_mega.train.step import Trainer
 from ebft_mega.types import DTYPES
@@ -51,7 +51,7 @@ def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_
     clear_unfinished(output, is_all=not start.is_in(output))
     record = RunRecord.of(config, plan, start.started_from).model_copy(update={"model_step": model_step})
     write_bytes(output / RECORD_NAME, record.to_json().encode())
-    facts = {"world_size": dist.get_world_size(), "threads": torch.get_num_threads()}
+    facts = {"world_size": dist.get_world_size(), **describe_numerics()}
     (output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(config), encoding="utf-8")
     write_environment(output, facts)
 

@@ -1,6 +1,7 @@
 """One run: connect the ranks, check what they share, lock the run directory, run, and record the outcome."""
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.planning.phase_needs import needs_of_phases
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
+from ebft_mega.runtime.repeatability import use_deterministic_kernels
 from ebft_mega.runtime.run_files import STATUS_NAME, setup_rank_log
 from ebft_mega.runtime.run_lock import RunLock
 from ebft_mega.runtime.stop_requests import Signals, StopRequests
@@ -54,6 +56,8 @@ def run_training(
         Exit code of every rank: 0, or 75 if the run stopped on request.
     Communication: every rank of the job calls it.
     """
+    if config.deterministic:
+        use_deterministic_kernels(os.environ)
     with signals.stopped_with_peers():
         groups = connect_ranks(config)
         loader = make_loader(config, groups, is_trace=trace_directory is not None)

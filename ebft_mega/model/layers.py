@@ -40,6 +40,8 @@ def transformer_config(
         activation_func=F.silu,
         # Not only Transformer Engine's: an activation module that the layer's specification names.
         use_te_activation_func=True,
+        # Its embedding has another backward pass then.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,

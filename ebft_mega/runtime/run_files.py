@@ -30,6 +30,8 @@ RECORDED_PACKAGES = (
     "megatron-core",
     "transformers",
     "sentencepiece",
+    "tokenizers",
+    "triton",
     "webdataset",
     "tensorboard",
     "numpy",

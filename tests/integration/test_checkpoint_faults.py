@@ -21,8 +21,10 @@ STAGES_BEFORE_THE_COMMIT = tuple(STAGES)[: tuple(STAGES).index("renamed")]
 EVERY = 2
 # Each stage after the rename leaves one more checkpoint.
 STEPS = EVERY * (len(STAGES) - len(STAGES_BEFORE_THE_COMMIT) + 1)
-LENGTH = (f"train.max_steps={STEPS}", f"checkpoint.interval={EVERY}", "checkpoint.keep_last=2")
-ON_REQUEST_ONLY = (f"train.max_steps={STEPS}", "checkpoint.interval=1000")  # and at the end
+# Two runs with deterministic kernels are equal bit for bit, also where one of them was killed and resumed.
+KERNELS = "deterministic=true"
+LENGTH = (f"train.max_steps={STEPS}", f"checkpoint.interval={EVERY}", "checkpoint.keep_last=2", KERNELS)
+ON_REQUEST_ONLY = (f"train.max_steps={STEPS}", "checkpoint.interval=1000", KERNELS)  # and at the end
 KEPT = ["latest", f"step-{STEPS - EVERY:08d}", f"step-{STEPS:08d}"]
 
 

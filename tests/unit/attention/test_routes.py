@@ -246,3 +246,6 @@ def test_routes_by_name(monkeypatch):
     assert make_route("auto", cuda, own_capacity=8, head_dim=8) == TwoPartAttention()
     with pytest.raises(ValueError, match="heads of 16 values or more, not of 8"):
         make_route("flex", cuda, own_capacity=8, head_dim=8)
+    assert make_route("auto", cuda, own_capacity=8, head_dim=32, is_repeatable=True) == TwoPartAttention()
+    with pytest.raises(ValueError, match="deterministic is true"):
+        make_route("flex", cuda, own_capacity=8, head_dim=32, is_repeatable=True)

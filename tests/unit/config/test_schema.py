@@ -17,6 +17,7 @@ INTERFACE_DEFAULTS = {
     "data.on_error": "raise",
     "data.skip_rows": (),
     "permissions": "private",
+    "deterministic": False,
     "data.allow_changed": False,
     "data.max_skipped_rows": 100,
     "data.max_skipped_share": 0.001,

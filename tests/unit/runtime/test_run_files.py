@@ -3,9 +3,11 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 
+from ebft_mega.runtime.repeatability import VARIABLES, describe_numerics
 from ebft_mega.runtime.run_files import (
     failure_on_record,
     record_failure,
@@ -52,6 +54,19 @@ def test_environment_names_versions(tmp_path):
     assert content["packages"]["numpy"] == numpy.__version__
     assert content["world_size"] == 2
     assert content["git_revision"] is None or len(content["git_revision"]) >= 7
+
+
+def test_environment_says_what_decides_bits_and_nothing_else_of_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("HF_TOKEN", "a-secret")
+    found = describe_numerics()
+    assert any("oneDNN" in line or "MKL" in line or "BLAS" in line for line in found["torch"]["build"])
+    assert found["threads"]["intra_op"] >= 1 and found["threads"]["inter_op"] >= 1
+    assert found["cpu"]["kernels"] and (not Path("/proc/cpuinfo").exists() or found["cpu"]["flags"])
+    assert found["deterministic"]["algorithms"] is False
+    assert found["environment"]["OMP_NUM_THREADS"] == "1" and found["environment"]["NCCL_ALGO"] == "Ring"
+    assert set(found["environment"]) <= set(VARIABLES) and "a-secret" not in json.dumps(found)
 
 
 def test_rank_logs(tmp_path, package_logger, capsys):
