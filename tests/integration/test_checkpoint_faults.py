@@ -100,7 +100,7 @@ def test_all_ranks_are_killed_in_another_order(site, clean, tmp_path, seed):
     choice = random.Random(seed)
     order = choice.sample(tuple(STAGES), len(STAGES))
     order.sort(key=lambda stage: stage == "old one half deleted")  # last: there has to be an old one
-    settings = (LENGTH[0], f"checkpoint.interval={choice.choice((1, EVERY))}", "checkpoint.keep_last=1")
+    settings = (LENGTH[0], f"checkpoint.interval={choice.choice((1, EVERY))}", "checkpoint.keep_last=1", KERNELS)
     last = 0
     for stage in order:
         last = kill_all(site, tmp_path / "out", settings, stage, last)
