@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(site, clean, copy, name,
     assert str(newest) in job.console and name in job.console
     console = finish(site, copy, *LENGTH)
     (note,) = [line for line in console.splitlines() if "passed over" in line]
-    assert str(newest) in note and name in note
+    assert note.count(str(newest)) == 1 and note.count(name) == 1, "each is named once"
     assert f"going on after step {STEPS - EVERY} from" in console
     assert entries(copy) == sorted([*KEPT, f"{newest.name}.broken"])
     assert_same_outcome(clean, copy, STEPS)

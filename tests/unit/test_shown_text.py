@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from ebft_mega.config.yaml_source import read_yaml, write_yaml
 from ebft_mega.errors import (
     CheckpointError,
     DamagedDataError,
@@ -14,6 +15,7 @@ from ebft_mega.errors import (
     Problem,
     SkipBudgetError,
 )
+from ebft_mega.io.durable import write_json
 from ebft_mega.shown_text import escaped, shown, shown_html, without_secrets
 from tests.unit.hostile import TEXTS, dangers
 
@@ -126,3 +128,18 @@ def test_a_secret_is_masked_before_the_text_is_cut(padding):
 @pytest.mark.parametrize("part", ["://", "a://a", "://a?", "://@", "?", "@"])
 def test_masking_takes_no_longer_for_hostile_texts(part):
     without_secrets(part * 200_000)
+
+
+@hostile
+def test_a_written_configuration_is_letters_and_is_read_back_alike(text):
+    written = write_yaml({"key": text, "letters": "日本語"})
+    assert dangers(written, "\n") == set()
+    read = read_yaml(written, "a.yaml", 100)
+    assert not read.problems and read.value == {"key": text, "letters": "日本語"}
+
+
+@hostile
+def test_written_json_is_ascii(tmp_path, text):
+    write_json(tmp_path / "a.json", {text: text})
+    content = (tmp_path / "a.json").read_bytes()
+    assert content.isascii() and dangers(content.decode(), "\n\x7f") == set() and json.loads(content) == {text: text}
