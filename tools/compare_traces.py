@@ -16,11 +16,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.io.arguments import ToolParser, real_number
 from ebft_mega.io.command import run_command
+from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.standard_streams import print_line
 
 ORDER = (
@@ -57,8 +59,14 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
     """
     from safetensors.torch import load_file
 
-    tensors = [load_file(path / "step.safetensors") for path in (first, second)]
-    numbers = [json.loads((path / "step.json").read_text(encoding="utf-8")) for path in (first, second)]
+    tensors = []
+    numbers: list[dict[str, Any]] = []
+    for path in (first, second):
+        with reading(path / "step.safetensors", "step.safetensors", "the tensors of a trace"):
+            tensors.append(load_file(path / "step.safetensors"))
+        with reading(path / "step.json", "step.json", "the numbers of a trace"):
+            found = json.loads((path / "step.json").read_text(encoding="utf-8"))
+            numbers.append({name: None if found[name] is None else float(found[name]) for name in NUMBERS})
     lines = []
     for name in ORDER:
         left, right = (trace.get(name) for trace in tensors)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.parse_boundary import reading, words_of
 
+NO_FILE = "no such file"
 _LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES = 256 * 2**20  # far above any tokenizer's; a larger file is no description of anything
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
@@ -24,7 +25,7 @@ def file_obstacle(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "no such file"
+        return NO_FILE
     except (OSError, ValueError) as error:  # links in a circle, no permission; a name with a zero byte
         return words_of(error)
     if stat.S_ISREG(mode):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,26 @@ from typing import Any
 from ebft_mega.checkpoint.commit import CHECKPOINTS, complete_folders, leftovers, step_of
 from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
-from ebft_mega.errors import InputProblems
+from ebft_mega.errors import InputProblems, Problem
+from ebft_mega.io.input_errors import NO_FILE, file_obstacle
 from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
 from ebft_mega.model.weights.weight_files import stored_tensors
-from ebft_mega.runtime.run_files import METRICS_NAME, MODEL_FOLDER, REPORT_NAME, RESOLVED_CONFIG_NAME, STATUS_NAME
+from ebft_mega.runtime.run_files import (
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    MODEL_FOLDER,
+    REPORT_NAME,
+    RESOLVED_CONFIG_NAME,
+    STATUS_NAME,
+)
 from ebft_mega.runtime.run_lock import LOCK_NAME
 
 PREVIOUS = "previous"  # what `--fresh` has set aside
 UNFINISHED_MOVE = f"{PREVIOUS}/.unfinished"  # names the folder into which a killed start was setting results aside
+# Names of a run directory under which nothing else may stand.
+OWN_FILES = (METRICS_NAME, REPORT_NAME, STATUS_NAME, RECORD_NAME, LOCK_NAME, RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME)
+OWN_FOLDERS = (CHECKPOINTS, PREVIOUS, "logs")
 # Ranks of one start look at a directory at slightly different times; what is older than this they all see.
 SETTLED_SECONDS = 10.0
 _TAIL_BYTES = 2**20  # of metrics.jsonl, more than its last line
@@ -91,6 +103,18 @@ def look(output: Path) -> Findings:
         or any((output / name).exists() for name in (METRICS_NAME, REPORT_NAME, "tensorboard"))
     )
     return Findings(output, record, has_model, model, model_step, checkpoints, logged_step, has_results)
+
+
+def strange_entries(output: Path) -> Iterator[Problem]:
+    """List what stands under the name of one of a run's files and is no file, or of one of its folders and is none."""
+    for name in OWN_FILES:
+        obstacle = file_obstacle(output / name)
+        if obstacle not in (None, NO_FILE):
+            yield Problem(str(output / name), "output_dir", obstacle, "a file, or nothing of that name")
+    for name in OWN_FOLDERS:
+        path = output / name
+        if os.path.lexists(path) and not path.is_dir():
+            yield Problem(str(path), "output_dir", file_obstacle(path) or "a file", "a folder, or nothing of that name")
 
 
 def is_whole_model(directory: Path) -> bool:

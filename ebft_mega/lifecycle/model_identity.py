@@ -3,7 +3,6 @@
 And the software that a checkpoint was written with, against what is here.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,8 @@ from ebft_mega.checkpoint.saved_run import SavedRun
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
+from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import reading
 from ebft_mega.lifecycle.build import feature_weights, initial_weights
 from ebft_mega.model.weights.weight_sources import InitialWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
@@ -176,7 +177,9 @@ def damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[P
 
 def other_software(saved: SavedRun) -> list[str]:
     """Releases that differ from those that a checkpoint was written with: results may then differ by rounding."""
-    then = json.loads(read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME))["packages"]
+    content = read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME)
+    with reading(saved.directory / ENVIRONMENT_NAME, "packages", "releases by name", BrokenCheckpointError):
+        then = dict(parse_json(content.decode())["packages"])
     now = describe_environment()["packages"]
     changed = [
         f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name, version) != version

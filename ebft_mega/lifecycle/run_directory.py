@@ -7,6 +7,7 @@ from pathlib import Path
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.output_directory import discard_hidden_siblings, refuse_other_contents
+from ebft_mega.lifecycle.findings import strange_entries
 from ebft_mega.model.weights.model_directory import CONFIG_NAME
 from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME
 
@@ -18,7 +19,7 @@ def make_run_directory(config: RunConfig) -> None:
     """Make `output_dir`, before anything expensive.
 
     Raises:
-        ConfigError: it cannot be made or written to, or something stands where the final model will be.
+        ConfigError: it cannot be made or written to, or something stands where the final model or a file will be.
     """
     output = config.output_dir
     try:
@@ -30,6 +31,8 @@ def make_run_directory(config: RunConfig) -> None:
         expected = "a writable directory, or one to be made"
         problem = Problem(config.place("output_dir"), "output_dir", found, expected)
         raise ConfigError([problem]) from None
+    if strange := list(strange_entries(output)):
+        raise ConfigError([problem.within(config.place("output_dir")) for problem in strange])
     try:
         refuse_other_contents(output / MODEL_FOLDER, CONFIG_NAME, overwrite=True)
     except InputError as error:

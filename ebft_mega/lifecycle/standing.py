@@ -11,12 +11,13 @@ from enum import Enum
 from pathlib import Path
 
 from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
+from ebft_mega.checkpoint.manifest import MANIFEST_NAME
 from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, named_origin
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import EXIT_DONE, ConfigError, Problem
 from ebft_mega.io.output_directory import discard_hidden_siblings
 from ebft_mega.io.standard_streams import print_line
-from ebft_mega.lifecycle.findings import PREVIOUS, Findings, is_settled, look, status_says_done
+from ebft_mega.lifecycle.findings import PREVIOUS, Findings, is_settled, look, status_says_done, strange_entries
 from ebft_mega.lifecycle.run_record import RunRecord, data_differences, noted_differences, refused_differences
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME, write_status
@@ -80,8 +81,11 @@ def standing_of(config: RunConfig, plan: RunPlan) -> Standing:
     Raises:
         ConfigError: it is refused: another run's results lie there, or what is asked for cannot follow from them.
     """
+    if strange := list(strange_entries(config.output_dir)):
+        raise ConfigError([problem.within(config.place("output_dir")) for problem in strange])
     found = look(config.output_dir)
     chosen = candidates(config)
+    _require_a_manifest(config, chosen)
     if not found.has_results:
         return _first_start(chosen)
     now = RunRecord.of(config, plan, named_origin(config, chosen))
@@ -239,6 +243,19 @@ def _begins_where_it_began(
     return Path(began.path).is_relative_to(os.path.realpath(config.checkpoint.resume))
 
 
+def _require_a_manifest(config: RunConfig, chosen: Candidates) -> None:
+    """Refuse a start whose checkpoints all lack the file that is written last, as the start itself would later.
+
+    Raises:
+        ConfigError: there are checkpoints to resume from, by their names, and none has a manifest.
+    """
+    if chosen.paths and not any(os.path.lexists(path / MANIFEST_NAME) for path in chosen.paths):
+        key = "checkpoint.resume"
+        found = f"{', '.join(map(str, chosen.paths))}, without {MANIFEST_NAME}: written only in part"
+        expected = "a whole checkpoint; `checkpoint.resume: never` begins anew"
+        raise ConfigError([Problem(config.place(key), key, found, expected)])
+
+
 def _first_start(chosen: Candidates) -> Standing:
     """A start in a directory in which there is nothing to resume from."""
     if chosen.paths:
@@ -247,8 +264,9 @@ def _first_start(chosen: Candidates) -> Standing:
 
 
 def _resuming_words(chosen: Candidates) -> str:
-    older = ", or from an older one if that is not whole" if len(chosen.paths) > 1 else ""
-    return f"The run resumes from {chosen.paths[0]}{older}."
+    paths = [path for path in chosen.paths if os.path.lexists(path / MANIFEST_NAME)] or list(chosen.paths)
+    older = ", or from an older one if that is not whole" if len(paths) > 1 else ""
+    return f"The run resumes from {paths[0]}{older}."
 
 
 def _begun_again(found: Findings) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Check a configuration against the number of processes, the model directory and the datasets. No torch."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import tensor_parallel_obstacles, valid_tensor_parallel_sizes
 from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.checkpoint.commit import step_of
+from ebft_mega.checkpoint.manifest import MANIFEST_NAME
+from ebft_mega.config.fields import is_possible_path
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
@@ -253,10 +257,15 @@ def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Arch
 
 def _no_checkpoint_to_resume(config: RunConfig) -> list[Problem]:
     resume = config.checkpoint.resume
-    if resume in ("auto", "never") or Path(resume).is_dir():
+    if resume in ("auto", "never"):
         return []
     key, expected = "checkpoint.resume", "auto, never or the directory of a checkpoint or of a run"
-    return [Problem(config.place(key), key, f"{resume!r}, which is no directory", expected)]
+    if not is_possible_path(resume) or not Path(resume).is_dir():
+        return [Problem(config.place(key), key, f"{resume!r}, which is no directory", expected)]
+    if step_of(Path(resume).name) is not None and not os.path.lexists(Path(resume, MANIFEST_NAME)):
+        found = f"{resume!r}, which has no {MANIFEST_NAME}: its writing was not finished"
+        return [Problem(config.place(key), key, found, expected)]
+    return []
 
 
 def _length_notes(config: RunConfig, architecture: Architecture) -> list[str]:

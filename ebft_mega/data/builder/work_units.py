@@ -26,6 +26,7 @@ from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.durable import flush_to_disk, write_bytes
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.parse_boundary import reading
 
 # Of one work unit: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000
@@ -35,6 +36,7 @@ _LISTED_CHANGED = 3  # of the documents that do not round-trip, of one work unit
 
 # Names of a work unit's files say "part": builds that were stopped have them.
 _RECORD_NAME = "part.json"
+_OWN_RECORD = "a record of the build that was stopped; without its folder the build begins anew"
 _INDEX_NAME = "index.npy"
 
 
@@ -122,15 +124,18 @@ def load_scan(directory: Path, number: int) -> Scan | None:
     path = _scan_path(directory, number)
     if not path.is_file():
         return None
-    fields = json.loads(path.read_bytes())
-    problems = tuple(Problem(**problem) for problem in fields.pop("problems"))
-    lines, skipped = tuple(fields.pop("lines")), tuple(fields.pop("skipped_ranges"))
-    return Scan(problems=problems, lines=lines, skipped_ranges=skipped, **fields)
+    with reading(path, path.name, _OWN_RECORD):
+        fields = json.loads(path.read_bytes())
+        problems = tuple(Problem(**problem) for problem in fields.pop("problems"))
+        lines, skipped = tuple(fields.pop("lines")), tuple(fields.pop("skipped_ranges"))
+        return Scan(problems=problems, lines=lines, skipped_ranges=skipped, **fields)
 
 
 def load_digests(directory: Path, number: int) -> np.ndarray:
     """sha256 of the documents of a scanned work unit: uint8 [Scan.documents, 32], memory-mapped."""
-    return np.load(_scan_path(directory, number).with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+    path = _scan_path(directory, number).with_suffix(".npy")
+    with reading(path, path.name, _OWN_RECORD):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
@@ -138,14 +143,17 @@ def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
     path = unit_directory(directory, number) / _RECORD_NAME
     if not path.is_file():
         return None
-    fields = json.loads(path.read_bytes())
-    shards, changed = (tuple(fields.pop(name)) for name in ("shards", "changed"))
-    return TokenizedUnit(shards=shards, changed=changed, **fields)
+    with reading(path, path.name, _OWN_RECORD):
+        fields = json.loads(path.read_bytes())
+        shards, changed = (tuple(fields.pop(name)) for name in ("shards", "changed"))
+        return TokenizedUnit(shards=shards, changed=changed, **fields)
 
 
 def load_unit_index(directory: Path, number: int) -> np.ndarray:
     """INDEX_DTYPE [documents of the work unit]; `shard` counts from the work unit's first shard."""
-    return np.load(unit_directory(directory, number) / _INDEX_NAME, allow_pickle=False)
+    path = unit_directory(directory, number) / _INDEX_NAME
+    with reading(path, path.name, _OWN_RECORD):
+        return np.load(path, allow_pickle=False)
 
 
 def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:

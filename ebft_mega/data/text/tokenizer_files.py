@@ -14,6 +14,7 @@ from ebft_mega.data.text.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE
 from ebft_mega.data.text.tokenizer_model_file import describe_other_kind
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained
+from ebft_mega.io.input_errors import lfs_pointer
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import words_of
 
@@ -32,6 +33,10 @@ MEBIBYTE = 2**20
 LONGEST_BYTES = {".json": 128 * MEBIBYTE, ".model": 64 * MEBIBYTE, ".jinja": MEBIBYTE, ".txt": 16 * MEBIBYTE}
 
 _OBJECT_NAMES = (CONFIG_NAME, "generation_config.json", "chat_template.json")
+_SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -50,6 +55,8 @@ def check_named_text(name: str, content: bytes) -> Any:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
+    if (pointer := lfs_pointer(content)) is not None:
+        raise ValueError(pointer)
     if not name.endswith(".json"):
         if control := _CONTROL_CHARACTER.search(text):
             raise ValueError(f"the control character U+{ord(control[0]):04X}")
@@ -150,6 +157,14 @@ def _check_special_tokens(value: dict[str, Any]) -> None:
             raise ValueError(f"{name[:40]!r}, whose value is no token")
 
 
+def _check_config(value: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the tokens that a `tokenizer_config.json` names are tokens."""
+    _check_special_tokens({key: value[key] for key in _SPECIAL_TOKENS if key in value})
+    added = value.get("added_tokens_decoder", {})
+    if not isinstance(added, dict) or not all(map(_is_token, added.values())):
+        raise ValueError("'added_tokens_decoder', whose values are no tokens")
+
+
 def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
@@ -158,6 +173,7 @@ _TEXTS: dict[str, Callable[[str], None]] = {"merges.txt": _check_merges, "vocab.
 NAMED_TEXTS = tuple(_TEXTS)
 _OBJECTS: dict[str, Callable[[dict[str, Any]], None]] = {
     **dict.fromkeys(_OBJECT_NAMES, lambda value: None),
+    CONFIG_NAME: _check_config,
     HUGGING_FACE_NAME: _check_definition,
     "vocab.json": _check_ids,
     "added_tokens.json": _check_ids,

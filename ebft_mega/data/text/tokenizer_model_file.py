@@ -7,6 +7,8 @@ piece's text (1), score (2) and type (3).
 import re
 from collections.abc import Collection, Iterator
 
+from ebft_mega.io.input_errors import lfs_pointer
+
 _PIECE_FIELD, _TRAINER_FIELD, _NORMALIZER_FIELD, _SELF_TEST_FIELD, _LAST_FIELD, _FIRST_EXTENSION = 1, 2, 3, 4, 5, 200
 _TEXT_FIELD, _TYPE_FIELD = 1, 3
 _VARINT, _EIGHT_BYTES, _MESSAGE, _FOUR_BYTES = 0, 1, 2, 5
@@ -15,7 +17,6 @@ _USER_DEFINED_BYTES = bytes([_TYPE_FIELD << 3 | _VARINT, _USER_DEFINED])
 
 # Files that people find under this name instead.
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
-_POINTER_BEGINS = b"version https://git-lfs"
 
 
 class _DamagedError(ValueError):
@@ -29,8 +30,8 @@ def describe_other_kind(content: bytes) -> str | None:
     """
     if _RANK_LINE.match(content):
         return "a table of tokens and ranks (tiktoken)"
-    if content.startswith(_POINTER_BEGINS):
-        return "a Git LFS pointer instead of the file"
+    if (pointer := lfs_pointer(content)) is not None:
+        return pointer
     try:
         fields = {field for field, _, _, _ in _model_fields(content)}
     except _DamagedError:

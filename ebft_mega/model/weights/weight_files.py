@@ -9,8 +9,9 @@ from typing import Any
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained_json
-from ebft_mega.io.input_errors import file_obstacle
+from ebft_mega.io.input_errors import NO_FILE, file_obstacle, lfs_pointer
 from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.parse_boundary import words_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -18,6 +19,7 @@ DTYPE_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
+_POINTER_BYTES = 32  # enough to tell the stand-in of a repository with large files
 _LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _WEIGHTS = f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names (other formats can hold code)"
@@ -59,8 +61,13 @@ def stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[Probl
 
 def _weight_files(directory: Path) -> tuple[list[str], list[Problem]]:
     """Names of the files with weights, and what is wrong with their choice."""
-    index, is_single = directory / INDEX_NAME, (directory / SINGLE_NAME).is_file()
-    if not index.is_file():
+    index = directory / INDEX_NAME
+    obstacles = {name: file_obstacle(directory / name) for name in (SINGLE_NAME, INDEX_NAME)}
+    strange = {name: found for name, found in obstacles.items() if found not in (None, NO_FILE)}
+    if strange:
+        return [], [Problem(str(directory / name), name, str(found), "a file") for name, found in strange.items()]
+    is_single = obstacles[SINGLE_NAME] is None
+    if obstacles[INDEX_NAME] is not None:
         if is_single:
             return [SINGLE_NAME], []
         others = _names(directory.glob("*.safetensors")) or _names(directory.glob("*.bin"))
@@ -72,13 +79,13 @@ def _weight_files(directory: Path) -> tuple[list[str], list[Problem]]:
         problems.append(Problem(str(directory), "weights", f"{SINGLE_NAME} beside {INDEX_NAME}", "one of the two"))
     outside = [name for name in names if not _is_plain(name)]
     problems += [Problem(str(index), "weight_map", repr(name), "plain file names") for name in outside]
-    present = [name for name in names if name not in outside and (directory / name).is_file()]
+    found = {name: file_obstacle(directory / name) for name in names if name not in outside}
     problems += [
-        Problem(str(directory / name), name, "no such file", f"a file that {INDEX_NAME} names")
-        for name in names
-        if name not in outside and name not in present
+        Problem(str(directory / name), name, obstacle, f"a file that {INDEX_NAME} names")
+        for name, obstacle in found.items()
+        if obstacle is not None
     ]
-    return present, problems
+    return [name for name, obstacle in found.items() if obstacle is None], problems
 
 
 def _names(paths: Iterable[Path]) -> list[str]:
@@ -125,12 +132,15 @@ def _read_header(path: Path, problems: list[Problem]) -> dict[str, StoredTensor]
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(_LENGTH_BYTES)
+            if (pointer := lfs_pointer(prefix + file.read(_POINTER_BYTES))) is not None:
+                return refuse(pointer, "a safetensors file")
+            file.seek(len(prefix))
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else size
             if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 return refuse(f"{size} bytes", "a complete safetensors header")
             text = file.read(header_bytes)
     except OSError as error:
-        return refuse(error.strerror or str(error), "a safetensors file")
+        return refuse(words_of(error), "a safetensors file")
     try:
         entries: Any = parse_json(text.decode("utf-8"))
         entries.pop("__metadata__", None)
@@ -142,8 +152,8 @@ def _read_header(path: Path, problems: list[Problem]) -> dict[str, StoredTensor]
             for name, entry in entries.items()
         }
         end = max((stop for _, stop in spans.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return refuse(repr(error)[:200], "a safetensors header")
+    except Exception as error:
+        return refuse(words_of(error), "a safetensors header")
     if size != _LENGTH_BYTES + header_bytes + end:
         return refuse(f"{size} bytes", f"{_LENGTH_BYTES + header_bytes + end} bytes")
     position = 0

@@ -64,7 +64,8 @@ def test_files_that_are_none_are_not_opened(directory, name, kind):
     else:
         path.symlink_to(path)
     (problem,) = problems_of(directory)
-    assert problem.startswith("weights: " if name == "model.safetensors" else f"{name}: ")
+    words = {"a link to itself": ": "} | dict.fromkeys(("a directory", "a FIFO"), f"{name}: {kind}")
+    assert problem.startswith(f"{name}: ") and words[kind] in problem
 
 
 @pytest.mark.parametrize(

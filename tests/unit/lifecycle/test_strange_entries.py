@@ -1,0 +1,43 @@
+"""What stands in a run directory under the name of a run's own file, and is none, is refused before anything starts."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from ebft_mega.errors import ConfigError, InputError
+from ebft_mega.lifecycle.findings import OWN_FILES, OWN_FOLDERS, strange_entries
+from ebft_mega.lifecycle.run_directory import make_run_directory
+from ebft_mega.runtime.run_lock import LOCK_NAME, RunLock
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+@pytest.mark.parametrize("make, words", [(os.mkdir, "a directory"), (os.mkfifo, "a FIFO")], ids=["folder", "fifo"])
+def test_a_folder_or_a_fifo_in_place_of_a_file_is_named(tmp_path, name, make, words):
+    make(tmp_path / name)
+    config = SimpleNamespace(output_dir=tmp_path, place=lambda key: "run.yaml:1")
+    with pytest.raises(ConfigError) as caught:
+        make_run_directory(config)
+    (problem,) = caught.value.problems
+    assert problem.where == f"run.yaml:1: {tmp_path / name}" and problem.found == words
+
+
+@pytest.mark.parametrize("name", OWN_FOLDERS)
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, name):
+    (tmp_path / name).write_text("")
+    (problem,) = strange_entries(tmp_path)
+    assert problem.where == str(tmp_path / name) and problem.found == "a file"
+
+
+def test_what_a_run_leaves_is_not_strange(tmp_path):
+    for name in OWN_FILES:
+        (tmp_path / name).write_text("")
+    for name in OWN_FOLDERS:
+        (tmp_path / name).mkdir()
+    assert not list(strange_entries(tmp_path)) and not list(strange_entries(tmp_path / "nothing"))
+
+
+def test_a_lock_that_is_a_directory_is_refused(tmp_path):
+    (tmp_path / LOCK_NAME).mkdir()
+    with pytest.raises(InputError, match="Is a directory"), RunLock(tmp_path):
+        pass
