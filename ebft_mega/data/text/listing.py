@@ -5,7 +5,7 @@ import fnmatch
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
     left_out: Counter[str] = Counter()
     errors: list[OSError] = []
     result = os.path.realpath(output) if output else None
-    for folder, subfolders, names in os.walk(directory, onerror=errors.append):
+    for folder, subfolders, names in _folders(directory, errors):
         entered = []
         for name in subfolders:
             reason = _reason_to_skip_folder(Path(folder, name), result)
@@ -91,6 +91,34 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
     unreadable = tuple(Problem(str(error.filename), "--input", str(error.strerror), expected) for error in errors)
     files = _in_order(directory, [*found, *followed])
     return Listing(files, left_out, {FILE_LINKS: len(followed)} if followed else {}, unreadable)
+
+
+def _folders(directory: Path, errors: list[OSError]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder with the names of its folders, which the caller may shorten, and of all else in it.
+
+    `os.walk` calls itself for each level, and Python's stack is not as deep as a path may be.
+    """
+    waiting = [directory]
+    while waiting:
+        folder = waiting.pop()
+        subfolders: list[str] = []
+        names: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (subfolders if _is_folder(entry) else names).append(entry.name)
+        except OSError as error:
+            errors.append(error)
+            continue
+        yield folder, subfolders, names
+        waiting += [folder / name for name in reversed(subfolders)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _followed_links(directory: Path, files: Iterable[Path], links: Iterable[Path]) -> tuple[list[Path], list[str]]:

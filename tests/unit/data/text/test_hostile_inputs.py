@@ -17,6 +17,7 @@ import zstandard
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.bounded_reading import NoRegularFileError, open_regular, read_at_most, read_line
 from ebft_mega.data.text.compression import MAX_UNPACKED_RATIO, CutFileError, open_lines
+from ebft_mega.data.text.listing import list_files
 from ebft_mega.data.text.tar_members import MAX_EXTENSION_BYTES, Member, read_members
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
@@ -338,3 +339,20 @@ def test_a_kept_field_at_its_limits_stays(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a", "k": ' + value + b', "other": "\\ud800"}\n')
     (document,) = read_jsonl(path, "a", ReadOptions(keep_keys=("k",)))
     assert isinstance(document, TextDocument) and json.dumps(document.fields["k"]).encode() == value
+
+
+def test_folders_may_be_deeper_than_pythons_stack(tmp_path: Path) -> None:
+    depth, here = 1200, os.open(tmp_path, os.O_RDONLY)
+    folders = [here]
+    try:
+        for _ in range(depth):
+            os.mkdir("d", dir_fd=folders[-1])
+            folders.append(os.open("d", os.O_RDONLY, dir_fd=folders[-1]))
+            if len(folders) > 2:
+                os.close(folders.pop(-2))
+        os.close(os.open("a.py", os.O_CREAT | os.O_WRONLY, dir_fd=folders[-1]))
+        assert [len(file.relative_to(tmp_path).parts) for file in list_files(tmp_path).files] == [depth + 1]
+    finally:
+        for folder in folders:
+            os.close(folder)
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True, timeout=30)
