@@ -158,7 +158,7 @@ def count_skipped(progress: Progress, trainer: Trainer, result: StepResult, next
         dist.barrier()
         raise NonFiniteStepError(
             f"step {number}: {skipped.in_a_row} updates in a row had a loss, a reward or a gradient that is not "
-            f"finite; rows and statistics are in {output / DUMP_DIRECTORY}\n"
+            f"finite; rows and statistics are in {output / DUMP_DIRECTORY}. "
             f"A restart will meet the same rows. To leave them out: {way_past(config, skipped.in_a_row, next_row)}"
         )
 

@@ -8,6 +8,7 @@ waits makes a file `holding-RANK` there, and continues when there is a file `go`
     clock   seconds that the run's own clock has jumped ahead when a wait in a phase ends
     full    the number of a rank whose disk is full while it writes its part of the first checkpoint
     room    bytes that the disk has free when the first checkpoint begins
+    feature the number of a rank of whose features one is NaN in every pass
 """
 
 import importlib
@@ -148,6 +149,20 @@ def fill_disk(rank: int) -> None:
     once("ebft_mega.checkpoint.saver:write_state_shards", first)
 
 
+def spoil_a_feature(rank: int) -> None:
+    """One number of one rollout's feature is NaN, in steps and in evaluations."""
+
+    def around(function):
+        def spoiled(taps, *others):
+            taps[0][0, 0, 0, 0, 0] = float("nan")
+            return function(taps, *others)
+
+        return spoiled
+
+    if int(os.environ["RANK"]) == rank:
+        wrap("ebft_mega.features.network:block_grams", around)
+
+
 def main(arguments: list[str]) -> None:
     """Be a rank; ends with `SystemExit`."""
     faults = json.loads(os.environ.get("EBFT_FAULTS", "{}"))
@@ -157,6 +172,8 @@ def main(arguments: list[str]) -> None:
         hold_in_phase(faults["phase"], faults["call"], faults.get("clock", 0.0))
     if "full" in faults:
         fill_disk(faults["full"])
+    if "feature" in faults:
+        spoil_a_feature(faults["feature"])
     if "room" in faults:
         usage = SimpleNamespace(free=faults["room"])
         once("ebft_mega.checkpoint.saver:shutil.disk_usage", lambda function: lambda path: usage)
