@@ -84,7 +84,7 @@ def main() -> None:
 def synthetic_dataset(directory: Path, vocab_size: int, options: argparse.Namespace) -> Dataset:
     """Write documents of random tokens and lengths with the package's writer, and open them."""
     tokenizer_file = directory / "tokenizer.json"
-    tokenizer_file.write_text("{}", encoding="utf-8")
+    tokenizer_file.write_text('{"model": {}}', encoding="utf-8")
     sha256 = str(tokenizer_sha256(directory))
     tokenizer = HuggingFaceTokenizer(
         vocab_size, eos_id=0, sha256=sha256, files=(tokenizer_file,), backend=None, known_ids=frozenset()

@@ -403,7 +403,7 @@ def test_weights_are_taken_as_they_are_written(inputs):
 
 
 def test_everything_wrong_with_the_sources_comes_at_once(inputs):
-    inputs.add_tokenizer("other", '{"model": 2}')
+    inputs.add_tokenizer("other", '{"model": {"type": 2}}')
     inputs.add_dataset("foreign", "other", [400])
     sources = {"a": {"shards": "nowhere"}, "b": {"shards": "gone"}, "c": {"shards": "foreign"}}
     lines = problems_of(with_sources(inputs, sources))
