@@ -163,5 +163,9 @@ class OutOfMemoryError(EbftError):
     """There was not enough memory, on the device or in the machine."""
 
 
+class ShortageError(EbftError):
+    """The machine or this process has too few file descriptors or too little shared memory."""
+
+
 class NonFiniteStepError(EbftError):
     """Too many steps in a row had a loss or gradient that is not finite."""

@@ -21,10 +21,11 @@ from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
-from ebft_mega.errors import EXIT_DONE, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
+from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
 from ebft_mega.io.arguments import PlainParser, output_directory, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.output_directory import limit_permissions  # noqa: E402
+from ebft_mega.io.parse_boundary import shortage  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
 from ebft_mega.io.standard_streams import print_line, protect_standard_streams  # noqa: E402
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
@@ -140,6 +141,12 @@ def run(signals: Signals, started: float) -> int:
         if speaks or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if (words := shortage(error)) is None:
+            raise
+        signals.fail_undisturbed()
+        print(words, file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
 from ebft_mega.io.output_directory import Permissions, limit_permissions
+from ebft_mega.io.parse_boundary import shortage
 from ebft_mega.io.process_signals import StopNow
 from ebft_mega.io.standard_streams import print_line, protect_standard_streams, to_nowhere
 from ebft_mega.io.text_encoding import require_utf8
@@ -110,5 +111,5 @@ def _code_of(error: OSError, prints_its_result: bool) -> int:
     """The exit code that an error of the system leads to, which is printed unless the tool's reader has just gone."""
     if isinstance(error, BrokenPipeError) and prints_its_result:
         return EXIT_UNREAD
-    print_line(f"error: {error.filename or 'system'}: {error.strerror or error}")
+    print_line(f"error: {error.filename or 'system'}: {shortage(error) or error.strerror or error}")
     return EXIT_FAILED

@@ -84,16 +84,30 @@ _WORDS: tuple[tuple[type[Exception], Callable[[str], str]], ...] = (
 )
 
 
-def shortage(error: OSError) -> str | None:
-    """What the machine or this process has too little of, and how to get more; None for all other errors."""
-    if error.errno == errno.EMFILE:
+def shortage(error: BaseException) -> str | None:
+    """What the machine or this process has too little of, and how to get more; None for all other errors.
+
+    Libraries raise other errors than the system's for the same, and say it in their text alone.
+    """
+    number, text = (error.errno, "") if isinstance(error, OSError) else (None, str(error))
+    if number == errno.EMFILE or any(words in text for words in _NO_DESCRIPTORS):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"too few file descriptors: this process may have {soft} (raise it with `ulimit -n`, up to {hard})"
-    if error.errno == errno.ENFILE:
+    if number == errno.ENFILE:
         return "too few file descriptors on this machine (raise it with `sysctl fs.file-max`)"
-    if error.errno == errno.ENOSPC and _is_shared_memory(error.filename):
+    is_full = isinstance(error, OSError) and number == errno.ENOSPC and _is_shared_memory(error.filename)
+    if is_full or any(words in text for words in _NO_SHARED_MEMORY) or _is_full_object(text):
         return f"{_SHARED_MEMORY} is full: {_shared_memory_size()} (in a container, start it with a larger --shm-size)"
     return None
+
+
+# Of torch's own texts: file descriptors that could not be sent, and workers that died of a bus error.
+_NO_DESCRIPTORS = ("Too many open files", "received 0 items of ancdata")
+_NO_SHARED_MEMORY = ("out of shared memory", "raise your shared memory limit")
+
+
+def _is_full_object(text: str) -> bool:
+    return "No space left on device" in text and ("shared memory" in text or "</torch_" in text)
 
 
 _SHARED_MEMORY = "/dev/shm"

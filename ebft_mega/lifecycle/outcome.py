@@ -19,7 +19,9 @@ from ebft_mega.errors import (
     PeerFailedError,
     PeerLostError,
     ResultsLostError,
+    ShortageError,
 )
+from ebft_mega.io.parse_boundary import shortage
 from ebft_mega.io.process_signals import StopNow
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.parallel.lost_peers import is_lost_connection
@@ -101,7 +103,10 @@ class Outcome:
         if peer_code is not None and not isinstance(error, EbftError):
             return PeerFailedError(peer_code)  # or was stopped, with 75
         self._record_failure(error.exit_code if isinstance(error, EbftError) else EXIT_FAILED)
-        return PeerLostError() if is_lost_connection(error) else error
+        if is_lost_connection(error):
+            return PeerLostError()
+        words = None if isinstance(error, EbftError) else shortage(error)
+        return error if words is None else ShortageError(words)
 
     def require_results(self, stopped: bool) -> None:
         """Check that what the outcome is about to promise is there.

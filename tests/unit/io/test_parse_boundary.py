@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ebft_mega.errors import BrokenCheckpointError, DamagedDataError, InputError, LockLostError
-from ebft_mega.io.parse_boundary import reading, words_of
+from ebft_mega.io.parse_boundary import reading, shortage, words_of
 from ebft_mega.io.process_signals import StopNow
 
 
@@ -101,6 +101,21 @@ def test_too_few_file_descriptors_are_named_with_their_limit():
     words = words_of(OSError(errno.EMFILE, "Too many open files"))
     assert f"this process may have {soft}" in words and "ulimit -n" in words
     assert "on this machine" in words_of(OSError(errno.ENFILE, "Too many open files in system"))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("unable to open shared memory object </torch_1_2> in read-write mode: Too many open files (24)", "ulimit -n"),
+        ("received 0 items of ancdata", "ulimit -n"),
+        ("unable to write to file </torch_1_2>: No space left on device (28)", "--shm-size"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+         "of shared memory. Please try to raise your shared memory limit.", "--shm-size"),
+    ],
+)  # fmt: skip
+def test_what_torch_says_of_a_shortage_is_understood(text, words):
+    assert words in shortage(RuntimeError(text))
+    assert shortage(RuntimeError("No space left on device")) is None and shortage(ValueError("")) is None
 
 
 def test_full_shared_memory_is_named_as_what_it_is():

@@ -1,5 +1,6 @@
 """The outcome of a run promises nothing that is not there."""
 
+import errno
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
-from ebft_mega.errors import DirectoryLostError, LockLostError, PeerLostError, ResultsLostError
+from ebft_mega.errors import DirectoryLostError, LockLostError, PeerLostError, ResultsLostError, ShortageError
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.results import show_results
 from ebft_mega.model.weights.model_directory import write_model
@@ -77,6 +78,14 @@ def test_a_lost_connection_is_one_line_and_another_error_stays_itself(finished):
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("Connection closed by peer")):
         (finished.output / "status.json").unlink(missing_ok=True)
         assert finished.of_error(error) is error
+
+
+def test_a_shortage_of_the_machine_is_one_line(finished):
+    cause = finished.of_error(OSError(errno.EMFILE, "Too many open files"))
+    assert isinstance(cause, ShortageError) and "ulimit -n" in str(cause) and cause.exit_code == 1
+    (finished.output / "status.json").unlink()
+    cause = finished.of_error(RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"))
+    assert isinstance(cause, ShortageError) and "/dev/shm is full" in str(cause)
 
 
 def test_a_stop_promises_the_checkpoint_of_its_step(finished, architecture):
