@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 MAX_DIGITS = 40  # of an integer: Hugging Face writes some of 31
@@ -36,8 +37,8 @@ def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys are all different; of equal ones, readers would take different values."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        times = Counter(name for name, _ in pairs)
+        repeated = next(name for name in values if times[name] > 1)
         raise ValueError(f"the key {repeated!r} more than once")
     return values
 

@@ -51,7 +51,7 @@ def from_message(content: bytes, kinds: tuple[type, ...] = ()) -> Any:
         ForeignMessageError: it is no such text.
     """
     try:
-        return _read(parse_json(content.decode("ascii")), _with_fields(kinds))
+        return _read(parse_json(content.decode("ascii"), half_pairs=True), _with_fields(kinds))
     except Exception as error:  # whatever a constructor or the parser raises
         shown = content[:_SHOWN_CHARACTERS].decode("ascii", errors="replace")
         raise ForeignMessageError(f"no message of this program ({error}): {shown!r}") from None

@@ -129,7 +129,7 @@ def test_resuming_with_changed_data_is_refused_and_moves_nothing() -> None:
     loader = BatchLoader(RowStream.of(small_dataset("b"), 8, 1), 4)
     with pytest.raises(InputError) as caught:
         loader.resume(saved)
-    assert [problem.key for problem in caught.value.problems] == ["seed", "sources"]
+    assert [problem.key for problem in caught.value.problems] == ["seed", "data.sources"]
     assert loader.state.next_row == 0
     assert loader.resume(saved, allow_changed=True)
     assert loader.state.next_row == 20
