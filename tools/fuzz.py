@@ -5,7 +5,7 @@
 
 Cases are mutations of valid files, of which at least a third have the right syntax. Exit code 1: a case raised
 something else than a refusal, took more than 5 s, or wrote where it should not; the files of such cases are saved with
-`--output`.
+`--output`. A library that crashes ends the tool; what it was at is then in `ebft-fuzz-*/current` of /dev/shm or /tmp.
 """
 
 import signal
@@ -15,6 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the cases and print what became of them."""
     arguments = parse_arguments()
+    faulthandler.enable()
     chosen = [parser for parser in PARSERS if arguments.parser is None or parser.name in arguments.parser]
     cases = arguments.cases or -(-(arguments.total or 500 * len(chosen)) // len(chosen))
     numbers = range(cases) if arguments.only is None else range(arguments.only, arguments.only + 1)

@@ -25,6 +25,7 @@ SLOW_SECONDS = 5.0
 MAX_GROWTH_BYTES = 512 * 2**20
 MAX_MESSAGE_CHARACTERS = 200_000
 MAX_FAILURES = 10  # of a parser; the rest would repeat them
+CURRENT_NAME = "current"  # what a process was at that a library has crashed
 LEAST_SHARE = 1 / 3  # of cases that pass the first stage
 _KIBIBYTE = 1024
 
@@ -91,7 +92,9 @@ def run_cases(parser: FuzzedParser, seed: int, numbers: Sequence[int], scratch: 
     parser.read(place)  # what is valid is read, and imports are not counted with the first case
     peak = _peak_bytes()
     began = time.perf_counter()
+    current = scratch / CURRENT_NAME
     for number in numbers:
+        current.write_text(f"{parser.name} {seed} {number}\n")
         changed = changed_files(parser, valid, seed, number)
         write_files(place, changed)
         tally.past_first_stage += parser.passes_first_stage(changed)

@@ -113,7 +113,7 @@ def numpy_header(random: Random, content: bytes) -> bytes:
         place = random.randrange(len(data) // 8) * 8
         number = random.choice((0, 1, 511, 512, 2**31, 2**63, 2**64 - 1, random.getrandbits(64)))
         data = data[:place] + struct.pack("<Q", number) + data[place + 8 :]
-    written = header.encode().ljust(length)
+    written = header.encode().ljust(length - 1) + b"\n"
     return content[:8] + struct.pack("<H", len(written)) + written + data
 
 

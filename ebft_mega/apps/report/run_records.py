@@ -7,6 +7,7 @@ from typing import Any
 
 from ebft_mega.io.input_errors import bad_input, read_input_bytes
 from ebft_mega.io.parse_boundary import reading
+from ebft_mega.io.records import LARGEST_COUNT
 
 # Steps and values of one key, in step order.
 Curve = tuple[list[int], list[float]]
@@ -31,7 +32,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int and abs(record["step"]) <= LARGEST_COUNT
+    return record if is_record else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def curves(records: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     by_key: dict[str, dict[int, float]] = {}
     for record in records:
         for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
+            if key != "step" and (type(value) is float or (type(value) is int and abs(value) <= LARGEST_COUNT)):
                 by_key.setdefault(key, {})[int(record["step"])] = float(value)
     return {
         key: ([step for step, _ in sorted(points.items())], [value for _, value in sorted(points.items())])

@@ -60,7 +60,6 @@ PLANTED = """
     from ebft_mega.apps.fuzzing.watched_writes import WatchedWrites
     from ebft_mega.io.input_errors import bad_input
 
-    campaign.SLOW_SECONDS = 2.0
     outside = Path(sys.argv[1])
     held = []
 
@@ -83,6 +82,7 @@ PLANTED = """
 
     watch = WatchedWrites()
     for act in (len, refuses, raises, hangs, panics, writes, renames, starts, shouts, grows):
+        campaign.SLOW_SECONDS = 0.5 if act is hangs else 60.0
         def read(directory, act=act):
             content = (directory / "a").read_bytes()
             if content != b"valid":

@@ -60,6 +60,8 @@ CASES = [
     ("evaluation", "evaluation.json", with_key(valid_files.evaluation_file(), "per_row", '{"a": [[1], 2, 3]}')),
     ("evaluation", "evaluation.json", with_key(valid_files.evaluation_file(), "eval/ce_loss", "{}")),
     ("evaluation", "evaluation.json", b"\xff"),
+    ("metrics", "metrics.jsonl", b'{"step": 1, "loss/total": ' + b"9" * 400 + b"}\n"),
+    ("metrics", "metrics.jsonl", b'{"step": ' + b"9" * 400 + b', "loss/total": 1.0}\n'),
     *(
         ("index", "index.npy", content)
         for content in (
