@@ -26,6 +26,11 @@ class OptimizerSettings:
     # Stage 3: parameters are whole for the rollout, from the rollout to the optimizer step, or layer by layer.
     hold_parameters: Literal["rollout", "step", "none"] = "rollout"
 
+    @property
+    def clips_squares(self) -> bool:
+        """Whether every gradient that AdamW gets has been clipped to one whose square is finite in float32."""
+        return 0 < self.grad_clip**2 <= torch.finfo(torch.float32).max
+
     @classmethod
     def of(cls, config: RunConfig) -> "OptimizerSettings":
         """Settings that a run's configuration asks for."""
@@ -65,6 +70,16 @@ class SharedGradients:
             tied=tuple(parameter for parameter, role in named if role.tied),
             uncounted=tuple(parameter for parameter, role in named if not role.is_counted(tensor_parallel_rank)),
         )
+
+
+def has_finite_squares(gradient: Tensor) -> Tensor:
+    """Whether AdamW's second moment can hold the squares of a gradient: bool [], on its device.
+
+    An infinite moment would never be finite again, and its weights never move. No second tensor is made.
+    """
+    if not gradient.numel():
+        return torch.ones((), dtype=torch.bool, device=gradient.device)
+    return torch.stack(torch.aminmax(gradient)).square().isfinite().all()
 
 
 def sum_over(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, Update, parameter_groups, sum_over
+from ebft_mega.parallel.optimizer import OptimizerSettings, Update, has_finite_squares, parameter_groups, sum_over
 from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
@@ -121,11 +121,16 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         parameter.grad = None
 
     def _global_norm(self) -> Tensor:
-        """L2 norm over all ranks of the replica; not finite if any gradient is not, also one that is not counted."""
+        """L2 norm over all ranks of the replica.
+
+        Not finite if any gradient is not, also one that is not counted, or if it is not clipped and its square is not.
+        """
         uncounted = set(self._shared.uncounted)
         squares = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         for parameter, gradient in self._gradients.items():
             square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            if not self._settings.clips_squares:
+                square = torch.where(has_finite_squares(gradient), square, torch.nan)
             squares += torch.where(square.isfinite(), 0.0, torch.nan) if parameter in uncounted else square
         dist.all_reduce(squares, group=self._groups.model_parallel)
         return squares.sqrt().float()

@@ -29,7 +29,7 @@ from ebft_mega.parallel.deepspeed_adapter.replica_ranks import (
 )
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, Update, parameter_groups, sum_over
+from ebft_mega.parallel.optimizer import OptimizerSettings, Update, has_finite_squares, parameter_groups, sum_over
 from ebft_mega.parallel.optimizer_state import StateKind
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
@@ -67,6 +67,7 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         self._reduced_step = self._engine.optimizer.step
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients
+        self._clips_squares = settings.clips_squares
         self._hold_parameters = settings.hold_parameters if settings.zero_stage == 3 else "anyway"
         self._view = view_of(module, build_stage) if settings.zero_stage == 3 else module
 
@@ -186,12 +187,17 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
             safe_set_full_grad(parameter, whole)
 
     def _spread_non_finite(self) -> None:
-        """Let all ranks skip a step whose gradient is not finite in a parameter that no norm counts."""
-        if dist.get_world_size(self._groups.model_parallel) == 1:
+        """Let all ranks skip a step that DeepSpeed alone would not have all of them skip.
+
+        A gradient is not finite in a parameter that no norm counts, or it is not clipped and its square is not finite.
+        """
+        if self._clips_squares and dist.get_world_size(self._groups.model_parallel) == 1:
             return
         bad = torch.zeros((), device=self._groups.device)
         for gradient in self._gradients(self._shared.uncounted):
             bad += ~gradient.isfinite().all()
+        for gradient in self._gradients(() if self._clips_squares else self._storage.parameters):
+            bad += ~has_finite_squares(gradient)
         dist.all_reduce(bad, group=self._groups.data_parallel)
         dist.all_reduce(bad, group=self._groups.model_parallel)
         if bad > 0:

@@ -3,6 +3,7 @@
 What each workaround is for is in `test_zero_traps.py`.
 """
 
+import math
 from functools import cache
 
 import pytest
@@ -101,35 +102,43 @@ def test_bfloat16_gradients_are_added_up_in_float32_at_every_stage(layout):
 
 
 POISONED = {1: "out_bias", 3: "down.weight", 5: "embedding.weight"}  # parameter by step; every other step is healthy
+LARGE = 1e30  # what it makes of a gradient is finite, its square in float32 is not
 
 
 def take_poisoned_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[bool], float, float]]:
-    """Some steps have a NaN in one parameter's gradient on the last rank alone."""
+    """In some steps one parameter's gradient is NaN on the last rank alone, or too large for its square."""
     groups = make_process_groups(connect(), tensor, pipeline)
     found = {}
-    for stage, dtype in [(stage, "float32") for stage in STAGES] + [(stage, "bfloat16") for stage in (1, 2, 3)]:
-        options = settings(zero_stage=stage, dtype=getattr(torch, dtype), grad_clip=0.0 if stage % 2 else CLIP)
+    cases = [(stage, "float32", 0.0 if stage % 2 else CLIP, math.nan) for stage in STAGES]
+    cases += [(stage, "bfloat16", 0.0 if stage % 2 else CLIP, math.nan) for stage in (1, 2, 3)]
+    cases += [(stage, "float32", 0.0, LARGE) for stage in STAGES]
+    for stage, dtype, clip, factor in cases:
+        options = settings(zero_stage=stage, dtype=getattr(torch, dtype), grad_clip=clip)
         engine = tiny_engine(groups, options)
         updates = []
         for step in range(7):
-            handles = poison(engine, groups, POISONED[step]) if step in POISONED else []
+            handles = poison(engine, groups, POISONED[step], factor) if step in POISONED else []
             accumulate(engine, groups, step)
             for handle in handles:
                 handle.remove()
             updates.append(engine.step(LEARNING_RATE))
         distance = farthest(engine, groups, plain_steps(groups, 7, options.grad_clip, skipped=tuple(POISONED)))
-        found[f"zero {stage} {dtype}"] = [update.applied for update in updates], updates[1].grad_norm, distance
+        found[f"zero {stage} {dtype} {clip} {factor}"] = (
+            [update.applied for update in updates],
+            updates[1].grad_norm,
+            distance,
+        )
     return found
 
 
-def poison(engine: ZeroEngine, groups: ProcessGroups, name: str) -> list:
+def poison(engine: ZeroEngine, groups: ProcessGroups, name: str, factor: float) -> list:
     """`out_bias` is counted by tensor-parallel rank 0 alone, the tied embedding by the first stage alone."""
     if dist.get_rank() != dist.get_world_size() - 1:
         return []
     if groups.pipeline_size > 1:
         name = name.replace("embedding", "head")
     parameters = [parameter for key, parameter in engine.module.named_parameters() if name in key]
-    return [parameters[-1].register_hook(lambda gradient: gradient * torch.nan)]
+    return [parameters[-1].register_hook(lambda gradient: gradient * factor)]
 
 
 @pytest.mark.parametrize(
