@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ebft_mega.parallel.megatron import ProcessGroupCollection
 from ebft_mega.parallel.rendezvous import meet
-from ebft_mega.runtime.listening import stay_on_loopback
+from ebft_mega.runtime.listening import require_interfaces, stay_on_loopback
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -101,7 +101,7 @@ def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, configuration: str
     Returns:
         The device of this process.
     Raises:
-        SurroundingsError: the ranks cannot meet (`meet`).
+        SurroundingsError: the ranks cannot meet (`meet`), or gloo is told to listen where it cannot.
     """
     # megatron-core overlaps the all-reduces of its backward pass only when kernels start in the order of the calls.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -111,12 +111,14 @@ def connect(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, configuration: str
             # DeepSpeed reads these itself.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if world_size > 1:
             stay_on_loopback(os.environ)
+            if backend == "gloo":
+                require_interfaces(os.environ)
         # A rank alone needs no port.
         store = dist.HashStore() if world_size == 1 else meet(os.environ, configuration)
         store.set_timeout(timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device
 

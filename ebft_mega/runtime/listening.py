@@ -8,6 +8,8 @@ from collections.abc import Mapping, MutableMapping
 
 import psutil
 
+from ebft_mega.errors import Problem, SurroundingsError
+
 # The variables in which gloo and NCCL read the network interface that they listen and connect at.
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _UNKNOWN_HOST = (socket.gaierror, UnicodeError)
@@ -42,6 +44,18 @@ def stay_on_loopback(environment: MutableMapping[str, str]) -> None:
     if name is not None:
         environment.setdefault(_GLOO, name)
         environment.setdefault(_NCCL, f"={name}")  # NCCL takes a name without the sign as a beginning of names
+
+
+def require_interfaces(environment: Mapping[str, str]) -> None:
+    """Make sure that gloo finds the network interfaces that it is told to listen at; it says it in a C++ stack.
+
+    Raises:
+        SurroundingsError: there is no such interface on this machine.
+    """
+    wanted, known = environment.get(_GLOO, ""), psutil.net_if_addrs()
+    if any(name not in known for name in wanted.split(",") if name):
+        expected = f"one of this machine's network interfaces: {', '.join(known)}"
+        raise SurroundingsError([Problem("environment", _GLOO, repr(wanted), expected)])
 
 
 def listener_of_store(environment: Mapping[str, str]) -> socket.socket | None:

@@ -39,8 +39,9 @@ prepare() {
   export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 }
 
-# Check the configuration before any accelerator works, print the plan, and set `output_dir`. A bad configuration ends
-# the job with the launcher's own code (2): nothing has started, and trying again would change nothing.
+# Check the configuration before any accelerator works, print the plan, and set `output_dir` and the umask, by which what
+# is made here, and what ranks print, is for the same people as what the run makes. A bad configuration ends the job with
+# the launcher's own code (2): nothing has started, and trying again would change nothing.
 #   check WORLD_SIZE LAUNCHER_ARGUMENT...
 check() {
   local world_size=$1 plan code=0
@@ -56,6 +57,10 @@ check() {
     echo "the dry run named no output_dir" >&2
     exit 1
   fi
+  case $(sed -n 's/^permissions: *//p' <<<"$plan" | sed -n 1p) in
+    private) umask 077 && export SLURM_UMASK=0077 ;; # the variable is srun's, for the files of --output
+    group) umask 007 && export SLURM_UMASK=0007 ;;
+  esac
   # All steps are done and everything is there: no ranks are needed, and nothing changes.
   if grep -q '^done at step [0-9]*, nothing to do$' <<<"$plan" &&
     [[ -f $output_dir/status.json && -f $output_dir/report.html ]]; then

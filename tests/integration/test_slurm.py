@@ -110,6 +110,21 @@ def test_the_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("permissions, umask", [("private", "0077"), ("group", "0007"), ("umask", "0022")])
+def test_what_the_scripts_make_is_for_those_who_may_read_the_run(permissions, umask):
+    script = f"""
+set -euo pipefail
+umask 022
+unset SLURM_UMASK
+source {SCRIPTS / "common.sh"}
+step() {{ printf 'output_dir: here\\npermissions: {permissions}\\n'; }}
+check 2 --config any.yaml
+echo "$(umask) ${{SLURM_UMASK:-0022}}"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{umask} {umask}"), done
+
+
 @pytest.mark.slow
 def test_many_nodes(cluster, data):
     """Two machines with a task each: two ranks that find each other at the first machine."""
@@ -146,6 +161,7 @@ def test_one_node(cluster, data):
     assert code == 0, text
     assert "step 2/2" in text and status_of(output)["state"] == "done"
     assert json.loads((output / "environment.json").read_text())["world_size"] == 2
+    assert [oct(path.stat().st_mode & 0o777) for path in (output, output / "logs")] == ["0o700"] * 2
 
 
 @pytest.mark.slow

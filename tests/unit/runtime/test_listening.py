@@ -3,9 +3,16 @@
 import errno
 import socket
 
+import psutil
 import pytest
 
-from ebft_mega.runtime.listening import is_on_one_machine, listener_of_store, stay_on_loopback
+from ebft_mega.errors import SurroundingsError
+from ebft_mega.runtime.listening import (
+    is_on_one_machine,
+    listener_of_store,
+    require_interfaces,
+    stay_on_loopback,
+)
 
 
 def ranks(address="node-1.invalid", **more):
@@ -37,6 +44,18 @@ def test_interfaces_that_somebody_has_set_stay():
     environment = ranks("127.0.0.1", GLOO_SOCKET_IFNAME="eth1", NCCL_SOCKET_IFNAME="ib0")
     stay_on_loopback(environment)
     assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("eth1", "ib0")
+
+
+@pytest.mark.parametrize("names", ["no-such-interface", "lo,no-such-interface", "lo0 lo1"])
+def test_an_interface_that_the_machine_does_not_have_is_named(names):
+    with pytest.raises(SurroundingsError, match=r"GLOO_SOCKET_IFNAME: found .*; expected .*network interfaces: "):
+        require_interfaces(ranks(GLOO_SOCKET_IFNAME=names))
+
+
+def test_interfaces_of_the_machine_are_none_to_refuse():
+    known = list(psutil.net_if_addrs())
+    for environment in (ranks(), ranks(GLOO_SOCKET_IFNAME=""), ranks(GLOO_SOCKET_IFNAME=",".join(known[:2]))):
+        require_interfaces(environment)
 
 
 def test_a_machine_that_knows_itself_as_loopback_may_be_one_of_several(monkeypatch):
