@@ -44,8 +44,8 @@ def _with_single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bounded_integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+    if (count := len(digits.removeprefix("-"))) > MAX_DIGITS:
+        raise ValueError(f"an integer of {count} digits")
     return int(digits)
 
 

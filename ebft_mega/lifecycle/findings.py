@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.checkpoint.commit import CHECKPOINTS, complete_folders, leftovers, step_of
+from ebft_mega.checkpoint.commit import CHECKPOINTS, LATEST, complete_folders, leftovers, step_of
 from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
 from ebft_mega.errors import InputProblems, Problem
@@ -17,11 +17,14 @@ from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
 from ebft_mega.model.weights.weight_files import stored_tensors
 from ebft_mega.runtime.run_files import (
+    DATA_ERRORS_NAME,
     ENVIRONMENT_NAME,
+    LOGS,
     METRICS_NAME,
     MODEL_FOLDER,
     REPORT_NAME,
     RESOLVED_CONFIG_NAME,
+    SAMPLES_NAME,
     STATUS_NAME,
 )
 from ebft_mega.runtime.run_lock import LOCK_NAME
@@ -29,10 +32,14 @@ from ebft_mega.runtime.run_lock import LOCK_NAME
 PREVIOUS = "previous"  # what `--fresh` has set aside
 UNFINISHED_MOVE = f"{PREVIOUS}/.unfinished"  # names the folder into which a killed start was setting results aside
 # Names of a run directory under which nothing else may stand.
-OWN_FILES = (METRICS_NAME, REPORT_NAME, STATUS_NAME, RECORD_NAME, LOCK_NAME, RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME)
-OWN_FOLDERS = (CHECKPOINTS, PREVIOUS, "logs")
+OWN_FILES = (
+    *(METRICS_NAME, REPORT_NAME, STATUS_NAME, RECORD_NAME, LOCK_NAME, RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME),
+    *(SAMPLES_NAME, DATA_ERRORS_NAME, f"{MODEL_FOLDER}/{RECORD_NAME}", f"{CHECKPOINTS}/{LATEST}", UNFINISHED_MOVE),
+)
+OWN_FOLDERS = (CHECKPOINTS, PREVIOUS, LOGS)
 # Ranks of one start look at a directory at slightly different times; what is older than this they all see.
 SETTLED_SECONDS = 10.0
+_STEPS = range(2**63)
 _TAIL_BYTES = 2**20  # of metrics.jsonl, more than its last line
 
 
@@ -106,8 +113,12 @@ def look(output: Path) -> Findings:
 
 
 def strange_entries(output: Path) -> Iterator[Problem]:
-    """List what stands under the name of one of a run's files and is no file, or of one of its folders and is none."""
-    for name in OWN_FILES:
+    """List what stands under the name of one of a run's files and is no file, or of one of its folders and is none.
+
+    Whoever opens a FIFO waits for its other end.
+    """
+    logs = sorted(f"{LOGS}/{path.name}" for path in (output / LOGS).glob("rank-*.log"))
+    for name in (*OWN_FILES, *logs):
         obstacle = file_obstacle(output / name)
         if obstacle not in (None, NO_FILE):
             yield Problem(str(output / name), "output_dir", obstacle, "a file, or nothing of that name")
@@ -136,7 +147,7 @@ def last_logged_step(path: Path) -> int:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if type(step) is int:
+        if type(step) is int and step in _STEPS:
             return step
     return -1
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from ebft_mega import errors
 from ebft_mega.errors import EbftError, FirstRankFailedError, ForeignMessageError, InputProblems, Problem
-from ebft_mega.io.json_text import parse_json
+from ebft_mega.io.json_text import MAX_DIGITS, parse_json
 
 _SHOWN_CHARACTERS = 200
 # Rebuilt from their arguments; every other error becomes a text.
@@ -59,7 +59,11 @@ def from_message(content: bytes, kinds: tuple[type, ...] = ()) -> Any:
 
 def _written(value: Any, kinds: Mapping[str, type]) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        if abs(value) >= 10**MAX_DIGITS:  # no reader would take it
+            raise TypeError(f"an integer of more than {MAX_DIGITS} digits")
         return value
     if kind is float:
         return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}

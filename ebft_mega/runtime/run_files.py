@@ -18,9 +18,12 @@ from ebft_mega.io.standard_streams import print_line
 from ebft_mega.shown_text import LogLines, without_secrets
 
 STATUS_NAME = "status.json"
+LOGS = "logs"  # one of each rank
 MODEL_FOLDER = "hf"  # the final model
 REPORT_NAME = "report.html"
 METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.jsonl"
+DATA_ERRORS_NAME = "data_errors.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 RESOLVED_CONFIG_NAME = "config.resolved.yaml"
 RunState = Literal["done", "stopped", "failed"]
@@ -73,7 +76,7 @@ def _code_on_record(output_dir: Path, state: RunState) -> int | None:
     try:
         status = json.loads((output_dir / STATUS_NAME).read_text(encoding="utf-8"))
         return int(status["exit_code"]) if status["state"] == state else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none, or a damaged one
+    except (OSError, ValueError, ArithmeticError, TypeError, KeyError, RecursionError):  # none, or a damaged one
         return None
 
 
@@ -185,7 +188,7 @@ def setup_rank_log(output_dir: Path, rank: int) -> Path:
     Returns:
         The log file.
     """
-    directory = output_dir / "logs"
+    directory = output_dir / LOGS
     path = directory / f"rank-{rank:04d}.log"
     handlers: list[logging.Handler] = [RankLog(path)]
     if rank == 0:

@@ -26,10 +26,10 @@ from ebft_mega.evaluation.held_out import (
 )
 from ebft_mega.metrics.profiler import StepProfiler
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after
+from ebft_mega.runtime.run_files import DATA_ERRORS_NAME, SAMPLES_NAME
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.skipped_rows import ERRORS_NAME
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
 from ebft_mega.types import TokenBatch
@@ -95,11 +95,11 @@ def open_observer(
     Communication: none.
     """
     logged_step, done_step = (progress.logged_step, progress.step) if resumes_here else (-1, -1)
-    samples = output / "samples.jsonl"
+    samples = output / SAMPLES_NAME
     resumed_step = logged_step if logged_step >= 0 else None
     writer = MetricsWriter(output, total_steps, console=True, resumed_step=resumed_step)
     writer.show(samples.name, partial(cut_after, samples, logged_step))
-    writer.show(ERRORS_NAME, partial(cut_after, output / ERRORS_NAME, done_step))
+    writer.show(DATA_ERRORS_NAME, partial(cut_after, output / DATA_ERRORS_NAME, done_step))
     for note in notes:
         writer.note(f"note: {note}")
     if not resumes_here:

@@ -14,8 +14,7 @@ from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import SkipBudgetError
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.runtime.exchange import all_gather_values
-
-ERRORS_NAME = "data_errors.jsonl"
+from ebft_mega.runtime.run_files import DATA_ERRORS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def account_for(
     # Most often all ranks of a replica tell of the same damage; any of them may be the only one.
     by_row = {record["row"]: record for part in reversed(parts) for record in part}
     records = [by_row[row] for row in sorted(by_row)]
-    path = output_dir / ERRORS_NAME
+    path = output_dir / DATA_ERRORS_NAME
     if groups.is_world_first:
         try:
             _append(path, records)

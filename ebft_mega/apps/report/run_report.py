@@ -15,6 +15,7 @@ from ebft_mega.runtime.run_files import (
     METRICS_NAME,
     REPORT_NAME,
     RESOLVED_CONFIG_NAME,
+    SAMPLES_NAME,
     STATUS_NAME,
 )
 
@@ -75,7 +76,6 @@ PHASES = (
 )
 LEFT_OUT = (("eval/blocks_left_out", "blocks"), ("eval/rows_left_out", "rows' cross-entropies"))
 PLOTS_NAME = "plots"
-SAMPLES_NAME = "samples.jsonl"
 NO_TABLE = Table([], [])
 SHOWN_BLOCKS = 6
 CONTEXT_CHARACTERS = 400

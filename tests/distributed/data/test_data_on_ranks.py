@@ -14,10 +14,11 @@ from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.agreement import require_agreement
+from ebft_mega.runtime.run_files import DATA_ERRORS_NAME
 from ebft_mega.train import loop
 from ebft_mega.train.hooks import Observer, step_hooks
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
+from ebft_mega.train.skipped_rows import account_for
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import rows_of_step
 from tests.distributed.train.test_non_finite import Beats, Lines, QuietBoundary, build
@@ -92,7 +93,7 @@ def test_a_row_that_one_rank_of_a_replica_cannot_read_is_left_out_by_all(tmp_pat
     results = run_ranks(2, train_on_half_damaged, str(tmp_path), tensor, pipeline)
     assert [(skipped, left_out) for skipped, left_out, _ in results] == [([0, 1, 0], [0.0, 0.0, 1.0])] * 2
     assert all(math.isfinite(total) for *_, total in results)
-    (record,) = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
+    (record,) = [json.loads(line) for line in (tmp_path / DATA_ERRORS_NAME).read_text().splitlines()]
     assert (record["step"], record["row"], record["shard"]) == (2, 40, "a shard")
 
 
@@ -113,7 +114,7 @@ def test_rows_that_any_rank_leaves_out_count_on_all(tmp_path):
     results = run_ranks(2, leave_out, tmp_path)
     assert results[0] == results[1]
     assert "3 rows were left out" in results[0]
-    records = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / DATA_ERRORS_NAME).read_text().splitlines()]
     assert [(record["step"], record["row"], record["shard"]) for record in records] == [
         (2, 9, "shard of rank 1"),
         (3, 12, "shard of rank 0"),

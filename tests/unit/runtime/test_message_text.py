@@ -178,6 +178,13 @@ def test_nothing_else_is_sent(value):
         to_message([value])
 
 
+@pytest.mark.parametrize("value", [10**40, -(10**40)])
+def test_an_integer_that_no_rank_would_read_is_not_sent(value):
+    assert from_message(to_message(value // 10)) == value // 10
+    with pytest.raises(TypeError, match="an integer of more than 40 digits"):
+        to_message([value])
+
+
 class Trap:
     """Unpickling it raises."""
 

@@ -47,6 +47,12 @@ def test_only_a_failure_is_a_failure_on_record(tmp_path):
     assert failure_on_record(tmp_path) == 4
 
 
+@pytest.mark.parametrize("code", ["Infinity", "NaN", "1e999", "9" * 5000, "[]", "null", '"4x"'])
+def test_an_exit_code_that_is_none_is_no_failure_on_record(tmp_path, code):
+    (tmp_path / "status.json").write_text(f'{{"state": "failed", "exit_code": {code}}}')
+    assert failure_on_record(tmp_path) is None
+
+
 def test_environment_names_versions(tmp_path):
     import numpy
 

@@ -6,7 +6,8 @@ import pytest
 
 from ebft_mega.data.rows.loader import SkippedRow
 from ebft_mega.errors import DamagedDataError, SkipBudgetError
-from ebft_mega.train.skipped_rows import ERRORS_NAME, account_for
+from ebft_mega.runtime.run_files import DATA_ERRORS_NAME
+from ebft_mega.train.skipped_rows import account_for
 
 
 def row(number):
@@ -19,7 +20,7 @@ def test_rows_are_written_down_and_stop_the_run_beyond_the_budget(groups, tmp_pa
     with pytest.raises(SkipBudgetError, match=r"step 5: 4 rows were left out.* allow 3.*data_errors.jsonl") as caught:
         account_for(5, [row(17)], 4, 3, tmp_path, groups)
     assert caught.value.exit_code == 4
-    records = [json.loads(line) for line in (tmp_path / ERRORS_NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / DATA_ERRORS_NAME).read_text().splitlines()]
     assert [(record["step"], record["row"], record["row_in_batch"]) for record in records] == [
         (2, 5, 1),
         (3, 9, 1),
