@@ -174,8 +174,10 @@ def print_build(record: BuildRecord) -> None:
     ):
         if words := in_words(counts):
             print_line(f"  {meaning:<12} {words}", sys.stdout)
-    licences = sorted(record.licences.items(), key=lambda item: -item[1])
-    print_line(f"  licences     {', '.join(f'{licence} ({count:,})' for licence, count in licences)}", sys.stdout)
+    by_count = sorted(record.licences.items(), key=lambda item: -item[1])
+    licences = [f"{licence} ({count:,})" for licence, count in by_count]
+    licences += [f"others ({record.unlisted_licences:,})"] * (record.unlisted_licences > 0)
+    print_line(f"  licences     {', '.join(licences)}", sys.stdout)
 
 
 def print_lengths(lengths: Lengths, rows: Rows) -> None:

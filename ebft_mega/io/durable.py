@@ -10,6 +10,9 @@ from typing import Any
 def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
     """Replace a file: a reader sees the old contents, if there were any, or the new ones, and nothing in between.
 
+    What lies there under the file's name or the temporary one's is replaced itself: no link is written through, and no
+    pipe is waited for.
+
     Args:
         path: the file; its directory must exist.
         content: all of it.
@@ -20,7 +23,8 @@ def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "wb", opener=_not_through_links) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -29,6 +33,10 @@ def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, content: Any, shared: bool = False) -> None:

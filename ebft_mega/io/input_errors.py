@@ -1,5 +1,6 @@
 """Errors about the user's input files and options, and reading files with such errors."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -48,10 +49,13 @@ def read_input_bytes(path: Path, description: str, max_bytes: int = MAX_JSON_BYT
     if obstacle is not None:
         raise bad_input(path, path.name, obstacle, description)
     with reading(path, path.name, description):
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise bad_input(path, path.name, f"{size} bytes", f"{description}, of at most {max_bytes} bytes")
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # Files of /proc have no size, and a file may grow.
+            content = file.read(max_bytes + 1) if size <= max_bytes else b""
+        if max(size, len(content)) > max_bytes:
+            length = f"{size} bytes" if size > max_bytes else f"more than {max_bytes} bytes"
+            raise bad_input(path, path.name, length, f"{description}, of at most {max_bytes} bytes")
     if found := lfs_pointer(content):
         raise bad_input(path, path.name, found, description)
     return content

@@ -76,6 +76,28 @@ class Meter:
         print(line, file=sys.stderr, flush=True)
 
 
+class LongCount:
+    """Say on standard error how far a count has come, where it takes longer than a line's interval; else nothing.
+
+    Args:
+        description: a few words for the line.
+    """
+
+    def __init__(self, description: str):
+        self._description = shown(description)
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+
+    def add(self, count: int = 1) -> None:
+        """Count on."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._last_line >= LINE_INTERVAL_SECONDS:
+            self._last_line = now
+            line = f"{self._description}: {self._done} in {now - self._started:.1f} s"
+            print(line, file=sys.stderr, flush=True)
+
+
 class _AboveBar:
     """What is printed while a bar is drawn: the package takes it past the standard stream, colours and all."""
 

@@ -52,7 +52,7 @@ def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_
     record = RunRecord.of(config, plan, start.started_from).model_copy(update={"model_step": model_step})
     write_bytes(output / RECORD_NAME, record.to_json().encode())
     facts = {"world_size": dist.get_world_size(), **describe_numerics()}
-    (output / RESOLVED_CONFIG_NAME).write_text(resolved_yaml(config), encoding="utf-8")
+    write_bytes(output / RESOLVED_CONFIG_NAME, resolved_yaml(config).encode())
     write_environment(output, facts)
 
 

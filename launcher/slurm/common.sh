@@ -69,15 +69,18 @@ check() {
 }
 
 # Run the training step, hand Slurm's signals on to it, and end the job as status.json says: launchers swallow and
-# change exit codes. A run that was stopped on request (75) is requeued, unless that would go round in circles.
+# change exit codes. A run that was stopped on request (75) is requeued, unless that would go round in circles. During
+# the start there is no status.json yet; 75 then comes from the ranks (srun and `deepspeed` return what all of them do).
 #   supervise SRUN_OPTION... COMMAND...
 supervise() {
-  local status="$output_dir/status.json" stopped_at=""
+  local status="$output_dir/status.json" during_start="$output_dir/logs/slurm-stopped-during-start" stopped_at=""
   if [[ $(status_field exit_code "$status") == "$REQUEUE_ME" ]]; then
-    stopped_at=$(status_field step "$status")
+    stopped_at="step $(status_field step "$status")"
+  elif [[ -f $during_start ]]; then
+    stopped_at="the start"
   fi
   # An earlier start's outcome must not be taken for this one's.
-  rm -f "$status"
+  rm -f "$status" "$during_start"
   mkdir -p "$output_dir/logs"
 
   local pid code cancelled=0 interrupted
@@ -95,16 +98,22 @@ supervise() {
     fi
   done
 
-  local verdict
+  local verdict stopped_now
   verdict=$(status_field exit_code "$status")
-  if [[ -z $verdict ]]; then
+  stopped_now="step $(status_field step "$status")"
+  if [[ -n $verdict ]]; then
+    echo "the step ended with code $code, $status says $verdict"
+  elif ((code == REQUEUE_ME)); then
+    verdict=$code stopped_now="the start"
+    : >"$during_start"
+    echo "the step was stopped during the start"
+  else
     echo "the step ended with code $code and left no $status: it failed" >&2
     exit $((code == 0 ? 1 : code))
   fi
-  echo "the step ended with code $code, $status says $verdict"
   if ((verdict == REQUEUE_ME && !cancelled)); then
-    if [[ $(status_field step "$status") == "$stopped_at" ]]; then
-      echo "stopped twice at step $stopped_at: the time limit is too short for one step, not requeued" >&2
+    if [[ $stopped_now == "$stopped_at" ]]; then
+      echo "stopped twice at $stopped_at: the time limit is too short for it, not requeued" >&2
     else
       scontrol requeue "$SLURM_JOB_ID"
     fi

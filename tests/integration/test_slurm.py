@@ -241,6 +241,13 @@ def save(number, frame):
     end(75, int(os.environ.get("STEP", "5")))
 if script == "dies":
     sys.exit(0)
+if script == "stopped in the start":
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))  # of srun, once the other rank has ended
+    (output / f"started-{rank}").touch()
+    for _ in range(600):
+        if all((output / f"started-{other}").exists() for other in range(2)):
+            os._exit(75)  # at its own end Python would give the handler up
+        time.sleep(0.1)
 if script == "swallowed":
     if rank == "0":
         (output / "status.json").write_text(json.dumps({"state": "failed", "exit_code": 3, "step": 1}, indent=2))
@@ -332,6 +339,15 @@ def test_a_run_that_makes_no_progress_is_requeued_once(cluster, stand_in_job):
         code, text = run_stand_in_job(cluster, stand_in_job, "saves", signal.SIGUSR1, STEP=step)
         assert code == 75 and len(cluster.noted("scontrol")) == requeued, text
     assert "stopped twice at step 6" in text
+
+
+def test_a_run_that_was_stopped_during_the_start_is_requeued_once(cluster, stand_in_job):
+    """Before there is anything that could say so in `status.json`."""
+    (cluster.root / "out").mkdir()
+    for requeued in (1, 1):
+        code, text = run_stand_in_job(cluster, stand_in_job, "stopped in the start")
+        assert code == 75 and len(cluster.noted("scontrol")) == requeued, text
+    assert "stopped twice at the start" in text
 
 
 def test_a_cancelled_job_is_not_requeued(cluster, stand_in_job):

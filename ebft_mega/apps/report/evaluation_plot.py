@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ebft_mega.apps.report.plots import write_figure
 from ebft_mega.apps.report.run_records import read_json
 from ebft_mega.shown_text import shown_label
 
@@ -24,5 +25,5 @@ def plot_evaluation(path: Path) -> Path:
         axes.axvline(content[name], color="black", linewidth=1)
         axes.set(title=f"{shown_label(name)}\nmean {content[name]:.4f}", xlabel="per row")
     target = path.with_name("evaluation.png")
-    figure.savefig(target, dpi=110)
+    write_figure(target, figure, 110)
     return target

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from ebft_mega.io.durable import write_bytes
 from ebft_mega.shown_text import escaped
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Figure:
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
-    """Write a whole HTML document that needs no network and no script.
+    """Write a whole HTML document that needs no network and no script, in place of what lies there.
 
     Args:
         path: file to write.
@@ -45,9 +46,10 @@ def write_page(path: Path, template: str, **values: object) -> None:
         values: what the template shows, all of it plain text; `title` and `subtitle` for every page.
     Raises:
         jinja2.UndefinedError: the template shows a value that was not given.
+        OSError: as for `write_bytes`.
     Communication: none.
     """
-    path.write_text(_environment().get_template(template).render(values), encoding="utf-8")
+    write_bytes(path, _environment().get_template(template).render(values).encode())
 
 
 @cache

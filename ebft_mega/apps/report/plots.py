@@ -1,5 +1,6 @@
 """PNG plots of curves and intervals, drawn without a display."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from ebft_mega.apps.report.run_records import Curve
 from ebft_mega.evaluation.bootstrap import Interval
+from ebft_mega.io.durable import write_bytes
 from ebft_mega.shown_text import shown_label
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#868e96", "#c2255c")
@@ -158,4 +160,15 @@ def _decorate(axes: Any, title: str) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    write_figure(path, figure, DOTS_PER_INCH)
+
+
+def write_figure(path: Path, figure: Any, dots_per_inch: int) -> None:
+    """Write a figure as a PNG in place of what lies there.
+
+    Raises:
+        OSError: as for `write_bytes`.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dots_per_inch)
+    write_bytes(path, image.getvalue())

@@ -10,6 +10,7 @@ from ebft_mega.io.contained_files import read_contained_json
 
 BUILD_RECORD_NAME = "build.json"
 SKIPPED_NAME = "skipped.jsonl"
+MAX_LISTED_LICENCES = 1000  # documents name their licences themselves, and could all name another one
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class BuildRecord:
     duplicates: int  # left out: the same text came before
     skipped: int  # left out with --skip-bad, listed in `skipped.jsonl`
     text_bytes: int  # of the documents in the dataset, as UTF-8
-    licences: dict[str, int]  # documents of each
+    licences: dict[str, int]  # documents of each of the `MAX_LISTED_LICENCES` most frequent
     sources: dict[str, int]  # documents of each
     # What follows is empty in the records of earlier builds.
     left_out: dict[str, int] = field(default_factory=dict)  # files, folders, blank lines, ... by reason
     followed: dict[str, int] = field(default_factory=dict)  # links to files
     skipped_by_reason: dict[str, int] = field(default_factory=dict)  # `skipped`, folders and files each as one
     not_round_trip: int = 0  # documents in the dataset whose tokens do not give back their text exactly
+    unlisted_licences: int = 0  # documents of all other licences
     tokenizer: dict[str, Any] = field(default_factory=dict)  # file that is used, library, end-of-document token
     notes: tuple[str, ...] = ()  # the lines that the build printed
 

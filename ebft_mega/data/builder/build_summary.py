@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
-from ebft_mega.data.builder.build_record import SKIPPED_NAME, BuildRecord
+from ebft_mega.data.builder.build_record import MAX_LISTED_LICENCES, SKIPPED_NAME, BuildRecord
 from ebft_mega.data.builder.skipped_list import MAX_LISTED_SKIPPED, SkippedList, join_skipped
 from ebft_mega.data.builder.work_plan import Plan
 from ebft_mega.data.builder.work_units import NOT_WRITABLE, Scan, TokenizedUnit, unit_directory
@@ -36,6 +36,8 @@ def make_record(
     documents = sum(unit.documents for unit in tokenized)
     unwritable = sum(unit.skipped.get(NOT_WRITABLE, 0) for unit in tokenized)
     files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
+    licences = Counter(total_counts(unit.licences for unit in tokenized))
+    listed = dict(licences.most_common(MAX_LISTED_LICENCES))
     return BuildRecord(
         input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
         documents=documents,
@@ -43,12 +45,13 @@ def make_record(
         duplicates=sum(scan.documents for scan in scans) - documents - unwritable,
         skipped=sum(skipped.values()),
         text_bytes=sum(unit.text_bytes for unit in tokenized),
-        licences=total_counts(unit.licences for unit in tokenized),
+        licences=listed,
         sources=total_counts(unit.sources for unit in tokenized),
         left_out=total_counts([plan.left_out, *(scan.left_out for scan in scans)]),
         followed=dict(plan.followed),
         skipped_by_reason=dict(skipped),
         not_round_trip=sum(unit.not_round_trip for unit in tokenized),
+        unlisted_licences=licences.total() - sum(listed.values()),
         tokenizer={
             "end_of_document": tokenizer.eos_id,
             "file": tokenizer.main_file,

@@ -32,6 +32,7 @@ from ebft_mega.io.parse_boundary import reading
 MAX_LISTED_PROBLEMS = 1000
 
 NOT_WRITABLE = "a text that the tokenizer cannot write"  # why a document is left out with `--skip-bad`
+_COUNTED_CHARACTERS = 1000  # of a licence's name, which is whatever a document says
 _LISTED_CHANGED = 3  # of the documents that do not round-trip, of one work unit
 
 # Names of a work unit's files say "part": builds that were stopped have them.
@@ -298,7 +299,7 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
             if not comes_back:
                 not_round_trip += 1
                 changed += [document.path] * (len(changed) < _LISTED_CHANGED)
-            licences[licence] += 1
+            licences[licence[:_COUNTED_CHARACTERS]] += 1
             sources[source.source] += 1
             text_bytes += document.num_bytes
         shards = writer.finish_shards()

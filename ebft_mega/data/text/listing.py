@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import leaves
+from ebft_mega.io.progress_bar import LongCount
 
 COMPILED_FOLDER = "__pycache__"
 
@@ -63,6 +64,7 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
     left_out: Counter[str] = Counter()
     errors: list[OSError] = []
     result = os.path.realpath(output) if output else None
+    looked_at = LongCount(f"names found in {directory}")
     for folder, subfolders, names in _folders(directory, errors):
         entered = []
         for name in subfolders:
@@ -70,7 +72,9 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
             left_out.update([reason] if reason else [])
             entered += [] if reason else [name]
         subfolders[:] = entered
+        looked_at.add(len(subfolders))
         for name in names:
+            looked_at.add()
             path = Path(folder, name)
             if name[0] == ".":
                 left_out[HIDDEN_FILES] += 1

@@ -7,11 +7,13 @@ import resource
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ebft_mega.errors import BrokenCheckpointError, DamagedDataError, InputError, LockLostError
+from ebft_mega.io.input_errors import read_input_bytes
 from ebft_mega.io.parse_boundary import reading, shortage, words_of
 from ebft_mega.io.process_signals import StopNow
 
@@ -49,6 +51,18 @@ PARSERS = {
     "panic": (raises(PanicException("index out of bounds")), "index out of bounds"),
     "long words": (raises(ValueError("a" * 100_000)), "a" * 200),
 }
+
+
+def test_files_are_read_within_their_bound_whatever_size_they_say(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b"x" * 10)
+    assert read_input_bytes(file, "a JSON file", 10) == b"x" * 10
+    with pytest.raises(InputError, match="10 bytes"):
+        read_input_bytes(file, "a JSON file", 9)
+    endless = Path("/proc/self/maps")  # of the kernel's files, all of which say 0
+    assert endless.stat().st_size == 0
+    with pytest.raises(InputError, match="more than 100 bytes"):
+        read_input_bytes(endless, "a JSON file", 100)
 
 
 @pytest.mark.parametrize("parse, words", PARSERS.values(), ids=PARSERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.io import progress_bar
-from ebft_mega.io.progress_bar import Meter, track
+from ebft_mega.io.progress_bar import LongCount, Meter, track
 
 PACKAGE = Path(progress_bar.__file__).resolve().parents[1]
 
@@ -38,6 +38,20 @@ def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatc
         "reading: 30 in 30.0 s",
         "reading: 30 in 30.0 s",
     ]
+
+
+def test_a_count_that_takes_long_is_said_and_another_one_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    count = LongCount("names in \x1b")
+    for _ in range(12):
+        now += 1
+        count.add(2)
+    assert capsys.readouterr().err == "names in \\u001b: 20 in 10.0 s\n"
+    LongCount("names").add()
+    assert capsys.readouterr().err == ""
 
 
 def test_work_that_fails_or_is_given_up_has_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,22 @@ def test_the_check_for_hostile_text_can_fail(tmp_path, name, monkeypatch):
     assert "<script>" in html
 
 
+def test_nothing_that_lies_in_a_run_directory_is_written_through(tmp_path):
+    run = hostile_run(tmp_path).parent
+    (run / "evaluation.json").write_text(json.dumps({"a": 1.0, "per_row": {"a": [0.0, 2.0]}}))
+    plot_evaluation(run / "evaluation.json")
+    made = [path for path in run.rglob("*") if path.suffix in (".html", ".png")]
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    for path in made:
+        path.unlink()
+        path.symlink_to(victim)
+    write_run_report(run)
+    plot_evaluation(run / "evaluation.json")
+    assert victim.read_text() == "keep" and len(made) >= 3
+    assert not [path for path in made if path.is_symlink()]
+
+
 def test_links_lead_to_files_of_any_name(tmp_path):
     report = hostile_run(tmp_path)
     html = hostile_comparison(tmp_path).read_text(encoding="utf-8")

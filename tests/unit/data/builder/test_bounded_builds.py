@@ -2,13 +2,14 @@
 
 import json
 import resource
+import tarfile
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from ebft_mega.data.builder import dataset_build
+from ebft_mega.data.builder import build_summary, dataset_build, work_units
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.opening import open_dataset
@@ -38,6 +39,25 @@ def test_long_documents_are_left_out_counted_and_said(
     assert record.notes == (note,) and note in capsys.readouterr().err
     with pytest.raises(InputError, match="no document with text .left out: documents that are too long: 3"):
         build_dataset(dump, tokenizer, tmp_path / "none", BuildOptions(max_document_bytes=0))
+
+
+def test_licences_are_counted_within_bounds(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_summary, "MAX_LISTED_LICENCES", 2)
+    monkeypatch.setattr(work_units, "_COUNTED_CHARACTERS", 3)
+    dump = tmp_path / "a.jsonl"
+    names = ["one", "two", "three", "two", "four", "three", "thr"]
+    records = [{"text": f"text {number}", "licence": name} for number, name in enumerate(names)]
+    dump.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = BuildOptions(licence_key="licence", work_unit_bytes=100)
+    record = build_dataset(dump, tokenizer, tmp_path / "out", options).record
+    assert (record.licences, record.unlisted_licences) == ({"thr": 3, "two": 2}, 2)
+    stored = []
+    for shard in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            stored += [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
+    assert [meta["licence"] for meta in stored] == names
 
 
 @pytest.fixture
