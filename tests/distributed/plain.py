@@ -1,5 +1,6 @@
 """The reference for layout tests: the same steps in one process with plain torch, a whole batch at once."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
+from ebft_mega.model.weights.weight_layout import Box
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
@@ -37,8 +39,13 @@ class Truth:
     quiet: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plain_steps(case: Case, groups, directory: str) -> Truth:
-    """A few steps with torch's AdamW and torch's clipping."""
+def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[str, Tensor]] = ()) -> Truth:
+    """A few steps with torch's AdamW and torch's clipping.
+
+    Args:
+        followed: a layout's parameters after every step. Quiet elements are taken from there: where rounding decides
+            about an element, the following steps compare everything else from where the layout went.
+    """
     config = config_of(case, directory)
     ebft, plan = config.ebft, config.block_plan
     architecture = Architecture.from_hf(config.model.config, "test")
@@ -59,7 +66,6 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
         betas=config.train.betas,
     )
     truth = Truth()
-    sizes: dict[str, list[Tensor]] = {}
     for step in range(NUM_STEPS):
         rows = rows_of_step(step, groups, case)
         real, counted = rows.row_indices >= 0, counted_blocks(rows, plan)
@@ -84,18 +90,49 @@ def plain_steps(case: Case, groups, directory: str) -> Truth:
         limit = config.train.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), limit)
         for name, gradient in hf_tensors(((n, p.grad.clone()) for n, p in stage.named_parameters()), stage):
-            sizes.setdefault(name, []).append(gradient.abs())
+            quiet = quiet_elements(gradient)
+            truth.quiet[name] = truth.quiet.get(name, torch.zeros_like(quiet)) | quiet
         optimizer.step()
+        if followed:
+            load_weights(stage, Followed(whole_parameters(stage), followed[step], truth.quiet))
         truth.losses.append(terms.total.item())
         scale = 1.0
         if advantages is not None and logprobs.rollout is not None:
             scale = (advantages[..., None] * logprobs.rollout).abs().mean().item()
         truth.loss_scales.append(scale or 1.0)  # 0 where nothing counts
         truth.grad_norms.append(norm.item())
-    named = ((name, parameter.detach()) for name, parameter in stage.named_parameters())
-    truth.parameters = dict(hf_tensors(named, stage))
-    for name, by_step in sizes.items():
-        # Rows without any gradient (tokens that a step did not embed) have none at any layout.
-        quiet = [(size < QUIET * size.max()) & (size.sum(dim=-1, keepdim=True) > 0) for size in by_step]
-        truth.quiet[name] = torch.stack(quiet).any(dim=0)
+    truth.parameters = whole_parameters(stage)
     return truth
+
+
+def quiet_elements(gradient: Tensor) -> Tensor:
+    """Where rounding decides what Adam does; rows without gradient (tokens not embedded) have none at any layout."""
+    size = gradient.abs()
+    return (size < QUIET * size.max()) & (size.sum(dim=-1, keepdim=True) > 0)
+
+
+def whole_parameters(stage: Stage) -> dict[str, Tensor]:
+    """Copies of a whole model's parameters, under their Hugging Face names."""
+    named = ((name, parameter.detach().clone()) for name, parameter in stage.named_parameters())
+    return dict(hf_tensors(named, stage))
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Weights of their own, except for elements that are taken from a layout."""
+
+    own: Mapping[str, Tensor]
+    layout: Mapping[str, Tensor]
+    taken: Mapping[str, Tensor]  # bool
+
+    def place(self, name: str) -> str:
+        return "plain steps"
+
+    def tensor(self, name: str) -> Tensor:
+        difference = (self.layout[name] - self.own[name]).abs()[self.taken[name]]
+        # Whatever the gradients were, one update of Adam is no longer than twice the learning rate.
+        assert not difference.numel() or difference.max() <= 4 * LEARNING_RATE, (name, difference.max())
+        return torch.where(self.taken[name], self.layout[name], self.own[name])
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self.tensor(name)[box]

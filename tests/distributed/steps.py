@@ -91,6 +91,7 @@ class Outcome:
     rollouts: list[Tensor] = field(default_factory=list)  # this replica's, per step
     grams: list[Tensor] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)  # whole, under their Hugging Face names
+    by_step: list[dict[str, Tensor]] = field(default_factory=list)  # the same after every step, where asked for
 
 
 def config_of(case: Case, directory: str, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -124,17 +125,17 @@ def rows_of_step(step: int, groups: ProcessGroups, case: Case | None = None) -> 
     return rows.with_document_masking() if case is not None and MASKING in case.overrides else rows
 
 
-def run_cases(layout: Layout, cases: tuple[Case, ...], directory: str) -> dict[str, Outcome]:
-    """Run every case for a few steps."""
+def run_cases(layout: Layout, cases: tuple[Case, ...], directory: str, every_step: bool = False) -> dict[str, Outcome]:
+    """Run every case for a few steps; the first rank returns its parameters after every step, if asked to."""
     device = connect()
     if layout.sequence_parallel:
         # megatron-core's sequence-parallel mappings allocate on `torch.cuda.current_device()`, whatever the input is.
         torch.cuda.current_device = lambda: device
     groups = make_process_groups(device, layout.tensor, layout.pipeline)
-    return {case.name: run_case(layout, case, directory, groups) for case in cases}
+    return {case.name: run_case(layout, case, directory, groups, every_step) for case in cases}
 
 
-def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups) -> Outcome:
+def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups, every_step: bool = False) -> Outcome:
     """A few steps of one case."""
     config = config_of(case, directory, layout.overrides)
     assert config.model.config is not None
@@ -148,8 +149,16 @@ def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups) 
         if result.experiences:
             outcome.rollouts.append(torch.cat([item.rollout.tokens for item in result.experiences]))
             outcome.grams.append(torch.cat([item.gram for item in result.experiences]))
-    outcome.parameters = {name: value.clone() for name, value in hf_tensors(local_parameters(trainer), trainer.stage)}
+        if every_step:
+            parameters = whole_parameters(trainer)
+            outcome.by_step += [parameters] if dist.get_rank() == 0 else []
+    outcome.parameters = whole_parameters(trainer)
     return outcome
+
+
+def whole_parameters(trainer) -> dict[str, Tensor]:
+    """Copies of the whole model's master weights, under their Hugging Face names."""
+    return {name: value.clone() for name, value in hf_tensors(local_parameters(trainer), trainer.stage)}
 
 
 def local_parameters(trainer):

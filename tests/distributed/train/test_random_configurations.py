@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from tests.distributed.plain import plain_steps
 from tests.distributed.ranks import run_ranks
@@ -57,16 +58,32 @@ def random_case(generator: random.Random, name: str, layout: Layout) -> Case:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_random_configurations_take_the_plain_steps(layout, groups, tmp_path):
-    generator = random.Random(str(layout))
+    generator, largest, shares = random.Random(str(layout)), 0.0, []
     cases = tuple(random_case(generator, f"random {number}", layout) for number in range(NUM_CASES))
-    by_rank = run_ranks(layout.world_size, run_cases, layout, cases, str(tmp_path))
+    by_rank = run_ranks(layout.world_size, run_cases, layout, cases, str(tmp_path), True)
     for case in cases:
-        truth = plain_steps(case, groups, str(tmp_path))
         outcomes = [found[case.name] for found in by_rank]
+        # One element with a gradient below rounding (measured: 3e-8 of its tensor's largest) can move a later step's
+        # gradient norm by 2.6e-4 of it, since Adam turns that gradient's rounding into up to a whole learning rate.
+        # So the plain steps go where the layout went with such elements: what is left deviates by 1e-6 at most.
+        truth = plain_steps(case, groups, str(tmp_path), outcomes[0].by_step)
         assert_same_rollouts_and_rewards(outcomes, layout, truth)
         for outcome in outcomes:
             for step in range(NUM_STEPS):
                 found = outcome.metrics[step]
                 difference = abs(found["train/loss"] - truth.losses[step])
                 assert difference <= 1e-5 * truth.loss_scales[step], (case, step)
-                assert found["train/grad_norm"] == pytest.approx(truth.grad_norms[step], rel=1e-4), (case, step)
+                assert found["train/grad_norm"] == pytest.approx(truth.grad_norms[step], rel=1e-5), (case, step)
+                largest = max(largest, abs(found["train/grad_norm"] / truth.grad_norms[step] - 1))
+        # What the comparison leaves out. Without cross-entropy, tied embeddings of tokens that no rollout is likely to
+        # have are quiet (5.6 % of all elements where that was most).
+        quiet = torch.cat([elements.flatten() for elements in truth.quiet.values()])
+        shares.append(quiet.float().mean().item())
+        assert shares[-1] <= 0.1, case
+        for name, parameter in truth.parameters.items():
+            if name.endswith("k_proj.bias"):
+                continue  # as in `test_layouts`
+            farthest = (outcomes[0].parameters[name] - parameter).abs().max().item()
+            assert farthest <= 1e-4, (case, name, farthest)
+    # Shown by `pytest -rP`.
+    print(f"{layout}: gradient norms deviate by {largest:.1e} at most, {max(shares):.1%} of the elements are quiet")
