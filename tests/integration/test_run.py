@@ -46,7 +46,7 @@ TRAIN_KEYS = {
 }
 EVALUATION_KEYS = {
     *("eval/ce_loss", "eval/cfm_loss", "eval/feature_matching_loss", "eval/alignment", "eval/raw_cosine"),
-    "eval/duplicate_share",
+    *("eval/duplicate_share", "eval/rows_left_out", "eval/blocks_left_out"),
 }
 
 

@@ -123,4 +123,4 @@ def evaluate_unequal_rows(directory: str) -> dict[str, float]:
 def test_ranks_with_fewer_held_out_rows_than_others_keep_up(tmp_path):
     alone = run_ranks(1, evaluate_unequal_rows, str(tmp_path))[0]
     for means in run_ranks(2, evaluate_unequal_rows, str(tmp_path)):
-        assert means == pytest.approx(alone, abs=1e-6) and len(means) == 6
+        assert means == pytest.approx(alone, abs=1e-6) and len(means) == 8
