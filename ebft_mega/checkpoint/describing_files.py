@@ -27,6 +27,7 @@ from ebft_mega.data.text.tokenizer_files import (
     MEBIBYTE,
     NAMED_TEXTS,
     check_named_text,
+    is_named,
     read_tokenizer_files,
 )
 from ebft_mega.errors import InputError, Problem
@@ -109,7 +110,10 @@ def read_describing_files(directory: Path) -> DescribingFiles:
         try:
             contents[name], named_code = _checked(name, content)
         except ValueError as error:
-            problems.append(Problem(str(directory / name), name, str(error), f"a {Path(name).suffix} file or none"))
+            if is_named(name):
+                problems.append(Problem(str(directory / name), name, str(error), f"a {Path(name).suffix} file or none"))
+            else:  # whatever programs leave beside a model: a trainer's log may say NaN
+                others.append(f"{name} ({error})")
         else:
             problems += _code_problems(directory / name, named_code)
     return DescribingFiles(directory, contents, tuple(problems), tuple(others))

@@ -4,6 +4,7 @@ They come from directories that nobody vouches for and are copied into datasets,
 whatever is none of these must not pass for one.
 """
 
+import base64
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ebft_mega.data.text.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
-from ebft_mega.data.text.tokenizer_model_file import describe_other_kind
+from ebft_mega.data.text.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained
 from ebft_mega.io.input_errors import lfs_pointer
@@ -37,6 +38,9 @@ _SPECIAL_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"),
     *("additional_special_tokens", "extra_special_tokens"),
 )
+# Of a `tokenizer.json`: what holds several steps that change a text one after another, and what a model adds to a word.
+_STEPS = ("normalizers", "pretokenizers", "decoders")
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -73,6 +77,11 @@ def check_named_text(name: str, content: bytes) -> Any:
     elif not isinstance(value, dict | list):
         raise ValueError(f"a JSON {type(value).__name__}")
     return value
+
+
+def is_named(name: str) -> bool:
+    """Whether a file's name says more of its contents than that they are JSON."""
+    return not name.endswith(".json") or name in _OBJECTS
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
@@ -138,8 +147,48 @@ def _check_vocabulary(text: str) -> None:
 
 
 def _check_definition(value: dict[str, Any]) -> None:
-    if not isinstance(value.get("model"), dict):
+    """Raise a `ValueError` unless there is a model, and no rule that makes much of a short text."""
+    model = value.get("model")
+    if not isinstance(model, dict):
         raise ValueError("a JSON object without a model")
+    added = sum(_num_bytes(model.get(key)) for key in _AFFIXES)
+    encoding = (1 + added) * _growth(value.get("normalizer"), value.get("pre_tokenizer"))
+    if max(encoding, _growth(value.get("decoder"))) > MOST_GROWTH:
+        raise ValueError(f"rules that can make a text more than {MOST_GROWTH} times longer")
+
+
+def _growth(*steps: Any) -> int:
+    """How many times longer steps can make a text one after another; of more than `MOST_GROWTH`, some part."""
+    factor, waiting = 1, list(steps)
+    while waiting and factor <= MOST_GROWTH:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            factor *= _growth_of_one(step)
+            waiting += [inner for key in _STEPS if isinstance(step.get(key), list) for inner in step[key]]
+    return factor
+
+
+def _growth_of_one(step: dict[str, Any]) -> int:
+    """How many times longer one step can make a text. It is told by its keys: the library does not need its type."""
+    if "precompiled_charsmap" in step:
+        try:
+            longest = longest_replacement(base64.b64decode(step["precompiled_charsmap"] or b""))
+        except (TypeError, ValueError):
+            return 1  # the library refuses it
+        return longest if longest > MOST_GROWTH else 1  # what Unicode's own tables do to single characters
+    if "pattern" in step and "content" in step:
+        pattern, put_in = step["pattern"], _num_bytes(step["content"])
+        replaced = _num_bytes(pattern.get("String") if isinstance(pattern, dict) else pattern)
+        # An expression may match between any two characters.
+        return max(1, -(-put_in // replaced)) if replaced else 1 + put_in
+    if "prepend" in step:
+        return 1 + _num_bytes(step["prepend"])
+    # Bytes as characters of up to two bytes; what stands for an empty text comes between all characters.
+    return 2 if step.get("type") == "ByteLevel" or "add_prefix_space" in step or "" in step.values() else 1
+
+
+def _num_bytes(value: Any) -> int:
+    return len(value.encode()) if isinstance(value, str) else 0
 
 
 def _check_ids(value: dict[str, Any]) -> None:

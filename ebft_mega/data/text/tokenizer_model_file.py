@@ -12,8 +12,13 @@ from ebft_mega.io.input_errors import lfs_pointer
 _PIECE_FIELD, _TRAINER_FIELD, _NORMALIZER_FIELD, _SELF_TEST_FIELD, _LAST_FIELD, _FIRST_EXTENSION = 1, 2, 3, 4, 5, 200
 _TEXT_FIELD, _TYPE_FIELD = 1, 3
 _VARINT, _EIGHT_BYTES, _MESSAGE, _FOUR_BYTES = 0, 1, 2, 5
+_CHARSMAP_FIELD = 2  # of the two messages that say how texts are normalized, and how back
 _CONTROL, _USER_DEFINED = 3, 4
 _USER_DEFINED_BYTES = bytes([_TYPE_FIELD << 3 | _VARINT, _USER_DEFINED])
+
+# How many times longer than a text a tokenizer's own rules may make it. Those of published tokenizers, which write a
+# space as three bytes and one before each text, come to 12.
+MOST_GROWTH = 64
 
 # Files that people find under this name instead.
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
@@ -24,7 +29,7 @@ class _DamagedError(ValueError):
 
 
 def describe_other_kind(content: bytes) -> str | None:
-    """Say what a `tokenizer.model` is instead of a sentencepiece model; None where it is one.
+    """Say what a `tokenizer.model` is instead of a sentencepiece model that can be used; None where it is one.
 
     The messages are walked from the first byte to the last, so a truncated file is found, too.
     """
@@ -34,10 +39,22 @@ def describe_other_kind(content: bytes) -> str | None:
         return pointer
     try:
         fields = {field for field, _, _, _ in _model_fields(content)}
+        longest = max(map(longest_replacement, _charsmaps(content)), default=0)
     except _DamagedError:
         return "no sentencepiece model, or a damaged one"
+    if longest > MOST_GROWTH:
+        return f"a sentencepiece model that replaces characters by {longest} bytes, where {MOST_GROWTH} are the most"
     # The trainer writes all three; a file that was cut between two pieces lacks the others.
     return None if fields >= {_PIECE_FIELD, _TRAINER_FIELD, _NORMALIZER_FIELD} else "no whole sentencepiece model"
+
+
+def longest_replacement(charsmap: bytes) -> int:
+    """Bytes of the longest text by which a compiled table of sentencepiece replaces characters.
+
+    The table is the size of its index, the index, and the texts, each with a zero byte behind it.
+    """
+    index_bytes = int.from_bytes(charsmap[:4], "little")
+    return max(map(len, charsmap[4 + index_bytes :].split(b"\0")))
 
 
 def user_defined_symbols(content: bytes) -> dict[int, str]:
@@ -89,6 +106,15 @@ def with_control_pieces(content: bytes, ids: Collection[int]) -> bytes:
         elif field != _SELF_TEST_FIELD:  # samples that the changed model may encode otherwise
             parts.append(content[start:end])
     return b"".join(parts)
+
+
+def _charsmaps(content: bytes) -> Iterator[bytes]:
+    for field, _, begin, end in _model_fields(content):
+        if field in (_NORMALIZER_FIELD, _LAST_FIELD):
+            message = content[begin:end]
+            for inner, wire, first, last in _fields(message):
+                if inner == _CHARSMAP_FIELD and wire == _MESSAGE:
+                    yield message[first:last]
 
 
 def _model_fields(content: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -185,6 +185,18 @@ def test_planted_code_and_pickles_are_neither_run_nor_copied(tmp_path):
     assert not mark.exists()
 
 
+def test_what_a_trainer_leaves_beside_a_model_is_no_obstacle(tmp_path):
+    directory = tmp_path / "given"
+    saved_model(directory)
+    (directory / "trainer_state.json").write_text('{"log_history": [{"grad_norm": NaN}]}')
+    (directory / "all_results.json").write_text('{"eval_loss": Infinity}')
+    (directory / "epochs.json").write_text("3\n")
+    (note,) = [note for note in import_model(directory, tmp_path / "imported", None, 10**9).notes if "left out" in note]
+    assert "trainer_state.json (no JSON (NaN, which is not JSON))" in note and "epochs.json (a JSON int)" in note
+    kept = {path.name for path in (tmp_path / "imported").iterdir()}
+    assert kept == {"config.json", "generation_config.json", "model.safetensors"}
+
+
 def test_a_directory_that_is_none(tmp_path):
     (tmp_path / "given").mkdir()
     assert problems_of(tmp_path / "given") == ["config.json: no such file", "weights: none"]

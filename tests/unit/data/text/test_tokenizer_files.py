@@ -1,11 +1,16 @@
 """A tokenizer's files are read where they lie, parsed as what they are named, and copied only then."""
 
+import base64
+import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.opening import open_dataset
@@ -96,6 +101,98 @@ def test_all_problems_are_said_at_once(directory: Path) -> None:
     assert {problem.key for problem in caught.value.problems} == set(JUNK)
 
 
+def replaced(put_in: str, string: str | None = None) -> dict[str, Any]:
+    """A step that replaces a text, or what an expression matches: here nothing, between any two characters."""
+    pattern = {"Regex": ""} if string is None else {"String": string}
+    return {"type": "Replace", "pattern": pattern, "content": put_in}
+
+
+def table(longest: int) -> str:
+    """A compiled table of sentencepiece with an index of four bytes."""
+    return base64.b64encode(b"\4\0\0\0" + bytes(4) + b"b\0" + b"c" * longest + b"\0").decode()
+
+
+def steps(key: str, *listed: Any) -> dict[str, Any]:
+    return {"type": "Sequence", key: list(listed)}
+
+
+GROWING = {
+    "an expression": {"normalizer": replaced("b" * 100)},
+    "a character": {"normalizer": replaced("b" * 100, "a")},
+    "a prefix": {"normalizer": {"type": "Prepend", "prepend": "b" * 100}},
+    "without its type": {"normalizer": {"pattern": {"String": "a"}, "content": "b" * 100}},
+    "twice and twice": {"normalizer": steps("normalizers", *[replaced("aa", "a")] * 40)},
+    "in several places": {
+        "normalizer": steps("normalizers", replaced("b" * 9, "a")),
+        "pre_tokenizer": steps("pretokenizers", *[{"type": "ByteLevel", "add_prefix_space": False}] * 3),
+    },
+    "steps in steps": {"normalizer": steps("normalizers", *[steps("normalizers", replaced("b" * 9, "b"))] * 2)},
+    "bytes of bytes": {"pre_tokenizer": steps("pretokenizers", *[{"type": "ByteLevel"}] * 40)},
+    "a table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": table(65)}},
+    "what is decoded": {"decoder": steps("decoders", *[replaced("aa", "a")] * 40)},
+    "nothing replaced": {"decoder": steps("decoders", *[{"type": "BPEDecoder", "suffix": ""}] * 40)},
+    "a suffix": {"model": {"type": "BPE", "end_of_word_suffix": "w" * 100}},
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_rules_that_make_much_of_a_short_text_are_refused(directory: Path, tmp_path: Path, name: str) -> None:
+    definition = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps({**definition, **GROWING[name]}))
+    for copied in into(tmp_path):
+        with pytest.raises(InputError) as caught:
+            copied(directory)
+        (problem,) = caught.value.problems
+        assert (problem.key, problem.found[:12]) == ("tokenizer.json", "rules that c")
+
+
+PUBLISHED = {
+    "llama": {
+        "normalizer": steps("normalizers", {"type": "Prepend", "prepend": "\u2581"}, replaced("\u2581", " ")),
+        "decoder": steps("decoders", replaced(" ", "\u2581"), {"type": "ByteFallback"}, {"type": "Fuse"}),
+    },
+    "clip": {
+        "normalizer": steps("normalizers", {"type": "NFC"}, replaced(" "), {"type": "Lowercase"}),
+        "pre_tokenizer": steps("pretokenizers", {"type": "ByteLevel", "add_prefix_space": False}),
+        "model": {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "</w>"},
+    },
+    "xlm": {
+        "normalizer": steps(
+            "normalizers", {"type": "Precompiled", "precompiled_charsmap": table(36)}, replaced("\u2581")
+        ),
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True},
+    },
+    "empty": {"normalizer": None, "decoder": None, "pre_tokenizer": steps("pretokenizers")},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rules_of_published_tokenizers_are_fine(name: str) -> None:
+    definition = {"model": {"type": "BPE"}, **PUBLISHED[name]}
+    assert tokenizer_files.check_named_text("tokenizer.json", json.dumps(definition).encode()) == definition
+
+
+@pytest.mark.parametrize(("characters", "is_refused"), [(64, False), (65, True)])
+def test_a_sentencepiece_model_that_makes_much_of_a_short_text_is_refused(
+    tmp_path: Path, characters: int, is_refused: bool
+) -> None:
+    (tmp_path / "rules.tsv").write_text(f"61\t{' '.join(['62'] * characters)}\n")
+    with open(tmp_path / "tokenizer.model", "wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d"] * 9),
+            model_writer=model,
+            vocab_size=264,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+            minloglevel=2,
+        )
+    for copied in into(tmp_path):
+        with pytest.raises(InputError, match="replaces characters by 65 bytes") if is_refused else nullcontext():
+            copied(tmp_path)
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
 def test_pipes_and_endless_files_are_refused_at_once(
@@ -121,7 +218,7 @@ def test_a_model_file_of_another_kind_gives_way_and_is_not_copied(directory: Pat
     assert not (tmp_path / "copy" / "tokenizer.model").exists()
     assert tokenizer_sha256(tmp_path / "copy") == tokenizer_sha256(directory)
     assert load_tokenizer(directory).notes == (
-        "tokenizer.model is not used: it is a Git LFS pointer instead of the file; tokenizer.json is used",
+        "tokenizer.model is not used: it is a Git LFS pointer, not the file: git lfs pull; tokenizer.json is used",
     )
 
 
