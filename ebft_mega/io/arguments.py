@@ -1,8 +1,9 @@
 """A command line on which no option is given twice, and no number is beyond its bounds."""
 
 import argparse
-import contextlib
+import errno
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 from ebft_mega.shown_text import LONGEST_PATH, shown
 
 MOST = 1 << 40  # of anything that an option counts
+# A name that no file can have, and a link that leads back to itself.
+NAMES_OF_NOTHING = (errno.ENAMETOOLONG, errno.ELOOP)
 # Actions that add to what was given before.
 _REPEATABLE = ("_AppendAction", "_ExtendAction", "_CountAction")
 
@@ -90,17 +93,22 @@ def real_number(least: float = 0.0, most: float = math.inf, *, above: bool = Fal
 def output_directory(text: str) -> Path:
     """The type of an option that names a directory to be made or written to."""
     path = Path(text)
-    with contextlib.suppress(OSError):  # not to be seen: writing will say so
+    try:
         there = next(place for place in (path, *path.parents) if place.exists())
         if not there.is_dir():
             raise argparse.ArgumentTypeError(f"found {_shown(text)}, where {there} is a file; expected a directory")
+    except OSError as error:
+        # What may not be seen can be there all the same: writing will say so.
+        if error.errno in NAMES_OF_NOTHING:
+            found = f"{_shown(text)} ({error.strerror})"
+            raise argparse.ArgumentTypeError(f"found {found}; expected a directory") from None
     return path
 
 
 def output_file(text: str) -> Path:
     """The type of an option that names a file to be written."""
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"found {_shown(text)}, which is a directory; expected a file")
     output_directory(str(path.parent))
     if path.parent.is_dir():
@@ -115,8 +123,8 @@ def output_file(text: str) -> Path:
 def _try_to_write(path: Path) -> None:
     """Open a file for writing and leave everything as it was: what fails would fail after the work otherwise."""
     is_new = not path.exists()
-    with open(path, "ab"):
-        pass
+    # A pipe that nobody reads is not waited for.
+    os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
     if is_new:
         path.unlink()
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
-from ebft_mega.errors import EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
+from ebft_mega.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNREAD, EbftError, InputProblems
 from ebft_mega.io import process_signals
+from ebft_mega.io.arguments import NAMES_OF_NOTHING
 from ebft_mega.io.output_directory import Permissions, limit_permissions
 from ebft_mega.io.parse_boundary import shortage
 from ebft_mega.io.process_signals import StopNow
@@ -112,4 +113,5 @@ def _code_of(error: OSError, prints_its_result: bool) -> int:
     if isinstance(error, BrokenPipeError) and prints_its_result:
         return EXIT_UNREAD
     print_line(f"error: {error.filename or 'system'}: {shortage(error) or error.strerror or error}")
-    return EXIT_FAILED
+    # Such a name can only have come from the command line.
+    return EXIT_BAD_INPUT if error.errno in NAMES_OF_NOTHING else EXIT_FAILED

@@ -22,15 +22,7 @@ def make_run_directory(config: RunConfig) -> None:
         ConfigError: it cannot be made or written to, or something stands where the final model or a file will be.
     """
     output = config.output_dir
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        found = f"{output}, which cannot be written ({error.strerror})"
-        expected = "a writable directory, or one to be made"
-        problem = Problem(config.place("output_dir"), "output_dir", found, expected)
-        raise ConfigError([problem]) from None
+    make_writable_directory(output, config.place("output_dir"), "output_dir")
     if strange := list(strange_entries(output)):
         raise ConfigError([problem.within(config.place("output_dir")) for problem in strange])
     try:
@@ -38,6 +30,24 @@ def make_run_directory(config: RunConfig) -> None:
     except InputError as error:
         problems = [problem.within(config.place("output_dir")) for problem in error.problems]
         raise ConfigError(problems) from None
+
+
+def make_writable_directory(directory: Path, where: str, key: str) -> None:
+    """Make a directory if there is none, and try to write into it.
+
+    Args:
+        where, key: what names it, for the message.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        found = f"{directory}, which cannot be written ({error.strerror})"
+        raise ConfigError([Problem(where, key, found, "a writable directory, or one to be made")]) from None
 
 
 def clear_unfinished(output: Path, is_all: bool) -> None:

@@ -10,8 +10,10 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import EXIT_DONE, EXIT_HANG
 from ebft_mega.lifecycle.build import build_chosen_trainer
+from ebft_mega.lifecycle.run_directory import make_writable_directory
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.loop import rows_of_step
 from ebft_mega.train.step_trace import trace_step
@@ -22,8 +24,11 @@ def trace_first_step(
 ) -> int:
     """Write the trace of optimizer step 0, without a run directory; returns the exit code.
 
+    Raises:
+        ConfigError: the directory cannot be written to; before the step.
     Communication: collective over the world.
     """
+    from_first_rank(lambda: make_writable_directory(directory, "--trace-step", "DIR"))
     watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: EXIT_HANG)
     with watchdog, closing(iter(loader)) as batches:
         trainer = build_chosen_trainer(config, plan, groups)

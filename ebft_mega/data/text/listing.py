@@ -174,7 +174,7 @@ def _reason_to_skip_folder(path: Path, output: str | None) -> str | None:
         return HIDDEN_FOLDERS
     if path.name == COMPILED_FOLDER:
         return COMPILED_FOLDERS
-    if path.is_symlink():
+    if os.path.islink(path):  # does not raise where the path is too long, as searching the folder will
         return FOLDER_LINKS
     return EARLIER_OUTPUT if output is not None and os.path.realpath(path) == output else None
 

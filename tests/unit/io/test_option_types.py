@@ -2,11 +2,14 @@
 
 import argparse
 import ast
+import os
 from pathlib import Path
 
 import pytest
 
+from ebft_mega.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from ebft_mega.io.arguments import output_directory, output_file, real_number, whole_number
+from ebft_mega.io.command import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
 # Their own checks know more, such as the number of documents.
@@ -46,6 +49,26 @@ def test_places_to_write_to(tmp_path):
         output_file(str(file / "below"))
     with pytest.raises(argparse.ArgumentTypeError, match="is a directory; expected a file"):
         output_file(str(tmp_path))
+    for check in (output_directory, output_file):
+        with pytest.raises(argparse.ArgumentTypeError, match="File name too long"):
+            check("a" * 5000)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(argparse.ArgumentTypeError, match="which cannot be written"):
+        output_file(str(tmp_path / "pipe"))
+    assert (tmp_path / "pipe").is_fifo() and output_file("/dev/null") == Path("/dev/null")
+
+
+@pytest.mark.parametrize("read", [Path.is_dir, Path.read_bytes, Path.mkdir])
+def test_a_name_that_no_file_can_have_is_bad_input(tmp_path, capsys, read):
+    (tmp_path / "circle").symlink_to("circle")
+    assert run_command(lambda: read(tmp_path / ("a" * 5000))) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err.endswith(": File name too long\n")
+    assert run_command(lambda: (tmp_path / "circle" / "x").read_bytes() and None) == EXIT_BAD_INPUT
+    assert run_command(lambda: (tmp_path / "none").read_bytes() and None) == EXIT_FAILED
 
 
 def test_every_number_of_a_tool_has_bounds():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ebft_mega.errors import ConfigError, InputError
+from ebft_mega.lifecycle import tracing
 from ebft_mega.lifecycle.findings import OWN_FILES, OWN_FOLDERS, last_logged_step, strange_entries
 from ebft_mega.lifecycle.run_directory import make_run_directory
 from ebft_mega.runtime.run_lock import LOCK_NAME, RunLock
@@ -50,3 +51,11 @@ def test_a_lock_that_is_a_directory_is_refused(tmp_path):
     (tmp_path / LOCK_NAME).mkdir()
     with pytest.raises(InputError, match="Is a directory"), RunLock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("place", ["file/below", "a" * 300, "/proc/none"])
+def test_a_trace_that_cannot_be_written_is_refused_before_the_step(tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tracing, "from_first_rank", lambda compute: compute())
+    with pytest.raises(ConfigError, match="--trace-step: DIR: found .*, which cannot be written"):
+        tracing.trace_first_step(None, None, None, None, tmp_path / place)

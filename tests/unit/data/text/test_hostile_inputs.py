@@ -341,6 +341,24 @@ def test_a_kept_field_at_its_limits_stays(tmp_path: Path) -> None:
     assert isinstance(document, TextDocument) and json.dumps(document.fields["k"]).encode() == value
 
 
+def test_a_folder_beyond_the_longest_path_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(25):  # a path has at most 4,095 bytes
+        os.mkdir("d" * 200, dir_fd=descriptor)
+        inner = os.open("d" * 200, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    try:
+        listing = list_files(tmp_path)
+        assert [file.name for file in listing.files] == ["a.txt"]
+        (problem,) = listing.unreadable
+        assert problem.found == "File name too long"
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / ("d" * 200))], check=True, timeout=30)
+
+
 def test_folders_may_be_deeper_than_pythons_stack(tmp_path: Path) -> None:
     depth, here = 1200, os.open(tmp_path, os.O_RDONLY)
     folders = [here]
