@@ -177,7 +177,10 @@ def _saved_activations_need_whole_parameters(config: RunConfig) -> Iterator[Prob
 
 
 # Beyond these the system's own types, or the machine, end: nobody means them.
-_HIGHEST = {"data.workers": 1024, "data.cache_gigabytes": 1e9, "train.step_timeout_minutes": 525_600}
+_HIGHEST = {
+    **{"data.workers": 1024, "data.cache_gigabytes": 1e9, "train.step_timeout_minutes": 525_600},
+    "train.lr": 1e6,  # AdamW's float32 raises at 1e39, and finite gradients would lead to infinite weights before that
+}
 
 
 def _not_beyond_all_bounds(config: RunConfig) -> Iterator[Problem]:
@@ -186,6 +189,13 @@ def _not_beyond_all_bounds(config: RunConfig) -> Iterator[Problem]:
         value = getattr(getattr(config, section), name)
         if value > highest:
             yield Problem("", key, yaml_text(value), f"at most {highest:g}")
+
+
+def _weights_do_not_grow_by_decay(config: RunConfig) -> Iterator[Problem]:
+    rate, decay = config.train.lr, config.train.weight_decay
+    if rate * decay > 1:
+        found, expected = f"{yaml_text(decay)}, with train.lr {yaml_text(rate)}", "at most 1 / train.lr"
+        yield Problem("", "train.weight_decay", found, f"{expected}: each step takes their product off every weight")
 
 
 def _resume_is_a_path(config: RunConfig) -> Iterator[Problem]:
@@ -222,6 +232,7 @@ RULES = (
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
     Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
     Rule(tuple(_HIGHEST), _not_beyond_all_bounds),
+    Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
     Rule(("checkpoint.resume",), _resume_is_a_path),
     Rule(("profile.start", "profile.steps", *_LENGTH), _profile_lies_within_the_run),
 )

@@ -101,12 +101,12 @@ class TrainConfig(Section):
         unit="minutes",
         gt=0,
     )
-    lr: float = key(1e-6, "Highest learning rate.", gt=0)
+    lr: float = key(1e-6, "Highest learning rate; at most 1e6.", gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = key(
         "constant", "Learning rate after the warm-up; `linear` and `cosine` end at 0."
     )
     warmup_steps: int = key(0, "Steps of linear warm-up.", unit=STEPS, ge=0)
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", ge=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay; at most 1 / `train.lr`.", ge=0)
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
     ] = key((0.9, 0.95), "AdamW's averaging factors.", allowed="a list of two numbers >= 0 and < 1")

@@ -252,6 +252,8 @@ def test_wrong_values(problems, override, expected):
         ("train.step_timeout_minutes=1e300", "at most 525600"),
         ("data.cache_gigabytes=1e300", "at most 1e+09"),
         ("data.workers=1000000", "at most 1024"),
+        ("train.lr=1e39", "at most 1e+06"),
+        ("train.weight_decay=1e39", "at most 1 / train.lr"),
         ("output_dir=" + "x" * 5000, "a local path"),
         ("checkpoint.resume=" + "x" * 256, "auto, never or the path of a checkpoint"),
         ("model=" + "[" * 5000 + "]" * 5000, "more than 50 levels"),
@@ -260,6 +262,12 @@ def test_wrong_values(problems, override, expected):
 def test_values_beyond_all_bounds(problems, override, text):
     (line,) = problems(BASE, override)
     assert line.startswith("--set: ") and text in line and len(line) < 500
+
+
+def test_weight_decay_takes_no_more_of_a_weight_than_there_is(load, problems):
+    load(BASE, "train.lr=0.5", "train.weight_decay=2")
+    (line,) = problems(BASE, "train.lr=0.5", "train.weight_decay=2.1")
+    assert "train.weight_decay: found 2.1, with train.lr 0.5; expected at most 1 / train.lr" in line
 
 
 REDIRECT_HOSTS = "a list of host, host:port or *.domain"
