@@ -145,7 +145,7 @@ def run(signals: Signals, started: float) -> int:
         if (words := shortage(error)) is None:
             raise
         signals.fail_undisturbed()
-        print(words, file=sys.stderr)
+        print_line(words)
         return EXIT_FAILED
 
 
