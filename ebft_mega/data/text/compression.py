@@ -21,7 +21,7 @@ FREELY_UNPACKED_BYTES = 1 << 26
 MAX_UNPACKED_RATIO = 250
 _CHUNK_BYTES = 1 << 18
 # One byte of a frame unpacks to at most 32 KiB, all at once: four of a block that repeats a byte 128 Ki times.
-_FRAME_CHUNK_BYTES = 1 << 12
+_FRAME_CHUNK_BYTES = 1 << 11
 _UNPACKED_CHUNK_BYTES = 1 << 16
 # What `zstd --long=31` writes. Of a window only what has been unpacked takes memory.
 _LARGEST_WINDOW_BYTES = 1 << 31
@@ -144,6 +144,7 @@ class _ZstandardBytes(io.RawIOBase):
                 raise CutFileError("the end of the file inside a frame" if self._read_any else "an empty file")
             return False
         self._read_any = True
+        self._unpacked = memoryview(b"")  # before more is unpacked, so that only one chunk is held
         if self._frame is None:
             self._frame = self._decompressor.decompressobj(write_size=_UNPACKED_CHUNK_BYTES)
         try:

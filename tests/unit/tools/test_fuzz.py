@@ -97,7 +97,9 @@ PLANTED = """
 
 
 def test_a_parser_that_neither_takes_nor_refuses_is_found(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(PLANTED), str(tmp_path / "outside")]
+    # What held much memory before it became this program must not hide what the program itself takes.
+    large = "import os, sys; b'x' * (700 * 2**20); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", large, "-c", textwrap.dedent(PLANTED), str(tmp_path / "outside")]
     (tmp_path / "outside").mkdir()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
