@@ -171,7 +171,7 @@ def way_past(config: RunConfig, steps: int, next_row: int) -> str:
     """
     first_row = max(0, next_row - steps * config.train.global_batch_size)
     rows = RowRanges(config.data.skip_rows).joined_with(first_row, next_row - 1)
-    return f"--set data.skip_rows={rows}"
+    return f"--set 'data.skip_rows={rows}'"
 
 
 def commit_step(

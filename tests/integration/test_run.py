@@ -254,7 +254,7 @@ def test_a_run_without_any_finite_gradient_stops_and_says_so(run, data, tmp_path
     completed = launch([*CONFIG, *settings(data, tmp_path / "out", *more)], ranks=None)
     assert completed.returncode == 1, completed.stdout
     assert "10 updates in a row" in completed.stdout
-    assert "A restart will meet the same rows. To leave them out: --set data.skip_rows=[[0,39]]" in completed.stdout
+    assert "A restart will meet the same rows. To leave them out: --set 'data.skip_rows=[[0,39]]'" in completed.stdout
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 10
 

@@ -187,7 +187,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_of_every_rank(tmp_path):
     for message, files, achievements, logged in run_ranks(2, train_until_it_stops, str(tmp_path)):
         assert message.startswith("step 6: 3 updates in a row") and str(tmp_path / "non_finite") in message
         assert message.endswith(
-            ". A restart will meet the same rows. To leave them out: --set data.skip_rows=[[0,3],[110,123]]"
+            ". A restart will meet the same rows. To leave them out: --set 'data.skip_rows=[[0,3],[110,123]]'"
         )
         assert files == names
         steps = [text for step in range(1, 6) for text in (f"step {step}", f"checkpoints after step {step}")]
