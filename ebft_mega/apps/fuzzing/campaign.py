@@ -62,6 +62,7 @@ class Tally:
     growth_bytes: int = 0  # of the process's peak memory
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
+    last_refusal: str = ""  # its message
 
     @property
     def share(self) -> float:
@@ -75,6 +76,7 @@ class Tally:
         for name in ("slowest_seconds", "growth_bytes", "seconds"):
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
         self.failures += other.failures
+        self.last_refusal = other.last_refusal or self.last_refusal
 
 
 def run_cases(parser: FuzzedParser, seed: int, numbers: Sequence[int], scratch: Path, watch: WatchedWrites) -> Tally:
@@ -100,13 +102,14 @@ def run_cases(parser: FuzzedParser, seed: int, numbers: Sequence[int], scratch: 
         write_files(place, changed)
         tally.past_first_stage += parser.passes_first_stage(changed)
         started = time.perf_counter()
-        found = _outcome(parser, place, watch)
+        found, message = _outcome(parser, place, watch)
         seconds = time.perf_counter() - started
         tally.cases += 1
         tally.slowest_seconds = max(tally.slowest_seconds, seconds)
         growth, peak = _peak_bytes() - peak, _peak_bytes()
         tally.growth_bytes += growth
-        if not found.startswith(("accepted", "refused")):
+        tally.last_refusal = message or tally.last_refusal
+        if found not in ("accepted", "refused"):
             tally.failures.append(Failure(parser.name, seed, number, found, changed))
         elif growth > MAX_GROWTH_BYTES:
             what = f"peak memory grew by {growth / 2**20:.0f} MB"
@@ -126,8 +129,9 @@ def changed_files(parser: FuzzedParser, valid: dict[str, bytes], seed: int, numb
     return dict(parser.mutate(random.Random(f"{parser.name} {seed} {number}"), valid))
 
 
-def _outcome(parser: FuzzedParser, place: Path, watch: WatchedWrites) -> str:
-    """`accepted`, `refused`, or what is wrong with the way in which a case ended."""
+def _outcome(parser: FuzzedParser, place: Path, watch: WatchedWrites) -> tuple[str, str]:
+    """`accepted`, `refused`, or what is wrong with the way in which a case ended; and the message of a refusal."""
+    text = ""
     try:
         with watch.only_below(place), _limited():
             parser.read(place)
@@ -138,14 +142,16 @@ def _outcome(parser: FuzzedParser, place: Path, watch: WatchedWrites) -> str:
         if not text or len(text) > MAX_MESSAGE_CHARACTERS or escaped(text, meant="\n") != text:
             found = f"a message that cannot be shown: {text[:300]!r}"
     except SlowCase:
-        return f"it took more than {SLOW_SECONDS:.0f} s"
+        return f"it took more than {SLOW_SECONDS:.0f} s", ""
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-        return f"{type(error).__name__}: {str(error)[:300]!r} at {way}"
-    return f"written elsewhere: {', '.join(watch.taken)}" if watch.taken else found
+        return f"{type(error).__name__}: {str(error)[:300]!r} at {way}", ""
+    if watch.taken:
+        found = f"written elsewhere: {', '.join(watch.taken)}"
+    return found, text if found == "refused" else ""
 
 
 @contextlib.contextmanager

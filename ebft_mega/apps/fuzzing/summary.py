@@ -34,8 +34,27 @@ def shortcomings(tallies: Sequence[Tally], of_one_case: bool) -> list[str]:
     return found
 
 
+def verdict(tallies: Sequence[Tally], seed: int, only: int | None) -> list[str]:
+    """What a search without shortcomings says last.
+
+    Args:
+        only: the number of the one case that was run; then a line for each parser says what became of it.
+    """
+    if only is not None:
+        return [f"{tally.parser}: case {only} of seed {seed}: {_end(tally)}" for tally in tallies]
+    cases = tallies[0].cases
+    whose = f"each of {len(tallies)} parsers" if len(tallies) > 1 else tallies[0].parser
+    counted = f"{cases} cases of {whose}" if cases > 1 else f"1 case of {whose}"
+    return [f"{counted}, seed {seed}: all read or refused"]
+
+
 def save_failures(tallies: Sequence[Tally], output: Path) -> None:
     """Write the changed files of every case that failed into a folder of its own."""
     for tally in tallies:
         for failure in tally.failures:
             write_files(output / f"{failure.parser}-{failure.seed}-{failure.number}", failure.changed)
+
+
+def _end(tally: Tally) -> str:
+    """What became of a single case, on one line."""
+    return f"refused: {'; '.join(tally.last_refusal.splitlines())}" if tally.refused else "read"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.apps.fuzzing.campaign import changed_files
+from ebft_mega.apps.fuzzing.campaign import Tally, changed_files
 from ebft_mega.apps.fuzzing.fuzzed_parsers import PARSERS
+from ebft_mega.apps.fuzzing.summary import verdict
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "fuzz.py"
@@ -26,6 +27,8 @@ def figures(output: str) -> dict[str, list[str]]:
 def require_clean(found: subprocess.CompletedProcess, cases: int) -> None:
     assert found.returncode == 0, found.stdout + found.stderr[-5000:]
     assert "Traceback" not in found.stderr
+    assert f"{cases} cases of each of {len(PARSERS)} parsers, seed " in found.stderr.splitlines()[-1]
+    assert found.stderr.endswith(": all read or refused\n")
     by_parser = figures(found.stdout)
     assert list(by_parser) == [parser.name for parser in PARSERS]
     for name, (number, share, *_) in by_parser.items():
@@ -117,4 +120,22 @@ def test_a_parser_that_neither_takes_nor_refuses_is_found(tmp_path):
 def test_the_files_of_a_case_are_saved_and_one_case_is_run_again(tmp_path):
     found = fuzz("--parser", "state", "--only", "3", "--output", str(tmp_path / "out"))
     assert found.returncode == 0 and figures(found.stdout)["state"][0] == "1"
+    assert found.stderr.startswith("state: case 3 of seed 0: re")
     assert not (tmp_path / "out").exists()  # it did not fail
+
+
+def test_a_good_search_ends_with_what_became_of_its_cases():
+    two = [Tally("state", cases=100), Tally("tar", cases=100)]
+    assert verdict(two, 3, None) == ["100 cases of each of 2 parsers, seed 3: all read or refused"]
+    assert verdict(two[1:], 3, None) == ["100 cases of tar, seed 3: all read or refused"]
+    one = [Tally("state", 1, accepted=1), Tally("tar", 1, refused=1, last_refusal="a: wrong\nb: wrong")]
+    read, refused = verdict(one, 0, 17)
+    assert read == "state: case 17 of seed 0: read"
+    assert refused == "tar: case 17 of seed 0: refused: a: wrong; b: wrong"
+
+
+def test_help_and_errors_list_the_parsers_once():
+    shown = fuzz("--help").stdout
+    for found in (shown, fuzz("--parser", "none").stderr):
+        assert all(found.count(name) == 1 for name in ("describing-files", "json-lines", "status-and-lock"))
+    assert all(word in shown for word in ("`past syntax`", "512 MB", "started a program"))
