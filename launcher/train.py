@@ -34,6 +34,7 @@ from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing 
 from ebft_mega.planning.dry_run import describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES, enter_launch, speaks_for_machine  # noqa: E402
+from ebft_mega.runtime.repeatability import require_repeatable_workspace  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
@@ -115,6 +116,8 @@ def run(signals: Signals, started: float) -> int:
         enter_launch(os.environ, starts=not arguments.dry_run, meets=arguments.world_size is None)
         config = load_config(arguments.config, arguments.overrides)
         limit_permissions(config.permissions)
+        if config.deterministic:
+            require_repeatable_workspace(os.environ)
         given = arguments.config.absolute()
         os.chdir(REPOSITORY)  # where the relative paths of a configuration start
         signals.remember_files(config.output_dir)

@@ -198,6 +198,12 @@ def _weights_do_not_grow_by_decay(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "train.weight_decay", found, f"{expected}: each step takes their product off every weight")
 
 
+def _kernels_repeat_their_bits(config: RunConfig) -> Iterator[Problem]:
+    if config.deterministic and config.train.attention == "flex":
+        found = "flex, with deterministic true: torch does not promise the same bits of its compiled kernel"
+        yield Problem("", "train.attention", found, "auto, two_part or dense, or deterministic false")
+
+
 def _resume_is_a_path(config: RunConfig) -> Iterator[Problem]:
     if not is_possible_path(config.checkpoint.resume):
         found = f"{config.checkpoint.resume[:40]!r}..., which no file can be called"
@@ -233,6 +239,7 @@ RULES = (
     Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
     Rule(tuple(_HIGHEST), _not_beyond_all_bounds),
     Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
+    Rule(("deterministic", "train.attention"), _kernels_repeat_their_bits),
     Rule(("checkpoint.resume",), _resume_is_a_path),
     Rule(("profile.start", "profile.steps", *_LENGTH), _profile_lies_within_the_run),
 )

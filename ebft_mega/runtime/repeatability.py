@@ -1,7 +1,7 @@
 """What decides the bits of a run: kernels that give the same ones every time, and a description of all the rest."""
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,20 @@ VARIABLES = (
 )
 
 
+def require_repeatable_workspace(environment: Mapping[str, str]) -> None:
+    """Refuse a workspace with which cuBLAS is not repeatable; none at all is well. No torch.
+
+    Args:
+        environment: of this process, whose run is deterministic.
+    Raises:
+        SurroundingsError: the environment sets such a workspace.
+    """
+    workspace = environment.get(WORKSPACE)
+    if workspace is not None and workspace not in REPEATABLE_WORKSPACES:
+        expected = f"{' or '.join(REPEATABLE_WORKSPACES)}, or nothing: deterministic is true"
+        raise SurroundingsError([Problem("environment", WORKSPACE, repr(workspace), expected)])
+
+
 def use_deterministic_kernels(environment: MutableMapping[str, str]) -> None:
     """Let torch choose kernels that give the same bits every time, and raise where it has none.
 
@@ -34,10 +48,8 @@ def use_deterministic_kernels(environment: MutableMapping[str, str]) -> None:
     """
     import torch
 
-    workspace = environment.setdefault(WORKSPACE, REPEATABLE_WORKSPACES[0])
-    if workspace not in REPEATABLE_WORKSPACES:
-        expected = f"{' or '.join(REPEATABLE_WORKSPACES)}, or nothing: deterministic is true"
-        raise SurroundingsError([Problem("environment", WORKSPACE, repr(workspace), expected)])
+    require_repeatable_workspace(environment)
+    environment.setdefault(WORKSPACE, REPEATABLE_WORKSPACES[0])
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -28,6 +28,7 @@ HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "senten
 LIGHT_ROOMS = ("io", "architecture", "config", "planning", "cost", "data.text", "data.store", "data.builder")
 LIGHT_MODULES = (
     *("shown_text", "errors", "block_plan"),
+    "runtime.repeatability",
     *("runtime.run_files", "runtime.run_lock", "runtime.stop_requests", "metrics.console", "metrics.sinks"),
     *("data.rows.order", "data.rows.packing", "data.rows.mixing", "data.rows.stream", "data.rows.stream_state"),
     "data.rows.row_ranges",

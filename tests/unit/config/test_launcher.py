@@ -91,6 +91,15 @@ def test_bad_surroundings(inputs, environment, text, options):
     assert not (inputs.root / "run").exists()
 
 
+@pytest.mark.parametrize("options", [("--dry-run",), ()])
+def test_workspace_of_cublas_that_does_not_repeat_its_bits(inputs, options):
+    done = launch("--config", inputs.write(deterministic=True), *options, CUBLAS_WORKSPACE_CONFIG=":0:0")
+    first, *others = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, others) == (2, "", ["HEAVY []"])
+    assert first.startswith("environment: CUBLAS_WORKSPACE_CONFIG: found ':0:0'; expected :4096:8 or :16:8, or nothing")
+    assert not (inputs.root / "run").exists()
+
+
 def test_text_that_a_stream_does_not_have_is_escaped(inputs):
     path = inputs.write(output_dir=str(inputs.root / "r\u00e9sultats"))
     done = launch("--config", path, "--dry-run", PYTHONIOENCODING="ascii")

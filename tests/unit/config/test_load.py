@@ -432,6 +432,14 @@ def test_activations_can_be_saved_of_parameters_that_stay_whole(load, overrides)
     assert load(BASE, "learn.reuse_rollout=activations", *overrides).learn.reuse_rollout == "activations"
 
 
+def test_flex_attention_does_not_repeat_its_bits(problems, load):
+    (line,) = problems(BASE, "train.attention=flex", "deterministic=true")
+    assert line.startswith("--set: train.attention: found flex, with deterministic true: ")
+    assert line.endswith("; expected auto, two_part or dense, or deterministic false")
+    assert load(BASE, "train.attention=flex").train.attention == "flex"
+    assert load(BASE, "train.attention=two_part", "deterministic=true").deterministic
+
+
 def test_profile_needs_both_keys_and_lies_within_the_run(problems, load):
     run = "train.max_steps=10"
     assert list(load(BASE, run, "profile.start=8", "profile.steps=2").profile.traced_steps) == [8, 9]
