@@ -66,15 +66,19 @@ def skipped_rows(config: RunConfig) -> int:
 
 
 def skipped_rows_problems(config: RunConfig, rows: int) -> Iterator[Problem]:
-    """Report ranges of `data.skip_rows` that reach beyond the last row of the run.
+    """Report ranges of `data.skip_rows` that reach beyond the last row of the run, or leave none of its rows.
 
     Args:
         rows: that the run reads in all.
     """
-    for first, last in config.data.skip_rows:
-        if last >= rows:
-            key, expected = "data.skip_rows", f"row numbers below {rows}, which is how many rows the run reads"
-            yield Problem(config.place(key), key, f"[{first}, {last}]", expected)
+    key = "data.skip_rows"
+    ranges = RowRanges(config.data.skip_rows)
+    beyond = [pair for pair in ranges.pairs if pair[1] >= rows]
+    for first, last in beyond:
+        expected = f"row numbers below {rows}, which is how many rows the run reads"
+        yield Problem(config.place(key), key, f"[{first}, {last}]", expected)
+    if not beyond and ranges.count(0, rows) == rows:
+        yield Problem(config.place(key), key, f"all {rows} rows of the run", "at least one row that is trained on")
 
 
 def training_supply(config: RunConfig) -> TrainingSupply:

@@ -197,6 +197,20 @@ def test_other_settings_beside_the_feature_model_s_weights_make_another_run(site
     assert "ebft.feature_model: found a model of fingerprint " in refusal(site, named)
 
 
+@both
+@versions
+def test_rows_left_out_are_part_of_what_results_are_of(site, checkpoint, is_recorded):
+    left_out, others = "data.skip_rows=[[0,7]]", "data.skip_rows=[[0,8]]"
+    site.finish(left_out, checkpoint=checkpoint, is_recorded=is_recorded)
+    assert site.standing(left_out).action is Action.NOTHING
+    assert "data.skip_rows: found [[0, 8]]; expected [[0, 7]], as in " in refusal(site, others)
+    assert "data.skip_rows: found []; expected [[0, 7]], as in " in refusal(site)
+    if checkpoint:
+        assert site.standing(others, MORE).action is Action.RESUME
+    for override in ("deterministic=true", "permissions=group", "data.workers=2", "data.on_error=skip"):
+        assert site.standing(left_out, override).action is Action.NOTHING
+
+
 def test_model_that_has_moved_is_the_same_model(site):
     site.finish()
     shutil.copytree(site.inputs.root / "model", site.inputs.root / "moved")

@@ -454,6 +454,14 @@ def test_rows_that_are_left_out_are_counted_and_lie_within_the_run(inputs):
     assert "below 80" in line
 
 
+@pytest.mark.parametrize("ranges", [[[0, 79]], [[0, 7], [8, 79]]])
+def test_a_run_of_which_every_row_is_left_out_is_refused(inputs, ranges):
+    (line,) = found_problems(inputs, data__skip_rows=ranges)
+    expected = "data.skip_rows: found all 80 rows of the run; expected at least one row that is trained on"
+    assert re.fullmatch(rf"run.yaml:\d+: {expected}", line.rpartition("/")[2])
+    assert check_run(load_config(inputs.write(data__skip_rows=[[0, 78]])), 1)
+
+
 def test_text_shards_need_a_tokenizer(inputs, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
