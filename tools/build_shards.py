@@ -85,8 +85,8 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         "--max-document-bytes",
         type=whole_number(),
         default=MAX_DOCUMENT_BYTES,
-        help="leave out longer documents, counted but not read (default: %(default)s, 16 MiB of UTF-8; "
-        "tokenizing takes up to 45 times as much memory in each process)",
+        help="a whole number of bytes: leave out longer documents, counted but not read (default: %(default)s, 16 MiB "
+        "of UTF-8; tokenizing takes up to 45 times as much memory in each process)",
     )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
     parser.add_argument(

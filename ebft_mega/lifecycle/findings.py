@@ -115,13 +115,15 @@ def look(output: Path) -> Findings:
 def strange_entries(output: Path) -> Iterator[Problem]:
     """List what stands under the name of one of a run's files and is no file, or of one of its folders and is none.
 
-    Whoever opens a FIFO waits for its other end.
+    Whoever opens a FIFO waits for its other end. Folders may be links, to another disk for instance; files may not.
     """
     logs = sorted(f"{LOGS}/{path.name}" for path in (output / LOGS).glob("rank-*.log"))
     for name in (*OWN_FILES, *logs):
-        obstacle = file_obstacle(output / name)
+        path = output / name
+        # Writing would change a file elsewhere, and reading would take one for the run's.
+        obstacle = f"a link to {os.readlink(path)}" if path.is_symlink() else file_obstacle(path)
         if obstacle not in (None, NO_FILE):
-            yield Problem(str(output / name), "output_dir", obstacle, "a file, or nothing of that name")
+            yield Problem(str(path), "output_dir", obstacle, "a file, or nothing of that name")
     for name in OWN_FOLDERS:
         path = output / name
         if os.path.lexists(path) and not path.is_dir():

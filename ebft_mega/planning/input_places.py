@@ -1,6 +1,7 @@
 """Local files and folders that a run reads, by the key that names them. No torch."""
 
 import os
+import shlex
 from pathlib import Path
 
 from ebft_mega.config.schema import RunConfig
@@ -20,6 +21,15 @@ def input_places(config: RunConfig) -> dict[str, Path]:
     for name, source in config.data.named_sources.items():
         places[config.data.source_key(name)] = Path(source.shards)
     return places
+
+
+def output_notes(config: RunConfig) -> list[str]:
+    """Say so where `permissions` is `group` and the group cannot use the `output_dir` that is there."""
+    output = config.output_dir
+    if config.permissions != "group" or not output.is_dir() or output.stat().st_mode & 0o070 == 0o070:
+        return []
+    command = f"chmod -R g+rwX {shlex.quote(str(output))}"
+    return [f"permissions is group, and the group cannot use {output} as it is there: {command}"]
 
 
 def output_problems(config: RunConfig) -> list[Problem]:

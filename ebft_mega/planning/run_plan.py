@@ -25,7 +25,7 @@ from ebft_mega.planning.data_budget import (
     supply_problems,
     training_supply,
 )
-from ebft_mega.planning.input_places import output_problems
+from ebft_mega.planning.input_places import output_notes, output_problems
 from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import check_model, random_model
 
@@ -189,6 +189,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
         evaluation_rows=evaluation_rows,
         notes=(
             *notes(config),
+            *output_notes(config),
             *(f"{model.key}: {note}" for model in named for note in model.model.notes),
             *data_notes(named, data),
             *_length_notes(config, architecture),

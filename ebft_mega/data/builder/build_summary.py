@@ -100,7 +100,9 @@ def write_skipped(directory: Path, partial: Path, plan: Plan, tokenized: list[To
 def late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:
     """What only the texts themselves tell, one sentence each."""
     if long := sum(scan.left_out.get(LONG_DOCUMENTS, 0) for scan in scans):
-        yield f"{long} documents of more than {options.max_document_bytes} bytes are left out (--max-document-bytes)"
+        documents = "1 document" if long == 1 else f"{long} documents"
+        verb = "is" if long == 1 else "are"
+        yield f"{documents} of more than {options.max_document_bytes} bytes {verb} left out (--max-document-bytes)"
     if unlisted := sum(max(0, sum(unit.skipped.values()) - MAX_LISTED_SKIPPED) for unit in tokenized):
         yield f"{unlisted} that cannot be used are counted, but not listed in {SKIPPED_NAME}"
     fields = total_counts(scan.fields for scan in scans)

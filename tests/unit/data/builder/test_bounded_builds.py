@@ -35,7 +35,7 @@ def test_long_documents_are_left_out_counted_and_said(
     dump = lines(tmp_path / "a.jsonl", ["a" * 100, "b" * 101, "c"])
     record = build_dataset(dump, tokenizer, tmp_path / "out", BuildOptions(max_document_bytes=100)).record
     assert (record.documents, record.left_out) == (2, {"documents that are too long": 1})
-    note = "1 documents of more than 100 bytes are left out (--max-document-bytes)"
+    note = "1 document of more than 100 bytes is left out (--max-document-bytes)"
     assert record.notes == (note,) and note in capsys.readouterr().err
     with pytest.raises(InputError, match="no document with text .left out: documents that are too long: 3"):
         build_dataset(dump, tokenizer, tmp_path / "none", BuildOptions(max_document_bytes=0))
