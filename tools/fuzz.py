@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.apps.fuzzing.campaign import Tally
 from ebft_mega.apps.fuzzing.fuzzed_parsers import PARSERS
 from ebft_mega.apps.fuzzing.processes import run_campaign
-from ebft_mega.apps.fuzzing.summary import save_failures, shortcomings, table, verdict
+from ebft_mega.apps.fuzzing.summary import TITLES, figures, save_failures, shortcomings, verdict
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
 from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
 from ebft_mega.io.command import run_command
@@ -63,13 +63,16 @@ def main() -> int:
     chosen = [parser for parser in PARSERS if arguments.parser is None or parser.name in arguments.parser]
     cases = arguments.cases or -(-(arguments.total or 500 * len(chosen)) // len(chosen))
     numbers = range(cases) if arguments.only is None else range(arguments.only, arguments.only + 1)
-    tallies: list[Tally] = run_campaign(chosen, arguments.seed, numbers, arguments.processes)
-    print("\n".join(table(tallies)), flush=True)
+    tallies: list[Tally] = []
+    print(TITLES, flush=True)
+    for tally in run_campaign(chosen, arguments.seed, numbers, arguments.processes):
+        tallies.append(tally)
+        print(figures(tally), flush=True)
+        if arguments.output is not None:
+            save_failures(tally, arguments.output)
     found = shortcomings(tallies, of_one_case=arguments.only is not None)
     for line in found or verdict(tallies, arguments.seed, arguments.only):
         print_line(line)
-    if arguments.output is not None:
-        save_failures(tallies, arguments.output)
     return EXIT_FAILED if found else EXIT_DONE
 
 

@@ -30,7 +30,7 @@ PRINTED = {
     "tools/study.py": {"runner.summary()"},
     "tools/bench_step.py": {"words", "tables"},
     "tools/bench_data.py": {"what"},
-    "tools/fuzz.py": {"'\\n'.join(table(tallies))"},
+    "tools/fuzz.py": {"TITLES", "figures(tally)"},
     "ebft_mega/io/standard_streams.py": {"shown(text, LONGEST_NOTE)"},
     "ebft_mega/io/progress_bar.py": {"line", "shown(text, LONGEST_NOTE)"},
     "ebft_mega/apps/benchmark/peak_memory.py": {

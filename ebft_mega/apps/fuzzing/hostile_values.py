@@ -154,7 +154,7 @@ def _perturb(random: Random, holder: Any, key: Any) -> None:
     elif isinstance(value, int):
         holder[key] = random.choice((value + 1, value - 1, -value, value * 2, value * 1000, value // 2, 2**40, 10**12))
     elif isinstance(value, float):
-        holder[key] = random.choice((-value, value * 1e10, value * 1e-10, float(int(value))))
+        holder[key] = random.choice((-value, value * 1e10, value * 1e-10, value // 1))
     elif isinstance(value, str) and value:
         at = random.randrange(len(value))
         before, after = value[:at], value[at + 1 :]

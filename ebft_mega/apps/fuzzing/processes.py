@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -18,21 +18,25 @@ _IN_MEMORY, _PREFIX = "/dev/shm", "ebft-fuzz-"
 _watch: WatchedWrites | None = None
 
 
-def run_campaign(parsers: Sequence[FuzzedParser], seed: int, numbers: range, processes: int = 1) -> list[Tally]:
+def run_campaign(parsers: Sequence[FuzzedParser], seed: int, numbers: range, processes: int = 1) -> Iterator[Tally]:
     """Run the same numbers of cases of several parsers.
 
     Args:
         processes: that work at a time; each takes every so manieth case. The cases do not depend on it.
+    Yields:
+        What became of each parser's, as soon as it is known.
     """
     if processes == 1:
-        return [_run_share(parser.name, seed, numbers) for parser in parsers]
+        yield from (_run_share(parser.name, seed, numbers) for parser in parsers)
+        return
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         shares = [
             [pool.submit(_run_share, parser.name, seed, numbers[first::processes]) for first in range(processes)]
             for parser in parsers
         ]
         try:
-            return [_joined([share.result() for share in of_parser]) for of_parser in shares]
+            for of_parser in shares:
+                yield _joined([share.result() for share in of_parser])
         except BrokenProcessPool:
             raise EbftError(_last_words()) from None
 

@@ -10,19 +10,19 @@ from ebft_mega.shown_text import escaped
 _ENOUGH_CASES = 100  # of which a share can be told
 
 
-def table(tallies: Sequence[Tally]) -> list[str]:
-    """Lines with the figures of each parser."""
-    lines = [
-        f"{'parser':<20}{'cases':>9}{'past syntax':>13}{'read':>9}{'refused':>9}"
-        f"{'slowest, s':>12}{'memory, MB':>12}{'a second':>10}"
-    ]
-    for tally in tallies:
-        lines.append(
-            f"{tally.parser:<20}{tally.cases:>9}{tally.share:>12.0%} {tally.accepted:>9}{tally.refused:>9}"
-            f"{tally.slowest_seconds:>12.3f}{tally.growth_bytes / 2**20:>12.0f}"
-            f"{tally.cases / max(tally.seconds, 1e-9):>10.0f}"
-        )
-    return lines
+TITLES = (
+    f"{'parser':<20}{'cases':>9}{'past syntax':>13}{'read':>9}{'refused':>9}"
+    f"{'slowest, s':>12}{'memory, MB':>12}{'a second':>10}"
+)
+
+
+def figures(tally: Tally) -> str:
+    """A parser's line of the table below `TITLES`."""
+    return (
+        f"{tally.parser:<20}{tally.cases:>9}{tally.share:>12.0%} {tally.accepted:>9}{tally.refused:>9}"
+        f"{tally.slowest_seconds:>12.3f}{tally.growth_bytes / 2**20:>12.0f}"
+        f"{tally.cases / max(tally.seconds, 1e-9):>10.0f}"
+    )
 
 
 def shortcomings(tallies: Sequence[Tally], of_one_case: bool) -> list[str]:
@@ -48,11 +48,10 @@ def verdict(tallies: Sequence[Tally], seed: int, only: int | None) -> list[str]:
     return [f"{counted}, seed {seed}: all read or refused"]
 
 
-def save_failures(tallies: Sequence[Tally], output: Path) -> None:
+def save_failures(tally: Tally, output: Path) -> None:
     """Write the changed files of every case that failed into a folder of its own."""
-    for tally in tallies:
-        for failure in tally.failures:
-            write_files(output / f"{failure.parser}-{failure.seed}-{failure.number}", failure.changed)
+    for failure in tally.failures:
+        write_files(output / f"{failure.parser}-{failure.seed}-{failure.number}", failure.changed)
 
 
 def _end(tally: Tally) -> str:
