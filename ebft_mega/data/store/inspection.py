@@ -86,7 +86,10 @@ def read_metadata(dataset: Dataset, number: int) -> dict[str, object]:
     try:
         member = tarfile.TarInfo.frombuf(data[:TAR_BLOCK_BYTES], "utf-8", "strict")
         found = repr(member.name)
-        if member.name == name:
+        room = dataset.manifest.shards[shard].bytes - begin - TAR_BLOCK_BYTES
+        if member.name == name and not 0 <= member.size <= room:
+            found = f"one of {member.size} bytes, of which the shard has {room}"
+        elif member.name == name:
             if member.size > _METADATA_BYTES:
                 data = dataset.files.read(shard, begin, TAR_BLOCK_BYTES + member.size)
             metadata = json.loads(data[TAR_BLOCK_BYTES : TAR_BLOCK_BYTES + member.size])

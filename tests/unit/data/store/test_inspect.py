@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_damaged_metadata_is_named(dataset_directory: Path, tmp_path: Path) -> N
     content[512] ^= 0xFF
     (copy / "shard-000000.tar").write_bytes(content)
     with pytest.raises(DamagedDataError, match="offset 0"):
+        read_metadata(open_dataset(copy), 0)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 1 << 40, 1 << 87])
+def test_the_size_of_metadata_is_not_believed(dataset_directory: Path, tmp_path: Path, size: int) -> None:
+    copy = Path(shutil.copytree(dataset_directory, tmp_path / "copy"))
+    content = bytearray((copy / "shard-000000.tar").read_bytes())
+    member = tarfile.TarInfo.frombuf(bytes(content[:512]), "utf-8", "strict")
+    member.size = size
+    content[:512] = member.tobuf(tarfile.GNU_FORMAT)
+    (copy / "shard-000000.tar").write_bytes(content)
+    with pytest.raises(DamagedDataError, match=f"found one of {size} bytes, of which the shard has "):
         read_metadata(open_dataset(copy), 0)
 
 
