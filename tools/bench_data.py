@@ -34,7 +34,7 @@ from ebft_mega.data.store.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
-from ebft_mega.data.text.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
 from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.command import run_command

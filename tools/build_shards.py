@@ -21,7 +21,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, MAX_DOCUMENT_BYTES, OTHER_MEMBERS
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line

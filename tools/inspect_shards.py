@@ -32,7 +32,7 @@ from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.listing import in_words
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
 from ebft_mega.io.arguments import ToolParser, output_file, whole_number
 from ebft_mega.io.command import run_command

@@ -21,8 +21,8 @@ from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.tensor_index import INDEX_NAME as TENSORS_NAME
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.text.tokenizer import parse_definition
-from ebft_mega.data.text.tokenizer_files import (
+from ebft_mega.data.tokenizers.tokenizer import parse_definition
+from ebft_mega.data.tokenizers.tokenizer_files import (
     LONGEST_BYTES,
     MEBIBYTE,
     NAMED_TEXTS,

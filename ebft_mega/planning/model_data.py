@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_mega.data.store.format import Manifest
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
-from ebft_mega.data.text.tokenizer_difference import tokenizer_difference
+from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer_difference import tokenizer_difference
 from ebft_mega.errors import Problem
 from ebft_mega.planning.model_files import CheckedModel
 

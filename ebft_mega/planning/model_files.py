@@ -15,8 +15,8 @@ from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
-from ebft_mega.data.text.tokenizer_files import read_tokenizer_file
-from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
+from ebft_mega.data.tokenizers.tokenizer_files import read_tokenizer_file
+from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.contained_files import leaves, read_contained_json
 from ebft_mega.io.input_errors import file_obstacle

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.run_state import EvaluationRecord
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.evaluation.held_out import (
     Evaluation,
     EvaluationSettings,

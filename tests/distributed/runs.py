@@ -15,8 +15,8 @@ from ebft_mega.checkpoint.tensor_index import INDEX_NAME, TensorIndex
 from ebft_mega.checkpoint.tensors import CheckpointTensors
 from ebft_mega.config.load import load_config
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from ebft_mega.lifecycle.run import run_training
 from ebft_mega.lifecycle.setting_aside import Fresh
 from ebft_mega.parallel.groups import connect

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from tests.distributed.ranks import free_port
 from tests.overrides import last_of_each
 

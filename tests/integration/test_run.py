@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256
 from ebft_mega.metrics.phase_memory import ResidentMemory
 from tests.integration.conftest import REPOSITORY, launch, settings
 

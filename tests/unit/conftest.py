@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.data.builder.shard_writer import DatasetWriter
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256
 
 MODEL_FIELDS = {
     "model_type": "llama",

@@ -27,7 +27,7 @@ class Exemption:
 EXEMPTIONS = (
     Exemption(r"going on after step", "*", "a console line that scripts read"),
     Exemption(r"SentencePiece", "*", "the name of a library and of its classes"),
-    Exemption(r"(?i)pieces?", "*data/text/*tokenizer*.py", "what sentencepiece calls its tokens"),
+    Exemption(r"(?i)pieces?", "*data/tokenizers/*tokenizer*.py", "what sentencepiece calls its tokens"),
     Exemption(r'["`]pieces["`]', "*checkpoint/*", "a JSON key of a checkpoint's tensor index"),
     Exemption(r"\n\| [^\n]*\| `[^\n|]*` \|(?=\n)", "CONTRIBUTING.md", "the list itself"),
     Exemption(r"\(`wishes`\)", "CHANGELOG.md", "the former name of a file that moved"),

@@ -8,7 +8,7 @@ from ebft_mega.apps.convert.result import Converted, require_own_place
 from ebft_mega.apps.convert.tensor_copy import DTYPES, converted_tensors
 from ebft_mega.checkpoint.describing_files import DescribingFiles, read_describing_files
 from ebft_mega.checkpoint.model_folder import is_checkpoint
-from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights

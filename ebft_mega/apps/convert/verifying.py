@@ -14,7 +14,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.model_folder import is_checkpoint
-from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.model.stage import Stage

@@ -12,8 +12,8 @@ from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.text_files import ReadOptions, first_record_keys, read_jsonl
-from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.text.tokenizer_difference import tokenizer_difference
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_difference import tokenizer_difference
 from ebft_mega.errors import BrokenCheckpointError, DamagedDataError, InputProblems
 from ebft_mega.lifecycle.findings import look, status_says_done
 from ebft_mega.lifecycle.run_record import RunRecord

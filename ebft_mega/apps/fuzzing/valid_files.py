@@ -151,7 +151,7 @@ def dataset() -> Files:
     """A dataset of three documents in two shards."""
     # Brings webdataset, which only this one needs.
     from ebft_mega.data.builder.shard_writer import DatasetWriter
-    from ebft_mega.data.text.tokenizer import load_tokenizer
+    from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         source, output = Path(name, "tokenizer"), Path(name, "dataset")

@@ -7,11 +7,12 @@ from pathlib import Path
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.build_record import MAX_LISTED_LICENCES, SKIPPED_NAME, BuildRecord
 from ebft_mega.data.builder.skipped_list import MAX_LISTED_SKIPPED, SkippedList, join_skipped
+from ebft_mega.data.builder.tokenizing import NOT_WRITABLE
+from ebft_mega.data.builder.unit_files import Scan, TokenizedUnit, unit_directory
 from ebft_mega.data.builder.work_plan import Plan
-from ebft_mega.data.builder.work_units import NOT_WRITABLE, Scan, TokenizedUnit, unit_directory
 from ebft_mega.data.text.listing import in_words, total_counts
 from ebft_mega.data.text.text_files import LONG_DOCUMENTS, UNREADABLE
-from ebft_mega.data.text.tokenizer import Tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer
 from ebft_mega.io.input_errors import bad_input
 
 

@@ -10,29 +10,24 @@ import numpy as np
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import BuildRecord
 from ebft_mega.data.builder.build_summary import late_notes, make_record, require_texts, write_skipped
-from ebft_mega.data.builder.deduplication import first_occurrences
+from ebft_mega.data.builder.scanning import MAX_LISTED_PROBLEMS, ScanJob, scan_work_unit
 from ebft_mega.data.builder.shard_writer import complete_dataset
-from ebft_mega.data.builder.work_plan import Plan, make_plan
-from ebft_mega.data.builder.work_units import (
-    MAX_LISTED_PROBLEMS,
+from ebft_mega.data.builder.tokenizing import TextEncoder, TokenizeJob, lines_before, tokenize_work_unit
+from ebft_mega.data.builder.unit_files import (
     Scan,
-    ScanJob,
-    TextEncoder,
     TokenizedUnit,
-    TokenizeJob,
-    lines_before,
     load_digests,
     load_scan,
     load_tokenized,
     load_unit_index,
-    scan_work_unit,
-    tokenize_work_unit,
     unit_directory,
 )
+from ebft_mega.data.builder.work_plan import Plan, make_plan
 from ebft_mega.data.builder.worker_pool import Workers
+from ebft_mega.data.selection.deduplication import first_occurrences
 from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
-from ebft_mega.data.text.tokenizer import Tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
 from ebft_mega.io.output_directory import unfinished_directory

@@ -14,7 +14,7 @@ from ebft_mega.data.builder.work_plan import BUILD_VERSION, corpus_licence
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
 from ebft_mega.data.text.listing import OUTSIDE_LINKS
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.parse_boundary import reading
 

@@ -31,7 +31,7 @@ from ebft_mega.data.store.format import (
     shard_name,
     token_dtype,
 )
-from ebft_mega.data.text.tokenizer import Tokenizer, copy_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, copy_tokenizer
 from ebft_mega.io.input_errors import bad_input
 
 # Rows are shuffled within windows of whole shards, so a shard of tiny documents is closed early.

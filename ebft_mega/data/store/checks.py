@@ -23,8 +23,8 @@ from ebft_mega.data.store.format import (
 )
 from ebft_mega.data.store.index_file import MAX_HEADER_BYTES, header_bytes, load_index
 from ebft_mega.data.store.reader import ShardBytes
-from ebft_mega.data.text.tokenizer import tokenizer_sha256
-from ebft_mega.data.text.tokenizer_files import read_tokenizer_files
+from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer_files import read_tokenizer_files
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.contained_files import leaves, read_contained
 from ebft_mega.io.input_errors import bad_input, file_obstacle, lfs_pointer

@@ -28,7 +28,7 @@ from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards
 from ebft_mega.data.store.shard_cache import ShardCache
-from ebft_mega.data.text.tokenizer_files import TOKENIZER_FILES
+from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.records import MAX_PROBLEMS

@@ -1,1 +1,1 @@
-"""Read text input (files, JSON lines, archives, compression) and tokenize it."""
+"""Read text input: files, JSON lines, archives, compression."""

@@ -14,8 +14,8 @@ from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint import describing_files as module
 from ebft_mega.checkpoint.describing_files import MEBIBYTE, describing_files, read_describing_files
 from ebft_mega.config.load import load_config
-from ebft_mega.data.text.tokenizer import copy_tokenizer
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import copy_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights

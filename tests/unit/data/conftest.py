@@ -12,8 +12,8 @@ from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 
 SOURCE_LINES = [
     "def add(first, second):",

@@ -12,7 +12,7 @@ import torch
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.describing_files import read_describing_files
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from ebft_mega.io.command import run_command
 from ebft_mega.model.weights.model_directory import write_model
 from tests.conftest import tiny_config

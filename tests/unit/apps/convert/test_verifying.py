@@ -13,8 +13,8 @@ from ebft_mega.apps.convert.verifying import compare_logits
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.describing_files import read_describing_files
-from ebft_mega.data.text.tokenizer import load_tokenizer
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import RandomWeights

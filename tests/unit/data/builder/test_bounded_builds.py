@@ -9,13 +9,13 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from ebft_mega.data.builder import build_summary, dataset_build, work_units
+from ebft_mega.data.builder import build_summary, dataset_build, tokenizing
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.corpus import build_corpus
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 
 
@@ -45,7 +45,7 @@ def test_licences_are_counted_within_bounds(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_summary, "MAX_LISTED_LICENCES", 2)
-    monkeypatch.setattr(work_units, "_COUNTED_CHARACTERS", 3)
+    monkeypatch.setattr(tokenizing, "_COUNTED_CHARACTERS", 3)
     dump = tmp_path / "a.jsonl"
     names = ["one", "two", "three", "two", "four", "three", "thr"]
     records = [{"text": f"text {number}", "licence": name} for number, name in enumerate(names)]

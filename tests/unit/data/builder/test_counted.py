@@ -21,7 +21,7 @@ from ebft_mega.data.builder.on_demand import tokenized_dataset
 from ebft_mega.data.builder.work_plan import make_plan
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.listing import list_files
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 
 LINE = '{"content": "def a():\\n    return 1\\n", "path": "src/a.py"}\n'
@@ -436,7 +436,7 @@ def test_what_is_made_on_demand_is_named_by_everything_that_decides_it(
     monkeypatch.setattr("ebft_mega.data.builder.on_demand.BUILD_VERSION", -1)
     names.append(name())
     monkeypatch.undo()
-    monkeypatch.setattr("ebft_mega.data.text.tokenizer_kinds.version", lambda _: "0.0")
+    monkeypatch.setattr("ebft_mega.data.tokenizers.tokenizer_kinds.version", lambda _: "0.0")
     names.append(name())
     monkeypatch.undo()
     assert len(set(names)) == len(names)

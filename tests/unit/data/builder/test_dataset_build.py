@@ -14,7 +14,7 @@ from ebft_mega.data.builder.shard_writer import MAX_SHARD_DOCUMENTS, DatasetWrit
 from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.listing import list_files
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.output_directory import new_directory
 

@@ -9,7 +9,7 @@ from webdataset import TarWriter
 
 from ebft_mega.data.builder.on_demand import tokenized_dataset
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 
 

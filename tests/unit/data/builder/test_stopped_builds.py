@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ebft_mega.data.text.tokenizer_training import train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 SECONDS = 60

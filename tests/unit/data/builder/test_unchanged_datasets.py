@@ -11,7 +11,7 @@ import pytest
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.build_record import BUILD_RECORD_NAME
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 
 TEXTS = {
     "a.py": "def add(first, second):\n    return first + second\n",

@@ -17,7 +17,7 @@ from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.work_plan import LARGEST_WORK_UNIT_BYTES, SMALLEST_WORK_UNIT_BYTES, make_plan
 from ebft_mega.data.builder.worker_pool import WorkerDiedError, Workers
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.input_errors import bad_input
 
@@ -107,12 +107,12 @@ KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
 from ebft_mega.data.builder import dataset_build as build
-from ebft_mega.data.builder import work_units
+from ebft_mega.data.builder import scanning, tokenizing
 from ebft_mega.data.builder.build_options import BuildOptions
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 
 module, name, calls = {place!r}
-owner = {{"build": build, "work_units": work_units, "Path": Path}}[module]
+owner = {{"build": build, "scanning": scanning, "tokenizing": tokenizing, "Path": Path}}[module]
 function, left = getattr(owner, name), [calls]
 
 def killing(*arguments, **options):
@@ -130,8 +130,8 @@ build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), Bu
 @pytest.mark.parametrize(
     "place",
     [
-        ("work_units", "write_bytes", 3),  # a few work units scanned
-        ("work_units", "flush_to_disk", 5),  # in the middle of a work unit that is being tokenized
+        ("scanning", "write_bytes", 3),  # a few work units scanned
+        ("tokenizing", "flush_to_disk", 5),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
         ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
         ("build", "write_skipped", 0),  # all but the name

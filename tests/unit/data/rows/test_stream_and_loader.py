@@ -13,7 +13,7 @@ from ebft_mega.data.rows.loader import BatchLoader, fixed_rows
 from ebft_mega.data.rows.stream import RowStream
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 
 EOS = 1

@@ -18,7 +18,7 @@ from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest, fingerprint
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer, tokenizer_sha256
 from ebft_mega.errors import DamagedDataError, InputError
 
 
@@ -274,7 +274,7 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
             super()._open_shard()
             self._tar.write({"__key__": "000000000", "pyd": pickle.dumps(_Malicious())})
 
-    monkeypatch.setattr("ebft_mega.data.builder.work_units.ShardWriter", WithPickle)
+    monkeypatch.setattr("ebft_mega.data.builder.tokenizing.ShardWriter", WithPickle)
     directory = make_dataset({"a.py": "a = 1\n"})
     assert open_dataset(directory).tokens(0).size
     np.save(directory / "index.npy", np.array([_Malicious()], object), allow_pickle=True)

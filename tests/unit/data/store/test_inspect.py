@@ -18,7 +18,7 @@ from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.inspection import count_metadata, length_histogram, lengths_of, read_metadata, rows_of
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.tokenizer import load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import DamagedDataError
 from tests.unit.hostile import FORGED_LINE, TEXTS, dangers
 

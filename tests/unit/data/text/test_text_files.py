@@ -25,7 +25,7 @@ from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.data.text.listing import list_files, readable_files
 from ebft_mega.data.text.text_files import BadText, ReadOptions, TextDocument, count_lines, read_jsonl
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError
 
 LINES = b"".join(json.dumps({"text": f"line {number}\n"}).encode() + b"\n" for number in range(2000))

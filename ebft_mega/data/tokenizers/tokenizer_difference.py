@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.tokenizer import main_tokenizer_file
-from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
+from ebft_mega.data.tokenizers.tokenizer import main_tokenizer_file
+from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError
 
 _PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")

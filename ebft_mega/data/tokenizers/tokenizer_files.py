@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
-from ebft_mega.data.text.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
+from ebft_mega.data.tokenizers.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
+from ebft_mega.data.tokenizers.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import read_contained
 from ebft_mega.io.input_errors import lfs_pointer

@@ -14,9 +14,9 @@ from sentencepiece import SentencePieceTrainer
 
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text import tokenizer_files
-from ebft_mega.data.text.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_sha256
-from ebft_mega.data.text.tokenizer_files import TOKENIZER_FILES, read_tokenizer_files
+from ebft_mega.data.tokenizers import tokenizer_files
+from ebft_mega.data.tokenizers.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES, read_tokenizer_files
 from ebft_mega.errors import InputError
 
 Copied = Callable[[Path], object]

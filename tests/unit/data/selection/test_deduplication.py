@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.builder.deduplication import first_occurrences
+from ebft_mega.data.selection.deduplication import first_occurrences
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60))

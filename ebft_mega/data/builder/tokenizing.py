@@ -1,4 +1,4 @@
-"""What a worker does with one work unit of a build: read and hash its documents, then tokenize those that stay.
+"""The second reading of a work unit: tokenize the documents that stay, and write their shards.
 
 The texts are read twice, since the number of a document in the dataset, and whether an equal one came before,
 are known only when all have been read once. Reading costs little beside tokenizing.
@@ -8,71 +8,27 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ebft_mega.data.builder.array_files import write_array
-from ebft_mega.data.builder.deduplication import DIGEST_BYTES
 from ebft_mega.data.builder.shard_writer import ShardWriter
 from ebft_mega.data.builder.skipped_list import SkippedList
+from ebft_mega.data.builder.unit_files import INDEX_NAME, RECORD_NAME, Scan, TokenizedUnit, load_digests, unit_directory
 from ebft_mega.data.builder.work_plan import FileRange, Plan, Reader
 from ebft_mega.data.builder.worker_pool import Advance
-from ebft_mega.data.text.text_files import BadText, TextDocument, count_lines
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.data.text.text_files import BadText, TextDocument
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk, write_bytes
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.io.parse_boundary import reading
-
-# Of one work unit: a wrong --text-key makes every line of a dump a problem.
-MAX_LISTED_PROBLEMS = 1000
 
 NOT_WRITABLE = "a text that the tokenizer cannot write"  # why a document is left out with `--skip-bad`
 _COUNTED_CHARACTERS = 1000  # of a licence's name, which is whatever a document says
 _LISTED_CHANGED = 3  # of the documents that do not round-trip, of one work unit
-
-# Names of a work unit's files say "part": builds that were stopped have them.
-_RECORD_NAME = "part.json"
-_OWN_RECORD = "a record of the build that was stopped; without its folder the build begins anew"
-_INDEX_NAME = "index.npy"
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the first reading of a work unit found."""
-
-    documents: int  # with text that can be used
-    empty: int
-    bad: int
-    problems: tuple[Problem, ...]  # the first of them
-    lines: tuple[int, ...]  # of each file range that is cut, else 0
-    left_out: dict[str, int]  # what is no document, by reason
-    fields: dict[str, int]  # documents that have each of the named members of records
-    skipped_ranges: tuple[int, ...]  # numbers of the file ranges that could not be read to their end, without documents
-
-
-@dataclass(frozen=True)
-class TokenizedUnit:
-    """What the shards of a work unit hold."""
-
-    first_document: int  # its number in the dataset
-    shards: tuple[dict[str, Any], ...]  # `ShardEntry` fields
-    max_token_id: int
-    text_bytes: int
-    licences: dict[str, int]  # documents of each
-    sources: dict[str, int]
-    skipped: dict[str, int]  # documents and files left out, by reason; its directory lists them
-    not_round_trip: int  # documents whose tokens do not give back their text
-    changed: tuple[str, ...]  # paths of the first of them
-
-    @property
-    def documents(self) -> int:
-        """That its shards hold."""
-        return sum(shard["documents"] for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -85,17 +41,6 @@ class TextEncoder:
     def load(self) -> Tokenizer:
         """The tokenizer; a process loads it once."""
         return self.tokenizer or _tokenizer_of_process(self.directory)
-
-
-@dataclass(frozen=True)
-class ScanJob:
-    """A work unit, and the directory for its record."""
-
-    reader: Reader
-    work_unit: tuple[FileRange, ...]
-    number: int
-    directory: Path
-    skip_bad: bool
 
 
 @dataclass(frozen=True)
@@ -113,132 +58,6 @@ class TokenizeJob:
     skipped_ranges: tuple[int, ...]  # `Scan.skipped_ranges`
     keep: np.ndarray  # bool [Scan.documents]
     skip_bad: bool
-
-
-def unit_directory(directory: Path, number: int) -> Path:
-    """Directory of the shards of a tokenized work unit; it appears when they are complete."""
-    return directory / f"part-{number:06d}"
-
-
-def load_scan(directory: Path, number: int) -> Scan | None:
-    """The record of a work unit that has been scanned, None if it has not."""
-    path = _scan_path(directory, number)
-    if not path.is_file():
-        return None
-    with reading(path, path.name, _OWN_RECORD):
-        fields = json.loads(path.read_bytes())
-        problems = tuple(Problem(**problem) for problem in fields.pop("problems"))
-        lines, skipped = tuple(fields.pop("lines")), tuple(fields.pop("skipped_ranges"))
-        return Scan(problems=problems, lines=lines, skipped_ranges=skipped, **fields)
-
-
-def load_digests(directory: Path, number: int) -> np.ndarray:
-    """sha256 of the documents of a scanned work unit: uint8 [Scan.documents, 32], memory-mapped."""
-    path = _scan_path(directory, number).with_suffix(".npy")
-    with reading(path, path.name, _OWN_RECORD):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
-    """The record of a work unit that has been tokenized, None if it has not."""
-    path = unit_directory(directory, number) / _RECORD_NAME
-    if not path.is_file():
-        return None
-    with reading(path, path.name, _OWN_RECORD):
-        fields = json.loads(path.read_bytes())
-        shards, changed = (tuple(fields.pop(name)) for name in ("shards", "changed"))
-        return TokenizedUnit(shards=shards, changed=changed, **fields)
-
-
-def load_unit_index(directory: Path, number: int) -> np.ndarray:
-    """INDEX_DTYPE [documents of the work unit]; `shard` counts from the work unit's first shard."""
-    path = unit_directory(directory, number) / _INDEX_NAME
-    with reading(path, path.name, _OWN_RECORD):
-        return np.load(path, allow_pickle=False)
-
-
-def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
-    """Read and hash the documents of a work unit and write its record; return the work unit's number and the record.
-
-    Memory: one document, and 32 bytes for each document of the work unit.
-    """
-    found = _Found()
-    lines = []
-    skipped_ranges = []
-    for number, file_range in enumerate(job.work_unit):
-        if len(found.problems) >= MAX_LISTED_PROBLEMS:
-            break
-        file = job.reader.inputs[file_range.input].base / file_range.name
-        try:
-            lines.append(count_lines(file, file_range.begin, file_range.end) if file_range.is_cut else 0)
-        except OSError:
-            lines.append(0)  # reading it gives the problem
-        own = _Found()
-        whole = _scan_range(job, file_range, own, advance)
-        if whole:
-            found.add(own)
-        else:
-            # Nothing vouches for what came before the damage: a checksum stands at the end of what it covers.
-            skipped_ranges.append(number)
-            found.bad += 1
-    path = _scan_path(job.directory, job.number)
-    hashes = np.frombuffer(found.digests, np.uint8).reshape(-1, DIGEST_BYTES)
-    write_array(path.with_suffix(".npy"), hashes.dtype, hashes.shape, [hashes])  # before the record that says so
-    scan = Scan(
-        documents=len(hashes),
-        empty=found.empty,
-        bad=found.bad,
-        problems=tuple(found.problems[:MAX_LISTED_PROBLEMS]),
-        lines=tuple(lines),
-        left_out=dict(found.left_out),
-        fields=dict(found.fields),
-        skipped_ranges=tuple(skipped_ranges),
-    )
-    write_bytes(path, json.dumps(asdict(scan)).encode())
-    return job.number, scan
-
-
-@dataclass
-class _Found:
-    """What has been read of a file range or a work unit."""
-
-    digests: bytearray = field(default_factory=bytearray)
-    empty: int = 0
-    bad: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    fields: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: "_Found") -> None:
-        """Take in what has been read of another range."""
-        self.digests += other.digests
-        self.empty += other.empty
-        self.bad += other.bad
-        self.problems += other.problems
-        self.left_out.update(other.left_out)
-        self.fields.update(other.fields)
-
-
-def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Advance) -> bool:
-    """Read and hash the documents of a file range; False if it cannot be read to its end and is skipped for that."""
-    first_line = None if file_range.is_cut and file_range.begin else 0
-    licence_key = job.reader.options.licence_key
-    for document in job.reader.read(file_range, first_line, found.left_out):
-        advance(1)
-        if isinstance(document, BadText):
-            found.bad += 1
-            if document.is_file and job.skip_bad:
-                return False
-            if not job.skip_bad:
-                found.problems.append(document.problem)
-            if len(found.problems) >= MAX_LISTED_PROBLEMS:
-                break
-        elif document.text:
-            found.digests += document.sha256
-            found.fields.update([*document.fields, *([licence_key] if licence_key and document.licence else [])])
-        else:
-            found.empty += 1
-    return True
 
 
 def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, TokenizedUnit]:
@@ -305,10 +124,10 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
         shards = writer.finish_shards()
     for entry in shards.entries:
         flush_to_disk(directory / entry["name"])
-    write_array(directory / _INDEX_NAME, shards.index.dtype, shards.index.shape, [shards.index])
+    write_array(directory / INDEX_NAME, shards.index.dtype, shards.index.shape, [shards.index])
     counts = (text_bytes, dict(licences), dict(sources), dict(skipped.counts), not_round_trip, tuple(changed))
     tokenized = TokenizedUnit(job.first_document, tuple(shards.entries), shards.max_token_id, *counts)
-    write_bytes(directory / _RECORD_NAME, json.dumps(asdict(tokenized)).encode())
+    write_bytes(directory / RECORD_NAME, json.dumps(asdict(tokenized)).encode())
     return tokenized
 
 
@@ -385,7 +204,3 @@ def _changed(job: TokenizeJob, source_number: int, path: str) -> Exception:
 @lru_cache(maxsize=1)
 def _tokenizer_of_process(directory: Path) -> Tokenizer:
     return load_tokenizer(directory)
-
-
-def _scan_path(directory: Path, number: int) -> Path:
-    return directory / f"scan-{number:06d}.json"

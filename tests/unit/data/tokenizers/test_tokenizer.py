@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.data.text.tokenizer import copy_tokenizer, load_tokenizer, parse_definition, tokenizer_sha256
-from ebft_mega.data.text.tokenizer_training import RoundTripError, split_into_chunks, train_tokenizer
+from ebft_mega.data.tokenizers.tokenizer import copy_tokenizer, load_tokenizer, parse_definition, tokenizer_sha256
+from ebft_mega.data.tokenizers.tokenizer_training import RoundTripError, split_into_chunks, train_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.process_signals import StopNow
 
@@ -92,7 +92,7 @@ def test_hash_follows_the_tokenizer_and_not_its_place(directory: Path, tmp_path:
 
 def test_hash_imports_no_tokenizer_library(tokenizer_directory: Path) -> None:
     program = (
-        "import sys; from ebft_mega.data.text.tokenizer import tokenizer_sha256\n"
+        "import sys; from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256\n"
         f"print(tokenizer_sha256({str(tokenizer_directory)!r}))\n"
         "assert not {'torch', 'transformers', 'sentencepiece', 'tokenizers'} & set(sys.modules)"
     )
@@ -169,7 +169,7 @@ def test_training_input_that_cannot_be_used_is_refused(tmp_path: Path, text_dire
 def test_a_text_that_does_not_round_trip_fails_the_training(
     text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ebft_mega.data.text.tokenizer import SentencePieceTokenizer
+    from ebft_mega.data.tokenizers.tokenizer import SentencePieceTokenizer
 
     decode = SentencePieceTokenizer.decode
     monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: decode(self, ids).replace("# 7\n", "# 8\n"))

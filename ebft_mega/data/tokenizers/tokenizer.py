@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.tokenizer_control import (
+from ebft_mega.data.tokenizers.tokenizer_control import (
     added_control_tokens,
     is_ordinary_text,
     named_tokens,
     without_spellings,
 )
-from ebft_mega.data.text.tokenizer_files import CONFIG_NAME, read_tokenizer_file, read_tokenizer_files
-from ebft_mega.data.text.tokenizer_kinds import (
+from ebft_mega.data.tokenizers.tokenizer_files import CONFIG_NAME, read_tokenizer_file, read_tokenizer_files
+from ebft_mega.data.tokenizers.tokenizer_kinds import (
     HUGGING_FACE_NAME,
     META_SPACE,
     SENTENCEPIECE_NAME,
@@ -26,7 +26,11 @@ from ebft_mega.data.text.tokenizer_kinds import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
+from ebft_mega.data.tokenizers.tokenizer_model_file import (
+    describe_other_kind,
+    user_defined_symbols,
+    with_control_pieces,
+)
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import is_of_parser, reading

@@ -16,9 +16,9 @@ from ebft_mega.data.text.text_files import (
     count_containers,
     read_text_file,
 )
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
-from ebft_mega.data.text.tokenizer_files import CONFIG_NAME
-from ebft_mega.data.text.tokenizer_kinds import SENTENCEPIECE_NAME
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_files import CONFIG_NAME
+from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory

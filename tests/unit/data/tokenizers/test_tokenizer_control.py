@@ -12,9 +12,13 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from ebft_mega.data.text.tokenizer import Tokenizer, load_tokenizer
-from ebft_mega.data.text.tokenizer_control import is_ordinary_text, named_tokens
-from ebft_mega.data.text.tokenizer_model_file import describe_other_kind, user_defined_symbols, with_control_pieces
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.data.tokenizers.tokenizer_control import is_ordinary_text, named_tokens
+from ebft_mega.data.tokenizers.tokenizer_model_file import (
+    describe_other_kind,
+    user_defined_symbols,
+    with_control_pieces,
+)
 from ebft_mega.errors import InputError
 
 MARKERS = ["<|im_start|>", "[INST]", "</s>", "<s>", "<|endoftext|>", "<mask>", "FIM"]

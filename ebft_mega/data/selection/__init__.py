@@ -1,0 +1,1 @@
+"""Which documents stay: duplicates, and what else a build leaves out or sets apart."""

@@ -1,0 +1,1 @@
+"""Tokenizers from their files: loading, checks of what they can do, training."""
