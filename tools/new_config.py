@@ -1,0 +1,79 @@
+"""Write a commented configuration for a model, its data and a machine: batch, layout and reuse of rollouts fit them."""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the imports ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ebft_mega.io.arguments import ToolParser, output_file, real_number, whole_number
+from ebft_mega.io.command import add_permissions_option, run_command
+from ebft_mega.io.standard_streams import print_line
+from ebft_mega.runtime.launch_environment import MAX_PROCESSES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ToolParser(description=__doc__)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="Hugging Face directory. Without weights in it (only config.json) the model is random, with the "
+        "vocabulary of the data",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="dataset directory of tools/build_shards.py")
+    parser.add_argument("--held-out", type=Path, help="dataset directory for evaluations (default: no evaluation)")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE.yaml", help="file to write")
+    parser.add_argument(
+        "--gpus", type=whole_number(1, MAX_PROCESSES), metavar="N", help="GPUs to train on (default: this machine's)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=real_number(above=True, most=1e6),
+        metavar="GB",
+        help="memory of each in 1e9 bytes (default: that of this machine's GPUs; without any, its processor is used)",
+    )
+    add_permissions_option(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args()
+    if arguments.output.exists() and not arguments.overwrite:
+        parser.error(f"--output: found a file {arguments.output}; expected a new one, or --overwrite")
+    return arguments
+
+
+def main() -> None:
+    """Choose, write the file, and print what to do next."""
+    arguments = parse_arguments()
+    from ebft_mega.apps.starter.starter_config import Request, write_starter_config
+
+    request = Request(
+        model=arguments.model,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        output=arguments.output,
+        gpus=arguments.gpus,
+        gpu_gigabytes=arguments.gpu_memory,
+    )
+    output = arguments.output
+    processes, notes = write_starter_config(request, REPOSITORY)
+    for note in notes:
+        print_line(f"note: {note}")
+    world = "" if processes == 1 else f" --world-size {processes}"
+    print_line(str(output), sys.stdout)
+    config = shlex.quote(os.path.relpath(output, REPOSITORY))
+    print_line(f"next, in {REPOSITORY}: python launcher/train.py --config {config} --dry-run{world}", sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
