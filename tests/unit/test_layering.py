@@ -18,7 +18,7 @@ PACKAGE = ROOT / "ebft_mega"
 ROOMS = (
     *("shown_text", "errors", "types", "block_plan"),
     *("io", "architecture", "config", "runtime", "metrics"),
-    *("data.text", "data.tokenizers", "data.selection", "data.store", "data.builder", "data.rows"),
+    *("data.text", "data.selection", "data.tokenizers", "data.store", "data.builder", "data.rows"),
     *("parallel", "attention", "model"),
     *("rollout", "features", "reward", "objective"),
     *("checkpoint", "cost", "planning", "evaluation", "train", "lifecycle", "apps"),
@@ -27,7 +27,7 @@ HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "senten
 # Rooms that a dry run or a tool's --help goes through, and single modules of rooms that are heavy otherwise.
 LIGHT_ROOMS = (
     *("io", "architecture", "config", "planning", "cost"),
-    *("data.text", "data.tokenizers", "data.selection", "data.store", "data.builder"),
+    *("data.text", "data.selection", "data.tokenizers", "data.store", "data.builder"),
 )
 LIGHT_MODULES = (
     *("shown_text", "errors", "block_plan"),
