@@ -22,8 +22,9 @@ from pathlib import Path  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
-from ebft_mega.io.arguments import PlainParser, output_directory, whole_number  # noqa: E402
+from ebft_mega.io.arguments import PlainParser, output_directory, path_argument, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
+from ebft_mega.io.expanded_paths import REPOSITORY  # noqa: E402
 from ebft_mega.io.output_directory import limit_permissions  # noqa: E402
 from ebft_mega.io.parse_boundary import shortage  # noqa: E402
 from ebft_mega.io.process_signals import StopNow  # noqa: E402
@@ -38,14 +39,12 @@ from ebft_mega.runtime.repeatability import require_repeatable_workspace  # noqa
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; an unknown option ends the program with exit code 2."""
     parser = PlainParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
-    option("--config", type=Path, required=True, help="YAML file; docs/configuration.md lists its keys")
+    option("--config", type=path_argument, required=True, help="YAML file; docs/configuration.md lists its keys")
     add_overrides_option(parser, "set a key, such as train.lr=1e-5; may be given again")
     option("--dry-run", action="store_true", help="print the plan and the memory table, and stop")
     option(
@@ -110,7 +109,6 @@ def run(signals: Signals, started: float) -> int:
         started: by `time.monotonic()`.
     """
     arguments = parse_arguments()
-    trace_step = arguments.trace_step and arguments.trace_step.absolute()
     try:
         require_utf8()
         enter_launch(os.environ, starts=not arguments.dry_run, meets=arguments.world_size is None)
@@ -118,11 +116,10 @@ def run(signals: Signals, started: float) -> int:
         limit_permissions(config.permissions)
         if config.deterministic:
             require_repeatable_workspace(os.environ)
-        given = arguments.config.absolute()
-        os.chdir(REPOSITORY)  # where the relative paths of a configuration start
+        os.chdir(REPOSITORY)
         signals.remember_files(config.output_dir)
         # A new run writes its own resolved configuration.
-        own_files = [config.data.cache.absolute(), *[given] * (given.name != RESOLVED_CONFIG_NAME)]
+        own_files = [config.data.cache, *[arguments.config] * (arguments.config.name != RESOLVED_CONFIG_NAME)]
         fresh = Fresh.of(arguments.fresh, own_files)
         plan = check_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
         if arguments.dry_run:
@@ -133,11 +130,11 @@ def run(signals: Signals, started: float) -> int:
                 for line in ("", *standing.notes, standing.words):
                     print_line(line, sys.stdout)
             return EXIT_DONE
-        if not trace_step and not fresh.acts and has_nothing_to_do(config, plan):
+        if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE
         from ebft_mega.lifecycle.run import run_training
 
-        return run_training(config, plan, trace_step, signals, started, write_report, fresh)
+        return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh)
     except EbftError as error:
         signals.fail_undisturbed()
         speaks = speaks_for_machine(os.environ) if isinstance(error, SurroundingsError) else is_first_rank()

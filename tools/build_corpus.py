@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME, build_corpus, standard_library
-from ebft_mega.io.arguments import ToolParser, whole_number
+from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -21,8 +21,10 @@ from ebft_mega.io.standard_streams import print_line
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="corpus directory to make")
-    parser.add_argument("--source", type=Path, default=standard_library(), help="another Python standard library")
+    parser.add_argument("--output", type=path_argument, required=True, help="corpus directory to make")
+    parser.add_argument(
+        "--source", type=path_argument, default=standard_library(), help="another Python standard library"
+    )
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, help="chooses which packages are held out (default 0)"
     )

@@ -22,7 +22,7 @@ from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, MAX_DOCUMENT_BYTES, OTHER_MEMBERS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
-from ebft_mega.io.arguments import ToolParser, whole_number
+from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--input",
-        type=Path,
+        type=path_argument,
         required=True,
         nargs="+",
         action="extend",
@@ -43,8 +43,10 @@ def parse_arguments() -> argparse.Namespace:
         help="directory of text files, of JSONL files (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz) or of text webdataset "
         "shards (.tar), or such a file; several are read in this order",
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece or Hugging Face directory")
-    parser.add_argument("--output", type=Path, required=True, help="dataset directory to make")
+    parser.add_argument(
+        "--tokenizer", type=path_argument, required=True, help="sentencepiece or Hugging Face directory"
+    )
+    parser.add_argument("--output", type=path_argument, required=True, help="dataset directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
     parser.add_argument(
         "--text-key",

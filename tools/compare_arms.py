@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.arguments import ToolParser, output_directory
+from ebft_mega.io.arguments import ToolParser, output_directory, path_argument
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -52,7 +52,10 @@ def read_arms(texts: list[str], reference: str | None) -> dict[str, Path]:
         elif name in arms:
             problems.append(Problem("command line", "--arm", f"{name!r} twice", "different names"))
         else:
-            arms[name] = Path(path)
+            try:
+                arms[name] = path_argument(path)
+            except argparse.ArgumentTypeError as error:
+                problems.append(Problem("command line", f"--arm {name}", repr(path), f"a path: {error}"))
     if len(texts) < 2:
         problems.append(Problem("command line", "--arm", f"{len(texts)} arm", "at least two"))
     if reference is not None and reference not in arms:

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.io.arguments import ToolParser, real_number
+from ebft_mega.io.arguments import ToolParser, path_argument, real_number
 from ebft_mega.io.command import run_command
 from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.standard_streams import print_line
@@ -100,8 +100,8 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
 def main() -> int:
     """Compare the two directories of the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, metavar="A", help="directory of the first trace")
-    parser.add_argument("second", type=Path, metavar="B", help="directory of the second trace")
+    parser.add_argument("first", type=path_argument, metavar="A", help="directory of the first trace")
+    parser.add_argument("second", type=path_argument, metavar="B", help="directory of the second trace")
     parser.add_argument("--tolerance", type=real_number(), default=1e-4, help="allowed difference (default 1e-4)")
     arguments = parser.parse_args()
     missing = [

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED
-from ebft_mega.io.arguments import ToolParser, real_number
+from ebft_mega.io.arguments import ToolParser, path_argument, real_number
 from ebft_mega.io.command import add_permissions_option, run_command
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -26,17 +26,17 @@ def parse_arguments() -> argparse.Namespace:
 
     summary = "check an untrusted Hugging Face directory and rewrite it for training"
     importing = commands.add_parser("import", help=summary, description=summary)
-    importing.add_argument("--input", type=Path, required=True, help="Hugging Face model directory")
+    importing.add_argument("--input", type=path_argument, required=True, help="Hugging Face model directory")
     importing.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
 
     summary = "write a checkpoint of this trainer as a Hugging Face directory"
     exporting = commands.add_parser("export", help=summary, description=summary)
     source = "checkpoint folder, or a run directory or its `checkpoints` (then the newest one)"
-    exporting.add_argument("--checkpoint", type=Path, required=True, help=source)
+    exporting.add_argument("--checkpoint", type=path_argument, required=True, help=source)
     exporting.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
 
     for command in (importing, exporting):
-        command.add_argument("--output", type=Path, required=True, help="model directory to make")
+        command.add_argument("--output", type=path_argument, required=True, help="model directory to make")
         size = "tensors in one file (default: 4)"
         command.add_argument("--shard-gigabytes", type=gigabytes, default=4.0, metavar="GB", help=size)
         add_permissions_option(command)
@@ -44,10 +44,12 @@ def parse_arguments() -> argparse.Namespace:
 
     summary = "compare the logits of the model as it is trained here with transformers', on a text"
     verifying = commands.add_parser("verify", help=summary, description=summary)
-    verifying.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
+    verifying.add_argument(
+        "--model", type=path_argument, required=True, help="Hugging Face directory or checkpoint folder"
+    )
     reference = "Hugging Face directory for transformers (default: --model)"
-    verifying.add_argument("--reference", type=Path, help=reference)
-    verifying.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    verifying.add_argument("--reference", type=path_argument, help=reference)
+    verifying.add_argument("--text", type=path_argument, required=True, help="UTF-8 text file")
     verifying.add_argument("--positions", type=positive, default=512, help="tokens of it to read (default: 512)")
     tolerance = "largest absolute difference that passes (default: 1e-3)"
     verifying.add_argument("--tolerance", type=real_number(), default=1e-3, metavar="X", help=tolerance)

@@ -16,7 +16,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
-from ebft_mega.io.arguments import ToolParser, output_directory, whole_number
+from ebft_mega.io.arguments import ToolParser, output_directory, path_argument, whole_number
 from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -26,17 +26,19 @@ LONGEST_DEFAULT_ROW = 1024
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory or checkpoint folder")
-    parser.add_argument("--data", type=Path, required=True, help="held-out dataset directory")
+    parser.add_argument(
+        "--model", type=path_argument, required=True, help="Hugging Face directory or checkpoint folder"
+    )
+    parser.add_argument("--data", type=path_argument, required=True, help="held-out dataset directory")
     parser.add_argument(
         "--output", type=output_directory, required=True, help="directory for evaluation.json and plots"
     )
-    parser.add_argument("--config", type=Path, help="run configuration to take ebft.*, seed and lengths from")
+    parser.add_argument("--config", type=path_argument, help="run configuration to take ebft.*, seed and lengths from")
     add_permissions_option(parser)
     add_overrides_option(parser, "override keys of --config")
     parser.add_argument(
         "--feature-model",
-        type=Path,
+        type=path_argument,
         help="frozen feature network (default: ebft.feature_model, or --model)",
     )
     parser.add_argument("--rows", type=whole_number(), help="held-out rows (default: evaluation.rows, 64)")

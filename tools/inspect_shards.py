@@ -34,7 +34,7 @@ from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
-from ebft_mega.io.arguments import ToolParser, output_file, whole_number
+from ebft_mega.io.arguments import ToolParser, output_file, path_argument, place_argument, whole_number
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.progress_bar import track
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(
         description=__doc__, epilog="Exit codes: 0; 2 the dataset cannot be opened; 4 something in it is damaged."
     )
-    parser.add_argument("dataset", help="dataset directory, or its https URL (with --cache)")
+    parser.add_argument("dataset", type=place_argument, help="dataset directory, or its https URL (with --cache)")
     parser.add_argument("--verify", action="store_true", help="read everything and compare every checksum")
     parser.add_argument("--show", type=whole_number(0), metavar="N", help="print document N with its metadata")
     parser.add_argument("--metadata", action="store_true", help="count licences and sources (reads every document's)")
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sequence-length", type=whole_number(), help=f"of the rows counted (default: {SEQUENCE_LENGTH})"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
-    parser.add_argument("--cache", type=Path, help="directory for what is downloaded from a URL")
+    parser.add_argument("--cache", type=path_argument, help="directory for what is downloaded from a URL")
     parser.add_argument(
         "--redirect-hosts",
         nargs="+",
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.show is not None:
         beside += [("--metadata", "--show", arguments.metadata or None), ("--plot", "--show", arguments.plot)]
         beside.append(("--sequence-length", "--show", arguments.sequence_length))
-    if "://" not in arguments.dataset:
+    if isinstance(arguments.dataset, Path):
         beside.append(("--cache", "a local directory", arguments.cache))
         beside.append(("--cache-gigabytes", "a local directory", arguments.cache_gigabytes))
         beside.append(("--redirect-hosts", "a local directory", arguments.redirect_hosts))

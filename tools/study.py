@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--output", type=output_directory, default=Path("runs/study"), help="default: %(default)s")
+    parser.add_argument("--output", type=output_directory, default="runs/study", help="default: %(default)s")
     parser.add_argument(
         "--split",
         choices=("tuning", "validation"),

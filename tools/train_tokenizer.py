@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
-from ebft_mega.io.arguments import ToolParser, whole_number
+from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -21,11 +21,11 @@ from ebft_mega.io.standard_streams import print_line
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="directory of UTF-8 text files")
+    parser.add_argument("--input", type=path_argument, required=True, help="directory of UTF-8 text files")
     parser.add_argument(
         "--vocab-size", type=whole_number(), required=True, help="number of tokens, the 256 byte tokens included"
     )
-    parser.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
+    parser.add_argument("--output", type=path_argument, required=True, help="tokenizer directory to make")
     parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
     add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")

@@ -10,6 +10,8 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.saved_run import SavedRun
+from ebft_mega.config.fields import path_kind
+from ebft_mega.config.paths import written_path
 from ebft_mega.config.rules import yaml_text
 from ebft_mega.config.schema import EbftConfig, RunConfig, all_keys
 from ebft_mega.errors import Problem
@@ -144,7 +146,8 @@ def changed_values(then: Mapping[str, Any], config: RunConfig) -> Iterator[tuple
         default = field.get_default(call_default_factory=True)
         default = None if default is PydanticUndefined else to_jsonable_python(default)
         old, new = then.get(key, default), now[key]
-        if old != new:
+        # An earlier version of this program wrote paths as they had been given.
+        if old != new and not (isinstance(old, str) and path_kind(field) and written_path(old) == new):
             yield key, rule_of(key), old, new
 
 

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.fields import FieldInfo
+
+from ebft_mega.config.paths import PathKind, written_path
 
 
 class Section(BaseModel):
@@ -48,6 +50,18 @@ def _type_text(field: FieldInfo) -> str:
         f"{signs[name]} {getattr(item, name)}" for name in signs for item in field.metadata if hasattr(item, name)
     ]
     return f"{'an integer' if int in kinds else 'a number'} {' and '.join(limits)}"
+
+
+def path_kind(field: FieldInfo) -> PathKind | None:
+    """What a key of a path takes; None for every other kind of key."""
+    metadata = [*field.metadata, *(item for part in get_args(field.annotation) for item in _metadata(part))]
+    if _WRITTEN not in metadata:
+        return None
+    return PathKind(field.annotation is str, str(field.default) if isinstance(field.default, Path) else None)
+
+
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__metadata__", ())
 
 
 def default_text(field: FieldInfo) -> str:
@@ -103,7 +117,10 @@ _PORT = "(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2
 # A wildcard stands before a domain of two labels at least: `*.com` would name everybody.
 _REDIRECT_HOST = rf"({_LABEL}(\.{_LABEL})*|\*(\.{_LABEL}){{2,}}|\[[0-9A-Fa-f:.]+\]){_PORT}"
 RedirectHost = Annotated[str, Field(pattern=f"^{_REDIRECT_HOST}$", max_length=253 + len("*.:65535"))]
-LocalPath = Annotated[Path, BeforeValidator(_as_path)]
-DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path)]
+_WRITTEN = PlainSerializer(written_path, return_type=str, when_used="json")
+LocalPath = Annotated[Path, BeforeValidator(_as_path), _WRITTEN]
+DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path), _WRITTEN]
+# A word that stands for itself, or the text of a path.
+WordOrPath = Annotated[str, Field(min_length=1), _WRITTEN]
 PATH = "a local path (relative paths start at the repository root)"
 DATASET_PLACE = f"{PATH} or an https:// URL"

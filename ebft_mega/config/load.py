@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from ebft_mega.config.fields import Section, allowed_text, yaml_text
 from ebft_mega.config.overrides import OVERRIDE, apply_overrides
+from ebft_mega.config.paths import put_in_places
 from ebft_mega.config.rules import broken_rules, refusal_reason
-from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys
+from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys, path_keys
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.input_errors import read_input_bytes
@@ -56,10 +57,13 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: everything that is wrong, each with file and line, key, value and what is allowed.
     """
-    tree, places, problems = _read_file(Path(path))
+    path = Path(path).absolute()
+    tree, places, problems = _read_file(path)
     problems += apply_overrides(tree, places, overrides)
     problems += _inherit_defaults(tree, places)
-    config, unplaced = _build(tree)
+    unplaced = put_in_places(tree, path_keys(), os.environ)
+    config, found = _build(tree)
+    unplaced += found
     config = config.with_places(places | {"": str(path)})
     problems += [dataclasses.replace(problem, where=config.place(problem.key)) for problem in unplaced]
     if problems:

@@ -12,8 +12,9 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.fields import PATH, LocalPath, Section, as_integer, as_tuple, key
-from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig
+from ebft_mega.config.fields import PATH, LocalPath, Section, WordOrPath, as_integer, as_tuple, key, path_kind
+from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
+from ebft_mega.config.paths import PathKind
 from ebft_mega.io.output_directory import Permissions
 
 
@@ -176,7 +177,7 @@ class CheckpointConfig(Section):
     keep_every: int | None = key(
         None, "With `keep_last`: checkpoints at multiples of this are never deleted.", unit=STEPS, ge=1
     )
-    resume: Annotated[str, Field(min_length=1)] = key(
+    resume: WordOrPath = key(
         "auto",
         "`auto`: resume from the newest complete checkpoint in `output_dir`, if there is one. A path (of a checkpoint "
         "or of a run): start from there, and once the run has a checkpoint of its own, resume from that.",
@@ -300,3 +301,9 @@ def all_keys() -> dict[str, FieldInfo]:
         else:
             keys[name] = field
     return keys
+
+
+def path_keys() -> dict[str, PathKind]:
+    """List the keys that hold paths; `*` stands for the name of a source."""
+    fields = all_keys() | {f"data.sources.*.{name}": field for name, field in SourceConfig.model_fields.items()}
+    return {name: kind for name, field in fields.items() if (kind := path_kind(field)) is not None}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ebft_mega.io.expanded_paths import PathTextError, expanded
 from ebft_mega.shown_text import LONGEST_PATH, shown
 
 MOST = 1 << 40  # of anything that an option counts
@@ -90,9 +91,35 @@ def real_number(least: float = 0.0, most: float = math.inf, *, above: bool = Fal
     return read
 
 
+def path_argument(text: str) -> Path:
+    """The type of an option that names a file or directory: an absolute path, relative ones start where the user is.
+
+    Shells leave `~` in `--option=~/x` and variables in quotes as they are; here they are expanded. A file whose name
+    has a dollar sign in it is that file.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("found nothing; expected a path")
+    try:
+        place = expanded(text.replace("$", "$$") if os.path.lexists(text) else text, os.environ)
+    except PathTextError as error:
+        near = f". Did you mean {error.suggestion!r}?" if error.suggestion else ""
+        raise argparse.ArgumentTypeError(f"found {error.found}; expected {error.expected}{near}") from None
+    return Path(place).absolute()
+
+
+def place_argument(text: str) -> Path | str:
+    """The type of an option that names a local file or directory, or what lies at an address, which stays as it is."""
+    return text if re.match(r"\w+:", text) else path_argument(text)
+
+
 def output_directory(text: str) -> Path:
     """The type of an option that names a directory to be made or written to."""
-    path = Path(text)
+    path = path_argument(text)
+    _check_directory(path, text)
+    return path
+
+
+def _check_directory(path: Path, text: str) -> None:
     try:
         there = next(place for place in (path, *path.parents) if place.exists())
         if not there.is_dir():
@@ -102,15 +129,14 @@ def output_directory(text: str) -> Path:
         if error.errno in NAMES_OF_NOTHING:
             found = f"{_shown(text)} ({error.strerror})"
             raise argparse.ArgumentTypeError(f"found {found}; expected a directory") from None
-    return path
 
 
 def output_file(text: str) -> Path:
     """The type of an option that names a file to be written."""
-    path = Path(text)
+    path = path_argument(text)
     if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"found {_shown(text)}, which is a directory; expected a file")
-    output_directory(str(path.parent))
+    _check_directory(path.parent, text)
     if path.parent.is_dir():
         try:
             _try_to_write(path)

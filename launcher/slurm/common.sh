@@ -1,13 +1,15 @@
-# Sourced by the batch scripts beside it, in the repository's root: the environment of a job step, the step itself,
-# and what becomes of the job afterwards.
+# Sourced by the batch scripts beside it, in the directory where the job was submitted: the environment of a job step,
+# the step itself, and what becomes of the job afterwards. `repository` is the root of the repository.
 #
 # Settings, all optional, from the environment of `sbatch`:
 #   CONTAINER_IMAGE   run every step in this image (srun's pyxis plugin); otherwise in .venv, if there is one
-#   CONTAINER_MOUNTS  what the container sees; the repository alone unless given, so name data and models, too
+#   CONTAINER_MOUNTS  what the container sees; the repository and the directory of the submission unless given, so name
+#                     data and models, too
 #   OMP_NUM_THREADS   threads per rank; the job's processors per rank unless given
 #   MASTER_PORT       where ranks meet; 20000 + job number modulo 10000 unless given
 # shellcheck shell=bash
 
+repository=${repository:-$PWD}
 REQUEUE_ME=75 # the exit code of a run that was stopped on request after a complete checkpoint
 
 # Print a number from a status.json, or nothing.  status_field FIELD FILE
@@ -22,15 +24,17 @@ step() {
   local options=(--kill-on-bad-exit=1)
   if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     options+=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
-    options+=("--container-mounts=${CONTAINER_MOUNTS:-$PWD:$PWD}")
+    local mounts="$repository:$repository"
+    [[ $PWD == "$repository" ]] || mounts+=",$PWD:$PWD"
+    options+=("--container-mounts=${CONTAINER_MOUNTS:-$mounts}")
   fi
   exec srun "${options[@]}" "$@"
 }
 
 # Set the environment that all ranks share.  prepare RANKS_PER_TASK
 prepare() {
-  if [[ -z ${CONTAINER_IMAGE:-} && -d .venv/bin ]]; then
-    export PATH="$PWD/.venv/bin:$PATH"
+  if [[ -z ${CONTAINER_IMAGE:-} && -d $repository/.venv/bin ]]; then
+    export PATH="$repository/.venv/bin:$PATH"
   fi
   local processors=${SLURM_CPUS_PER_TASK:-1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processors > $1 ? processors / $1 : 1))}
@@ -47,7 +51,7 @@ check() {
   local world_size=$1 plan code=0
   shift
   plan=$(step --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-    python launcher/train.py "$@" --dry-run --world-size "$world_size") || code=$?
+    python "$repository/launcher/train.py" "$@" --dry-run --world-size "$world_size") || code=$?
   printf '%s\n' "$plan"
   if ((code != 0)); then
     exit "$code"
@@ -57,6 +61,7 @@ check() {
     echo "the dry run named no output_dir" >&2
     exit 1
   fi
+  [[ $output_dir == /* ]] || output_dir=$repository/$output_dir # a configuration's paths start there
   case $(sed -n 's/^permissions: *//p' <<<"$plan" | sed -n 1p) in
     private) umask 077 && export SLURM_UMASK=0077 ;; # the variable is srun's, for the files of --output
     group) umask 007 && export SLURM_UMASK=0007 ;;
@@ -126,6 +131,6 @@ train_on_one_node() {
   local ranks=${SLURM_GPUS_ON_NODE:?this job has no GPUs: ask for --gpus-per-node}
   prepare "$ranks"
   check "$ranks" "$@"
-  supervise --nodes=1 --ntasks=1 --ntasks-per-node=1 launcher/slurm/task.sh \
-    deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" launcher/train.py "$@"
+  supervise --nodes=1 --ntasks=1 --ntasks-per-node=1 "$repository/launcher/slurm/task.sh" \
+    deepspeed --num_gpus "$ranks" --master_port "$MASTER_PORT" "$repository/launcher/train.py" "$@"
 }

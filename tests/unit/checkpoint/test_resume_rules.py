@@ -18,6 +18,7 @@ from ebft_mega.checkpoint.resume_rules import (
 )
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.config.schema import all_keys
+from ebft_mega.io.expanded_paths import REPOSITORY
 from tests.unit.checkpoint.folder_stand_ins import MODEL, fill, relist, run_config, run_state, write_checkpoint
 
 
@@ -165,3 +166,10 @@ def test_a_key_that_the_checkpoint_does_not_know_had_its_default(root: Path, out
     assert refused_changes(saved, run_config(output), saved.architecture) == []
     assert noted_changes(saved, run_config(output)) == []
     assert len(refused_changes(saved, run_config(output, ebft__stride=4), saved.architecture)) == 1
+
+
+def test_a_path_as_an_earlier_version_wrote_it_has_not_changed(root: Path, output: Path) -> None:
+    saved = read_run(write_checkpoint(root, 20))
+    saved.config["evaluation"]["shards"] = f"{REPOSITORY}/data/held-out"
+    assert noted_changes(saved, run_config(output, evaluation__shards="data/held-out")) == []
+    assert noted_changes(saved, run_config(output, evaluation__shards="data/other"))

@@ -21,11 +21,11 @@ finally:
 """
 
 
-def launch(*arguments, **environment):
+def launch(*arguments, directory=ROOT, **environment):
     """Run the launcher with the heavy-import probe."""
     return subprocess.run(
-        [sys.executable, "-c", PROBE, "launcher/train.py", *map(str, arguments)],
-        cwd=ROOT,
+        [sys.executable, "-c", PROBE, str(ROOT / "launcher" / "train.py"), *map(str, arguments)],
+        cwd=directory,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -41,6 +41,18 @@ def test_dry_run(inputs):
     assert "micro-batches per replica and step 1" in " ".join(done.stdout.split())
     assert "peak (states and the largest phase)" in done.stdout
     assert not (inputs.root / "run").exists()
+
+
+def test_arguments_start_at_the_working_directory_and_the_configuration_s_paths_at_the_repository(inputs, tmp_path):
+    name = inputs.write(output_dir="$PLACE/run", evaluation__shards="data/of/nobody").name
+    (tmp_path / "home").symlink_to(inputs.root)
+    for config in (f"--config={name}", f"--config=~/{name}"):
+        directory = inputs.root if "~" not in config else tmp_path
+        surroundings = {"PLACE": str(inputs.root), "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = launch(config, "--dry-run", "--set", "data.shards=~/train", directory=directory, **surroundings)
+        (line,) = done.stderr.splitlines()[:-1]
+        assert done.returncode == 2 and f"{name}:8: evaluation.shards: {ROOT}/data/of/nobody: " in line
+        assert line.startswith(str(tmp_path / "home") if "~" in config else str(inputs.root))
 
 
 def test_dry_run_takes_the_world_size_of_its_launcher(inputs):

@@ -11,6 +11,7 @@ from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
 from ebft_mega.config.schema import all_keys
 from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError
+from ebft_mega.io.expanded_paths import REPOSITORY
 
 DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
 NO_DATASET_PLACES = (
@@ -328,7 +329,7 @@ def test_strides_of_a_huge_row_are_found_at_once(problems):
 def test_sources_are_read_and_written_back(load, tmp_path):
     data = load(SOURCES).data
     assert {name: (str(source.shards), source.weight, source.max_epochs) for name, source in data.sources.items()} == {
-        "python": ("data/python", 0.7, None),
+        "python": (str(REPOSITORY / "data/python"), 0.7, None),
         "mixed": ("https://host:8443/data/mixed", 0.3, 2.5),
     }
     assert data.source_key("mixed") == "data.sources.mixed.shards" and data.named_sources == data.sources
@@ -336,7 +337,7 @@ def test_sources_are_read_and_written_back(load, tmp_path):
     assert load_config(tmp_path / "again.yaml").data == data
     assert load(SOURCES, "data.sources.python.weight=2").data.sources["python"].weight == 2
     alone = load(BASE).data
-    assert [str(source.shards) for source in alone.named_sources.values()] == ["data/train"]
+    assert [source.shards for source in alone.named_sources.values()] == [REPOSITORY / "data/train"]
     assert alone.source_key("shards") == "data.shards"
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError, InputError
+from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.planning.dry_run import describe_run
 from ebft_mega.planning.run_plan import check_run, check_world
@@ -159,7 +160,7 @@ def test_all_problems_at_once(inputs):
 
 def test_model_directory_missing(inputs):
     (line,) = found_problems(inputs, model__init_from="nowhere")
-    assert line.startswith("run.yaml:3: model.init_from: found no directory nowhere")
+    assert line.startswith(f"run.yaml:3: model.init_from: found no directory {REPOSITORY}/nowhere;")
 
 
 def test_the_output_is_no_folder_of_an_input(inputs):
@@ -473,7 +474,7 @@ def test_text_shards_need_a_tokenizer(inputs, tmp_path):
 
 def test_resume_from_what_is_not_there(inputs):
     (line,) = found_problems(inputs, checkpoint={"resume": "runs/gone"})
-    assert "checkpoint.resume: found 'runs/gone', which is no directory; expected auto, never or" in line
+    assert f"checkpoint.resume: found '{REPOSITORY}/runs/gone', which is no directory; expected auto, never or" in line
 
 
 def test_rows_longer_than_a_sliding_window(inputs):
