@@ -11,6 +11,7 @@ from ebft_mega.config.load import load_config
 from ebft_mega.config.overrides import replace_overrides
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
+from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.metrics.console import format_duration
 
 WARM_START = "warm start"
@@ -234,7 +235,13 @@ class Experiment:
             wanted["model.init_from"] = (configured.model.init_from, warm)
         if self.seed is not None:
             wanted["seed"] = (configured.seed, self.seed)
-        return replace_overrides(extra, [f"{key}={new}" for key, (old, new) in wanted.items() if new != old])
+        # The paths of a loaded configuration are absolute.
+        other = [
+            f"{key}={new}"
+            for key, (old, new) in wanted.items()
+            if (REPOSITORY / new if isinstance(new, Path) else new) != old
+        ]
+        return replace_overrides(extra, other)
 
     def _train_command(self, arm: str) -> list[str]:
         command = [str(find_program("deepspeed")), "--num_gpus", str(self.num_ranks)]
