@@ -129,6 +129,10 @@ class DamagedDataError(EbftError):
         return shown(text, _LONGEST_MESSAGE)
 
 
+class UnreachableDataError(DamagedDataError):
+    """No answer of a server to any attempt, or one that says to try again later; another time it may have one."""
+
+
 class SkipBudgetError(EbftError):
     """Damaged data made the run skip more rows than the configuration allows (exit code 4)."""
 

@@ -22,7 +22,7 @@ from pathlib import Path  # noqa: E402
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
 from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
-from ebft_mega.io.arguments import PlainParser, output_directory, path_argument, whole_number  # noqa: E402
+from ebft_mega.io.arguments import PlainParser, output_directory, path_argument, real_number, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.expanded_paths import REPOSITORY  # noqa: E402
 from ebft_mega.io.output_directory import limit_permissions  # noqa: E402
@@ -32,12 +32,15 @@ from ebft_mega.io.standard_streams import print_line, protect_standard_streams  
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
-from ebft_mega.planning.dry_run import describe_run  # noqa: E402
+from ebft_mega.planning.dry_run import GIGABYTE, describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
+from ebft_mega.planning.short_plan import short_plan  # noqa: E402
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES, enter_launch, speaks_for_machine  # noqa: E402
 from ebft_mega.runtime.repeatability import require_repeatable_workspace  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
 from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
+
+MAX_GPU_MEMORY = 1e6  # in 1e9 bytes, as the option
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,12 +56,29 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="number of processes that --dry-run plans for",
     )
+    option(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: list datasets, tokenizers and weights that are not there, and plan without them",
+    )
+    option(
+        "--gpu-memory",
+        type=real_number(0, MAX_GPU_MEMORY, above=True),
+        metavar="GB",
+        help="with --dry-run: memory of an accelerator in 1e9 bytes, for which `auto` is resolved",
+    )
     option("--trace-step", type=output_directory, metavar="DIR", help="run one optimizer step and write its trace")
     option("--fresh", action="store_true", help="set what is in output_dir aside (in previous/) and begin anew")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     arguments = parser.parse_args()
-    if arguments.world_size is not None and not arguments.dry_run:
-        parser.error("--world-size goes with --dry-run")
+    of_plans = {
+        "--world-size": arguments.world_size is not None,
+        "--without-data": arguments.without_data,
+        "--gpu-memory": arguments.gpu_memory is not None,
+    }
+    for name, is_given in of_plans.items():
+        if is_given and not arguments.dry_run:
+            parser.error(f"{name} goes with --dry-run")
     if arguments.fresh and arguments.trace_step is not None:
         parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments
@@ -77,6 +97,23 @@ def has_nothing_to_do(config: RunConfig, plan: RunPlan) -> bool:
     """
     standing = early_standing(config, plan)
     return standing is not None and standing.action is Action.NOTHING
+
+
+def print_plan(config: RunConfig, plan: RunPlan, fresh: Fresh, gpu_memory: float | None) -> None:
+    """Print the plan and what a start would do, on the first rank.
+
+    Args:
+        gpu_memory: of an accelerator, in 1e9 bytes; None: not known.
+    Raises:
+        ConfigError: a start would be refused.
+    """
+    if is_first_rank():
+        memory_bytes = None if gpu_memory is None else int(gpu_memory * GIGABYTE)
+        print(describe_run(config, plan, memory_bytes), flush=True)
+    standing = planned_standing(config, plan, fresh)
+    if is_first_rank():
+        for line in ("", *standing.notes, standing.words):
+            print_line(line, sys.stdout)
 
 
 def write_report(output_dir: Path) -> Path:
@@ -121,17 +158,15 @@ def run(signals: Signals, started: float) -> int:
         # A new run writes its own resolved configuration.
         own_files = [config.data.cache, *[arguments.config] * (arguments.config.name != RESOLVED_CONFIG_NAME)]
         fresh = Fresh.of(arguments.fresh, own_files)
-        plan = check_run(config, arguments.world_size or int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        plan = check_run(config, world_size, without_data=arguments.without_data)
         if arguments.dry_run:
-            if is_first_rank():
-                print(describe_run(config, plan), flush=True)
-            standing = planned_standing(config, plan, fresh)
-            if is_first_rank():
-                for line in ("", *standing.notes, standing.words):
-                    print_line(line, sys.stdout)
+            print_plan(config, plan, fresh, arguments.gpu_memory)
             return EXIT_DONE
         if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE
+        for line in short_plan(config, plan, arguments.trace_step) if is_first_rank() else ():
+            print_line(line, sys.stdout)
         from ebft_mega.lifecycle.run import run_training
 
         return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh)

@@ -41,7 +41,10 @@ SAMPLES, SAMPLE_BYTES = 256, 2048
 
 
 class RunRecord(Record):
-    """The identity of a run. What is None is not known: earlier versions of this program kept no record."""
+    """The identity of a run.
+
+    What is None is not known: earlier versions of this program kept no record, and a plan may be made without data.
+    """
 
     version: Literal[1] = 1
     step: Count | None = None  # in a model's directory: the optimizer steps that it has taken
@@ -65,23 +68,14 @@ class RunRecord(Record):
             started_from: the checkpoint that it begins from, unless it begins at step 0.
         """
         values = values_by_key(config.model_dump(mode="json"))
-        random = to_jsonable_python(config.model.config)
-        model = config.model.init_from
-        features = config.ebft.feature_model
-        initial = _fingerprint(model) if model is not None else f"random {_hash_of(random)}"
         return cls(
             steps=plan.total_steps,
             settings={key: values[key] for key in _RECORDED},
             architecture=_plain(sizes(plan.architecture)),
-            data=plan.train_rows.state,
-            held_out=plan.evaluation_rows.manifest.fingerprint if plan.evaluation_rows else "none",
-            initial_model=initial,
-            feature_model=(
-                # Other sizes or rotary settings make another network of the same weights.
-                f"{_fingerprint(features)}, settings {_hash_of(_plain(sizes(plan.feature_architecture)))}"
-                if features is not None
-                else "the initial model"
-            ),
+            data=plan.train_rows.state if plan.train_rows else None,
+            held_out=_held_out(plan),
+            initial_model=_initial_model(config, plan),
+            feature_model=_feature_model(config, plan),
             started_from=started_from,
         )
 
@@ -125,6 +119,28 @@ class RunRecord(Record):
             return None
 
 
+def _held_out(plan: RunPlan) -> str | None:
+    if plan.evaluation_rows is not None:
+        return plan.evaluation_rows.manifest.fingerprint
+    return None if plan.lacks("evaluation.shards") else "none"
+
+
+def _initial_model(config: RunConfig, plan: RunPlan) -> str | None:
+    if plan.lacks("model.init_from"):
+        return None
+    directory = config.model.init_from
+    return _fingerprint(directory) if directory else f"random {_hash_of(to_jsonable_python(config.model.config))}"
+
+
+def _feature_model(config: RunConfig, plan: RunPlan) -> str | None:
+    if plan.lacks("ebft.feature_model"):
+        return None
+    if config.ebft.feature_model is None:
+        return "the initial model"
+    # Other sizes or rotary settings make another network of the same weights.
+    return f"{_fingerprint(config.ebft.feature_model)}, settings {_hash_of(_plain(sizes(plan.feature_architecture)))}"
+
+
 def refused_differences(then: RunRecord, now: RunRecord, config: RunConfig, where: Path) -> list[Problem]:
     """List what makes the run that is asked for another one than that of a record.
 
@@ -148,7 +164,7 @@ def refused_differences(then: RunRecord, now: RunRecord, config: RunConfig, wher
         (model_key, then.initial_model, now.initial_model),
         ("ebft.feature_model", then.feature_model, now.feature_model),
     ):
-        if old_weights is not None and old_weights != new_weights and not problems:
+        if None not in (old_weights, new_weights) and old_weights != new_weights and not problems:
             found, expected = f"a model of fingerprint {new_weights}", f"the model of {old_weights}, {as_there}"
             problems.append(Problem(config.place(key), key, found, expected))
     return problems
@@ -177,7 +193,7 @@ def noted_differences(then: RunRecord, now: RunRecord, config: RunConfig, where:
         for key, rule, old, new in _changed_settings(then, config)
         if rule is Rule.NOTED
     ]
-    if then.held_out is not None and then.held_out != now.held_out:
+    if None not in (then.held_out, now.held_out) and then.held_out != now.held_out:
         found, expected = f"a dataset of fingerprint {now.held_out}", f"{then.held_out}, as in {where}"
         problems.append(Problem(config.place(_HELD_OUT_KEY), _HELD_OUT_KEY, found, expected))
     return problems

@@ -76,6 +76,9 @@ def planned_standing(config: RunConfig, plan: RunPlan, fresh: Fresh) -> Standing
     Raises:
         ConfigError: it would be refused.
     """
+    if plan.lacks("checkpoint.resume"):
+        words = f"checkpoint.resume: what a start from {config.checkpoint.resume} would do is seen once it is there."
+        return Standing(Action.RESUME, words)
     if not fresh.acts:
         standing = standing_of(config, plan)
         return replace(standing, notes=(*fresh.notes, *standing.notes))

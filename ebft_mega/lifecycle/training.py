@@ -20,7 +20,6 @@ from ebft_mega.lifecycle.results import describe_in_directory, export, read_desc
 from ebft_mega.lifecycle.standing import Standing
 from ebft_mega.lifecycle.start import Start, tidy
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.planning.dry_run import checkpoint_words
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_lock import Loss
@@ -134,7 +133,6 @@ def _take_steps(
 def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
     describe_in_directory(run.config, run.plan, start, run.standing.model_step)
-    saving = checkpoint_words(run.config, run.plan.architecture)
-    notes = (*run.plan.notes, *start.notes, *described.notes, saving)
+    notes = (*run.plan.notes, *start.notes, *described.notes)
     total_steps, resumes_here = run.plan.total_steps, start.is_in(run.output)
     return open_observer(run.output, run.tokenizer_directory, total_steps, start.progress, resumes_here, notes)

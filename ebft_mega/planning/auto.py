@@ -4,6 +4,8 @@ Saving more of the rollout phase spares arithmetic in every step; a resident fea
 parameters. So `learn.reuse_rollout` is resolved first, and the network is resident if the rest of the memory allows.
 """
 
+from dataclasses import dataclass
+
 from ebft_mega.config.rules import activations_can_be_saved
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.planning.memory import Choices, peak_bytes
@@ -14,6 +16,31 @@ from ebft_mega.planning.run_plan import RunPlan
 USABLE_SHARE = 0.9
 # What the gradient pass may take over, from the least arithmetic to the least memory.
 REUSES: tuple[Reuse, ...] = ("activations", "checkpoints", "off")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a run resolves both keys to on accelerators of one memory, and what it then needs."""
+
+    choices: Choices
+    peak_bytes: int  # of the ranks of the worst stage
+    memory_bytes: int  # of an accelerator
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the peak may be."""
+        return int(USABLE_SHARE * self.memory_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the rest of the memory free."""
+        return needed_bytes(self.peak_bytes) <= self.memory_bytes
+
+
+def fit(config: RunConfig, plan: RunPlan, memory_bytes: int) -> Fit:
+    """Resolve both keys for accelerators of this memory, and say whether the run fits then."""
+    chosen = choices(config, plan, memory_bytes)
+    return Fit(chosen, peak_bytes(config, plan, chosen), memory_bytes)
 
 
 def choices(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> Choices:

@@ -1,6 +1,6 @@
 """Check that the datasets provide enough rows for the run and match the model and each other. No torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,17 +18,23 @@ from ebft_mega.planning.datasets import BYTES_PER_GIGABYTE, open_place, open_tra
 
 
 @dataclass(frozen=True)
-class SourceSupply:
-    """The part of a run's rows that one source provides."""
+class KnownSource:
+    """A training dataset that is there."""
 
     name: str
     key: str  # dotted key that names the dataset
     manifest: Manifest
+    tokenizer_directory: Path  # the copy of the tokenizer that made the tokens
+
+
+@dataclass(frozen=True)
+class SourceSupply(KnownSource):
+    """The part of a run's rows that one source provides."""
+
     share: Fraction  # of the rows, as long as all sources last
     rows: int  # of the whole run
     epochs: float  # passes over the source that these rows amount to
     tail_tokens: int  # tokens within max_epochs that fill no row; 0 without max_epochs
-    tokenizer_directory: Path  # the copy of the tokenizer that made the tokens
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,31 @@ def training_supply(config: RunConfig) -> TrainingSupply:
             source.dataset.close()
 
 
+def known_sources(config: RunConfig, absent: Collection[str]) -> tuple[KnownSource, ...]:
+    """Open and check the training data that is there, where some is still to be supplied.
+
+    Args:
+        absent: keys of the sources that are not there.
+    Raises:
+        InputError: everything that is wrong with any of the others, and with them together.
+    """
+    names = [name for name in config.data.named_sources if config.data.source_key(name) not in absent]
+    if not names:
+        return ()
+    stream = open_training_rows(config, absent)
+    for source in stream.sources:
+        source.dataset.close()
+    return tuple(
+        KnownSource(
+            name=source.name,
+            key=config.data.source_key(source.name),
+            manifest=source.dataset.manifest,
+            tokenizer_directory=source.dataset.tokenizer_directory,
+        )
+        for source in stream.sources
+    )
+
+
 def held_out_supply(config: RunConfig) -> HeldOutSupply:
     """Open and check the held-out data; `evaluation.shards` is set.
 
@@ -137,31 +168,31 @@ def held_out_supply(config: RunConfig) -> HeldOutSupply:
 
 def supply_problems(
     config: RunConfig,
-    training: TrainingSupply | None,
+    sources: Sequence[KnownSource],
     held_out: HeldOutSupply | None,
     architecture: Architecture | None,
 ) -> Iterator[Problem]:
     """Check that data fits the model and the batch, and that held-out data fits the training data.
 
-    Data that could not be opened is None; its problems have been reported already.
+    Data that could not be opened, or is not there yet, is left out; its problems have been reported already.
     """
-    manifests = {source.key: source.manifest for source in training.sources} if training else {}
+    manifests = {source.key: source.manifest for source in sources}
     if held_out:
         manifests["evaluation.shards"] = held_out.manifest
     for key, manifest in manifests.items():
         if architecture:
             yield from vocabulary_problems(config.place(key), key, manifest, architecture.vocab_size)
     yield from _cache_too_small_for_all(config, manifests)
-    if training and held_out:
-        first = training.sources[0]
+    if sources and held_out:
+        first = sources[0]
         key = "evaluation.shards"
         yield from held_out_problems(config.place(key), key, held_out.manifest, first.key, first.manifest)
     resume = config.checkpoint.resume
     if resume == "never" or (resume == "auto" and not (config.output_dir / CHECKPOINTS).exists()):
         # Else its steps may have had another size, and the start that reads the checkpoint looks.
         yield from skipped_rows_problems(config, rows_of_run(config))
-    if training:
-        rows = sum(source.manifest.tokens // config.data.sequence_length for source in training.sources)
+    if len(sources) == len(config.data.named_sources):
+        rows = sum(source.manifest.tokens // config.data.sequence_length for source in sources)
         yield from _too_few_rows(config, config.data.mixture_key, rows, "train.global_batch_size")
     if held_out:
         yield from _too_few_rows(config, "evaluation.shards", held_out.rows_per_epoch, "evaluation.rows")
@@ -190,11 +221,15 @@ def _too_few_rows(config: RunConfig, key: str, rows: int, needs_key: str) -> Ite
         yield Problem(config.place(key), key, found, f"at least the {needed} rows of {needs_key}")
 
 
-def supply_notes(config: RunConfig, training: TrainingSupply, held_out: HeldOutSupply | None) -> Iterator[str]:
-    """List settings that work but may surprise, one sentence each."""
+def supply_notes(config: RunConfig, training: TrainingSupply | None, held_out: HeldOutSupply | None) -> Iterator[str]:
+    """List settings that work but may surprise, one sentence each.
+
+    Args:
+        training: None if some of it is still to be supplied.
+    """
     if count := skipped_rows(config):
         yield f"data.skip_rows leaves out {count:,} of the run's {rows_of_run(config):,} rows: they are filler."
-    for source in training.sources:
+    for source in training.sources if training else ():
         if held_out and held_out.manifest.fingerprint == source.manifest.fingerprint:
             yield f"evaluation.shards is a training dataset itself ({source.key}): nothing is held out."
         if source.tail_tokens:

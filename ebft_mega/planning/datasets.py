@@ -1,5 +1,6 @@
 """Open, mix and pack the datasets that a configuration names. No torch."""
 
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from ebft_mega.errors import InputError, Problem
 BYTES_PER_GIGABYTE = 1e9
 
 
-def open_training_rows(config: RunConfig) -> RowStream:
+def open_training_rows(config: RunConfig, leaving_out: Collection[str] = ()) -> RowStream:
     """Open the training rows of a run, in their order.
 
+    Args:
+        leaving_out: keys of sources that are not opened, never of all; rows are then those of the others alone.
     Raises:
         InputError: everything that is wrong with any of the sources.
     """
@@ -28,6 +31,8 @@ def open_training_rows(config: RunConfig) -> RowStream:
     problems: list[Problem] = []
     sources: list[Source] = []
     for name, source in data.named_sources.items():
+        if data.source_key(name) in leaving_out:
+            continue
         try:
             dataset = open_place(config, data.source_key(name), source.shards)
         except InputError as error:
@@ -58,8 +63,8 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
         InputError: everything that is wrong with it, with the key.
     """
     try:
-        if isinstance(place, Path) and _holds_text(place):
-            tokenizer = _text_tokenizer(config)
+        if isinstance(place, Path) and holds_text(place):
+            tokenizer = _require_text_tokenizer(config)
             place = tokenized_dataset(place, tokenizer, config.data.cache, available_cores())
         transfer = Transfer(redirect_hosts=config.data.redirect_hosts)
         return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error, transfer=transfer)
@@ -75,18 +80,23 @@ def shard_cache(data: DataConfig) -> ShardCache:
     return ShardCache(data.cache, int(data.cache_gigabytes * BYTES_PER_GIGABYTE))
 
 
-def _holds_text(directory: Path) -> bool:
+def holds_text(directory: Path) -> bool:
     """Whether a directory holds webdataset shards that `tools/build_shards.py` did not make."""
     return not (directory / MANIFEST_NAME).exists() and any(directory.glob("*.tar"))
 
 
-def _text_tokenizer(config: RunConfig) -> Path:
+def text_tokenizer(config: RunConfig) -> Path | None:
+    """Name the directory of the tokenizer for text shards; None if no key names one."""
+    return config.data.tokenizer or config.model.init_from
+
+
+def _require_text_tokenizer(config: RunConfig) -> Path:
     """The tokenizer for text shards.
 
     Raises:
         InputError: none is named.
     """
-    directory = config.data.tokenizer or config.model.init_from
+    directory = text_tokenizer(config)
     if directory is None:
         expected = "a tokenizer directory: these shards have no dataset.json and there is no model.init_from"
         raise InputError([Problem(config.place("data.tokenizer"), "data.tokenizer", "not set", expected)])

@@ -9,8 +9,9 @@ from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.planning.absent_inputs import listed_keys
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
-from ebft_mega.planning.auto import USABLE_SHARE, choices, possible_reuses
+from ebft_mega.planning.auto import USABLE_SHARE, choices, fit, possible_reuses
 from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, skipped_rows
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
@@ -18,10 +19,15 @@ from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 GIB_BYTES = 1 << 30
+GIGABYTE = 1e9
 
 
-def describe_run(config: RunConfig, plan: RunPlan) -> str:
-    """Compose everything that `--dry-run` prints."""
+def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = None) -> str:
+    """Compose everything that `--dry-run` prints.
+
+    Args:
+        memory_bytes: of an accelerator, for which `auto` is resolved; None: not known.
+    """
     parts = [
         _title("Resolved configuration") + resolved_yaml(config).rstrip(),
         _title("Model") + _model_text(plan),
@@ -30,13 +36,19 @@ def describe_run(config: RunConfig, plan: RunPlan) -> str:
         _title("Checkpoints") + _checkpoint_text(config, plan),
         _title("Layout") + _layout_text(config, plan),
         _title("Each rank's part") + _parts_text(config, plan),
-        _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan),
+        _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan, memory_bytes),
     ]
     if config.uses_rollouts:
         title = "Peak by what learning takes over from rollouts and by zero.feature_network (GiB)"
-        parts.append(_title(title) + _reuse_text(config, plan))
-    if plan.notes:
-        parts.append(_title("Notes") + "\n".join(shown(note, LONGEST_NOTE) for note in plan.notes))
+        parts.append(_title(title) + _reuse_text(config, plan, memory_bytes))
+    if memory_bytes is not None:
+        size = f"{memory_bytes / GIGABYTE:,.10g} GB"
+        parts.append(_title(f"On accelerators of {size}") + _fit_text(config, plan, memory_bytes))
+    if notes := [*plan.notes, *_objective_notes(config)]:
+        parts.append(_title("Notes") + "\n".join(shown(note, LONGEST_NOTE) for note in notes))
+    if plan.to_be_supplied:
+        rows: list[tuple[str, object]] = [(entry.key, entry.words) for entry in plan.to_be_supplied]
+        parts.append(_title("To be supplied before a start") + _table(rows))
     return "\n\n".join(parts)
 
 
@@ -53,14 +65,14 @@ def _table(rows: list[tuple[str, object]]) -> str:
 
 def _model_text(plan: RunPlan) -> str:
     architecture = plan.architecture
-    return _table(
-        [
-            ("architecture", architecture.model_type),
-            ("parameters", architecture.num_parameters),
-            ("layers", architecture.num_hidden_layers),
-            ("vocabulary", architecture.vocab_size),
-        ]
-    )
+    table: list[tuple[str, object]] = [
+        ("architecture", architecture.model_type),
+        ("parameters", architecture.num_parameters),
+        ("layers", architecture.num_hidden_layers),
+        ("vocabulary", architecture.vocab_size),
+    ]
+    stand_ins = [(entry.key, entry.stand_in_words) for entry in plan.to_be_supplied if entry.stand_in]
+    return _table([*table, *((f"{key}: sizes from", file) for key, file in stand_ins)])
 
 
 def _block_text(config: RunConfig, plan: RunPlan) -> str:
@@ -86,21 +98,15 @@ def _block_text(config: RunConfig, plan: RunPlan) -> str:
 
 
 def _data_text(config: RunConfig, plan: RunPlan) -> str:
-    sources, rows = plan.train_rows.sources, rows_of_run(config)
-    table: list[tuple[str, object]] = [
-        ("documents", sum(source.manifest.documents for source in sources)),
-        ("tokens", sum(source.manifest.tokens for source in sources)),
+    rows = rows_of_run(config)
+    run: list[tuple[str, object]] = [
         ("optimizer steps", plan.total_steps),
         ("rows per step", config.train.global_batch_size),
         ("rows of the run", rows),
         ("tokens of the run", rows * config.data.sequence_length),
-        ("rows there are", "endless" if plan.train_rows.total_rows is None else plan.train_rows.total_rows),
-        ("document masking", "yes" if config.data.document_masking else "no"),
     ]
-    for source in sources:
-        name = "epochs of the run" if len(sources) == 1 else f"epochs of {source.name}"
-        share = f", {float(source.share):.2%} of the rows: {source.rows:,}" if len(sources) > 1 else ""
-        table.append((name, f"{source.epochs:.2f}{share}"))
+    table = [*_size_rows(plan), *run, *_supply_rows(plan)]
+    table.append(("document masking", "yes" if config.data.document_masking else "no"))
     if config.data.skip_rows:
         table.append(("rows that data.skip_rows turns into filler", skipped_rows(config)))
     if config.data.on_error == "skip":
@@ -112,7 +118,44 @@ def _data_text(config: RunConfig, plan: RunPlan) -> str:
     ]
     if plan.evaluation_rows:
         table.append(("held-out rows", f"{config.evaluation.rows:,} of {plan.evaluation_rows.rows_per_epoch:,}"))
+    elif plan.lacks(key := "evaluation.shards"):
+        table.append(("held-out rows", f"{config.evaluation.rows:,} of a number that is not known: {key} is absent"))
     return _table(table)
+
+
+def _size_rows(plan: RunPlan) -> list[tuple[str, object]]:
+    """Documents and tokens of the training data; of some of it alone where the rest is to be supplied."""
+    sources = plan.sources
+    if plan.train_rows is not None:
+        return [
+            ("documents", sum(source.manifest.documents for source in sources)),
+            ("tokens", sum(source.manifest.tokens for source in sources)),
+        ]
+    of_known = [
+        (f"documents and tokens of {source.name}", f"{source.manifest.documents:,} and {source.manifest.tokens:,}")
+        for source in sources
+    ]
+    return [("documents", _not_known(plan)), ("tokens", _not_known(plan)), *of_known]
+
+
+def _supply_rows(plan: RunPlan) -> list[tuple[str, object]]:
+    """How often the run reads its data."""
+    training = plan.train_rows
+    if training is None:
+        return [("rows there are", _not_known(plan)), ("epochs of the run", _not_known(plan))]
+    table: list[tuple[str, object]] = [
+        ("rows there are", "endless" if training.total_rows is None else training.total_rows)
+    ]
+    for source in training.sources:
+        is_alone = len(training.sources) == 1
+        share = "" if is_alone else f", {float(source.share):.2%} of the rows: {source.rows:,}"
+        table.append(("epochs of the run" if is_alone else f"epochs of {source.name}", f"{source.epochs:.2f}{share}"))
+    return table
+
+
+def _not_known(plan: RunPlan) -> str:
+    absent = [entry for entry in plan.to_be_supplied if entry.key.startswith("data.s")]
+    return f"not known: {listed_keys(absent)} to be supplied" if absent else "not known"
 
 
 def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
@@ -140,7 +183,7 @@ def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
 def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
     """Say in one line when and where a run takes checkpoints and how large one is."""
     size = f"{checkpoint_bytes(architecture) / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
-    return f"checkpoints: {_when(config)}; {size}"
+    return f"{_when(config)}; {size}"
 
 
 def checkpoint_bytes(architecture: Architecture) -> int:
@@ -251,9 +294,9 @@ def _columns(rows: list[list[str]], numbers: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def _memory_text(config: RunConfig, plan: RunPlan) -> str:
+def _memory_text(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> str:
     """Every tensor of the rank that needs the most; with several stages also a line for each of them."""
-    chosen = choices(config, plan, memory_bytes=None)
+    chosen = choices(config, plan, memory_bytes)
     worst = worst_stage(config, plan, chosen)
     memory = plan_memory(config, plan, chosen, worst)
     rows = [(name, size) for name, size in memory.states.items()]
@@ -275,19 +318,54 @@ def _stages_text(config: RunConfig, plan: RunPlan, chosen: Choices) -> str:
     return _columns(rows, numbers=tuple(range(1, len(rows[0]))))
 
 
-def _reuse_text(config: RunConfig, plan: RunPlan) -> str:
+def _reuse_text(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> str:
     """What a rank needs for everything that learning can take over from the rollouts, and what is planned here."""
     rows = [["learn.reuse_rollout", "resident", "sharded"]]
     for reuse in possible_reuses(config):
         peaks = (peak_bytes(config, plan, Choices(reuse, is_sharded)) for is_sharded in (False, True))
         rows.append([reuse, *(f"{peak / GIB_BYTES:.3f}" for peak in peaks)])
-    chosen = choices(config, plan, memory_bytes=None)
-    network = "sharded" if chosen.feature_network_is_sharded else "resident"
+    chosen = choices(config, plan, memory_bytes)
     return "\n".join(
         [
             _columns(rows, numbers=(1, 2)),
-            f"Planned above: {chosen.reuse_rollout}, feature network {network}. A run takes for 'auto' the first",
-            f"of {', '.join(possible_reuses(config))} that fits into {USABLE_SHARE:.0%} of the smallest accelerator,",
-            "and then a resident feature network if that fits, too.",
+            f"Planned above: {chosen.reuse_rollout}, feature network {_network(chosen)}.",
+            f"A run takes for 'auto' the first of {', '.join(possible_reuses(config))} that fits into",
+            f"{USABLE_SHARE:.0%} of the smallest accelerator, and then a resident feature network if that fits, too.",
         ]
     )
+
+
+def _network(chosen: Choices) -> str:
+    return "sharded" if chosen.feature_network_is_sharded else "resident"
+
+
+def _fit_text(config: RunConfig, plan: RunPlan, memory_bytes: int) -> str:
+    """What `auto` becomes on accelerators of this memory, and whether the run fits there."""
+    found = fit(config, plan, memory_bytes)
+    left = found.usable_bytes - found.peak_bytes
+    words = f"{'yes' if found.fits else 'no'}: {abs(left) / GIB_BYTES:,.3f} GiB {'left' if found.fits else 'too much'}"
+    resolved = [
+        ("learn.reuse_rollout", f"{found.choices.reuse_rollout} (configured: {config.learn.reuse_rollout})"),
+        ("zero.feature_network", f"{_network(found.choices)} (configured: {config.zero.feature_network})"),
+    ]
+    usable = f"{found.usable_bytes / GIB_BYTES:,.3f} ({USABLE_SHARE:.0%} of {memory_bytes / GIB_BYTES:,.3f})"
+    return _table(
+        [
+            *resolved * config.uses_rollouts,
+            ("peak of the ranks that need the most, GiB", f"{found.peak_bytes / GIB_BYTES:,.3f}"),
+            ("memory for it, GiB", usable),
+            ("it fits", words),
+        ]
+    )
+
+
+def _objective_notes(config: RunConfig) -> list[str]:
+    """What a term of the reward is worth under whitening."""
+    ebft = config.ebft
+    if not (config.uses_rollouts and ebft.use_whitening and ebft.diversity_coef and ebft.n_samples_per_prompt > 1):
+        return []
+    return [
+        f"ebft.use_whitening: the diversity term is 0 for a rollout that no other one of its block equals, whatever "
+        f"ebft.whitening is; of m equal ones among {ebft.n_samples_per_prompt} each has "
+        f"2 (m - 1) / (m * {ebft.n_samples_per_prompt - 1})."
+    ]

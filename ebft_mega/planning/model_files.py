@@ -57,7 +57,9 @@ def random_model(config: dict[str, Any], place: str) -> CheckedModel:
     return CheckedModel(None, architecture, _end_tokens(config), architecture.notes)
 
 
-def check_model(directory: Path, feature_layers: tuple[float, ...] | None = None) -> CheckedModel:
+def check_model(
+    directory: Path, feature_layers: tuple[float, ...] | None = None, *, has_weights: bool = True
+) -> CheckedModel:
     """Check configuration, tensors and describing files of a model directory.
 
     Tensors are compared with the configuration by name, shape and dtype. Of a checkpoint the small files are compared
@@ -67,6 +69,7 @@ def check_model(directory: Path, feature_layers: tuple[float, ...] | None = None
         directory: a Hugging Face model directory, or a checkpoint folder of this trainer.
         feature_layers: relative depths at which a feature network reads the model: no layer above and no head is
             needed; None: the whole model.
+        has_weights: false where a plan is made before there are any: only the other files are checked.
     Raises:
         InputError, BrokenCheckpointError: everything that is wrong with it, at once.
     """
@@ -81,10 +84,10 @@ def check_model(directory: Path, feature_layers: tuple[float, ...] | None = None
     except InputProblems as error:
         problems += error.problems
     try:
-        if index is None:
+        if index is None and has_weights:
             architecture, found, notes = _with_tensors(directory, architecture, feature_layers)
             problems += found
-        elif architecture is not None:
+        elif index is not None and architecture is not None:
             problems += _checkpoint_problems(directory, architecture, index)
     except OSError as error:
         found_text = f"{error.filename or directory}: {error.strerror or error}"

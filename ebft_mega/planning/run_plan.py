@@ -1,10 +1,10 @@
 """Check a configuration against the number of processes, the model directory and the datasets. No torch."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import tensor_parallel_obstacles, valid_tensor_parallel_sizes
@@ -16,15 +16,8 @@ from ebft_mega.config.fields import is_possible_path
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
-from ebft_mega.planning.data_budget import (
-    HeldOutSupply,
-    SourceSupply,
-    TrainingSupply,
-    held_out_supply,
-    supply_notes,
-    supply_problems,
-    training_supply,
-)
+from ebft_mega.planning import data_budget
+from ebft_mega.planning.absent_inputs import AbsentInput, absent_inputs, plan_model
 from ebft_mega.planning.input_places import output_notes, output_problems
 from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import check_model, random_model
@@ -56,14 +49,20 @@ class RunPlan:
     parallel: ParallelSizes
     num_micro_batches: int  # per replica and optimizer step
     total_steps: int
-    train_rows: TrainingSupply
-    evaluation_rows: HeldOutSupply | None
+    train_rows: data_budget.TrainingSupply | None  # None: some of the data is still to be supplied
+    evaluation_rows: data_budget.HeldOutSupply | None  # None: no evaluation, or its data is still to be supplied
     notes: tuple[str, ...]  # settings that work but may surprise
+    sources: tuple[data_budget.KnownSource, ...] = ()  # training data that is there
+    to_be_supplied: tuple[AbsentInput, ...] = ()  # empty in every plan that a run starts with
 
     @property
     def data_parallel_size(self) -> int:
         """Model replicas."""
         return self.parallel.data_parallel
+
+    def lacks(self, key: str) -> bool:
+        """Whether the input that a key names is still to be supplied."""
+        return any(entry.key == key for entry in self.to_be_supplied)
 
 
 def check_world(config: RunConfig, world_size: int, models: Sequence[Architecture] = ()) -> ParallelSizes:
@@ -137,7 +136,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def check_run(config: RunConfig, world_size: int) -> RunPlan:
+def check_run(config: RunConfig, world_size: int, without_data: bool = False) -> RunPlan:
     """Check a run against its inputs and the number of processes.
 
     Opens the models' and the datasets' small files; of the weights the headers and tensors that would be left out are
@@ -146,6 +145,7 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
     Args:
         config: the run, as `load_config` gives it.
         world_size: number of processes.
+        without_data: plan without datasets, tokenizers and weights that are not there; what is there is checked.
     Raises:
         InputError: everything that is wrong, at once.
     """
@@ -159,44 +159,89 @@ def check_run(config: RunConfig, world_size: int) -> RunPlan:
             problems.extend(error.problems)
             return None
 
-    policy = attempt(_policy, config)
-    features = attempt(_feature_model, config) if config.ebft.feature_model else policy
+    absent = absent_inputs(config) if without_data else {}
+    policy = attempt(_policy, config, absent)
+    features = attempt(_feature_model, config, absent) if config.ebft.feature_model else policy
     architecture = policy.model.architecture if policy else None
     feature_architecture = features.model.architecture if features else None
     # With the policy's sizes unknown, the feature model's would be taken for them.
     models = [model for model in (architecture, feature_architecture) if model] if architecture else []
     sizes = attempt(check_world, config, world_size, models)
-    train_rows = attempt(training_supply, config)
-    evaluation_rows = attempt(held_out_supply, config) if config.evaluation.shards else None
+    training, sources, held_out = _open_data(config, absent, attempt)
     if architecture and feature_architecture:
         problems += _vocabularies_differ(config, architecture, feature_architecture)
     named = [model for model in (policy, None if features is policy else features) if model]
-    data = _named_data(config, train_rows, evaluation_rows)
+    data = _named_data(config, sources, held_out)
     problems += [*window_problems(named, *_length(config)), *data_problems(named, data)]
-    problems += [*output_problems(config), *_no_checkpoint_to_resume(config)]
-    problems += supply_problems(config, train_rows, evaluation_rows, architecture)
-    if problems or not (sizes and architecture and feature_architecture and train_rows):
+    problems += [*output_problems(config), *_no_checkpoint(config, absent)]
+    problems += data_budget.supply_problems(config, sources, held_out, architecture)
+    if problems or not (sizes and architecture and feature_architecture):
         raise InputError(problems)
+    plan = plan_of_sizes(config, world_size, architecture, feature_architecture)
+    return replace(
+        plan,
+        train_rows=training,
+        evaluation_rows=held_out,
+        notes=(
+            *plan.notes,
+            *output_notes(config),
+            *(f"{model.key}: {note}" for model in named for note in model.model.notes),
+            *data_notes(named, data),
+            *data_budget.supply_notes(config, training, held_out),
+        ),
+        sources=sources,
+        to_be_supplied=tuple(absent.values()),
+    )
+
+
+def plan_of_sizes(
+    config: RunConfig, world_size: int, architecture: Architecture, feature_architecture: Architecture | None = None
+) -> RunPlan:
+    """Plan a run from sizes alone, which is all that layout and memory follow from. Reads no file.
+
+    Args:
+        config: the run; what it reads is not looked at.
+        world_size: number of processes.
+        architecture: of the policy.
+        feature_architecture: of the feature network; None: the policy's.
+    Raises:
+        ConfigError: the layout fits neither the models nor the batch.
+    """
+    models = [architecture] if feature_architecture is None else [architecture, feature_architecture]
+    sizes = check_world(config, world_size, models)
     num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * sizes.data_parallel)
     return RunPlan(
         architecture=architecture,
-        feature_architecture=feature_architecture,
+        feature_architecture=models[-1],
         block_plan=config.block_plan,
         parallel=sizes,
         num_micro_batches=num_micro_batches,
         total_steps=config.total_steps,
-        train_rows=train_rows,
-        evaluation_rows=evaluation_rows,
+        train_rows=None,
+        evaluation_rows=None,
         notes=(
             *notes(config),
-            *output_notes(config),
-            *(f"{model.key}: {note}" for model in named for note in model.model.notes),
-            *data_notes(named, data),
             *_length_notes(config, architecture),
-            *supply_notes(config, train_rows, evaluation_rows),
-            *_pipeline_notes(config, sizes, num_micro_batches, feature_architecture),
+            *_pipeline_notes(config, sizes, num_micro_batches, models[-1]),
         ),
     )
+
+
+def _open_data(
+    config: RunConfig, absent: Mapping[str, AbsentInput], attempt: Callable[..., Any]
+) -> tuple[data_budget.TrainingSupply | None, tuple[data_budget.KnownSource, ...], data_budget.HeldOutSupply | None]:
+    """The rows of the run, unless some are to be supplied; the training data that is there; the held-out rows.
+
+    Args:
+        attempt: gives the result of a check, or None after its problems were noted.
+    """
+    if absent.keys().isdisjoint(map(config.data.source_key, config.data.named_sources)):
+        training = attempt(data_budget.training_supply, config)
+        sources = training.sources if training else ()
+    else:
+        training, sources = None, attempt(data_budget.known_sources, config, absent) or ()
+    has_held_out = config.evaluation.shards is not None and "evaluation.shards" not in absent
+    return training, sources, attempt(data_budget.held_out_supply, config) if has_held_out else None
 
 
 def _named(config: RunConfig, key: str, problems: tuple[Problem, ...] | list[Problem]) -> list[Problem]:
@@ -210,38 +255,44 @@ def _length(config: RunConfig) -> tuple[str, str, int]:
     return key, config.place(key), config.data.sequence_length
 
 
-def _policy(config: RunConfig) -> NamedModel:
+def _policy(config: RunConfig, absent: Mapping[str, AbsentInput]) -> NamedModel:
     if config.model.init_from is not None:
-        return _model_directory(config, "model.init_from", config.model.init_from)
+        return _model_directory(config, "model.init_from", config.model.init_from, absent)
     key = "model.config"
     assert config.model.config is not None, "load_config lets no other configuration pass"
     return NamedModel(key, config.place(key), random_model(config.model.config, config.place(key)))
 
 
-def _feature_model(config: RunConfig) -> NamedModel:
-    assert config.ebft.feature_model is not None, "called only with a feature model"
-    return _model_directory(config, "ebft.feature_model", config.ebft.feature_model, config.ebft.feature_layers)
+def _feature_model(config: RunConfig, absent: Mapping[str, AbsentInput]) -> NamedModel:
+    directory, key = config.ebft.feature_model, "ebft.feature_model"
+    assert directory is not None, "called only with a feature model"
+    return _model_directory(config, key, directory, absent, config.ebft.feature_layers)
 
 
 def _model_directory(
-    config: RunConfig, key: str, directory: Path, feature_layers: tuple[float, ...] | None = None
+    config: RunConfig,
+    key: str,
+    directory: Path,
+    absent: Mapping[str, AbsentInput],
+    feature_layers: tuple[float, ...] | None = None,
 ) -> NamedModel:
     """A model directory that can be used; of a feature model only the layers up to the deepest one that is read."""
-    if not directory.exists():
-        expected = "a Hugging Face model directory"
-        raise InputError([Problem(config.place(key), key, f"no directory {directory}", expected)])
+    where = config.place(key)
+    if key not in absent and not directory.exists():
+        raise InputError([Problem(where, key, f"no directory {directory}", "a Hugging Face model directory")])
     try:
-        return NamedModel(key, config.place(key), check_model(directory, feature_layers))
+        model = plan_model(absent[key], feature_layers) if key in absent else check_model(directory, feature_layers)
+        return NamedModel(key, where, model)
     except InputProblems as error:
         raise InputError(_named(config, key, error.problems)) from None
 
 
 def _named_data(
-    config: RunConfig, training: TrainingSupply | None, held_out: HeldOutSupply | None
+    config: RunConfig, sources: Sequence[data_budget.KnownSource], held_out: data_budget.HeldOutSupply | None
 ) -> tuple[NamedData, ...]:
     """All datasets that could be opened, under their keys."""
-    supplies: list[tuple[str, SourceSupply | HeldOutSupply]] = []
-    supplies += [(source.key, source) for source in training.sources] if training else []
+    supplies: list[tuple[str, data_budget.KnownSource | data_budget.HeldOutSupply]] = []
+    supplies += [(source.key, source) for source in sources]
     supplies += [("evaluation.shards", held_out)] if held_out else []
     return tuple(
         NamedData(key, config.place(key), supply.manifest, supply.tokenizer_directory) for key, supply in supplies
@@ -256,9 +307,9 @@ def _vocabularies_differ(config: RunConfig, policy: Architecture, features: Arch
     return [Problem(config.place(key), key, found, f"{policy.vocab_size} tokens, as the policy has")]
 
 
-def _no_checkpoint_to_resume(config: RunConfig) -> list[Problem]:
+def _no_checkpoint(config: RunConfig, absent: Mapping[str, AbsentInput]) -> list[Problem]:
     resume = config.checkpoint.resume
-    if resume in ("auto", "never"):
+    if resume in ("auto", "never") or "checkpoint.resume" in absent:
         return []
     key, expected = "checkpoint.resume", "auto, never or the directory of a checkpoint or of a run"
     if not is_possible_path(resume) or not Path(resume).is_dir():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ebft_mega.data.store.addresses import redirect_obstacle
 from ebft_mega.data.store.connections import answer_within, limit_connections, shared_context
-from ebft_mega.errors import DamagedDataError
+from ebft_mega.errors import DamagedDataError, UnreachableDataError
 
 if TYPE_CHECKING:
     import httpx2
@@ -95,7 +95,7 @@ class HttpsClient:
                 found = str(failure)
             except _RefusedError as failure:
                 raise DamagedDataError(url, None, failure.expected or "a file", str(failure)) from failure
-        raise DamagedDataError(url, None, "a file", self._after_attempts(found))
+        raise UnreachableDataError(url, None, "a file", self._after_attempts(found))
 
     def chunks(self, url: str, start: int, stop: int, total_bytes: int) -> Iterator[bytes]:
         """Read a byte range in order; after a broken connection, continue at the first missing byte.
@@ -129,7 +129,7 @@ class HttpsClient:
             except _RefusedError as failure:
                 expected = failure.expected or f"{stop - position} bytes"
                 raise DamagedDataError(url, position, expected, str(failure)) from failure
-        raise DamagedDataError(url, position, f"{stop - position} bytes", self._after_attempts(found))
+        raise UnreachableDataError(url, position, f"{stop - position} bytes", self._after_attempts(found))
 
     def small_file(self, url: str, limit_bytes: int, absent: tuple[int, ...] = _ABSENT_STATUS) -> bytes | None:
         """Read a whole file of unknown size.
@@ -163,7 +163,7 @@ class HttpsClient:
                 if declared in (None, len(content)):
                     return content
                 found = f"{len(content)} of {declared} bytes"
-        raise DamagedDataError(url, None, expected, self._after_attempts(found))
+        raise UnreachableDataError(url, None, expected, self._after_attempts(found))
 
     def close(self) -> None:
         """Close idle connections; a later request opens new ones."""

@@ -1,5 +1,6 @@
 """Open a local or remote dataset after every check that is possible without reading documents. Imports no torch."""
 
+import dataclasses
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
-from ebft_mega.errors import DamagedDataError, InputError, Problem
+from ebft_mega.errors import DamagedDataError, InputError, Problem, UnreachableDataError
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.records import MAX_PROBLEMS
 
@@ -37,7 +38,8 @@ _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _TOKENIZER_LIMIT_BYTES = 1 << 28
 _SIMULTANEOUS_CHECKS = 16
 # Public buckets without permission to list them answer 403 for a missing file.
-_ABSENT_TOKENIZER_STATUS = (403, 404, 410)
+_ABSENT_STATUS = (403, 404, 410)
+_SHORT_SECONDS = 3.0  # for an answer that a plan can do without
 _WHAT = "dataset directory made by tools/build_shards.py"
 
 
@@ -101,6 +103,29 @@ def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, tran
         raise InputError(problems)
     index = load_index(directory / INDEX_NAME)
     return Dataset(directory, manifest, index, RemoteShards(address, manifest, directory, cache, client, on_error))
+
+
+def remote_absence(address: str, transfer: Transfer) -> str | None:
+    """Why there is no remote dataset, as far as it is seen from here: no answer, or no manifest. One short attempt.
+
+    Args:
+        address: https URL of the dataset directory.
+        transfer: whose redirects are followed.
+
+    Returns:
+        What was found, in words; None where there is a manifest, or an answer that says that something is wrong.
+    """
+    url = f"{address.rstrip('/')}/{MANIFEST_NAME}"
+    client = HttpsClient(dataclasses.replace(transfer, timeout_seconds=_SHORT_SECONDS, attempts=1))
+    try:
+        content = client.small_file(url, MANIFEST_LIMIT_BYTES, _ABSENT_STATUS)
+    except UnreachableDataError as error:
+        return error.found
+    except DamagedDataError:
+        return None
+    finally:
+        client.close()
+    return f"no {MANIFEST_NAME}" if content is None else None
 
 
 def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
@@ -214,7 +239,7 @@ def _copy_description(
     (directory / TOKENIZER_DIRECTORY).mkdir()
     for name in TOKENIZER_FILES:
         url, limit = f"{address}/{TOKENIZER_DIRECTORY}/{name}", min(_TOKENIZER_LIMIT_BYTES, room_bytes)
-        content = client.small_file(url, limit, _ABSENT_TOKENIZER_STATUS)
+        content = client.small_file(url, limit, _ABSENT_STATUS)
         if content is not None:
             room_bytes -= len(content)
             with (directory / TOKENIZER_DIRECTORY / name).open("xb") as file:

@@ -384,4 +384,4 @@ def test_checkpoints_of_the_plan(inputs):
     ):
         config, plan = plan_of(inputs, checkpoint=checkpoint)
         assert re.search(rf"taken +{words}\n", planner.describe_run(config, plan))
-        assert planner.checkpoint_words(config, plan.architecture) == f"checkpoints: {words}; {size}"
+        assert planner.checkpoint_words(config, plan.architecture) == f"{words}; {size}"

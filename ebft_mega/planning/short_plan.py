@@ -1,0 +1,65 @@
+"""Say in a few lines what a start is about to do, before anything heavy is loaded. No torch."""
+
+from pathlib import Path
+
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.planning.data_budget import rows_of_run
+from ebft_mega.planning.dry_run import checkpoint_words
+from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.shown_text import LONGEST_NOTE, shown
+
+
+def short_plan(config: RunConfig, plan: RunPlan, trace_directory: Path | None = None) -> list[str]:
+    """Describe a run as lines: model, layout, data, tokens, steps, place, checkpoints.
+
+    Args:
+        plan: of a run whose inputs are all there.
+        trace_directory: where the trace of a single step is written; None: a run.
+    """
+    rows: list[tuple[str, str]] = [
+        ("model", _model_words(config, plan)),
+        ("layout", _layout_words(config, plan)),
+        ("data", _data_words(config, plan)),
+    ]
+    if trace_directory is not None:
+        rows.append(("steps", f"one, of {config.tokens_per_step:,} tokens; it is traced, and nothing else is written"))
+        rows.append(("place", str(trace_directory)))
+    else:
+        rows.append(("tokens", _token_words(config, plan)))
+        rows.append(("steps", f"{plan.total_steps:,}, of {config.tokens_per_step:,} tokens each"))
+        rows.append(("place", str(config.output_dir.absolute())))
+        rows.append(("checkpoints", checkpoint_words(config, plan.architecture)))
+    width = max(len(name) for name, _ in rows)
+    return ["The run in short:", *(f"  {name:<{width}}  {shown(words, LONGEST_NOTE)}" for name, words in rows)]
+
+
+def _model_words(config: RunConfig, plan: RunPlan) -> str:
+    architecture = plan.architecture
+    origin = "random weights" if config.model.init_from is None else str(config.model.init_from)
+    words = f"{architecture.model_type}, {architecture.num_parameters:,} parameters, from {origin}"
+    feature_model = config.ebft.feature_model
+    return f"{words}; features of {feature_model}" if feature_model is not None and config.uses_rollouts else words
+
+
+def _layout_words(config: RunConfig, plan: RunPlan) -> str:
+    sizes, train = plan.parallel, config.train
+    degrees = f"tensor {sizes.tensor_parallel} x data {sizes.data_parallel} x pipeline {sizes.pipeline_parallel}"
+    processes = f"{sizes.world_size:,} processes" if sizes.world_size > 1 else "1 process"
+    batch = f"{train.global_batch_size:,} rows a step in micro-batches of {train.micro_batch_size:,}"
+    return f"{processes}: {degrees}; ZeRO stage {config.zero.stage}, {train.dtype}; {batch}"
+
+
+def _data_words(config: RunConfig, plan: RunPlan) -> str:
+    documents = sum(source.manifest.documents for source in plan.sources)
+    tokens = sum(source.manifest.tokens for source in plan.sources)
+    places = [str(source.shards) for source in config.data.named_sources.values()]
+    where = places[0] if len(places) == 1 else f"{len(places)} sources ({', '.join(config.data.named_sources)})"
+    held_out = f"; held out: {config.evaluation.shards}" if plan.evaluation_rows else "; nothing held out"
+    return f"{where}: {documents:,} documents, {tokens:,} tokens{held_out}"
+
+
+def _token_words(config: RunConfig, plan: RunPlan) -> str:
+    rows, sources = rows_of_run(config), plan.train_rows.sources if plan.train_rows else ()
+    epochs = [f"{source.epochs:.2f} epochs" + f" of {source.name}" * (len(sources) > 1) for source in sources]
+    tokens = f"{rows * config.data.sequence_length:,} in {rows:,} rows of {config.data.sequence_length:,}"
+    return f"{tokens}: {', '.join(epochs)}"
