@@ -1,6 +1,8 @@
 """Compare the logits of this package's model with those of transformers on a text."""
 
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.model_folder import is_checkpoint
@@ -22,7 +25,7 @@ from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.model.weights.model_directory import CONFIG_NAME
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_files import INDEX_NAME
-from ebft_mega.model.weights.weight_sources import SafetensorsWeights
+from ebft_mega.model.weights.weight_sources import RoundedWeights, SafetensorsWeights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.model_files import CheckedModel, check_model
 from ebft_mega.shown_text import LONGEST_NOTE, shown
@@ -50,6 +53,9 @@ def compare_logits(
 ) -> Comparison:
     """Compare this package's model with transformers' on the first tokens of a text, in one process.
 
+    A tensor that the two store in different dtypes is rounded to the coarser one on the other side, too: a checkpoint's
+    float32 weights are compared with an export in bfloat16 as that export holds them.
+
     Args:
         model: a Hugging Face directory or a checkpoint folder, whose logits are computed here.
         reference: the Hugging Face directory that transformers loads; None: `model`.
@@ -61,7 +67,8 @@ def compare_logits(
     Memory: one of the two models at a time, in float32, and the logits of all positions.
     """
     if is_checkpoint(model) and reference is None:
-        raise bad_input("--reference", str(model), "not given, for a checkpoint", "a Hugging Face directory")
+        wanted = "a Hugging Face directory: tools/convert_hf.py export makes one of the checkpoint"
+        raise bad_input("--reference", str(model), "not given, for a checkpoint", wanted)
     reference = reference or model
     problems: list[Problem] = []
     checked: list[CheckedModel] = []
@@ -75,15 +82,35 @@ def compare_logits(
     architectures = [found.architecture for found in checked]
     own, other = architectures[0], architectures[-1]
     if own.vocab_size != other.vocab_size:
-        raise bad_input(str(reference), "vocab_size", other.vocab_size, f"{own.vocab_size}, as {model} has")
+        wanted = f"{own.vocab_size}, as {model} has: --reference is another version of the same model"
+        raise bad_input(str(reference), "vocab_size", other.vocab_size, wanted)
     weights = open_weights(model, own)
-    files = SafetensorsWeights(reference, other).digest_names()
+    compared = SafetensorsWeights(reference, other)
+    dtypes = dict.fromkeys(hf_shapes(own), torch.float32)  # as a checkpoint has them
+    dtypes |= weights.dtypes if isinstance(weights, SafetensorsWeights) else {}
+    ours, theirs = _coarser(compared.dtypes, dtypes), _coarser(dtypes, compared.dtypes)
     tokens = _tokens(text, model if tokenizer_sha256(model) else reference, architectures, max_positions)
-    expected = _reference_logits(reference, files, tokens)
+    expected = _reference_logits(reference, compared.digest_names(), tokens, theirs)
     stage = Stage(own, StageShape.whole(own), groups, torch.float32)
-    load_weights(stage, weights)
-    notes = tuple(dict.fromkeys(note for found in checked for note in found.notes))
-    return _compare(stage.requires_grad_(False).eval(), tokens, expected, notes)
+    load_weights(stage, RoundedWeights(weights, ours))
+    notes = dict.fromkeys(note for found in checked for note in found.notes)
+    notes |= dict.fromkeys([*_rounding_notes(ours, model, reference), *_rounding_notes(theirs, reference, model)])
+    return _compare(stage.requires_grad_(False).eval(), tokens, expected, tuple(notes))
+
+
+def _coarser(dtypes: Mapping[str, torch.dtype], than: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Of the tensors that both have, those of fewer bits than the other's, with their dtype."""
+    bits = torch.finfo
+    return {name: kind for name, kind in dtypes.items() if name in than and bits(kind).bits < bits(than[name]).bits}
+
+
+def _rounding_notes(rounded: Mapping[str, torch.dtype], directory: Path, other: Path) -> list[str]:
+    """Say which weights were rounded, so that a difference is one of the computation and not of the files' dtypes."""
+    return [
+        f"{count} tensors of {directory} are rounded to {str(kind).removeprefix('torch.')} before they are compared, "
+        f"as {other} has them"
+        for kind, count in Counter(rounded.values()).items()
+    ]
 
 
 def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_positions: int) -> Tensor:
@@ -101,8 +128,8 @@ def _tokens(text: Path, tokenizer: Path, architectures: list[Architecture], max_
     return torch.tensor(ids)[None]
 
 
-def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tensor:
-    """Compute logits float32 [S, V] with transformers.
+def _reference_logits(reference: Path, files: list[str], tokens: Tensor, rounded: Mapping[str, torch.dtype]) -> Tensor:
+    """Compute logits float32 [S, V] with transformers, some tensors rounded to another dtype.
 
     It loads from a temporary directory with links to the configuration and the safetensors files only, so that it
     cannot find a pickle, an adapter or code.
@@ -120,6 +147,9 @@ def _reference_logits(reference: Path, files: list[str], tokens: Tensor) -> Tens
             trust_remote_code=False,
         )
         with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in rounded:
+                    parameter.copy_(parameter.to(rounded[name]))
             logits: Tensor = model.eval()(tokens, use_cache=False).logits[0]
     return logits
 

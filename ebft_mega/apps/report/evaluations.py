@@ -1,5 +1,6 @@
 """Read the `evaluation.json` files of a comparison, and compute paired differences between them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,17 @@ from ebft_mega.errors import InputError, Problem
 from ebft_mega.evaluation.bootstrap import Interval, paired_bootstrap
 from ebft_mega.io.parse_boundary import reading
 
-# Fields in which two evaluations must agree; otherwise their rows are not paired.
-SHARED_FIELDS = ("data", "rows", "skipped_rows", "temperature", "document_masking", "feature_model")
+# Fields in which two evaluations must agree, or else their rows are not paired, and what makes them agree.
+SHARED_FIELDS = {
+    "data": "give the same --data to both",
+    "rows": "give the same --rows to both",
+    "skipped_rows": "give the same --skip-rows to both",
+    "temperature": "give --config, and --set ebft.temperature=..., to both",
+    "document_masking": "give --config, and --set data.document_masking=..., to both",
+    "feature_model": "give --feature-model to both",
+}
+# Those that name places; an earlier version wrote them as they had been given.
+PLACES = ("data", "feature_model")
 # Values of files that were written before the field existed.
 EARLIER_VALUES = {"document_masking": False}
 
@@ -199,16 +209,18 @@ def _shared(evaluation: Evaluation, field: str) -> Any:
 
 
 def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[Problem]:
-    problems = [
-        Problem(
-            str(evaluation.path),
-            field,
-            repr(_shared(evaluation, field)),
-            f"{_shared(first, field)!r}, as for {first_name!r}: rows are compared in pairs",
-        )
-        for field in SHARED_FIELDS
-        if _shared(evaluation, field) != _shared(first, field)
-    ]
-    if evaluation.row_groups != first.row_groups:
-        problems.append(Problem(str(evaluation.path), "row_groups", "other groups", f"the groups of {first_name!r}"))
+    problems = []
+    for field, advice in SHARED_FIELDS.items():
+        values = [_shared(each, field) for each in (evaluation, first)]
+        if field in PLACES:
+            values = [os.path.abspath(value) if isinstance(value, str) else value for value in values]
+        found, wanted = ("nothing" if value is None else repr(value) for value in values)
+        if found != wanted:
+            expected = (
+                f"{wanted}, as for {first_name!r}: rows are compared in pairs; evaluate again (tools/evaluate.py)"
+            )
+            problems.append(Problem(str(evaluation.path), field, found, f"{expected}, and {advice}"))
+    if evaluation.row_groups != first.row_groups and not problems:
+        expected = f"the groups of {first_name!r}: evaluate both (tools/evaluate.py) on the same build of the dataset"
+        problems.append(Problem(str(evaluation.path), "row_groups", "other groups", expected))
     return problems

@@ -110,6 +110,29 @@ class SafetensorsWeights:
 
 
 @dataclass(frozen=True)
+class RoundedWeights:
+    """Another source, some of whose tensors are rounded as a file of another dtype would have them."""
+
+    source: WeightSource
+    dtypes: Mapping[str, torch.dtype]  # of what is rounded, by name; the dtype in which it is handed out stays
+
+    def place(self, name: str) -> str:
+        """The place of the tensor that is rounded."""
+        return self.source.place(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self._rounded(name, self.source.tensor(name))
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """Read a part of one tensor."""
+        return self._rounded(name, self.source.part(name, box))
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtypes[name]).to(tensor.dtype) if name in self.dtypes else tensor
+
+
+@dataclass(frozen=True)
 class RandomWeights:
     """Initial weights that are a pure function of (seed, tensor name), so no layout changes them.
 

@@ -87,6 +87,39 @@ def test_a_checkpoint_is_compared_with_its_export(tmp_path, groups, tokenizer, t
     assert compare_logits(folder, tmp_path / "hf", text, 100, groups).max_difference <= 1e-5
 
 
+def rewrite(directory, name, dtype):
+    """Copy a model directory with its weights in another dtype."""
+    shutil.copytree(directory, directory.parent / name)
+    tensors = {tensor: value.to(dtype) for tensor, value in load_file(directory / "model.safetensors").items()}
+    save_file(tensors, directory.parent / name / "model.safetensors", metadata={"format": "pt"})
+    return directory.parent / name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_compared_as_the_coarser_file_has_them(tmp_path, groups, tokenizer, text, dtype):
+    """A checkpoint and its export, and an import and what it was made of."""
+    architecture, source = model(tmp_path / "hf", tokenizer, "qwen3", tied=False)
+    folder = write_checkpoint(tmp_path / "checkpoints", architecture, source)
+    export = rewrite(tmp_path / "hf", "export", dtype)
+    words = f"rounded to {str(dtype).removeprefix('torch.')} before they are compared, as {export} has them"
+    for ours, theirs, wider in ((folder, export, folder), (export, tmp_path / "hf", tmp_path / "hf")):
+        result = compare_logits(ours, theirs, text, 100, groups)
+        assert result.max_difference <= 1e-5, "rounded on one side alone it is above 1e-2"
+        (note,) = [note for note in result.notes if "rounded" in note]
+        assert note == f"{len(hf_shapes(architecture))} tensors of {wider} are {words}"
+    assert not compare_logits(export, export, text, 100, groups).notes
+
+
+def test_rounding_hides_no_other_difference(tmp_path, groups, tokenizer, text):
+    architecture, source = model(tmp_path / "hf", tokenizer, "qwen3", tied=False)
+    folder = write_checkpoint(tmp_path / "checkpoints", architecture, source)
+    export = rewrite(tmp_path / "hf", "export", torch.bfloat16)
+    tensors = load_file(export / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
+    assert compare_logits(folder, export, text, 100, groups).max_difference > 1e-2
+
+
 @pytest.mark.parametrize("limit", [{"max_position_embeddings": 50}, {"sliding_window": 50}])
 def test_no_more_positions_than_the_model_can_attend_to(tmp_path, groups, tokenizer, text, limit):
     model(tmp_path / "hf", tokenizer, "mistral", **limit)

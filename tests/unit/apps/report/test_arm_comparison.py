@@ -174,6 +174,43 @@ def test_unlike_files_are_all_named(tmp_path, arms):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("data", "other", "the same --data"),
+        ("data", None, "the same --data"),
+        ("skipped_rows", 3, "the same --skip-rows"),
+        ("temperature", 1.0, "--config, and --set ebft.temperature=...,"),
+        ("document_masking", True, "--config, and --set data.document_masking=...,"),
+        ("feature_model", "other", "--feature-model"),
+        ("feature_model", None, "--feature-model"),
+    ],
+)
+def test_what_makes_two_evaluations_comparable_is_said(tmp_path, arms, field, value, advice):
+    """Another value, and none at all, as with arms that were evaluated with their own feature models."""
+    for name, path in arms.items():
+        content = json.loads((path / "evaluation.json").read_text()) | {"feature_model": "runs/warm/hf"}
+        (path / "evaluation.json").write_text(json.dumps(content | ({field: value} if name == "EBFT" else {})))
+    with pytest.raises(InputError) as caught:
+        write_comparison(arms, tmp_path / "out")
+    (line,) = map(str, caught.value.problems)
+    assert f"{field}: found {'nothing' if value is None else ''}" in line
+    assert (
+        f"as for 'warm start': rows are compared in pairs; evaluate again (tools/evaluate.py), and give {advice}"
+        in line
+    )
+    assert line.endswith(" to both")
+
+
+def test_places_are_compared_whatever_way_they_are_written(tmp_path, arms, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, path in arms.items():
+        content = json.loads((path / "evaluation.json").read_text())
+        content |= {"data": "held-out" if name == "EBFT" else str(tmp_path / "held-out")}
+        (path / "evaluation.json").write_text(json.dumps(content))
+    assert write_comparison(arms, tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "change, key",
     [
         ({"per_row": {"eval/ce_loss": [1.0]}}, "per_row.eval/ce_loss"),
