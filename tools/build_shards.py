@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptions
-from ebft_mega.data.builder.dataset_build import build_dataset
+from ebft_mega.data.builder.dataset_build import BuildResult, build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
+from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
+from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, MAX_DOCUMENT_BYTES, OTHER_MEMBERS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
@@ -56,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
     add_choices(parser)
+    add_split(parser)
     return checked(parser, parser.parse_args())
 
 
@@ -103,9 +107,50 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
 
 
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add what is held out."""
+    parser.add_argument(
+        "--held-out",
+        type=share,
+        metavar="SHARE",
+        help="a share of the bytes of text, such as 1%% or 0.01: write OUTPUT/train and OUTPUT/held-out",
+    )
+    parser.add_argument(
+        "--split-by",
+        metavar="GROUP",
+        help="what the split never divides: top-folder (below an input), repo (a folder with .git, or the key of a "
+        "record that names a repository), document, or a key of the records (default: top-folder for folders of texts "
+        "with several folders, else document)",
+    )
+    parser.add_argument(
+        "--split-seed", type=whole_number(0), help="another one chooses other groups (default: 0)", metavar="N"
+    )
+
+
+def share(text: str) -> str:
+    """The type of an option that is a share of the text."""
+    try:
+        read_share(text)
+    except ValueError:
+        expected = "a share between 0 and 100 %, such as 1% or 0.01"
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected {expected}") from None
+    return text.strip()
+
+
+def split_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> SplitOptions | None:
+    """What is held out, if anything is."""
+    for option, value in (("--split-by", arguments.split_by), ("--split-seed", arguments.split_seed)):
+        if value is not None and arguments.held_out is None:
+            parser.error(f"{option}: found without --held-out, so that nothing is split; expected both or neither")
+    if arguments.held_out is None:
+        return None
+    return SplitOptions(arguments.held_out, arguments.split_by, arguments.split_seed or 0)
+
+
 def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments, unless one of them lies outside its bounds."""
-    for option, text in (("--text-key", arguments.text_key), ("--text-member", arguments.text_member)):
+    names = ("text_key", "text_member", "split_by")
+    for option, text in ((f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in names):
         if text == "":
             parser.error(f"{option}: found an empty text; expected a name")
     for option, value in (
@@ -115,6 +160,7 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
     ):
         if value is not None and value < 1:
             parser.error(f"{option}: found {value}; expected at least 1")
+    arguments.split = split_of(parser, arguments)
     return arguments
 
 
@@ -130,15 +176,34 @@ def main() -> None:
         processes=arguments.processes,
         overwrite=arguments.overwrite,
     )
-    manifest, record = result.manifest, result.record
+    print_result(arguments.output, result)
+
+
+def print_result(output: Path, result: BuildResult) -> None:
+    """Print what was made, and what can be done next."""
+    record = result.record
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
     others = {reason: count for reason, count in record.left_out.items() if reason in COUNTED}
     skipped += f", {in_words(others)}" if others else ""
-    print_line(
-        f"{arguments.output}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
-        f"{len(manifest.shards)} shards; left out: {record.empty} empty documents, "
-        f"{record.duplicates} duplicates{skipped}; fingerprint {manifest.fingerprint}",
-        sys.stdout,
+    left_out = f"left out: {record.empty} empty documents, {record.duplicates} duplicates{skipped}"
+    if result.held_out is None:
+        print_line(described(output, result.manifest, f"{left_out}; "), sys.stdout)
+    else:
+        print_line(described(output / TRAIN, result.manifest), sys.stdout)
+        print_line(described(output / HELD_OUT, result.held_out), sys.stdout)
+        print_line(left_out, sys.stdout)
+    datasets = f"--data {shlex.quote(str(output))}"
+    if result.held_out is not None:
+        train, held_out = (shlex.quote(str(output / name)) for name in (TRAIN, HELD_OUT))
+        datasets = f"--data {train} --held-out {held_out}"
+    print_line(f"next: python tools/new_config.py --model MODEL {datasets} --output CONFIG.yaml", sys.stdout)
+
+
+def described(directory: Path, manifest: Manifest, more: str = "") -> str:
+    """A dataset in one line."""
+    return (
+        f"{directory}: {manifest.documents} documents, {manifest.tokens} tokens ({manifest.dtype}), "
+        f"{len(manifest.shards)} shards; {more}fingerprint {manifest.fingerprint}"
     )
 
 

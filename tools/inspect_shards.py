@@ -165,6 +165,9 @@ def print_build(record: BuildRecord) -> None:
     """Print what `build.json` says."""
     files = ", ".join(f"{count:,} files of {source}" for source, count in record.input_files.items())
     print_line(f"  made from    {files}; {record.text_bytes:,} bytes of text", sys.stdout)
+    if record.split:
+        side, share = record.split.get("side", ""), 100 * record.split.get("share", 0.0)
+        print_line(f"  split        {side}; {share:.3g} % of the text held out by {record.split.get('by')}", sys.stdout)
     print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
     for meaning, counts in (
         ("left out", record.left_out),

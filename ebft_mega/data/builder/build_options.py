@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES, ReadOptions
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
@@ -28,6 +29,7 @@ class BuildOptions:
     skip_bad: bool = False
     max_document_bytes: int = MAX_DOCUMENT_BYTES  # of a text as UTF-8; longer documents are left out, and never read
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
+    split: SplitOptions | None = None  # hold a share of the documents out, and write two datasets
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
     work_unit_bytes: int | None = None
 
@@ -36,12 +38,13 @@ class BuildOptions:
         """Those that say what is taken from a document's record."""
         defaults = ReadOptions()
         key, member = self.text_key or defaults.text_key, self.text_member or defaults.text_member
-        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys), self.max_document_bytes)
+        groups = self.split.keys if self.split else ()
+        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys), self.max_document_bytes, groups)
 
     @property
     def wants_records(self) -> bool:
         """Whether an option names a member of JSON records, which are then told by what files hold."""
-        return bool(self.text_key or self.licence_key or self.keep_keys)
+        return bool(self.text_key or self.licence_key or self.keep_keys or (self.split and self.split.key))
 
 
 DEFAULT_BUILD_OPTIONS = BuildOptions()

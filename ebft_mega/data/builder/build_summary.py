@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.build_record import MAX_LISTED_LICENCES, SKIPPED_NAME, BuildRecord
+from ebft_mega.data.builder.document_choice import DocumentChoice, Side
 from ebft_mega.data.builder.skipped_list import MAX_LISTED_SKIPPED, SkippedList, join_skipped
-from ebft_mega.data.builder.tokenizing import NOT_WRITABLE
 from ebft_mega.data.builder.unit_files import Scan, TokenizedUnit, unit_directory
 from ebft_mega.data.builder.work_plan import Plan
 from ebft_mega.data.text.listing import in_words, total_counts
@@ -23,27 +24,29 @@ def make_record(
     skipped: Mapping[str, int],
     tokenizer: Tokenizer,
     notes: list[str],
+    duplicates: int,
+    split: dict[str, Any],
 ) -> BuildRecord:
     """Add up what the work units of a build tell.
 
     Args:
         plan: of the build.
         scans: of all work units.
-        tokenized: of all work units.
+        tokenized: of all work units of the dataset, or of both datasets.
         skipped: what was left out as bad, by reason.
         tokenizer: made the token ids.
         notes: lines that the build printed.
+        duplicates: documents that were left out because another one has their text.
+        split: of a build that held documents out.
     """
-    documents = sum(unit.documents for unit in tokenized)
-    unwritable = sum(unit.skipped.get(NOT_WRITABLE, 0) for unit in tokenized)
     files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
     licences = Counter(total_counts(unit.licences for unit in tokenized))
     listed = dict(licences.most_common(MAX_LISTED_LICENCES))
     return BuildRecord(
         input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
-        documents=documents,
+        documents=sum(unit.documents for unit in tokenized),
         empty=sum(scan.empty for scan in scans),
-        duplicates=sum(scan.documents for scan in scans) - documents - unwritable,
+        duplicates=duplicates,
         skipped=sum(skipped.values()),
         text_bytes=sum(unit.text_bytes for unit in tokenized),
         licences=listed,
@@ -60,7 +63,47 @@ def make_record(
             "sha256": tokenizer.sha256,
         },
         notes=tuple(notes),
+        split=split,
     )
+
+
+def write_records(
+    plan: Plan,
+    scans: list[Scan],
+    choice: DocumentChoice,
+    tokenized: list[list[TokenizedUnit]],
+    tokenizer: Tokenizer,
+    notes: list[str],
+    partial: Path,
+    result: Path,
+) -> BuildRecord:
+    """Write `skipped.jsonl` of an output, its `build.json`, and that of each dataset within; the output's record.
+
+    Args:
+        plan: of the build.
+        scans: of all work units.
+        choice: of all documents.
+        tokenized: for each side of the choice, of all work units.
+        tokenizer: made the token ids.
+        notes: lines that the build printed.
+        partial: where the build works.
+        result: the output.
+    """
+    numbers = range(len(plan.work_units))
+    places = [unit_directory(partial / side.folder, number) for number in numbers for side in choice.sides]
+    every = [unit for units in tokenized for unit in units]
+    skipped = write_skipped(result, partial, plan, every, places)
+
+    def write(directory: Path, units: list[TokenizedUnit], sides: Sequence[Side], more: dict[str, str]) -> BuildRecord:
+        duplicates = sum(side.duplicates for side in sides)
+        record = make_record(plan, scans, units, skipped, tokenizer, notes, duplicates, choice.split | more)
+        record.write(directory)
+        return record
+
+    if choice.split:
+        for side, units in zip(choice.sides, tokenized, strict=True):
+            write(result / side.folder, units, [side], {"side": side.folder})
+    return write(result, every, choice.sides, {})
 
 
 def require_texts(sources: Sequence[Path], scans: list[Scan]) -> None:
@@ -75,14 +118,17 @@ def require_texts(sources: Sequence[Path], scans: list[Scan]) -> None:
         raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
 
 
-def write_skipped(directory: Path, partial: Path, plan: Plan, tokenized: list[TokenizedUnit]) -> dict[str, int]:
+def write_skipped(
+    directory: Path, partial: Path, plan: Plan, tokenized: list[TokenizedUnit], units: Sequence[Path]
+) -> dict[str, int]:
     """Write `skipped.jsonl` if anything was skipped: what could not be accessed, then documents in their order.
 
     Args:
-        directory: the dataset.
-        partial: holds the directories of the work units.
+        directory: the dataset, or what holds both.
+        partial: where the build works.
         plan: of the build.
         tokenized: of all work units.
+        units: their directories, in the order in which they are listed.
 
     Returns:
         How much was skipped, by reason.
@@ -94,7 +140,7 @@ def write_skipped(directory: Path, partial: Path, plan: Plan, tokenized: list[To
             place = Path(problem.where if problem.key == "--input" else problem.key)
             path = place.relative_to(bases[source]).as_posix() if place.is_relative_to(bases[source]) else place.name
             skipped.add(source, path, UNREADABLE, problem)
-    join_skipped(directory, [partial, *(unit_directory(partial, number) for number in range(len(tokenized)))])
+    join_skipped(directory, [partial, *units])
     return total_counts([skipped.counts, *(unit.skipped for unit in tokenized)])
 
 

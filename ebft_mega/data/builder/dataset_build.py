@@ -3,29 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import BuildRecord
-from ebft_mega.data.builder.build_summary import late_notes, make_record, require_texts, write_skipped
+from ebft_mega.data.builder.build_summary import late_notes, require_texts, write_records
+from ebft_mega.data.builder.document_choice import Side, choose_documents, split_of
 from ebft_mega.data.builder.scanning import MAX_LISTED_PROBLEMS, ScanJob, scan_work_unit
-from ebft_mega.data.builder.shard_writer import complete_dataset
+from ebft_mega.data.builder.shard_writer import join_units
 from ebft_mega.data.builder.tokenizing import TextEncoder, TokenizeJob, lines_before, tokenize_work_unit
 from ebft_mega.data.builder.unit_files import (
     Scan,
     TokenizedUnit,
-    load_digests,
     load_scan,
     load_tokenized,
-    load_unit_index,
-    unit_directory,
 )
 from ebft_mega.data.builder.work_plan import Plan, make_plan
 from ebft_mega.data.builder.worker_pool import Workers
-from ebft_mega.data.selection.deduplication import first_occurrences
-from ebft_mega.data.store.format import MANIFEST_NAME, Manifest, shard_name
+from ebft_mega.data.selection.held_out_split import TRAIN, SplitOptions
+from ebft_mega.data.store.format import MANIFEST_NAME, Manifest
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
@@ -38,8 +35,21 @@ from ebft_mega.io.standard_streams import print_line
 class BuildResult:
     """What a build wrote and what it left out."""
 
-    manifest: Manifest
-    record: BuildRecord
+    manifest: Manifest  # of the dataset for training, where documents are held out
+    record: BuildRecord  # of the whole build
+    held_out: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a build does with every dataset that it makes."""
+
+    plan: Plan
+    options: BuildOptions
+    scans: list[Scan]
+    directory: Path  # of the scans
+    texts: TextEncoder
+    workers: Workers
 
 
 def build_dataset(
@@ -55,11 +65,11 @@ def build_dataset(
 
     The result depends neither on the number of processes nor on stops in between: work units are cut by the inputs
     alone, and numbers of documents and duplicates are decided over all work units before any is tokenized. The
-    directory appears only when it is complete. A build that was stopped (not one that found bad input) is resumed
-    when it is called again with the same inputs and options; until then what is done stays in `.NAME.partial` beside
-    the output.
+    directory appears only when it is complete. With `options.split` it holds two datasets, `train` and `held-out`,
+    which appear together. A build that was stopped (not one that found bad input) is resumed when it is called again
+    with the same inputs and options; until then what is done stays in `.NAME.partial` beside the output.
 
-    Memory: about 700 bytes per input file and 90 bytes per document here, and in each worker 32 bytes per document
+    Memory: about 700 bytes per input file and 110 bytes per document here, and in each worker 32 bytes per document
     of a work unit, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB). No
     input makes that more: what is longer than `options.max_document_bytes` is not read.
 
@@ -78,33 +88,49 @@ def build_dataset(
     """
     sources = [sources] if isinstance(sources, Path) else list(sources)
     plan = make_plan(sources, options, tokenizer.identity, output)
+    split = split_of(plan, options)
     notes = [*tokenizer.notes, *plan.notes]
     _print_notes(notes)
     with (
-        unfinished_directory(output, MANIFEST_NAME, overwrite, plan.identity) as (directory, result),
+        unfinished_directory(output, _marker(output, options), overwrite, plan.identity) as (directory, result),
         Workers(processes) as workers,
     ):
-        scans = _scan(plan, directory, options.skip_bad, workers)
+        scans = _scan(plan, directory, options.skip_bad, split, workers)
         require_texts(sources, scans)
-        keep = _documents_to_keep(directory, scans, options.deduplicate)
+        choice = choose_documents(directory, scans, options, split)
+        _print_notes(choice.notes)
         texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
-        tokenized = _tokenize(plan, directory, scans, keep, texts, options, workers)
-        manifest = _join(directory, result, tokenized, tokenizer)
-        late = list(late_notes(options, scans, tokenized))
+        work = _Work(plan, options, scans, directory, texts, workers)
+        tokenized = [_tokenize(work, side, number == 0) for number, side in enumerate(choice.sides)]
+        manifests = [
+            join_units(directory / side.folder, result / side.folder, units, tokenizer)
+            for side, units in zip(choice.sides, tokenized, strict=True)
+        ]
+        late = list(late_notes(options, scans, [unit for units in tokenized for unit in units]))
         _print_notes(late)
-        skipped = write_skipped(result, directory, plan, tokenized)
-        record = make_record(plan, scans, tokenized, skipped, tokenizer, [*notes, *late])
-        record.write(result)
-        for path in result.rglob("*"):
-            if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
-                flush_to_disk(path)
-    return BuildResult(manifest, record)
+        notes += [*choice.notes, *late]
+        record = write_records(plan, scans, choice, tokenized, tokenizer, notes, directory, result)
+        _flush(result)
+    return BuildResult(manifests[0], record, *manifests[1:])
 
 
-def _scan(plan: Plan, directory: Path, skip_bad: bool, workers: Workers) -> list[Scan]:
+def _flush(result: Path) -> None:
+    for path in result.rglob("*"):
+        if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
+            flush_to_disk(path)
+
+
+def _marker(output: Path, options: BuildOptions) -> str:
+    """A file by which an output is known as made by this tool, whether it held documents out or not."""
+    usual, split = MANIFEST_NAME, f"{TRAIN}/{MANIFEST_NAME}"
+    known = [name for name in (usual, split) if (output / name).is_file()]
+    return known[0] if known else (split if options.split else usual)
+
+
+def _scan(plan: Plan, directory: Path, skip_bad: bool, split: SplitOptions | None, workers: Workers) -> list[Scan]:
     scans = {number: scan for number in range(len(plan.work_units)) if (scan := load_scan(directory, number))}
     jobs = [
-        ScanJob(plan.reader, work_unit, number, directory, skip_bad)
+        ScanJob(plan.reader, work_unit, number, directory, skip_bad, split)
         for number, work_unit in enumerate(plan.work_units)
         if number not in scans
     ]
@@ -120,32 +146,18 @@ def _scan(plan: Plan, directory: Path, skip_bad: bool, workers: Workers) -> list
     return [scans[number] for number in sorted(scans)]
 
 
-def _documents_to_keep(directory: Path, scans: list[Scan], deduplicate: bool) -> list[np.ndarray]:
-    """Which documents of each work unit stay: one bool array per work unit."""
-    if not deduplicate:
-        return [np.ones(scan.documents, bool) for scan in scans]
-    digests = np.concatenate([load_digests(directory, number) for number in range(len(scans))])
-    ends = np.cumsum([scan.documents for scan in scans])
-    return np.split(first_occurrences(digests), ends[:-1])
-
-
-def _tokenize(
-    plan: Plan,
-    directory: Path,
-    scans: list[Scan],
-    keep: list[np.ndarray],
-    texts: TextEncoder,
-    options: BuildOptions,
-    workers: Workers,
-) -> list[TokenizedUnit]:
-    """Tokenize all work units.
+def _tokenize(work: _Work, side: Side, lists_bad: bool) -> list[TokenizedUnit]:
+    """Tokenize all work units for one dataset.
 
     What a tokenizer cannot write is known only now. Where that is skipped, later documents get other numbers, and their
     work units are done once more.
     """
+    plan, keep, scans, directory = work.plan, side.keep, work.scans, work.directory / side.folder
+    directory.mkdir(exist_ok=True)
     numbers = range(len(plan.work_units))
     tokenized = {number: done for number in numbers if (done := load_tokenized(directory, number))}
     first_lines = lines_before(plan, scans)
+    what = f"tokenizing documents{f' ({side.folder})' if side.folder else ''}"
     while True:
         counts = [tokenized[n].documents if n in tokenized else int(keep[n].sum()) for n in numbers]
         first_documents = np.cumsum([0, *counts]).tolist()
@@ -155,47 +167,24 @@ def _tokenize(
                 plan.work_units[number],
                 number,
                 directory,
-                texts,
-                options.shard_bytes,
+                work.texts,
+                work.options.shard_bytes,
                 first_documents[number],
                 first_lines[number],
                 scans[number].skipped_ranges,
                 keep[number],
-                options.skip_bad,
+                work.options.skip_bad,
+                work.directory,
+                lists_bad,
             )
             for number in numbers
             if number not in tokenized or tokenized[number].first_document != first_documents[number]
         ]
         if not jobs:
             return [tokenized[number] for number in numbers]
-        total = sum(scans[job.number].documents for job in jobs)
-        for number, done in workers.run(tokenize_work_unit, jobs, total, "tokenizing documents"):
+        total = sum(scans[job.number].documents for job in jobs if lists_bad or job.keep.any())
+        for number, done in work.workers.run(tokenize_work_unit, jobs, total, what):
             tokenized[number] = done
-
-
-def _join(directory: Path, result: Path, tokenized: list[TokenizedUnit], tokenizer: Tokenizer) -> Manifest:
-    """Number the shards of all work units consecutively, and write index and manifest. Can be repeated after a stop."""
-    result.mkdir(exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    first_shards = []
-    for number, unit in enumerate(tokenized):
-        first_shards.append(len(entries))
-        for shard in unit.shards:
-            entry = shard | {"name": shard_name(len(entries))}
-            source, target = unit_directory(directory, number) / shard["name"], result / entry["name"]
-            if source.exists():  # else moved before a stop
-                source.replace(target)
-            if target.stat().st_size != entry["bytes"]:
-                raise OSError(f"{target}: {target.stat().st_size} bytes, wrote {entry['bytes']}")
-            entries.append(entry)
-    indexes = (_moved_index(directory, number, first_shard) for number, first_shard in enumerate(first_shards))
-    return complete_dataset(result, tokenizer, entries, indexes, max(unit.max_token_id for unit in tokenized))
-
-
-def _moved_index(directory: Path, number: int, first_shard: int) -> np.ndarray:
-    index = load_unit_index(directory, number)
-    index["shard"] += first_shard
-    return index
 
 
 def _print_notes(notes: Sequence[str]) -> None:

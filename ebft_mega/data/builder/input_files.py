@@ -81,6 +81,9 @@ def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOp
         if given and not containers:
             expected = f"JSON lines or webdataset shards, or no {option}"
             yield Problem(option, given, "inputs of which each file is a text", expected)
+    if options.split and options.split.key and not containers:
+        expected = "top-folder, repo or document, or JSON lines or webdataset shards"
+        yield Problem("--split-by", options.split.key, "inputs of which each file is a text", expected)
     if options.pattern != BuildOptions.pattern and not folders:
         yield Problem("--pattern", options.pattern, "no directory among the inputs", "a directory, or no --pattern")
     for key, count in Counter(options.keep_keys).items():

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from ebft_mega.data.builder.array_files import write_array
-from ebft_mega.data.builder.unit_files import Scan, scan_path
+from ebft_mega.data.builder.unit_files import Scan, groups_path, scan_path
 from ebft_mega.data.builder.work_plan import FileRange, Reader
 from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.selection.deduplication import DIGEST_BYTES
+from ebft_mega.data.selection.held_out_split import GROUP_DTYPE, Group, Grouping, SplitOptions
 from ebft_mega.data.text.text_files import BadText, count_lines
 from ebft_mega.errors import Problem
 from ebft_mega.io.durable import write_bytes
 
 # Of one work unit: a wrong --text-key makes every line of a dump a problem.
 MAX_LISTED_PROBLEMS = 1000
+# Of a work unit: names of groups for messages.
+_MOST_NAMED_GROUPS, _SHOWN_CHARACTERS = 1000, 100
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ScanJob:
     number: int
     directory: Path
     skip_bad: bool
+    split: SplitOptions | None = None
 
 
 def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
@@ -58,6 +62,9 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     path = scan_path(job.directory, job.number)
     hashes = np.frombuffer(found.digests, np.uint8).reshape(-1, DIGEST_BYTES)
     write_array(path.with_suffix(".npy"), hashes.dtype, hashes.shape, [hashes])  # before the record that says so
+    if job.split:
+        groups = np.frombuffer(found.groups, GROUP_DTYPE)
+        write_array(groups_path(job.directory, job.number), groups.dtype, groups.shape, [groups])
     scan = Scan(
         documents=len(hashes),
         empty=found.empty,
@@ -67,6 +74,8 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
         left_out=dict(found.left_out),
         fields=dict(found.fields),
         skipped_ranges=tuple(skipped_ranges),
+        group_kinds=dict(found.group_kinds),
+        group_names=found.group_names,
     )
     write_bytes(path, json.dumps(asdict(scan)).encode())
     return job.number, scan
@@ -82,6 +91,17 @@ class _Found:
     problems: list[Problem] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
+    groups: bytearray = field(default_factory=bytearray)
+    group_kinds: Counter[str] = field(default_factory=Counter)
+    group_names: dict[str, str] = field(default_factory=dict)
+
+    def add_group(self, group: Group, num_bytes: int) -> None:
+        """Note the group of a document."""
+        kind, name, number = group
+        self.groups += number.to_bytes(8, "little") + num_bytes.to_bytes(8, "little")
+        self.group_kinds[kind] += 1
+        if len(self.group_names) < _MOST_NAMED_GROUPS:
+            self.group_names.setdefault(str(number), name[:_SHOWN_CHARACTERS])
 
     def add(self, other: "_Found") -> None:
         """Take in what has been read of another range."""
@@ -91,12 +111,18 @@ class _Found:
         self.problems += other.problems
         self.left_out.update(other.left_out)
         self.fields.update(other.fields)
+        self.groups += other.groups
+        self.group_kinds.update(other.group_kinds)
+        if len(self.group_names) < _MOST_NAMED_GROUPS:
+            self.group_names |= other.group_names
 
 
 def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Advance) -> bool:
     """Read and hash the documents of a file range; False if it cannot be read to its end and is skipped for that."""
     first_line = None if file_range.is_cut and file_range.begin else 0
     licence_key = job.reader.options.licence_key
+    source = job.reader.inputs[file_range.input]
+    grouping = Grouping(source.base, source.source, source.holds_texts, job.split) if job.split else None
     for document in job.reader.read(file_range, first_line, found.left_out):
         advance(1)
         if isinstance(document, BadText):
@@ -110,6 +136,8 @@ def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Adv
         elif document.text:
             found.digests += document.sha256
             found.fields.update([*document.fields, *([licence_key] if licence_key and document.licence else [])])
+            if grouping:
+                found.add_group(grouping.of(document, file_range.name), document.num_bytes)
         else:
             found.empty += 1
     return True

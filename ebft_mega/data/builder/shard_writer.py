@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ebft_mega.data.builder.array_files import write_array
+from ebft_mega.data.builder.unit_files import TokenizedUnit, load_unit_index, unit_directory
 from ebft_mega.data.store.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -247,6 +248,38 @@ def complete_dataset(
     text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
     (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
     return Manifest.model_validate_json(text)
+
+
+def join_units(directory: Path, result: Path, tokenized: Sequence[TokenizedUnit], tokenizer: Tokenizer) -> Manifest:
+    """Number the shards of all work units consecutively, and write index and manifest. Can be repeated after a stop.
+
+    Args:
+        directory: holds the directories of the work units.
+        result: the dataset; made if missing.
+        tokenized: of all work units.
+        tokenizer: made the token ids.
+    """
+    result.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    first_shards = []
+    for number, unit in enumerate(tokenized):
+        first_shards.append(len(entries))
+        for shard in unit.shards:
+            entry = shard | {"name": shard_name(len(entries))}
+            source, target = unit_directory(directory, number) / shard["name"], result / entry["name"]
+            if source.exists():  # else moved before a stop
+                source.replace(target)
+            if target.stat().st_size != entry["bytes"]:
+                raise OSError(f"{target}: {target.stat().st_size} bytes, wrote {entry['bytes']}")
+            entries.append(entry)
+    indexes = (_moved_index(directory, number, first_shard) for number, first_shard in enumerate(first_shards))
+    return complete_dataset(result, tokenizer, entries, indexes, max(unit.max_token_id for unit in tokenized))
+
+
+def _moved_index(directory: Path, number: int, first_shard: int) -> np.ndarray:
+    index = load_unit_index(directory, number)
+    index["shard"] += first_shard
+    return index
 
 
 def _index_shard(path: Path, shard: int, suffix: str, itemsize: int, payload_crcs: list[int]) -> tuple[np.ndarray, str]:

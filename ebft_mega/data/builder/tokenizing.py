@@ -58,6 +58,8 @@ class TokenizeJob:
     skipped_ranges: tuple[int, ...]  # `Scan.skipped_ranges`
     keep: np.ndarray  # bool [Scan.documents]
     skip_bad: bool
+    scans: Path  # directory of the scan; `directory` is another one where two datasets are made of one scan
+    lists_bad: bool = True  # documents that cannot be used; of two datasets the first lists them
 
 
 def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, TokenizedUnit]:
@@ -161,11 +163,15 @@ def lines_before(plan: Plan, scans: Sequence[Scan]) -> list[tuple[int, ...]]:
 
 def _documents_to_keep(job: TokenizeJob, skipped: SkippedList, advance: Advance) -> Iterator[tuple[int, TextDocument]]:
     """Documents that stay, each with the number of its input; those that cannot be used are listed in `skipped`."""
-    digests = load_digests(job.directory, job.number)
+    if not job.lists_bad and not job.keep.any():
+        return
+    digests = load_digests(job.scans, job.number)
     number = 0
     for place, (file_range, first_line) in enumerate(zip(job.work_unit, job.first_lines, strict=True)):
         source = job.reader.inputs[file_range.input].source
         if place in job.skipped_ranges:
+            if not job.lists_bad:
+                continue
             damaged = _damage_of_file(job, file_range, first_line)
             skipped.add(source, damaged.path, damaged.reason, damaged.problem)
             continue
@@ -173,7 +179,8 @@ def _documents_to_keep(job: TokenizeJob, skipped: SkippedList, advance: Advance)
             if isinstance(document, BadText):
                 if document.is_file:
                     raise InputError([document.problem])
-                skipped.add(source, document.path, document.reason, document.problem)
+                if job.lists_bad:
+                    skipped.add(source, document.path, document.reason, document.problem)
                 continue
             if not document.text:
                 continue

@@ -1,7 +1,7 @@
 """What a work unit leaves on the disk for the rest of its build: the record of its scan, shards and their record."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ class Scan:
     left_out: dict[str, int]  # what is no document, by reason
     fields: dict[str, int]  # documents that have each of the named members of records
     skipped_ranges: tuple[int, ...]  # numbers of the file ranges that could not be read to their end, without documents
+    # Of a build that holds documents out: what names the groups, with counts; names of the first groups by number.
+    group_kinds: dict[str, int] = field(default_factory=dict)
+    group_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,18 @@ def load_scan(directory: Path, number: int) -> Scan | None:
 def load_digests(directory: Path, number: int) -> np.ndarray:
     """sha256 of the documents of a scanned work unit: uint8 [Scan.documents, 32], memory-mapped."""
     path = scan_path(directory, number).with_suffix(".npy")
+    with reading(path, path.name, _OWN_RECORD):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def groups_path(directory: Path, number: int) -> Path:
+    """The groups and sizes of the documents of a scanned work unit, of a build that holds documents out."""
+    return directory / f"groups-{number:06d}.npy"
+
+
+def load_groups(directory: Path, number: int) -> np.ndarray:
+    """GROUP_DTYPE [Scan.documents], memory-mapped."""
+    path = groups_path(directory, number)
     with reading(path, path.name, _OWN_RECORD):
         return np.load(path, mmap_mode="r", allow_pickle=False)
 

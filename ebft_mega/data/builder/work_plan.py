@@ -220,6 +220,8 @@ def _identity(
         "deduplicate": options.deduplicate,
         "skip_bad": options.skip_bad,
     }
+    if options.split:
+        others["split"] = asdict(options.split)
     parameters = [asdict(options.read), options.pattern, work_unit_bytes, others]
     identity = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for source in inputs:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN
 from ebft_mega.data.store.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -42,6 +43,9 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: it is missing, of another format or version, or has wrong fields (all are listed).
     """
     path = directory / MANIFEST_NAME
+    if not path.exists() and (directory / TRAIN / MANIFEST_NAME).is_file():
+        both = f"a directory of two datasets, {TRAIN} and {HELD_OUT}, of which each has its {MANIFEST_NAME}"
+        raise bad_input(directory, "dataset", both, f"{directory / TRAIN} or {directory / HELD_OUT}")
     content = read_contained(directory, MANIFEST_NAME, MANIFEST_LIMIT_BYTES, _MANIFEST)
     if found := lfs_pointer(content):
         raise bad_input(path, MANIFEST_NAME, found, _MANIFEST)

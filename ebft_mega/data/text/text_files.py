@@ -10,6 +10,7 @@ from typing import Any
 
 from ebft_mega.data.text.bounded_reading import open_regular, read_at_most, read_line, skip_line
 from ebft_mega.data.text.compression import CutFileError, open_lines
+from ebft_mega.data.text.document_groups import group_of_record, wanted_keys
 from ebft_mega.errors import Problem
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import words_of
@@ -35,6 +36,7 @@ NO_TEXT = "no text under the key"
 WRONG_FIELD = "a field of the wrong type"
 LONG_FIELD = "a field that is too long"
 UNUSABLE_SAMPLE = "a sample without one text"
+NO_GROUP = "no key of a group"
 UNREADABLE = "unreadable or damaged files"
 
 # What is left out without being bad: keys of the counts that readers are given.
@@ -52,6 +54,8 @@ class ReadOptions:
     licence_key: str | None = None  # of a JSON line or a sample's `.json` member
     keep_keys: tuple[str, ...] = ()  # of the same, copied into the dataset
     max_document_bytes: int = MAX_DOCUMENT_BYTES  # of the text as UTF-8; longer ones are left out and not read
+    # Members of the same: the first of them that a record has names the group which is not divided; one must be there.
+    group_keys: tuple[str, ...] = ()
 
     @property
     def max_record_bytes(self) -> int:
@@ -61,7 +65,7 @@ class ReadOptions:
     @property
     def reads_records(self) -> bool:
         """Whether anything of a sample's `.json` member is used."""
-        return bool(self.licence_key or self.keep_keys)
+        return bool(self.licence_key or self.keep_keys or self.group_keys)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class TextDocument:
     path: str  # relative to the input, with the line of a JSONL file or the key in an archive
     licence: str | None = None  # None where the document does not name its own
     fields: Mapping[str, object] = field(default_factory=dict)  # `ReadOptions.keep_keys`
+    group: tuple[str, str] | None = None  # the one of `ReadOptions.group_keys` that its record has, and what it says
 
     @property
     def num_bytes(self) -> int:
@@ -302,7 +307,10 @@ def _with_fields(
     if too_much:
         expected = f"at most {MAX_FIELDS_BYTES} bytes of JSON, of {MAX_FIELD_LEVELS} levels"
         return BadText(Problem(where, ", ".join(fields), too_much, expected), path, LONG_FIELD)
-    return TextDocument(text, digest, path, licence or None, fields)
+    group = group_of_record(record, options.group_keys) if options.group_keys else None
+    if isinstance(group, str):
+        return BadText(Problem(where, "--split-by", group, wanted_keys(options.group_keys)), path, NO_GROUP)
+    return TextDocument(text, digest, path, licence or None, fields, group)
 
 
 def _too_much(fields: Mapping[str, object]) -> str | None:

@@ -19,6 +19,7 @@ from ebft_mega.data.builder.build_record import BuildRecord, read_build_record
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.on_demand import tokenized_dataset
 from ebft_mega.data.builder.work_plan import make_plan
+from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.listing import list_files
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -387,6 +388,7 @@ CHANGED = {
     "max_document_bytes": 7,
     "shard_bytes": 5,
     "work_unit_bytes": 50,
+    "split": SplitOptions("1%"),
 }
 
 
@@ -461,7 +463,7 @@ def test_a_build_of_another_tokenizer_configuration_is_not_resumed(
     for token, stopped in (("<|endoftext|>", True), ("<|fim_prefix|>", False)):
         (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
         if stopped:
-            monkeypatch.setattr(dataset_build, "_join", stop)
+            monkeypatch.setattr(dataset_build, "join_units", stop)
             with pytest.raises(KeyboardInterrupt):
                 build_dataset(source, load_tokenizer(directory), tmp_path / "out")
             monkeypatch.undo()

@@ -107,12 +107,13 @@ KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
 from ebft_mega.data.builder import dataset_build as build
-from ebft_mega.data.builder import scanning, tokenizing
+from ebft_mega.data.builder import build_summary, scanning, shard_writer, tokenizing
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 
 module, name, calls = {place!r}
-owner = {{"build": build, "scanning": scanning, "tokenizing": tokenizing, "Path": Path}}[module]
+owners = (build_summary, scanning, shard_writer, tokenizing)
+owner = {{owner.__name__.rpartition(".")[2]: owner for owner in owners}}.get(module, Path)
 function, left = getattr(owner, name), [calls]
 
 def killing(*arguments, **options):
@@ -133,8 +134,8 @@ build.build_dataset(sources, load_tokenizer({tokenizer!r}), Path({output!r}), Bu
         ("scanning", "write_bytes", 3),  # a few work units scanned
         ("tokenizing", "flush_to_disk", 5),  # in the middle of a work unit that is being tokenized
         ("Path", "replace", 30),  # in the middle of joining the shards
-        ("build", "complete_dataset", 0),  # the shards joined, no manifest yet
-        ("build", "write_skipped", 0),  # all but the name
+        ("shard_writer", "complete_dataset", 0),  # the shards joined, no manifest yet
+        ("build_summary", "write_skipped", 0),  # all but the name
     ],
 )
 def test_a_killed_build_is_resumed(
@@ -175,7 +176,7 @@ def test_finished_work_units_are_not_done_again(
 ) -> None:
     with monkeypatch.context() as patches:
         patches.setattr(
-            "ebft_mega.data.builder.dataset_build._join", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+            "ebft_mega.data.builder.dataset_build.join_units", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
         )
         with pytest.raises(OSError, match="disk full"):
             build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
@@ -225,7 +226,7 @@ def test_another_input_or_option_starts_anew(
 
     for change in ("a file", "an option"):
         with monkeypatch.context() as patches, pytest.raises(OSError):
-            patches.setattr("ebft_mega.data.builder.dataset_build._join", stop)
+            patches.setattr("ebft_mega.data.builder.dataset_build.join_units", stop)
             build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
         if change == "a file":
             (sources[0] / "new.py").write_text("new = 1\n")
@@ -247,7 +248,7 @@ def test_a_file_rewritten_with_its_old_size_and_time_is_another_file(
         raise OSError("disk full")
 
     with monkeypatch.context() as patches, pytest.raises(OSError):
-        patches.setattr("ebft_mega.data.builder.dataset_build._join", stop)
+        patches.setattr("ebft_mega.data.builder.dataset_build.join_units", stop)
         build_dataset(sources, tokenizer, tmp_path / "out", OPTIONS)
     path = next(path for path in sorted(sources[0].rglob("*.py")) if path.read_bytes())
     times = path.stat()

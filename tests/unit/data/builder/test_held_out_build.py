@@ -1,0 +1,307 @@
+"""A build that holds documents out: two datasets of one scan, that appear together."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ebft_mega.data.builder import dataset_build
+from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.builder.build_record import read_build_record
+from ebft_mega.data.builder.dataset_build import BuildResult, build_dataset
+from ebft_mega.data.selection.held_out_split import SplitOptions
+from ebft_mega.data.store.inspection import read_metadata
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.store.verify import verify_dataset
+from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ebft_mega.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_directory: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_directory)
+
+
+def write(base: Path, contents: dict[str, str]) -> Path:
+    for name, text in contents.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    return base
+
+
+def write_records(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def paths_of(directory: Path) -> list[str]:
+    dataset = open_dataset(directory)
+    return [str(read_metadata(dataset, number)["path"]) for number in range(dataset.manifest.documents)]
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def split(share: str = "10%", by: str | None = None, seed: int = 0, **options: object) -> BuildOptions:
+    return BuildOptions(split=SplitOptions(share, by, seed), **options)
+
+
+def folders(base: Path) -> Path:
+    return write(
+        base, {f"p{f}/m{n}.py": f"def f_{f}_{n}():\n    return {f * n}\n" * 3 for f in range(12) for n in range(4)}
+    )
+
+
+def test_the_two_sides_divide_the_documents_by_folders_whatever_the_processes(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folders(tmp_path / "source")
+    result = build_dataset(source, tokenizer, tmp_path / "out", split(work_unit_bytes=300))
+    train, held_out = paths_of(tmp_path / "out" / "train"), paths_of(tmp_path / "out" / "held-out")
+    assert not {p.partition("/")[0] for p in train} & {p.partition("/")[0] for p in held_out}
+    build_dataset(source, tokenizer, tmp_path / "whole")
+    assert sorted([*train, *held_out]) == paths_of(tmp_path / "whole") and len(held_out) == 4
+    assert result.held_out is not None
+    assert (result.manifest.documents, result.held_out.documents, result.record.documents) == (44, 4, 48)
+    for side in ("train", "held-out"):
+        dataset = open_dataset(tmp_path / "out" / side)
+        assert not [problem for report in verify_dataset(dataset) for problem in report.problems]
+        record = read_build_record(tmp_path / "out" / side)
+        assert record is not None and record.split["side"] == side and record.documents == dataset.manifest.documents
+    common = json.loads((tmp_path / "out" / "build.json").read_text())
+    assert common["split"] == result.record.split and common["documents"] == 48
+    expected = {"by": "top-folder", "held_out_groups": 1, "groups": 12, "asked": "10%"}
+    assert expected.items() <= common["split"].items()
+    line = (
+        "held out: 1 of 12 groups (--split-by top-folder, as nothing else was said), 8.72 % of the bytes of text where"
+    )
+    assert f"{line} 10 % were asked for" in capsys.readouterr().err
+    build_dataset(source, tokenizer, tmp_path / "two", split(work_unit_bytes=300), processes=2)
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "out")
+
+
+def test_a_build_that_was_stopped_between_the_sides_is_resumed_and_nothing_appears_before(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = folders(tmp_path / "source"), split(work_unit_bytes=300)
+    build_dataset(source, tokenizer, tmp_path / "whole", options)
+    join, calls = dataset_build.join_units, []
+
+    def stopped(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return join(*arguments)
+
+    monkeypatch.setattr(dataset_build, "join_units", stopped)
+    for stop_at in (1, 2):  # noqa: B007 - `stopped` reads it
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(source, tokenizer, tmp_path / "out", options)
+        assert not (tmp_path / "out").exists()
+    stop_at = 0
+    monkeypatch.setattr(dataset_build, "tokenize_work_unit", None)  # all of it is there
+    build_dataset(source, tokenizer, tmp_path / "out", options)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def repositories(path: Path) -> Path:
+    return write_records(
+        path,
+        [
+            {"text": f"x = {n}\n" * 9, "repo_name": f"user/r{n % 20}", "id": n, "empty": "", "list": []}
+            for n in range(100)
+        ],
+    )
+
+
+def test_records_are_grouped_by_their_repository_or_a_key(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = repositories(tmp_path / "dump.jsonl")
+    for by, groups in (("repo", 20), ("repo_name", 20), ("id", 100), ("document", 100), (None, 100)):
+        output = tmp_path / str(by)
+        build_dataset(source, tokenizer, output, split("5%", by, keep_keys=("repo_name",)))
+        assert json.loads((output / "build.json").read_text())["split"]["groups"] == groups
+    assert "what names the groups: repo_name of 100 documents" in capsys.readouterr().err
+    sides = []
+    for side in ("train", "held-out"):
+        dataset = open_dataset(tmp_path / "repo" / side)
+        metadata = [read_metadata(dataset, number) for number in range(dataset.manifest.documents)]
+        sides.append({each["fields"]["repo_name"] for each in metadata})  # type: ignore[index]
+    assert not sides[0] & sides[1] and len(sides[1]) == 1
+    assert bytes_of(tmp_path / "repo" / "train") != bytes_of(tmp_path / "repo" / "held-out")
+
+
+def test_folders_with_git_are_repositories(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(
+        tmp_path / "source", {f"team{n % 2}/r{n}/src/a{k}.py": f"# {n} {k}\n" for n in range(6) for k in range(3)}
+    )
+    with pytest.raises(InputError, match=r"--split-by: repo: found no folder with \.git"):
+        build_dataset(source, tokenizer, tmp_path / "out", split(by="repo"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    for n in range(6):
+        (source / f"team{n % 2}" / f"r{n}" / ".git").mkdir()
+    write(source, {"loose.py": "# loose file\n"})
+    capsys.readouterr()
+    result = build_dataset(source, tokenizer, tmp_path / "out", split("15%", "repo"))
+    assert "what names the groups: .git of 18 documents, top-folder of 1 documents" in capsys.readouterr().err
+    assert result.record.split["groups"] == 7
+    sides = [{p.rpartition("/src")[0] for p in paths_of(tmp_path / "out" / side)} for side in ("train", "held-out")]
+    assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_no_text_lies_on_both_sides(
+    tmp_path: Path, tokenizer: Tokenizer, deduplicate: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = {f"p{f:02d}/m{n}.py": f"# {f} {n}\n" * 5 for f in range(10) for n in range(2)}
+    for folder in range(10):  # each folder has texts of two others
+        contents[f"p{folder:02d}/copy.py"] = f"# {(folder + 3) % 10} 0\n" * 5
+        contents[f"p{folder:02d}/licence.py"] = "# the same for all\n"
+    source = write(tmp_path / "source", contents)
+    result = build_dataset(source, tokenizer, tmp_path / "out", split("30%", deduplicate=deduplicate))
+    texts: list[set[str]] = []
+    for side in ("train", "held-out"):
+        dataset = open_dataset(tmp_path / "out" / side)
+        texts.append({str(read_metadata(dataset, n)["sha256"]) for n in range(dataset.manifest.documents)})
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 21
+    records = [read_build_record(tmp_path / "out" / side) for side in ("train", "held-out", ".")]
+    train, held_out, both = (record for record in records if record is not None)
+    assert both.duplicates == train.duplicates + held_out.duplicates == 40 - both.documents
+    equal = result.record.split["equal_across"]
+    assert 0 < equal and f"{equal} documents are left out because the other dataset has their text" in both.notes
+    if not deduplicate:  # what is held out stays whole
+        assert held_out.duplicates == 0 and equal == train.duplicates
+        groups = {p.partition("/")[0] for p in paths_of(tmp_path / "out" / "held-out")}
+        assert len(paths_of(tmp_path / "out" / "held-out")) == 4 * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("contents", "options", "message"),
+    [
+        (
+            {"p/a.py": "a\n", "p/b.py": "b\n"},
+            split(by="top-folder"),
+            "--held-out: 10%: found a single group, source/p ",
+        ),
+        ({"a.py": "a\n"}, split(), r"a single group(, [0-9a-f]+)? \(--split-by document\); expected at least two"),
+        (
+            {"a.py": "a\n", "b.py": "b\n"},
+            split(by="repos"),
+            "--split-by: repos: found inputs of which each file is a text",
+        ),
+    ],
+)
+def test_a_side_without_documents_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, contents: dict[str, str], options: BuildOptions, message: str
+) -> None:
+    source = write(tmp_path / "source", contents)
+    with pytest.raises(InputError, match=message):
+        build_dataset(source, tokenizer, tmp_path / "out", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("by", "found"),
+    [
+        (
+            "owner",
+            "the keys empty, id, list, repo_name, text; expected the key 'owner', a text or a whole number",
+        ),
+        ("empty", "found 'empty', an empty text"),
+        ("list", "found 'list', a JSON list"),
+    ],
+)
+def test_records_without_the_key_are_named_with_the_keys_that_they_have(
+    tmp_path: Path, tokenizer: Tokenizer, by: str, found: str
+) -> None:
+    source = repositories(tmp_path / "dump.jsonl")
+    with pytest.raises(InputError, match=found) as caught:
+        build_dataset(source, tokenizer, tmp_path / "out", split(by=by))
+    assert caught.value.problems[0].key == "--split-by" and [path.name for path in tmp_path.iterdir()] == ["dump.jsonl"]
+
+
+def test_bad_documents_are_listed_once_for_both_sides(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = repositories(tmp_path / "dump.jsonl")
+    with source.open("a") as file:
+        file.write('{"text": "no repository"}\n{"text": 3}\n')
+    result = build_dataset(source, tokenizer, tmp_path / "out", split("5%", "repo", skip_bad=True, work_unit_bytes=700))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines] == ["no key of a group", "no text under the key"]
+    assert result.record.skipped == 2 and result.record.documents == 100
+
+
+def test_an_output_of_either_kind_replaces_the_other_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source, output = folders(tmp_path / "source"), tmp_path / "out"
+    for options in (split(), BuildOptions(), split()):
+        result: BuildResult = build_dataset(source, tokenizer, output, options, overwrite=True)
+        assert (output / "dataset.json").exists() == (options.split is None) and result.record.documents == 48
+        with pytest.raises(InputError, match="an earlier result"):
+            build_dataset(source, tokenizer, output, options)
+    with pytest.raises(InputError, match=r"two datasets, train and held-out.*expected .*/out/train or .*/out/held-out"):
+        open_dataset(output)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
+    base = ["tools/build_shards.py", "--input", folders(tmp_path / "source"), "--tokenizer", tokenizer_directory]
+    output = tmp_path / "out"
+    done = run(*base, "--output", output, "--processes", 1, "--held-out", "10%", "--split-by", "top-folder")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"next: python tools/new_config.py --model MODEL --data {output}/train --held-out {output}/held-out "
+        "--output CONFIG.yaml"
+    )
+    assert f"{output}/held-out: 4 documents" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--held-out", "0"], "argument --held-out: found '0'; expected a share between 0 and 100 %"),
+        (["--held-out", "100%"], "found '100%'; expected a share"),
+        (["--held-out", "2"], "found '2'; expected a share"),
+        (["--held-out", "abc"], "found 'abc'; expected a share"),
+        (["--split-by", "repo"], "--split-by: found without --held-out"),
+        (["--split-seed", "3"], "--split-seed: found without --held-out"),
+        (["--held-out", "1%", "--split-by", ""], "--split-by: found an empty text; expected a name"),
+        (
+            ["--held-out", "1%", "--split-seed", "-1"],
+            "--split-seed: found '-1'; expected a whole number from 0",
+        ),
+    ],
+)
+def test_wrong_values_are_named(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], parse: Callable[..., object]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--input", tmp_path, "--tokenizer", tmp_path, "--output", tmp_path / "out", *arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Read a command line of the tool in this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from build_shards import parse_arguments
+
+    def read(*arguments: object) -> object:
+        monkeypatch.setattr(sys, "argv", ["build_shards.py", *map(str, arguments)])
+        return parse_arguments()
+
+    return read
