@@ -1,4 +1,4 @@
-"""Turn text (files, JSON lines, text webdatasets) into a dataset directory of webdataset token shards.
+"""Turn text (files, JSON lines, Parquet, text webdatasets) into a dataset directory of webdataset token shards.
 
 A build that was stopped is resumed when the same command is given again.
 """
@@ -43,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="PATH",
-        help="directory of text files, of JSONL files (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz) or of text webdataset "
-        "shards (.tar), or such a file; several are read in this order",
+        help="directory of text files, of JSONL files (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz), of Parquet "
+        "files (.parquet) or of text webdataset shards (.tar), or such a file; several are read in this order",
     )
     parser.add_argument(
         "--tokenizer", type=path_argument, required=True, help="sentencepiece or Hugging Face directory"
@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text-key",
         metavar="KEY",
-        help="key of the text in a JSON line (default: text). With it files of any name that hold such lines are read "
-        "as JSON lines, and other files beside them are left out",
+        help="key of the text in a JSON line, or its column in Parquet (default: text). With it files of any name that "
+        "hold such lines are read as JSON lines, and other files beside them are left out",
     )
     parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
     add_choices(parser)

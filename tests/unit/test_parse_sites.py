@@ -11,7 +11,10 @@ PARSERS = {
     *("Backend.from_str", "Tokenizer.from_file", "Tokenizer.from_str", "Backend.from_file", "zlib.decompress"),
     *("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained", "gzip.decompress"),
 }
-PARSER_NAMES = {"SentencePieceProcessor", "safe_open", "load_file", "_TreeLoader", "parse_json", "ElementTree"}
+PARSER_NAMES = {
+    *("SentencePieceProcessor", "safe_open", "load_file", "_TreeLoader", "parse_json", "ElementTree"),
+    *("ParquetFile", "_Compact"),
+}
 # Where a parser is called outside of a `with reading(...)`: what stands around it instead.
 OTHERWISE = {
     "apps/benchmark/peak_memory.py": "the command line that the same program has written",
@@ -30,6 +33,8 @@ OTHERWISE = {
     "data/builder/shard_writer.py": "a shard that was just written",
     "data/store/checks.py": "a header that is none is found when the document is read",
     "data/store/inspection.py": "its errors are those of damaged data",
+    "data/text/parquet_files.py": "called within the boundary, or its errors are problems of one file",
+    "data/text/parquet_pages.py": "its errors are problems of one file",
     "data/text/text_files.py": "its errors are problems of one line",
     "data/tokenizers/tokenizer.py": "called by `load_tokenizer` alone, within the boundary",
     "data/tokenizers/tokenizer_difference.py": "words for a message; a file that is none has a refusal of its own",

@@ -1,11 +1,13 @@
 """Which files an input holds, of which kind they are, and what of it is left out."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.selection.split_names import count_splits
 from ebft_mega.data.text.listing import Listing, in_words, list_files
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX, CONTAINER_SUFFIXES, count_containers, first_record_keys
 from ebft_mega.errors import InputError, Problem
@@ -15,6 +17,10 @@ _KINDS = f"a {', '.join(CONTAINER_SUFFIXES[:-1])} or {ARCHIVE_SUFFIX} file"
 
 OTHER_KINDS = "files of other kinds"
 _SHOWN_NAMES = 3
+# What describes a dataset of Hugging Face's hub, beside its files.
+_DESCRIBING = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|COPYING|CITATION|CHANGELOG|dataset_infos?|state)([-_.](md|txt|rst|json|cff|bib))?", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,9 @@ class InputFiles:
 def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, alone: bool = True) -> InputFiles:
     """List the files of one input.
 
-    A folder whose files all are containers by their names (JSON lines, archives), and a folder in which the options
-    look for records, is read as containers; any other one as texts.
+    A folder whose files all are containers by their names (JSON lines, Parquet, archives) or describe them (README.md,
+    dataset_infos.json, ...), and a folder in which the options look for records, is read as containers; any other one
+    as texts.
 
     Args:
         path: a container, or a folder.
@@ -55,7 +62,7 @@ def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, a
         found = f"no file that matches {options.pattern!r}"
         if listing.left_out:
             found += f" (left out: {in_words(listing.left_out)})"
-        raise bad_input("--input", str(path), found, "text, JSONL or tar files")
+        raise bad_input("--input", str(path), found, "text, JSONL, Parquet or tar files")
     return _containers(path, listing, options, alone) or _texts(listing)
 
 
@@ -144,17 +151,32 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
     wanted = options.wants_records or (
         options.text_member is not None and any(file.name.endswith(ARCHIVE_SUFFIX) for file in chosen)
     )
-    if not chosen or (others and not wanted):
+    describing = all(_DESCRIBING.fullmatch(file.name) for file in others)
+    if not chosen or (others and not wanted and not describing):
         texts = _texts(listing)
         return replace(texts, other_keys=tuple(sorted(other_keys))) if other_keys else None
     if len(others) > len(chosen) and not alone:
         found = f"{len(chosen)} files of JSON lines or archives among {len(others)} others"
         expected = "a folder of one kind beside other inputs: name its files, or build it by itself"
         raise bad_input("--input", str(path), found, expected)
+    _require_one_split(path, chosen)
     left_out = dict(listing.left_out) | ({OTHER_KINDS: len(others)} if others else {})
     shown = [file.relative_to(path).as_posix() for file in others[:_SHOWN_NAMES]]
     counted = Listing(tuple(chosen), left_out, listing.followed, tuple(unreadable))
     return InputFiles(tuple(chosen), holds_texts=False, listing=counted, others=tuple(shown))
+
+
+def _require_one_split(path: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder whose files are those of several splits.
+
+    Raises:
+        InputError: they are.
+    """
+    splits = count_splits(file.relative_to(path).as_posix() for file in files)
+    if len(splits) > 1:
+        found = f"files of several splits: {in_words(splits)}"
+        expected = "one split at a time: --pattern for the names of its files, or its folder or files as --input"
+        raise bad_input("--input", str(path), found, expected)
 
 
 def _texts(listing: Listing) -> InputFiles:

@@ -10,8 +10,9 @@ from filelock import FileLock
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.input_files import list_inputs
-from ebft_mega.data.builder.work_plan import BUILD_VERSION, corpus_licence
+from ebft_mega.data.builder.work_plan import BUILD_VERSION
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
+from ebft_mega.data.text.corpus import corpus_licence
 from ebft_mega.data.text.listing import OUTSIDE_LINKS
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer

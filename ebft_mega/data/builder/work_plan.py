@@ -18,10 +18,12 @@ from ebft_mega.data.builder.input_files import (
 )
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
-from ebft_mega.data.text.corpus import CORPUS_MANIFEST_NAME
+from ebft_mega.data.text.corpus import corpus_licence
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
+from ebft_mega.data.text.parquet_files import parquet_layouts, read_parquet
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
+    PARQUET_SUFFIX,
     BadText,
     ReadOptions,
     TextDocument,
@@ -29,11 +31,8 @@ from ebft_mega.data.text.text_files import (
     read_text_file,
 )
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.contained_files import read_contained_json
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.parse_boundary import words_of
-
-UNKNOWN_LICENCE = "unknown"
 
 # A build of a few megabytes is spread over the cores of a small machine, one of terabytes stays at some
 # thousand work units; in between there are enough of them for every core to stay busy to the end.
@@ -59,12 +58,12 @@ class Input:
 
 
 class FileRange(NamedTuple):
-    """A whole file, or a range of the lines of a plain JSONL file."""
+    """A whole file, a range of the lines of a plain JSONL file, or some row groups of a Parquet file."""
 
     input: int  # position in `Reader.inputs`
     name: str  # relative to the input's base
     begin: int
-    end: int  # bytes
+    end: int  # bytes; of a Parquet file numbers of row groups
     is_cut: bool  # a range of lines, not the whole file
 
 
@@ -91,6 +90,9 @@ class Reader:
             document = read_text_file(file, file_range.name, self.options, left_out)
             if document is not None:
                 yield document
+        elif file_range.name.endswith(PARQUET_SUFFIX):
+            groups = range(file_range.begin, file_range.end)
+            yield from read_parquet(file, file_range.name, self.options, groups, left_out)
         elif file_range.name.endswith(ARCHIVE_SUFFIX):
             yield from read_text_archive(file, file_range.name, self.options, left_out)
         else:
@@ -124,8 +126,8 @@ def make_plan(
 ) -> Plan:
     """List the files of all inputs and cut them into work units.
 
-    A work unit is some whole files in order, or a range of a plain JSONL file. A compressed file and an archive are
-    never cut, so a work unit may be as large as they are.
+    A work unit is some whole files in order, a range of a plain JSONL file, or row groups of Parquet files. A
+    compressed file, an archive and a row group are never cut, so a work unit may be as large as they are.
 
     Memory: about 700 bytes per input file.
 
@@ -137,7 +139,7 @@ def make_plan(
 
     Raises:
         InputError: with every source in which there is nothing to read, everything that cannot be accessed unless bad
-            input is skipped, inputs that are given twice, and options that can have no effect.
+            input is skipped, inputs that are given twice, and options that can have no effect; or pyarrow is missing.
     """
     problems = list(repeated_input_problems(sources))
     opened: list[tuple[Path, InputFiles]] = []
@@ -160,14 +162,17 @@ def make_plan(
         licence = options.licence or corpus_licence(source)
         inputs.append(Input(base, base.absolute().name, licence, files.holds_texts))
         listed += [_listed_file(number, file, base) for file in files.files]
+    containers = [file for file in listed if not inputs[file.input].holds_texts]
+    layouts = parquet_layouts([inputs[file.input].base / file.name for file in containers], options.read)
+    groups = {file: layout.group_bytes for file, layout in zip(containers, layouts, strict=True) if layout}
     work_unit_bytes = options.work_unit_bytes
     if work_unit_bytes is None:
-        total = sum(file.size for file in listed)
+        total = sum(sum(groups.get(file, [file.size])) for file in listed)
         work_unit_bytes = min(max(total // USUAL_WORK_UNITS, SMALLEST_WORK_UNIT_BYTES), LARGEST_WORK_UNIT_BYTES)
     pairs = list(zip(inputs, found, strict=True))
     return Plan(
         Reader(tuple(inputs), options.read),
-        tuple(_work_units(inputs, listed, work_unit_bytes)),
+        tuple(_work_units(inputs, listed, groups, work_unit_bytes)),
         _identity(inputs, listed, options, work_unit_bytes, tokenizer_identity),
         left_out=total_counts(files.listing.left_out for files in found),
         followed=total_counts(files.listing.followed for files in found),
@@ -232,14 +237,14 @@ def _identity(
 
 
 def _work_units(
-    inputs: list[Input], listed: list[_ListedFile], work_unit_bytes: int
+    inputs: list[Input], listed: list[_ListedFile], groups: Mapping[_ListedFile, Sequence[int]], work_unit_bytes: int
 ) -> Iterator[tuple[FileRange, ...]]:
     work_unit: list[FileRange] = []
     filled = 0
     for file in listed:
-        for file_range in _file_ranges(inputs[file.input], file, work_unit_bytes):
+        for file_range, num_bytes in _file_ranges(inputs[file.input], file, groups.get(file, ()), work_unit_bytes):
             work_unit.append(file_range)
-            filled += file_range.end - file_range.begin
+            filled += num_bytes
             if filled >= work_unit_bytes:
                 yield tuple(work_unit)
                 work_unit, filled = [], 0
@@ -247,18 +252,19 @@ def _work_units(
         yield tuple(work_unit)
 
 
-def _file_ranges(source: Input, file: _ListedFile, most_bytes: int) -> Iterator[FileRange]:
+def _file_ranges(
+    source: Input, file: _ListedFile, groups: Sequence[int], most_bytes: int
+) -> Iterator[tuple[FileRange, int]]:
+    """The ranges of a file, each with the bytes of text that it holds about."""
+    if not source.holds_texts and file.name.endswith(PARQUET_SUFFIX):
+        for number, num_bytes in enumerate(groups):
+            yield FileRange(file.input, file.name, number, number + 1, is_cut=False), num_bytes
+        if not groups:  # reading it says what is wrong, if anything is
+            yield FileRange(file.input, file.name, 0, 0, is_cut=False), 0
+        return
     if source.holds_texts or file.name.endswith(_UNCUT_SUFFIXES) or file.size <= most_bytes:
-        yield FileRange(file.input, file.name, 0, file.size, is_cut=False)
+        yield FileRange(file.input, file.name, 0, file.size, is_cut=False), file.size
         return
     for begin in range(0, file.size, most_bytes):
-        yield FileRange(file.input, file.name, begin, min(begin + most_bytes, file.size), is_cut=True)
-
-
-def corpus_licence(source: Path) -> str:
-    """Licence of documents that name none: from the corpus manifest in or above a source, else "unknown"."""
-    for directory in (source, source.absolute().parent):
-        if (directory / CORPUS_MANIFEST_NAME).is_file():
-            manifest = read_contained_json(directory, CORPUS_MANIFEST_NAME, "a corpus manifest")
-            return str(manifest.get("licence", UNKNOWN_LICENCE))
-    return UNKNOWN_LICENCE
+        end = min(begin + most_bytes, file.size)
+        yield FileRange(file.input, file.name, begin, end, is_cut=True), end - begin

@@ -18,13 +18,14 @@ from ebft_mega.data.text.bounded_reading import read_at_most
 from ebft_mega.data.text.listing import OTHER_NAMES, list_files
 from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES
 from ebft_mega.errors import InputError, Problem
-from ebft_mega.io.contained_files import read_contained
+from ebft_mega.io.contained_files import read_contained, read_contained_json
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
 from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.progress_bar import track
 
 CORPUS_MANIFEST_NAME = "corpus.json"
+UNKNOWN_LICENCE = "unknown"
 LICENCE = "PSF-2.0"
 LICENCE_FILE_NAME = "LICENSE.txt"
 _LICENCE_BYTES = 1 << 20
@@ -276,3 +277,12 @@ def _manifest(
         "splits": splits,
         "files": [asdict(file) for file in files],
     }
+
+
+def corpus_licence(source: Path) -> str:
+    """Licence of documents that name none: from the corpus manifest in or above a source, else "unknown"."""
+    for directory in (source, source.absolute().parent):
+        if (directory / CORPUS_MANIFEST_NAME).is_file():
+            manifest = read_contained_json(directory, CORPUS_MANIFEST_NAME, "a corpus manifest")
+            return str(manifest.get("licence", UNKNOWN_LICENCE))
+    return UNKNOWN_LICENCE

@@ -16,7 +16,8 @@ from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import words_of
 
 ARCHIVE_SUFFIX = ".tar"
-CONTAINER_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ARCHIVE_SUFFIX)
+PARQUET_SUFFIX = ".parquet"
+CONTAINER_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", PARQUET_SUFFIX, ARCHIVE_SUFFIX)
 # Names under which JSON lines are found, too, beside other JSON.
 _JSON_SUFFIXES = (".json", ".ndjson")
 _CHUNK_BYTES = 1 << 22

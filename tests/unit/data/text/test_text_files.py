@@ -394,7 +394,7 @@ def test_a_directory_of_texts_with_a_dump_in_it_is_pointed_out(
 ) -> None:
     source = tmp_path / "dump"
     source.mkdir()
-    (source / "README.md").write_text("my dump")
+    (source / "notes.md").write_text("my dump")
     (source / "data.jsonl").write_text('{"text": "one"}\n')
     build_dataset(source, tokenizer, tmp_path / "out")
     said = "JSONL or tar files among 2 files that are read as one text each: 1"
