@@ -32,6 +32,7 @@ from ebft_mega.io.standard_streams import print_line, protect_standard_streams  
 from ebft_mega.io.text_encoding import require_utf8  # noqa: E402
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing  # noqa: E402
 from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing  # noqa: E402
+from ebft_mega.metrics.announcer import Announcer  # noqa: E402
 from ebft_mega.planning.dry_run import GIGABYTE, describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
 from ebft_mega.planning.short_plan import short_plan  # noqa: E402
@@ -89,13 +90,14 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def has_nothing_to_do(config: RunConfig, plan: RunPlan) -> bool:
+def has_nothing_to_do(config: RunConfig, plan: RunPlan, announcer: Announcer) -> bool:
     """Whether all ranks see that the run is done.
 
     Raises:
         ConfigError: all ranks see that the start is refused.
     """
-    standing = early_standing(config, plan)
+    with announcer.phase(f"looking at what is in {config.output_dir}"):
+        standing = early_standing(config, plan)
     return standing is not None and standing.action is Action.NOTHING
 
 
@@ -159,17 +161,20 @@ def run(signals: Signals, started: float) -> int:
         own_files = [config.data.cache, *[arguments.config] * (arguments.config.name != RESOLVED_CONFIG_NAME)]
         fresh = Fresh.of(arguments.fresh, own_files)
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        plan = check_run(config, world_size, without_data=arguments.without_data)
+        announcer = Announcer.of_start(speaks=is_first_rank() and not arguments.dry_run)
+        with announcer.phase("checking the model's and the datasets' small files, and sizes"):
+            plan = check_run(config, world_size, without_data=arguments.without_data)
         if arguments.dry_run:
             print_plan(config, plan, fresh, arguments.gpu_memory)
             return EXIT_DONE
-        if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan):
+        if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan, announcer):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE
-        for line in short_plan(config, plan, arguments.trace_step) if is_first_rank() else ():
-            print_line(line, sys.stdout)
-        from ebft_mega.lifecycle.run import run_training
+        for line in short_plan(config, plan, arguments.trace_step):
+            announcer.note(line)
+        with announcer.phase("loading torch, megatron-core and DeepSpeed"):
+            from ebft_mega.lifecycle.run import run_training
 
-        return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh)
+        return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh, announcer)
     except EbftError as error:
         signals.fail_undisturbed()
         speaks = speaks_for_machine(os.environ) if isinstance(error, SurroundingsError) else is_first_rank()

@@ -1,6 +1,6 @@
 """Read a checkpoint's tensors into any parallel layout: each rank reads only the bytes that it needs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,13 +126,20 @@ def check_tensors(tensors: CheckpointTensors, architecture: Architecture, kinds:
         raise BrokenCheckpointError(problems)
 
 
-def restore_engine(engine: ZeroEngine, stage: Stage, tensors: CheckpointTensors, applied_updates: int) -> None:
+def restore_engine(
+    engine: ZeroEngine,
+    stage: Stage,
+    tensors: CheckpointTensors,
+    applied_updates: int,
+    count: Callable[[int], None] = lambda _: None,
+) -> None:
     """Put a checkpoint's weights and moments into an engine, whatever layout and ZeRO stage they come from.
 
     Args:
         engine: of a stage that was filled from `CheckpointWeights` of the same tensors (see `ZeroEngine.restore`).
         stage: what the engine trains.
         applied_updates: by which the moments have come about.
+        count: told of each tensor that is in place: three of each of the stage's parameters.
     Raises:
         BrokenCheckpointError: on one rank alone, if a file changed after it was checked.
         InputError: on every rank, naming all tensors in which some rank has read infinite values or NaN.
@@ -149,5 +156,5 @@ def restore_engine(engine: ZeroEngine, stage: Stage, tensors: CheckpointTensors,
             not_finite.look_at(parts[-1], torch.float32, tensors.place(kind, source), f"{kind}: {source}")
         return packing.pack(tuple(parts))
 
-    engine.restore(read, applied_updates)
+    engine.restore(read, applied_updates, count)
     not_finite.require_none()

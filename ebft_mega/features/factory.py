@@ -1,7 +1,7 @@
 """Build the frozen feature network from a model's lower layers: whole on every data-parallel rank, or partitioned."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.gram import EmbedMethod, FeatureNorm
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.stage_weights import StageLoader, load_weights
 from ebft_mega.model.weights.weight_sources import WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.stage_module import StageRunner
@@ -53,10 +53,16 @@ class FeatureSettings:
 
 
 def build_feature_network(
-    architecture: Architecture, source: WeightSource, settings: FeatureSettings, groups: ProcessGroups
+    architecture: Architecture,
+    source: WeightSource,
+    settings: FeatureSettings,
+    groups: ProcessGroups,
+    load: StageLoader = load_weights,
 ) -> FeatureNetwork:
     """Load this rank's part of the feature network.
 
+    Args:
+        load: fills the stage; `load_weights`, or what also says how far it has come.
     Communication: if it is partitioned, collective over the data-parallel group, whose first rank reads the weights.
     """
     taps = tapped_layers(settings.layer_fractions, architecture.num_hidden_layers)
@@ -76,14 +82,14 @@ def build_feature_network(
     if settings.is_sharded:
         sharded = ShardedStage(
             build_stage,
-            lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
+            lambda stage, gathered, is_reader: load(stage, source, gathered, is_reader),
             settings.dtype,
             groups,
         )
         stage, whole_parameters = sharded.module, sharded.whole_parameters
     else:
         stage = build_stage()
-        load_weights(stage, source)
+        load(stage, source, lambda _: nullcontext(), True)
         stage.to(groups.device).requires_grad_(False).eval()
 
         @contextmanager

@@ -6,14 +6,35 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from ebft_mega.io.standard_streams import drawing_stream
+from ebft_mega.io.standard_streams import drawing_stream, print_line
 from ebft_mega.shown_text import LONGEST_NOTE, escaped, shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 Item = TypeVar("Item")
-LINE_INTERVAL_SECONDS = 10.0
+LINE_INTERVAL_SECONDS = 5.0
+BYTES = "GB"  # the unit of what is counted in bytes
+_BYTES_PER_UNIT = 1e9
+
+
+def progress_words(done: int, total: int | None, seconds: float, unit: str = "") -> str:
+    """Say how far work has come: `3/12 tensors (25 %) in 5.0 s, 0.6/s`.
+
+    Args:
+        done: how much is done.
+        total: where the count ends, None where it is not known.
+        seconds: since the work began.
+        unit: what is counted; `BYTES` for a count of bytes, which is shown in GB (1e9 bytes).
+    """
+    rate = done / seconds if seconds > 0 else 0.0
+    if unit == BYTES:
+        whole = f"/{total / _BYTES_PER_UNIT:.3f}" if total else ""
+        amount, pace = f"{done / _BYTES_PER_UNIT:.3f}{whole} GB", f"{rate / _BYTES_PER_UNIT:.3f} GB/s"
+    else:
+        amount, pace = f"{done}{f'/{total}' if total else ''}{f' {unit}' if unit else ''}", f"{_few_digits(rate)}/s"
+    share = f" ({100 * done / total:.0f} %)" if total else ""
+    return f"{amount}{share} in {seconds:.1f} s, {pace}"
 
 
 def track(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
@@ -30,16 +51,22 @@ def track(items: Iterable[Item], total: int | None, description: str) -> Iterato
             meter.show(done)
 
 
+def _few_digits(rate: float) -> str:
+    """`1,234`, `56.7` or `0.0123`."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 class Meter:
     """Show on standard error how much is done, where others count it; used as a context manager.
 
     Args:
         total: where the count ends, None where it is not known.
         description: a few words for the line.
+        unit: what is counted; `BYTES` for a count of bytes.
     """
 
-    def __init__(self, total: int | None, description: str):
-        self._total = total
+    def __init__(self, total: int | None, description: str, unit: str = ""):
+        self._total, self._unit = total, unit
         self._description = shown(description)
         self._done = 0
         self._started = self._last_line = time.monotonic()
@@ -61,6 +88,10 @@ class Meter:
             self._last_line = now
             self._print_line(now)
 
+    def add(self, amount: int) -> None:
+        """Count on."""
+        self.show(self._done + amount)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -70,10 +101,8 @@ class Meter:
             self._print_line(time.monotonic())
 
     def _print_line(self, now: float) -> None:
-        of_total = f"/{self._total} ({100 * self._done / self._total:.0f} %)" if self._total else ""
-        elapsed_seconds = now - self._started
-        line = f"{self._description}: {self._done}{of_total} in {elapsed_seconds:.1f} s"
-        print(line, file=sys.stderr, flush=True)
+        words = progress_words(self._done, self._total, now - self._started, self._unit)
+        print_line(f"{self._description}: {words}")
 
 
 class LongCount:
@@ -94,8 +123,8 @@ class LongCount:
         now = time.monotonic()
         if now - self._last_line >= LINE_INTERVAL_SECONDS:
             self._last_line = now
-            line = f"{self._description}: {self._done} in {now - self._started:.1f} s"
-            print(line, file=sys.stderr, flush=True)
+            words = progress_words(self._done, None, now - self._started)
+            print_line(f"{self._description}: {words}")
 
 
 class _AboveBar:

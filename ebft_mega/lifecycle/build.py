@@ -13,12 +13,14 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, r
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.metrics.announcer import SILENT, Announcer
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import Stage
-from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.stage_weights import announced_loader
 from ebft_mega.model.weights.weight_sources import InitialWeights, RandomWeights, WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.planning.auto import choices, default_choices
 from ebft_mega.planning.memory import Choices
@@ -31,23 +33,31 @@ logger = logging.getLogger(__name__)
 
 
 def build_chosen_trainer(
-    config: RunConfig, plan: RunPlan, groups: ProcessGroups, saved: tuple[CheckpointTensors, int] | None = None
+    config: RunConfig,
+    plan: RunPlan,
+    groups: ProcessGroups,
+    saved: tuple[CheckpointTensors, int] | None = None,
+    announcer: Announcer = SILENT,
 ) -> Trainer:
     """Build a run's trainer: what is `auto` in the configuration is chosen by the memory of the accelerators.
 
     Args:
         saved: weights and optimizer state to resume from, and the number of updates that have been applied; None: the
             initial model.
+        announcer: says what is built and how far it has come.
     Communication: collective over the world.
     """
     chosen = choices(config, plan, least_memory_bytes(groups.device))
     logger.info("chosen for this memory: %s", chosen)
     if saved is None:
-        return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen)
+        return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, announcer=announcer)
     tensors, updates = saved
     weights = CheckpointWeights(tensors)
-    trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights)
-    restore_engine(trainer.engine, trainer.stage, tensors, updates)
+    trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights, announcer)
+    total = len(STATE_KINDS) * len(trainer.engine.parameter_shapes())
+    words = f"restoring master weights and moments from {tensors.directory}, {total} tensors"
+    with announcer.phase(words, total, "tensors") as count:
+        restore_engine(trainer.engine, trainer.stage, tensors, updates, count)
     return trainer
 
 
@@ -58,6 +68,7 @@ def build_trainer(
     groups: ProcessGroups,
     chosen: Choices | None = None,
     policy_weights: WeightSource | None = None,
+    announcer: Announcer = SILENT,
 ) -> Trainer:
     """Build the policy with its optimizer, and the feature network.
 
@@ -66,6 +77,7 @@ def build_trainer(
         chosen: what the memory of the accelerators decides; None: the choices where it is not known.
         policy_weights: the policy's weights in a checkpoint; None: the initial model. The feature network is always
             made of the initial model.
+        announcer: says what is built and how far it has come.
     Raises:
         ConfigError: `train.attention` names a route that this device does not have.
     Communication: collective over the world (weights are read by the first rank of each data-parallel group).
@@ -78,14 +90,21 @@ def build_trainer(
         route = attention_route(config, feature_architecture, groups.device)
         settings = FeatureSettings.of(config, route, chosen.feature_network_is_sharded)
         source = feature_weights(config, feature_architecture, initial)
-        features = build_feature_network(feature_architecture, source, settings, groups)
+        deepest = tapped_layers(settings.layer_fractions, feature_architecture.num_hidden_layers)[-1]
+        words = f"building the feature network, {deepest} of {feature_architecture.num_hidden_layers} layers"
+        with announcer.phase(words):
+            load = announced_loader("the feature network", announcer)
+            features = build_feature_network(feature_architecture, source, settings, groups, load)
+    words = f"building the policy, {architecture.num_parameters:,} parameters, and its optimizer, ZeRO stage"
+    with announcer.phase(f"{words} {config.zero.stage}"):
+        engine = build_engine(config, architecture, policy_weights or initial, attention, groups, announcer)
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
     return Trainer(
         config=config,
         plan=config.block_plan,
         sampling=SamplingSettings.of(config),
         groups=groups,
-        engine=build_engine(config, architecture, policy_weights or initial, attention, groups),
+        engine=engine,
         feature_network=features,
         timers=PhaseTimers(synchronize, memory=PhaseMemory.of_device(groups.device)),
         reuse=chosen.reuse_rollout,
@@ -98,6 +117,7 @@ def build_engine(
     source: WeightSource,
     attention: AttentionRoute,
     groups: ProcessGroups,
+    announcer: Announcer = SILENT,
 ) -> ZeroEngine[Stage]:
     """Build this rank's stage of the policy and its optimizer.
 
@@ -117,9 +137,10 @@ def build_engine(
             attention=attention,
         )
 
+    load = announced_loader("the policy", announcer)
     return make_engine(
         build_stage,
-        lambda stage, gathered, is_reader: load_weights(stage, source, gathered, is_reader),
+        lambda stage, gathered, is_reader: load(stage, source, gathered, is_reader),
         Stage.parameter_roles,
         OptimizerSettings.of(config),
         groups,

@@ -8,6 +8,7 @@ from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.lifecycle.tracing import timeout_of_steps
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.parallel.rendezvous import Patience
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN
@@ -27,6 +28,14 @@ def connect_ranks(config: RunConfig) -> ProcessGroups:
         found, expected = f"true, on a {device.type}", "false: it needs GPUs"
         raise ConfigError([Problem(config.place(key), key, found, expected)])
     return make_process_groups(device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, timeout)
+
+
+def connecting_words(config: RunConfig, plan: RunPlan) -> str:
+    """Say what `connect_ranks` does and how long it may take."""
+    processes = plan.parallel.world_size
+    if processes == 1:
+        return "setting up this process's device"
+    return f"connecting {processes} processes: the last one to come is waited for, at most {Patience().peers:.0f} s"
 
 
 def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> None:

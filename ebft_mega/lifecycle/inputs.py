@@ -50,4 +50,4 @@ def held_out_rows(config: RunConfig, groups: ProcessGroups) -> HeldOut | None:
     dataset.close()
     rows = rows.filled_up(-(-config.evaluation.rows // groups.data_parallel_size))
     rows = rows_of_step(rows, config, groups.device)
-    return HeldOut(rows, EvaluationSettings.of(config), config.evaluation.interval)
+    return HeldOut(rows, EvaluationSettings.of(config), config.evaluation.interval, config.evaluation.rows)

@@ -21,8 +21,10 @@ from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, InputError, Problem
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import reading
+from ebft_mega.io.progress_bar import BYTES
 from ebft_mega.lifecycle.build import feature_weights, initial_weights
-from ebft_mega.model.weights.weight_sources import InitialWeights, identity
+from ebft_mega.metrics.announcer import Announcer, counted
+from ebft_mega.model.weights.weight_sources import InitialWeights, RandomWeights, identity
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.exchange import all_gather_values
@@ -67,13 +69,18 @@ class RunIdentity:
 
 
 def run_identity(
-    config: RunConfig, plan: RunPlan, saved: SavedRun | None, started_from: StartedFrom | None
+    config: RunConfig,
+    plan: RunPlan,
+    saved: SavedRun | None,
+    started_from: StartedFrom | None,
+    announcer: Announcer,
 ) -> RunIdentity:
     """What stays the same from the first step of a run to its last.
 
     Args:
         saved: the run to resume; None: a new one.
         started_from: the checkpoint that `checkpoint.resume` named, now or when the run began.
+        announcer: says how far the hashing of the initial model has come.
     Raises:
         InputError: the initial model is not the one that the resumed run began with.
     Communication: that of `require_same_initial_model`.
@@ -84,7 +91,9 @@ def run_identity(
     parallel = plan.parallel
     return RunIdentity(
         seed=config.seed,
-        feature_network=require_same_initial_model(config, source, saved) if config.uses_rollouts else None,
+        feature_network=(
+            require_same_initial_model(config, source, saved, announcer) if config.uses_rollouts else None
+        ),
         feature_source=f"random weights of seed {config.seed}" if place is None else str(place),
         feature_architecture=described if config.uses_rollouts else None,
         layout=Layout(
@@ -99,9 +108,11 @@ def run_identity(
     )
 
 
-def require_whole_models(config: RunConfig) -> None:
+def require_whole_models(config: RunConfig, announcer: Announcer) -> None:
     """Check the weights of the models that a run starts from and that are checkpoints of other runs.
 
+    Args:
+        announcer: says how far it has come.
     Raises:
         BrokenCheckpointError: their files are not those that were written.
     Communication: collective over the world; each file is hashed by one rank.
@@ -109,17 +120,20 @@ def require_whole_models(config: RunConfig) -> None:
     for directory in (config.model.init_from, config.ebft.feature_model):
         if directory is not None and from_first_rank(partial(is_checkpoint, directory)):
             manifest = from_first_rank(partial(read_manifest, directory), Manifest)
-            problems = damaged_files(directory, manifest, WEIGHTS_FOLDER)
+            problems = damaged_files(directory, manifest, WEIGHTS_FOLDER, announcer)
             if problems:
                 raise BrokenCheckpointError(problems)
 
 
-def require_same_initial_model(config: RunConfig, source: InitialWeights, saved: SavedRun | None) -> str:
+def require_same_initial_model(
+    config: RunConfig, source: InitialWeights, saved: SavedRun | None, announcer: Announcer
+) -> str:
     """The identity of the model that the feature network is made of, which is the same for as long as the run lasts.
 
     Args:
         source: the feature network's weights.
         saved: the run to resume; None: a new one.
+        announcer: says how far it has come.
     Returns:
         sha256 of its weights, wherever they lie.
     Raises:
@@ -127,7 +141,11 @@ def require_same_initial_model(config: RunConfig, source: InitialWeights, saved:
     Communication: one gathering over the world; each rank hashes a part of the model.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    parts = all_gather_values({name: source.digest(name) for name in source.digest_names()[rank::size]})
+    names = source.digest_names()
+    own, unit = names[rank::size], "tensors" if isinstance(source, RandomWeights) else "files"
+    words = f"hashing the initial model, {len(names)} {unit}" + f", {len(own)} of them here" * (size > 1)
+    with announcer.phase(words, len(own), unit) as count:
+        parts = all_gather_values({name: source.digest(name) for name in counted(own, count)})
     found = identity({name: digest for part in parts for name, digest in part.items()})
     expected = None if saved is None else saved.state.feature_network
     if saved is not None and expected != found:
@@ -165,13 +183,23 @@ def require_same_feature_architecture(
     return found
 
 
-def damaged_files(directory: Path, manifest: Manifest, beginning: str) -> list[Problem]:
+def damaged_files(directory: Path, manifest: Manifest, beginning: str, announcer: Announcer) -> list[Problem]:
     """Compare the files of a checkpoint whose names begin with `beginning` with its manifest.
 
+    Args:
+        announcer: says how far it has come.
     Communication: one gathering; each file is hashed by one rank.
     """
-    own = share_of_files(manifest, dist.get_rank(), dist.get_world_size())
-    problems = file_problems(directory, manifest, [name for name in own if name.startswith(beginning)])
+    size = dist.get_world_size()
+    own = [name for name in share_of_files(manifest, dist.get_rank(), size) if name.startswith(beginning)]
+    own_bytes = sum(manifest.files[name].bytes for name in own)
+    files = [record for name, record in manifest.files.items() if name.startswith(beginning)]
+    words = f"reading and hashing {directory}: {len(files)} files, {sum(file.bytes for file in files) / 1e9:.3f} GB"
+    problems: list[Problem] = []
+    with announcer.phase(words + f", {own_bytes / 1e9:.3f} of them here" * (size > 1), own_bytes, BYTES) as count:
+        for name in own:
+            problems += file_problems(directory, manifest, [name])
+            count(manifest.files[name].bytes)
     return [problem for part in all_gather_values(problems) for problem in part]
 
 

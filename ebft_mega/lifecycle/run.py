@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import OutOfMemoryError
-from ebft_mega.lifecycle.connecting import connect_ranks, require_same_inputs
+from ebft_mega.lifecycle.connecting import connect_ranks, connecting_words, require_same_inputs
 from ebft_mega.lifecycle.inputs import make_loader
 from ebft_mega.lifecycle.model_identity import require_whole_models
 from ebft_mega.lifecycle.outcome import Outcome
@@ -21,6 +21,7 @@ from ebft_mega.lifecycle.standing import Action, Standing, conclude
 from ebft_mega.lifecycle.start import find_start
 from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.planning.phase_needs import needs_of_phases
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
@@ -42,6 +43,7 @@ def run_training(
     started_monotonic: float,
     write_report: Callable[[Path], Path],
     fresh: Fresh | None = None,
+    announcer: Announcer | None = None,
 ) -> int:
     """Train, or trace one step.
 
@@ -52,32 +54,37 @@ def run_training(
         started_monotonic: `time.monotonic()` when the process started.
         write_report: writes the report page of a finished run directory and returns its path.
         fresh: whether what is in the run directory is set aside first; None: it is not.
+        announcer: says what is done until the first step and after the last one; None: nobody does.
     Returns:
         Exit code of every rank: 0, or 75 if the run stopped on request.
     Communication: every rank of the job calls it.
     """
+    announcer = announcer or Announcer()
     if config.deterministic:
         use_deterministic_kernels(os.environ)
     with signals.stopped_with_peers():
-        groups = connect_ranks(config)
-        loader = make_loader(config, groups, is_trace=trace_directory is not None)
-        require_same_inputs(config, plan, loader)
-        require_whole_models(config)
+        with announcer.phase(connecting_words(config, plan)):
+            groups = connect_ranks(config)
+        with announcer.phase("opening the datasets, and comparing them and the configuration over all ranks"):
+            loader = make_loader(config, groups, is_trace=trace_directory is not None)
+            require_same_inputs(config, plan, loader)
+        require_whole_models(config, announcer)
     if trace_directory is not None:
-        return trace_first_step(config, plan, groups, loader, trace_directory)
-    make_run_directory(config)
+        return trace_first_step(config, plan, groups, loader, trace_directory, announcer)
     with ExitStack() as held_to_the_end:
-        lock = RunLock(config.output_dir)
-        lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
-        limit = config.train.max_run_minutes
-        if groups.is_world_first:
-            signals.before_forced_end(lock.delete)
-        requests = StopRequests(signals, config.output_dir, started_monotonic, limit, groups.is_world_first)
-        # By one rank, under the lock: nobody else changes what is found.
-        standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()), Standing)
+        with announcer.phase(f"taking the run directory {config.output_dir}, and looking at what is in it"):
+            make_run_directory(config)
+            lock = RunLock(config.output_dir)
+            lock_notes = from_first_rank(lambda: held_to_the_end.enter_context(lock).notes)
+            limit = config.train.max_run_minutes
+            if groups.is_world_first:
+                signals.before_forced_end(lock.delete)
+            requests = StopRequests(signals, config.output_dir, started_monotonic, limit, groups.is_world_first)
+            # By one rank, under the lock: nobody else changes what is found.
+            standing = from_first_rank(lambda: take_directory(config, plan, fresh or Fresh()), Standing)
         if standing.action is Action.NOTHING:
             return from_first_rank(lambda: conclude(config, standing, write_report))
-        run = Run(config, plan, groups, loader, signals, requests, lambda: lock.lost, write_report, standing)
+        run = Run(config, plan, groups, loader, signals, requests, lambda: lock.lost, write_report, standing, announcer)
         return run_in_directory(run, (*lock_notes, *standing.notes))
 
 
@@ -109,7 +116,7 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
 
     try:
         with watched_by(witness), Watchdog(timeout_of_steps(run.config), log_path, of_hang) as watchdog:
-            start = find_start(run.config, run.plan, run.loader)
+            start = find_start(run.config, run.plan, run.loader, run.announcer)
             watchdog.beat("checking of the checkpoint")
             outcome.begin(start.progress)
             stopped = train_and_export(run, replace(start, notes=(*notes, *start.notes)), watchdog)

@@ -28,6 +28,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
 from ebft_mega.lifecycle.model_identity import damaged_files, other_software
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.planning.data_budget import rows_of_run, skipped_rows_problems
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
@@ -60,12 +61,14 @@ class Start:
         return self.saved is not None and self.saved.directory.resolve().parent == (output_dir / CHECKPOINTS).resolve()
 
 
-def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
+def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader, announcer: Announcer) -> Start:
     """Choose the checkpoint, check it, and move the loader to where it was taken.
 
     Nothing on the disk changes but the name of a checkpoint that had stepped aside: a start that is refused must leave
     everything as it is. `tidy` does the rest.
 
+    Args:
+        announcer: says what is read and how far it has come.
     Raises:
         BrokenCheckpointError: the checkpoint that was named is not whole, or none of those that are there is.
         ConfigError, InputError: something has changed that may not.
@@ -74,9 +77,10 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> Start:
     root = config.output_dir / CHECKPOINTS
     restored = from_first_rank(lambda: restore_replaced(root))
     notes = [f"{name} has its name again: the run was killed while it replaced it" for name in restored]
-    found = from_first_rank(lambda: candidates(config), Candidates)
+    with announcer.phase(f"looking for checkpoints to resume from in {root}"):
+        found = from_first_rank(lambda: candidates(config), Candidates)
     notes += found.notes
-    saved, broken = _newest_whole(found, notes)
+    saved, broken = _newest_whole(found, notes, announcer)
     if saved is not None:
         refused = from_first_rank(lambda: refused_changes(saved, config, plan.architecture))
         if refused:
@@ -124,14 +128,14 @@ def _rest_does_not_fit(config: RunConfig, plan: RunPlan, saved: SavedRun, loader
         yield Problem(config.place(key), key, found, expected)
 
 
-def _newest_whole(found: Candidates, notes: list[str]) -> tuple[SavedRun | None, list[Path]]:
+def _newest_whole(found: Candidates, notes: list[str], announcer: Announcer) -> tuple[SavedRun | None, list[Path]]:
     """The first candidate without a problem, and those before it, which are noted."""
     all_problems: list[Problem] = []
     broken: list[Path] = []
     for directory in found.paths:
         saved, problems = from_first_rank(partial(_try, directory), SavedRun)
         if saved is not None:
-            problems = damaged_files(saved.directory, saved.manifest, "")
+            problems = damaged_files(saved.directory, saved.manifest, "", announcer)
             if not problems:
                 notes += from_first_rank(partial(_foreign_files, saved))
                 return saved, broken

@@ -16,17 +16,19 @@ from ebft_mega.errors import CheckpointError
 from ebft_mega.lifecycle.build import build_chosen_trainer
 from ebft_mega.lifecycle.inputs import held_out_rows
 from ebft_mega.lifecycle.model_identity import run_identity
-from ebft_mega.lifecycle.results import describe_in_directory, export, read_described, show_results
+from ebft_mega.lifecycle.results import export, open_results, read_described, show_results
 from ebft_mega.lifecycle.standing import Standing
 from ebft_mega.lifecycle.start import Start, tidy
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.run_lock import Loss
 from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
 from ebft_mega.runtime.watchdog import Watchdog
-from ebft_mega.train.hooks import Observer, StepHooks, open_observer, step_hooks
+from ebft_mega.train.hooks import StepHooks, step_hooks
 from ebft_mega.train.loop import train
+from ebft_mega.train.observer import Observer, announcer_of
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
@@ -45,6 +47,7 @@ class Run:
     lost: Callable[[], Loss]  # what has become of the run directory, as far as this rank knows
     write_report: Callable[[Path], Path]  # makes the page of a finished run directory, and returns its path
     standing: Standing  # what was found in the directory
+    announcer: Announcer  # says what is done before the first step and after the last one
 
     @property
     def output(self) -> Path:
@@ -65,12 +68,13 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     Communication: collective over the world.
     """
     config, plan, groups, output = run.config, run.plan, run.groups, run.output
-    identity = run_identity(config, plan, start.saved, start.started_from)
+    identity = run_identity(config, plan, start.saved, start.started_from, run.announcer)
     watchdog.beat("hashing of the initial model")
-    trainer = build_chosen_trainer(config, plan, groups, start.saved_state)
+    trainer = build_chosen_trainer(config, plan, groups, start.saved_state, run.announcer)
     watchdog.beat("building of the model")
-    held_out = held_out_rows(config, groups)
-    described = read_described(config, run.tokenizer_directory)
+    with run.announcer.phase(f"reading {config.evaluation.rows} held-out rows, and the tokenizer"):
+        held_out = held_out_rows(config, groups)
+        described = read_described(config, run.tokenizer_directory)
     for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
 
     def small_files(progress: Progress) -> dict[str, bytes]:
@@ -88,26 +92,27 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
             run.requests,
             run.lost,
             small_files,
-            announce=observer.writer.note if observer is not None else None,
+            announcer=announcer_of(observer),
             beat=watchdog.beat,
             begun=start.progress,
             saved=start.progress if start.is_in(output) else None,
         )
         hooks = step_hooks(trainer, held_out, plan.total_steps, boundary, observer, watchdog)
-        dist.barrier()  # a rank that stops until here has trained nothing, and neither have the others
+        with announcer_of(observer).phase("waiting until all ranks are as far"):
+            dist.barrier()  # a rank that stops until here has trained nothing, and neither have the others
         run.signals.train_from_now_on()
         stopped, failure = _take_steps(run, trainer, start.progress, hooks, watchdog)
         if stopped:
             if observer is not None:
                 observer.writer.note(f"stopped after step {start.progress.step}: {stopped.words}")
             return stopped
-        export(config, plan, start, trainer, described)
+        export(config, plan, start, trainer, described, announcer_of(observer).of_part("end"))
         watchdog.beat("writing of the model")
     finally:
         if observer is not None:
             observer.writer.close()
     if observer is not None:
-        show_results(output, run.write_report)
+        show_results(output, run.write_report, run.announcer.of_part("end"))
     from_first_rank(observer.writer.require_whole if observer is not None else lambda: None)
     if failure is not None:
         raise failure
@@ -132,7 +137,7 @@ def _take_steps(
 
 def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
-    describe_in_directory(run.config, run.plan, start, run.standing.model_step)
-    notes = (*run.plan.notes, *start.notes, *described.notes)
-    total_steps, resumes_here = run.plan.total_steps, start.is_in(run.output)
-    return open_observer(run.output, run.tokenizer_directory, total_steps, start.progress, resumes_here, notes)
+    left = run.plan.total_steps - start.progress.step
+    total_rows = run.loader.state.next_row + left * run.config.train.global_batch_size
+    place, model_step = run.tokenizer_directory, run.standing.model_step
+    return open_results(run.config, run.plan, start, described, place, model_step, total_rows, run.announcer)

@@ -19,6 +19,7 @@ SHOWN = (
     ("grad_norm", "train/grad_norm", "{:.3f}"),
     ("lr", "train/lr", "{:.2e}"),
 )
+GIB_BYTES = 1 << 30
 # Weight of the newest step in the moving average behind the time left.
 SMOOTHING = 0.1
 
@@ -38,18 +39,21 @@ class ConsoleSink(Protocol):
         """Leave the terminal as it was."""
 
 
-def open_console(total_steps: int, first_step: int, stream: TextIO | None = None) -> ConsoleSink:
+def open_console(
+    total_steps: int, first_step: int, stream: TextIO | None = None, total_rows: int | None = None
+) -> ConsoleSink:
     """A progress bar if `stream` (standard output by default) is a terminal, plain lines otherwise.
 
     Args:
         total_steps: steps of the whole run.
         first_step: steps that were done before this start.
         stream: where to write.
+        total_rows: rows that the whole run reads; None: it is not known.
     """
     stream = stream or sys.stdout
     if stream.isatty():
-        return ProgressBar(total_steps, first_step, stream)
-    return PlainLines(total_steps, first_step, stream)
+        return ProgressBar(total_steps, first_step, stream, total_rows)
+    return PlainLines(total_steps, first_step, stream, total_rows)
 
 
 def format_duration(seconds: float) -> str:
@@ -65,6 +69,30 @@ def format_duration(seconds: float) -> str:
 def key_numbers(metrics: Mapping[str, float]) -> str:
     """The few numbers of a training step that fit on a line."""
     return "  ".join(f"{name} {form.format(metrics[key])}" for name, key, form in SHOWN if key in metrics)
+
+
+def work_numbers(metrics: Mapping[str, float], total_rows: int | None = None) -> str:
+    """The pace of a step, the memory that it took, and how far the run is in its data.
+
+    Args:
+        metrics: of the step; what it did not log is left out.
+        total_rows: rows that the whole run reads; None: it is not known.
+    Returns:
+        For instance `5,461 tokens/s  peak 12.34 GiB  row 240 of 400  epoch 0.60`.
+    """
+    parts = []
+    if "perf/tokens_per_second" in metrics:
+        parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+    if "memory/peak_bytes" in metrics:
+        parts.append(f"peak {metrics['memory/peak_bytes'] / GIB_BYTES:.2f} GiB")
+    if "data/rows" in metrics:
+        of_total = "" if total_rows is None else f" of {total_rows}"
+        parts.append(f"row {metrics['data/rows']:.0f}{of_total}")
+    epochs = [value for key, value in metrics.items() if key == "data/epochs" or key.startswith("data/epochs/")]
+    if epochs:
+        first, last = f"{min(epochs):.2f}", f"{max(epochs):.2f}"
+        parts.append(f"epoch {first}" if len(epochs) == 1 else f"epochs {first} to {last}")
+    return "  ".join(parts)
 
 
 def evaluation_numbers(metrics: Mapping[str, float]) -> str:
@@ -107,8 +135,8 @@ class PlainLines:
 
     name = "console"
 
-    def __init__(self, total_steps: int, first_step: int, stream: TextIO):
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO, total_rows: int | None = None):
+        self._total_steps, self._total_rows = total_steps, total_rows
         self._clock = StepClock(total_steps, first_step)
         self._stream = stream
 
@@ -118,7 +146,8 @@ class PlainLines:
         head = f"step {step}/{self._total_steps}"
         if numbers:
             self._clock.tick(step, metrics)
-            self.note("  ".join(part for part in (head, numbers, self._clock.text()) if part))
+            work = work_numbers(metrics, self._total_rows)
+            self.note("  ".join(part for part in (head, numbers, self._clock.text(), work) if part))
         evaluated = evaluation_numbers(metrics)
         if evaluated:
             self.note(f"{head}  held out: {evaluated}")
@@ -136,7 +165,8 @@ class ProgressBar:
 
     name = "console"
 
-    def __init__(self, total_steps: int, first_step: int, stream: TextIO):
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO, total_rows: int | None = None):
+        self._total_rows = total_rows
         self._clock = StepClock(total_steps, first_step)
         self._bar = step_bar(total_steps, first_step, stream)
         self._bar.start()
@@ -146,7 +176,8 @@ class ProgressBar:
         numbers = key_numbers(metrics)
         if numbers:
             self._clock.tick(step, metrics)
-            self._bar.show(step, clock=self._clock.text(), numbers=numbers)
+            work = work_numbers(metrics, self._total_rows)
+            self._bar.show(step, clock=self._clock.text(), numbers="  ".join(part for part in (numbers, work) if part))
         evaluated = evaluation_numbers(metrics)
         if evaluated:
             self.note(f"step {step}  held out: {evaluated}")

@@ -163,14 +163,24 @@ class MetricsWriter:
         console: False writes files only.
         resumed_step: the step of the checkpoint that the run continues from; later lines are cut. None
             starts `metrics.jsonl` anew.
+        total_rows: rows that the whole run reads, for the console; None: it is not known.
     Communication: none; one rank of the job has one of these.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, console: bool, resumed_step: int | None = None):
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        console: bool,
+        resumed_step: int | None = None,
+        total_rows: int | None = None,
+    ):
         metrics_path = output_dir / "metrics.jsonl"
         cut_after(metrics_path, -1 if resumed_step is None else resumed_step)
         self._failed: set[str] = set()
-        self._console: ConsoleSink | None = open_console(total_steps, resumed_step or 0) if console else None
+        self._console: ConsoleSink | None = None
+        if console:
+            self._console = open_console(total_steps, resumed_step or 0, total_rows=total_rows)
         self._results = JsonlSink(metrics_path)
         self._sinks: list[Sink] = [self._results]
         self.show("tensorboard", lambda: self._sinks.append(TensorboardSink(output_dir / "tensorboard", resumed_step)))

@@ -130,7 +130,7 @@ class ZeroEngine(ABC, Generic[StageT]):
         return self.state_tensors("weights")
 
     @torch.no_grad()
-    def restore(self, read: StateReader, applied_updates: int) -> None:
+    def restore(self, read: StateReader, applied_updates: int, count: Callable[[int], None] = lambda _: None) -> None:
         """Replace the whole state of the optimizer: master weights, moments and the count of updates.
 
         The parameters that passes compute with stay as they are, so the stage must have been filled with the same
@@ -140,6 +140,7 @@ class ZeroEngine(ABC, Generic[StageT]):
             read: called for every kind of state and every parameter on one data-parallel rank each; returns its whole
                 float32 value, on any device. If it raises, the other ranks are left waiting for this one.
             applied_updates: see there.
+            count: told of each tensor that is in place, on every rank.
         Communication: for each kind and parameter one broadcast of 4 bytes per element over the data-parallel group.
         """
         self.prepare_moments(applied_updates)
@@ -155,4 +156,5 @@ class ZeroEngine(ABC, Generic[StageT]):
                 del value
             dist.broadcast(whole, group=groups.data_parallel, group_src=reader)
             self.set_state(kind, parameter, whole)
+            count(1)
             del whole  # before the next one is made

@@ -4,31 +4,26 @@ They happen in this order, which is the order of `step_hooks`. A checkpoint come
 have done; metrics are reported after the evaluation because one line of `metrics.jsonl` holds both.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.run_state import EvaluationRecord
-from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.evaluation.held_out import (
-    Evaluation,
     EvaluationSettings,
     evaluate_chunk,
     evaluation_chunks,
     gather,
     merge,
 )
+from ebft_mega.metrics.announcer import SILENT, Announcer, Count
 from ebft_mega.metrics.profiler import StepProfiler
-from ebft_mega.metrics.sinks import MetricsWriter, cut_after
-from ebft_mega.runtime.run_files import DATA_ERRORS_NAME, SAMPLES_NAME
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
+from ebft_mega.train.observer import Observer, announcer_of
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
@@ -44,68 +39,7 @@ class HeldOut:
     rows: TokenBatch  # this rank's rows
     settings: EvaluationSettings
     interval: int | None  # optimizer steps; None: only before the first and after the last
-
-
-@dataclass(frozen=True)
-class Observer:
-    """Where the one writing rank puts what a person reads; None on other ranks."""
-
-    writer: MetricsWriter
-    samples_path: Path
-    tokenizer: Tokenizer
-
-    def show_blocks(self, step: int, evaluation: Evaluation) -> None:
-        """Append a few rollouts beside their targets, as text."""
-        self.writer.show(self.samples_path.name, partial(self._append_blocks, step, evaluation))
-
-    def _append_blocks(self, step: int, evaluation: Evaluation) -> None:
-        decode = self.tokenizer.decode
-        records = [
-            {
-                "step": step,
-                "row": block.row,
-                "block": block.block,
-                "context": decode(block.context),
-                "target": decode(block.target),
-                "rollouts": [decode(rollout) for rollout in block.rollouts],
-                "alignment": block.alignment,
-            }
-            for block in evaluation.shown
-        ]
-        with self.samples_path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-
-
-def open_observer(
-    output: Path,
-    tokenizer_directory: Path,
-    total_steps: int,
-    progress: Progress,
-    resumes_here: bool,
-    notes: Sequence[str],
-) -> Observer:
-    """Open the files of a run directory that a person reads.
-
-    What an earlier start of this run wrote after its checkpoint is cut off; what another run wrote is cut off whole.
-
-    Args:
-        progress: where this start of the run begins.
-        resumes_here: whether its checkpoint lies in this directory.
-        notes: shown first.
-    Communication: none.
-    """
-    logged_step, done_step = (progress.logged_step, progress.step) if resumes_here else (-1, -1)
-    samples = output / SAMPLES_NAME
-    resumed_step = logged_step if logged_step >= 0 else None
-    writer = MetricsWriter(output, total_steps, console=True, resumed_step=resumed_step)
-    writer.show(samples.name, partial(cut_after, samples, logged_step))
-    writer.show(DATA_ERRORS_NAME, partial(cut_after, output / DATA_ERRORS_NAME, done_step))
-    for note in notes:
-        writer.note(f"note: {note}")
-    if not resumes_here:
-        for evaluation in progress.evaluations:
-            writer.log(evaluation.step, evaluation.metrics)
-    return Observer(writer, samples, load_tokenizer(tokenizer_directory))
+    num_rows: int | None = None  # of all replicas; None: it is not known
 
 
 class StepHook:
@@ -162,6 +96,31 @@ class ProfileHook(StepHook):
         self._profiler.close()
 
 
+class FirstStepHook(StepHook):
+    """Say that the first step of a start is under way: it takes longer than the others.
+
+    Communication: none.
+    """
+
+    def __init__(self, announcer: Announcer):
+        """Say it with an announcer."""
+        self._announcer = announcer
+        self._has_begun = False
+
+    def around_step(self, step: int) -> AbstractContextManager[None]:
+        """Announce the first step, and say every five seconds that it lasts."""
+        if self._has_begun:
+            return nullcontext()
+        self._has_begun = True
+        words = "the first one of this start also compiles kernels, allocates memory and starts the readers of rows"
+        return self._announced(f"step {step + 1}: {words}")
+
+    @contextmanager
+    def _announced(self, words: str) -> Iterator[None]:
+        with self._announcer.phase(words):
+            yield
+
+
 class EvaluationHook(StepHook):
     """Evaluate the policy on held-out rows when it is due.
 
@@ -187,20 +146,20 @@ class EvaluationHook(StepHook):
     def after_step(self, progress: Progress) -> StopReason:
         """Evaluate if it is due or still pending, and add the figures to the step's metrics."""
         interval = self._held_out.interval if self._held_out else None
-        if progress.evaluation_pending:
-            if self._observer is not None and self._held_out is not None:
-                self._observer.writer.note(f"evaluating the model of step {progress.step}")
-        elif not is_due(progress.step, interval, self._total_steps):
+        is_first = progress.evaluation_pending
+        if not (is_first or is_due(progress.step, interval, self._total_steps)):
             return StopReason.NONE
         progress.evaluation_pending = True
         assert progress.pending is not None, "metrics that an evaluation belongs to are not reported before it"
-        figures = evaluate_now(
-            self._trainer,
-            self._held_out,
-            progress.step,
-            self._observer,
-            is_interrupted=lambda: self._boundary.stop_requested(progress),
-        )
+        with self._announced(progress.step, is_first) as count:
+            figures = evaluate_now(
+                self._trainer,
+                self._held_out,
+                progress.step,
+                self._observer,
+                is_interrupted=lambda: self._boundary.stop_requested(progress),
+                count=count,
+            )
         if figures is None:
             return StopReason.NONE  # the checkpoint hook stops the run
         if figures:
@@ -209,6 +168,16 @@ class EvaluationHook(StepHook):
         progress.evaluation_pending = False
         self._watchdog.beat(f"evaluation after step {progress.step}")
         return StopReason.NONE
+
+    def _announced(self, step: int, is_first: bool) -> AbstractContextManager[Count]:
+        """The phase of an evaluation: the first and the last are announced, others only spoken of when they last."""
+        if self._held_out is None:
+            return SILENT.phase("")
+        rows = self._held_out.num_rows
+        words = f"evaluating the model of step {step}" + (f" on {rows} held-out rows" if rows else "")
+        is_last = step == self._total_steps
+        announcer = announcer_of(self._observer).of_part("start" if is_first else "end" if is_last else f"step {step}")
+        return announcer.phase(words, rows, "rows", is_announced=is_first or is_last)
 
 
 class ReportHook(StepHook):
@@ -314,6 +283,7 @@ def step_hooks(
     return StepHooks(
         (
             ProfileHook(trainer, announce),
+            FirstStepHook(announcer_of(observer)),
             EvaluationHook(trainer, held_out, total_steps, boundary, observer, watchdog),
             ReportHook(observer),
             CheckpointHook(boundary, checkpoint.interval, checkpoint.final, total_steps),
@@ -332,12 +302,14 @@ def evaluate_now(
     step: int,
     observer: Observer | None,
     is_interrupted: Callable[[], bool] = lambda: False,
+    count: Count = lambda _: None,
 ) -> dict[str, float] | None:
     """Held-out figures of the policy as it is.
 
     Args:
         held_out: None: there are none, and so no figures.
         is_interrupted: asked before each chunk of micro-batches, equally often on all ranks, which must answer alike.
+        count: told of the rows that all replicas together have evaluated.
     Returns:
         `eval/*` figures by name; None if the evaluation was interrupted.
     Communication: that of `evaluate_chunk`, and one gathering of a few numbers per row.
@@ -350,6 +322,7 @@ def evaluate_now(
             if is_interrupted():
                 return None
             parts.append(evaluate_chunk(policy, trainer.feature_network, chunk, held_out.settings))
+            count(sum(len(rows.tokens) for rows in chunk) * trainer.groups.data_parallel_size)
     evaluation = gather(merge(parts), trainer.groups.data_parallel)
     if observer is not None:
         observer.show_blocks(step, evaluation)

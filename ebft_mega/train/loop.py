@@ -219,12 +219,12 @@ def rows_of_step(rows: TokenBatch, config: RunConfig, device: torch.device) -> T
 
 
 def data_metrics(loader: BatchLoader) -> dict[str, float]:
-    """How far the committed steps have come in the data: tokens and epochs, by source where there are several.
+    """How far the committed steps have come in the data: rows, tokens and epochs, by source where there are several.
 
     Rows that were left out count as read. Communication: none.
     """
     state, sources = loader.state, loader.stream.sources
-    metrics = {"data/tokens": float(state.next_row * state.sequence_length)}
+    metrics = {"data/rows": float(state.next_row), "data/tokens": float(state.next_row * state.sequence_length)}
     for source, part in zip(sources, state.sources, strict=True):
         tokens = float(part.rows * state.sequence_length)
         name = f"/{source.name}" if len(sources) > 1 else ""

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
+from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
+from ebft_mega.io.progress_bar import BYTES
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.runtime.run_lock import LOCK_NAME, Loss
 from ebft_mega.runtime.stop_requests import StopReason, StopRequests
 from ebft_mega.train.progress import Progress
@@ -38,7 +41,7 @@ class Boundary:
         requests: what this rank is asked for.
         lost: what this rank knows to have become of the run directory.
         small_files: contents of the files of a checkpoint beside its tensors, when it begins.
-        announce: shows a line to people; None on ranks that do not.
+        announcer: shows lines to people, on one rank.
         beat: told that something moves while the run waits for disks.
         begun: where this start of the run begins; to stop there needs no checkpoint.
         saved: the same, if that very state lies in its own run directory.
@@ -52,7 +55,7 @@ class Boundary:
         requests: StopRequests,
         lost: Callable[[], Loss],
         small_files: Callable[[Progress], Mapping[str, bytes]],
-        announce: Callable[[str], None] | None,
+        announcer: Announcer,
         beat: Callable[[str], None],
         begun: Progress,
         saved: Progress | None,
@@ -60,7 +63,7 @@ class Boundary:
         self._trainer, self._saver, self._requests = trainer, saver, requests
         self._lost = lost
         self._small_files = small_files
-        self._announce, self._beat = announce, beat
+        self._announcer, self._beat = announcer, beat
         self._saved = None if saved is None else _key(saved)  # state of the newest checkpoint, begun or complete
         self._begun = _key(begun)
         self._stop = StopReason.NONE
@@ -105,7 +108,7 @@ class Boundary:
         if is_due or agreed.save or needs_checkpoint:
             self._save(progress)
         if is_stopping:
-            self._settle()
+            self._settle(is_last=True)
             if self._saved is None and needs_checkpoint:
                 reason = f"the run was asked to stop ({self._stop.words}) at step {progress.step}"
                 raise CheckpointError(f"{reason}, and its state could not be saved")
@@ -119,7 +122,7 @@ class Boundary:
         Raises:
             CheckpointError: as for `cross`.
         """
-        self._settle()
+        self._settle(is_last=True)
         self._saver.finish()
 
     def take_seconds(self) -> float:
@@ -148,29 +151,49 @@ class Boundary:
             return
         self._settle()
         self._saved = _key(progress)
-        failure = self._saver.begin(
-            progress.step, self._trainer.engine, self._trainer.stage, self._small_files(progress)
-        )
+        words = f"copying the state to host memory for a checkpoint, {self._size_words}"
+        with self._announcer.of_part(f"step {progress.step}").phase(words, is_announced=False):
+            failure = self._saver.begin(
+                progress.step, self._trainer.engine, self._trainer.stage, self._small_files(progress)
+            )
         if failure is not None:
             self._report(failure)
 
-    def _settle(self) -> None:
+    @property
+    def _size_bytes(self) -> int:
+        """Size of a checkpoint's tensors."""
+        return self._trainer.stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER
+
+    @property
+    def _size_words(self) -> str:
+        return f"{self._size_bytes / 1e9:.3f} GB"
+
+    def _settle(self, is_last: bool = False) -> None:
         """Wait until all ranks have written, and commit the checkpoint in flight.
 
+        Args:
+            is_last: the run ends with it.
         Communication: an all-reduce of two int64 over the world about every second, then that of
             `CheckpointSaver.settle`.
         """
-        seen, is_writing = -1, self._saver.in_flight
-        while is_writing:
-            self._saver.wait(PATIENCE_SECONDS)
-            own = (self._saver.is_writing, self._saver.written_bytes)
-            heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
-            dist.all_reduce(heard)
-            is_writing, written = heard.tolist()
-            if written != seen:
-                self._beat("writing of a part of a checkpoint")
-                seen = written
-        outcome = self._saver.settle()
+        if not self._saver.in_flight:
+            return
+        step = self._saved[0] if self._saved is not None else 0
+        announcer = self._announcer.of_part("end" if is_last else f"step {step}")
+        words = f"waiting until the checkpoint of step {step} is written, {self._size_words}"
+        with announcer.phase(words, self._size_bytes, BYTES, is_announced=is_last) as count:
+            seen, is_writing = -1, True
+            while is_writing:
+                self._saver.wait(PATIENCE_SECONDS)
+                own = (self._saver.is_writing, self._saver.written_bytes)
+                heard = torch.tensor(own, dtype=torch.long, device=self._trainer.groups.device)
+                dist.all_reduce(heard)
+                is_writing, written = heard.tolist()
+                if written != seen:
+                    self._beat("writing of a part of a checkpoint")
+                    count(written - max(seen, 0))
+                    seen = written
+            outcome = self._saver.settle()
         if outcome is not None:
             self._report(outcome)
 
@@ -178,17 +201,13 @@ class Boundary:
         """Tell of a checkpoint; one that failed is as if it had never begun."""
         if outcome.error is None:
             size = f"{outcome.num_bytes / 1e9:.3f} GB in {outcome.seconds:.1f} s"
-            self._show(f"checkpoint of step {outcome.step}: complete, {size}")
+            self._announcer.note(f"checkpoint of step {outcome.step}: complete, {size}")
             return
         self._saved = None
         logger.error("checkpoint of step %d failed: %s", outcome.step, outcome.error)
-        self._show(f"checkpoint of step {outcome.step} FAILED: {outcome.error}")
+        self._announcer.note(f"checkpoint of step {outcome.step} FAILED: {outcome.error}")
         if self._trainer.config.checkpoint.on_error == "stop":
             raise CheckpointError(f"the checkpoint of step {outcome.step} could not be written: {outcome.error}")
-
-    def _show(self, text: str) -> None:
-        if self._announce is not None:
-            self._announce(text)
 
 
 def _key(progress: Progress) -> tuple[int, bool]:

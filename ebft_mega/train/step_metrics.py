@@ -118,6 +118,7 @@ def speed_metrics(
     metrics["perf/communication_seconds"] = communication_seconds
     metrics["perf/step_seconds"] = step_seconds
     metrics["perf/documents_per_second"] = config.train.global_batch_size / step_seconds
+    metrics["perf/tokens_per_second"] = config.train.global_batch_size * config.data.sequence_length / step_seconds
     policy = features = trainer.stage.architecture
     if trainer.feature_network is not None:
         features = trainer.feature_network.stage.architecture

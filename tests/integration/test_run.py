@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +40,12 @@ TRAIN_KEYS = {
         "perf/checkpoint_seconds",
         "perf/communication_seconds",
         "perf/documents_per_second",
+        "perf/tokens_per_second",
         "perf/rollout_tokens_per_second",
         "memory/peak_bytes",
     ),
-    *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max", "data/tokens", "data/epochs"),
+    *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max"),
+    *("data/rows", "data/tokens", "data/epochs"),
 }
 EVALUATION_KEYS = {
     *("eval/ce_loss", "eval/cfm_loss", "eval/feature_matching_loss", "eval/alignment", "eval/raw_cosine"),
@@ -76,6 +79,40 @@ def test_run_directory_holds_what_the_interfaces_name(run, data):
     assert any((output / "tensorboard").iterdir())
     assert "<img" in (output / "report.html").read_text()
     assert sum(line.startswith("step ") and "loss" in line for line in console.splitlines()) >= 4
+
+
+def test_the_console_of_a_run_says_each_phase_once_and_in_order(run):
+    """Through the launcher and on two ranks; `test_announcements.py` shows that each line comes before the work."""
+    console = run[1].splitlines()
+    parts = ("start: ", "step ", "end: ", "report: ", "model:  ")
+    lines = [line for line in console if line.startswith(parts) and not re.search(r": \d+\.\d s|in \d+\.\d s", line)]
+    expected = (
+        "start: checking ",
+        "start: looking at what is in ",
+        "start: loading torch, megatron-core and DeepSpeed",
+        "start: connecting 2 processes: ",
+        "start: opening the datasets",
+        "start: taking the run directory ",
+        "start: looking for checkpoints ",
+        "start: hashing the initial model, ",
+        "start: building the feature network, ",
+        "start: filling the feature network with weights, ",
+        "start: building the policy, ",
+        "start: filling the policy with weights, ",
+        "start: reading ",
+        "start: opening metrics and tensorboard in ",
+        "start: waiting until all ranks are as far",
+        "start: evaluating the model of step 0 on ",
+        "step 0/4  held out: ",
+        "start: step 1: ",
+        "step 1/4  loss ",
+    )
+    assert [line[: len(beginning)] for line, beginning in zip(lines, expected, strict=False)] == list(expected), lines
+    ending = ("end: evaluating ", "step 4/4  loss ", "step 4/4  held out: ", "end: waiting ", "end: writing ")
+    ending += ("end: drawing report.html", "report: ", "model:  ")
+    assert [line[: len(beginning)] for line, beginning in zip(lines[-8:], ending, strict=True)] == list(ending), lines
+    found = re.search(r"  ([\d,]+) tokens/s  peak (\d+\.\d\d) GiB  row (\d+) of (\d+)  epoch \d\.\d\d$", lines[-7])
+    assert found and float(found[2]) > 0 and found[3] == found[4], lines[-7]
 
 
 def test_everything_that_a_run_makes_is_its_owner_s_alone(run):

@@ -32,7 +32,7 @@ PRINTED = {
     "tools/bench_data.py": {"what"},
     "tools/fuzz.py": {"TITLES", "figures(tally)"},
     "ebft_mega/io/standard_streams.py": {"shown(text, LONGEST_NOTE)"},
-    "ebft_mega/io/progress_bar.py": {"line", "shown(text, LONGEST_NOTE)"},
+    "ebft_mega/io/progress_bar.py": {"shown(text, LONGEST_NOTE)"},
     "ebft_mega/apps/benchmark/peak_memory.py": {
         "measure(wanted['side'], BenchCase(**wanted['case']), BenchModel(**wanted['model']))"
     },

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.weight_layout import packing_of
 from ebft_mega.model.weights.weight_sources import WeightSource
@@ -17,6 +18,8 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.runtime.exchange import all_gather_values, broadcast_value
 from ebft_mega.types import DTYPES
 
+# As `load_weights`: stage, source, context in which a partitioned parameter is whole, whether this rank reads.
+StageLoader = Callable[[Stage, WeightSource, Callable[[nn.Parameter], AbstractContextManager[Any]], bool], None]
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}  # of a run's parameters
 
 
@@ -25,12 +28,14 @@ def load_weights(
     source: WeightSource,
     gathered: Callable[[nn.Parameter], AbstractContextManager[Any]] = lambda _: nullcontext(),
     is_reader: bool = True,
+    count: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Fill a stage's parameters from a source, one parameter at a time, and check that every value is finite.
 
     Args:
         gathered: context in which a partitioned parameter is whole; what rank 0 of its group wrote is kept.
         is_reader: whether this rank reads the source (rank 0 of the partition's group, or everyone).
+        count: told of each tensor that was read; there are `num_sources` of them.
     Raises:
         InputError: on every rank, naming all tensors in which some rank has read infinite values or NaN.
     Communication: that of `gathered`, then one gathering of names over the world.
@@ -46,8 +51,37 @@ def load_weights(
                     for hf_name in packing.sources:
                         parts.append(source.part(hf_name, packing.box(shapes[hf_name], groups.tensor_parallel_rank)))
                         not_finite.look_at(parts[-1], parameter.dtype, source.place(hf_name), hf_name)
+                        count(1)
                     parameter.data.copy_(packing.pack(tuple(parts)))
     not_finite.require_none()
+
+
+def num_sources(stage: Stage) -> int:
+    """How many tensors, or parts of tensors, `load_weights` reads for a stage."""
+    ranks, first_layer = stage.groups.tensor_parallel_size, stage.shape.first_layer
+    names = (name for name, _ in stage.named_parameters())
+    return sum(len(packing_of(name, stage.architecture, first_layer, ranks).sources) for name in names)
+
+
+def announced_loader(network: str, announcer: Announcer) -> StageLoader:
+    """`load_weights` for a network, announced as a phase of its own.
+
+    Args:
+        network: what it is, in words.
+        announcer: says how far the loading has come.
+    """
+
+    def load(
+        stage: Stage,
+        source: WeightSource,
+        gathered: Callable[[nn.Parameter], AbstractContextManager[Any]],
+        is_reader: bool,
+    ) -> None:
+        total = num_sources(stage)
+        with announcer.phase(f"filling {network} with weights, {total} tensors", total, "tensors") as count:
+            load_weights(stage, source, gathered, is_reader, count)
+
+    return load
 
 
 class NotFinite:

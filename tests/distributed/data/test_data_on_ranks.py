@@ -16,7 +16,8 @@ from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.runtime.run_files import DATA_ERRORS_NAME
 from ebft_mega.train import loop
-from ebft_mega.train.hooks import Observer, step_hooks
+from ebft_mega.train.hooks import step_hooks
+from ebft_mega.train.observer import Observer
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for
 from tests.distributed.ranks import run_ranks

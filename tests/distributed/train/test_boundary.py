@@ -13,6 +13,7 @@ from ebft_mega.checkpoint.commit import complete_folders, leftovers, newest
 from ebft_mega.checkpoint.manifest import file_problems, read_manifest, unlisted_files
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.runtime.run_lock import Loss
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.train.progress import Progress
@@ -58,11 +59,16 @@ class Bench:
             self.requests,
             lambda: self.lost,
             lambda progress: {"state.json": b"{}"},
-            self.said.append,
+            Announcer(self.hear),
             self.beats.append,
             begun=Progress(pending=None),
             saved=None,
         )
+
+    def hear(self, text):
+        """Keep what is said of outcomes; that they are waited for is said, too."""
+        if not text.startswith("end: waiting until the checkpoint of step "):
+            self.said.append(text)
 
     def cross(self, step, is_due=False):
         return self.boundary.cross(Progress(step=step, pending=None), is_due)

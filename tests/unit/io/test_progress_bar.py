@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.io import progress_bar
-from ebft_mega.io.progress_bar import LongCount, Meter, track
+from ebft_mega.io.progress_bar import BYTES, LongCount, Meter, progress_words, track
 
 PACKAGE = Path(progress_bar.__file__).resolve().parents[1]
 
@@ -33,10 +33,8 @@ def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatc
             now += 1
             meter.show(done)
     assert capsys.readouterr().err.splitlines() == [
-        "reading: 10 in 10.0 s",
-        "reading: 20 in 20.0 s",
-        "reading: 30 in 30.0 s",
-        "reading: 30 in 30.0 s",
+        *(f"reading: {done} in {done}.0 s, 1/s" for done in range(5, 31, 5)),
+        "reading: 30 in 30.0 s, 1/s",
     ]
 
 
@@ -49,9 +47,18 @@ def test_a_count_that_takes_long_is_said_and_another_one_is_not(
     for _ in range(12):
         now += 1
         count.add(2)
-    assert capsys.readouterr().err == "names in \\u001b: 20 in 10.0 s\n"
+    lines = ["names in \\u001b: 10 in 5.0 s, 2/s", "names in \\u001b: 20 in 10.0 s, 2/s"]
+    assert capsys.readouterr().err.splitlines() == lines
     LongCount("names").add()
     assert capsys.readouterr().err == ""
+
+
+def test_how_far_work_has_come_in_words() -> None:
+    assert progress_words(3, 12, 5.0, "tensors") == "3/12 tensors (25 %) in 5.0 s, 0.6/s"
+    assert progress_words(3, None, 0.0) == "3 in 0.0 s, 0/s"
+    assert progress_words(24_690, None, 2.0) == "24690 in 2.0 s, 12,345/s"
+    assert progress_words(1_500_000_000, 6_000_000_000, 5.0, BYTES) == "1.500/6.000 GB (25 %) in 5.0 s, 0.300 GB/s"
+    assert progress_words(1_500_000_000, None, 5.0, BYTES) == "1.500 GB in 5.0 s, 0.300 GB/s"
 
 
 def test_work_that_fails_or_is_given_up_has_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.errors import DirectoryLostError, LockLostError, PeerLostError, ResultsLostError, ShortageError
 from ebft_mega.lifecycle.outcome import Outcome
 from ebft_mega.lifecycle.results import show_results
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.train.progress import Progress
@@ -105,7 +106,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(tmp_path, capsys):
     def fail(output):
         raise RuntimeError("no ink")
 
-    show_results(tmp_path, fail)
+    show_results(tmp_path, fail, Announcer())
     assert capsys.readouterr().out == f"model:  {tmp_path / 'hf'}\n"
-    show_results(tmp_path, lambda output: output / "report.html")
+    show_results(tmp_path, lambda output: output / "report.html", Announcer())
     assert capsys.readouterr().out.startswith(f"report: {tmp_path / 'report.html'}\nmodel:  ")

@@ -10,6 +10,7 @@ from ebft_mega.errors import ConfigError, InputError
 from ebft_mega.lifecycle import tracing
 from ebft_mega.lifecycle.findings import OWN_FILES, OWN_FOLDERS, last_logged_step, strange_entries
 from ebft_mega.lifecycle.run_directory import make_run_directory
+from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.planning.input_places import output_notes
 from ebft_mega.runtime.run_lock import LOCK_NAME, RunLock
 
@@ -93,4 +94,4 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_step(tmp_path, mon
     (tmp_path / "file").touch()
     monkeypatch.setattr(tracing, "from_first_rank", lambda compute: compute())
     with pytest.raises(ConfigError, match="--trace-step: DIR: found .*, which cannot be written"):
-        tracing.trace_first_step(None, None, None, None, tmp_path / place)
+        tracing.trace_first_step(None, None, None, None, tmp_path / place, Announcer())

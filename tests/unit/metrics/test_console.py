@@ -9,6 +9,7 @@ from ebft_mega.metrics.console import (
     evaluation_numbers,
     format_duration,
     open_console,
+    work_numbers,
 )
 
 TRAINING = {
@@ -20,6 +21,9 @@ TRAINING = {
     "train/lr": 7e-4,
     "perf/step_seconds": 1.5,
     "memory/peak_bytes": 123.0,
+    "perf/tokens_per_second": 5461.3,
+    "data/rows": 240.0,
+    "data/epochs": 0.6,
 }
 
 
@@ -30,12 +34,12 @@ class Terminal(io.StringIO):
 
 def test_plain_line_of_a_training_step():
     stream = io.StringIO()
-    console = open_console(100, 0, stream)
+    console = open_console(100, 0, stream, total_rows=400)
     console.log(60, TRAINING)
     console.close()
     assert stream.getvalue() == (
         "step 60/100  loss 1.2500  ce 2.5000  alignment 0.1250  cfm 0.7500  grad_norm 3.000  lr 7.00e-04  "
-        "1.50 s/step  ETA 1:00\n"
+        "1.50 s/step  ETA 1:00  5,461 tokens/s  peak 0.00 GiB  row 240 of 400  epoch 0.60\n"
     )
 
 
@@ -49,6 +53,15 @@ def test_missing_keys_are_left_out_and_evaluations_get_their_own_line():
         "step 1/10  loss 1.0000  2.00 s/step  ETA 18 s",
         "step 1/10  held out: ce_loss 2.0000",
     ]
+
+
+def test_the_work_of_a_step_in_words():
+    memory = {"memory/peak_bytes": 12.345 * 2**30}
+    assert work_numbers(memory | {"data/rows": 8.0}) == "peak 12.35 GiB  row 8"
+    assert work_numbers({"data/epochs/code": 0.25, "data/epochs/text": 1.5, "data/tokens/code": 9.0}, 80) == (
+        "epochs 0.25 to 1.50"
+    )
+    assert work_numbers({}, 80) == ""
 
 
 def test_what_an_evaluation_left_out_is_shown_if_there_is_any():

@@ -14,13 +14,13 @@ from ebft_mega.train.hooks import (
     CheckpointHook,
     EvaluationHook,
     HeldOut,
-    Observer,
     ReportHook,
     StepHook,
     StepHooks,
     is_due,
     step_hooks,
 )
+from ebft_mega.train.observer import Observer
 from ebft_mega.train.progress import Progress
 
 TOTAL_STEPS = 10
@@ -58,11 +58,11 @@ class Events:
 def hooks_of(events, monkeypatch, interval=4, checkpoint_interval=5, final=False):
     """The hooks of a run whose evaluations say 1.0 unless they are interrupted."""
 
-    def evaluate_now(trainer, held_out, step, observer, is_interrupted):
+    def evaluate_now(trainer, held_out, step, observer, is_interrupted, count):
         return None if is_interrupted() else {"eval/ce_loss": 1.0}
 
     monkeypatch.setattr(hooks_module, "evaluate_now", evaluate_now)
-    observer, held_out = Observer(events, None, None), HeldOut(None, None, interval)
+    observer, held_out = Observer(events, None, None), HeldOut(None, None, interval, 12)
     return StepHooks(
         (
             EvaluationHook(None, held_out, TOTAL_STEPS, events, observer, events),
@@ -80,7 +80,7 @@ def test_a_new_run_evaluates_reports_and_saves_nothing(monkeypatch):
     events, progress = Events(), Progress()
     assert hooks_of(events, monkeypatch).at_start(progress) == StopReason.NONE
     assert events.happened == [
-        "evaluating the model of step 0",
+        "start: evaluating the model of step 0 on 12 held-out rows",
         "evaluation after step 0",
         ("log", 0, {"eval/ce_loss": 1.0}),
         ("cross", 0, False, None),
@@ -106,7 +106,10 @@ def test_metrics_are_reported_after_the_evaluation_and_before_the_checkpoint(mon
 def test_the_last_step_is_evaluated_and_saved(monkeypatch):
     events = Events()
     hooks_of(events, monkeypatch, interval=None).after_step(after(TOTAL_STEPS))
-    assert events.happened[0] == f"evaluation after step {TOTAL_STEPS}"
+    assert events.happened[:2] == [
+        f"end: evaluating the model of step {TOTAL_STEPS} on 12 held-out rows",
+        f"evaluation after step {TOTAL_STEPS}",
+    ]
     assert events.happened[-1] == ("cross", TOTAL_STEPS, True, None)
 
 
@@ -118,7 +121,7 @@ def test_an_interrupted_evaluation_is_left_to_the_resumed_run(monkeypatch):
     resumed = Events()
     assert hooks_of(resumed, monkeypatch, interval=100).at_start(progress) == StopReason.NONE
     assert resumed.happened == [
-        "evaluating the model of step 4",
+        "start: evaluating the model of step 4 on 12 held-out rows",
         "evaluation after step 4",
         ("log", 4, {"train/loss": 0.5, "eval/ce_loss": 1.0}),
         ("cross", 4, False, None),
@@ -182,7 +185,7 @@ def test_the_order_of_a_run(tmp_path, monkeypatch):
     trainer = SimpleNamespace(config=config, groups=SimpleNamespace(device=SimpleNamespace(type="cpu")))
     found = step_hooks(trainer, None, TOTAL_STEPS, Events(), None, Events())
     names = [type(hook).__name__ for hook in found._hooks]
-    assert names == ["ProfileHook", "EvaluationHook", "ReportHook", "CheckpointHook"]
+    assert names == ["ProfileHook", "FirstStepHook", "EvaluationHook", "ReportHook", "CheckpointHook"]
 
 
 @pytest.mark.parametrize(("step", "interval", "due"), [(0, 4, True), (3, 4, False), (8, 4, True), (10, None, True)])

@@ -53,6 +53,7 @@ def test_times_and_throughput(trainer):
         "perf/communication_seconds": 0.7,
         "perf/step_seconds": 2.0,
         "perf/documents_per_second": 3.0,
+        "perf/tokens_per_second": 3.0 * 24,  # rows of 24 tokens; what is sampled from them does not count
         "perf/rollout_tokens_per_second": 6 * (5 * 3 * 4) / 2.0,  # rows, blocks, samples, tokens
     }
 
