@@ -1,9 +1,9 @@
-"""Write the tables of configuration keys in docs/configuration.md from `ebft_mega/config/schema.py`.
+"""Write the tables of docs/configuration.md: its keys from `ebft_mega/config/schema.py`, its recipes from their plans.
 
     python tools/docs_tables.py
 
-What stands between the two markers of the page is replaced; the rest of the page is written by hand. `make docs-tables`
-runs this; a test fails when page and schema differ.
+What stands between two markers of the page is replaced; the rest of the page is written by hand. `make docs-tables`
+runs this; tests fail when the page differs from the schema or from what a dry run prints.
 """
 
 import signal
@@ -19,15 +19,28 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.fields import Section, allowed_text, default_text
 from ebft_mega.config.input_keys import SourceConfig
-from ebft_mega.config.schema import SECTIONS, RunConfig
+from ebft_mega.config.load import load_config
+from ebft_mega.config.schema import SECTIONS, Reuse, RunConfig
 from ebft_mega.io.arguments import PlainParser
 from ebft_mega.io.command import run_command
+from ebft_mega.planning.absent_inputs import MODEL_CONFIGS
+from ebft_mega.planning.auto import REUSES, fit
+from ebft_mega.planning.dry_run import GIB_BYTES
+from ebft_mega.planning.memory import Choices, peak_bytes
+from ebft_mega.planning.run_plan import RunPlan, plan_of_sizes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+CONFIGS = ROOT / "configs"
+RECIPES = {"qwen2.5-7b-8gpu": 8, "llama-3.1-8b-8gpu": 8, "qwen2.5-7b-4nodes": 32, "qwen2.5-32b-16nodes": 128}  # ranks
+GPU_BYTES = 80 * 10**9  # of an accelerator that the recipes are made for
 START = "<!-- Written by `make docs-tables` from ebft_mega/config/schema.py; edit it there. -->"
 END = "<!-- End of the written tables. -->"
+RECIPES_START = "<!-- Written by `make docs-tables` from the plans of the recipes. -->"
+RECIPES_END = "<!-- End of the written recipes. -->"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 
 
@@ -57,15 +70,47 @@ def _row(key: str, field: FieldInfo) -> str:
     return f"| `{key}` | {default} | {allowed_text(field)} | {field.description} |"
 
 
+def recipes() -> str:
+    """What the recipes for published models need on their accelerators: what `--gpu-memory 80` prints of each."""
+    names = ("recipe", "GPUs of 80 GB", "tensor x pipeline x data", "`auto` there", "peak, GiB")
+    heads = (*names, f"with {', '.join(reversed(REUSES))}", "parameters")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, world_size in RECIPES.items():
+        config = load_config(CONFIGS / f"{name}.yaml")
+        assert config.model.init_from is not None, "the recipes start from published weights"
+        model = config.model.init_from.name
+        plan = plan_of_sizes(config, world_size, Architecture.from_directory(MODEL_CONFIGS / model))
+        found, sizes = fit(config, plan, GPU_BYTES), plan.parallel
+        network = "sharded" if found.choices.feature_network_is_sharded else "resident"
+        peaks = [_gib(config, plan, reuse) for reuse in reversed(REUSES)]
+        cells = [
+            *(f"`{name}.yaml`", str(world_size)),
+            f"{sizes.tensor_parallel} x {sizes.pipeline_parallel} x {sizes.data_parallel}",
+            f"{found.choices.reuse_rollout}, {network}" + ", which does not fit" * (not found.fits),
+            f"{found.peak_bytes / GIB_BYTES:.1f}",
+            ", ".join(peaks),
+            f"{plan.architecture.num_parameters:,}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gib(config: RunConfig, plan: RunPlan, reuse: Reuse) -> str:
+    """Peak with a resident feature network."""
+    return f"{peak_bytes(config, plan, Choices(reuse, feature_network_is_sharded=False)) / GIB_BYTES:.1f}"
+
+
 def with_tables(page: str) -> str:
     """Replace what stands between the markers of a page.
 
     Raises:
         ValueError: a marker is missing, or there are several.
     """
-    before, after = page.split(START)
-    _, after = after.split(END)
-    return f"{before}{START}\n\n{tables()}\n{END}{after}"
+    for start, end, text in ((START, END, tables()), (RECIPES_START, RECIPES_END, f"{recipes()}\n")):
+        before, after = page.split(start)
+        _, after = after.split(end)
+        page = f"{before}{start}\n\n{text}\n{end}{after}"
+    return page
 
 
 def main() -> int:

@@ -55,12 +55,21 @@ class EbftConfig(Section):
     feature_norm: Literal["joint", "per_layer"] = key(
         "joint", "(ours) Normalise the concatenation of the tapped layers, or each layer by itself."
     )
-    use_whitening: bool = key(True, "Whiten the rollout features of each block.")
+    use_whitening: bool = key(
+        True,
+        "Whiten the rollout features of each block. Different rollouts are orthogonal then, so that "
+        "`diversity_coef` only weighs a penalty of equal ones.",
+    )
     whitening: Literal["sample", "feature"] = key(
         "sample", "(ours) `sample`: as the EBFT authors' code; `feature`: as the paper and axolotl."
     )
     alignment_coef: float = key(1.0, "Weight of the alignment reward.", ge=0)
-    diversity_coef: float = key(1.0, "Weight of the diversity penalty.", ge=0)
+    diversity_coef: float = key(
+        1.0,
+        "Weight of the diversity penalty. With `use_whitening`, `sample` and `feature` alike, the penalty of a rollout "
+        "is 0 unless others of its block equal it: of m equal ones among n each has 2 (m - 1) / (m (n - 1)).",
+        ge=0,
+    )
     rl_coef: float = key(1.0, "Weight of the policy-gradient loss. 0 disables rollouts and the feature network.", ge=0)
     ce_coef: float = key(0.0, "Weight of the next-token cross-entropy on the row.", ge=0)
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = key(

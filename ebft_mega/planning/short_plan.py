@@ -60,6 +60,10 @@ def _data_words(config: RunConfig, plan: RunPlan) -> str:
 
 def _token_words(config: RunConfig, plan: RunPlan) -> str:
     rows, sources = rows_of_run(config), plan.train_rows.sources if plan.train_rows else ()
-    epochs = [f"{source.epochs:.2f} epochs" + f" of {source.name}" * (len(sources) > 1) for source in sources]
+    epochs = [_number(source.epochs) + " epochs" + f" of {source.name}" * (len(sources) > 1) for source in sources]
     tokens = f"{rows * config.data.sequence_length:,} in {rows:,} rows of {config.data.sequence_length:,}"
     return f"{tokens}: {', '.join(epochs)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"

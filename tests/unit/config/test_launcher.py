@@ -1,6 +1,7 @@
 """The launcher up to the start of a run, as a user calls it: exit codes, texts, speed, no heavy import."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -119,7 +120,16 @@ def test_text_that_a_stream_does_not_have_is_escaped(inputs):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--confg", "x"), (), ("--config", "x", "--world-size", "2"), ("--config", "x", "y")]
+    "arguments",
+    [
+        ("--confg", "x"),
+        (),
+        ("--config", "x", "--world-size", "2"),
+        ("--config", "x", "y"),
+        ("--config", "x", "--without-data"),
+        ("--config", "x", "--gpu-memory", "80"),
+        *(("--config", "x", "--dry-run", "--gpu-memory", value) for value in ("0", "-1", "nan", "80GB", "1e300")),
+    ],
 )
 def test_command_line_mistakes(arguments):
     done = launch(*arguments)
@@ -142,3 +152,37 @@ def test_help_and_dry_run_answer_at_once(inputs):
         times.append(time.perf_counter() - start)
         assert "771, 775, ... 1023" in done.stdout, done.stderr
     assert min(times) < 3  # half a second on a quiet machine
+
+
+def test_a_plan_without_data_for_a_memory(inputs):
+    """Exit code 2 without the option, and where something is wrong with the rest."""
+    shutil.rmtree(inputs.root / "train")
+    path = inputs.write()
+    assert launch("--config", path, "--dry-run").returncode == 2
+    done = launch("--config", path, "--dry-run", "--without-data", "--gpu-memory", "0.5")
+    assert done.returncode == 0 and "HEAVY []" in done.stderr, done.stderr
+    assert "On accelerators of 0.5 GB" in done.stdout and "To be supplied before a start" in done.stdout
+    assert "The run in short" not in done.stdout
+    done = launch("--config", inputs.write(train__lr="fast"), "--dry-run", "--without-data")
+    assert done.returncode == 2 and done.stdout == "" and "train.lr" in done.stderr
+
+
+# Ends the launcher where it would import what trains, and says so.
+UP_TO_THE_START = PROBE.replace("import runpy, sys", "import runpy, sys\nsys.modules['ebft_mega.lifecycle.run'] = None")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_start_says_in_short_what_it_does(inputs, rank):
+    """Before anything heavy is loaded, and on one rank."""
+    done = subprocess.run(
+        [sys.executable, "-c", UP_TO_THE_START, "launcher/train.py", "--config", str(inputs.write())],
+        cwd=ROOT,
+        env=os.environ | RANKS | {"RANK": rank},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "HEAVY []" in done.stderr and "ebft_mega.lifecycle.run" in done.stderr
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    expected = ["The", "model", "layout", "data", "tokens", "steps", "place", "checkpoints"]
+    assert lines == (expected if rank == "0" else [])

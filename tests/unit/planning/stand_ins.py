@@ -34,6 +34,7 @@ MODELS = {
         "num_hidden_layers": 64,
         "num_attention_heads": 40,
         "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
     },
     "Llama-3.1-8B": {
         "model_type": "llama",
@@ -45,6 +46,7 @@ MODELS = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
         "rope_scaling": LLAMA3_ROPE,
     },
 }

@@ -4,7 +4,7 @@ import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.planning import dry_run as planner
-from ebft_mega.planning.auto import choices, chosen_reuse, feature_network_is_sharded, needed_bytes
+from ebft_mega.planning.auto import choices, chosen_reuse, feature_network_is_sharded, fit, needed_bytes
 from ebft_mega.planning.memory import Choices, peak_bytes
 from ebft_mega.planning.run_plan import check_run
 
@@ -99,3 +99,33 @@ def test_the_dry_run_shows_the_alternatives(inputs):
     assert section and "activations" not in section
     config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
     assert "Peak by what learning takes over" not in planner.describe_run(config, plan)
+
+
+def fit_lines(config, plan, memory):
+    section = planner.describe_run(config, plan, memory).partition("\nOn accelerators of ")[2].partition("\n\n")[0]
+    return [" ".join(line.split()) for line in section.splitlines()]
+
+
+def test_the_dry_run_resolves_auto_for_a_memory(inputs):
+    """The table above is that of what was resolved; what does not fit is said."""
+    config, plan = plan_of(inputs, **WHOLE)
+    for memory, reuse in ((PLENTY, "activations"), (needed(config, plan, "checkpoints"), "checkpoints"), (1, "off")):
+        found = fit(config, plan, memory)
+        assert found.choices == choices(config, plan, memory) and found.choices.reuse_rollout == reuse
+        assert found.fits == (needed_bytes(found.peak_bytes) <= memory) == (memory > 1)
+        lines = fit_lines(config, plan, memory)
+        assert lines[2] == f"learn.reuse_rollout {reuse} (configured: auto)"
+        assert lines[4] == f"peak of the ranks that need the most, GiB {found.peak_bytes / planner.GIB_BYTES:,.3f}"
+        assert lines[6].startswith("it fits yes: " if memory > 1 else "it fits no: ")
+        peak = f"peak (states and the largest phase) {found.peak_bytes / planner.GIB_BYTES:.3f}"
+        text = planner.describe_run(config, plan, memory)
+        assert peak in [" ".join(line.split()) for line in text.splitlines()]
+        assert f"Planned above: {reuse}, feature network " in text
+    assert fit_lines(config, plan, 79_600_000_000)[0] == "79.6 GB"
+    assert fit_lines(config, plan, None) == []
+
+
+def test_a_run_without_rollouts_has_nothing_to_resolve(inputs):
+    config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
+    lines = fit_lines(config, plan, PLENTY)
+    assert len(lines) == 5 and lines[2].startswith("peak of the ranks")

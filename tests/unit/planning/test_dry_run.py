@@ -385,3 +385,29 @@ def test_checkpoints_of_the_plan(inputs):
         config, plan = plan_of(inputs, checkpoint=checkpoint)
         assert re.search(rf"taken +{words}\n", planner.describe_run(config, plan))
         assert planner.checkpoint_words(config, plan.architecture) == f"{words}; {size}"
+
+
+@pytest.mark.parametrize("whitening", ["sample", "feature"])
+def test_what_diversity_is_worth_under_whitening(inputs, whitening):
+    """The note's figures are those of the rewards; without whitening, or with no weight, there is none."""
+    torch = pytest.importorskip("torch")
+    from ebft_mega.reward.alignment_and_diversity import block_rewards
+
+    config, plan = plan_of(inputs, ebft__whitening=whitening)
+    (note,) = [line for line in planner.describe_run(config, plan).splitlines() if "diversity term" in line]
+    assert "is 0 for a rollout that no other one of its block equals" in note
+    assert note.endswith("of m equal ones among 4 each has 2 (m - 1) / (m * 3).")
+    features = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for equal in (1, 2, 3, 4):
+        features[:equal] = features[0]
+        rewards = block_rewards((features @ features.T)[None, None], whitening, 1.0, 1.0)
+        expected = [2 * (equal - 1) / (equal * 3)] * equal + [0.0] * (4 - equal)
+        assert rewards.diversity[0, :, 0].tolist() == pytest.approx(expected, abs=1e-9)
+    for changes in (
+        {"use_whitening": False},
+        {"diversity_coef": 0},
+        {"n_samples_per_prompt": 1},
+        {"rl_coef": 0, "ce_coef": 1},
+    ):
+        config, plan = plan_of(inputs, ebft=changes)
+        assert "diversity term is 0" not in planner.describe_run(config, plan)

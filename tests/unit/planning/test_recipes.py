@@ -1,11 +1,15 @@
 """The recipes for published models: the dry run accepts each at its size, and it fits an 80 GB accelerator."""
 
+import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import InputError
+from ebft_mega.planning.absent_inputs import MODEL_CONFIGS
 from ebft_mega.planning.auto import choices
 from ebft_mega.planning.dry_run import GIB_BYTES, describe_run
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory
@@ -91,9 +95,12 @@ def test_the_configuration_page_shows_what_the_dry_run_prints(stand_ins):
     page = (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
     for recipe, (_, world_size, (tensor, pipeline, data)) in RECIPES.items():
         config, plan = planned(stand_ins, recipe)
-        peak = peak_bytes(config, plan, choices(config, plan, DEVICE_BYTES)) / GIB_BYTES
+        text = describe_run(config, plan, DEVICE_BYTES)
+        peak = float(re.search(r"^peak \(states and the largest phase\) +([0-9.]+)$", text, re.MULTILINE)[1])
+        assert re.search(rf"^peak of the ranks that need the most, GiB +{peak:.3f}$", text, re.MULTILINE)
+        assert re.search(r"^it fits +yes: [0-9.]+ GiB left$", text, re.MULTILINE)
         layout = f"{tensor} x {pipeline} x {data}"
-        assert f"| `{recipe}.yaml` | {world_size} | {layout} | {REUSE[recipe]} | {peak:.1f} |" in page
+        assert f"| `{recipe}.yaml` | {world_size} | {layout} | {REUSE[recipe]}, resident | {peak:.1f} |" in page
     text = describe_run(*planned(stand_ins, "qwen2.5-32b-16nodes"))
     shown = page.partition("```text\nranks ")[2].partition("```")[0].splitlines()
     assert len(shown) == 4
@@ -204,3 +211,30 @@ def test_more_replicas_than_rows_are_refused_with_layouts_that_work(stand_ins):
         "a multiple of 32 (train.micro_batch_size 1 x data-parallel size 32), or tensor 1 with pipeline 2, 4, 8 or "
         "16; tensor 2 with pipeline 1, 2, 4, 8 or 16; tensor 4 with pipeline 1, 2, 4 or 8"
     )
+
+
+def test_the_page_has_a_row_for_every_recipe():
+    tool = runpy.run_path(str(CONFIGS.parent / "tools" / "docs_tables.py"))
+    assert tool["RECIPES"] == {recipe: world_size for recipe, (_, world_size, _) in RECIPES.items()}
+    assert tool["GPU_BYTES"] == DEVICE_BYTES
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_configurations_of_published_models_lie_beside_the_recipes(model):
+    fields = json.loads((MODEL_CONFIGS / model / "config.json").read_text(encoding="utf-8"))
+    assert {name: fields[name] for name in MODELS[model]} == MODELS[model]
+    base = 500_000.0 if model.startswith("Llama") else 1_000_000.0
+    assert (fields["rope_theta"], fields["torch_dtype"], fields["hidden_act"]) == (base, "bfloat16", "silu")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_plan_without_data_is_that_of_the_true_model(stand_ins, recipe):
+    """From the repository alone, as in a fresh clone."""
+    config = load_config(CONFIGS / f"{recipe}.yaml", [f"model.init_from={stand_ins}/nowhere/{RECIPES[recipe][0]}"])
+    plan = check_run(config, RECIPES[recipe][1], without_data=True)
+    assert plan.architecture.num_parameters == PARAMETERS[RECIPES[recipe][0]]
+    assert {entry.key for entry in plan.to_be_supplied} >= {"model.init_from"}
+    whole = describe_run(*planned(stand_ins, recipe), DEVICE_BYTES)
+    bare = describe_run(config, plan, DEVICE_BYTES)
+    layouts = [text.partition("\nLayout\n")[2].partition("\nNotes\n")[0] for text in (whole, bare)]
+    assert layouts[0] == layouts[1] != ""
