@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptions
 from ebft_mega.data.builder.dataset_build import BuildResult, build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
+from ebft_mega.data.selection.choice_options import add_file_options, add_licence_options, add_text_options
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
-from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, MAX_DOCUMENT_BYTES, OTHER_MEMBERS
+from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
@@ -31,6 +32,8 @@ from ebft_mega.io.standard_streams import print_line
 
 # Reasons for which a build that went well leaves something of a file out, named in the summary.
 COUNTED = (BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS)
+# Those of the documents themselves are named, too.
+OF_DOCUMENTS = "documents "
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer", type=path_argument, required=True, help="sentencepiece or Hugging Face directory"
     )
     parser.add_argument("--output", type=path_argument, required=True, help="dataset directory to make")
-    parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
+    add_file_options(parser)
     parser.add_argument(
         "--text-key",
         metavar="KEY",
@@ -58,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "hold such lines are read as JSON lines, and other files beside them are left out",
     )
     parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
+    add_text_options(parser)
     add_choices(parser)
     add_split(parser)
     return checked(parser, parser.parse_args())
@@ -67,6 +71,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     """Add what is said of documents, what is left out and how the work is done."""
     parser.add_argument("--licence", help="of documents that name none (default: from corpus.json, else unknown)")
     parser.add_argument("--licence-key", metavar="KEY", help="key of a document's licence in its JSON record")
+    add_licence_options(parser)
     parser.add_argument(
         "--keep-key",
         dest="keep_keys",
@@ -86,13 +91,6 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         "--skip-bad",
         action="store_true",
         help="leave out documents, files and folders that cannot be used, and list them",
-    )
-    parser.add_argument(
-        "--max-document-bytes",
-        type=whole_number(),
-        default=MAX_DOCUMENT_BYTES,
-        help="a whole number of bytes: leave out longer documents, counted but not read (default: %(default)s, 16 MiB "
-        "of UTF-8; tokenizing takes up to 45 times as much memory in each process)",
     )
     parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="size at which a shard is closed")
     parser.add_argument(
@@ -161,6 +159,9 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
         if value is not None and value < 1:
             parser.error(f"{option}: found {value}; expected at least 1")
     arguments.split = split_of(parser, arguments)
+    if (arguments.min_document_bytes or 0) > arguments.max_document_bytes:
+        expected = f"at most --max-document-bytes, {arguments.max_document_bytes}"
+        parser.error(f"--min-document-bytes: found {arguments.min_document_bytes}; expected {expected}")
     return arguments
 
 
@@ -183,7 +184,11 @@ def print_result(output: Path, result: BuildResult) -> None:
     """Print what was made, and what can be done next."""
     record = result.record
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
-    others = {reason: count for reason, count in record.left_out.items() if reason in COUNTED}
+    others = {
+        reason: count
+        for reason, count in record.left_out.items()
+        if reason in COUNTED or reason.startswith(OF_DOCUMENTS)
+    }
     skipped += f", {in_words(others)}" if others else ""
     left_out = f"left out: {record.empty} empty documents, {record.duplicates} duplicates{skipped}"
     if result.held_out is None:

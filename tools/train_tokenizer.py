@@ -8,10 +8,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.data.selection.choice_options import add_file_options, add_text_options
+from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.text_limits import TextLimits
+from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
 from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
@@ -26,7 +31,8 @@ def parse_arguments() -> argparse.Namespace:
         "--vocab-size", type=whole_number(), required=True, help="number of tokens, the 256 byte tokens included"
     )
     parser.add_argument("--output", type=path_argument, required=True, help="tokenizer directory to make")
-    parser.add_argument("--pattern", default="*", help="file names to read, such as '*.py' (default: all)")
+    add_file_options(parser)
+    add_text_options(parser)
     add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return parser.parse_args()
@@ -39,7 +45,12 @@ def main() -> None:
         arguments.input,
         arguments.vocab_size,
         arguments.output,
-        pattern=arguments.pattern,
+        files=FileChoice(arguments.pattern, tuple(arguments.include), tuple(arguments.exclude)),
+        uses_gitignore=arguments.gitignore,
+        limits=TextLimits(*(getattr(arguments, field.name) for field in fields(TextLimits))),
+        read=ReadOptions(
+            max_document_bytes=arguments.max_document_bytes, encoding_fallback=arguments.encoding_fallback
+        ),
         overwrite=arguments.overwrite,
     )
     size, digest = tokenizer.vocab_size, tokenizer.sha256

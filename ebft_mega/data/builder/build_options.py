@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.held_out_split import SplitOptions
+from ebft_mega.data.selection.licence_choice import LicenceChoice
+from ebft_mega.data.selection.text_limits import TextLimits
 from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES, ReadOptions
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
@@ -14,6 +17,9 @@ class BuildOptions:
     """What is read, what is left out, and how large the shards are."""
 
     pattern: str = "*"  # shell pattern on the file names of directories
+    include: Sequence[str] = ()  # git's patterns on the paths below each directory; () is all
+    exclude: Sequence[str] = ()
+    gitignore: bool = False  # leave out what the `.gitignore` files in each directory name
     # The member of a JSON line that holds the text. None: "text", and JSON lines are told by the names of files alone.
     text_key: str | None = None
     # The suffix of the member of a webdataset sample that holds the text. None: "txt", in folders of containers only.
@@ -28,6 +34,13 @@ class BuildOptions:
     # entered, and list them in `skipped.jsonl`.
     skip_bad: bool = False
     max_document_bytes: int = MAX_DOCUMENT_BYTES  # of a text as UTF-8; longer documents are left out, and never read
+    min_document_bytes: int | None = None
+    max_line_length: int | None = None  # see `TextLimits`
+    max_mean_line_length: float | None = None
+    min_alphanumeric: float | None = None
+    encoding_fallback: str | None = None  # of texts that are not UTF-8
+    keep_licences: Sequence[str] = ()  # names or shell patterns; () is all
+    drop_licences: Sequence[str] = ()
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
     split: SplitOptions | None = None  # hold a share of the documents out, and write two datasets
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
@@ -39,7 +52,32 @@ class BuildOptions:
         defaults = ReadOptions()
         key, member = self.text_key or defaults.text_key, self.text_member or defaults.text_member
         groups = self.split.keys if self.split else ()
-        return ReadOptions(key, member, self.licence_key, tuple(self.keep_keys), self.max_document_bytes, groups)
+        return ReadOptions(
+            key,
+            member,
+            self.licence_key,
+            tuple(self.keep_keys),
+            self.max_document_bytes,
+            groups,
+            self.encoding_fallback,
+        )
+
+    @property
+    def files(self) -> FileChoice:
+        """Those that choose among files by name and path."""
+        return FileChoice(self.pattern, tuple(self.include), tuple(self.exclude))
+
+    @property
+    def limits(self) -> TextLimits:
+        """Those that say which texts stay."""
+        return TextLimits(
+            self.min_document_bytes, self.max_line_length, self.max_mean_line_length, self.min_alphanumeric
+        )
+
+    @property
+    def licences(self) -> LicenceChoice:
+        """Those that say which licences stay."""
+        return LicenceChoice(tuple(self.keep_licences), tuple(self.drop_licences))
 
     @property
     def wants_records(self) -> bool:

@@ -29,6 +29,7 @@ class BuildRecord:
     left_out: dict[str, int] = field(default_factory=dict)  # files, folders, blank lines, ... by reason
     followed: dict[str, int] = field(default_factory=dict)  # links to files
     skipped_by_reason: dict[str, int] = field(default_factory=dict)  # `skipped`, folders and files each as one
+    encodings: dict[str, int] = field(default_factory=dict)  # documents that are not UTF-8, by encoding
     not_round_trip: int = 0  # documents in the dataset whose tokens do not give back their text exactly
     unlisted_licences: int = 0  # documents of all other licences
     tokenizer: dict[str, Any] = field(default_factory=dict)  # file that is used, library, end-of-document token

@@ -54,6 +54,7 @@ def make_record(
         left_out=total_counts([plan.left_out, *(scan.left_out for scan in scans)]),
         followed=dict(plan.followed),
         skipped_by_reason=dict(skipped),
+        encodings=total_counts(unit.encodings for unit in tokenized),
         not_round_trip=sum(unit.not_round_trip for unit in tokenized),
         unlisted_licences=licences.total() - sum(listed.values()),
         tokenizer={
@@ -106,15 +107,21 @@ def write_records(
     return write(result, every, choice.sides, {})
 
 
-def require_texts(sources: Sequence[Path], scans: list[Scan]) -> None:
+def require_texts(sources: Sequence[Path], plan: Plan, scans: list[Scan]) -> None:
     """Check that there is anything to tokenize.
 
     Raises:
         InputError: there is not; it says what was left out.
     """
     if not sum(scan.documents for scan in scans):
-        left_out = in_words(total_counts(scan.left_out for scan in scans))
-        found = "no document with text" + (f" (left out: {left_out})" if left_out else "")
+        empty = {"empty documents": sum(scan.empty for scan in scans)}
+        counts = total_counts([plan.left_out, empty, *(scan.left_out for scan in scans)])
+        chosen = {**plan.reader.limits.given(), **plan.reader.licences.given()}
+        options = [option for option, reason in chosen.items() if counts.get(reason)]
+        found = "no document with text"
+        if options:
+            found = f"no document that stays: {' and '.join(options)} left out everything"
+        found += f" (left out: {left_out})" if (left_out := in_words(counts)) else ""
         raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
 
 
@@ -144,8 +151,12 @@ def write_skipped(
     return total_counts([skipped.counts, *(unit.skipped for unit in tokenized)])
 
 
-def late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:
+def late_notes(options: BuildOptions, plan: Plan, scans: list[Scan], tokenized: list[TokenizedUnit]) -> Iterator[str]:
     """What only the texts themselves tell, one sentence each."""
+    yield from _choice_notes(options, plan, scans)
+    for encoding, number in total_counts(unit.encodings for unit in tokenized).items():
+        documents = "1 document is" if number == 1 else f"{number} documents are"
+        yield f"{documents} not UTF-8 and read as {encoding} (--encoding-fallback)"
     if long := sum(scan.left_out.get(LONG_DOCUMENTS, 0) for scan in scans):
         documents = "1 document" if long == 1 else f"{long} documents"
         verb = "is" if long == 1 else "are"
@@ -163,3 +174,15 @@ def late_notes(options: BuildOptions, scans: list[Scan], tokenized: list[Tokeniz
             f"{changed} documents do not come back exactly from their tokens: the tokenizer normalises text or lacks "
             f"characters (the first: {first})"
         )
+
+
+def _choice_notes(options: BuildOptions, plan: Plan, scans: list[Scan]) -> Iterator[str]:
+    """Options that choose and have changed nothing: a word may be spelt wrong."""
+    matched = total_counts([plan.matched, *(scan.matched for scan in scans)])
+    given = [*options.files.given(), *options.licences.patterns()]
+    if unmatched := [pattern for pattern in given if not matched.get(pattern)]:
+        yield f"{', '.join(unmatched)}: nothing matches"
+    counts = total_counts([plan.left_out, *(scan.left_out for scan in scans)])
+    chosen = {**options.limits.given(), **options.licences.given()}
+    if idle := [option for option, reason in chosen.items() if not counts.get(reason)]:
+        yield f"{', '.join(idle)}: nothing is left out"

@@ -96,7 +96,7 @@ def build_dataset(
         Workers(processes) as workers,
     ):
         scans = _scan(plan, directory, options.skip_bad, split, workers)
-        require_texts(sources, scans)
+        require_texts(sources, plan, scans)
         choice = choose_documents(directory, scans, options, split)
         _print_notes(choice.notes)
         texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
@@ -106,7 +106,7 @@ def build_dataset(
             join_units(directory / side.folder, result / side.folder, units, tokenizer)
             for side, units in zip(choice.sides, tokenized, strict=True)
         ]
-        late = list(late_notes(options, scans, [unit for units in tokenized for unit in units]))
+        late = list(late_notes(options, plan, scans, [unit for units in tokenized for unit in units]))
         _print_notes(late)
         notes += [*choice.notes, *late]
         record = write_records(plan, scans, choice, tokenized, tokenizer, notes, directory, result)

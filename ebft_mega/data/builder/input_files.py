@@ -2,13 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.split_names import count_splits
-from ebft_mega.data.text.listing import Listing, in_words, list_files
+from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
+from ebft_mega.data.text.listing import Listing, in_words, list_files, total_counts
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX, CONTAINER_SUFFIXES, count_containers, first_record_keys
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
@@ -33,6 +35,8 @@ class InputFiles:
     others: tuple[str, ...] = ()  # first names of files of other kinds that are left out
     containers_as_texts: int = 0  # files that look like JSON lines or archives, and are read as texts
     other_keys: tuple[str, ...] = ()  # of JSON lines that have not the wanted key, for messages
+    matched: Mapping[str, int] = field(default_factory=dict)  # options with their patterns
+    notes: tuple[str, ...] = ()  # about the choice of files
 
 
 def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, alone: bool = True) -> InputFiles:
@@ -57,13 +61,25 @@ def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, a
     if not path.is_dir():
         found = "neither a file nor a directory" if path.exists() else "no such file or directory"
         raise bad_input("--input", str(path), found, f"a directory, or {_KINDS}")
-    listing = list_files(path, options.pattern, output)
+    choice = FolderChoice(path, options.files, options.gitignore)
+    listing = list_files(path, choice, output)
+    listing = replace(listing, left_out=total_counts([listing.left_out, choice.left_out]))
+    if choice.problems:
+        raise InputError(choice.problems)
     if not listing.files and not listing.unreadable:
-        found = f"no file that matches {options.pattern!r}"
-        if listing.left_out:
-            found += f" (left out: {in_words(listing.left_out)})"
-        raise bad_input("--input", str(path), found, "text, JSONL, Parquet or tar files")
-    return _containers(path, listing, options, alone) or _texts(listing)
+        raise bad_input("--input", str(path), _nothing(listing, options), "text, JSONL, Parquet or tar files")
+    files = _containers(path, listing, options, alone) or _texts(listing)
+    return replace(
+        files, matched=choice.matched, notes=tuple(f"{path.absolute().name}: {note}" for note in choice.notes())
+    )
+
+
+def _nothing(listing: Listing, options: BuildOptions) -> str:
+    """What is found where no file is left."""
+    counts = f" (left out: {in_words(listing.left_out)})" if listing.left_out else ""
+    if options.include or options.exclude or options.gitignore:
+        return f"no file that stays{counts}"
+    return f"no file that matches {options.pattern!r}{counts}"
 
 
 def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOptions) -> Iterator[Problem]:
@@ -91,11 +107,30 @@ def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOp
     if options.split and options.split.key and not containers:
         expected = "top-folder, repo or document, or JSON lines or webdataset shards"
         yield Problem("--split-by", options.split.key, "inputs of which each file is a text", expected)
-    if options.pattern != BuildOptions.pattern and not folders:
-        yield Problem("--pattern", options.pattern, "no directory among the inputs", "a directory, or no --pattern")
+    for option, given in (
+        ("--pattern", options.pattern if options.pattern != BuildOptions.pattern else ""),
+        ("--include", ", ".join(options.include)),
+        ("--exclude", ", ".join(options.exclude)),
+        ("--gitignore", "yes" if options.gitignore else ""),
+    ):
+        if given and not folders:
+            yield Problem(option, given, "no directory among the inputs", f"a directory, or no {option}")
     for key, count in Counter(options.keep_keys).items():
         if count > 1:
             yield Problem("--keep-key", key, f"{count} times", "each key once")
+
+
+def licence_problems(licences: Sequence[str], options: BuildOptions) -> Iterator[Problem]:
+    """Report a choice of licences where none is known.
+
+    Args:
+        licences: of each input, for documents that name none.
+        options: as given.
+    """
+    for option, given in (("--keep-licence", options.keep_licences), ("--drop-licence", options.drop_licences)):
+        if given and options.licence_key is None and set(licences) == {UNKNOWN_LICENCE}:
+            expected = f"--licence-key, or --licence for all documents, or no {option}"
+            yield Problem(option, ", ".join(given), "documents of which no licence is known", expected)
 
 
 def repeated_input_problems(sources: Sequence[Path]) -> Iterator[Problem]:
@@ -112,7 +147,7 @@ def repeated_input_problems(sources: Sequence[Path]) -> Iterator[Problem]:
 def _one_file(path: Path, options: BuildOptions) -> InputFiles:
     if path.name.endswith(CONTAINER_SUFFIXES):
         return InputFiles((path,), holds_texts=False)
-    keys = _keys_of(path)
+    keys = _keys_of(path, options)
     if keys is None:
         raise bad_input("--input", str(path), "a file that holds no JSON lines", f"a directory, or {_KINDS}")
     if not options.wants_records:
@@ -124,9 +159,9 @@ def _one_file(path: Path, options: BuildOptions) -> InputFiles:
     return InputFiles((path,), holds_texts=False)
 
 
-def _keys_of(path: Path) -> list[str] | None:
+def _keys_of(path: Path, options: BuildOptions) -> list[str] | None:
     try:
-        return first_record_keys(path)
+        return first_record_keys(path, options.encoding_fallback)
     except OSError as error:
         raise bad_input(str(path), "--input", str(error.strerror), "a file that can be read") from error
 
@@ -142,7 +177,7 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
             chosen.append(file)
             continue
         try:
-            keys = _keys_of(file) if options.wants_records else None
+            keys = _keys_of(file, options) if options.wants_records else None
         except InputError as error:
             unreadable += error.problems
             continue

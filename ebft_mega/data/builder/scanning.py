@@ -73,6 +73,7 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
         lines=tuple(lines),
         left_out=dict(found.left_out),
         fields=dict(found.fields),
+        matched=dict(found.matched),
         skipped_ranges=tuple(skipped_ranges),
         group_kinds=dict(found.group_kinds),
         group_names=found.group_names,
@@ -103,6 +104,8 @@ class _Found:
         if len(self.group_names) < _MOST_NAMED_GROUPS:
             self.group_names.setdefault(str(number), name[:_SHOWN_CHARACTERS])
 
+    matched: Counter[str] = field(default_factory=Counter)
+
     def add(self, other: "_Found") -> None:
         """Take in what has been read of another range."""
         self.digests += other.digests
@@ -115,6 +118,7 @@ class _Found:
         self.group_kinds.update(other.group_kinds)
         if len(self.group_names) < _MOST_NAMED_GROUPS:
             self.group_names |= other.group_names
+        self.matched.update(other.matched)
 
 
 def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Advance) -> bool:
@@ -123,7 +127,7 @@ def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Adv
     licence_key = job.reader.options.licence_key
     source = job.reader.inputs[file_range.input]
     grouping = Grouping(source.base, source.source, source.holds_texts, job.split) if job.split else None
-    for document in job.reader.read(file_range, first_line, found.left_out):
+    for document in job.reader.read(file_range, first_line, found.left_out, found.matched):
         advance(1)
         if isinstance(document, BadText):
             found.bad += 1

@@ -92,6 +92,7 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
     tokenizer = job.texts.load()
     licences: Counter[str] = Counter()
     sources: Counter[str] = Counter()
+    encodings: Counter[str] = Counter()
     text_bytes = not_round_trip = 0
     changed: list[str] = []
     with (
@@ -109,6 +110,8 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
             }
             if document.fields:
                 meta["fields"] = document.fields
+            if document.encoding:
+                meta["encoding"] = document.encoding
             try:
                 tokens, comes_back = _encode(tokenizer, document.text, source.base / document.path)
             except InputError as error:
@@ -122,12 +125,21 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
                 changed += [document.path] * (len(changed) < _LISTED_CHANGED)
             licences[licence[:_COUNTED_CHARACTERS]] += 1
             sources[source.source] += 1
+            encodings.update([document.encoding] if document.encoding else [])
             text_bytes += document.num_bytes
         shards = writer.finish_shards()
     for entry in shards.entries:
         flush_to_disk(directory / entry["name"])
     write_array(directory / INDEX_NAME, shards.index.dtype, shards.index.shape, [shards.index])
-    counts = (text_bytes, dict(licences), dict(sources), dict(skipped.counts), not_round_trip, tuple(changed))
+    counts = (
+        text_bytes,
+        dict(licences),
+        dict(sources),
+        dict(encodings),
+        dict(skipped.counts),
+        not_round_trip,
+        tuple(changed),
+    )
     tokenized = TokenizedUnit(job.first_document, tuple(shards.entries), shards.max_token_id, *counts)
     write_bytes(directory / RECORD_NAME, json.dumps(asdict(tokenized)).encode())
     return tokenized

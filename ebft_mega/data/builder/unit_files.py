@@ -27,6 +27,7 @@ class Scan:
     lines: tuple[int, ...]  # of each file range that is cut, else 0
     left_out: dict[str, int]  # what is no document, by reason
     fields: dict[str, int]  # documents that have each of the named members of records
+    matched: dict[str, int]  # options with patterns that match licences or members of archives
     skipped_ranges: tuple[int, ...]  # numbers of the file ranges that could not be read to their end, without documents
     # Of a build that holds documents out: what names the groups, with counts; names of the first groups by number.
     group_kinds: dict[str, int] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class TokenizedUnit:
     text_bytes: int
     licences: dict[str, int]  # documents of each
     sources: dict[str, int]
+    encodings: dict[str, int]  # documents that are not UTF-8, by encoding
     skipped: dict[str, int]  # documents and files left out, by reason; its directory lists them
     not_round_trip: int  # documents whose tokens do not give back their text
     changed: tuple[str, ...]  # paths of the first of them

@@ -12,10 +12,13 @@ from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.input_files import (
     OTHER_KINDS,
     InputFiles,
+    licence_problems,
     list_inputs,
     option_problems,
     repeated_input_problems,
 )
+from ebft_mega.data.selection.licence_choice import LicenceChoice
+from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
 from ebft_mega.data.text.corpus import corpus_licence
@@ -44,7 +47,7 @@ _UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, GZIP_SUFFIX, ZSTANDARD_SUFFIX)
 
 # Part of a plan's identity, and of the names of datasets made on demand: another version must not resume an unfinished
 # build of this one, nor find its results.
-BUILD_VERSION = 3
+BUILD_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,39 @@ class Reader:
 
     inputs: tuple[Input, ...]
     options: ReadOptions
+    limits: TextLimits = TextLimits()
+    licences: LicenceChoice = LicenceChoice()
 
     def read(
-        self, file_range: FileRange, first_line: int | None, left_out: Counter[str] | None = None
+        self,
+        file_range: FileRange,
+        first_line: int | None,
+        left_out: Counter[str] | None = None,
+        matched: Counter[str] | None = None,
     ) -> Iterator[TextDocument | BadText]:
-        """Read the documents of a file range.
+        """Read the documents of a file range that stay; both readings of a build get them here.
 
         Args:
             file_range: of a file of one of the inputs.
             first_line: lines of its file before it, see `read_jsonl`.
-            left_out: takes counts of what is no document, by reason.
+            left_out: takes counts of what is no document, or none that stays, by reason.
+            matched: takes counts of patterns that were given and match.
         """
+        of_input = self.inputs[file_range.input].licence
+        for document in self._read(file_range, first_line, left_out):
+            # An empty text is counted as that.
+            if isinstance(document, TextDocument) and document.text:
+                reason = self.licences.reason_to_leave_out(document.licence or of_input, matched)
+                reason = reason or reason_to_leave_out(document, self.limits)
+                if reason:
+                    if left_out is not None:
+                        left_out[reason] += 1
+                    continue
+            yield document
+
+    def _read(
+        self, file_range: FileRange, first_line: int | None, left_out: Counter[str] | None
+    ) -> Iterator[TextDocument | BadText]:
         source = self.inputs[file_range.input]
         file = source.base / file_range.name
         if source.holds_texts:
@@ -111,6 +136,7 @@ class Plan:
     followed: Mapping[str, int]  # links, by kind
     unreadable: tuple[tuple[str, Problem], ...]  # with the name of their input; empty unless bad ones are skipped
     notes: tuple[str, ...]  # what a person should know, one sentence each, without a path of the machine
+    matched: Mapping[str, int]  # options with patterns, and how many files and folders each matches
 
 
 class _ListedFile(NamedTuple):
@@ -149,17 +175,18 @@ def make_plan(
         except InputError as error:
             problems += error.problems
     found = [files for _, files in opened]
+    licences = [options.licence or corpus_licence(source) for source, _ in opened]
     if len(opened) == len(sources):
         problems += option_problems(found, sum(source.is_dir() for source in sources), options)
+        problems += licence_problems(licences, options)
     if not options.skip_bad:
         problems += [problem for files in found for problem in files.listing.unreadable]
     if problems:
         raise InputError(problems)
     inputs: list[Input] = []
     listed: list[_ListedFile] = []
-    for number, (source, files) in enumerate(opened):
+    for number, ((source, files), licence) in enumerate(zip(opened, licences, strict=True)):
         base = source if source.is_dir() else source.parent
-        licence = options.licence or corpus_licence(source)
         inputs.append(Input(base, base.absolute().name, licence, files.holds_texts))
         listed += [_listed_file(number, file, base) for file in files.files]
     containers = [file for file in listed if not inputs[file.input].holds_texts]
@@ -171,13 +198,14 @@ def make_plan(
         work_unit_bytes = min(max(total // USUAL_WORK_UNITS, SMALLEST_WORK_UNIT_BYTES), LARGEST_WORK_UNIT_BYTES)
     pairs = list(zip(inputs, found, strict=True))
     return Plan(
-        Reader(tuple(inputs), options.read),
+        Reader(tuple(inputs), options.read, options.limits, options.licences),
         tuple(_work_units(inputs, listed, groups, work_unit_bytes)),
         _identity(inputs, listed, options, work_unit_bytes, tokenizer_identity),
         left_out=total_counts(files.listing.left_out for files in found),
         followed=total_counts(files.listing.followed for files in found),
         unreadable=tuple((source.source, problem) for source, files in pairs for problem in files.listing.unreadable),
         notes=tuple(note for source, files in pairs for note in _notes(source.source, files)),
+        matched=total_counts(files.matched for files in found),
     )
 
 
@@ -201,6 +229,7 @@ def _notes(source: str, files: InputFiles) -> Iterator[str]:
         yield f"{source}: {TO_FOLLOW}"
     if followed:
         yield f"{source}: followed: {followed}"
+    yield from files.notes
     if files.containers_as_texts:
         yield (
             f"{source}: JSONL or tar files among {len(files.files)} files that are read as one text each: "
@@ -227,7 +256,8 @@ def _identity(
     }
     if options.split:
         others["split"] = asdict(options.split)
-    parameters = [asdict(options.read), options.pattern, work_unit_bytes, others]
+    chosen = [asdict(each) for each in (options.files, options.limits, options.licences)]
+    parameters = [asdict(options.read), chosen, options.gitignore, work_unit_bytes, others]
     identity = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for source in inputs:
         identity.update(json.dumps([source.source, source.licence, source.holds_texts]).encode())

@@ -127,7 +127,10 @@ def read_text_archive(
                 elif sample.is_long:
                     counts[LONG_DOCUMENTS] += 1
                 else:
-                    yield _document(sample, f"{file}:{sample.key}", f"{path}:{sample.key}", options)
+                    document = _document(sample, f"{file}:{sample.key}", f"{path}:{sample.key}", options)
+                    counts[LONG_DOCUMENTS] += document is None
+                    if document is not None:
+                        yield document
             found = _what_ends(stream, walk.end)
             if found:
                 problem = Problem(f"{file}: offset {walk.end}", "file", found, expected)
@@ -147,7 +150,7 @@ def _unusable(member: Member) -> BadText:
     return BadText(problem, member.name, UNUSABLE_SAMPLE)
 
 
-def _document(sample: _Sample, where: str, path: str, options: ReadOptions) -> TextDocument | BadText:
+def _document(sample: _Sample, where: str, path: str, options: ReadOptions) -> TextDocument | BadText | None:
     if len(set(sample.suffixes)) < len(sample.suffixes):
         found, expected = f"suffixes {', '.join(sample.suffixes)}", "each suffix once in a sample"
         return BadText(Problem(where, "member", found, expected), path, UNUSABLE_SAMPLE)
@@ -157,7 +160,7 @@ def _document(sample: _Sample, where: str, path: str, options: ReadOptions) -> T
     record: object = {}
     if sample.record is not None:
         try:
-            record = parse_json_line(sample.record)
+            record, _ = parse_json_line(sample.record, options.encoding_fallback)
         except (ValueError, RecursionError) as error:
             return BadText(Problem(where, _RECORD_SUFFIX, words_of(error), "a JSON object"), path, NO_JSON_OBJECT)
     if not isinstance(record, dict):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.contained_files import leaves
@@ -46,17 +47,48 @@ class Listing:
     unreadable: tuple[Problem, ...] = ()  # folders and files that could not be accessed
 
 
-def list_files(directory: Path, pattern: str = "*", output: Path | None = None) -> Listing:
-    """List the files below a folder whose name matches a pattern.
+class Chooser(Protocol):
+    """Says which files and folders of a folder are read. Paths are relative to that folder, with `/`."""
+
+    def enter(self, folder: str, names: Iterable[str]) -> None:
+        """Hear of a folder (with a slash at its end; empty for the first) and of all in it that is no folder."""
+
+    def reason_to_skip_folder(self, path: str) -> str | None:
+        """Why nothing of a folder is read, a key of `Listing.left_out`; None if something may be."""
+
+    def reason_to_leave_out(self, path: str) -> str | None:
+        """Why a file is not read, a key of `Listing.left_out`; None if it is."""
+
+
+@dataclass(frozen=True)
+class NameChooser:
+    """Chooses by the name of a file alone."""
+
+    pattern: str  # shell pattern
+
+    def enter(self, folder: str, names: Iterable[str]) -> None:
+        """Folders have no part in it."""
+
+    def reason_to_skip_folder(self, path: str) -> str | None:
+        """None: all folders are searched."""
+        return None
+
+    def reason_to_leave_out(self, path: str) -> str | None:
+        """`OTHER_NAMES` for a name that does not match."""
+        return None if fnmatch.fnmatchcase(path.rpartition("/")[2], self.pattern) else OTHER_NAMES
+
+
+def list_files(directory: Path, chosen: str | Chooser = "*", output: Path | None = None) -> Listing:
+    """List the files below a folder that are chosen.
 
     Left out and counted: hidden files and folders, `__pycache__`, links to folders (those within the folder are
     searched without them), links that lead nowhere or out of the folder, what is neither file nor folder (nothing is
-    opened here), and files with other names. A link to a file within the folder, or to a blob of the repository in the
+    opened here), and what is not chosen. A link to a file within the folder, or to a blob of the repository in the
     hub's cache to which the folder belongs, is followed unless the file is listed anyway: no file is listed twice.
 
     Args:
         directory: the folder to search; it may be a link.
-        pattern: shell pattern on the file name, such as `*.py`.
+        chosen: shell pattern on the file name, such as `*.py`, or what decides by paths.
         output: a folder that is left out, because it holds what is made of the files.
     """
     found: list[Path] = []
@@ -64,11 +96,14 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
     left_out: Counter[str] = Counter()
     errors: list[OSError] = []
     result = os.path.realpath(output) if output else None
+    chooser = NameChooser(chosen) if isinstance(chosen, str) else chosen
     looked_at = LongCount(f"names found in {directory}")
     for folder, subfolders, names in _folders(directory, errors):
+        above = folder.relative_to(directory).as_posix() + "/" if folder != directory else ""
+        chooser.enter(above, names)
         entered = []
         for name in subfolders:
-            reason = _reason_to_skip_folder(Path(folder, name), result)
+            reason = _reason_to_skip_folder(Path(folder, name), result) or chooser.reason_to_skip_folder(above + name)
             left_out.update([reason] if reason else [])
             entered += [] if reason else [name]
         subfolders[:] = entered
@@ -78,8 +113,8 @@ def list_files(directory: Path, pattern: str = "*", output: Path | None = None) 
             path = Path(folder, name)
             if name[0] == ".":
                 left_out[HIDDEN_FILES] += 1
-            elif not fnmatch.fnmatchcase(name, pattern):
-                left_out[OTHER_NAMES] += 1
+            elif reason := chooser.reason_to_leave_out(above + name):
+                left_out[reason] += 1
             else:
                 try:
                     reason = _reason_to_skip_file(path)

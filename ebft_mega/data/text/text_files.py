@@ -1,5 +1,6 @@
 """Read text documents from plain files and from JSON lines."""
 
+import difflib
 import hashlib
 import json
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 from ebft_mega.data.text.bounded_reading import open_regular, read_at_most, read_line, skip_line
 from ebft_mega.data.text.compression import CutFileError, open_lines
+from ebft_mega.data.text.decoding import decoded
 from ebft_mega.data.text.document_groups import group_of_record, wanted_keys
 from ebft_mega.errors import Problem
 from ebft_mega.io.json_text import parse_json
@@ -29,6 +31,7 @@ _RECORD_RATIO, _RECORD_BYTES = 3, 1 << 20
 MAX_LICENCE_CHARACTERS = 1000
 MAX_FIELDS_BYTES = 1 << 20  # of what is kept of a record, as JSON
 MAX_FIELD_LEVELS = 100
+_LONGEST_KEY = 100  # of those that a wrong one is compared with
 
 # Why a document is left out with `--skip-bad`: `BadText.reason`.
 NOT_UTF8 = "not UTF-8"
@@ -57,6 +60,7 @@ class ReadOptions:
     max_document_bytes: int = MAX_DOCUMENT_BYTES  # of the text as UTF-8; longer ones are left out and not read
     # Members of the same: the first of them that a record has names the group which is not divided; one must be there.
     group_keys: tuple[str, ...] = ()
+    encoding_fallback: str | None = None  # of text that is not UTF-8, one of `ENCODINGS`; None refuses such text
 
     @property
     def max_record_bytes(self) -> int:
@@ -79,6 +83,7 @@ class TextDocument:
     licence: str | None = None  # None where the document does not name its own
     fields: Mapping[str, object] = field(default_factory=dict)  # `ReadOptions.keep_keys`
     group: tuple[str, str] | None = None  # the one of `ReadOptions.group_keys` that its record has, and what it says
+    encoding: str | None = None  # None is UTF-8
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +123,10 @@ def read_text_file(
         if left_out is not None:
             left_out[LONG_DOCUMENTS] += 1
         return None
-    return decode_text(content, str(file), path)
+    document = decode_text(content, str(file), path, options=options)
+    if document is None and left_out is not None:
+        left_out[LONG_DOCUMENTS] += 1
+    return document
 
 
 def decode_text(
@@ -127,30 +135,39 @@ def decode_text(
     path: str,
     record: Mapping[str, object] | None = None,
     options: ReadOptions | None = None,
-) -> TextDocument | BadText:
-    """Make a document of UTF-8 bytes.
+) -> TextDocument | BadText | None:
+    """Make a document of bytes: UTF-8, or what `ReadOptions.encoding_fallback` says; None if its text is too long.
 
     Args:
         content: the text.
         where: what it was read from, for messages; a bad byte's line is added.
         path: see `TextDocument`.
         record: fields that came with the text.
-        options: which of them are kept.
+        options: which of them are kept, and the encoding of what is not UTF-8.
     """
+    options = options or ReadOptions()
     try:
-        text = content.decode("utf-8")
+        text, encoding = decoded(content, options.encoding_fallback)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        return BadText(Problem(f"{where}:{line}", "text", found, "UTF-8 text"), path, NOT_UTF8)
-    return _with_fields(text, hashlib.sha256(content).digest(), where, path, record or {}, options or ReadOptions())
+        expected = "UTF-8 text"
+        if options.encoding_fallback is not None:
+            expected += f", or {options.encoding_fallback} text without zero bytes"
+        return BadText(Problem(f"{where}:{line}", "text", found, expected), path, NOT_UTF8)
+    if encoding is not None:
+        content = text.encode()
+        if len(content) > options.max_document_bytes:
+            return None
+    return _with_fields(text, hashlib.sha256(content).digest(), where, path, record or {}, options, encoding)
 
 
-def first_record_keys(file: Path) -> list[str] | None:
+def first_record_keys(file: Path, fallback: str | None = None) -> list[str] | None:
     """Keys of the JSON object on the first line that is not blank; None where there is no such object.
 
     Args:
         file: plain, or compressed with gzip or zstandard as its name says.
+        fallback: `ReadOptions.encoding_fallback`.
 
     Raises:
         OSError: the file cannot be read.
@@ -159,7 +176,7 @@ def first_record_keys(file: Path) -> list[str] | None:
         with open_lines(file) as lines:
             while (line := lines.readline(_FIRST_LINE_BYTES)) and not line.strip():
                 continue
-        record = parse_json_line(line)
+        record, _ = parse_json_line(line, fallback)
     except (CutFileError, ValueError, RecursionError):
         return None
     return sorted(record) if isinstance(record, dict) else None
@@ -254,14 +271,22 @@ def count_lines(file: Path, begin: int, end: int) -> int:
     return count
 
 
-def parse_json_line(line: bytes) -> Any:
+def parse_json_line(line: bytes, fallback: str | None = None) -> tuple[Any, str | None]:
     """Parse the JSON of a line, or of a sample's record; a byte order mark before it, which old editors write, is none.
+
+    Args:
+        line: UTF-8, or text of the fallback's encoding.
+        fallback: see `decoded`.
+
+    Returns:
+        What it holds, and the encoding: None for UTF-8.
 
     Raises:
         ValueError: it is not JSON of which every reader makes the same.
         RecursionError: it is nested too deeply.
     """
-    return parse_json(line.decode("utf-8-sig"), half_pairs=True)
+    text, encoding = decoded(line, fallback, "utf-8-sig")
+    return parse_json(text, half_pairs=True), encoding
 
 
 def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOptions) -> TextDocument | BadText | None:
@@ -269,15 +294,12 @@ def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOp
     where, path, key = f"{file}:{number}", f"{name}:{number}", options.text_key
     expected = f"a JSON object with a string {key!r}"
     try:
-        record = parse_json_line(line)
+        record, encoding = parse_json_line(line, options.encoding_fallback)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, numbers beyond all bounds
         return BadText(Problem(where, key, words_of(error), expected), path, NO_JSON_OBJECT)
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        found = f"keys {sorted(record)}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
-        if isinstance(record, dict) and key in record:
-            found = f"a JSON {type(record[key]).__name__}"
         reason = NO_TEXT if isinstance(record, dict) else NO_JSON_OBJECT
-        return BadText(Problem(where, key, found, expected), path, reason)
+        return BadText(_no_text(where, key, record, expected), path, reason)
     try:
         content = record[key].encode("utf-8")
     except UnicodeEncodeError as error:
@@ -285,11 +307,27 @@ def _parse_line(line: bytes, file: Path, name: str, number: int, options: ReadOp
         return BadText(Problem(where, key, found, "valid Unicode text"), path, NOT_UTF8)
     if len(content) > options.max_document_bytes:
         return None
-    return _with_fields(record[key], hashlib.sha256(content).digest(), where, path, record, options)
+    return _with_fields(record[key], hashlib.sha256(content).digest(), where, path, record, options, encoding)
+
+
+def _no_text(where: str, key: str, record: object, expected: str) -> Problem:
+    """A line that is no object with a string under the key: it names the keys that are there."""
+    if not isinstance(record, dict) or key in record:
+        found = record[key] if isinstance(record, dict) else record
+        return Problem(where, key, f"a JSON {type(found).__name__}", expected)
+    near = difflib.get_close_matches(key, [name for name in record if len(name) < _LONGEST_KEY], 1)
+    found = f"the keys {', '.join(sorted(record))}" if record else "no key at all"
+    return Problem(where, key, found, f"{expected} (--text-key names another one)", *near)
 
 
 def _with_fields(
-    text: str, digest: bytes, where: str, path: str, record: Mapping[str, object], options: ReadOptions
+    text: str,
+    digest: bytes,
+    where: str,
+    path: str,
+    record: Mapping[str, object],
+    options: ReadOptions,
+    encoding: str | None,
 ) -> TextDocument | BadText:
     """The document with the licence and the fields that its record holds."""
     licence = record.get(options.licence_key) if options.licence_key else None
@@ -311,7 +349,7 @@ def _with_fields(
     group = group_of_record(record, options.group_keys) if options.group_keys else None
     if isinstance(group, str):
         return BadText(Problem(where, "--split-by", group, wanted_keys(options.group_keys)), path, NO_GROUP)
-    return TextDocument(text, digest, path, licence or None, fields, group)
+    return TextDocument(text, digest, path, licence or None, fields, group, encoding)
 
 
 def _too_much(fields: Mapping[str, object]) -> str | None:

@@ -3,13 +3,18 @@
 import io
 import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.folder_choice import FolderChoice
+from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files
 from ebft_mega.data.text.text_files import (
-    MAX_DOCUMENT_BYTES,
+    LONG_DOCUMENTS,
     BadText,
     ReadOptions,
     TextDocument,
@@ -30,6 +35,9 @@ MAX_VOCAB_SIZE = 1 << 20  # four times the largest in use; the trainer takes no 
 MIN_VOCAB_SIZE = 300  # 256 bytes, the unknown and end-of-document tokens, and some characters
 END_OF_DOCUMENT = "</s>"
 EOS_ID = 1
+# Of the trainer's message about a text that is too small.
+_LARGEST_SIZE = re.compile(r"value <= ([0-9]+)")
+EVERY_FILE, NO_LIMITS, DEFAULT_READ_OPTIONS = FileChoice(), TextLimits(), ReadOptions()
 
 
 class RoundTripError(EbftError):
@@ -41,7 +49,10 @@ def train_tokenizer(
     vocab_size: int,
     output: Path,
     *,
-    pattern: str = "*",
+    files: FileChoice = EVERY_FILE,
+    uses_gitignore: bool = False,
+    limits: TextLimits = NO_LIMITS,
+    read: ReadOptions = DEFAULT_READ_OPTIONS,
     sample_characters: int = 14_000_000,
     overwrite: bool = False,
 ) -> Tokenizer:
@@ -55,7 +66,10 @@ def train_tokenizer(
         source: a directory of UTF-8 text files.
         vocab_size: number of tokens, the 256 byte tokens included.
         output: the tokenizer directory to make.
-        pattern: shell pattern on the file names.
+        files: which of its files are read.
+        uses_gitignore: whether what its `.gitignore` files name is left out.
+        limits: which texts are trained on.
+        read: encoding of what is not UTF-8, and the longest text.
         sample_characters: characters to train on, spread evenly over the files; all files are checked.
         overwrite: replace an existing tokenizer.
 
@@ -66,11 +80,11 @@ def train_tokenizer(
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         expected = f"at least {MIN_VOCAB_SIZE} and at most {MAX_VOCAB_SIZE}"
         raise bad_input("--vocab-size", "vocab_size", str(vocab_size), expected)
-    files = _files(source, pattern)
-    characters = _count_characters(files, source, pattern)
+    texts = _Texts(source, _files(source, files, uses_gitignore), read, limits)
+    characters = _count_characters(texts)
     with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
         step = max(1, characters // sample_characters)
-        all_chunks = (chunk for document in _documents(files, source) for chunk in split_into_chunks(document.text))
+        all_chunks = (chunk for document in _documents(texts) for chunk in split_into_chunks(document.text))
         chunks = list(itertools.islice(all_chunks, 0, None, step))
         (directory / SENTENCEPIECE_NAME).write_bytes(_train_model(chunks, vocab_size, source))
         config = {
@@ -83,7 +97,7 @@ def train_tokenizer(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        _check_round_trips(load_tokenizer(directory), files, source)
+        _check_round_trips(load_tokenizer(directory), texts)
     return load_tokenizer(output)
 
 
@@ -108,22 +122,49 @@ def split_into_chunks(text: str) -> Iterator[str]:
         yield "".join(chunk)
 
 
-def _files(source: Path, pattern: str) -> tuple[Path, ...]:
+@dataclass(frozen=True)
+class _Texts:
+    """The files of a directory, and which of their texts are read."""
+
+    source: Path
+    files: tuple[Path, ...]
+    read: ReadOptions
+    limits: TextLimits
+
+    def document(self, file: Path, left_out: Counter[str] | None = None) -> TextDocument | BadText | None:
+        """The text of a file; None if it is left out."""
+        document = read_text_file(file, file.relative_to(self.source).as_posix(), self.read, left_out)
+        if isinstance(document, TextDocument) and document.text:
+            reason = reason_to_leave_out(document, self.limits)
+            if reason and left_out is not None:
+                left_out[reason] += 1
+            return None if reason else document
+        return document
+
+
+def _files(source: Path, files: FileChoice, uses_gitignore: bool) -> tuple[Path, ...]:
     """The files to read; what is left out and followed is said."""
     if not source.is_dir():
         raise bad_input("--input", str(source), "no such directory", "a directory of text files")
-    listing = list_files(source, pattern)
+    choice = FolderChoice(source, files, uses_gitignore)
+    listing = list_files(source, choice)
+    if choice.problems:
+        raise InputError(choice.problems)
     for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
         if words := in_words(counts):
             print_line(f"note: {source}: {meaning}: {words}")
     if OUTSIDE_LINKS in listing.left_out:
         print_line(f"note: {source}: {TO_FOLLOW}")
+    if unmatched := [pattern for pattern in files.given() if not choice.matched[pattern]]:
+        print_line(f"note: {', '.join(unmatched)}: nothing matches")
+    for note in choice.notes():
+        print_line(f"note: {source}: {note}")
     if count := count_containers(listing.files):
         print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
     return readable_files(listing)
 
 
-def _count_characters(files: Sequence[Path], source: Path, pattern: str) -> int:
+def _count_characters(texts: _Texts) -> int:
     """Characters of all files.
 
     Raises:
@@ -131,26 +172,34 @@ def _count_characters(files: Sequence[Path], source: Path, pattern: str) -> int:
     """
     problems: list[Problem] = []
     left_out = Counter[str]()
+    encodings = Counter[str]()
     characters = 0
-    for file in files:
-        document = read_text_file(file, file.relative_to(source).as_posix(), ReadOptions(), left_out)
+    for file in texts.files:
+        document = texts.document(file, left_out)
         if isinstance(document, BadText):
             problems.append(document.problem)
         elif document is not None:
             characters += len(document.text)
+            encodings.update([document.encoding] if document.encoding else [])
     if left_out:
-        print_line(f"note: {source}: left out: {in_words(left_out)} (over {MAX_DOCUMENT_BYTES} bytes)")
+        limit = f" (over {texts.read.max_document_bytes} bytes)" if LONG_DOCUMENTS in left_out else ""
+        print_line(f"note: {texts.source}: left out: {in_words(left_out)}{limit}")
+    if encodings:
+        print_line(f"note: {texts.source}: read as what --encoding-fallback says: {in_words(encodings)}")
     if not problems and not characters:
-        problems.append(Problem("--input", str(source), f"no text in files that match {pattern!r}", "text files"))
+        counts = f" (left out: {in_words(left_out)})" if left_out else ""
+        problems.append(
+            Problem("--input", str(texts.source), f"no text in the files that are read{counts}", "text files")
+        )
     if problems:
         raise InputError(problems)
     return characters
 
 
-def _documents(files: Iterable[Path], source: Path) -> Iterator[TextDocument]:
+def _documents(texts: _Texts, files: Iterable[Path] | None = None) -> Iterator[TextDocument]:
     """Read files that could be read a moment ago."""
-    for file in files:
-        document = read_text_file(file, file.relative_to(source).as_posix(), ReadOptions())
+    for file in texts.files if files is None else files:
+        document = texts.document(file)
         if isinstance(document, BadText):
             raise InputError([document.problem])
         if document is not None:
@@ -184,15 +233,20 @@ def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        expected = "a vocabulary size that fits the text"
-        raise bad_input(str(source), "--vocab-size", f"{vocab_size} ({error})", expected) from error
+        found, expected = str(vocab_size), "a vocabulary size that fits the text"
+        if most := _LARGEST_SIZE.search(str(error)):
+            possible = f"at most {most[1]}" if int(most[1]) >= MIN_VOCAB_SIZE else f"more text (for {MIN_VOCAB_SIZE})"
+            expected = f"{possible}: this text gives {most[1]} different tokens"
+        else:
+            found += f" ({error})"
+        raise bad_input(str(source), "--vocab-size", found, expected) from error
     return model.getvalue()
 
 
-def _check_round_trips(tokenizer: Tokenizer, files: Sequence[Path], source: Path) -> None:
+def _check_round_trips(tokenizer: Tokenizer, texts: _Texts) -> None:
     failed = [
         document.path
-        for document in _documents(track(files, len(files), "checking round trips"), source)
+        for document in _documents(texts, track(texts.files, len(texts.files), "checking round trips"))
         if tokenizer.decode(tokenizer.encode(document.text)) != document.text
     ]
     if failed:

@@ -386,6 +386,16 @@ CHANGED = {
     "deduplicate": False,
     "skip_bad": True,
     "max_document_bytes": 7,
+    "include": ("*.py",),
+    "exclude": ("*.md",),
+    "gitignore": True,
+    "min_document_bytes": 1,
+    "max_line_length": 5,
+    "max_mean_line_length": 5.5,
+    "min_alphanumeric": 0.1,
+    "encoding_fallback": "latin-1",
+    "keep_licences": ("MIT",),
+    "drop_licences": ("GPL-*",),
     "shard_bytes": 5,
     "work_unit_bytes": 50,
     "split": SplitOptions("1%"),
@@ -394,7 +404,8 @@ CHANGED = {
 
 def test_every_option_is_part_of_a_builds_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(CHANGED) == {field.name for field in fields(BuildOptions)}
-    monkeypatch.setattr("ebft_mega.data.builder.work_plan.option_problems", lambda *_: ())
+    for name in ("option_problems", "licence_problems"):
+        monkeypatch.setattr(f"ebft_mega.data.builder.work_plan.{name}", lambda *_: ())
     source = write(tmp_path / "source", "a.py")
     identities = {make_plan([source], BuildOptions(), "tokenizer").identity}
     assert make_plan([source], BuildOptions(), "tokenizer", tmp_path / "out").identity in identities
