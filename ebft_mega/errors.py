@@ -17,6 +17,8 @@ _LONGEST_EXPECTED = 4000
 _LONGEST_MESSAGE = 8000
 
 MAX_SHOWN_PROBLEMS = 50
+# More problems that differ in nothing but their places are one line with so many of these.
+_SHOWN_PLACES = 3
 
 
 class EbftError(Exception):
@@ -54,8 +56,27 @@ class Problem:
         return replace(self, where=f"{where}: {self.where}")
 
 
+def problem_lines(problems: "list[Problem] | tuple[Problem, ...]") -> list[str]:
+    """One line for each problem, and one for many that differ only in their places, with number and examples.
+
+    Args:
+        problems: lines are in the order of the first problem of each.
+    """
+    places: dict[Problem, list[Problem]] = {}
+    for problem in problems:
+        places.setdefault(replace(problem, where=""), []).append(problem)
+    lines = []
+    for equal in places.values():
+        if len(equal) <= _SHOWN_PLACES:
+            lines += [str(problem) for problem in equal]
+            continue
+        others = ", ".join(shown(problem.where, LONGEST_PATH) for problem in equal[1:_SHOWN_PLACES])
+        lines.append(f"{equal[0]} ({len(equal)} times; also at {others}, ...)")
+    return lines
+
+
 class InputProblems(EbftError):
-    """Several problems at once, found before anything has started (exit code 2). As text, each is a line."""
+    """Several problems at once, found before anything has started (exit code 2). As text, see `problem_lines`."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -64,9 +85,9 @@ class InputProblems(EbftError):
         super().__init__(self.problems)  # what pickling between processes hands to the constructor again
 
     def __str__(self) -> str:
-        lines = [str(problem) for problem in self.problems[:MAX_SHOWN_PROBLEMS]]
-        more = len(self.problems) - len(lines)
-        return "\n".join([*lines, *[f"and {more} more problems"] * bool(more)])
+        lines = problem_lines(self.problems)
+        more = len(lines) - MAX_SHOWN_PROBLEMS
+        return "\n".join([*lines[:MAX_SHOWN_PROBLEMS], *[f"and {more} more problems"] * (more > 0)])
 
 
 class ConfigError(InputProblems):

@@ -142,6 +142,8 @@ def _scan(plan: Plan, directory: Path, skip_bad: bool, split: SplitOptions | Non
             break
     problems = [problem for number in sorted(scans) for problem in scans[number].problems]
     if problems:
+        if len(problems) >= MAX_LISTED_PROBLEMS:
+            print_line(f"note: reading ends at {MAX_LISTED_PROBLEMS} problems; there may be more")
         raise InputError(problems[:MAX_LISTED_PROBLEMS])
     return [scans[number] for number in sorted(scans)]
 

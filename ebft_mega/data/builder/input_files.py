@@ -77,17 +77,21 @@ def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, a
 def _nothing(listing: Listing, options: BuildOptions) -> str:
     """What is found where no file is left."""
     counts = f" (left out: {in_words(listing.left_out)})" if listing.left_out else ""
-    if options.include or options.exclude or options.gitignore:
-        return f"no file that stays{counts}"
+    given = {"--include": options.include, "--exclude": options.exclude, "--gitignore": options.gitignore}
+    if any(given.values()):
+        return f"no file that stays: {' and '.join(name for name in given if given[name])} left out everything{counts}"
     return f"no file that matches {options.pattern!r}{counts}"
 
 
-def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOptions) -> Iterator[Problem]:
+def option_problems(
+    inputs: Sequence[InputFiles], folders: int, licences: Sequence[str], options: BuildOptions
+) -> Iterator[Problem]:
     """Report options that can have no effect on these inputs.
 
     Args:
         inputs: all of them.
         folders: how many of them are folders.
+        licences: of each, for documents that name none.
         options: as given.
     """
     containers = [file for each in inputs if not each.holds_texts for file in each.files]
@@ -115,12 +119,13 @@ def option_problems(inputs: Sequence[InputFiles], folders: int, options: BuildOp
     ):
         if given and not folders:
             yield Problem(option, given, "no directory among the inputs", f"a directory, or no {option}")
+    yield from _licence_problems(licences, options)
     for key, count in Counter(options.keep_keys).items():
         if count > 1:
             yield Problem("--keep-key", key, f"{count} times", "each key once")
 
 
-def licence_problems(licences: Sequence[str], options: BuildOptions) -> Iterator[Problem]:
+def _licence_problems(licences: Sequence[str], options: BuildOptions) -> Iterator[Problem]:
     """Report a choice of licences where none is known.
 
     Args:

@@ -12,7 +12,6 @@ from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.input_files import (
     OTHER_KINDS,
     InputFiles,
-    licence_problems,
     list_inputs,
     option_problems,
     repeated_input_problems,
@@ -177,8 +176,7 @@ def make_plan(
     found = [files for _, files in opened]
     licences = [options.licence or corpus_licence(source) for source, _ in opened]
     if len(opened) == len(sources):
-        problems += option_problems(found, sum(source.is_dir() for source in sources), options)
-        problems += licence_problems(licences, options)
+        problems += option_problems(found, sum(source.is_dir() for source in sources), licences, options)
     if not options.skip_bad:
         problems += [problem for files in found for problem in files.listing.unreadable]
     if problems:

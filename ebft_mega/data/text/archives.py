@@ -128,8 +128,9 @@ def read_text_archive(
                     counts[LONG_DOCUMENTS] += 1
                 else:
                     document = _document(sample, f"{file}:{sample.key}", f"{path}:{sample.key}", options)
-                    counts[LONG_DOCUMENTS] += document is None
-                    if document is not None:
+                    if document is None:
+                        counts[LONG_DOCUMENTS] += 1
+                    else:
                         yield document
             found = _what_ends(stream, walk.end)
             if found:

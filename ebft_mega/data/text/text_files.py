@@ -123,7 +123,8 @@ def read_text_file(
         if left_out is not None:
             left_out[LONG_DOCUMENTS] += 1
         return None
-    document = decode_text(content, str(file), path, options=options)
+    own = ReadOptions(max_document_bytes=options.max_document_bytes, encoding_fallback=options.encoding_fallback)
+    document = decode_text(content, str(file), path, options=own)  # no record comes with it
     if document is None and left_out is not None:
         left_out[LONG_DOCUMENTS] += 1
     return document
