@@ -22,6 +22,7 @@ from ebft_mega.runtime.run_files import (
     LOGS,
     METRICS_NAME,
     MODEL_FOLDER,
+    NOTES_NAME,
     REPORT_NAME,
     RESOLVED_CONFIG_NAME,
     SAMPLES_NAME,
@@ -34,7 +35,8 @@ UNFINISHED_MOVE = f"{PREVIOUS}/.unfinished"  # names the folder into which a kil
 # Names of a run directory under which nothing else may stand.
 OWN_FILES = (
     *(METRICS_NAME, REPORT_NAME, STATUS_NAME, RECORD_NAME, LOCK_NAME, RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME),
-    *(SAMPLES_NAME, DATA_ERRORS_NAME, f"{MODEL_FOLDER}/{RECORD_NAME}", f"{CHECKPOINTS}/{LATEST}", UNFINISHED_MOVE),
+    *(SAMPLES_NAME, DATA_ERRORS_NAME, NOTES_NAME, UNFINISHED_MOVE),
+    *(f"{MODEL_FOLDER}/{RECORD_NAME}", f"{CHECKPOINTS}/{LATEST}"),
 )
 OWN_FOLDERS = (CHECKPOINTS, PREVIOUS, LOGS)
 # Ranks of one start look at a directory at slightly different times; what is older than this they all see.

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from ebft_mega.metrics.announcer import Announcer, counted
 from ebft_mega.model.weights.model_directory import write_model
 from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.planning.short_plan import plan_facts
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.repeatability import describe_numerics
 from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME, RESOLVED_CONFIG_NAME, write_environment
@@ -82,7 +84,12 @@ def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_
     clear_unfinished(output, is_all=not start.is_in(output))
     record = RunRecord.of(config, plan, start.started_from).model_copy(update={"model_step": model_step})
     write_bytes(output / RECORD_NAME, record.to_json().encode())
-    facts = {"world_size": dist.get_world_size(), **describe_numerics()}
+    facts = {
+        "world_size": dist.get_world_size(),
+        **describe_numerics(),
+        "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "run": plan_facts(config, plan),  # for the head of the page
+    }
     write_bytes(output / RESOLVED_CONFIG_NAME, resolved_yaml(config).encode())
     write_environment(output, facts)
 

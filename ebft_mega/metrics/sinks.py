@@ -187,6 +187,10 @@ class MetricsWriter:
         if self._console is not None:
             self._sinks.append(self._console)
 
+    def add(self, sink: Sink) -> None:
+        """Send what follows to another sink, too; it is closed with the others."""
+        self._sinks.append(sink)
+
     def require_whole(self) -> None:
         """Check that all lines of `metrics.jsonl` are written.
 

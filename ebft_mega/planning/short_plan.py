@@ -16,21 +16,28 @@ def short_plan(config: RunConfig, plan: RunPlan, trace_directory: Path | None = 
         plan: of a run whose inputs are all there.
         trace_directory: where the trace of a single step is written; None: a run.
     """
-    rows: list[tuple[str, str]] = [
-        ("model", _model_words(config, plan)),
-        ("layout", _layout_words(config, plan)),
-        ("data", _data_words(config, plan)),
-    ]
+    facts = plan_facts(config, plan)
+    rows: list[tuple[str, str]] = [(name, facts[name]) for name in ("model", "layout", "data")]
     if trace_directory is not None:
         rows.append(("steps", f"one, of {config.tokens_per_step:,} tokens; it is traced, and nothing else is written"))
         rows.append(("place", str(trace_directory)))
     else:
-        rows.append(("tokens", _token_words(config, plan)))
+        rows.append(("tokens", facts["tokens"]))
         rows.append(("steps", f"{plan.total_steps:,}, of {config.tokens_per_step:,} tokens each"))
         rows.append(("place", str(config.output_dir.absolute())))
         rows.append(("checkpoints", checkpoint_words(config, plan.architecture)))
     width = max(len(name) for name, _ in rows)
     return ["The run in short:", *(f"  {name:<{width}}  {shown(words, LONGEST_NOTE)}" for name, words in rows)]
+
+
+def plan_facts(config: RunConfig, plan: RunPlan) -> dict[str, str]:
+    """What a run is made of, in words: model, layout, data and tokens."""
+    return {
+        "model": _model_words(config, plan),
+        "layout": _layout_words(config, plan),
+        "data": _data_words(config, plan),
+        "tokens": _token_words(config, plan),
+    }
 
 
 def _model_words(config: RunConfig, plan: RunPlan) -> str:

@@ -24,6 +24,7 @@ REPORT_NAME = "report.html"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 DATA_ERRORS_NAME = "data_errors.jsonl"
+NOTES_NAME = "notes.jsonl"  # notes of the starts, and warnings: what the run's page shows of them
 ENVIRONMENT_NAME = "environment.json"
 RESOLVED_CONFIG_NAME = "config.resolved.yaml"
 RunState = Literal["done", "stopped", "failed"]

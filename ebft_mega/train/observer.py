@@ -1,8 +1,11 @@
 """What the one writing rank puts where a person reads it: metrics, notes, and rollouts beside their targets."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.evaluation.held_out import Evaluation
 from ebft_mega.metrics.announcer import SILENT, Announcer
 from ebft_mega.metrics.sinks import MetricsWriter, cut_after
-from ebft_mega.runtime.run_files import DATA_ERRORS_NAME, SAMPLES_NAME
+from ebft_mega.runtime.run_files import DATA_ERRORS_NAME, NOTES_NAME, SAMPLES_NAME
 from ebft_mega.train.progress import Progress
 
 
@@ -70,12 +73,51 @@ def open_observer(
     writer = MetricsWriter(output, total_steps, console=True, resumed_step=resumed_step, total_rows=total_rows)
     writer.show(samples.name, partial(cut_after, samples, logged_step))
     writer.show(DATA_ERRORS_NAME, partial(cut_after, output / DATA_ERRORS_NAME, done_step))
+    if not resumes_here:
+        writer.show(NOTES_NAME, partial((output / NOTES_NAME).unlink, missing_ok=True))
+    story = NotesSink(output / NOTES_NAME, progress.step)
+    writer.add(story)
     for note in notes:
         writer.note(f"note: {note}")
+        story.write(note)
     if not resumes_here:
         for evaluation in progress.evaluations:
             writer.log(evaluation.step, evaluation.metrics)
     return Observer(writer, samples, load_tokenizer(tokenizer_directory))
+
+
+class NotesSink(logging.Handler):
+    """Append notes and this rank's warnings to a file for the run's page, with the step and the time of each.
+
+    A file that cannot be written is done without: what is said there stands in the logs as well.
+    """
+
+    name = NOTES_NAME
+
+    def __init__(self, path: Path, step: int):
+        """Take warnings from now on, until it is closed."""
+        super().__init__(logging.WARNING)
+        self._path, self._step = path, step
+        logging.getLogger("ebft_mega").addHandler(self)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in which step the run is at."""
+        self._step = step
+
+    def write(self, text: str) -> None:
+        """Append a note."""
+        record = {"step": self._step, "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", "text": text}
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a warning."""
+        self.write(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    def close(self) -> None:
+        """Take no more."""
+        logging.getLogger("ebft_mega").removeHandler(self)
+        super().close()
 
 
 def announcer_of(observer: Observer | None) -> Announcer:

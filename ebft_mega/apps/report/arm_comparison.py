@@ -6,7 +6,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.apps.report.evaluations import Difference, Evaluation, differences, left_out_notes, read_evaluations
+from ebft_mega.apps.report.evaluations import (
+    Difference,
+    Evaluation,
+    differences,
+    evaluation_facts,
+    left_out_notes,
+    read_evaluations,
+)
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
@@ -65,6 +72,7 @@ def write_comparison(
     write_page(
         path,
         "comparison.html",
+        facts=evaluation_facts([evaluations]),
         title="Arms side by side",
         subtitle=f"{', '.join(names)} on the same held-out rows",
         statements=statements,
@@ -170,7 +178,7 @@ def _plot(found: Sequence[Difference], output: Path) -> Figure | None:
     image = output / "differences.png"
     draw_intervals(panels, image)
     caption = "Differences with their 95 % intervals by row; each metric has its own scale."
-    return Figure.of(image, output, caption)
+    return Figure.of(image, caption)
 
 
 def _facts_table(names: Sequence[str], facts: Mapping[str, Mapping[str, str]]) -> Table:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,31 @@ def _left_out(content: Mapping[str, Any], key: str) -> int:
     """A count of an evaluation; 0 where a file is from before it was counted."""
     count = content.get(key, 0)
     return int(count) if isinstance(count, int | float) else 0
+
+
+def evaluation_facts(groups: Sequence[Mapping[str, Evaluation]]) -> list[tuple[str, str]]:
+    """What the head of a page says of evaluations: models, data, tokens and date.
+
+    Args:
+        groups: evaluations by arm; several for several seeds.
+    """
+    found = [evaluation for group in groups for evaluation in group.values()]
+
+    def different(key: str) -> list[str]:
+        return list(dict.fromkeys(str(each.content[key]) for each in found if key in each.content))
+
+    rows, length = found[0].content["rows"], found[0].content.get("sequence_length")
+    tokens = f" of {length:,} tokens: {rows * length:,} tokens" if type(length) is int else ""
+    days = sorted(datetime.fromtimestamp(each.path.stat().st_mtime, UTC) for each in found)
+    first, last = (f"{day:%Y-%m-%d %H:%M} UTC" for day in (days[0], days[-1]))
+    facts = [
+        ("models", ", ".join(different("model"))),
+        ("features of", ", ".join(different("feature_model"))),
+        ("data", ", ".join(different("data"))),
+        ("tokens", f"{rows:,} held-out rows{tokens}"),
+        ("evaluated", first if first == last else f"{first} to {last}"),
+    ]
+    return [(label, text) for label, text in facts if text]
 
 
 def left_out_notes(evaluations: Mapping[str, Evaluation]) -> list[str]:

@@ -1,5 +1,6 @@
 """Render report pages from the Jinja2 templates in `templates/`; every text and every address is escaped."""
 
+import base64
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,30 +27,35 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image beside the page."""
+    """An image within the page: the page is one file, which can be sent to somebody."""
 
-    source: str  # path relative to the page, with forward slashes
+    png: bytes
     caption: str  # plain text
 
     @classmethod
-    def of(cls, image: Path, directory: Path, caption: str) -> "Figure":
-        """Refer to an image below the directory of the page."""
-        return cls(image.relative_to(directory).as_posix(), caption)
+    def of(cls, image: Path, caption: str) -> "Figure":
+        """Take a PNG file into the page.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return cls(image.read_bytes(), caption)
 
 
-def write_page(path: Path, template: str, **values: object) -> None:
-    """Write a whole HTML document that needs no network and no script, in place of what lies there.
+def write_page(path: Path, template: str, *, facts: Sequence[tuple[str, str]] = (), **values: object) -> None:
+    """Write a whole HTML document that needs no network, no script and no other file, in place of what lies there.
 
     Args:
         path: file to write.
         template: name of a file in `templates/`.
+        facts: label and text of what stands in the page's head: model, data, tokens, date.
         values: what the template shows, all of it plain text; `title` and `subtitle` for every page.
     Raises:
         jinja2.UndefinedError: the template shows a value that was not given.
         OSError: as for `write_bytes`.
     Communication: none.
     """
-    write_bytes(path, _environment().get_template(template).render(values).encode())
+    write_bytes(path, _environment().get_template(template).render(values, facts=facts).encode())
 
 
 @cache
@@ -67,12 +73,18 @@ def _environment() -> "Environment":
         keep_trailing_newline=True,
     )
     environment.filters["address"] = _address
+    environment.filters["picture"] = _picture
     return environment
 
 
 def _as_text(value: object) -> object:
     """What a template shows, before its HTML is escaped; what a macro has made is HTML already."""
     return value if hasattr(value, "__html__") else escaped(str(value), "\n\t")
+
+
+def _picture(png: bytes) -> str:
+    """A PNG file as an address that holds it whole."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _address(place: str) -> str:

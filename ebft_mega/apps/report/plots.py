@@ -15,6 +15,7 @@ from ebft_mega.shown_text import shown_label
 
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#7048e8", "#868e96", "#c2255c")
 DOTS_PER_INCH = 130
+NUM_COLOURS = 64
 # Curves with more points than this are smoothed; the raw values stay visible behind.
 SMOOTHED_FROM = 40
 
@@ -51,9 +52,9 @@ def draw_chart(chart: Chart, curves: Mapping[str, Curve], path: Path) -> bool:
             axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=shown_label(label))
         else:
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=shown_label(label))
+    steps_on_x(axes, steps=[step for key, _ in present for step in curves[key][0]])
     if chart.logarithmic and all(value > 0 for key, _ in present for value in curves[key][1]):
         axes.set_yscale("log")
-    axes.set_xlabel("step")
     if len(present) > 1:
         axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
@@ -88,7 +89,7 @@ def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], 
     # The first step compiles and allocates; if the axis included it, all others would look flat.
     top = float(np.quantile(totals, 0.98)) if len(totals) > 20 else max(totals)
     axes.set_ylim(0, top * 1.35 or 1.0)
-    axes.set_xlabel("step")
+    steps_on_x(axes, steps)
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     _save(figure, path)
     return True
@@ -151,7 +152,24 @@ def _axes(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def steps_on_x(axes: Any, steps: Sequence[int]) -> None:
+    """Let an x axis show optimizer steps: whole numbers, also where there is a single one."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    if len(set(steps)) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.set_xlabel("step")
+
+
+def plain_numbers(axes: Any) -> None:
+    """Write the numbers at both axes in full: no power of ten and no offset that is to be added stands apart."""
+    axes.ticklabel_format(axis="both", style="plain", useOffset=False)
+
+
 def _decorate(axes: Any, title: str) -> None:
+    plain_numbers(axes)
     axes.set_title(shown_label(title), fontsize=10, loc="left", fontweight="bold")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=8)
@@ -164,11 +182,16 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def write_figure(path: Path, figure: Any, dots_per_inch: int) -> None:
-    """Write a figure as a PNG in place of what lies there.
+    """Write a figure as a PNG of few colours in place of what lies there.
 
     Raises:
         OSError: as for `write_bytes`.
     """
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dots_per_inch)
-    write_bytes(path, image.getvalue())
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dots_per_inch)
+    # Curves on white need few colours; a page holds some twenty of these images.
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    write_bytes(path, small.getvalue())

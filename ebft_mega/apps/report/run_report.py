@@ -10,6 +10,7 @@ from ebft_mega.apps.report.metric_names import EVALUATION_METRICS
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import Chart, draw_chart, draw_phases
 from ebft_mega.apps.report.run_records import Curve, curves, read_good_lines, read_json
+from ebft_mega.apps.report.run_story import checkpoints_table, run_facts, warnings_table
 from ebft_mega.runtime.run_files import (
     ENVIRONMENT_NAME,
     METRICS_NAME,
@@ -87,8 +88,8 @@ def write_run_report(output_dir: Path) -> Path:
     What is damaged or cannot be drawn is left out, too, and the page says so.
 
     Args:
-        output_dir: a run directory with `metrics.jsonl`; `samples.jsonl`, `config.resolved.yaml`,
-            `environment.json` and `status.json` are shown where they exist.
+        output_dir: a run directory with `metrics.jsonl`; `samples.jsonl`, `notes.jsonl`, `data_errors.jsonl`,
+            `checkpoints/`, `config.resolved.yaml`, `environment.json` and `status.json` are shown where they exist.
     Returns:
         The page.
     Raises:
@@ -111,12 +112,15 @@ def write_run_report(output_dir: Path) -> Path:
     outcome: dict[str, str] = {}
     attempt(lambda: outcome.update(_outcome(output_dir / STATUS_NAME)), None)
     files = [output_dir / name for name in (RESOLVED_CONFIG_NAME, ENVIRONMENT_NAME)]
-    parts: dict[str, object] = {
+    parts: dict[str, Any] = {
         "title": f"Run {output_dir.name}",
         "subtitle": attempt(lambda: _subtitle(by_key), ""),
         "evaluation": attempt(lambda: _evaluation_table(by_key), NO_TABLE),
         "evaluation_figures": attempt(lambda: _evaluation_figures(by_key, output_dir), []),
         "training_figures": attempt(lambda: _training_figures(by_key, output_dir), []),
+        "facts": attempt(lambda: run_facts(output_dir, by_key), []),
+        "warnings": attempt(lambda: warnings_table(output_dir, by_key), NO_TABLE),
+        "checkpoints": attempt(lambda: checkpoints_table(output_dir), NO_TABLE),
         "blocks": attempt(lambda: _sampled_blocks(samples), []),
         "files": attempt(lambda: {file.name: file.read_text(encoding="utf-8") for file in files if file.exists()}, {}),
     }
@@ -186,18 +190,14 @@ def _training_figures(by_key: Mapping[str, Curve], output_dir: Path) -> list[Fig
     figures = _drawn(TRAINING_CHARTS, by_key, output_dir)
     image = output_dir / PLOTS_NAME / "phases.png"
     if draw_phases(by_key, PHASES, "perf/step_seconds", image):
-        figures.append(Figure.of(image, output_dir, "Where the wall time of a step goes."))
+        figures.append(Figure.of(image, "Where the wall time of a step goes."))
     return figures
 
 
 def _drawn(charts: Sequence[Chart], by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:
     """Draw the charts of which at least one curve was logged."""
     images = {chart: output_dir / PLOTS_NAME / f"{chart.name}.png" for chart in charts}
-    return [
-        Figure.of(image, output_dir, chart.caption)
-        for chart, image in images.items()
-        if draw_chart(chart, by_key, image)
-    ]
+    return [Figure.of(image, chart.caption) for chart, image in images.items() if draw_chart(chart, by_key, image)]
 
 
 @dataclass(frozen=True)

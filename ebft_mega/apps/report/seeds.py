@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ebft_mega.apps.report.arm_comparison import NUM_RESAMPLES, format_interval
-from ebft_mega.apps.report.evaluations import Evaluation, left_out_notes, read_evaluations
+from ebft_mega.apps.report.evaluations import Evaluation, evaluation_facts, left_out_notes, read_evaluations
 from ebft_mega.apps.report.metric_names import EVALUATION_METRICS, EvaluationMetric
 from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import draw_intervals
@@ -82,9 +82,10 @@ def write_study(
     write_page(
         path,
         "study.html",
+        facts=evaluation_facts(list(evaluations.values())),
         title="Arms over several seeds",
         subtitle=", ".join([reference, *others]),
-        plot=Figure.of(image, output, "Differences averaged over seeds, 95 % intervals over rows.") if panels else None,
+        plot=Figure.of(image, "Differences averaged over seeds, 95 % intervals over rows.") if panels else None,
         differences=_table(found, len(evaluations)),
         remarks=[*notes, *left_out, f"{len(evaluations)} seeds: {', '.join(map(str, evaluations))}.", *CAVEATS],
     )

@@ -33,7 +33,9 @@ def hostile_run(directory):
     sample = {"step": 1, "row": 0, "block": 0, "context": HOSTILE, "target": HOSTILE, "alignment": [0.5]}
     (run / "samples.jsonl").write_text(json.dumps(sample | {"rollouts": [f"{HOSTILE}\n{HOSTILE}"]}) + "\n")
     (run / "config.resolved.yaml").write_text(f"output_dir: {TEXT}\n", encoding="utf-8", newline="")
-    (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    described = {"started": HOSTILE, "run": {"model": HOSTILE, "data": HOSTILE, "tokens": [HOSTILE]}}
+    (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE} | described))
+    (run / "notes.jsonl").write_text(json.dumps({"step": 1, "time": HOSTILE, "text": HOSTILE}) + "\n")
     (run / "status.json").write_text(json.dumps({"state": HOSTILE, HOSTILE: 1}))
     return write_run_report(run)
 
@@ -76,10 +78,11 @@ def test_hostile_text_is_shown_as_it_is(tmp_path, name):
     report = write(tmp_path)
     found = PageReader(report.read_text(encoding="utf-8"))
     assert found.tags & {"script", "iframe", "b"} == set()
-    assert found.attributes <= {"charset", "class", "lang", "name", "content", "src", "alt", "href"}
+    assert found.policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert found.attributes <= {"charset", "class", "lang", "name", "content", "src", "alt", "href", "http-equiv"}
     assert found.text.count(MARKUP) >= times and escaped(TEXT) in found.text
     assert dangers(found.text, "\n\t") == set()
-    assert found.images and all((report.parent / place(image)).exists() for image in found.images)
+    assert found.images and len(found.names(report.parent)) == len(found.images)
 
 
 @pytest.mark.parametrize("name", PAGES)
