@@ -48,8 +48,14 @@ prepare() {
 # the launcher's own code (2): nothing has started, and trying again would change nothing.
 #   check WORLD_SIZE LAUNCHER_ARGUMENT...
 check() {
-  local world_size=$1 plan code=0
+  local world_size=$1 plan code=0 argument
   shift
+  for argument in "$@"; do
+    if [[ $argument == --without-data || $argument == --gpu-memory* ]]; then
+      echo "$argument goes with --dry-run, outside of a job: a job needs its model and its data" >&2
+      exit 2
+    fi
+  done
   plan=$(step --nodes=1 --ntasks=1 --ntasks-per-node=1 \
     python "$repository/launcher/train.py" "$@" --dry-run --world-size "$world_size") || code=$?
   printf '%s\n' "$plan"

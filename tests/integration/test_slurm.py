@@ -225,6 +225,12 @@ def test_a_bad_configuration_ends_before_anything_starts(cluster, data):
     assert len(cluster.noted("srun")) == 1 and not output.exists() and cluster.noted("scontrol") == []
 
 
+@pytest.mark.parametrize("options", [("--without-data",), ("--gpu-memory", "80"), ("--gpu-memory=80",)])
+def test_a_job_is_not_planned_without_its_data(cluster, options):
+    code, text = cluster.run("one_node.sbatch", *CONFIG, *options)
+    assert code == 2 and f"{options[0]} goes with --dry-run" in text and cluster.noted("srun") == []
+
+
 @pytest.mark.slow
 def test_damaged_data_in_mid_run_is_not_tried_again(cluster, data):
     damaged, output = cluster.root / "damaged", cluster.root / "out"

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
@@ -14,6 +15,7 @@ from ebft_mega.planning import rank_layout as layout
 from ebft_mega.planning.auto import choices
 from ebft_mega.planning.memory import Choices, head_chunk_bytes
 from ebft_mega.planning.run_plan import check_run
+from ebft_mega.reward.alignment_and_diversity import block_rewards
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
 LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
@@ -390,9 +392,6 @@ def test_checkpoints_of_the_plan(inputs):
 @pytest.mark.parametrize("whitening", ["sample", "feature"])
 def test_what_diversity_is_worth_under_whitening(inputs, whitening):
     """The note's figures are those of the rewards; without whitening, or with no weight, there is none."""
-    torch = pytest.importorskip("torch")
-    from ebft_mega.reward.alignment_and_diversity import block_rewards
-
     config, plan = plan_of(inputs, ebft__whitening=whitening)
     (note,) = [line for line in planner.describe_run(config, plan).splitlines() if "diversity term" in line]
     assert "is 0 for a rollout that no other one of its block equals" in note
