@@ -183,6 +183,6 @@ def test_a_start_says_in_short_what_it_does(inputs, rank):
         timeout=60,
     )
     assert "HEAVY []" in done.stderr and "ebft_mega.lifecycle.run" in done.stderr
-    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    lines = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith("start:")]
     expected = ["The", "model", "layout", "data", "tokens", "steps", "place", "checkpoints"]
     assert lines == (expected if rank == "0" else [])

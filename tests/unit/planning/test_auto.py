@@ -4,7 +4,7 @@ import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.planning import dry_run as planner
-from ebft_mega.planning.auto import choices, chosen_reuse, feature_network_is_sharded, fit, needed_bytes
+from ebft_mega.planning.auto import Fit, choices, chosen_reuse, feature_network_is_sharded, fit, needed_bytes
 from ebft_mega.planning.memory import Choices, peak_bytes
 from ebft_mega.planning.run_plan import check_run
 
@@ -123,6 +123,12 @@ def test_the_dry_run_resolves_auto_for_a_memory(inputs):
         assert f"Planned above: {reuse}, feature network " in text
     assert fit_lines(config, plan, 79_600_000_000)[0] == "79.6 GB"
     assert fit_lines(config, plan, None) == []
+
+
+def test_what_fits_leaves_a_tenth_free():
+    chosen = Choices("off", False)
+    assert Fit(chosen, peak_bytes=90, memory_bytes=100).fits and Fit(chosen, 90, 100).usable_bytes == 90
+    assert not Fit(chosen, peak_bytes=95, memory_bytes=100).fits
 
 
 def test_a_run_without_rollouts_has_nothing_to_resolve(inputs):
