@@ -11,7 +11,7 @@ from typing import Any
 from ebft_mega.checkpoint.commit import CHECKPOINTS, LATEST, complete_folders, leftovers, step_of
 from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.config.yaml_source import MAX_WRITTEN_VALUES, read_yaml
-from ebft_mega.errors import InputProblems, Problem
+from ebft_mega.errors import EXIT_HANG, InputProblems, Problem
 from ebft_mega.io.input_errors import NO_FILE, file_obstacle
 from ebft_mega.io.output_directory import hidden_siblings
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
@@ -183,6 +183,19 @@ def status_says_done(output: Path) -> bool:
         return bool(status["state"] == "done")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def failure_of_last_start(output: Path) -> list[str]:
+    """Say how the last start in a run directory failed, if `status.json` says that it did."""
+    try:
+        status: Any = json.loads((output / STATUS_NAME).read_text(encoding="utf-8"))
+        state, code, step = status["state"], status["exit_code"], status["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    if state != "failed" or type(code) is not int:
+        return []
+    why = " (a hang: its stacks are in logs/)" if code == EXIT_HANG else ""
+    return [f"the last start failed with exit code {code}{why}, after step {step}"]
 
 
 def _changed_at(path: Path) -> float:

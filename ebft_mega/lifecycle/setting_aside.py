@@ -11,7 +11,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputProblems, Problem
 from ebft_mega.io.durable import sync_directory, write_bytes
 from ebft_mega.io.output_directory import hidden_siblings
-from ebft_mega.lifecycle.findings import PREVIOUS, UNFINISHED_MOVE, is_whole_model
+from ebft_mega.lifecycle.findings import PREVIOUS, UNFINISHED_MOVE, failure_of_last_start, is_whole_model
 from ebft_mega.lifecycle.run_record import RECORD_NAME, RunRecord
 from ebft_mega.lifecycle.standing import Action, Standing, standing_of
 from ebft_mega.planning.input_places import input_places
@@ -106,6 +106,7 @@ def take_directory(config: RunConfig, plan: RunPlan, fresh: Fresh) -> Standing:
     if fresh.acts:
         require_inputs_elsewhere(config)
         notes += set_results_aside(output, fresh.keeps)
+    notes += failure_of_last_start(output)
     standing = standing_of(config, plan)
     # That no step is taken needs a word; resuming has its own.
     what = [standing.words] * (standing.action is Action.COMPLETE)

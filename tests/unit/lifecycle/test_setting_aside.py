@@ -1,5 +1,6 @@
 """`--fresh`: everything is set aside once, by renames, whatever a kill leaves half done."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from ebft_mega.errors import ConfigError
 from ebft_mega.lifecycle import setting_aside
-from ebft_mega.lifecycle.findings import UNFINISHED_MOVE
+from ebft_mega.lifecycle.findings import UNFINISHED_MOVE, failure_of_last_start
 from ebft_mega.lifecycle.setting_aside import Fresh, require_inputs_elsewhere, restore_model, take_directory
 from ebft_mega.lifecycle.standing import Action
 from tests.unit.lifecycle.run_directories import Site
@@ -175,3 +176,19 @@ def test_start_says_that_it_only_writes_the_missing_model(site):
 
 def test_the_date_has_no_letters_that_file_systems_refuse():
     assert ":" not in setting_aside.DATE_FORMAT and "/" not in setting_aside.DATE_FORMAT
+
+
+@pytest.mark.parametrize(
+    ("status", "note"),
+    [
+        ({"state": "failed", "exit_code": 3, "step": 7}, "exit code 3 (a hang: its stacks are in logs/), after step 7"),
+        ({"state": "failed", "exit_code": 1, "step": 0}, "exit code 1, after step 0"),
+        ({"state": "stopped", "exit_code": 75, "step": 7}, None),
+        ({"state": "failed"}, None),
+        ([], None),
+    ],
+)
+def test_how_the_last_start_failed_is_said(tmp_path, status, note):
+    assert failure_of_last_start(tmp_path) == []
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert failure_of_last_start(tmp_path) == [f"the last start failed with {note}"] * (note is not None)
