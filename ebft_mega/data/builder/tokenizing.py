@@ -155,7 +155,7 @@ def _encode(tokenizer: Tokenizer, text: str, place: Path) -> tuple[list[int], bo
         tokens = tokenizer.encode(text)
     except InputError as error:
         raise InputError([problem.within(str(place)) for problem in error.problems]) from None
-    return tokens, tokenizer.decode(tokens) == text
+    return tokens, tokenizer.gives_back(tokens, text)
 
 
 def lines_before(plan: Plan, scans: Sequence[Scan]) -> list[tuple[int, ...]]:

@@ -11,13 +11,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.tokenizers.token_bytes import token_bytes
 from ebft_mega.data.tokenizers.tokenizer_control import (
     added_control_tokens,
     is_ordinary_text,
     named_tokens,
     without_spellings,
 )
-from ebft_mega.data.tokenizers.tokenizer_files import CONFIG_NAME, read_tokenizer_file, read_tokenizer_files
+from ebft_mega.data.tokenizers.tokenizer_files import (
+    CONFIG_NAME,
+    read_tokenizer_file,
+    read_tokenizer_files,
+    read_tokenizer_values,
+)
 from ebft_mega.data.tokenizers.tokenizer_kinds import (
     HUGGING_FACE_NAME,
     META_SPACE,
@@ -32,7 +38,6 @@ from ebft_mega.data.tokenizers.tokenizer_model_file import (
     with_control_pieces,
 )
 from ebft_mega.io.input_errors import bad_input
-from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import is_of_parser, reading
 
 
@@ -45,7 +50,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
         InputError: there is no tokenizer, it cannot be read, or it names no end-of-document token.
     """
     directory = Path(directory)
-    contents = read_tokenizer_files(directory)
+    contents, values = read_tokenizer_values(directory)
     if SENTENCEPIECE_NAME not in contents and HUGGING_FACE_NAME not in contents:
         expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
         found = "neither" if directory.is_dir() else "no such directory"
@@ -53,7 +58,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
     is_sentencepiece = SENTENCEPIECE_NAME in contents
     name = SENTENCEPIECE_NAME if is_sentencepiece else HUGGING_FACE_NAME
     with reading(directory / name, "tokenizer", "a tokenizer that can be loaded"):
-        return (_load_sentencepiece if is_sentencepiece else _load_hugging_face)(directory, contents)
+        return (_load_sentencepiece if is_sentencepiece else _load_hugging_face)(directory, contents, values)
 
 
 def tokenizer_sha256(directory: Path | str) -> str | None:
@@ -117,7 +122,9 @@ def _preference(directory: Path, contents: Mapping[str, bytes]) -> list[str]:
     return [f"{SENTENCEPIECE_NAME} is not used: it is {describe_other_kind(other)}; {HUGGING_FACE_NAME} is used"]
 
 
-def _load_sentencepiece(directory: Path, contents: Mapping[str, bytes]) -> SentencePieceTokenizer:
+def _load_sentencepiece(
+    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any]
+) -> SentencePieceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     path, content = directory / SENTENCEPIECE_NAME, contents[SENTENCEPIECE_NAME]
@@ -126,7 +133,7 @@ def _load_sentencepiece(directory: Path, contents: Mapping[str, bytes]) -> Sente
     except RuntimeError as error:
         expected = f"a sentencepiece model, or the model's {HUGGING_FACE_NAME} beside it"
         raise bad_input(str(path), "tokenizer", str(error), expected) from error
-    config = _config_of(contents)
+    config = values.get(CONFIG_NAME, {})
     size = processor.vocab_size()
     ids = {processor.id_to_piece(token): token for token in range(size)}
     eos_id = processor.eos_id()
@@ -171,17 +178,19 @@ def _meta_space_ids(processor: Any) -> tuple[int, ...]:
     return ids if all(processor.is_byte(token) for token in ids) else ()
 
 
-def _load_hugging_face(directory: Path, contents: Mapping[str, bytes]) -> HuggingFaceTokenizer:
+def _load_hugging_face(
+    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any]
+) -> HuggingFaceTokenizer:
     path, content = directory / HUGGING_FACE_NAME, contents[HUGGING_FACE_NAME]
-    definition = parse_json(content.decode("utf-8"))
-    backend = _backend(path, definition)
-    config = _config_of(contents)
+    definition = values[HUGGING_FACE_NAME]
+    backend = _backend(path, content.decode("utf-8"))
+    config = values.get(CONFIG_NAME, {})
     eos_id = _eos_from_config(directory, config, backend.token_to_id)
     spellings = {named for named in named_tokens(config) if not is_ordinary_text(named)}
     spellings |= {*added_control_tokens(definition), backend.id_to_token(eos_id)}
     ids = {backend.token_to_id(spelling) for spelling in spellings} - {None}
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    encoder = _backend(path, without_spellings(definition, spellings & set(vocabulary)))
+    encoder = _backend(path, json.dumps(without_spellings(definition, spellings & set(vocabulary))))
     others = {spelling: number for spelling, number in vocabulary.items() if number not in ids}
     if others.items() - encoder.get_vocab(with_added_tokens=True).items():
         expected = "a tokenizer whose special tokens can be told from text"
@@ -194,6 +203,7 @@ def _load_hugging_face(directory: Path, contents: Mapping[str, bytes]) -> Huggin
         backend=backend,
         known_ids=frozenset(vocabulary.values()),
         encoder=encoder,
+        token_bytes=token_bytes(definition, backend.id_to_token),
         control_ids=frozenset(ids),
         notes=tuple(_preference(directory, contents)),
     )
@@ -217,20 +227,17 @@ def parse_definition(text: str) -> Any:
         raise ValueError(f"no tokenizer that can be loaded ({error})") from None
 
 
-def _backend(path: Path, definition: Mapping[str, Any]) -> Any:
+def _backend(path: Path, definition: str) -> Any:
+    # One text at a time is encoded, and a thread of its own for that only costs; processes share the machine.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        backend = parse_definition(json.dumps(definition))
+        backend = parse_definition(definition)
     except ValueError as error:
         raise bad_input(str(path), "tokenizer", error, "a tokenizer of the tokenizers library") from error
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _config_of(contents: Mapping[str, bytes]) -> dict[str, Any]:
-    """The tokenizer's configuration, from files that were checked; nothing where there is none."""
-    return dict(parse_json(contents[CONFIG_NAME].decode("utf-8"))) if CONFIG_NAME in contents else {}
 
 
 def _spelling(config: Mapping[str, Any], key: str) -> str | None:

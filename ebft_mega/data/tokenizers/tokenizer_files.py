@@ -94,7 +94,13 @@ def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
     Raises:
         InputError: a file is not what its name says, too long, or lies outside of the directory; all problems at once.
     """
+    return read_tokenizer_values(directory)[0]
+
+
+def read_tokenizer_values(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Contents of the files of a tokenizer, and the values of those that are JSON; see `read_tokenizer_files`."""
     contents: dict[str, bytes] = {}
+    values: dict[str, Any] = {}
     problems: list[Problem] = []
     for name in TOKENIZER_FILES:
         if not os.path.lexists(directory / name):
@@ -102,7 +108,7 @@ def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
         try:
             contents[name] = read_tokenizer_file(directory, name)
             if name != SENTENCEPIECE_NAME:
-                check_named_text(name, contents[name])
+                values[name] = check_named_text(name, contents[name])
             elif (found := describe_other_kind(contents[name])) is not None:
                 del contents[name]
                 if not os.path.lexists(directory / HUGGING_FACE_NAME):
@@ -115,7 +121,7 @@ def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
             problems.append(Problem(str(directory / name), name, str(error), expected))
     if problems:
         raise InputError(problems)
-    return contents
+    return contents, values
 
 
 def read_tokenizer_file(directory: Path, name: str) -> bytes:

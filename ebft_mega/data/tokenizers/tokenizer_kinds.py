@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from ebft_mega.data.tokenizers.token_bytes import TokenBytes
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.parse_boundary import is_of_parser
 
@@ -69,6 +70,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; an id that is none, and bytes that are no complete UTF-8 character, become U+FFFD."""
 
+    def gives_back(self, ids: Sequence[int], text: str) -> bool:
+        """Whether the ids decode to exactly this text, ids of its own `encode`."""
+
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer:
@@ -116,6 +120,10 @@ class SentencePieceTokenizer:
         """See `Tokenizer.decode`."""
         return _decoded(ids, range(self.vocab_size), self.processor.decode)
 
+    def gives_back(self, ids: Sequence[int], text: str) -> bool:
+        """See `Tokenizer.gives_back`."""
+        return self.decode(ids) == text
+
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer:
@@ -128,6 +136,7 @@ class HuggingFaceTokenizer:
     backend: Any = field(repr=False)
     known_ids: frozenset[int] = field(repr=False)  # a vocabulary may have holes
     encoder: Any = field(default=None, repr=False)  # the same without the spellings that no text may become
+    token_bytes: TokenBytes | None = field(default=None, repr=False)
     control_ids: frozenset[int] = field(default=frozenset(), repr=False)
     notes: tuple[str, ...] = ()
 
@@ -149,7 +158,8 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         try:
-            ids = self.encoder.encode(text, add_special_tokens=False).ids
+            # Of one text: a fifth faster than `encode`, which also finds out where in the text each token lies.
+            ids = self.encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except BaseException as error:  # the library has no type of its own; for a character without a token, say
             if not is_of_parser(error):
                 raise
@@ -160,11 +170,18 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.decode`."""
         return _decoded(ids, self.known_ids, lambda known: self.backend.decode(known, skip_special_tokens=False))
 
+    def gives_back(self, ids: Sequence[int], text: str) -> bool:
+        """See `Tokenizer.gives_back`."""
+        # Bytes that are this text decode to it and nothing else; it takes a tenth of the time of decoding.
+        if self.token_bytes is not None and b"".join(map(self.token_bytes.__getitem__, ids)) == text.encode():
+            return True
+        return self.decode(ids) == text
+
 
 def _decoded(ids: Sequence[int], known_ids: Container[int], decode: Callable[[list[int]], str]) -> str:
     """Text of token ids; models have rows, and so ids, for which their tokenizer has no token."""
-    tokens = [int(token) for token in ids]
-    if all(token in known_ids for token in set(tokens)):
+    tokens = list(map(int, ids))
+    if all(map(known_ids.__contains__, set(tokens))):
         return decode(tokens)
     text = ""
     last: list[int] = []

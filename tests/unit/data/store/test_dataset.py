@@ -1,16 +1,19 @@
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ebft_mega.data.builder import shard_writer as writer_module
@@ -270,9 +273,13 @@ def test_a_pickle_in_a_shard_or_index_is_never_executed(
     monkeypatch.chdir(tmp_path)
 
     class WithPickle(writer_module.ShardWriter):
-        def _open_shard(self) -> None:
-            super()._open_shard()
-            self._tar.write({"__key__": "000000000", "pyd": pickle.dumps(_Malicious())})
+        def _open_shard(self) -> tarfile.TarFile:
+            tar = super()._open_shard()
+            content = pickle.dumps(_Malicious())
+            member = tarfile.TarInfo("000000000.pyd")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            return tar
 
     monkeypatch.setattr("ebft_mega.data.builder.tokenizing.ShardWriter", WithPickle)
     directory = make_dataset({"a.py": "a = 1\n"})
@@ -320,3 +327,16 @@ def test_manifest_fingerprint_covers_the_contents(dataset: Dataset) -> None:
     for key in set(fields) - {"fingerprint"}:
         assert fingerprint(fields | {key: "changed"}) != dataset.manifest.fingerprint
     assert Manifest.model_validate_json(json.dumps(fields)) == dataset.manifest
+
+
+def test_a_shard_is_what_webdataset_itself_writes(dataset_directory: Path, tmp_path: Path) -> None:
+    for shard in sorted(dataset_directory.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            contents = [(member.name.partition("."), tar.extractfile(member).read()) for member in tar]
+        with (
+            (tmp_path / "again.tar").open("wb") as file,
+            TarWriter(file, encoder=False, compress=False, mtime=0) as tar,
+        ):
+            for (first, first_content), (second, second_content) in zip(contents[::2], contents[1::2], strict=True):
+                tar.write({"__key__": first[0], first[2]: first_content, second[2]: second_content})
+        assert (tmp_path / "again.tar").read_bytes() == shard.read_bytes()

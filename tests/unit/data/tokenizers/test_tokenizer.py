@@ -39,6 +39,7 @@ def test_hard_texts_round_trip_without_special_ids(directory: Path, text: str) -
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
+    assert tokenizer.gives_back(ids, text) and not tokenizer.gives_back(ids, text + " ")
     assert tokenizer.eos_id not in ids
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
@@ -231,3 +232,41 @@ def test_no_text_outside_of_the_input_is_trained_on(
     said = capsys.readouterr().err
     assert "left out: links that leave the input: 1" in said and "are not followed: copy what they lead to" in said
     assert len(tokenizer.encode("\u03a9")) > 1  # its bytes
+
+
+@settings(max_examples=150)
+@given(ids=st.lists(st.integers(0, 300), max_size=12))
+def test_the_bytes_of_any_tokens_are_what_the_library_decodes(byte_level_directory: Path, ids: list[int]) -> None:
+    tokenizer = load_tokenizer(byte_level_directory)
+    known = [token for token in ids if token in tokenizer.known_ids]
+    in_a_row = b"".join(map(tokenizer.token_bytes.__getitem__, known))
+    assert in_a_row.decode("utf-8", "replace") == tokenizer.decode(known)
+    assert tokenizer.gives_back(known, tokenizer.decode(known))
+
+
+@pytest.fixture(scope="module")
+def byte_level_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of single bytes, a few merges and added tokens, of which some are no names of bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate([*letters, "de"])}, [("d", "e")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_tokens([AddedToken(text) for text in ("    ", "\n\n", "\u6f22 \u5b57", "<|end|>", "caf\u00e9")])
+    directory = tmp_path_factory.mktemp("byte-level")
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    return directory
+
+
+def test_a_tokenizer_that_changes_its_text_does_not_give_it_back(byte_level_directory: Path, tmp_path: Path) -> None:
+    definition = json.loads((byte_level_directory / "tokenizer.json").read_text())
+    changed = shutil.copytree(byte_level_directory, tmp_path / "changed")
+    (changed / "tokenizer.json").write_text(json.dumps(definition | {"normalizer": {"type": "Lowercase"}}))
+    tokenizer = load_tokenizer(changed)
+    assert not tokenizer.gives_back(tokenizer.encode("Def"), "Def") and tokenizer.gives_back(tokenizer.encode("d"), "d")
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    steps = {"type": "Sequence", "decoders": [definition["decoder"], strip]}
+    (changed / "tokenizer.json").write_text(json.dumps(definition | {"decoder": steps}))
+    tokenizer = load_tokenizer(changed)
+    assert tokenizer.token_bytes is None and not tokenizer.gives_back(tokenizer.encode(" d"), " d")
