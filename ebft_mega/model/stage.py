@@ -125,7 +125,10 @@ class Stage(nn.Module):
         filler = self.hidden.padded(tokens.shape[1]) - tokens.shape[1]
         if self.sequence_parallel:
             return self.embedding(F.pad(tokens, (0, filler)))
-        return self.embedding(tokens).transpose(0, 1).contiguous()
+        hidden: Tensor = self.embedding(tokens).transpose(0, 1).contiguous()
+        # One row is contiguous with any stride between rows. With an odd one `matmul` multiplies position by position,
+        # each with its own copy of a frozen weight.
+        return hidden.flatten(0, 1).view(hidden.shape)
 
     def hidden_states(
         self, entering: Tensor, positions: Tensor, layout: Layout, saved: SavedInputs | None = None

@@ -1,16 +1,21 @@
-"""The optimizer as both engines use it: settings, result of a step, shared gradients and weight-decay groups."""
+"""The optimizer as both engines use it: settings, AdamW, result of a step, shared gradients and weight-decay groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.parallel.optimizer_state import prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.types import DTYPES
+
+# AdamW updates this many elements at a time (`planning/memory.py` counts its temporaries).
+UPDATE_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,74 @@ class OptimizerSettings:
             zero_stage=config.zero.stage,
             hold_parameters=config.zero.hold_parameters,
         )
+
+
+class SlicedAdamW(torch.optim.AdamW):
+    """torch's AdamW, a slice of its tensors at a time, so that its temporaries are as small as a slice.
+
+    torch's own step makes up to two more tensors of the size of what it updates: of one tensor on a CPU, of all of them
+    on a GPU. DeepSpeed's optimizers step on one tensor for all matrices of a rank. Every operation of AdamW is on
+    elements, so no bit of the result depends on the slices.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; moments that are missing begin at zero.
+
+        Args:
+            closure: None; there is none in this package.
+        """
+        assert closure is None, "the loss is computed before the step"
+        for group in self.param_groups:
+            stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+            prepare_moments(self, [parameter for parameter in stepped if not self.state[parameter]], 0)
+            flat = [_flat_state(parameter, self.state[parameter]) for parameter in stepped]
+            counts = [self.state[parameter]["step"] for parameter in stepped]
+            for chunk in _chunks([tensors[0].numel() for tensors in flat]):
+                slices = [[tensor[start:stop] for tensor in flat[index]] for index, start, stop in chunk]
+                weights, gradients, averages, squares = map(list, zip(*slices, strict=True))
+                adamw(
+                    weights,
+                    gradients,
+                    averages,
+                    squares,
+                    [],
+                    [counts[index].clone() for index, _, _ in chunk],  # each call counts its own update
+                    foreach=group["foreach"],
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+            for count in counts:
+                count += 1
+
+
+def _flat_state(parameter: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Views: a parameter, its gradient and its moments as one row of numbers each."""
+    assert parameter.grad is not None, "only parameters with a gradient are updated"
+    return tuple(tensor.view(-1) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+
+
+def _chunks(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Divide tensors of given sizes into chunks of at most `UPDATE_ELEMENTS`: (tensor, first element, end) each."""
+    chunk: list[tuple[int, int, int]] = []
+    room = UPDATE_ELEMENTS
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            chunk.append((index, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield chunk
+                chunk, room = [], UPDATE_ELEMENTS
+    if chunk:
+        yield chunk
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, Update, has_finite_squares, parameter_groups, sum_over
+from ebft_mega.parallel.optimizer import (
+    OptimizerSettings,
+    SlicedAdamW,
+    Update,
+    has_finite_squares,
+    parameter_groups,
+    sum_over,
+)
 from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
@@ -45,7 +52,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         in_groups = parameter_groups(self.module, self.parameter_shapes(), settings.weight_decay)
         for group in in_groups:
             group["params"] = [self._masters[parameter] for parameter in group["params"]]
-        self._optimizer = torch.optim.AdamW(in_groups, lr=0.0, betas=settings.betas)
+        self._optimizer = SlicedAdamW(in_groups, lr=0.0, betas=settings.betas)
 
     def forward(self, compute: Callable[[StageT], Any]) -> Any:
         """Call the module."""
@@ -61,7 +68,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:
-        """Sum gradients over the ranks that share a parameter, clip, and apply torch's AdamW to the master weights.
+        """Sum gradients over the ranks that share a parameter, clip, and apply AdamW to the master weights.
 
         Communication: one all-reduce of all float32 gradients over the data-parallel group, one of the partial ones
             over the tensor-parallel group, one of the tied ones over both ends of the pipeline, one of 8 bytes over

@@ -3,6 +3,7 @@
 There is one DeepSpeed engine over the data-parallel ranks that hold the same slice of the same stage.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,10 +30,21 @@ from ebft_mega.parallel.deepspeed_adapter.replica_ranks import (
 )
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, Update, has_finite_squares, parameter_groups, sum_over
+from ebft_mega.parallel.optimizer import (
+    OptimizerSettings,
+    SlicedAdamW,
+    Update,
+    has_finite_squares,
+    parameter_groups,
+    sum_over,
+)
 from ebft_mega.parallel.optimizer_state import StateKind
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
+
+# Stage 1 in bfloat16 reduces its groups' gradients together until there are this many, and copies them for it; a group
+# alone lies end to end and is not copied.
+ALLREDUCE_ELEMENTS = 0
 
 
 class DeepSpeedEngine(ZeroEngine[StageT]):
@@ -56,14 +68,17 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
             module = replicated_module(build_stage, load, groups)
         super().__init__(module, roles, groups)
         mark_counted(module, self._shared)
-        # torch's AdamW: DeepSpeed's own would compile a C++ extension at start-up (minutes on a CPU).
+        # Based on torch's AdamW: DeepSpeed's own would compile a C++ extension at start-up (minutes on a CPU).
         decayed = parameter_groups(module, self.parameter_shapes(), settings.weight_decay)
-        optimizer = torch.optim.AdamW(decayed, lr=0.0, betas=settings.betas)
+        optimizer = SlicedAdamW(decayed, lr=0.0, betas=settings.betas)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=MegatronUnit(groups)
         )
         self._storage = OptimizerStorage(self._engine.optimizer, settings, groups)
         check_equal_sub_groups(len(self._storage.sub_groups()), groups)
+        self._engine.allreduce_gradients = functools.partial(
+            self._engine.allreduce_gradients, bucket_size=ALLREDUCE_ELEMENTS
+        )
         self._reduced_step = self._engine.optimizer.step
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients

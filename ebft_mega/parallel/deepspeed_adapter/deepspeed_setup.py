@@ -10,10 +10,11 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import OptimizerSettings
 
 SUPPORTED_DEEPSPEED = "0.19."
-# Larger than any model: all parameters of an optimizer group form one sub-group on every rank.
+# Larger than any model: all parameters of an optimizer group form one sub-group on every rank. (Smaller ones would save
+# temporaries, but norms are summed by sub-group: other numbers of them on two ranks of a replica deadlock.)
 SUB_GROUP_SIZE = int(1e12)
-# Gradients are reduced this many at a time, in float32: a buffer of 1 GiB.
-REDUCE_ELEMENTS = 2**28
+# Gradients are reduced this many at a time, in float32: a buffer of 128 MiB. (`planning/memory.py` counts it.)
+REDUCE_ELEMENTS = 2**25
 
 
 def import_deepspeed(groups: ProcessGroups) -> Any:
@@ -58,7 +59,8 @@ def deepspeed_config(settings: OptimizerSettings, groups: ProcessGroups) -> dict
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero_stage,
-            "contiguous_gradients": True,
+            # Stage 3 would allocate the buffer for good, and copies once more from it.
+            "contiguous_gradients": zero_stage < 3,
             # Stage 1 would then have to know in advance which backward pass is a step's last one; stage 2 was never
             # run with it.
             "overlap_comm": zero_stage == 3 and groups.device.type == "cuda",
@@ -77,7 +79,8 @@ def deepspeed_config(settings: OptimizerSettings, groups: ProcessGroups) -> dict
         # Stages 1 and 2 take every backward pass for a step's last one otherwise.
         config["managed_gradient_accumulation"] = False
     if settings.dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True}
+        # Stage 1 would keep a bfloat16 gradient of every parameter beside the float32 one.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         # Without these, gradients are added up in bfloat16 over micro-batches and over ranks.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"

@@ -1,6 +1,7 @@
 """Where DeepSpeed's ZeRO optimizers store gradients, master weights and moments, as tensors to read and to write."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class OptimizerStorage:
             for group, parameters in enumerate(self.sub_groups())
             for index, parameter in enumerate(parameters)
         }
+        if self._zero_stage == 3:
+            # A step would begin with a copy of all gradients.
+            optimizer.flatten = functools.partial(end_to_end, flatten=optimizer.flatten)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -141,6 +145,24 @@ class OptimizerStorage:
         else:
             partitions = self._optimizer.single_partition_of_fp32_groups
         return partitions
+
+
+def end_to_end(tensors: Sequence[Tensor], flatten: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    """Give tensors as one row of numbers, without a copy where they lie in memory like that.
+
+    Args:
+        flatten: makes the copy.
+    """
+    first = tensors[0]
+    start = end = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return flatten(tensors)
+        end += tensor.numel() * tensor.element_size()
+    size = (end - start) // first.element_size()
+    if first.storage_offset() * first.element_size() + end - start > first.untyped_storage().nbytes():
+        return flatten(tensors)  # neighbours by chance
+    return first.detach().as_strided((size,), (1,))
 
 
 def whole_of_fragments(parameter: Tensor, own: tuple[Tensor, int] | None, group: dist.ProcessGroup) -> Tensor:

@@ -71,7 +71,7 @@ def output_of(engine: ZeroEngine, groups: ProcessGroups) -> Tensor:
 def train(engine: ZeroEngine, groups: ProcessGroups, steps: range, poisoned: tuple[int, ...] = ()) -> list[float]:
     norms = []
     for step in steps:
-        handles = poison(engine, groups, "out_bias") if step in poisoned else []
+        handles = poison(engine, groups, "out_bias", float("nan")) if step in poisoned else []
         accumulate(engine, groups, step)
         for handle in handles:
             handle.remove()
