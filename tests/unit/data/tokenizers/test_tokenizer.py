@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.text_limits import TextLimits
+from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.tokenizers.tokenizer import copy_tokenizer, load_tokenizer, parse_definition, tokenizer_sha256
 from ebft_mega.data.tokenizers.tokenizer_training import RoundTripError, split_into_chunks, train_tokenizer
 from ebft_mega.errors import InputError
@@ -147,6 +150,55 @@ def test_json_lines_that_a_tokenizer_is_trained_on_are_pointed_out(
     (source / "dump.json").write_text('{"text": "one"}\n')
     train_tokenizer(source, 400, tmp_path / "out")
     assert "JSONL or tar files that are read as one text each: 1" in capsys.readouterr().err
+
+
+def test_training_reads_what_is_chosen(
+    text_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "text"
+    shutil.copytree(text_directory, source)
+    (source / "vendor").mkdir()
+    (source / "vendor" / "latin.py").write_bytes(b"# caf\xe9\n")
+    (source / "signs.py").write_text("-+" * 100)
+    (source / ".gitignore").write_text("ignored.py\n")
+    (source / "ignored.py").write_text("# not read\n" * 50)
+    chosen = train_tokenizer(
+        source,
+        340,
+        tmp_path / "chosen",
+        files=FileChoice(exclude=("vendor/", "*.rs")),
+        uses_gitignore=True,
+        limits=TextLimits(min_alphanumeric=0.1),
+    )
+    assert chosen.sha256 == train_tokenizer(text_directory, 340, tmp_path / "alone").sha256
+    said = capsys.readouterr().err
+    for words in (
+        "files that .gitignore names: 1, folders that --exclude names: 1, hidden files: 1",
+        "left out: documents under --min-alphanumeric: 1",
+        "note: --exclude '*.rs': nothing matches",
+    ):
+        assert words in said
+    with pytest.raises(InputError, match=r"latin\.py:1: text: found byte 0xe9"):
+        train_tokenizer(source, 340, tmp_path / "no")
+    latin = ReadOptions(encoding_fallback="latin-1")
+    train_tokenizer(source, 340, tmp_path / "latin", read=latin)
+    assert "read as what --encoding-fallback says: latin-1: 1" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"no text in the files that are read \(left out: documents under --min-doc"):
+        train_tokenizer(source / "vendor", 340, tmp_path / "no", limits=TextLimits(9), read=latin)
+
+
+def test_a_vocabulary_beyond_the_text_names_the_largest(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    (source / "a.py").write_text("def a(b):\n    return [b, b + 1, 'word']\n" * 3)
+    message = r"--vocab-size: found 512; expected at most 3\d\d: this text gives 3\d\d different tokens"
+    with pytest.raises(InputError, match=message) as no:
+        train_tokenizer(source, 512, tmp_path / "no")
+    largest = int(str(no.value).split("at most ")[1].split(":")[0])
+    assert train_tokenizer(source, largest, tmp_path / "out").vocab_size == largest
+    (source / "a.py").write_text("a")
+    with pytest.raises(InputError, match=r"expected more text \(for 300\): this text gives 2\d\d different tokens"):
+        train_tokenizer(source, 300, tmp_path / "no")
 
 
 def test_training_input_that_cannot_be_used_is_refused(tmp_path: Path, text_directory: Path) -> None:
