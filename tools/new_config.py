@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.io.arguments import ToolParser, output_file, real_number, whole_number
+from ebft_mega.io.arguments import ToolParser, output_file, path_argument, real_number, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES
@@ -27,13 +27,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path_argument,
         required=True,
         help="Hugging Face directory. Without weights in it (only config.json) the model is random, with the "
         "vocabulary of the data",
     )
-    parser.add_argument("--data", type=Path, required=True, help="dataset directory of tools/build_shards.py")
-    parser.add_argument("--held-out", type=Path, help="dataset directory for evaluations (default: no evaluation)")
+    parser.add_argument("--data", type=path_argument, required=True, help="dataset directory of tools/build_shards.py")
+    parser.add_argument("--held-out", type=path_argument, help="dataset for evaluations (default: no evaluation)")
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE.yaml", help="file to write")
     parser.add_argument(
         "--gpus", type=whole_number(1, MAX_PROCESSES), metavar="N", help="GPUs to train on (default: this machine's)"

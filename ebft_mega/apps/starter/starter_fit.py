@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_mega.apps.starter.data_sizes import DataSizes, choose_sizes
@@ -15,7 +15,7 @@ from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.planning.auto import needed_bytes, possible_reuses, smallest_peak
-from ebft_mega.planning.run_plan import ParallelSizes, RunPlan, check_run
+from ebft_mega.planning.run_plan import RunPlan, check_run, plan_of_sizes
 
 MICRO_BATCHES = (4, 2, 1)
 
@@ -60,7 +60,7 @@ def fit(inputs: Inputs, architecture: Architecture, supply: Supply, machine: Mac
         InputError: nothing fits, with what would need the least; the data is too small; model and data do not fit each
             other.
     """
-    plans = _Plans(inputs)
+    plans = _Plans(inputs, architecture)
     smallest: _Draft | None = None
     for tensor, pipeline in _degrees(architecture, machine.processes):
         replicas = machine.processes // (tensor * pipeline)
@@ -81,31 +81,17 @@ def fit(inputs: Inputs, architecture: Architecture, supply: Supply, machine: Mac
     raise InputError([Problem("--gpu-memory", "GB", found, "more or larger GPUs, or a smaller model")])
 
 
+@dataclass(frozen=True)
 class _Plans:
-    """Configurations and plans of choices for one model and its data, all read and checked once."""
+    """Configurations and plans of choices for one model."""
 
-    def __init__(self, inputs: Inputs):
-        self._inputs = inputs
-        self._first: RunPlan | None = None
-
-    def text(self, settings: Settings) -> str:
-        """The configuration's text."""
-        return starter_text(self._inputs, settings)
+    inputs: Inputs
+    architecture: Architecture
 
     def of(self, settings: Settings) -> tuple[RunConfig, RunPlan]:
-        """Configuration and plan.
-
-        Raises:
-            InputError: model and data do not fit each other.
-        """
-        layout, sizes = settings.layout, settings.sizes
-        config = _read(self.text(settings), self._inputs.name)
-        if self._first is None:
-            self._first = check_run(config, layout.processes)
-        parallel = ParallelSizes(layout.tensor_parallel, layout.pipeline_parallel, layout.replicas)
-        micro_batches = sizes.rows_per_step // (layout.micro_batch * layout.replicas)
-        plan = replace(self._first, parallel=parallel, num_micro_batches=micro_batches, block_plan=config.block_plan)
-        return config, plan
+        """Configuration and plan; of the data nothing is read."""
+        config = _read(starter_text(self.inputs, settings), self.inputs.name)
+        return config, plan_of_sizes(config, settings.layout.processes, self.architecture)
 
 
 def _read(text: str, name: str) -> RunConfig:
@@ -149,7 +135,7 @@ def _fitted(plans: _Plans, draft: _Draft, machine: Machine) -> Fitted:
         needed = needed_bytes(smallest_peak(config, plan, reuse))
         lines.append(f"# {reuse.capitalize()} of the rollouts would save arithmetic and need {_gigabytes(needed)}.")
     settings = Settings(draft.sizes, draft.layout, draft.reuse, "\n".join(lines))
-    text = plans.text(settings)
+    text = starter_text(plans.inputs, settings)
     config, _ = plans.of(settings)
     return Fitted(text, config, check_run(config, draft.layout.processes))
 

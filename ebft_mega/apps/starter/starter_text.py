@@ -62,7 +62,7 @@ def starter_text(inputs: Inputs, settings: Settings) -> str:
     """
     parts = [
         _head(inputs, settings),
-        f"output_dir: {_scalar(f'runs/{inputs.name}')}\nseed: 0\n",
+        f"output_dir: {_path(Path('runs', inputs.name))}\nseed: 0\n",
         _model(inputs),
         _data(inputs, settings),
         _evaluation(inputs, settings),
@@ -97,9 +97,15 @@ def _scalar(value: object) -> str:
     return write_yaml({"value": str(value)}).removeprefix("value: ").rstrip()
 
 
+def _path(path: Path) -> str:
+    """A path as a configuration reads it back, in which `$NAME` and `~` are expanded."""
+    text = str(path).replace("$", "$$")
+    return _scalar(f"./{text}" if text.startswith("~") else text)
+
+
 def _model(inputs: Inputs) -> str:
     if inputs.model is not None:
-        return f"model:\n  init_from: {_scalar(inputs.model)}\n"
+        return f"model:\n  init_from: {_path(inputs.model)}\n"
     nested = write_yaml({"config": inputs.architecture}).rstrip()
     fields = "\n".join(f"  {line}" for line in nested.splitlines())
     return (
@@ -113,7 +119,7 @@ def _data(inputs: Inputs, settings: Settings) -> str:
     sizes = settings.sizes
     return (
         "data:\n"
-        f"  shards: {_scalar(inputs.data)}  # {inputs.data_tokens:,} tokens\n"
+        f"  shards: {_path(inputs.data)}  # {inputs.data_tokens:,} tokens\n"
         f"  sequence_length: {sizes.sequence_length}  # tokens of a row; {sizes.rows:,} rows in one pass\n"
     )
 
@@ -123,7 +129,7 @@ def _evaluation(inputs: Inputs, settings: Settings) -> str:
         return "# No held-out data, so no evaluation: tools/build_shards.py --held-out sets some apart.\n"
     return (
         "evaluation:\n"
-        f"  shards: {_scalar(inputs.held_out)}\n"
+        f"  shards: {_path(inputs.held_out)}\n"
         f"  interval: {settings.sizes.interval}  # optimizer steps; also before the first and after the last\n"
         f"  rows: {settings.sizes.held_out_rows}\n"
     )

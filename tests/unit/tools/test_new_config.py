@@ -190,10 +190,10 @@ def test_a_file_that_is_there_stays(new_config, data, toy, tmp_path):
     assert (tmp_path / "my.yaml").read_text(encoding="utf-8") == "mine"
 
 
-def test_names_that_yaml_would_read_as_something_else(new_config, data, toy, tmp_path):
-    strange = tmp_path / "a: b #c"
+def test_names_that_yaml_or_a_configuration_would_read_as_something_else(new_config, data, toy, tmp_path):
+    strange = tmp_path / "$HOME: a #c"
     shutil.copytree(data / "train", strange)
     code, _, err = new_config("--model", toy, "--data", strange, output=tmp_path / "12.yaml")
     assert code == 0, err
     config = load_config(tmp_path / "12.yaml")
-    assert config.data.shards == strange and str(config.output_dir) == "runs/12"
+    assert config.data.shards == strange and config.output_dir == REPOSITORY / "runs" / "12"
