@@ -30,6 +30,7 @@ class Rule(Enum):
 REFUSED = (
     "seed",
     "data.document_masking",
+    "data.train_on_first_token",
     *(f"ebft.{name}" for name in EbftConfig.model_fields if name != "feature_model"),
 )
 # Keys that may change, with what follows from it.

@@ -74,6 +74,11 @@ class DataConfig(Section):
         "Hide the other documents of a row from each token, restart positions at each document, and drop anchors whose "
         "context or target crosses a boundary.",
     )
+    train_on_first_token: bool = key(
+        True,
+        "Learn by cross-entropy to predict the first token of a document from the end of the one before it; `false` "
+        "leaves these positions out of the loss. Rollouts, rewards and held-out figures are as before.",
+    )
     on_error: Literal["raise", "skip"] = key(
         "raise",
         "When damaged data is found in mid-run: `raise` ends the run with exit code 4, `skip` leaves the row out and "

@@ -7,7 +7,12 @@ from ebft_mega.types import LossTerms, PolicyLogprobs, TokenCounts
 
 
 def count_tokens(
-    plan: BlockPlan, num_rows: int, rl_coef: float, ce_coef: float, num_blocks: int | None = None
+    plan: BlockPlan,
+    num_rows: int,
+    rl_coef: float,
+    ce_coef: float,
+    num_blocks: int | None = None,
+    num_targets: int | None = None,
 ) -> TokenCounts:
     """Denominators of a step's losses, over the global batch.
 
@@ -17,15 +22,18 @@ def count_tokens(
         num_rows: rows of the step that count, over all ranks.
         rl_coef, ce_coef: a term with coefficient 0 is not computed and counts no tokens.
         num_blocks: blocks that count, over all ranks; None: all of those rows.
+        num_targets: next-token positions that count, over all ranks; None: all P - 1 of those rows, also those at
+            which another document begins.
     Returns:
-        TokenCounts: every generated token of those blocks, and all P - 1 next-token positions of every row, also those
-        at which another document begins.
+        TokenCounts: every generated token of those blocks, and those next-token positions.
     """
+    if num_targets is None:
+        num_targets = num_rows * (plan.sequence_length - 1)
     if num_blocks is None:
         num_blocks = num_rows * plan.num_blocks
     return TokenCounts(
         rollout_tokens=num_blocks * plan.num_samples * plan.generate_length if rl_coef else 0,
-        target_tokens=num_rows * (plan.sequence_length - 1) if ce_coef else 0,
+        target_tokens=num_targets if ce_coef else 0,
     )
 
 
@@ -37,6 +45,7 @@ def loss_terms(
     ce_coef: float,
     counted_rows: Tensor | None = None,
     counted_blocks: Tensor | None = None,
+    counted_targets: Tensor | None = None,
 ) -> LossTerms:
     """A micro-batch's share of the step's losses.
 
@@ -53,6 +62,7 @@ def loss_terms(
         counted_rows: bool [B], rows whose targets count; None: all.
         counted_blocks: bool [B, K], blocks whose rollouts count; None: all. What does not count may be anything: NaN
             times an advantage of 0 would be NaN.
+        counted_targets: bool [B, P - 1], next-token positions that count, only of rows that do; None: all of them.
     Returns:
         LossTerms in the log-probabilities' dtype (float32), scalars; `total` has the gradient, `rl` and `ce`
         are values only. The shares of all micro-batches of all ranks sum to the step's losses.
@@ -74,7 +84,9 @@ def loss_terms(
         shares.append(rl_coef * rl)
     if logprobs.target is not None:
         target = logprobs.target
-        if counted_rows is not None:
+        if counted_targets is not None:
+            target = target.masked_fill(~counted_targets, 0.0)
+        elif counted_rows is not None:
             target = target.masked_fill(~counted_rows[:, None], 0.0)
         ce = -target.sum() / max(counts.target_tokens, 1)
         shares.append(ce_coef * ce)

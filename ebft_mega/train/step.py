@@ -140,10 +140,11 @@ class _GradientPass:
             )
             for index, rows in enumerate(micro_batches)
         ]
-        num_rows, num_blocks = trainer.config.train.global_batch_size, None
+        numbers: tuple[int | None, ...] = (None, None)
+        num_rows = trainer.config.train.global_batch_size
         if masks is not None:
-            num_rows, num_blocks = masks.num_rows, masks.num_blocks
-        self.counts: TokenCounts = count_tokens(trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks)
+            num_rows, numbers = masks.num_rows, (masks.num_blocks, masks.num_targets)
+        self.counts: TokenCounts = count_tokens(trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, *numbers)
         self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
 
     def forward(self, index: int, received: Tensor | None = None) -> Tensor:
@@ -154,9 +155,9 @@ class _GradientPass:
         if not trainer.groups.is_last_stage:
             return scores[0]
         advantages = self.experiences[index].advantages if self.experiences else None
-        rows, blocks = (None, None) if self.masks is None else (self.masks.rows[index], self.masks.blocks[index])
+        masks = () if self.masks is None else self.masks.of(index)
         logprobs = request.logprobs(scores)
-        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, rows, blocks)
+        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, *masks)
         self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
         return guarded(terms.total, [self.experiences[index].counted_reward] if self.experiences else [])
 

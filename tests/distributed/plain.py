@@ -69,7 +69,11 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
     for step in range(NUM_STEPS):
         rows = rows_of_step(step, groups, case)
         real, counted = rows.row_indices >= 0, counted_blocks(rows, plan)
-        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, int(counted.sum()))
+        learned = real[:, None].repeat(1, plan.sequence_length - 1)
+        if not config.data.train_on_first_token:
+            learned &= rows.document_ids.diff(dim=1) == 0
+        numbers = (int(counted.sum()), int(learned.sum()))
+        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, *numbers)
         rollout = advantages = None
         if ebft.rl_coef > 0:
             (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
@@ -84,7 +88,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         rollouts = rollout.tokens if rollout else None
         request = ScoreRequest(rows.tokens, rollouts, ebft.ce_coef > 0, ebft.temperature, rows.documents)
         logprobs = request.logprobs(score(stage, request, plan))
-        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, real)
+        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, counted_targets=learned)
         optimizer.zero_grad()
         terms.total.backward()
         limit = config.train.grad_clip or float("inf")

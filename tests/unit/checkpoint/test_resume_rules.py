@@ -55,6 +55,7 @@ def test_nothing_has_changed(saved: SavedRun, output: Path) -> None:
     [
         ({"seed": 4}, "seed", "3", "4"),
         ({"data__document_masking": True}, "data.document_masking", "false", "true"),
+        ({"data__train_on_first_token": False}, "data.train_on_first_token", "true", "false"),
         ({"ebft__stride": 4}, "ebft.stride", "8", "4"),
         ({"ebft__feature_layers": [0.5]}, "ebft.feature_layers", "[0.25, 0.5, 0.75]", "[0.5]"),
         ({"ebft__rl_coef": 0.0}, "ebft.rl_coef", "1.0", "0.0"),

@@ -14,6 +14,7 @@ INTERFACE_DEFAULTS = {
     "data.shards": None,
     "data.sources": None,
     "data.document_masking": False,
+    "data.train_on_first_token": True,
     "data.on_error": "raise",
     "data.skip_rows": (),
     "permissions": "private",

@@ -171,6 +171,13 @@ def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
     assert [part.tolist() for part in masked.rows] == [[True], [False]]
     assert torch.equal(torch.cat(masked.blocks), counted_blocks(batch, PLAN))
     assert masked.num_blocks == counted_blocks(batch, PLAN).sum() < PLAN.num_blocks
+    assert masked.targets is None and masked.num_targets is None
+    without_firsts = "data.train_on_first_token=false"
+    firsts = loss_masks(shared, PLAN, config_of(tmp_path, without_firsts, "ebft.ce_coef=0.1"), groups)
+    not_first = torch.tensor([place not in STARTS[0] for place in range(1, PLAN.sequence_length)])
+    assert torch.equal(torch.cat(firsts.targets), torch.stack([not_first, torch.zeros_like(not_first)]))  # and filler
+    assert firsts.num_targets == not_first.sum() < len(not_first) and firsts.num_rows == 1
+    assert loss_masks(shared, PLAN, config_of(tmp_path, without_firsts), groups) is None  # no cross-entropy
     text_only = ("data.document_masking=true", "ebft.rl_coef=0", "ebft.ce_coef=1")
     assert loss_masks(parts, PLAN, config_of(tmp_path, *text_only), groups) is None
     with pytest.raises(ValueError, match="rows with masked documents"):

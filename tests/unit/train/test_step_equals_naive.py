@@ -5,7 +5,7 @@ for each token it samples, forms the features and whitens them with explicit mat
 one by one, each at positions from 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +28,7 @@ from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.loss_masks import loss_masks
 from ebft_mega.types import PolicyLogprobs, TokenBatch
 from tests.conftest import tiny_config
 from tests.unit.model.test_against_transformers import random_hf_model
@@ -295,6 +296,36 @@ def test_packed_step_equals_naive_step(setting, reuse):
     expected_loss.backward()
     gradients = ((name, parameter.grad) for name, parameter in s.policy.named_parameters())
     compared = dict(hf_tensors(gradients, s.policy))
+    scale = max(parameter.grad.abs().max() for parameter in s.hf_policy.parameters())
+    for name, parameter in s.hf_policy.named_parameters():
+        assert (compared[name] - parameter.grad).abs().max() <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("setting", [CASES["masked"]], indirect=True)
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_the_first_tokens_of_documents_the_loss_is_of_all_others(setting, masked, groups):
+    """The naive side takes each document by itself, and learns from all of its tokens but the first."""
+    s = setting
+    batch = s.batch if masked else replace(s.batch, documents=None)
+    data = SimpleNamespace(document_masking=False, on_error="raise", skip_rows=(), train_on_first_token=False)
+    config = SimpleNamespace(data=data, uses_rollouts=False, ebft=SimpleNamespace(ce_coef=CE_COEF))
+    masks = loss_masks([batch], s.plan, config, groups)
+    (target,) = score(s.policy, ScoreRequest(batch.tokens, None, True, 0.8, batch.documents), s.plan)
+    counts = count_tokens(s.plan, masks.num_rows, 0.0, CE_COEF, masks.num_blocks, masks.num_targets)
+    terms = loss_terms(PolicyLogprobs(None, target), None, counts, 0.0, CE_COEF, *masks.of(0))
+
+    parts = []
+    for row in range(NUM_ROWS):
+        for start, end in sorted({document_of(s, row, position) for position in range(s.plan.sequence_length)}):
+            seen = start if masked else 0
+            logits = s.hf_policy(batch.tokens[row, seen:end][None]).logits[0, start - seen : -1]
+            parts.append(logits.log_softmax(-1).gather(-1, batch.tokens[row, start + 1 : end, None])[:, 0])
+    expected = -torch.cat(parts).mean()
+    assert masks.num_targets == len(torch.cat(parts)) < NUM_ROWS * (s.plan.sequence_length - 1)
+    assert abs(terms.ce.item() - expected.item()) <= 1e-9
+    terms.total.backward()
+    (CE_COEF * expected).backward()
+    compared = dict(hf_tensors(((name, parameter.grad) for name, parameter in s.policy.named_parameters()), s.policy))
     scale = max(parameter.grad.abs().max() for parameter in s.hf_policy.parameters())
     for name, parameter in s.hf_policy.named_parameters():
         assert (compared[name] - parameter.grad).abs().max() <= 1e-9 * scale, name
