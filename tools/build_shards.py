@@ -26,7 +26,7 @@ from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
-from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
+from ebft_mega.io.arguments import ToolParser, path_argument, real_number, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -86,6 +86,13 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="leave out documents whose text an earlier one has (default: yes)",
+    )
+    parser.add_argument(
+        "--near-deduplicate",
+        type=real_number(above=True, most=1),
+        metavar="SIMILARITY",
+        help="also leave out documents that are nearly the same as an earlier one: from this Jaccard index of their "
+        "runs of 5 tokens, above 0 and at most 1, such as 0.8",
     )
     parser.add_argument(
         "--skip-bad",
@@ -190,7 +197,8 @@ def print_result(output: Path, result: BuildResult) -> None:
         if reason in COUNTED or reason.startswith(OF_DOCUMENTS)
     }
     skipped += f", {in_words(others)}" if others else ""
-    left_out = f"left out: {record.empty} empty documents, {record.duplicates} duplicates{skipped}"
+    near = f", {record.near_duplicates} near-duplicates" if record.near_duplicates else ""
+    left_out = f"left out: {record.empty} empty documents, {record.duplicates} duplicates{near}{skipped}"
     if result.held_out is None:
         print_line(described(output, result.manifest, f"{left_out}; "), sys.stdout)
     else:

@@ -42,6 +42,8 @@ class BuildOptions:
     keep_licences: Sequence[str] = ()  # names or shell patterns; () is all
     drop_licences: Sequence[str] = ()
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
+    # Leave out documents that are nearly the same as an earlier one that stays: the least Jaccard index for that.
+    near_deduplicate: float | None = None
     split: SplitOptions | None = None  # hold a share of the documents out, and write two datasets
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
     work_unit_bytes: int | None = None

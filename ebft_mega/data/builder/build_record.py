@@ -34,6 +34,7 @@ class BuildRecord:
     unlisted_licences: int = 0  # documents of all other licences
     tokenizer: dict[str, Any] = field(default_factory=dict)  # file that is used, library, end-of-document token
     notes: tuple[str, ...] = ()  # the lines that the build printed
+    near_duplicates: int = 0  # left out: nearly the same as an earlier document
     split: dict[str, Any] = field(default_factory=dict)  # of a build that held documents out, see `SplitOptions`
 
     def write(self, directory: Path) -> None:

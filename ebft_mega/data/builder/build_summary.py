@@ -24,7 +24,7 @@ def make_record(
     skipped: Mapping[str, int],
     tokenizer: Tokenizer,
     notes: list[str],
-    duplicates: int,
+    sides: Sequence[Side],
     split: dict[str, Any],
 ) -> BuildRecord:
     """Add up what the work units of a build tell.
@@ -36,7 +36,7 @@ def make_record(
         skipped: what was left out as bad, by reason.
         tokenizer: made the token ids.
         notes: lines that the build printed.
-        duplicates: documents that were left out because another one has their text.
+        sides: of the choice of documents, those that were tokenized.
         split: of a build that held documents out.
     """
     files = {(file_range.input, file_range.name) for work_unit in plan.work_units for file_range in work_unit}
@@ -46,7 +46,8 @@ def make_record(
         input_files=dict(Counter(plan.reader.inputs[number].source for number, _ in files)),
         documents=sum(unit.documents for unit in tokenized),
         empty=sum(scan.empty for scan in scans),
-        duplicates=duplicates,
+        duplicates=sum(side.duplicates for side in sides),
+        near_duplicates=sum(side.near_duplicates for side in sides),
         skipped=sum(skipped.values()),
         text_bytes=sum(unit.text_bytes for unit in tokenized),
         licences=listed,
@@ -96,8 +97,7 @@ def write_records(
     skipped = write_skipped(result, partial, plan, every, places)
 
     def write(directory: Path, units: list[TokenizedUnit], sides: Sequence[Side], more: dict[str, str]) -> BuildRecord:
-        duplicates = sum(side.duplicates for side in sides)
-        record = make_record(plan, scans, units, skipped, tokenizer, notes, duplicates, choice.split | more)
+        record = make_record(plan, scans, units, skipped, tokenizer, notes, sides, choice.split | more)
         record.write(directory)
         return record
 

@@ -9,7 +9,7 @@ import numpy as np
 from ebft_mega.data.builder.build_options import DEFAULT_BUILD_OPTIONS, BuildOptions
 from ebft_mega.data.builder.build_record import BuildRecord
 from ebft_mega.data.builder.build_summary import late_notes, require_texts, write_records
-from ebft_mega.data.builder.document_choice import Side, choose_documents, split_of
+from ebft_mega.data.builder.document_choice import Side, choose_documents, needs_signatures, split_of
 from ebft_mega.data.builder.scanning import MAX_LISTED_PROBLEMS, ScanJob, scan_work_unit
 from ebft_mega.data.builder.shard_writer import join_units
 from ebft_mega.data.builder.tokenizing import TextEncoder, TokenizeJob, lines_before, tokenize_work_unit
@@ -95,7 +95,7 @@ def build_dataset(
         unfinished_directory(output, _marker(output, options), overwrite, plan.identity) as (directory, result),
         Workers(processes) as workers,
     ):
-        scans = _scan(plan, directory, options.skip_bad, split, workers)
+        scans = _scan(plan, directory, options, split, workers)
         require_texts(sources, plan, scans)
         choice = choose_documents(directory, scans, options, split)
         _print_notes(choice.notes)
@@ -127,10 +127,12 @@ def _marker(output: Path, options: BuildOptions) -> str:
     return known[0] if known else (split if options.split else usual)
 
 
-def _scan(plan: Plan, directory: Path, skip_bad: bool, split: SplitOptions | None, workers: Workers) -> list[Scan]:
+def _scan(
+    plan: Plan, directory: Path, options: BuildOptions, split: SplitOptions | None, workers: Workers
+) -> list[Scan]:
     scans = {number: scan for number in range(len(plan.work_units)) if (scan := load_scan(directory, number))}
     jobs = [
-        ScanJob(plan.reader, work_unit, number, directory, skip_bad, split)
+        ScanJob(plan.reader, work_unit, number, directory, options.skip_bad, split, needs_signatures(options))
         for number, work_unit in enumerate(plan.work_units)
         if number not in scans
     ]

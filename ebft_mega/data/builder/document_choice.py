@@ -1,16 +1,18 @@
 """Which of the scanned documents a build writes, and into which dataset: decided over all work units at once."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.builder.build_options import BuildOptions
-from ebft_mega.data.builder.unit_files import Scan, load_digests, load_groups
+from ebft_mega.data.builder.unit_files import Scan, load_digests, load_groups, load_signatures
 from ebft_mega.data.builder.work_plan import Plan
-from ebft_mega.data.selection.deduplication import first_occurrences, first_with_text
+from ebft_mega.data.selection.deduplication import first_with_text
 from ebft_mega.data.selection.held_out_split import (
     DOCUMENT,
     HELD_OUT,
@@ -23,8 +25,10 @@ from ebft_mega.data.selection.held_out_split import (
     divide,
     usual_groups,
 )
+from ebft_mega.data.selection.near_duplicates import ACROSS_THRESHOLD, PLACES, near_across, near_duplicates
 from ebft_mega.data.text.listing import total_counts
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.io.parse_boundary import reading
 
 _FAR = 0.1  # of the share that was asked for: so much more or less is explained
 
@@ -35,7 +39,8 @@ class Side:
 
     folder: str  # below the output; empty where that is the dataset
     keep: list[np.ndarray]  # bool [documents], one for each work unit
-    duplicates: int  # documents of its groups that are left out, because an earlier or another one has their text
+    duplicates: int  # documents of its groups that are left out, because another one has their text
+    near_duplicates: int  # that are left out, because an earlier one is nearly the same
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,10 @@ def choose_documents(
 ) -> DocumentChoice:
     """Choose over all work units.
 
-    Memory: about 110 bytes per document.
+    Memory: about 110 bytes per document; with near-duplicates at most 850, of which 512 are mapped from a file.
 
     Args:
-        directory: holds the digests and groups of the scans.
+        directory: holds the digests, groups and signatures of the scans.
         scans: of all work units.
         options: of the build.
         split: see `split_of`.
@@ -77,18 +82,39 @@ def choose_documents(
     Raises:
         InputError: one side of the split would have no document.
     """
-    ends = np.cumsum([scan.documents for scan in scans])
+    total = sum(scan.documents for scan in scans)
+    if not options.deduplicate and not split:
+        first = np.arange(total)
+    else:
+        first = first_with_text(np.concatenate([load_digests(directory, number) for number in range(len(scans))]))
+    keep = first == np.arange(total) if options.deduplicate else np.ones(total, bool)
+    with _signatures(directory, scans, needs_signatures(options)) as signatures:
+        near = np.zeros(total, bool)
+        if options.near_deduplicate is not None:
+            candidates = keep & signatures.any(axis=1)
+            near = near_duplicates(signatures, candidates, options.near_deduplicate)
+            keep &= ~near
+        if split is None:
+            return DocumentChoice((_side("", np.ones(total, bool), keep, near, scans),))
+        return _divided(directory, scans, options, split, first, keep, near, signatures)
 
-    def by_unit(keep: np.ndarray) -> list[np.ndarray]:
-        return np.split(keep, ends[:-1])
 
-    if split is None:
-        if not options.deduplicate:
-            return DocumentChoice((Side("", [np.ones(scan.documents, bool) for scan in scans], 0),))
-        keep = first_occurrences(_joined(directory, scans))
-        return DocumentChoice((Side("", by_unit(keep), int((~keep).sum())),))
-    first = first_with_text(_joined(directory, scans))
-    keep = first == np.arange(len(first)) if options.deduplicate else np.ones(len(first), bool)
+def needs_signatures(options: BuildOptions) -> bool:
+    """Whether documents are compared by their signatures."""
+    return options.near_deduplicate is not None or options.split is not None
+
+
+def _divided(
+    directory: Path,
+    scans: Sequence[Scan],
+    options: BuildOptions,
+    split: SplitOptions,
+    first: np.ndarray,
+    keep: np.ndarray,
+    near: np.ndarray,
+    signatures: np.ndarray,
+) -> DocumentChoice:
+    """Two sides of the documents that stay, and what is said about them."""
     documents = np.concatenate([load_groups(directory, number) for number in range(len(scans))])
     division = divide(documents, keep, split.fraction)
     held_out = division.held_out
@@ -98,19 +124,18 @@ def choose_documents(
     if options.deduplicate:  # the earliest stays, wherever it is
         equal = int((on_both[first] & (held_out != held_out[first])).sum())
     else:  # nothing that is held out is trained on
-        keep &= held_out | ~on_both[first]
-        equal = int((~keep).sum())
+        out = keep & ~held_out & on_both[first]
+        keep = keep & ~out
+        equal = int(out.sum())
     if not (keep & ~held_out).any():
         found = "for training only texts that are held out, too"
         raise bad_input("--held-out", split.share, found, "documents for both sides")
     sizes = documents["bytes"]
     division = replace(division, bytes=int(sizes[keep].sum()), held_out_bytes=int(sizes[keep & held_out].sum()))
+    candidates = keep & signatures.any(axis=1)
+    across = int(near_across(signatures, candidates, held_out, ACROSS_THRESHOLD).sum())
     chosen = "" if options.split and options.split.by else ", as nothing else was said"
-    notes = tuple(_split_notes(division, split, chosen, scans, equal))
-    sides = tuple(
-        Side(folder, by_unit(keep & side), int((side & ~keep).sum()))
-        for folder, side in ((TRAIN, ~held_out), (HELD_OUT, held_out))
-    )
+    notes = [*_split_notes(division, split, chosen, scans), *_across_notes(equal, across)]
     record = {
         "asked": split.share,
         "by": split.by,
@@ -118,14 +143,36 @@ def choose_documents(
         "groups": division.groups,
         "held_out_groups": division.held_out_groups,
         "named_by": total_counts(scan.group_kinds for scan in scans),
+        "near_across": across,
         "seed": split.seed,
         "share": round(division.share, 6),
     }
-    return DocumentChoice(sides, notes, record)
+    sides = (_side(TRAIN, ~held_out, keep, near, scans), _side(HELD_OUT, held_out, keep, near, scans))
+    return DocumentChoice(sides, tuple(notes), record)
 
 
-def _joined(directory: Path, scans: Sequence[Scan]) -> np.ndarray:
-    return np.concatenate([load_digests(directory, number) for number in range(len(scans))])
+def _side(folder: str, members: np.ndarray, keep: np.ndarray, near: np.ndarray, scans: Sequence[Scan]) -> Side:
+    ends = np.cumsum([scan.documents for scan in scans])[:-1]
+    out = members & ~keep
+    return Side(folder, np.split(keep & members, ends), int((out & ~near).sum()), int((out & near).sum()))
+
+
+@contextmanager
+def _signatures(directory: Path, scans: Sequence[Scan], wanted: bool) -> Iterator[np.ndarray]:
+    """Signatures of all documents: uint16 [documents, PLACES], memory-mapped from a file that is removed again."""
+    if not wanted:
+        yield np.empty((0, PLACES), np.uint16)
+        return
+    path = directory / "signatures.npy"
+    shape = (sum(scan.documents for scan in scans), PLACES)
+    parts = (load_signatures(directory, number) for number in range(len(scans)))
+    write_array(path, np.dtype(np.uint16), shape, parts)
+    try:
+        with reading(path, path.name, "what has just been written"):
+            signatures = np.load(path, mmap_mode="r", allow_pickle=False)
+        yield signatures
+    finally:
+        path.unlink()
 
 
 def _require_both(division: Division, split: SplitOptions, scans: Sequence[Scan]) -> None:
@@ -149,9 +196,7 @@ def _name_of(number: int, scans: Sequence[Scan]) -> str | None:
     return next((name for scan in scans if (name := scan.group_names.get(str(number)))), None)
 
 
-def _split_notes(
-    division: Division, split: SplitOptions, chosen: str, scans: Sequence[Scan], equal: int
-) -> Iterator[str]:
+def _split_notes(division: Division, split: SplitOptions, chosen: str, scans: Sequence[Scan]) -> Iterator[str]:
     """What the split has come to, one sentence each."""
     asked = float(split.fraction)
     line = (
@@ -167,5 +212,14 @@ def _split_notes(
     if len(kinds) > 1 or split.by == REPOSITORY:
         counts = ", ".join(f"{kind} of {count} documents" for kind, count in sorted(kinds.items()))
         yield f"what names the groups: {counts}"
+
+
+def _across_notes(equal: int, near: int) -> Iterator[str]:
+    """What the two sides have in common."""
     if equal:
         yield f"{equal} documents are left out because the other dataset has their text"
+    if near:
+        yield (
+            f"{near} documents that are held out are nearly the same as one for training (Jaccard index from "
+            f"{ACROSS_THRESHOLD}); --near-deduplicate {ACROSS_THRESHOLD} leaves near-duplicates out"
+        )

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from ebft_mega.data.builder.array_files import write_array
-from ebft_mega.data.builder.unit_files import Scan, groups_path, scan_path
+from ebft_mega.data.builder.unit_files import Scan, groups_path, scan_path, signatures_path
 from ebft_mega.data.builder.work_plan import FileRange, Reader
 from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.selection.deduplication import DIGEST_BYTES
 from ebft_mega.data.selection.held_out_split import GROUP_DTYPE, Group, Grouping, SplitOptions
+from ebft_mega.data.selection.near_duplicates import PLACES, signature
 from ebft_mega.data.text.text_files import BadText, count_lines
 from ebft_mega.errors import Problem
 from ebft_mega.io.durable import write_bytes
@@ -33,12 +34,13 @@ class ScanJob:
     directory: Path
     skip_bad: bool
     split: SplitOptions | None = None
+    with_signatures: bool = False  # see `near_duplicates.signature`
 
 
 def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     """Read and hash the documents of a work unit and write its record; return the work unit's number and the record.
 
-    Memory: one document, and 32 bytes for each document of the work unit.
+    Memory: one document, and 32 bytes for each document of the work unit, with signatures 544.
     """
     found = _Found()
     lines = []
@@ -65,6 +67,9 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     if job.split:
         groups = np.frombuffer(found.groups, GROUP_DTYPE)
         write_array(groups_path(job.directory, job.number), groups.dtype, groups.shape, [groups])
+    if job.with_signatures:
+        signatures = np.frombuffer(found.signatures, np.uint16).reshape(-1, PLACES)
+        write_array(signatures_path(job.directory, job.number), signatures.dtype, signatures.shape, [signatures])
     scan = Scan(
         documents=len(hashes),
         empty=found.empty,
@@ -93,8 +98,10 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
     fields: Counter[str] = field(default_factory=Counter)
     groups: bytearray = field(default_factory=bytearray)
+    signatures: bytearray = field(default_factory=bytearray)
     group_kinds: Counter[str] = field(default_factory=Counter)
     group_names: dict[str, str] = field(default_factory=dict)
+    matched: Counter[str] = field(default_factory=Counter)
 
     def add_group(self, group: Group, num_bytes: int) -> None:
         """Note the group of a document."""
@@ -103,8 +110,6 @@ class _Found:
         self.group_kinds[kind] += 1
         if len(self.group_names) < _MOST_NAMED_GROUPS:
             self.group_names.setdefault(str(number), name[:_SHOWN_CHARACTERS])
-
-    matched: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "_Found") -> None:
         """Take in what has been read of another range."""
@@ -115,6 +120,7 @@ class _Found:
         self.left_out.update(other.left_out)
         self.fields.update(other.fields)
         self.groups += other.groups
+        self.signatures += other.signatures
         self.group_kinds.update(other.group_kinds)
         if len(self.group_names) < _MOST_NAMED_GROUPS:
             self.group_names |= other.group_names
@@ -142,6 +148,8 @@ def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Adv
             found.fields.update([*document.fields, *([licence_key] if licence_key and document.licence else [])])
             if grouping:
                 found.add_group(grouping.of(document, file_range.name), document.num_bytes)
+            if job.with_signatures:
+                found.signatures += signature(document.text.encode("utf-8")).tobytes()
         else:
             found.empty += 1
     return True

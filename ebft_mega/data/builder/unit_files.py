@@ -96,6 +96,18 @@ def load_groups(directory: Path, number: int) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def signatures_path(directory: Path, number: int) -> Path:
+    """The signatures of the documents of a scanned work unit, where they are compared by such."""
+    return directory / f"signatures-{number:06d}.npy"
+
+
+def load_signatures(directory: Path, number: int) -> np.ndarray:
+    """uint16 [Scan.documents, PLACES], memory-mapped."""
+    path = signatures_path(directory, number)
+    with reading(path, path.name, _OWN_RECORD):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def load_tokenized(directory: Path, number: int) -> TokenizedUnit | None:
     """The record of a work unit that has been tokenized, None if it has not."""
     path = unit_directory(directory, number) / RECORD_NAME

@@ -252,6 +252,8 @@ def _identity(
         "deduplicate": options.deduplicate,
         "skip_bad": options.skip_bad,
     }
+    if options.near_deduplicate is not None:
+        others["near_deduplicate"] = options.near_deduplicate
     if options.split:
         others["split"] = asdict(options.split)
     chosen = [asdict(each) for each in (options.files, options.limits, options.licences)]

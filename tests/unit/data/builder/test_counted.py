@@ -383,6 +383,7 @@ CHANGED = {
     "licence": "MIT",
     "licence_key": "l",
     "keep_keys": ("k",),
+    "near_deduplicate": 0.8,
     "deduplicate": False,
     "skip_bad": True,
     "max_document_bytes": 7,
