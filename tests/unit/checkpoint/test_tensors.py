@@ -233,10 +233,11 @@ class Restored:
     def __init__(self, names):
         self.names = names
 
-    def restore(self, read, applied_updates):
+    def restore(self, read, applied_updates, count):
         for kind in STATE_KINDS:
             for name in self.names:
                 read(kind, name)
+                count(1)
 
 
 @pytest.mark.parametrize("kind", STATE_KINDS)
