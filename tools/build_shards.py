@@ -53,6 +53,18 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer", type=path_argument, required=True, help="sentencepiece or Hugging Face directory"
     )
     parser.add_argument("--output", type=path_argument, required=True, help="dataset directory to make")
+    parser.add_argument(
+        "--end-of-document",
+        metavar="TEXT_OR_ID",
+        help="the token that ends documents: its id, or a text that is one token, such as '<|endoftext|>' (default: "
+        "eos_token of the tokenizer)",
+    )
+    parser.add_argument(
+        "--add-bos",
+        action="store_true",
+        help="begin each document with bos_token, as Llama, Mistral and Gemma were trained (default: no, as the EBFT "
+        "authors)",
+    )
     add_file_options(parser)
     parser.add_argument(
         "--text-key",
@@ -178,7 +190,7 @@ def main() -> None:
     options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
     result = build_dataset(
         arguments.input,
-        load_tokenizer(arguments.tokenizer),
+        load_tokenizer(arguments.tokenizer, arguments.end_of_document, arguments.add_bos),
         arguments.output,
         options,
         processes=arguments.processes,

@@ -114,7 +114,7 @@ def show_document(dataset: Dataset, number: int, as_json: bool) -> None:
         raise bad_input("--show", "document", number, f"a number from 0 to {documents - 1}")
     tokens = dataset.tokens(number)
     metadata = read_metadata(dataset, number)
-    text = load_tokenizer(dataset.tokenizer_directory).decode(tokens.tolist())
+    text = load_tokenizer(dataset.tokenizer_directory, str(dataset.manifest.eos_id)).decode(tokens.tolist())
     if as_json:
         print(json.dumps({"document": number, "metadata": metadata, "tokens": tokens.tolist(), "text": text}))
         return

@@ -56,7 +56,7 @@ def _problems_of_fields(error: ValidationError, where: str) -> list[Problem]:
         key = ".".join(map(str, item["loc"])) or "(text)"
         found = repr(item["input"])[:200]
         if item["type"] == "literal_error" and item["loc"][-1] == "version":
-            known = item["ctx"]["expected"]
+            known = item["ctx"]["expected"].split()[-1]  # "1", or "1 or 2"
             if isinstance(item["input"], int) and item["input"] > int(known):
                 raise InputError([Problem(where, key, f"{found}, {NEWER}", known)]) from None
         problems.append(Problem(where, key, found, item["msg"]))

@@ -12,6 +12,7 @@ from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.describing_files import DescribingFiles, describing_files
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.io.durable import write_bytes
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.lifecycle.run_directory import clear_unfinished
@@ -51,7 +52,7 @@ def open_results(
     plan: RunPlan,
     start: Start,
     described: DescribingFiles,
-    tokenizer_directory: Path,
+    dataset: Dataset,
     model_step: int | None,
     total_rows: int,
     announcer: Announcer,
@@ -60,7 +61,7 @@ def open_results(
 
     Args:
         described: what describes the model beside its weights.
-        tokenizer_directory: of the training data.
+        dataset: a source of the training data; all have the same tokenizer.
         model_step: optimizer steps of the final model that lies there; None: there is none.
         total_rows: that the whole run reads.
         announcer: says that it is opened.
@@ -69,9 +70,7 @@ def open_results(
     with announcer.phase(f"opening metrics and tensorboard in {output}"):
         describe_in_directory(config, plan, start, model_step)
         notes = (*plan.notes, *start.notes, *described.notes)
-        return open_observer(
-            output, tokenizer_directory, plan.total_steps, start.progress, resumes_here, notes, total_rows
-        )
+        return open_observer(output, dataset, plan.total_steps, start.progress, resumes_here, notes, total_rows)
 
 
 def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_step: int | None) -> None:

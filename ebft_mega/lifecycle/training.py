@@ -139,5 +139,5 @@ def _observer(run: Run, start: Start, described: DescribingFiles) -> Observer:
     """What the first rank writes for people, cut to where the run starts."""
     left = run.plan.total_steps - start.progress.step
     total_rows = run.loader.state.next_row + left * run.config.train.global_batch_size
-    place, model_step = run.tokenizer_directory, run.standing.model_step
-    return open_results(run.config, run.plan, start, described, place, model_step, total_rows, run.announcer)
+    dataset, model_step = run.loader.stream.sources[0].dataset, run.standing.model_step
+    return open_results(run.config, run.plan, start, described, dataset, model_step, total_rows, run.announcer)

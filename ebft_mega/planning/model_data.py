@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_mega.data.store.format import Manifest
+from ebft_mega.data.tokenizers.document_marks import added_begin_of
 from ebft_mega.data.tokenizers.tokenizer import tokenizer_sha256
 from ebft_mega.data.tokenizers.tokenizer_difference import tokenizer_difference
 from ebft_mega.errors import Problem
@@ -51,7 +52,7 @@ def data_problems(models: Iterable[NamedModel], data: Iterable[NamedData]) -> It
 
 
 def data_notes(models: Iterable[NamedModel], data: Iterable[NamedData]) -> Iterator[str]:
-    """What a model and the data may have meant differently: no tokenizer to compare, another end of a document."""
+    """What a model and the data may have meant differently: no tokenizer to compare, another end or begin of texts."""
     data = tuple(data)
     for named in models:
         model = named.model
@@ -64,6 +65,17 @@ def data_notes(models: Iterable[NamedModel], data: Iterable[NamedData]) -> Itera
                     f"{dataset.key}: documents end with token {dataset.manifest.eos_id}, but the eos_token_id of the "
                     f"model in {named.key} is {' or '.join(map(str, ends))}."
                 )
+        begin = None if model.directory is None else added_begin_of(model.directory)
+        for dataset in data:
+            if begin is not None and dataset.manifest.bos_id is None:
+                yield (
+                    f"{dataset.key}: documents begin with their text, but the tokenizer of the model in {named.key} "
+                    f"puts {begin!r} before it (build_shards.py --add-bos)."
+                )
+    kinds = {dataset.manifest.bos_id: dataset.key for dataset in data}
+    if len(kinds) > 1:
+        words = [f"with {'their text' if token is None else f'token {token}'} ({key})" for token, key in kinds.items()]
+        yield f"documents begin {' and '.join(words)}."
 
 
 def window_problems(models: Iterable[NamedModel], key: str, place: str, sequence_length: int) -> Iterator[Problem]:

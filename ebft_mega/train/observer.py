@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.evaluation.held_out import Evaluation
 from ebft_mega.metrics.announcer import SILENT, Announcer
@@ -49,7 +50,7 @@ class Observer:
 
 def open_observer(
     output: Path,
-    tokenizer_directory: Path,
+    dataset: Dataset,
     total_steps: int,
     progress: Progress,
     resumes_here: bool,
@@ -61,6 +62,7 @@ def open_observer(
     What an earlier start of this run wrote after its checkpoint is cut off; what another run wrote is cut off whole.
 
     Args:
+        dataset: a source of the training data; all have the same tokenizer.
         progress: where this start of the run begins.
         resumes_here: whether its checkpoint lies in this directory.
         notes: shown first.
@@ -83,7 +85,9 @@ def open_observer(
     if not resumes_here:
         for evaluation in progress.evaluations:
             writer.log(evaluation.step, evaluation.metrics)
-    return Observer(writer, samples, load_tokenizer(tokenizer_directory))
+    # The copy of the tokenizer may name no end of a document, where another one was chosen.
+    tokenizer = load_tokenizer(dataset.tokenizer_directory, str(dataset.manifest.eos_id))
+    return Observer(writer, samples, tokenizer)
 
 
 class NotesSink(logging.Handler):

@@ -35,6 +35,7 @@ class FakeTokenizer:
     files: tuple[Path, ...]
     vocab_size: int
     eos_id: int = 0
+    bos_id: int | None = None
 
     @property
     def sha256(self) -> str:

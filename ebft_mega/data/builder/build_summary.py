@@ -59,6 +59,7 @@ def make_record(
         not_round_trip=sum(unit.not_round_trip for unit in tokenized),
         unlisted_licences=licences.total() - sum(listed.values()),
         tokenizer={
+            **({} if tokenizer.bos_id is None else {"begin_of_document": tokenizer.bos_id}),
             "end_of_document": tokenizer.eos_id,
             "file": tokenizer.main_file,
             "library": tokenizer.library,

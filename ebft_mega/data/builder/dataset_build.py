@@ -90,16 +90,16 @@ def build_dataset(
     plan = make_plan(sources, options, tokenizer.identity, output)
     split = split_of(plan, options)
     notes = [*tokenizer.notes, *plan.notes]
-    _print_notes(notes)
     with (
         unfinished_directory(output, _marker(output, options), overwrite, plan.identity) as (directory, result),
         Workers(processes) as workers,
     ):
+        _print_start(tokenizer, notes)
         scans = _scan(plan, directory, options, split, workers)
         require_texts(sources, plan, scans)
         choice = choose_documents(directory, scans, options, split)
         _print_notes(choice.notes)
-        texts = TextEncoder(tokenizer if processes == 1 else None, tokenizer.files[0].parent)
+        texts = TextEncoder.of(tokenizer, is_shared=processes > 1)
         work = _Work(plan, options, scans, directory, texts, workers)
         tokenized = [_tokenize(work, side, number == 0) for number, side in enumerate(choice.sides)]
         manifests = [
@@ -189,6 +189,13 @@ def _tokenize(work: _Work, side: Side, lists_bad: bool) -> list[TokenizedUnit]:
         total = sum(scans[job.number].documents for job in jobs if lists_bad or job.keep.any())
         for number, done in work.workers.run(tokenize_work_unit, jobs, total, what):
             tokenized[number] = done
+
+
+def _print_start(tokenizer: Tokenizer, notes: Sequence[str]) -> None:
+    for name, token in (("end", tokenizer.eos_id), ("begin", tokenizer.bos_id)):
+        if token is not None:
+            print_line(f"{name} of document: {token} {tokenizer.spelling(token)!r}")
+    _print_notes(notes)
 
 
 def _print_notes(notes: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.builder.unit_files import TokenizedUnit, load_unit_index, unit_directory
 from ebft_mega.data.store.format import (
+    BOS_FORMAT_VERSION,
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -225,7 +226,7 @@ def complete_dataset(
     copy_tokenizer(tokenizer.files[0].parent, directory / TOKENIZER_DIRECTORY)
     fields = {
         "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if tokenizer.bos_id is None else BOS_FORMAT_VERSION,
         "dtype": token_dtype(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -237,6 +238,8 @@ def complete_dataset(
         "shards": list(entries),
         "index": {"name": INDEX_NAME, "bytes": index_path.stat().st_size, "sha256": file_sha256(index_path)},
     }
+    if tokenizer.bos_id is not None:
+        fields["bos_id"] = tokenizer.bos_id
     fields["fingerprint"] = fingerprint(fields)
     text = json.dumps(fields, indent=1, sort_keys=True) + "\n"
     (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")

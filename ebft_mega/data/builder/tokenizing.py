@@ -37,10 +37,18 @@ class TextEncoder:
 
     tokenizer: Tokenizer | None
     directory: Path
+    eos_id: int
+    add_bos: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, is_shared: bool) -> "TextEncoder":
+        """A tokenizer for this process, or one that others load."""
+        directory = tokenizer.files[0].parent
+        return cls(None if is_shared else tokenizer, directory, tokenizer.eos_id, tokenizer.bos_id is not None)
 
     def load(self) -> Tokenizer:
         """The tokenizer; a process loads it once."""
-        return self.tokenizer or _tokenizer_of_process(self.directory)
+        return self.tokenizer or _tokenizer_of_process(self.directory, self.eos_id, self.add_bos)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def tokenize_work_unit(job: TokenizeJob, advance: Advance) -> tuple[int, Tokeniz
 
 def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> TokenizedUnit:
     tokenizer = job.texts.load()
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     licences: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     encodings: Counter[str] = Counter()
@@ -119,7 +128,7 @@ def _write_unit(job: TokenizeJob, directory: Path, advance: Advance) -> Tokenize
                     raise
                 skipped.add(source.source, document.path, NOT_WRITABLE, error.problems[0])
                 continue
-            writer.add(tokens, meta)
+            writer.add([*begin, *tokens] if begin else tokens, meta)
             if not comes_back:
                 not_round_trip += 1
                 changed += [document.path] * (len(changed) < _LISTED_CHANGED)
@@ -221,5 +230,5 @@ def _changed(job: TokenizeJob, source_number: int, path: str) -> Exception:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_process(directory: Path) -> Tokenizer:
-    return load_tokenizer(directory)
+def _tokenizer_of_process(directory: Path, eos_id: int, add_bos: bool) -> Tokenizer:
+    return load_tokenizer(directory, str(eos_id), add_bos)

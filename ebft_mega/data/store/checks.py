@@ -8,6 +8,7 @@ import numpy as np
 
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN
 from ebft_mega.data.store.format import (
+    BOS_FORMAT_VERSION,
     FORMAT_NAME,
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -67,8 +68,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     if not isinstance(fields, dict):
         raise bad_input(where, MANIFEST_NAME, f"a JSON {type(fields).__name__}", _MANIFEST)
     found, expected = (fields.get("format"), fields.get("version")), (FORMAT_NAME, FORMAT_VERSION)
-    if found != expected:
-        is_newer = found[0] == FORMAT_NAME and type(found[1]) is int and found[1] > FORMAT_VERSION
+    if found not in (expected, (FORMAT_NAME, BOS_FORMAT_VERSION)):
+        is_newer = found[0] == FORMAT_NAME and type(found[1]) is int and found[1] > BOS_FORMAT_VERSION
         raise bad_input(where, "format, version", f"{found!r:.200}{f', {NEWER}' * is_newer}", expected)
     try:
         return parse_record(Manifest, content, where)
@@ -99,8 +100,12 @@ def manifest_problems(where: str, manifest: Manifest) -> list[Problem]:
     ):
         if found != expected:
             problems.append(Problem(where, key, str(found), str(expected)))
-    for key, token in (("max_token_id", manifest.max_token_id), ("eos_id", manifest.eos_id)):
-        if token >= manifest.vocab_size:
+    if (manifest.bos_id is None) != (manifest.version == FORMAT_VERSION):
+        wanted = "none" if manifest.version == FORMAT_VERSION else "a token id"
+        problems.append(Problem(where, "bos_id", str(manifest.bos_id), f"{wanted} in version {manifest.version}"))
+    ids = (("max_token_id", manifest.max_token_id), ("eos_id", manifest.eos_id), ("bos_id", manifest.bos_id))
+    for key, token in ids:
+        if token is not None and token >= manifest.vocab_size:
             problems.append(Problem(where, key, str(token), below_vocab))
     problems += _size_problems(where, manifest)
     names = Counter(shard.name for shard in manifest.shards)

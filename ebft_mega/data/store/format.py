@@ -26,6 +26,7 @@ from ebft_mega.io.records import LARGEST_COUNT, Count, Record, Sha256
 
 FORMAT_NAME = "ebft_mega.dataset"
 FORMAT_VERSION = 1
+BOS_FORMAT_VERSION = 2  # of datasets whose documents begin with a token of their own, which earlier readers do not know
 MANIFEST_NAME = "dataset.json"
 MANIFEST_LIMIT_BYTES = 1 << 26  # of more than 200,000 shards
 INDEX_NAME = "index.npy"
@@ -77,10 +78,11 @@ class Manifest(Record):
     """
 
     format: Literal["ebft_mega.dataset"]
-    version: Literal[1]
+    version: Literal[1, 2]
     dtype: Literal["uint16", "uint32"]
     vocab_size: Annotated[int, Field(ge=1, le=_MAX_VOCABULARY)]
     eos_id: Count
+    bos_id: Count | None = None  # the first token of every payload; None: documents begin with their text
     tokenizer_sha256: Sha256
     documents: _PositiveCount
     tokens: _PositiveCount
@@ -114,9 +116,9 @@ def fingerprint(fields: dict[str, object]) -> str:
     """sha256 over a manifest's fields, all but the fingerprint itself.
 
     Args:
-        fields: the manifest as JSON values (`Manifest.model_dump(mode="json")`).
+        fields: the manifest as JSON values (`Manifest.model_dump(mode="json")`); what is not set is no part of it.
     """
-    contents = {key: value for key, value in fields.items() if key != "fingerprint"}
+    contents = {key: value for key, value in fields.items() if key != "fingerprint" and value is not None}
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

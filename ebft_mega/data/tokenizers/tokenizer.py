@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.tokenizers.document_marks import BEGIN_OPTION, added_begin, begin_spelling, chosen_end, no_begin
 from ebft_mega.data.tokenizers.token_bytes import token_bytes
 from ebft_mega.data.tokenizers.tokenizer_control import (
     added_control_tokens,
@@ -41,13 +43,18 @@ from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.parse_boundary import is_of_parser, reading
 
 
-def load_tokenizer(directory: Path | str) -> Tokenizer:
+def load_tokenizer(directory: Path | str, end_of_document: str | None = None, add_bos: bool = False) -> Tokenizer:
     """Load the tokenizer of a directory.
 
     `tokenizer.model` is preferred where both kinds are present and it is a sentencepiece model.
 
+    Args:
+        directory: sentencepiece or Hugging Face.
+        end_of_document: the token that ends documents, an id or a text that is one token; None: what the files name.
+        add_bos: documents begin with the token that the files name for that.
+
     Raises:
-        InputError: there is no tokenizer, it cannot be read, or it names no end-of-document token.
+        InputError: there is no tokenizer, it cannot be read, or it has no such token.
     """
     directory = Path(directory)
     contents, values = read_tokenizer_values(directory)
@@ -58,7 +65,8 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
     is_sentencepiece = SENTENCEPIECE_NAME in contents
     name = SENTENCEPIECE_NAME if is_sentencepiece else HUGGING_FACE_NAME
     with reading(directory / name, "tokenizer", "a tokenizer that can be loaded"):
-        return (_load_sentencepiece if is_sentencepiece else _load_hugging_face)(directory, contents, values)
+        load = _load_sentencepiece if is_sentencepiece else _load_hugging_face
+        return load(directory, contents, values, end_of_document, add_bos)
 
 
 def tokenizer_sha256(directory: Path | str) -> str | None:
@@ -122,8 +130,15 @@ def _preference(directory: Path, contents: Mapping[str, bytes]) -> list[str]:
     return [f"{SENTENCEPIECE_NAME} is not used: it is {describe_other_kind(other)}; {HUGGING_FACE_NAME} is used"]
 
 
+def _unwritten_begin(values: Mapping[str, Any], add_bos: bool) -> list[str]:
+    """Say which token a tokenizer puts before every text that is not written."""
+    begin = None if add_bos else added_begin(values)
+    words = f"{begin!r}, which the tokenizer puts before a text, begins no document here ({BEGIN_OPTION} writes it)"
+    return [] if begin is None else [words]
+
+
 def _load_sentencepiece(
-    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any]
+    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any], end: str | None, add_bos: bool
 ) -> SentencePieceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
@@ -137,8 +152,12 @@ def _load_sentencepiece(
     size = processor.vocab_size()
     ids = {processor.id_to_piece(token): token for token in range(size)}
     eos_id = processor.eos_id()
-    notes = _preference(directory, contents)
-    if eos_id < 0:
+    notes = [*_preference(directory, contents), *_unwritten_begin(values, add_bos)]
+    if end is not None:
+        special = {processor.id_to_piece(token): token for token in range(size) if processor.is_control(token)}
+        texts = [token for token in range(size) if not _is_unknown_or_byte(processor, token)]
+        eos_id = chosen_end(end, texts, ids.get, processor.encode, special)
+    elif eos_id < 0:
         eos_id = _eos_from_config(directory, config, ids.get)
     elif (named := _spelling(config, "eos_token")) and named != processor.id_to_piece(eos_id):
         own = processor.id_to_piece(eos_id)
@@ -149,7 +168,10 @@ def _load_sentencepiece(
     for named in named_tokens(config):
         if not is_ordinary_text(named) and not _is_unknown_or_byte(processor, ids.get(named)):
             control.add(ids[named])
-    control.add(eos_id)
+    begin = ids.get(begin_spelling(values) or "", processor.bos_id()) if add_bos else None
+    if begin is not None and begin < 0:
+        raise no_begin(directory)
+    control |= {token for token in (eos_id, begin) if token is not None}
     changed = {token for token in control if not processor.is_control(token)}
     changed -= {processor.unk_id()}
     encoder = SentencePieceProcessor(model_proto=with_control_pieces(content, changed)) if changed else processor
@@ -163,6 +185,7 @@ def _load_sentencepiece(
         meta_space_ids=_meta_space_ids(processor),
         control_ids=frozenset(control),
         notes=tuple(notes),
+        bos_id=begin,
     )
 
 
@@ -179,17 +202,26 @@ def _meta_space_ids(processor: Any) -> tuple[int, ...]:
 
 
 def _load_hugging_face(
-    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any]
+    directory: Path, contents: Mapping[str, bytes], values: Mapping[str, Any], end: str | None, add_bos: bool
 ) -> HuggingFaceTokenizer:
     path, content = directory / HUGGING_FACE_NAME, contents[HUGGING_FACE_NAME]
     definition = values[HUGGING_FACE_NAME]
     backend = _backend(path, content.decode("utf-8"))
     config = values.get(CONFIG_NAME, {})
-    eos_id = _eos_from_config(directory, config, backend.token_to_id)
-    spellings = {named for named in named_tokens(config) if not is_ordinary_text(named)}
-    spellings |= {*added_control_tokens(definition), backend.id_to_token(eos_id)}
-    ids = {backend.token_to_id(spelling) for spelling in spellings} - {None}
     vocabulary = backend.get_vocab(with_added_tokens=True)
+    spellings = {named for named in named_tokens(config) if not is_ordinary_text(named)}
+    spellings |= {*added_control_tokens(definition)}
+    if end is None:
+        eos_id = _eos_from_config(directory, config, vocabulary.get)
+    else:
+        special = {spelling: vocabulary[spelling] for spelling in spellings & set(vocabulary)}
+        encode = partial(backend.encode, add_special_tokens=False)
+        eos_id = chosen_end(end, vocabulary.values(), vocabulary.get, lambda text: encode(text).ids, special)
+    bos_id = vocabulary.get(begin_spelling(values) or "") if add_bos else None
+    if add_bos and bos_id is None:
+        raise no_begin(directory)
+    spellings |= {backend.id_to_token(token) for token in (eos_id, bos_id) if token is not None}
+    ids = {backend.token_to_id(spelling) for spelling in spellings} - {None}
     encoder = _backend(path, json.dumps(without_spellings(definition, spellings & set(vocabulary))))
     others = {spelling: number for spelling, number in vocabulary.items() if number not in ids}
     if others.items() - encoder.get_vocab(with_added_tokens=True).items():
@@ -205,7 +237,8 @@ def _load_hugging_face(
         encoder=encoder,
         token_bytes=token_bytes(definition, backend.id_to_token),
         control_ids=frozenset(ids),
-        notes=tuple(_preference(directory, contents)),
+        notes=(*_preference(directory, contents), *_unwritten_begin(values, add_bos)),
+        bos_id=bos_id,
     )
 
 

@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """The token that ends a document."""
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a document; None: documents have none, whatever the tokenizer's files name."""
+
+    @property
     def sha256(self) -> str:
         """Same value as `tokenizer_sha256` of the directory that it came from."""
 
@@ -50,7 +54,7 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that decides which ids a text gets: files, end-of-document token, library, this code."""
+        """Hash of everything that decides which ids a document gets: files, begin and end, library, this code."""
 
     @property
     def library(self) -> str:
@@ -70,6 +74,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; an id that is none, and bytes that are no complete UTF-8 character, become U+FFFD."""
 
+    def spelling(self, token: int) -> str:
+        """How the tokenizer's files write a token."""
+
     def gives_back(self, ids: Sequence[int], text: str) -> bool:
         """Whether the ids decode to exactly this text, ids of its own `encode`."""
 
@@ -88,6 +95,7 @@ class SentencePieceTokenizer:
     meta_space_ids: tuple[int, ...] = field(repr=False)
     control_ids: frozenset[int] = field(default=frozenset(), repr=False)
     notes: tuple[str, ...] = ()
+    bos_id: int | None = None
 
     @property
     def main_file(self) -> str:
@@ -120,6 +128,10 @@ class SentencePieceTokenizer:
         """See `Tokenizer.decode`."""
         return _decoded(ids, range(self.vocab_size), self.processor.decode)
 
+    def spelling(self, token: int) -> str:
+        """See `Tokenizer.spelling`."""
+        return str(self.processor.id_to_piece(token))
+
     def gives_back(self, ids: Sequence[int], text: str) -> bool:
         """See `Tokenizer.gives_back`."""
         return self.decode(ids) == text
@@ -139,6 +151,7 @@ class HuggingFaceTokenizer:
     token_bytes: TokenBytes | None = field(default=None, repr=False)
     control_ids: frozenset[int] = field(default=frozenset(), repr=False)
     notes: tuple[str, ...] = ()
+    bos_id: int | None = None
 
     @property
     def main_file(self) -> str:
@@ -169,6 +182,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return _decoded(ids, self.known_ids, lambda known: self.backend.decode(known, skip_special_tokens=False))
+
+    def spelling(self, token: int) -> str:
+        """See `Tokenizer.spelling`."""
+        return str(self.backend.id_to_token(token))
 
     def gives_back(self, ids: Sequence[int], text: str) -> bool:
         """See `Tokenizer.gives_back`."""
@@ -213,4 +230,5 @@ def _without_control(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def _identity(tokenizer: Tokenizer) -> str:
     deciding = [tokenizer.sha256, tokenizer.eos_id, tokenizer.vocab_size, sorted(tokenizer.control_ids)]
-    return hashlib.sha256(json.dumps([*deciding, tokenizer.library, _ENCODING_VERSION]).encode()).hexdigest()
+    begin = [] if tokenizer.bos_id is None else [{"bos_id": tokenizer.bos_id}]
+    return hashlib.sha256(json.dumps([*deciding, tokenizer.library, _ENCODING_VERSION, *begin]).encode()).hexdigest()

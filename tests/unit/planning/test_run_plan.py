@@ -315,6 +315,17 @@ def test_notes_on_models(inputs):
         assert note in describe_run(load_config(inputs.write(**changes)), plan)
 
 
+def test_a_begin_that_the_models_tokenizer_adds_and_the_data_lacks_is_a_note(inputs):
+    config = {"eos_token": "a", "bos_token": "<s>", "add_bos_token": True}
+    (inputs.root / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    notes = check_run(load_config(inputs.write()), 1).notes
+    begin = "documents begin with their text, but the tokenizer of the model in model.init_from puts '<s>' before it"
+    assert [note.partition(" (")[0] for note in notes if "puts" in note] == [
+        f"data.shards: {begin}",
+        f"evaluation.shards: {begin}",
+    ]
+
+
 def test_datasets_of_two_tokenizers(inputs):
     inputs.add_tokenizer("other", '{"model": {"other": 1}}')
     inputs.add_dataset("other_data", "other", [400])

@@ -215,7 +215,7 @@ def test_a_shard_of_another_dataset_is_found_when_read(make_dataset: Callable[..
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"format": "other"}, "format"),
         ({"documents": 31}, "documents"),
         ({"tokens": "many"}, "tokens"),
