@@ -2,6 +2,7 @@
 
 It writes synthetic shards into a temporary directory and reads them from there, so from memory where the system keeps
 files in memory: this is what the code costs, not the disk. Every read is checked. No document is kept for another row.
+With --build it times `build_shards.py` on a text instead, with one process and with several, turn and turn about.
 """
 
 import signal
@@ -11,11 +12,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import filecmp
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,12 +35,20 @@ from ebft_mega.data.builder.shard_writer import DatasetWriter
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.checks import index_problems
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.store.format import FORMAT_NAME, FORMAT_VERSION, INDEX_DTYPE, INDEX_NAME, Manifest, file_sha256
+from ebft_mega.data.store.format import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    file_sha256,
+)
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.verify import shard_documents
 from ebft_mega.data.tokenizers.tokenizer import HuggingFaceTokenizer, tokenizer_sha256
-from ebft_mega.io.arguments import ToolParser, whole_number
+from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
 from ebft_mega.io.child_processes import obey_the_parent_only, signals_blocked
 from ebft_mega.io.command import run_command
 
@@ -66,12 +79,22 @@ def parse_arguments() -> argparse.Namespace:
         default=10_000_000,
         help="documents of the large index (default: 10000000)",
     )
-    return parser.parse_args()
+    parser.add_argument("--build", type=path_argument, metavar="PATH", help="time building a dataset of this text")
+    parser.add_argument("--tokenizer", type=path_argument, help="with --build: sentencepiece or Hugging Face directory")
+    options = parser.parse_args()
+    if (options.build is None) != (options.tokenizer is None):
+        parser.error("--build, --tokenizer: found one without the other; expected both or neither")
+    if options.build is not None and options.processes < 2:
+        parser.error("--processes: found 1; expected at least 2 with --build, to compare with one")
+    return options
 
 
 def main() -> None:
     """Measure and print everything."""
     options = parse_arguments()
+    if options.build is not None:
+        measure_building(options)
+        return
     print(f"{'what':58} {'seconds':>9} {'CPU s':>7} {'M tokens/s':>11}", flush=True)
     for dtype, vocab_size in VOCABULARIES.items():
         with tempfile.TemporaryDirectory(prefix="bench-data-") as directory:
@@ -160,6 +183,35 @@ def timed_together(work: Callable[[int], object], processes: int) -> tuple[float
         raise SystemExit("a process that read has failed")
     found = [results.get() for _ in children]
     return max(ended for _, ended, _ in found) - min(started for started, _, _ in found), sum(cpu for *_, cpu in found)
+
+
+def measure_building(options: argparse.Namespace) -> None:
+    """Print what building a dataset takes with one process and with several, and how many times faster those are."""
+    print(f"{'processes':>9} {'seconds':>9} {'CPU s':>8} {'M tokens/s':>11} {'load before':>12}", flush=True)
+    seconds: dict[int, list[float]] = {1: [], options.processes: []}
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as directory:
+        outputs = {processes: Path(directory) / str(processes) for processes in seconds}
+        for processes in list(seconds) * options.repeats:
+            command = [sys.executable, str(Path(__file__).with_name("build_shards.py")), "--input", str(options.build)]
+            command += ["--tokenizer", str(options.tokenizer), "--output", str(outputs[processes]), "--overwrite"]
+            load, before = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN)
+            started = time.perf_counter()
+            subprocess.run([*command, "--processes", str(processes)], check=True, stdout=subprocess.DEVNULL)
+            taken = time.perf_counter() - started
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            seconds[processes].append(taken)
+            tokens = json.loads((outputs[processes] / MANIFEST_NAME).read_text())["tokens"]
+            print(f"{processes:9} {taken:9.1f} {cpu:8.1f} {tokens / taken / 1e6:11.3f} {load:12.2f}", flush=True)
+        first, second = outputs.values()
+        names = sorted(path.name for path in first.iterdir() if path.is_file())
+        _, different, missing = filecmp.cmpfiles(first, second, names, shallow=False)
+        if different or missing:
+            raise SystemExit(f"other bytes with {options.processes} processes: {', '.join([*different, *missing])}")
+    ratios = [one / several for one, several in zip(*seconds.values(), strict=True)]
+    print(
+        f"\n{tokens:,} tokens; {options.processes} processes are {statistics.median(ratios):.2f} times as fast as one"
+    )
 
 
 def show(what: str, seconds: float, cpu_seconds: float, tokens: int) -> None:
