@@ -1,4 +1,4 @@
-"""Write the tables of docs/configuration.md: its keys from `ebft_mega/config/schema.py`, its recipes from their plans.
+"""Write tables of the docs: keys from the schema, recipes from their plans, keys of axolotl from their table.
 
     python tools/docs_tables.py
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
 from ebft_mega.config.fields import Section, allowed_text, default_text
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.load import load_config
@@ -41,6 +42,9 @@ START = "<!-- Written by `make docs-tables` from ebft_mega/config/schema.py; edi
 END = "<!-- End of the written tables. -->"
 RECIPES_START = "<!-- Written by `make docs-tables` from the plans of the recipes. -->"
 RECIPES_END = "<!-- End of the written recipes. -->"
+AXOLOTL_PAGE = ROOT / "docs" / "axolotl.md"
+AXOLOTL_START = "<!-- Written by `make docs-tables` from ebft_mega/config/axolotl_keys.py; edit it there. -->"
+AXOLOTL_END = "<!-- End of the written keys. -->"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 
 
@@ -68,6 +72,16 @@ def _row(key: str, field: FieldInfo) -> str:
     if not field.is_required() and field.default is not None:
         default = f"`{default}`"
     return f"| `{key}` | {default} | {allowed_text(field)} | {field.description} |"
+
+
+def foreign_keys() -> str:
+    """What becomes of every key of other trainers, in the order of the table."""
+    lines = ["| key | of | what becomes of it | here | how, or why not |", "|---|---|---|---|---|"]
+    for key in (*AXOLOTL_KEYS, *OTHER_KEYS):
+        names = ", ".join(f"`{name}`" for name in key.names)
+        ours = ", ".join(f"`{name}`" for name in key.ours)
+        lines.append(f"| {names} | {key.program} | {key.fate.value} | {ours} | {key.words} |")
+    return "\n".join(lines) + "\n"
 
 
 def recipes() -> str:
@@ -113,11 +127,19 @@ def with_tables(page: str) -> str:
     return page
 
 
+def with_foreign_keys(page: str) -> str:
+    """Replace the table of the page about axolotl; the rest stays."""
+    before, rest = page.split(f"{AXOLOTL_START}\n")
+    _, after = rest.split(AXOLOTL_END)
+    return f"{before}{AXOLOTL_START}\n\n{foreign_keys()}\n{AXOLOTL_END}{after}"
+
+
 def main() -> int:
     """Command line."""
     parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    AXOLOTL_PAGE.write_text(with_foreign_keys(AXOLOTL_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

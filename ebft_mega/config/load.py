@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from ebft_mega.config.axolotl_keys import AXOLOTL, SIMILAR, foreign_key, our_name
 from ebft_mega.config.fields import Section, allowed_text, yaml_text
 from ebft_mega.config.overrides import OVERRIDE, apply_overrides
 from ebft_mega.config.paths import put_in_places
@@ -24,26 +25,10 @@ MAX_SHOWN_PATH = 200
 MAX_EXPLAINED = 100  # problems of one section; each takes a search for what may have been meant
 # Values for required keys that are missing or wrong, so that everything else can still be checked.
 _STAND_INS: dict[str, Any] = {"output_dir": "unset", "sequence_length": 2}
-# What the same key is called in axolotl, in the EBFT authors' code or in Hugging Face's trainer.
-OTHER_NAMES = {
-    "adam_betas": "train.betas",
-    "alignment_rew_coef": "ebft.alignment_coef",
-    "base_model": "model.init_from",
-    "ce_loss_coef": "ebft.ce_coef",
-    "datasets": "data.shards",
-    "diversity_rew_coef": "ebft.diversity_coef",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "gradient_clipping": "train.grad_clip",
-    "learning_rate": "train.lr",
-    "max_grad_norm": "train.grad_clip",
-    "max_seq_length": "data.sequence_length",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "rl_loss_coef": "ebft.rl_coef",
-    "save_steps": "checkpoint.interval",
-    "seq_length": "data.sequence_length",
-    "sequence_len": "data.sequence_length",
-    "train_batch_size": "train.global_batch_size",
-}
+_ONE_OF = "one of the keys of"  # a section, and a list
+_NOTHING = "nothing"  # where a required key is missing
+_SLIP = 0.9  # so near to a key of its section, a name means that one
+_WHOLE_FILE = 3  # so many keys of axolotl, and the file is one of axolotl's
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
@@ -67,14 +52,36 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     config = config.with_places(places | {"": str(path)})
     problems += [dataclasses.replace(problem, where=config.place(problem.key)) for problem in unplaced]
     if problems:
-        raise ConfigError(sorted(problems, key=_line_order))
+        raise ConfigError([*_from_axolotl(tree, path), *_lists_once(sorted(problems, key=_line_order))])
     return config
 
 
-def _line_order(problem: Problem) -> tuple[bool, int]:
-    """Problems in the order of the file's lines, those of overrides last."""
+def _line_order(problem: Problem) -> tuple[bool, bool, int]:
+    """Problems in the order of the file's lines, those of overrides after them, and last what is missing."""
     line = problem.where.rpartition(":")[2]
-    return problem.where == OVERRIDE, int(line) if line.isdigit() else 0
+    is_missing = problem.found == _NOTHING or problem.found.startswith("neither ")
+    return is_missing, problem.where == OVERRIDE, int(line) if line.isdigit() else 0
+
+
+def _lists_once(problems: Sequence[Problem]) -> Iterator[Problem]:
+    """The keys of a section are listed at the first key that is none of them."""
+    listed = set()
+    for problem in problems:
+        keys, separator, _ = problem.expected.partition(": ")
+        if separator and keys.startswith(_ONE_OF):
+            if keys in listed:
+                problem = dataclasses.replace(problem, expected=f"{keys}, see above")
+            listed.add(keys)
+        yield problem
+
+
+def _from_axolotl(tree: Mapping[str, Any], path: str | os.PathLike[str]) -> Iterator[Problem]:
+    """Say how a whole file of axolotl becomes one of this trainer."""
+    own = set(RunConfig.model_fields)
+    foreign = [name for name in tree if name not in own and (key := foreign_key(name)) and key.program == AXOLOTL]
+    if len(foreign) >= _WHOLE_FILE:
+        expected = "those of this trainer, which python tools/import_axolotl.py --input FILE --output NEW makes of it"
+        yield Problem(str(path), "(file)", f"{len(foreign)} keys of axolotl", expected)
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -89,14 +96,14 @@ def nearest_key(wrong: str, keys: Iterable[str] | None = None) -> str:
     """
     valid = list(all_keys() if keys is None else keys)
     section, _, leaf = wrong.rpartition(".")
-    if leaf in OTHER_NAMES and OTHER_NAMES[leaf] in valid:
-        return OTHER_NAMES[leaf]
+    if (ours := our_name(leaf)) in valid:
+        return ours
     siblings = [key for key in valid if key.rpartition(".")[0] == section]
     leaves = {key.rpartition(".")[2]: key for key in reversed(valid)}
     names = {key.rpartition(".")[2]: key for key in siblings}
     if not section:
         names |= {name: name for name in SECTIONS}
-    for candidates, cutoff in ((names, 0.75), (leaves, 1.0), (names, 0.6), (leaves, 0.75)):
+    for candidates, cutoff in ((names, 0.75), (leaves, 1.0), (names, SIMILAR), (leaves, 0.75)):
         near = difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff)
         if near:
             return candidates[near[0]]
@@ -187,7 +194,7 @@ def _explain(
         return _unknown_key(section, key, values[name])
     field = section.model_fields[name]
     if name not in values:
-        return Problem("", key, "nothing", f"{allowed_text(field)} (this key is required)")
+        return Problem("", key, _NOTHING, f"{allowed_text(field)} (this key is required)")
     inner = _section_of_values(field.annotation)
     if inner is not None and len(place) > 2 and isinstance(values[name][place[1]], Mapping) and place[2] != "[key]":
         return _explain(inner, f"{key}.{place[1]}.", place[2:], kind, values[name][place[1]])
@@ -212,8 +219,14 @@ def _unknown_key(section: type[Section], key: str, value: Any) -> Problem:
     reason = refusal_reason(key.rpartition(".")[2])
     if reason:
         return Problem("", key, _describe(value), f"no such key: {reason}")
+    leaf = key.rpartition(".")[2]
+    foreign = foreign_key(key) or foreign_key(leaf)
+    is_ours = leaf in {each.rpartition(".")[2] for each in all_keys()}
+    is_slip = bool(difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=_SLIP))
+    if foreign is not None and (foreign.ours or not is_ours) and not is_slip:
+        return Problem("", key, f"a key of {foreign.program} (value {_describe(value)})", foreign.meaning)
     holder = "the file" if section is RunConfig else key.rpartition(".")[0]
-    expected = f"one of the keys of {holder}: {', '.join(section.model_fields)}"
+    expected = f"{_ONE_OF} {holder}: {', '.join(section.model_fields)}"
     known = [*all_keys(), *(f"{holder}.{name}" for name in section.model_fields if section is not RunConfig)]
     return Problem("", key, f"an unknown key (value {_describe(value)})", expected, nearest_key(key, known))
 

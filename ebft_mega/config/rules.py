@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.axolotl_keys import LORA, STRUCTURED
 from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import InputError, Problem
 
 MAX_TRIED = 1_000_000
-_STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
 # Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
 REFUSED_NAMES: tuple[tuple[str, str], ...] = (
-    (r"min_completion_prefix|adaptive_max_tokens|gt_length_multiplier", _STRUCTURED),
+    (r"min_completion_prefix|adaptive_max_tokens|gt_length_multiplier", STRUCTURED),
     (
         r"context_parallel\w*|cp_size|ulysses\w*|ring_attn\w*",
         "context parallelism is not part of this trainer: a row and its rollouts stay in one replica",
@@ -26,10 +26,7 @@ REFUSED_NAMES: tuple[tuple[str, str], ...] = (
         r"num_(local_)?experts\w*|n_routed_experts|\w*experts_per_tok|expert_parallel\w*|moe\w*|\w+_moe",
         "mixture of experts is not part of this trainer: only dense Llama, Mistral, Qwen2 and Qwen3 models are built",
     ),
-    (
-        r"q?lora\w*|peft\w*|adapter\w*",
-        "LoRA is not part of this trainer: all parameters are trained",
-    ),
+    (r"q?lora\w*|peft\w*|adapter\w*", LORA),
     (
         r"(qa|question|answer|prompt|completion)_?mask\w*|mask_(question|answer|prompt)\w*|train_on_inputs",
         "question/answer masks are not part of this trainer: every token of the raw text counts",

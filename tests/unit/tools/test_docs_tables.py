@@ -22,6 +22,13 @@ def test_the_page_is_written_from_the_schema(with_tables):
     assert with_tables(PAGE) == PAGE, "run `make docs-tables`"
 
 
+def test_the_page_about_axolotl_is_written_from_its_table():
+    page = (ROOT / "docs" / "axolotl.md").read_text(encoding="utf-8")
+    write = runpy.run_path(str(ROOT / "tools" / "docs_tables.py"))["with_foreign_keys"]
+    assert write(page) == page, "run `make docs-tables`"
+    assert write(page.replace("`base_model`", "`base`")) == page
+
+
 def test_an_edited_table_is_written_anew_and_the_rest_stays(with_tables):
     edited = PAGE.replace("| `train.lr` | `1e-06` |", "| `train.lr` | `1e-05` |")
     assert edited != PAGE and with_tables(edited) == PAGE

@@ -1,0 +1,242 @@
+"""A whole axolotl file: every key has a fate, values are translated, and the loader accepts what comes out."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, Fate, foreign_key
+from ebft_mega.config.load import load_config
+from ebft_mega.config.schema import all_keys
+from ebft_mega.errors import ConfigError
+from ebft_mega.io.command import run_command
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "import_axolotl.py"
+FULL = """\
+base_model: Someone/Coder-1B
+rl: ebft
+ebft:
+  mode: strided
+  stride: 4
+  context_length: 8
+  generate_max_len: 8
+  n_samples_per_prompt: 3
+  temperature: 0.7
+  feature_layers: [0.5, 0.75]
+  embed_method: mean_pooling
+  use_whitening: true
+  ce_coef: 0.1
+  min_completion_prefix: 8
+datasets:
+  - path: someone/code-of-all
+    type: ebft_pretrain.transform
+    split: train[:1%]
+    text_column: content
+dataset_prepared_path: prepared
+val_set_size: 0.02
+output_dir: ./outputs/strided
+sequence_len: 256
+sample_packing: false
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 1
+max_steps: 1000
+learning_rate: "2e-5"
+optimizer: adamw_torch_fused
+adam_beta2: 0.95
+lr_scheduler: constant_with_warmup
+warmup_ratio: 0.0305
+weight_decay: 0.1
+max_grad_norm: 0.5
+bf16: auto
+flex_attention: true
+torch_compile: true
+gradient_checkpointing: true
+wandb_project: p
+logging_steps: 1
+save_steps: 0.05
+save_total_limit: 3
+special_tokens: {pad_token: "<|pad|>"}
+deepspeed: deepspeed_configs/zero2.json
+seed: 7
+"""
+LORA = (
+    FULL
+    + """\
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_linear: true
+"""
+)
+WRITTEN = {
+    "seed": 7,
+    "ebft.stride": 4,
+    "ebft.n_samples_per_prompt": 3,
+    "ebft.embed_method": "mean_pooling",
+    "ebft.use_whitening": True,
+    "ebft.whitening": "feature",
+    "ebft.feature_norm": "per_layer",
+    "ebft.ce_coef": 0.1,
+    "data.sequence_length": 256,
+    "data.document_masking": True,
+    "train.global_batch_size": 2 * 4 * 8,
+    "train.micro_batch_size": 2,
+    "train.max_steps": 1000,
+    "train.lr": 2e-5,
+    "train.lr_scheduler": "constant",
+    "train.warmup_steps": 31,
+    "train.betas": (0.9, 0.95),
+    "train.weight_decay": 0.1,
+    "train.grad_clip": 0.5,
+    "train.dtype": "bfloat16",
+    "train.activation_checkpointing": "full",
+    "zero.stage": 2,
+    "checkpoint.interval": 50,
+    "checkpoint.keep_last": 3,
+    "evaluation.interval": 50,
+}
+
+
+@pytest.fixture
+def imported(monkeypatch, capsys, tmp_path):
+    """The tool in this process: exit code, standard error, and the text that it wrote."""
+    main = runpy.run_path(str(TOOL))["main"]
+
+    def run(text, *arguments):
+        (tmp_path / "axolotl.yaml").write_text(text, encoding="utf-8")
+        output = tmp_path / "ours.yaml"
+        paths = ["--input", str(tmp_path / "axolotl.yaml"), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [TOOL.name, *paths, *map(str, arguments)])
+        try:
+            code = run_command(main)
+        except SystemExit as ended:
+            code = ended.code
+        return code, capsys.readouterr().err, output.read_text(encoding="utf-8") if output.exists() else ""
+
+    return run
+
+
+def value(config, dotted):
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize("text", [FULL, LORA], ids=["full", "lora"])
+def test_a_whole_file_becomes_ours(imported, tmp_path, text):
+    code, err, written = imported(text, "--gpus", 8)
+    assert code == 0, err
+    config = load_config(tmp_path / "ours.yaml")
+    assert {key: value(config, key) for key in WRITTEN} == WRITTEN
+    assert config.model.init_from.name == "Coder-1B" and config.evaluation.shards.name == "held-out"
+    assert config.data.shards.parts[-2:] == ("code-of-all", "train") and config.output_dir.name == "strided"
+    # What is no key here is said with its value and the reason, in the file and on the console.
+    left_out = ["ebft.min_completion_prefix: 8: refused", "wandb_project: p: without", "torch_compile: true: without"]
+    left_out += ["lora_r: 16: refused: LoRA", "lora_dropout: 0.05: refused: dropout is 0 here"] * (text is LORA)
+    for line in left_out:
+        assert f"#   {line}" in written and f"not here: {line}" in err
+    assert "to be supplied: Someone/Coder-1B" in written
+    assert "--text-key content --held-out 2% --split-by document --output data/code-of-all" in written
+
+
+def test_every_key_of_the_file_has_one_fate(imported):
+    """Nothing is lost in silence: taken over, translated, or listed."""
+    _, err, written = imported(LORA, "--gpus", 8)
+    tree = yaml.safe_load(LORA)
+    for name in tree:
+        key = foreign_key(name)
+        assert key is not None, name
+        if key.fate in (Fate.REFUSED, Fate.MEANINGLESS) and name != "ebft":
+            assert f"not here: {name}" in err
+
+
+def test_what_stands_in_the_table_are_keys_of_this_trainer():
+    ours = {name for key in AXOLOTL_KEYS for name in key.ours} - {"ebft.*"}
+    assert ours - set(all_keys()) == set()
+    names = [name for key in AXOLOTL_KEYS for name in key.names]
+    assert len(names) == len(set(names))
+
+
+def test_defaults_of_axolotl_are_written_out(imported, tmp_path):
+    minimal = "base_model: m\nebft: {mode: strided}\ndatasets: [{path: d}]\nlearning_rate: 1e-5\nmax_steps: 10\n"
+    code, err, _ = imported(minimal)
+    assert code == 0, err
+    config = load_config(tmp_path / "ours.yaml")
+    assert (config.seed, config.train.lr_scheduler, config.train.betas) == (42, "cosine", (0.9, 0.999))
+    assert (config.ebft.use_whitening, config.data.sequence_length) == (False, 512)
+    assert (config.ebft.whitening, config.ebft.feature_norm) == ("feature", "per_layer")
+
+
+def test_epochs_need_the_number_of_tokens(imported, tmp_path):
+    text = FULL.replace("max_steps: 1000\n", "").replace("num_epochs: 1", "num_epochs: 2")
+    code, err, written = imported(text)
+    assert code == 2 and "--data-tokens" in err and not written
+    code, err, _ = imported(text, "--data-tokens", 1_024_000)
+    assert code == 0, err
+    assert load_config(tmp_path / "ours.yaml").train.max_steps == 2 * 1_024_000 // (8 * 256)
+
+
+def test_several_datasets_are_sources(imported, tmp_path):
+    text = FULL.replace("datasets:\n", "datasets:\n  - path: other/code-of-all\n  - path: a/3rd set\n")
+    code, err, _ = imported(text)
+    assert code == 0, err
+    assert list(load_config(tmp_path / "ours.yaml").data.sources) == ["code-of-all", "data-3rd-set", "code-of-all-3"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("rl: ebft", "rl: grpo", "rl: found grpo; expected ebft"),
+        ("  mode: strided\n", "  mode: structured\n", "ebft.mode"),
+        ("  mode: strided\n", "", "ebft.mode: found nothing"),
+        ("  stride: 4", "  strid: 4", "ebft.strid: found 4"),
+        ("wandb_project", "wanbd_project", "wanbd_project: found p; expected a key of axolotl that is known here"),
+        ("lr_scheduler: constant_with_warmup", "lr_scheduler: rex", "lr_scheduler: found rex"),
+        ('learning_rate: "2e-5"', "learning_rate: fast", "learning_rate: found fast; expected a number"),
+        ("sequence_len: 256", "sequence_len: 257", "data.sequence_length"),
+        ("micro_batch_size: 2", "micro_batch_size: 2.5", "micro_batch_size: found 2.5; expected a whole number"),
+        ("base_model: Someone/Coder-1B\n", "", "base_model: found nothing"),
+        ("rl: ebft", "rl: [", "axolotl.yaml"),
+        ("rl: ebft", "rl: &anchor ebft", "an anchor or alias"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_is_written(imported, old, new, words):
+    assert old in FULL
+    code, err, written = imported(FULL.replace(old, new, 1))
+    assert code == 2 and words in err and "axolotl.yaml" in err and "Traceback" not in err
+    assert not written
+
+
+def problems_of(tmp_path, text):
+    (tmp_path / "axolotl.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "axolotl.yaml")
+    return [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+
+def test_the_loader_names_each_foreign_key_once_with_its_translation(tmp_path):
+    lines = problems_of(tmp_path, LORA)
+    for name in set(yaml.safe_load(LORA)) - {"ebft", "output_dir", "seed"}:
+        (line,) = (line for line in lines if f": {name}: found" in line)
+        assert "one of the keys of the file" not in line and "Did you mean" not in line
+    assert any("deepspeed: found a key of axolotl" in line and "expected zero.stage" in line for line in lines)
+    assert "tools/import_axolotl.py" in lines[0]
+    # What is missing comes last.
+    assert [": found nothing" in line or ": found neither" in line for line in lines][-4:] == [True] * 4
+    assert not any(": found nothing" in line or ": found neither" in line for line in lines[:-4])
+
+
+def test_the_keys_of_a_section_are_listed_once(tmp_path):
+    lines = problems_of(tmp_path, "zzz: 1\nyyy: 2\nxxx: 3\ntrain:\n  zzz: 1\n  yyy: 2\n")
+    assert sum("output_dir, permissions" in line for line in lines) == 1
+    assert sum("global_batch_size, micro_batch_size" in line for line in lines) == 1
+    assert sum("see above" in line for line in lines) == 3
+
+
+def test_a_key_of_ours_in_the_wrong_place_is_led_to_its_own(tmp_path):
+    lines = problems_of(tmp_path, "rl_coef: 0\n")
+    assert any("rl_coef: found an unknown key" in line and "'ebft.rl_coef'" in line for line in lines)
