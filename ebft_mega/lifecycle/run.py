@@ -22,7 +22,7 @@ from ebft_mega.lifecycle.start import find_start
 from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.metrics.announcer import Announcer
-from ebft_mega.planning.phase_needs import needs_of_phases
+from ebft_mega.planning.auto import needs_of_phases
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.repeatability import use_deterministic_kernels

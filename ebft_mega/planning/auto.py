@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from ebft_mega.config.rules import activations_can_be_saved
 from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.planning.memory import Choices, peak_bytes
+from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory
 from ebft_mega.planning.run_plan import RunPlan
 
+GIGABYTE = 1e9
 # Of the memory of an accelerator; the rest is for what the formulas leave out: allocator slack, communication buffers,
 # libraries.
 USABLE_SHARE = 0.9
@@ -106,3 +107,13 @@ def smallest_peak(config: RunConfig, plan: RunPlan, reuse: Reuse) -> int:
 def needed_bytes(peak: int) -> int:
     """Memory that an accelerator must have for a peak computed by the formulas."""
     return round(peak / USABLE_SHARE)
+
+
+def needs_of_phases(config: RunConfig, plan: RunPlan, stage: int) -> dict[str, str]:
+    """Say for each phase what a rank of a pipeline stage needs: its states and the phase's own tensors together."""
+    memory = plan_memory(config, plan, choices(config, plan, memory_bytes=None), stage)
+    texts = {}
+    for phase in memory.phases:
+        size = (memory.state_bytes + memory.phase_bytes(phase)) / GIGABYTE
+        texts[phase] = f"the plan needs {size:.3g} GB for it (tensors of this rank; --dry-run lists them)"
+    return texts

@@ -10,7 +10,7 @@ except that under sequence parallelism the positions between layers are.
 
 from dataclasses import dataclass
 
-from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.config.schema import Reuse, RunConfig
@@ -32,15 +32,20 @@ from ebft_mega.planning.activation_memory import (
 )
 from ebft_mega.planning.rank_layout import feature_stage, policy_stage
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.planning.zero_memory import (
+    Needs,
+    gathered_parameters,
+    gathering_bytes,
+    gradient_bytes,
+    largest_moment,
+    reduction_bytes,
+    update_needs,
+    zero_state_bytes,
+)
 
 FLOAT64_BYTES = 8
-# DeepSpeed's `stage3_max_live_parameters`, left at its default: what stays gathered in the gradient pass once the
-# order of the layers is known.
-MAX_LIVE_PARAMETERS = 10**9
 SAMPLED_LOGIT_BYTES = 12  # per logit, at most: in `train.dtype` and twice in float32
 NUCLEUS_LOGIT_BYTES = 28  # the same with `top_p` < 1: a sort and its running sums (`rollout/sampling.py`)
-
-Needs = dict[str, int]  # bytes by what they are for
 
 
 @dataclass(frozen=True)
@@ -73,28 +78,6 @@ class MemoryPlan:
         return self.state_bytes + max(map(self.phase_bytes, self.phases))
 
 
-def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, stage: int) -> dict[str, int]:
-    """Bytes of one rank's states for N parameters of its slice, of which its ZeRO partition has S = ceil(N / D).
-
-    Parameters b*N, gradients 4*N (float32 accumulation), Adam's two moments 8*N and a float32 master copy 4*N.
-    Stage 0 partitions nothing: N each. Stage 1 has S of the moments and the master copy, stage 2 also of the
-    gradients, stage 3 also of the parameters. In float32 the parameters are their own master at stage 3; the other
-    stages update a copy.
-    """
-
-    def divided_from(first_stage: int) -> int:
-        return -(-num_parameters // data_parallel_size) if stage >= first_stage else num_parameters
-
-    states = {
-        "parameters": divided_from(3) * element_bytes(dtype),
-        "gradients (float32)": divided_from(2) * FLOAT32_BYTES,
-        "Adam moments (float32)": 2 * divided_from(1) * FLOAT32_BYTES,
-    }
-    if dtype != "float32" or stage < 3:
-        states["master parameters (float32)"] = divided_from(1) * FLOAT32_BYTES
-    return states
-
-
 def micro_batches_in_flight(plan: RunPlan, stage: int) -> int:
     """Count the micro-batches whose activations a stage holds at once under 1F1B: min(p - stage, micro-batches)."""
     return min(plan.parallel.pipeline_parallel - stage, plan.num_micro_batches)
@@ -107,17 +90,6 @@ def micro_batches_decoding(plan: RunPlan) -> int:
     """
     groups = max(1, plan.num_micro_batches // plan.parallel.pipeline_parallel)
     return -(-plan.num_micro_batches // groups)
-
-
-def live_parameters(architecture: Architecture, num_parameters: int, tensor_parallel: int) -> int:
-    """Count the parameters that are gathered at once when ZeRO-3 gathers layer by layer.
-
-    All N of the slice, but no more than DeepSpeed's limit, and at least the larger of the embedding (V' * H) and a
-    layer.
-    """
-    embedding = vocabulary_columns(architecture, tensor_parallel) * architecture.hidden_size
-    layer = architecture.layer_parameters // tensor_parallel
-    return min(num_parameters, max(MAX_LIVE_PARAMETERS, embedding, layer))
 
 
 def cache_bytes(config: RunConfig, plan: RunPlan, stage: int, document: int, tokens: int) -> int:
@@ -182,7 +154,7 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
     width, tensor = element_bytes(config.train.dtype), sizes.tensor_parallel
     num_parameters = stage_parameters(architecture, policy_stage(plan, stage), tensor)
     states = zero_state_bytes(num_parameters, sizes.data_parallel, config.train.dtype, config.zero.stage)
-    gathered = _gathered_parameters(config, architecture, num_parameters)
+    gathered = gathered_parameters(config, plan, num_parameters)
     phases: dict[str, Needs] = {}
     if config.uses_rollouts:
         frozen = stage_parameters(plan.feature_architecture, feature_stage(config, plan, stage), tensor) * width
@@ -196,8 +168,11 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
     for phase in phases:
         if gathered[phase]:
             phases[phase]["gathered parameters"] = gathered[phase]
-    # The gradient in the form that AdamW takes, and the square root of its second moment.
-    phases["update"] = {"temporaries of AdamW (float32)": states["Adam moments (float32)"]}
+    phases["update"] = update_needs(config, plan, stage, num_parameters)
+    if config.zero.stage == 2:
+        # They are made by a step's first backward pass and freed by its update.
+        for phase in ("learn", "update"):
+            phases[phase]["gradients (float32)"] = gradient_bytes(num_parameters, sizes.data_parallel, 2)
     return MemoryPlan(states, phases)
 
 
@@ -210,27 +185,6 @@ def worst_stage(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
 def peak_bytes(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
     """Peak bytes of the ranks of the worst stage."""
     return plan_memory(config, plan, choices, worst_stage(config, plan, choices)).peak_bytes
-
-
-def _gathered_parameters(config: RunConfig, architecture: Architecture, num_parameters: int) -> Needs:
-    """Bytes of parameters that stage 3 gathers in each phase beside the rank's share."""
-    width = element_bytes(config.train.dtype)
-    whole = num_parameters * width
-    live = live_parameters(architecture, num_parameters, config.parallel.tensor_parallel_size) * width
-    hold = config.zero.hold_parameters
-    if config.zero.stage < 3:
-        return {"rollout": 0, "features": 0, "learn": 0}
-    return {
-        "rollout": live if hold == "none" else whole,
-        "features": whole if hold == "step" else 0,
-        "learn": whole if hold == "step" else live,
-    }
-
-
-def _largest(moments: list[Needs]) -> Needs:
-    """What is needed at the worst of a phase's moments; the first of equals."""
-    worst = max(moments, key=lambda needs: sum(needs.values()))
-    return {name: size for name, size in worst.items() if size}
 
 
 def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
@@ -253,14 +207,15 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     def layer(tokens: int) -> Needs:
         return {"one layer": layer_forward_bytes(plan.architecture, config, Pass(rows, tokens))}
 
-    moments = [at(0, layer(document)), at(later, layer(blocks.rollouts_per_row))]
+    moments = [{"buffer of a gather": gathering_bytes(config, plan, stage)}]
+    moments += [at(0, layer(document)), at(later, layer(blocks.rollouts_per_row))]
     if policy_stage(plan, stage).has_head:
         logit = NUCLEUS_LOGIT_BYTES if config.ebft.top_p < 1 else SAMPLED_LOGIT_BYTES
         columns = vocabulary_columns(plan.architecture, plan.parallel.tensor_parallel)
         in_chunk = max(1, HEAD_ROWS // (rows * blocks.num_samples)) * rows * blocks.num_samples
         chunk = min(in_chunk, rows * blocks.rollouts_per_row)
         moments.append(at(later, {"a chunk of logits": chunk * columns * logit}))
-    return _largest(moments)
+    return largest_moment(moments)
 
 
 def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
@@ -283,7 +238,7 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
         f"saved {reuse} of the rollouts": plan.num_micro_batches * saved,
         "rows of the tapped layers": plan.num_micro_batches * taps * values * element_bytes(config.train.dtype),
     }
-    return _largest(
+    return largest_moment(
         [
             needs | {"one layer": layer_forward_bytes(architecture, config, packed)},
             needs | {"Gram matrices (float64)": (taps + 1) * values * FLOAT64_BYTES},
@@ -321,6 +276,12 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
             "gradient of the head's matrix": tied,
         }
     ]
+    reduced = reduction_bytes(config, plan, stage)
+    if config.zero.stage == 1:
+        # Each as it comes; the largest is the embedding's, which comes last, or the head's.
+        moments.append({name: (held - 1) * of_each, "gradients being reduced": reduced})
+    else:
+        moments[0]["gradients being reduced"] = reduced
     if shape.has_embedding:
         moments.append({name: (held - 1) * of_each, "gradients of head and embedding": matrix + tied})
     if shape.has_head:
@@ -334,4 +295,4 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
                 "gradient of the head's matrix": matrix,
             }
         )
-    return _largest(moments)
+    return largest_moment(moments)

@@ -3,7 +3,6 @@
 There is one DeepSpeed engine over the data-parallel ranks that hold the same slice of the same stage.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -76,9 +75,8 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         )
         self._storage = OptimizerStorage(self._engine.optimizer, settings, groups)
         check_equal_sub_groups(len(self._storage.sub_groups()), groups)
-        self._engine.allreduce_gradients = functools.partial(
-            self._engine.allreduce_gradients, bucket_size=ALLREDUCE_ELEMENTS
-        )
+        reduce = self._engine.allreduce_gradients
+        self._engine.allreduce_gradients = lambda: reduce(bucket_size=ALLREDUCE_ELEMENTS)
         self._reduced_step = self._engine.optimizer.step
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients

@@ -13,8 +13,8 @@ SUPPORTED_DEEPSPEED = "0.19."
 # Larger than any model: all parameters of an optimizer group form one sub-group on every rank. (Smaller ones would save
 # temporaries, but norms are summed by sub-group: other numbers of them on two ranks of a replica deadlock.)
 SUB_GROUP_SIZE = int(1e12)
-# Gradients are reduced this many at a time, in float32: a buffer of 128 MiB. (`planning/memory.py` counts it.)
-REDUCE_ELEMENTS = 2**25
+# Gradients are reduced this many at a time, in float32: a buffer of 64 MiB. (`planning/memory.py` counts it.)
+REDUCE_ELEMENTS = 2**24
 
 
 def import_deepspeed(groups: ProcessGroups) -> Any:

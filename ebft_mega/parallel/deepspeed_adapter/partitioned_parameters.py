@@ -13,7 +13,7 @@ from ebft_mega.parallel.stage_module import Loader, StageT
 # Stands for a module that uses a parameter, among DeepSpeed's own, which are numbers.
 HOLDER = "ebft_mega"
 # Parameters are gathered this many at a time: the gathered buffer exists beside the parameters made from it.
-GATHER_ELEMENTS = 2**29
+GATHER_ELEMENTS = 2**26
 
 
 def partitioned_module(

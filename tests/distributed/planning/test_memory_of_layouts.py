@@ -10,6 +10,7 @@ from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.planning.memory import plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes
 from ebft_mega.train.step import train_step
+from tests.distributed.planning.real_memory import measure
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import Layout
 from tests.unit.planning.test_memory_measured import PHASES, chosen, measured, planned, rows_of, started
@@ -60,3 +61,18 @@ def test_every_rank_needs_what_the_formulas_say(layout, cases, tmp_path):
             # A stage may have the deepest tapped layer alone, which is smaller than the whole one that is counted.
             for phase in ("rollout", "learn"):
                 assert shares[phase] <= 1.12, (rank, reuse, phase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("millions", [50, 250])
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (1, 2)], ids=["one-rank", "two-replicas", "two-slices"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_real_job_needs_what_the_plan_says(stage, degrees, millions, tmp_path):
+    """In bfloat16, states included, of the rank that needs the most: the plan is the same for all replicas."""
+    layout = Layout(*degrees, 1, stage)
+    arguments = (layout, millions, ("learn.reuse_rollout=checkpoints",), str(tmp_path), True)
+    found = run_ranks(layout.world_size, measure, *arguments)
+    for phase in PHASES:
+        most = max(memory.live[phase] for memory in found)
+        print(phase, f"planned {found[0].planned[phase] / 1e6:.0f} MB, needed {most / 1e6:.0f} MB")
+        assert found[0].planned[phase] == pytest.approx(most, rel=0.1), phase

@@ -7,10 +7,12 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
+from ebft_mega.parallel import optimizer
+from ebft_mega.parallel.deepspeed_adapter import deepspeed_setup, partitioned_parameters
 from ebft_mega.parallel.pipeline import ring_slots
 from ebft_mega.planning import activation_memory as activations
 from ebft_mega.planning import dry_run as planner
-from ebft_mega.planning import memory
+from ebft_mega.planning import memory, zero_memory
 from ebft_mega.planning import rank_layout as layout
 from ebft_mega.planning.auto import choices
 from ebft_mega.planning.memory import Choices, head_chunk_bytes
@@ -73,12 +75,14 @@ def test_what_each_zero_stage_divides_over_the_replicas(dtype, own_master, repli
     whole = {"parameters": 4 if own_master else 2, "gradients (float32)": 4, "Adam moments (float32)": 8}
     if not own_master or stage < 3:
         whole["master parameters (float32)"] = 4
-    states = memory.zero_state_bytes(1000, replicas, dtype, stage)
+    states = zero_memory.zero_state_bytes(1000, replicas, dtype, stage)
+    if stage == 2:
+        states["gradients (float32)"] = zero_memory.gradient_bytes(1000, replicas, stage)  # from learning to the update
     assert states == {name: 1000 * size // (replicas if name in divided else 1) for name, size in whole.items()}
 
 
 def test_a_share_is_rounded_up():
-    assert memory.zero_state_bytes(7, 4, "bfloat16", 3)["parameters"] == 2 * 2
+    assert zero_memory.zero_state_bytes(7, 4, "bfloat16", 3)["parameters"] == 2 * 2
 
 
 @pytest.mark.parametrize(("fractions", "parameters"), [([0.25, 0.75], 3 * LAYER), ([0.25, 1.0], 4 * LAYER + 16)])
@@ -102,11 +106,8 @@ def test_rollout_phase_by_hand(inputs):
     cache = 2 * PACKED * (2 * 2 * 4) * 4 * 4
     logits = 2 * 3 * 4 * 100 * 12
     found = planned(inputs, train__dtype="float32").phases["rollout"]
-    assert found == {
-        "gathered parameters": PARAMETERS * 4,
-        "keys and values": cache,
-        "a chunk of logits": logits,
-    }
+    # One rank gathers nothing: its share of the parameters is all of them.
+    assert found == {"keys and values": cache, "a chunk of logits": logits}
     hidden = 2 * PACKED * 16 * 4
     found = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["rollout"]
     assert found["saved checkpoints of the rollouts"] == 4 * 5 * hidden  # of four layers, and of the last one's output
@@ -143,17 +144,22 @@ def test_learn_phase_by_hand(inputs):
     hidden, layer = 2 * PACKED * 16 * 4, layer_saved(PACKED)
     # Of the MLP 3 of I, of the attention 8 of the queries and 5 of the keys when 3 of I are gone.
     gradients = 2 * PACKED * (2 * 16 + max(3 * 24, 8 * 16 + 5 * 8 - 3 * 24)) * 4 + 2 * 24 * 16 * 4
-    matrix, gathered = 100 * 16 * 4, {"gathered parameters": PARAMETERS * 4}
-    one_layer = {"gradients of one layer": gradients, "gradient of the head's matrix": matrix} | gathered
+    matrix = 100 * 16 * 4
+    # In float32, as they come and in the order of the ranks.
+    reduced = {"gradients being reduced": 2 * PARAMETERS * 4}
+    one_layer = {"gradients of one layer": gradients, "gradient of the head's matrix": matrix} | reduced
     found = planned(inputs, train__dtype="float32").phases["learn"]
     rows = 2 * (3 + GENERATED)
     head = {
         "scored rows and their gradient": 4 * rows * 16 * 4,
         "a chunk of logits": rows * 100 * (4 + 4),
         "gradient of the head's matrix": matrix,
-    } | gathered
-    assert sum(head.values()) > sum(one_layer.values())
-    assert found == head | {"activations": 4 * layer}
+    }
+    assert sum(head.values()) < sum(one_layer.values())
+    assert found == one_layer | {"activations": 4 * layer}
+    undivided = planned(inputs, train__dtype="float32", zero__stage=0).phases["learn"]
+    assert sum(head.values()) > sum(one_layer.values()) - 2 * PARAMETERS * 4
+    assert undivided == head | {"activations": 4 * layer}
     full = planned(inputs, train__dtype="float32", train__activation_checkpointing="full").phases["learn"]
     recomputed = {"one layer, recomputed": layer} | one_layer
     assert full == recomputed | {"activations": 4 * hidden}
@@ -161,7 +167,7 @@ def test_learn_phase_by_hand(inputs):
     kept = planned(inputs, CHECKPOINTS, train__dtype="float32").phases["learn"]
     assert kept == recomputed | {"saved checkpoints of the rollouts": 4 * 5 * hidden}
     kept = planned(inputs, ACTIVATIONS, train__dtype="float32", zero__hold_parameters="step").phases["learn"]
-    assert kept == head | {"saved activations of the rollouts": 4 * 4 * activations_saved(PACKED)}
+    assert kept == one_layer | {"saved activations of the rollouts": 4 * 4 * activations_saved(PACKED)}
 
 
 def test_a_chunk_of_the_head_is_limited(inputs):
@@ -254,7 +260,7 @@ def test_plain_pretraining_pays_for_no_rollouts(inputs):
     ],
 )
 def test_when_parameters_are_gathered(inputs, monkeypatch, zero, phases):
-    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 0)  # the fixture's model is smaller than any real limit
+    monkeypatch.setattr(zero_memory, "MAX_LIVE_PARAMETERS", 0)  # the fixture's model is smaller than any real limit
     found = planned(inputs, world_size=2, zero=zero).phases
     gathered = {phase: needs["gathered parameters"] for phase, needs in found.items() if "gathered parameters" in needs}
     sizes = {"whole": 2 * PARAMETERS, "live": 2 * max(1600, LAYER)}
@@ -263,10 +269,10 @@ def test_when_parameters_are_gathered(inputs, monkeypatch, zero, phases):
 
 def test_layer_by_layer_gathers_stay_within_the_engines_limit(inputs, monkeypatch):
     architecture = plan_of(inputs)[1].architecture
-    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 3000)
-    assert memory.live_parameters(architecture, PARAMETERS, 1) == 3000
-    monkeypatch.setattr(memory, "MAX_LIVE_PARAMETERS", 10**9)
-    assert memory.live_parameters(architecture, PARAMETERS, 1) == PARAMETERS
+    monkeypatch.setattr(zero_memory, "MAX_LIVE_PARAMETERS", 3000)
+    assert zero_memory.live_parameters(architecture, PARAMETERS, 1) == 3000
+    monkeypatch.setattr(zero_memory, "MAX_LIVE_PARAMETERS", 10**9)
+    assert zero_memory.live_parameters(architecture, PARAMETERS, 1) == PARAMETERS
 
 
 def test_peak_is_the_states_and_the_largest_phase():
@@ -410,3 +416,9 @@ def test_what_diversity_is_worth_under_whitening(inputs, whitening):
     ):
         config, plan = plan_of(inputs, ebft=changes)
         assert "diversity term is 0" not in planner.describe_run(config, plan)
+
+
+def test_the_plan_counts_what_the_engines_take_at_a_time():
+    assert zero_memory.REDUCE_ELEMENTS == deepspeed_setup.REDUCE_ELEMENTS
+    assert zero_memory.GATHER_ELEMENTS == partitioned_parameters.GATHER_ELEMENTS
+    assert zero_memory.UPDATE_ELEMENTS == optimizer.UPDATE_ELEMENTS

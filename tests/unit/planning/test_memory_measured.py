@@ -58,12 +58,13 @@ def rows_of(config):
 
 
 def events_of(recorded):
-    """All events of a profile."""
+    """All events of a profile but those within a collective: gloo allocates copies there, NCCL none."""
     waiting = list(recorded.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         yield event
-        waiting.extend(event.children)
+        if not event.name.startswith(("c10d::", "gloo:")):
+            waiting.extend(event.children)
 
 
 def measured(function):
@@ -77,17 +78,27 @@ def measured(function):
         result = function()
     events = sorted(events_of(recorded), key=lambda event: event.start_time_ns)
     spans = {event.name: event for event in events if event.name in PHASES}
+    ends = [event.end_time_ns for event in events if event.name == "update"]
+    learns = [event for event in events if event.name == "learn"]
     peaks = dict.fromkeys(spans, 0)
-    live: dict[int, int] = {}
+    live: dict[int, tuple[int, int]] = {}  # size, when
     now = 0
     for event in events:
         if type(event.extra_fields).__name__ != "_ExtraFields_Allocation":
             continue
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-        # Also before an allocation: threads of a communication library give blocks back without a record.
-        now -= live.pop(address, 0)
+        # Threads of a communication library give blocks back without a record: before an address is used again, and
+        # what a gradient pass gathered by the end of its step.
+        now -= live.pop(address, (0, 0))[0]
+        while ends and event.start_time_ns > ends[0]:
+            del ends[0]
+            learn = learns.pop(0)
+            for block, (held, made) in list(live.items()):
+                if learn.start_time_ns <= made <= learn.end_time_ns:
+                    now -= held
+                    del live[block]
         if size > 0:
-            live[address] = size
+            live[address] = size, event.start_time_ns
             now += size
         for name, span in spans.items():
             if span.start_time_ns <= event.start_time_ns <= span.end_time_ns:
@@ -148,8 +159,8 @@ def test_phases_need_what_the_formulas_say(groups, tmp_path, reuse, overrides):
     print({phase: f"{share:.3f}" for phase, share in shares.items()})
     for phase in ("rollout", "features", "learn"):
         assert 0.93 <= shares[phase] <= 1.12, (phase, shares[phase])
-    # torch updates parameters one after another on a CPU, all at once on a GPU: there it needs what the formula says.
-    assert shares["update"] >= 1
+    # Rewards and log-probabilities of the step are still there, beside temporaries of a megabyte or two.
+    assert 0.8 <= shares["update"] <= 1.12
     if reuse == "checkpoints":
         # The comparison can fail: without what is kept the formulas are far off.
         config, plan = planned(tmp_path, overrides)
