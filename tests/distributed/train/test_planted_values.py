@@ -204,7 +204,7 @@ def spoil_what_does_not_count(function, owner, spoiled):
         return [gram.masked_fill(~blocks[..., None, None], torch.nan) for gram, blocks in pairs]
 
     def loss_terms(logprobs, *others):
-        rows, blocks = others[-2:]
+        rows, blocks, _ = others[-3:]
         return function(
             dataclasses.replace(
                 logprobs,
