@@ -47,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         action="extend",
         metavar="PATH",
         help="directory of text files, of JSONL files (.jsonl, .jsonl.gz, .jsonl.zst, .json.gz), of Parquet "
-        "files (.parquet) or of text webdataset shards (.tar), or such a file; several are read in this order",
+        "files (.parquet), of text webdataset shards (.tar) or of archives of source (.tar, .tar.gz, .tgz, .tar.zst, "
+        ".zip), or such a file; several are read in this order",
     )
     parser.add_argument(
         "--tokenizer", type=path_argument, required=True, help="sentencepiece or Hugging Face directory"

@@ -24,6 +24,8 @@ class BuildOptions:
     text_key: str | None = None
     # The suffix of the member of a webdataset sample that holds the text. None: "txt", in folders of containers only.
     text_member: str | None = None
+    # What plain tar files hold: "source", a text in each member, or "webdataset", samples. None: as they clearly say.
+    archives: str | None = None
     # Recorded with every document that names none. None: from the corpus manifest of `tools/build_corpus.py` in or
     # above each source, else "unknown".
     licence: str | None = None

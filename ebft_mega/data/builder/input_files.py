@@ -11,7 +11,14 @@ from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.split_names import count_splits
 from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
 from ebft_mega.data.text.listing import Listing, in_words, list_files, total_counts
-from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX, CONTAINER_SUFFIXES, count_containers, first_record_keys
+from ebft_mega.data.text.source_archives import SOURCE, WEBDATASET, is_source_archive, kind_of_tar
+from ebft_mega.data.text.text_files import (
+    ARCHIVE_SUFFIX,
+    CONTAINER_SUFFIXES,
+    SOURCE_SUFFIXES,
+    count_containers,
+    first_record_keys,
+)
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 
@@ -34,6 +41,7 @@ class InputFiles:
     listing: Listing = field(default_factory=lambda: Listing(()))  # counts, and what could not be accessed
     others: tuple[str, ...] = ()  # first names of files of other kinds that are left out
     containers_as_texts: int = 0  # files that look like JSON lines or archives, and are read as texts
+    source_archives: bool = False  # plain tar files among the containers are archives of source
     other_keys: tuple[str, ...] = ()  # of JSON lines that have not the wanted key, for messages
     matched: Mapping[str, int] = field(default_factory=dict)  # options with their patterns
     notes: tuple[str, ...] = ()  # about the choice of files
@@ -98,15 +106,25 @@ def option_problems(
     archives = [file for file in containers if file.name.endswith(ARCHIVE_SUFFIX)]
     keys = sorted({key for each in inputs for key in each.other_keys})
     found = f"JSON lines with the keys {', '.join(keys)}" if keys else "no JSON lines in any --input"
-    if options.text_key is not None and len(containers) == len(archives):
+    packed = [file for file in containers if is_source_archive(file.name)]
+    if options.text_key is not None and len(containers) == len(archives) + len(packed):
         expected = "JSON lines with this key, or no --text-key"
         yield Problem("--text-key", options.text_key, found, expected)
     if options.text_member is not None and not archives:
         expected = "webdataset shards with such members, or no --text-member"
         yield Problem("--text-member", options.text_member, f"no {ARCHIVE_SUFFIX} file in any --input", expected)
+    if options.archives is not None and not (archives if options.archives == WEBDATASET else archives or packed):
+        expected = f"{ARCHIVE_SUFFIX} files, or no --archives"
+        yield Problem("--archives", options.archives, "no such archive in any --input", expected)
+    has_records = [
+        not is_source_archive(file.name) and not (each.source_archives and file.name.endswith(ARCHIVE_SUFFIX))
+        for each in inputs
+        if not each.holds_texts
+        for file in each.files
+    ]
     for option, given in (("--licence-key", options.licence_key), ("--keep-key", ", ".join(options.keep_keys))):
-        if given and not containers:
-            expected = f"JSON lines or webdataset shards, or no {option}"
+        if given and not any(has_records):
+            expected = f"JSON lines, Parquet or webdataset shards, or no {option}"
             yield Problem(option, given, "inputs of which each file is a text", expected)
     if options.split and options.split.key and not containers:
         expected = "top-folder, repo or document, or JSON lines or webdataset shards"
@@ -151,7 +169,7 @@ def repeated_input_problems(sources: Sequence[Path]) -> Iterator[Problem]:
 
 def _one_file(path: Path, options: BuildOptions) -> InputFiles:
     if path.name.endswith(CONTAINER_SUFFIXES):
-        return InputFiles((path,), holds_texts=False)
+        return InputFiles((path,), holds_texts=False, source_archives=_hold_source([path], options))
     keys = _keys_of(path, options)
     if keys is None:
         raise bad_input("--input", str(path), "a file that holds no JSON lines", f"a directory, or {_KINDS}")
@@ -179,7 +197,9 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
     other_keys: set[str] = set()
     for file in listing.files:
         if file.name.endswith(CONTAINER_SUFFIXES):
-            chosen.append(file)
+            # Beside records, archives of source are other files.
+            is_other = options.wants_records and is_source_archive(file.name) and options.archives != SOURCE
+            (others if is_other else chosen).append(file)
             continue
         try:
             keys = _keys_of(file, options) if options.wants_records else None
@@ -188,9 +208,11 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
             continue
         (chosen if options.read.text_key in (keys or ()) else others).append(file)
         other_keys |= set(keys or ())
-    wanted = options.wants_records or (
-        options.text_member is not None and any(file.name.endswith(ARCHIVE_SUFFIX) for file in chosen)
-    )
+    wanted = (
+        options.wants_records
+        or options.archives is not None
+        and any(file.name.endswith((*SOURCE_SUFFIXES, ARCHIVE_SUFFIX)) for file in chosen)
+    ) or (options.text_member is not None and any(file.name.endswith(ARCHIVE_SUFFIX) for file in chosen))
     describing = all(_DESCRIBING.fullmatch(file.name) for file in others)
     if not chosen or (others and not wanted and not describing):
         texts = _texts(listing)
@@ -203,7 +225,31 @@ def _containers(path: Path, listing: Listing, options: BuildOptions, alone: bool
     left_out = dict(listing.left_out) | ({OTHER_KINDS: len(others)} if others else {})
     shown = [file.relative_to(path).as_posix() for file in others[:_SHOWN_NAMES]]
     counted = Listing(tuple(chosen), left_out, listing.followed, tuple(unreadable))
-    return InputFiles(tuple(chosen), holds_texts=False, listing=counted, others=tuple(shown))
+    source_archives = _hold_source(chosen, options)
+    return InputFiles(tuple(chosen), False, counted, tuple(shown), source_archives=source_archives)
+
+
+def _hold_source(files: Sequence[Path], options: BuildOptions) -> bool:
+    """Whether the plain tar files among some containers are archives of source.
+
+    Raises:
+        InputError: one of them is not clearly what the first one is, and no option says it.
+    """
+    if options.archives is not None:
+        return options.archives == SOURCE
+    archives = [file for file in files if file.name.endswith(ARCHIVE_SUFFIX)]
+    if options.text_member is not None or not archives:
+        return False
+    first, _ = kind_of_tar(archives[0], options.read.text_member)
+    problems = []
+    for file in archives:
+        kind, words = kind_of_tar(file, options.read.text_member)
+        if kind is None or kind != first:
+            expected = "--archives source (each member is a text) or --archives webdataset (samples with a text each)"
+            problems.append(Problem(str(file), "--input", f"a tar file of {words}", expected))
+    if problems:
+        raise InputError(problems)
+    return first == SOURCE
 
 
 def _require_one_split(path: Path, files: Sequence[Path]) -> None:

@@ -14,6 +14,7 @@ from ebft_mega.data.builder.work_plan import BUILD_VERSION
 from ebft_mega.data.store.format import MANIFEST_NAME, file_sha256
 from ebft_mega.data.text.corpus import corpus_licence
 from ebft_mega.data.text.listing import OUTSIDE_LINKS
+from ebft_mega.data.text.source_archives import WEBDATASET
 from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.input_errors import bad_input
@@ -44,7 +45,9 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     is_folder = place.is_dir()
-    options = BuildOptions(pattern=f"*{ARCHIVE_SUFFIX}" if is_folder else BuildOptions.pattern, deduplicate=False)
+    options = BuildOptions(
+        pattern=f"*{ARCHIVE_SUFFIX}" if is_folder else BuildOptions.pattern, deduplicate=False, archives=WEBDATASET
+    )
     base = place if is_folder else place.parent
     # Where the shards lie and under which names of folders is no part of it: neither changes a token.
     deciding = [BUILD_VERSION, tokenizer.identity, asdict(options), corpus_licence(place)]

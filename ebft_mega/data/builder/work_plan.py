@@ -23,9 +23,11 @@ from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
 from ebft_mega.data.text.corpus import corpus_licence
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
 from ebft_mega.data.text.parquet_files import parquet_layouts, read_parquet
+from ebft_mega.data.text.source_archives import is_source_archive, read_source_archive
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
     PARQUET_SUFFIX,
+    SOURCE_SUFFIXES,
     BadText,
     ReadOptions,
     TextDocument,
@@ -42,7 +44,7 @@ SMALLEST_WORK_UNIT_BYTES = 4 << 20
 LARGEST_WORK_UNIT_BYTES = 1 << 30
 USUAL_WORK_UNITS = 64
 
-_UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, GZIP_SUFFIX, ZSTANDARD_SUFFIX)
+_UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, *SOURCE_SUFFIXES, GZIP_SUFFIX, ZSTANDARD_SUFFIX)
 
 # Part of a plan's identity, and of the names of datasets made on demand: another version must not resume an unfinished
 # build of this one, nor find its results.
@@ -57,6 +59,11 @@ class Input:
     source: str  # name that is recorded with every document
     licence: str  # of documents that name none
     holds_texts: bool
+    source_archives: bool = False  # plain tar files are archives of source too
+
+    def is_source_archive(self, name: str) -> bool:
+        """Whether each member of one of its files is a text."""
+        return is_source_archive(name) or (self.source_archives and name.endswith(ARCHIVE_SUFFIX))
 
 
 class FileRange(NamedTuple):
@@ -117,6 +124,10 @@ class Reader:
         elif file_range.name.endswith(PARQUET_SUFFIX):
             groups = range(file_range.begin, file_range.end)
             yield from read_parquet(file, file_range.name, self.options, groups, left_out)
+        elif is_source_archive(file_range.name) or (
+            source.source_archives and file_range.name.endswith(ARCHIVE_SUFFIX)
+        ):
+            yield from read_source_archive(file, file_range.name, self.options, left_out)
         elif file_range.name.endswith(ARCHIVE_SUFFIX):
             yield from read_text_archive(file, file_range.name, self.options, left_out)
         else:
@@ -185,7 +196,7 @@ def make_plan(
     listed: list[_ListedFile] = []
     for number, ((source, files), licence) in enumerate(zip(opened, licences, strict=True)):
         base = source if source.is_dir() else source.parent
-        inputs.append(Input(base, base.absolute().name, licence, files.holds_texts))
+        inputs.append(Input(base, base.absolute().name, licence, files.holds_texts, files.source_archives))
         listed += [_listed_file(number, file, base) for file in files.files]
     containers = [file for file in listed if not inputs[file.input].holds_texts]
     layouts = parquet_layouts([inputs[file.input].base / file.name for file in containers], options.read)
@@ -260,7 +271,9 @@ def _identity(
     parameters = [asdict(options.read), chosen, options.gitignore, work_unit_bytes, others]
     identity = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for source in inputs:
-        identity.update(json.dumps([source.source, source.licence, source.holds_texts]).encode())
+        identity.update(
+            json.dumps([source.source, source.licence, source.holds_texts, source.source_archives]).encode()
+        )
     for file in listed:
         identity.update(json.dumps(file).encode())
     return identity.hexdigest()

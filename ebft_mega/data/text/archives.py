@@ -31,7 +31,7 @@ from ebft_mega.data.text.text_files import (
 from ebft_mega.errors import Problem
 from ebft_mega.io.parse_boundary import words_of
 
-_KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _WEBDATASETS_OWN = re.compile(r"__[^/]*__")
 _RECORD_SUFFIX = "json"
 _END_MARK_BYTES = 2 * BLOCK_BYTES
@@ -67,7 +67,7 @@ class _Walk:
             if member.is_folder or _WEBDATASETS_OWN.fullmatch(member.name):  # names for its own members
                 self._left_out[OTHER_MEMBERS] += not member.is_folder
                 continue
-            match = _KEY_AND_SUFFIX.fullmatch(member.name)
+            match = KEY_AND_SUFFIX.fullmatch(member.name)
             if match is None or not member.is_file or member.is_sparse:
                 yield _unusable(member)
                 continue
@@ -132,7 +132,7 @@ def read_text_archive(
                         counts[LONG_DOCUMENTS] += 1
                     else:
                         yield document
-            found = _what_ends(stream, walk.end)
+            found = what_ends(stream, walk.end)
             if found:
                 problem = Problem(f"{file}: offset {walk.end}", "file", found, expected)
                 yield BadText(problem, path, UNREADABLE, is_file=True)
@@ -175,7 +175,7 @@ def _placed(bad: BadText, file: Path, path: str) -> BadText:
     return BadText(problem, f"{path}:{bad.path}", bad.reason)
 
 
-def _what_ends(stream: BinaryIO, offset: int) -> str | None:
+def what_ends(stream: BinaryIO, offset: int) -> str | None:
     """Describe what is wrong after an archive's last member, which ends at `offset`; None where nothing is."""
     stream.seek(offset)
     first = stream.read(_END_MARK_BYTES)

@@ -13,7 +13,7 @@ from typing import IO, Any, BinaryIO
 
 from ebft_mega.data.text.bounded_reading import open_regular
 
-GZIP_SUFFIX = ".gz"
+GZIP_SUFFIX, GZIP_TAR_SUFFIX = ".gz", ".tgz"
 ZSTANDARD_SUFFIX = ".zst"
 # Texts are packed to between a third and a twentieth, logs that repeat themselves to a hundredth. A file may unpack to
 # so many bytes at any rate, or to so many times its size.
@@ -40,7 +40,7 @@ class UnpackedSizeError(CutFileError):
 
 
 def open_lines(file: Path) -> IO[bytes]:
-    """Open a file for reading bytes, unpacked if its name ends in `.gz` or `.zst`.
+    """Open a file for reading bytes, unpacked if its name ends in `.gz`, `.tgz` or `.zst`.
 
     Reading raises `CutFileError` where the compressed data ends early or its checksum differs. (gzip always
     carries a checksum, zstandard if it was written with one.)
@@ -48,7 +48,7 @@ def open_lines(file: Path) -> IO[bytes]:
     Raises:
         OSError: the file cannot be opened.
     """
-    if file.name.endswith(GZIP_SUFFIX):
+    if file.name.endswith((GZIP_SUFFIX, GZIP_TAR_SUFFIX)):
         return io.BufferedReader(_GzipBytes(open_regular(file)), _CHUNK_BYTES)
     if file.name.endswith(ZSTANDARD_SUFFIX):
         return io.BufferedReader(_ZstandardBytes(open_regular(file)), _CHUNK_BYTES)

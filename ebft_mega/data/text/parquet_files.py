@@ -249,37 +249,31 @@ def _opened(file: Path, stream: BinaryIO) -> "ParquetFile":
         ValueError: this is no Parquet file that can be read.
     """
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
     # What the library's own pools hold back is several times what a page takes.
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     status = os.fstat(stream.fileno())
     metadata = _metadata(file, status.st_size, status.st_mtime_ns, status.st_ino)
-    return ParquetFile(
-        stream,
-        metadata=metadata,
-        buffer_size=_READ_BYTES,
-        pre_buffer=False,
-        page_checksum_verification=True,
-        arrow_extensions_enabled=False,
-    )
+    return _of_library(stream, metadata=metadata, buffer_size=_READ_BYTES, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=1)
 def _metadata(file: Path, size: int, changed: int, inode: int) -> "FileMetaData":
-    from pyarrow.parquet import ParquetFile
-
     with open_regular(file) as stream:
         _require_footer(stream, size)
-        parquet = ParquetFile(
+        parquet = _of_library(
             stream,
-            pre_buffer=False,
             thrift_string_size_limit=_MAX_FOOTER_BYTES,
             thrift_container_size_limit=_MAX_CONTAINER,
             schema_depth_limit=_MAX_SCHEMA_LEVELS,
-            arrow_extensions_enabled=False,
         )
         return parquet.metadata
+
+
+def _of_library(stream: BinaryIO, **options: Any) -> "ParquetFile":
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(stream, pre_buffer=False, arrow_extensions_enabled=False, **options)
 
 
 def _require_footer(stream: BinaryIO, size: int) -> None:

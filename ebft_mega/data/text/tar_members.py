@@ -64,15 +64,19 @@ class _Extension:
     is_sparse: bool = False
 
 
-def read_members(stream: BinaryIO) -> Iterator[Member]:
-    """Yield the members of an uncompressed archive; the caller may move the stream's position meanwhile.
+def read_members(stream: BinaryIO, file_bytes: int | None = None) -> Iterator[Member]:
+    """Yield the members of an archive; the caller may read the member meanwhile.
+
+    Args:
+        stream: an uncompressed file, or the bytes of a compressed one, of which positions are sought forwards only.
+        file_bytes: its length, or what no archive reaches where that is not known. None: that of the file.
 
     It ends at the first block that is empty or cut: whether that is the end of the archive is for the caller to say.
 
     Raises:
         DamagedArchiveError: at the first header that is damaged or goes beyond all bounds.
     """
-    file_bytes = os.fstat(stream.fileno()).st_size
+    file_bytes = os.fstat(stream.fileno()).st_size if file_bytes is None else file_bytes
     offset = 0
     extension = _Extension()
     is_extended = False

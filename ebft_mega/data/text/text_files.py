@@ -19,7 +19,11 @@ from ebft_mega.io.parse_boundary import words_of
 
 ARCHIVE_SUFFIX = ".tar"
 PARQUET_SUFFIX = ".parquet"
-CONTAINER_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", PARQUET_SUFFIX, ARCHIVE_SUFFIX)
+SOURCE_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".zip")  # archives of source
+CONTAINER_SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", PARQUET_SUFFIX),
+    *(*SOURCE_SUFFIXES, ARCHIVE_SUFFIX),
+)
 # Names under which JSON lines are found, too, beside other JSON.
 _JSON_SUFFIXES = (".json", ".ndjson")
 _CHUNK_BYTES = 1 << 22
