@@ -24,6 +24,7 @@ from ebft_mega.data.selection.choice_options import add_file_options, add_licenc
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
+from ebft_mega.data.text.source_archives import SOURCE, WEBDATASET
 from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser, path_argument, real_number, whole_number
@@ -72,6 +73,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY",
         help="key of the text in a JSON line, or its column in Parquet (default: text). With it files of any name that "
         "hold such lines are read as JSON lines, and other files beside them are left out",
+    )
+    parser.add_argument(
+        "--archives",
+        choices=(SOURCE, WEBDATASET),
+        help="what .tar files are: source (a text each member) or webdataset (samples with a text each); default: what "
+        "they clearly are. .tar.gz, .tgz, .tar.zst and .zip are always source",
     )
     parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
     add_text_options(parser)

@@ -9,6 +9,7 @@ PARSERS = {
     *("json.loads", "json.load", "np.load", "numpy.load", "np.fromfile", "yaml.compose", "yaml.load", "yaml.safe_load"),
     *("struct.unpack", "tarfile.open", "TarInfo.frombuf", "pickle.load", "pickle.loads", "torch.load", "tomllib.load"),
     *("Backend.from_str", "Tokenizer.from_file", "Tokenizer.from_str", "Backend.from_file", "zlib.decompress"),
+    "zipfile.ZipFile",
     *("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained", "gzip.decompress"),
 }
 PARSER_NAMES = {
@@ -36,6 +37,7 @@ OTHERWISE = {
     "data/text/parquet_files.py": "called within the boundary, or its errors are problems of one file",
     "data/text/parquet_pages.py": "its errors are problems of one file",
     "data/text/text_files.py": "its errors are problems of one line",
+    "data/text/zip_members.py": "its errors are problems of one file, or of one member",
     "data/tokenizers/tokenizer.py": "called by `load_tokenizer` alone, within the boundary",
     "data/tokenizers/tokenizer_difference.py": "words for a message; a file that is none has a refusal of its own",
     "data/tokenizers/tokenizer_files.py": "its errors are problems of the file",

@@ -29,7 +29,7 @@ PRINTED = {
     "tools/quickstart.py": {"runner.summary()", "page.relative_to(ROOT)"},
     "tools/study.py": {"runner.summary()"},
     "tools/bench_step.py": {"words", "tables"},
-    "tools/bench_data.py": {"what"},
+    "tools/bench_data.py": {"what", "options.processes", "processes"},
     "tools/fuzz.py": {"TITLES", "figures(tally)"},
     "ebft_mega/io/standard_streams.py": {"shown(text, LONGEST_NOTE)"},
     "ebft_mega/io/progress_bar.py": {"shown(text, LONGEST_NOTE)"},

@@ -135,7 +135,8 @@ def option_problems(
         ("--exclude", ", ".join(options.exclude)),
         ("--gitignore", "yes" if options.gitignore else ""),
     ):
-        if given and not folders:
+        of_members = option != "--gitignore" and not all(has_records)  # of archives of source that are inputs
+        if given and not folders and not of_members:
             yield Problem(option, given, "no directory among the inputs", f"a directory, or no {option}")
     yield from _licence_problems(licences, options)
     for key, count in Counter(options.keep_keys).items():

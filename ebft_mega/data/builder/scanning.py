@@ -9,9 +9,9 @@ import numpy as np
 
 from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.builder.unit_files import Scan, groups_path, scan_path, signatures_path
-from ebft_mega.data.builder.work_plan import FileRange, Reader
 from ebft_mega.data.builder.worker_pool import Advance
 from ebft_mega.data.selection.deduplication import DIGEST_BYTES
+from ebft_mega.data.selection.document_reader import FileRange, Reader
 from ebft_mega.data.selection.held_out_split import GROUP_DTYPE, Group, Grouping, SplitOptions
 from ebft_mega.data.selection.near_duplicates import PLACES, signature
 from ebft_mega.data.text.text_files import BadText, count_lines

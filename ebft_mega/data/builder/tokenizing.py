@@ -18,8 +18,9 @@ from ebft_mega.data.builder.array_files import write_array
 from ebft_mega.data.builder.shard_writer import ShardWriter
 from ebft_mega.data.builder.skipped_list import SkippedList
 from ebft_mega.data.builder.unit_files import INDEX_NAME, RECORD_NAME, Scan, TokenizedUnit, load_digests, unit_directory
-from ebft_mega.data.builder.work_plan import FileRange, Plan, Reader
+from ebft_mega.data.builder.work_plan import Plan
 from ebft_mega.data.builder.worker_pool import Advance
+from ebft_mega.data.selection.document_reader import FileRange, Reader
 from ebft_mega.data.text.text_files import BadText, TextDocument
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.errors import InputError

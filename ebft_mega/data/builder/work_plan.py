@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,23 +15,16 @@ from ebft_mega.data.builder.input_files import (
     option_problems,
     repeated_input_problems,
 )
-from ebft_mega.data.selection.licence_choice import LicenceChoice
-from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
-from ebft_mega.data.text.archives import read_text_archive
+from ebft_mega.data.selection.document_reader import FileRange, Input, Reader
+from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.text.compression import GZIP_SUFFIX, ZSTANDARD_SUFFIX
 from ebft_mega.data.text.corpus import corpus_licence
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
-from ebft_mega.data.text.parquet_files import parquet_layouts, read_parquet
-from ebft_mega.data.text.source_archives import is_source_archive, read_source_archive
+from ebft_mega.data.text.parquet_files import parquet_layouts
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
     PARQUET_SUFFIX,
     SOURCE_SUFFIXES,
-    BadText,
-    ReadOptions,
-    TextDocument,
-    read_jsonl,
-    read_text_file,
 )
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
@@ -49,90 +41,6 @@ _UNCUT_SUFFIXES = (ARCHIVE_SUFFIX, *SOURCE_SUFFIXES, GZIP_SUFFIX, ZSTANDARD_SUFF
 # Part of a plan's identity, and of the names of datasets made on demand: another version must not resume an unfinished
 # build of this one, nor find its results.
 BUILD_VERSION = 4
-
-
-@dataclass(frozen=True)
-class Input:
-    """One `--input`: a directory of text files, or containers (JSONL files, text webdataset shards)."""
-
-    base: Path  # what the paths of its files are relative to
-    source: str  # name that is recorded with every document
-    licence: str  # of documents that name none
-    holds_texts: bool
-    source_archives: bool = False  # plain tar files are archives of source too
-
-    def is_source_archive(self, name: str) -> bool:
-        """Whether each member of one of its files is a text."""
-        return is_source_archive(name) or (self.source_archives and name.endswith(ARCHIVE_SUFFIX))
-
-
-class FileRange(NamedTuple):
-    """A whole file, a range of the lines of a plain JSONL file, or some row groups of a Parquet file."""
-
-    input: int  # position in `Reader.inputs`
-    name: str  # relative to the input's base
-    begin: int
-    end: int  # bytes; of a Parquet file numbers of row groups
-    is_cut: bool  # a range of lines, not the whole file
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Read the documents of file ranges."""
-
-    inputs: tuple[Input, ...]
-    options: ReadOptions
-    limits: TextLimits = TextLimits()
-    licences: LicenceChoice = LicenceChoice()
-
-    def read(
-        self,
-        file_range: FileRange,
-        first_line: int | None,
-        left_out: Counter[str] | None = None,
-        matched: Counter[str] | None = None,
-    ) -> Iterator[TextDocument | BadText]:
-        """Read the documents of a file range that stay; both readings of a build get them here.
-
-        Args:
-            file_range: of a file of one of the inputs.
-            first_line: lines of its file before it, see `read_jsonl`.
-            left_out: takes counts of what is no document, or none that stays, by reason.
-            matched: takes counts of patterns that were given and match.
-        """
-        of_input = self.inputs[file_range.input].licence
-        for document in self._read(file_range, first_line, left_out):
-            # An empty text is counted as that.
-            if isinstance(document, TextDocument) and document.text:
-                reason = self.licences.reason_to_leave_out(document.licence or of_input, matched)
-                reason = reason or reason_to_leave_out(document, self.limits)
-                if reason:
-                    if left_out is not None:
-                        left_out[reason] += 1
-                    continue
-            yield document
-
-    def _read(
-        self, file_range: FileRange, first_line: int | None, left_out: Counter[str] | None
-    ) -> Iterator[TextDocument | BadText]:
-        source = self.inputs[file_range.input]
-        file = source.base / file_range.name
-        if source.holds_texts:
-            document = read_text_file(file, file_range.name, self.options, left_out)
-            if document is not None:
-                yield document
-        elif file_range.name.endswith(PARQUET_SUFFIX):
-            groups = range(file_range.begin, file_range.end)
-            yield from read_parquet(file, file_range.name, self.options, groups, left_out)
-        elif is_source_archive(file_range.name) or (
-            source.source_archives and file_range.name.endswith(ARCHIVE_SUFFIX)
-        ):
-            yield from read_source_archive(file, file_range.name, self.options, left_out)
-        elif file_range.name.endswith(ARCHIVE_SUFFIX):
-            yield from read_text_archive(file, file_range.name, self.options, left_out)
-        else:
-            end = file_range.end if file_range.is_cut else None
-            yield from read_jsonl(file, file_range.name, self.options, file_range.begin, end, first_line, left_out)
 
 
 @dataclass(frozen=True)
@@ -196,7 +104,7 @@ def make_plan(
     listed: list[_ListedFile] = []
     for number, ((source, files), licence) in enumerate(zip(opened, licences, strict=True)):
         base = source if source.is_dir() else source.parent
-        inputs.append(Input(base, base.absolute().name, licence, files.holds_texts, files.source_archives))
+        inputs.append(_input(source, base, licence, files, options))
         listed += [_listed_file(number, file, base) for file in files.files]
     containers = [file for file in listed if not inputs[file.input].holds_texts]
     layouts = parquet_layouts([inputs[file.input].base / file.name for file in containers], options.read)
@@ -216,6 +124,12 @@ def make_plan(
         notes=tuple(note for source, files in pairs for note in _notes(source.source, files)),
         matched=total_counts(files.matched for files in found),
     )
+
+
+def _input(source: Path, base: Path, licence: str, files: InputFiles, options: BuildOptions) -> Input:
+    # What is chosen of a folder are its files; of an archive that is an input itself, its members.
+    members = FileChoice() if source.is_dir() else options.files
+    return Input(base, base.absolute().name, licence, files.holds_texts, files.source_archives, members)
 
 
 def _listed_file(number: int, file: Path, base: Path) -> _ListedFile:
@@ -265,6 +179,8 @@ def _identity(
     }
     if options.near_deduplicate is not None:
         others["near_deduplicate"] = options.near_deduplicate
+    if options.archives is not None:
+        others["archives"] = options.archives
     if options.split:
         others["split"] = asdict(options.split)
     chosen = [asdict(each) for each in (options.files, options.limits, options.licences)]

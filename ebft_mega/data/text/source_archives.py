@@ -4,7 +4,7 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -81,8 +81,15 @@ def kind_of_tar(file: Path, text_member: str) -> tuple[str | None, str]:
     return (SOURCE if folders and not texts else None), words
 
 
+_Choose = Callable[[str], str | None]
+
+
 def read_source_archive(
-    file: Path, path: str, options: ReadOptions, left_out: Counter[str] | None = None
+    file: Path,
+    path: str,
+    options: ReadOptions,
+    left_out: Counter[str] | None = None,
+    choose: _Choose = lambda name: None,
 ) -> Iterator[TextDocument | BadText]:
     """Read the texts of an archive, in the order of its members; a member that is none gives a `BadText`.
 
@@ -95,14 +102,19 @@ def read_source_archive(
         path: of the file, relative to the input; documents add the member's name to it.
         options: how much is read.
         left_out: takes the numbers of members that are not read, by reason.
+        choose: says of a member's name why it is not read, None if it is.
     """
     counts = Counter[str]() if left_out is None else left_out
     read = _zip_texts if file.name.endswith(ZIP_SUFFIX) else _tar_texts
     try:
-        for name, content in read(file, options.max_document_bytes, counts):
+        for name, content in read(file, options.max_document_bytes, counts, choose):
             where, place = f"{file}/{name}", f"{path}/{name}"
             if isinstance(content, bytes):
-                yield decode_text(content, where, place)
+                document = decode_text(content, where, place, options=options)
+                if document is None:
+                    counts[LONG_DOCUMENTS] += 1
+                else:
+                    yield document
             else:
                 yield BadText(Problem(where, "member", content, "a complete text"), place, UNREADABLE)
     except BaseException as error:
@@ -124,7 +136,9 @@ def _reason_to_skip(name: str, is_file: bool, size: int, most_bytes: int) -> str
     return LONG_DOCUMENTS if size > most_bytes else None
 
 
-def _tar_texts(file: Path, most_bytes: int, left_out: Counter[str]) -> Iterator[tuple[str, bytes | str]]:
+def _tar_texts(
+    file: Path, most_bytes: int, left_out: Counter[str], choose: _Choose
+) -> Iterator[tuple[str, bytes | str]]:
     """Name and contents of each text; in the place of contents that cannot be used, what is wrong with them."""
     is_packed = is_source_archive(file.name)
     with open_lines(file) if is_packed else open_regular(file) as opened:
@@ -134,7 +148,7 @@ def _tar_texts(file: Path, most_bytes: int, left_out: Counter[str]) -> Iterator[
             end = member.end
             if member.is_folder:
                 continue
-            reason = _reason_to_skip(member.name, member.is_file, member.size, most_bytes)
+            reason = _reason_to_skip(member.name, member.is_file, member.size, most_bytes) or choose(member.name)
             left_out.update([reason] if reason else [])
             if not reason:
                 yield member.name, "a sparse file" if member.is_sparse else _contents(stream, member)
@@ -150,14 +164,16 @@ def _contents(stream: BinaryIO, member: Member) -> bytes:
     return content
 
 
-def _zip_texts(file: Path, most_bytes: int, left_out: Counter[str]) -> Iterator[tuple[str, bytes | str]]:
+def _zip_texts(
+    file: Path, most_bytes: int, left_out: Counter[str], choose: _Choose
+) -> Iterator[tuple[str, bytes | str]]:
     """As `_tar_texts`."""
     with open_regular(file) as stream:
         archive, members = open_zip(stream)
         for member in members:
             if member.is_folder:
                 continue
-            reason = _reason_to_skip(member.name, member.is_file, member.size, most_bytes)
+            reason = _reason_to_skip(member.name, member.is_file, member.size, most_bytes) or choose(member.name)
             left_out.update([reason] if reason else [])
             if reason:
                 continue
@@ -169,7 +185,7 @@ def _zip_texts(file: Path, most_bytes: int, left_out: Counter[str]) -> Iterator[
 
 
 class _Forwards(io.RawIOBase):
-    """A stream whose position moves forwards, or to within what was read last; the rest is passed over in small parts."""
+    """A stream whose position moves forwards, or to within what was read last; all else is passed over in parts."""
 
     def __init__(self, stream: IO[bytes]):
         self._stream = stream

@@ -384,6 +384,7 @@ CHANGED = {
     "licence_key": "l",
     "keep_keys": ("k",),
     "near_deduplicate": 0.8,
+    "archives": "source",
     "deduplicate": False,
     "skip_bad": True,
     "max_document_bytes": 7,

@@ -18,7 +18,7 @@ from webdataset import TarWriter
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
-from ebft_mega.data.builder.work_plan import FileRange, Input, Reader
+from ebft_mega.data.selection.document_reader import FileRange, Input, Reader
 from ebft_mega.data.store.inspection import read_metadata
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.archives import read_text_archive
