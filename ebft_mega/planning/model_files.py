@@ -15,6 +15,7 @@ from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
+from ebft_mega.data.text.file_kinds import kind_of_file
 from ebft_mega.data.tokenizers.tokenizer_files import read_tokenizer_file
 from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError, InputProblems, Problem
@@ -109,7 +110,8 @@ def directory_obstacle(path: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     obstacle = file_obstacle(path)
-    return f"no directory {path}" if obstacle == "no such file" else obstacle or "a file"
+    kind = kind_of_file(path)
+    return f"no directory {path}" if obstacle == "no such file" else obstacle or (kind.words if kind else "a file")
 
 
 def _checkpoint_problems(directory: Path, architecture: Architecture, index: TensorIndex) -> list[Problem]:

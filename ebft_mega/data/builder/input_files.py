@@ -10,6 +10,7 @@ from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.split_names import count_splits
 from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
+from ebft_mega.data.text.file_kinds import JSON_LINES, TEKKEN, kind_of_file
 from ebft_mega.data.text.listing import Listing, in_words, list_files, total_counts
 from ebft_mega.data.text.source_archives import SOURCE, WEBDATASET, is_source_archive, kind_of_tar
 from ebft_mega.data.text.text_files import (
@@ -172,6 +173,9 @@ def _one_file(path: Path, options: BuildOptions) -> InputFiles:
     if path.name.endswith(CONTAINER_SUFFIXES):
         return InputFiles((path,), holds_texts=False, source_archives=_hold_source([path], options))
     keys = _keys_of(path, options)
+    kind = kind_of_file(path)
+    if kind is not None and kind is not JSON_LINES and (keys is None or kind is TEKKEN):
+        raise bad_input("--input", str(path), kind.words, kind.advice)
     if keys is None:
         raise bad_input("--input", str(path), "a file that holds no JSON lines", f"a directory, or {_KINDS}")
     if not options.wants_records:

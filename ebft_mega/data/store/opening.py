@@ -29,6 +29,7 @@ from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards
 from ebft_mega.data.store.shard_cache import ShardCache
+from ebft_mega.data.text.file_kinds import BUILD_IT, text_in_place_of_dataset
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem, UnreachableDataError
 from ebft_mega.io.input_errors import bad_input
@@ -69,8 +70,12 @@ def open_dataset(
     if _URL.match(str(place)):
         return _open_remote(str(place), cache, on_error, transfer)
     directory = Path(place)
+    has_manifest = (directory / MANIFEST_NAME).exists()
+    text = None if has_manifest else text_in_place_of_dataset(directory)
     if not directory.is_dir():
-        raise bad_input(place, "dataset", "no such directory", f"a {_WHAT}")
+        raise bad_input(place, "dataset", text or "no such directory", BUILD_IT if text else f"a {_WHAT}")
+    if text is not None:
+        raise bad_input(place, "dataset", text, BUILD_IT)
     manifest = read_manifest(directory)
     problems = manifest_problems(str(directory / MANIFEST_NAME), manifest) + tokenizer_problems(directory, manifest)
     problems += shard_problems(directory, manifest) + index_problems(directory, manifest)

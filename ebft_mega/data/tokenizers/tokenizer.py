@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.text.file_kinds import TEKKEN, TIKTOKEN, kind_of_file, kind_within
 from ebft_mega.data.tokenizers.document_marks import BEGIN_OPTION, added_begin, begin_spelling, chosen_end, no_begin
 from ebft_mega.data.tokenizers.token_bytes import token_bytes
 from ebft_mega.data.tokenizers.tokenizer_control import (
@@ -61,6 +62,11 @@ def load_tokenizer(directory: Path | str, end_of_document: str | None = None, ad
     if SENTENCEPIECE_NAME not in contents and HUGGING_FACE_NAME not in contents:
         expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
         found = "neither" if directory.is_dir() else "no such directory"
+        kind = kind_of_file(directory)
+        if inner := kind_within(directory, (TEKKEN, TIKTOKEN)):
+            found, expected = f"neither, but {inner[0]}, {inner[1].words}, which is not read", inner[1].advice
+        elif kind is not None:
+            found, expected = kind.words, f"a directory with {expected}"
         raise bad_input(str(directory), "tokenizer", found, expected)
     is_sentencepiece = SENTENCEPIECE_NAME in contents
     name = SENTENCEPIECE_NAME if is_sentencepiece else HUGGING_FACE_NAME

@@ -70,7 +70,8 @@ def _weight_files(directory: Path) -> tuple[list[str], list[Problem]]:
     if obstacles[INDEX_NAME] is not None:
         if is_single:
             return [SINGLE_NAME], []
-        others = _names(directory.glob("*.safetensors")) or _names(directory.glob("*.bin"))
+        patterns = ("*.safetensors", "*.bin", "*.gguf")
+        others = next((names for pattern in patterns if (names := _names(directory.glob(pattern)))), [])
         return [], [Problem(str(directory), "weights", ", ".join(others) or "none", _WEIGHTS)]
     weight_map, problems = _read_index(index)
     names = sorted(set(weight_map.values()))

@@ -1,0 +1,114 @@
+"""A file that is given in the place of another one is named as what it is, with what to do."""
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.builder.work_plan import make_plan
+from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.data.text.file_kinds import PARQUET, kind_of_file, kind_within
+from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
+from ebft_mega.errors import InputError
+from ebft_mega.planning.model_files import directory_obstacle
+
+TEKKEN = json.dumps({"config": {"pattern": "x", "num_vocab_tokens": 1}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]})
+
+
+def parquet() -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a"]}), content)
+    return content.getvalue()
+
+
+def arrow() -> bytes:
+    content = io.BytesIO()
+    table = pa.table({"text": ["a"]})
+    with pa.ipc.new_file(content, table.schema) as writer:
+        writer.write_table(table)
+    return content.getvalue()
+
+
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a.py", "a = 1")
+    return content.getvalue()
+
+
+FILES = {
+    "a Parquet file": parquet(),
+    "a zip file": zipped(),
+    "an Arrow file": arrow(),
+    "a tekken vocabulary": TEKKEN.encode(),
+    "a table of tokens and ranks (tiktoken)": b"IQ== 0\nIg== 1\n",
+    "a GGUF file of weights": b"GGUF\x03\0\0\0",
+    "an SQLite database": b"SQLite format 3\0" + bytes(80),
+    "a PDF document": b"%PDF-1.7\n",
+    "a pickle, which is never read": pickle.dumps({"a": 1}),
+    "a safetensors file of weights": (20).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}',
+    "a file packed by zstandard": zstandard.compress(b"text"),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\n",
+    "JSON lines": b'{"text": "a"}\n',
+}
+
+
+@pytest.mark.parametrize("words", FILES)
+def test_each_kind_is_told_by_its_beginning(tmp_path: Path, words: str) -> None:
+    (tmp_path / "file").write_bytes(FILES[words])
+    kind = kind_of_file(tmp_path / "file")
+    assert kind is not None and kind.words == words and kind.advice
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"def f():\n    return 1\n", b"# PAR1\n", b"hello 12 3\n", b"\x80abc", "ü 1\n".encode()]
+)
+def test_text_is_of_no_kind(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert kind_of_file(tmp_path / "file") is None
+
+
+def test_what_is_no_file_is_of_no_kind(tmp_path: Path) -> None:
+    assert kind_of_file(tmp_path) is None and kind_of_file(tmp_path / "missing") is None
+    assert kind_within(tmp_path / "missing", (PARQUET,)) is None
+
+
+@pytest.mark.parametrize("words", [words for words in FILES if words != "JSON lines"])
+def test_an_input_is_named(tmp_path: Path, words: str) -> None:
+    (tmp_path / "data.dat").write_bytes(FILES[words])
+    with pytest.raises(InputError) as caught:
+        make_plan([tmp_path / "data.dat"], BuildOptions(), "tokenizer")
+    assert f"data.dat: found {words}; expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "words"), [("tekken.json", "a tekken vocabulary"), ("x.tiktoken", "(tiktoken)")])
+def test_a_tokenizer_is_named(tmp_path: Path, name: str, words: str) -> None:
+    content = FILES["a tekken vocabulary" if name == "tekken.json" else "a table of tokens and ranks (tiktoken)"]
+    (tmp_path / name).write_bytes(content)
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError) as caught:
+            load_tokenizer(place)
+        assert words in str(caught.value)
+    with pytest.raises(InputError, match="save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("words", ["a Parquet file", "a zip file", "JSON lines"])
+def test_a_dataset_is_named(tmp_path: Path, words: str) -> None:
+    (tmp_path / "part-0").write_bytes(FILES[words])
+    for place in (tmp_path / "part-0", *[tmp_path] * (words != "JSON lines")):
+        with pytest.raises(InputError) as caught:
+            open_dataset(place)
+        assert words in str(caught.value) and "tools/build_shards.py" in str(caught.value)
+
+
+def test_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(FILES["a GGUF file of weights"])
+    assert directory_obstacle(tmp_path / "m.gguf") == "a GGUF file of weights"
