@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ebft_mega.data.text.document_groups import wanted_keys
 from ebft_mega.data.text.text_files import MAX_FIELDS_BYTES, ReadOptions
 from ebft_mega.errors import Problem
 
@@ -31,6 +32,23 @@ def columns_of(schema: "Schema") -> tuple[Column, ...]:
     return tuple(Column(field.name, str(field.type)[:_SHOWN_COLUMNS], _kind_of(field.type)) for field in schema)
 
 
+def read_columns(columns: tuple[Column, ...], options: ReadOptions) -> list[str]:
+    """Names of the columns of a file that are read: the text's first, then what the options name and the file has."""
+    names = {column.name for column in columns}
+    return [name for name in _named(options, columns) if name in names]
+
+
+def _named(options: ReadOptions, columns: tuple[Column, ...]) -> dict[str, None]:
+    """What the options name, each once; of the members that can name a group those that can be one."""
+    licence = [options.licence_key] if options.licence_key else []
+    groups = [name for name in options.group_keys if _can_be_group(name, columns)]
+    return dict.fromkeys([options.text_key, *licence, *options.keep_keys, *groups])
+
+
+def _can_be_group(name: str, columns: tuple[Column, ...]) -> bool:
+    return any(column.name == name and column.kind in (TEXT, PLAIN) for column in columns)
+
+
 def column_problems(file: Path, columns: tuple[Column, ...], options: ReadOptions) -> Iterator[Problem]:
     """Report columns that cannot be read as what the options name; licence and kept columns may be missing.
 
@@ -45,7 +63,11 @@ def column_problems(file: Path, columns: tuple[Column, ...], options: ReadOption
     if key not in names:
         near = difflib.get_close_matches(key, names, 1)
         yield Problem(str(file), key, "no such column", texts, near[0] if near else "")
-    for name in dict.fromkeys([key, *([options.licence_key] if options.licence_key else []), *options.keep_keys]):
+    if options.group_keys and not any(_can_be_group(name, columns) for name in options.group_keys):
+        there = ", ".join(f"{column.name}: {column.type}" for column in columns if column.name in options.group_keys)
+        there = there or f"the columns {in_words(columns)}"
+        yield Problem(str(file), "--split-by", there, wanted_keys(options.group_keys))
+    for name in _named(options, columns):
         found = [column for column in columns if column.name == name]
         if len(found) > 1:
             yield Problem(str(file), name, f"{len(found)} columns of this name", "one")

@@ -16,6 +16,7 @@ from ebft_mega.data.text.parquet_columns import (
     Column,
     column_problems,
     columns_of,
+    read_columns,
     text_buffer,
     unknown_columns,
     value_of,
@@ -23,6 +24,7 @@ from ebft_mega.data.text.parquet_columns import (
 from ebft_mega.data.text.parquet_pages import measure_pages
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
+    NO_GROUP,
     NO_TEXT,
     NOT_UTF8,
     PARQUET_SUFFIX,
@@ -107,7 +109,7 @@ def parquet_layout(file: Path, options: ReadOptions) -> ParquetLayout:
     with reading(file, "--input", COMPLETE_FILE), open_regular(file) as stream:
         parquet = _opened(file, stream)
         columns = columns_of(parquet.schema_arrow)
-        wanted = {*_read_columns(options)}
+        wanted = {*read_columns(columns, options)}
         metadata = parquet.metadata
         groups = range(metadata.num_row_groups)
         return ParquetLayout(
@@ -141,13 +143,15 @@ def read_parquet(
     try:
         with open_regular(file) as stream:
             parquet = _opened(file, stream)
-            for problem in column_problems(file, columns_of(parquet.schema_arrow), options):
-                yield BadText(problem, path, NO_TEXT, is_file=True)
+            columns = columns_of(parquet.schema_arrow)
+            for problem in column_problems(file, columns, options):
+                reason = {options.text_key: NO_TEXT, "--split-by": NO_GROUP}.get(problem.key, WRONG_FIELD)
+                yield BadText(problem, path, reason, is_file=True)
                 return
             row = sum(parquet.metadata.row_group(number).num_rows for number in range(groups.start))
             for group in groups:
                 place = f": row group {group}"
-                for record in _Rows(stream, parquet, group, options).records():
+                for record in _Rows(stream, parquet, group, read_columns(columns, options)).records():
                     row += 1
                     document = _document(record, f"{file}: row {row}", f"{path}:{row}", options)
                     if document is not None:
@@ -164,10 +168,8 @@ def read_parquet(
 class _Rows:
     """The rows of one row group as records."""
 
-    def __init__(self, stream: BinaryIO, parquet: "ParquetFile", group: int, options: ReadOptions):
-        self._parquet, self._group, self._options = parquet, group, options
-        names = set(parquet.schema_arrow.names)
-        self._names = [name for name in dict.fromkeys(_read_columns(options)) if name in names]
+    def __init__(self, stream: BinaryIO, parquet: "ParquetFile", group: int, names: list[str]):
+        self._parquet, self._group, self._names = parquet, group, names
         self._batch_rows = self._bounded_rows(stream)
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -219,7 +221,8 @@ def _document(record: dict[str, Any], where: str, path: str, options: ReadOption
     if content.size > options.max_document_bytes:
         return None
     fields = {}
-    for name in record.keys() & {*_read_columns(options)[1:]}:
+    others = {options.licence_key, *options.keep_keys, *options.group_keys}
+    for name in (name for name in record if name in others):  # in an order: of two bad ones the first is named
         try:
             fields[name] = value_of(record[name])
         except UnicodeDecodeError as error:
@@ -227,10 +230,6 @@ def _document(record: dict[str, Any], where: str, path: str, options: ReadOption
         except ValueError as error:
             return BadText(Problem(where, name, str(error), "a value that JSON has"), path, WRONG_FIELD)
     return decode_text(content.to_pybytes(), where, path, fields, options)
-
-
-def _read_columns(options: ReadOptions) -> list[str]:
-    return [options.text_key, *([options.licence_key] if options.licence_key else []), *options.keep_keys]
 
 
 def _unpacked_bytes(file: Path, metadata: "FileMetaData", group: int, wanted: set[str]) -> int:

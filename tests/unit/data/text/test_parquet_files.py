@@ -77,6 +77,28 @@ def test_licences_and_kept_columns_are_those_of_json(tmp_path: Path) -> None:
     assert "stars: found a column of int32" in problem_of(file, ReadOptions("content", licence_key="stars"))
 
 
+def test_a_column_names_the_group_whether_it_is_kept_or_not(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b", "c"], "stars": [1, None, 3], "repo": [{"id": 1}] * 3, "repo_name": ["x", "y", None]}
+    file = write(tmp_path, columns)
+    by_repository = read(file, ReadOptions(group_keys=("repo", "repo_name")))
+    assert [document.group for document in by_repository[:2]] == [("repo_name", "x"), ("repo_name", "y")]
+    assert not by_repository[0].fields and "'repo_name', a JSON NoneType" in str(by_repository[2].problem)
+    assert [getattr(row, "group", None) for row in read(file, ReadOptions(group_keys=("stars",)))] == [
+        ("stars", "1"),
+        None,
+        ("stars", "3"),
+    ]
+    missing = problem_of(file, ReadOptions(group_keys=("owner",)))
+    assert "--split-by: found the columns text: string, stars: int64, repo: struct<id: int64>, repo_name" in missing
+    assert "--split-by: found repo: struct<id: int64>" in problem_of(file, ReadOptions(group_keys=("repo",)))
+
+
+def test_of_two_bad_columns_of_a_row_the_first_that_is_named_is_told_at_every_run(tmp_path: Path) -> None:
+    names = [f"n{number}" for number in range(20)]
+    file = write(tmp_path, {"text": ["a"], **{name: [float("nan")] for name in names}})
+    assert read(file, ReadOptions(keep_keys=tuple(reversed(names))))[0].problem.key == "n19"
+
+
 @pytest.mark.parametrize(
     ("column", "words"),
     [
