@@ -168,11 +168,13 @@ def print_build(record: BuildRecord) -> None:
     if record.split:
         side, share = record.split.get("side", ""), 100 * record.split.get("share", 0.0)
         print_line(f"  split        {side}; {share:.3g} % of the text held out by {record.split.get('by')}", sys.stdout)
-    print(f"  left out     {record.duplicates:,} duplicates, {record.empty:,} empty, {record.skipped:,} unusable")
+    near = f" and {record.near_duplicates:,} near-duplicates" if record.near_duplicates else ""
+    print(f"  left out     {record.duplicates:,} duplicates{near}, {record.empty:,} empty, {record.skipped:,} unusable")
     for meaning, counts in (
         ("left out", record.left_out),
         ("skipped", record.skipped_by_reason),
         ("followed", record.followed),
+        ("encodings", record.encodings),
         ("not exact", {"documents that do not come back from their tokens": record.not_round_trip}),
     ):
         if words := in_words(counts):

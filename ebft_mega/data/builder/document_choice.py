@@ -119,12 +119,12 @@ def _divided(
     division = divide(documents, keep, split.fraction)
     held_out = division.held_out
     _require_both(division, split, scans)
-    on_both = np.zeros(len(first), bool)  # by the number of the first document with the text
-    on_both[np.intersect1d(first[held_out], first[~held_out])] = True
     if options.deduplicate:  # the earliest stays, wherever it is
-        equal = int((on_both[first] & (held_out != held_out[first])).sum())
+        equal = int((held_out != held_out[first]).sum())
     else:  # nothing that is held out is trained on
-        out = keep & ~held_out & on_both[first]
+        is_held_out = np.zeros(len(first), bool)  # of a text, by the number of the first document that has it
+        is_held_out[first[keep & held_out]] = True
+        out = keep & ~held_out & is_held_out[first]
         keep = keep & ~out
         equal = int(out.sum())
     if not (keep & ~held_out).any():

@@ -91,3 +91,31 @@ def test_bad_values_are_named(tmp_path, source, monkeypatch, capsys, value):
         code = ended.code
     assert code == 2 and not (tmp_path / "out").exists()
     assert "--near-deduplicate" in capsys.readouterr().err
+
+
+def test_a_text_of_both_sides_stays_on_one_where_copies_stay_and_near_duplicates_go(
+    source: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    for folder in range(9):  # each text lies in two folders, so that most splits have it on both sides
+        (source / f"f{folder}" / "other.py").write_text((source / f"f{(folder + 1) % 9}" / "a.py").read_text())
+    for seed in range(4):
+        options = BuildOptions(near_deduplicate=0.8, deduplicate=False, split=SplitOptions("40%", "top-folder", seed))
+        record = build_dataset(source, tokenizer, tmp_path / f"out{seed}", options).record
+        assert (record.documents, record.near_duplicates, record.duplicates) == (9, 28, 0)
+
+
+def test_what_was_left_out_as_nearly_the_same_is_shown(
+    source: Path,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (source / "latin.py").write_bytes("größer und länger als fünf Wörter".encode("latin-1"))
+    options = BuildOptions(near_deduplicate=0.8, encoding_fallback="latin-1")
+    build_dataset(source, tokenizer, tmp_path / "out", options)
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(tmp_path / "out")])
+    assert run_command(runpy.run_path(str(TOOL.with_name("inspect_shards.py")))["main"]) == 0
+    shown = capsys.readouterr().out
+    assert "9 duplicates and 10 near-duplicates, 0 empty" in shown
+    assert "encodings    latin-1: 1" in shown
