@@ -23,6 +23,7 @@ REPOSITORY_KEYS = (
     *("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name", "max_issues_repo_name"),
     *("max_forks_repo_name", "repo_full_name", "full_name", "repo_id", "repo_url", "repository_url"),
 )
+_MOST_SHARE = 20  # characters, and places after the point
 GROUP_DTYPE = np.dtype([("group", "<u8"), ("bytes", "<u8")])  # of a document: its group's number, the text's size
 REPOSITORY_FOLDER = ".git"  # a folder, or a file in a submodule
 
@@ -62,10 +63,14 @@ def read_share(text: str) -> Fraction:
     """
     number = text.strip()
     try:
-        share = Fraction(Decimal(number.removesuffix("%").strip())) / (100 if number.endswith("%") else 1)
-    except (InvalidOperation, OverflowError, ValueError):  # infinity and not-a-number are no fractions
+        value = Decimal(number.removesuffix("%").strip())
+    except InvalidOperation:
         raise ValueError("no number") from None
-    if len(number) > 20 or not 0 < share < 1:
+    # As a fraction, 1e-999999999 has a billion digits.
+    if not value.is_finite() or len(number) > _MOST_SHARE or not -_MOST_SHARE < value.adjusted() <= 2:
+        raise ValueError("not between 0 and 100 %")
+    share = Fraction(value) / (100 if number.endswith("%") else 1)
+    if not 0 < share < 1:
         raise ValueError("not between 0 and 100 %")
     return share
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebft_mega.data.text.document_groups import wanted_keys
-from ebft_mega.data.text.text_files import MAX_FIELDS_BYTES, ReadOptions
+from ebft_mega.data.text.text_files import MAX_FIELDS_BYTES, NO_GROUP, NO_TEXT, WRONG_FIELD, ReadOptions
 from ebft_mega.errors import Problem
 
 if TYPE_CHECKING:
@@ -162,3 +162,8 @@ def value_of(scalar: "Scalar") -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"a number that is not finite ({value})")
     return value
+
+
+def reason_of(problem: Problem, options: ReadOptions) -> str:
+    """Why a row is left out whose column of some name cannot be used."""
+    return {options.text_key: NO_TEXT, "--split-by": NO_GROUP}.get(problem.key, WRONG_FIELD)

@@ -17,6 +17,7 @@ from ebft_mega.data.text.parquet_columns import (
     column_problems,
     columns_of,
     read_columns,
+    reason_of,
     text_buffer,
     unknown_columns,
     value_of,
@@ -24,7 +25,6 @@ from ebft_mega.data.text.parquet_columns import (
 from ebft_mega.data.text.parquet_pages import measure_pages
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
-    NO_GROUP,
     NO_TEXT,
     NOT_UTF8,
     PARQUET_SUFFIX,
@@ -40,7 +40,7 @@ from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.parse_boundary import is_of_parser, reading, words_of
 
 if TYPE_CHECKING:
-    from pyarrow.parquet import FileMetaData, ParquetFile
+    import pyarrow.parquet as pq
 
 PARQUET_MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 COMPLETE_FILE = "a complete Parquet file"
@@ -145,7 +145,7 @@ def read_parquet(
             parquet = _opened(file, stream)
             columns = columns_of(parquet.schema_arrow)
             for problem in column_problems(file, columns, options):
-                reason = {options.text_key: NO_TEXT, "--split-by": NO_GROUP}.get(problem.key, WRONG_FIELD)
+                reason = reason_of(problem, options)
                 yield BadText(problem, path, reason, is_file=True)
                 return
             row = sum(parquet.metadata.row_group(number).num_rows for number in range(groups.start))
@@ -168,7 +168,7 @@ def read_parquet(
 class _Rows:
     """The rows of one row group as records."""
 
-    def __init__(self, stream: BinaryIO, parquet: "ParquetFile", group: int, names: list[str]):
+    def __init__(self, stream: BinaryIO, parquet: "pq.ParquetFile", group: int, names: list[str]):
         self._parquet, self._group, self._names = parquet, group, names
         self._batch_rows = self._bounded_rows(stream)
 
@@ -232,7 +232,7 @@ def _document(record: dict[str, Any], where: str, path: str, options: ReadOption
     return decode_text(content.to_pybytes(), where, path, fields, options)
 
 
-def _unpacked_bytes(file: Path, metadata: "FileMetaData", group: int, wanted: set[str]) -> int:
+def _unpacked_bytes(file: Path, metadata: "pq.FileMetaData", group: int, wanted: set[str]) -> int:
     """What the wanted columns of a row group unpack to, as its footer says, within what is possible."""
     row_group = metadata.row_group(group)
     chunks = (row_group.column(number) for number in range(row_group.num_columns))
@@ -241,7 +241,7 @@ def _unpacked_bytes(file: Path, metadata: "FileMetaData", group: int, wanted: se
     )
 
 
-def _opened(file: Path, stream: BinaryIO) -> "ParquetFile":
+def _opened(file: Path, stream: BinaryIO) -> "pq.ParquetFile":
     """A file as pyarrow reads it, after its footer was looked at; each process parses a footer once.
 
     Raises:
@@ -257,7 +257,7 @@ def _opened(file: Path, stream: BinaryIO) -> "ParquetFile":
 
 
 @lru_cache(maxsize=1)
-def _metadata(file: Path, size: int, changed: int, inode: int) -> "FileMetaData":
+def _metadata(file: Path, size: int, changed: int, inode: int) -> "pq.FileMetaData":
     with open_regular(file) as stream:
         _require_footer(stream, size)
         parquet = _of_library(
@@ -269,10 +269,10 @@ def _metadata(file: Path, size: int, changed: int, inode: int) -> "FileMetaData"
         return parquet.metadata
 
 
-def _of_library(stream: BinaryIO, **options: Any) -> "ParquetFile":
-    from pyarrow.parquet import ParquetFile
+def _of_library(stream: BinaryIO, **options: Any) -> "pq.ParquetFile":
+    import pyarrow.parquet as pq
 
-    return ParquetFile(stream, pre_buffer=False, arrow_extensions_enabled=False, **options)
+    return pq.ParquetFile(stream, pre_buffer=False, arrow_extensions_enabled=False, **options)
 
 
 def _require_footer(stream: BinaryIO, size: int) -> None:

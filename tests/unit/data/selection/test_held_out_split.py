@@ -26,7 +26,24 @@ def test_a_share_is_a_percentage_or_a_fraction(text: str, share: Fraction) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "1", "100%", "2", "-1%", "abc", "", "%", "nan", "inf", "1e999", "0%%", "0." + "0" * 50]
+    "text",
+    [
+        "0",
+        "1",
+        "100%",
+        "2",
+        "-1%",
+        "abc",
+        "",
+        "%",
+        "nan",
+        "inf",
+        "1e999",
+        "0%%",
+        "0." + "0" * 50,
+        "1e-300",
+        "1e-999999999",
+    ],
 )
 def test_what_is_no_share(text: str) -> None:
     with pytest.raises(ValueError):
