@@ -115,7 +115,8 @@ def require_texts(sources: Sequence[Path], plan: Plan, scans: list[Scan]) -> Non
         InputError: there is not; it says what was left out.
     """
     if not sum(scan.documents for scan in scans):
-        empty = {"empty documents": sum(scan.empty for scan in scans)}
+        bad = sum(scan.bad for scan in scans) + len(plan.unreadable)
+        empty = {"empty documents": sum(scan.empty for scan in scans), "what cannot be used": bad}
         counts = total_counts([plan.left_out, empty, *(scan.left_out for scan in scans)])
         chosen = {**plan.reader.limits.given(), **plan.reader.licences.given()}
         options = [option for option, reason in chosen.items() if counts.get(reason)]
@@ -123,7 +124,8 @@ def require_texts(sources: Sequence[Path], plan: Plan, scans: list[Scan]) -> Non
         if options:
             found = f"no document that stays: {' and '.join(options)} left out everything"
         found += f" (left out: {left_out})" if (left_out := in_words(counts)) else ""
-        raise bad_input("--input", ", ".join(map(str, sources)), found, "at least one")
+        expected = "at least one" + ("; without --skip-bad it is said why they cannot be used" if bad else "")
+        raise bad_input("--input", ", ".join(map(str, sources)), found, expected)
 
 
 def write_skipped(

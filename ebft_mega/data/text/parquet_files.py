@@ -5,7 +5,7 @@ Only the named columns are read. A row group that is damaged is an error, never 
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,7 +64,7 @@ class ParquetLayout:
     group_bytes: tuple[int, ...]  # of each row group: what the columns that are read unpack to
 
 
-def parquet_layouts(files: Sequence[Path], options: ReadOptions) -> list[ParquetLayout | None]:
+def parquet_layouts(files: list[Path], options: ReadOptions) -> list[ParquetLayout | None]:
     """What the footers of the Parquet files among some containers say; None for the others, and for damaged ones.
 
     Reading a damaged one says what is wrong with it.
@@ -150,6 +150,8 @@ def read_parquet(
                 return
             row = sum(parquet.metadata.row_group(number).num_rows for number in range(groups.start))
             for group in groups:
+                if not parquet.metadata.row_group(group).num_rows:  # of a table without rows; it may have no page
+                    continue
                 place = f": row group {group}"
                 for record in _Rows(stream, parquet, group, read_columns(columns, options)).records():
                     row += 1

@@ -137,6 +137,12 @@ def damaged(file: Path, change: Any) -> Path:
     return file
 
 
+def test_a_table_without_rows_is_no_damage(tmp_path: Path) -> None:
+    file = write(tmp_path, {"text": pa.array([], pa.string())})
+    assert pq.ParquetFile(file).metadata.num_row_groups == 1
+    assert read(file, ReadOptions()) == []
+
+
 def test_damage_is_found_in_its_row_group(tmp_path: Path) -> None:
     table = {"content": [f"{number}" * 90 for number in range(40)]}
     file = write(tmp_path, table, row_group_size=10, write_page_checksum=True, compression="none")
