@@ -159,7 +159,9 @@ def test_a_missing_pyarrow_is_named_with_what_to_install(
 
 def test_where_nothing_can_be_used_it_is_said_how_much_there_was(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pq.write_table(pa.table({"text": pa.array([None] * 7, pa.string())}), tmp_path / "d.parquet")
-    words = r"no document with text \(left out: what cannot be used: 7\); expected at least one; without --skip-bad it is"
+    words = (
+        r"no document with text \(left out: what cannot be used: 7\); expected at least one; without --skip-bad it is"
+    )
     with pytest.raises(InputError, match=words):
         build_dataset(tmp_path / "d.parquet", tokenizer, tmp_path / "out", BuildOptions(skip_bad=True))
     assert not (tmp_path / "out").exists()
