@@ -20,7 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.builder.build_options import DEFAULT_SHARD_BYTES, BuildOptions
 from ebft_mega.data.builder.dataset_build import BuildResult, build_dataset
 from ebft_mega.data.builder.worker_pool import available_cores
-from ebft_mega.data.selection.choice_options import add_file_options, add_licence_options, add_text_options
+from ebft_mega.data.selection.choice_options import (
+    add_file_options,
+    add_licence_options,
+    add_text_options,
+    check_text_options,
+)
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
@@ -186,9 +191,7 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
         if value is not None and value < 1:
             parser.error(f"{option}: found {value}; expected at least 1")
     arguments.split = split_of(parser, arguments)
-    if (arguments.min_document_bytes or 0) > arguments.max_document_bytes:
-        expected = f"at most --max-document-bytes, {arguments.max_document_bytes}"
-        parser.error(f"--min-document-bytes: found {arguments.min_document_bytes}; expected {expected}")
+    check_text_options(parser, arguments)
     return arguments
 
 

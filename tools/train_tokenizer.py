@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.data.selection.choice_options import add_file_options, add_text_options
+from ebft_mega.data.selection.choice_options import add_file_options, add_text_options, check_text_options
 from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.text_limits import TextLimits
 from ebft_mega.data.text.text_files import ReadOptions
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     add_text_options(parser)
     add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    check_text_options(parser, arguments)
+    return arguments
 
 
 def main() -> None:

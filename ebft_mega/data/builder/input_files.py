@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.selection.file_choice import nothing_stays
 from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.split_names import count_splits
 from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
@@ -86,10 +87,7 @@ def list_inputs(path: Path, options: BuildOptions, output: Path | None = None, a
 def _nothing(listing: Listing, options: BuildOptions) -> str:
     """What is found where no file is left."""
     counts = f" (left out: {in_words(listing.left_out)})" if listing.left_out else ""
-    given = {"--include": options.include, "--exclude": options.exclude, "--gitignore": options.gitignore}
-    if any(given.values()):
-        return f"no file that stays: {' and '.join(name for name in given if given[name])} left out everything{counts}"
-    return f"no file that matches {options.pattern!r}{counts}"
+    return f"{nothing_stays(options.files, options.gitignore)}{counts}"
 
 
 def option_problems(

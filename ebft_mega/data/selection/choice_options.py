@@ -78,6 +78,13 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_text_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with an error where no text can be within the limits."""
+    if (arguments.min_document_bytes or 0) > arguments.max_document_bytes:
+        expected = f"at most --max-document-bytes, {arguments.max_document_bytes}"
+        parser.error(f"--min-document-bytes: found {arguments.min_document_bytes}; expected {expected}")
+
+
 def add_licence_options(parser: argparse.ArgumentParser) -> None:
     """Add the choice of licences."""
     for option, words in (("keep", "leave out documents with any other licence"), ("drop", "leave out documents with")):

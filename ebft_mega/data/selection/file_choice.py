@@ -70,6 +70,14 @@ class FileChoice:
         )
 
 
+def nothing_stays(choice: FileChoice, uses_gitignore: bool) -> str:
+    """What is found where no file of a directory is left, and which options are the reason."""
+    given = {"--include": choice.include, "--exclude": choice.exclude, "--gitignore": uses_gitignore}
+    if any(given.values()):
+        return f"no file that stays: {' and '.join(name for name in given if given[name])} left out everything"
+    return f"no file that matches {choice.pattern!r}"
+
+
 def path_pattern(text: str) -> str:
     """A pattern of `--include` or `--exclude`, unless it is none.
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.file_choice import FileChoice, nothing_stays
 from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
-from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files
+from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files, total_counts
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
     BadText,
@@ -145,12 +145,17 @@ class _Texts:
 def _files(source: Path, files: FileChoice, uses_gitignore: bool) -> tuple[Path, ...]:
     """The files to read; what is left out and followed is said."""
     if not source.is_dir():
-        raise bad_input("--input", str(source), "no such directory", "a directory of text files")
+        found = "no directory" if source.exists() else "no such directory"
+        raise bad_input("--input", str(source), found, "a directory of text files")
     choice = FolderChoice(source, files, uses_gitignore)
     listing = list_files(source, choice)
     if choice.problems:
         raise InputError(choice.problems)
-    for meaning, counts in (("left out", listing.left_out), ("followed", listing.followed)):
+    left_out = total_counts([listing.left_out, choice.left_out])
+    if not listing.files and not listing.unreadable:
+        words = f" (left out: {in_words(left_out)})" if left_out else ""
+        raise bad_input("--input", str(source), f"{nothing_stays(files, uses_gitignore)}{words}", "text files")
+    for meaning, counts in (("left out", left_out), ("followed", listing.followed)):
         if words := in_words(counts):
             print_line(f"note: {source}: {meaning}: {words}")
     if OUTSIDE_LINKS in listing.left_out:
@@ -184,13 +189,16 @@ def _count_characters(texts: _Texts) -> int:
     if left_out:
         limit = f" (over {texts.read.max_document_bytes} bytes)" if LONG_DOCUMENTS in left_out else ""
         print_line(f"note: {texts.source}: left out: {in_words(left_out)}{limit}")
+    if idle := [option for option, reason in texts.limits.given().items() if reason not in left_out]:
+        print_line(f"note: {', '.join(idle)}: nothing is left out")
     if encodings:
         print_line(f"note: {texts.source}: read as what --encoding-fallback says: {in_words(encodings)}")
     if not problems and not characters:
         counts = f" (left out: {in_words(left_out)})" if left_out else ""
-        problems.append(
-            Problem("--input", str(texts.source), f"no text in the files that are read{counts}", "text files")
-        )
+        options = [option for option, reason in texts.limits.given().items() if reason in left_out]
+        everything = f": {' and '.join(options)} left out everything" if options else ""
+        found = f"no text in the files that are read{everything}{counts}"
+        problems.append(Problem("--input", str(texts.source), found, "text files"))
     if problems:
         raise InputError(problems)
     return characters

@@ -183,7 +183,7 @@ def test_training_reads_what_is_chosen(
     latin = ReadOptions(encoding_fallback="latin-1")
     train_tokenizer(source, 340, tmp_path / "latin", read=latin)
     assert "read as what --encoding-fallback says: latin-1: 1" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"no text in the files that are read \(left out: documents under --min-doc"):
+    with pytest.raises(InputError, match=r"are read: --min-document-bytes left out everything \(left out: documents"):
         train_tokenizer(source / "vendor", 340, tmp_path / "no", limits=TextLimits(9), read=latin)
 
 
@@ -217,6 +217,18 @@ def test_training_input_that_cannot_be_used_is_refused(tmp_path: Path, text_dire
     assert "one.py:2" in str(caught.value)
     assert "two.py:1" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_choice_that_leaves_nothing_to_train_on_is_named(text_directory: Path, tmp_path: Path) -> None:
+    choice = FileChoice(exclude=("*",))
+    with pytest.raises(InputError, match=r"--exclude left out everything \(left out: folders that --exclude nam"):
+        train_tokenizer(text_directory, 340, tmp_path / "out", files=choice)
+    with pytest.raises(InputError, match=r"no file that matches '\*\.rs' \(left out: files with other names: 30\)"):
+        train_tokenizer(text_directory, 340, tmp_path / "out", files=FileChoice("*.rs"))
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=f"{file}: found no directory; expected a directory of text files"):
+        train_tokenizer(file, 340, tmp_path / "out")
 
 
 def test_a_text_that_does_not_round_trip_fails_the_training(
