@@ -126,7 +126,7 @@ def option_problems(
             expected = f"JSON lines, Parquet or webdataset shards, or no {option}"
             yield Problem(option, given, "inputs of which each file is a text", expected)
     if options.split and options.split.key and not containers:
-        expected = "top-folder, repo or document, or JSON lines or webdataset shards"
+        expected = "top-folder, repo or document, or JSON lines, Parquet or webdataset shards"
         yield Problem("--split-by", options.split.key, "inputs of which each file is a text", expected)
     for option, given in (
         ("--pattern", options.pattern if options.pattern != BuildOptions.pattern else ""),
