@@ -168,16 +168,18 @@ def print_build(record: BuildRecord) -> None:
     if record.split:
         side, share = record.split.get("side", ""), 100 * record.split.get("share", 0.0)
         print_line(f"  split        {side}; {share:.3g} % of the text held out by {record.split.get('by')}", sys.stdout)
-    near = f" and {record.near_duplicates:,} near-duplicates" if record.near_duplicates else ""
-    print(f"  left out     {record.duplicates:,} duplicates{near}, {record.empty:,} empty, {record.skipped:,} unusable")
-    for meaning, counts in (
+    counts = {"duplicates": record.duplicates, "empty": record.empty, "unusable": record.skipped}
+    if record.near_duplicates:
+        counts = {"near-duplicates": record.near_duplicates, **counts}
+    print_line(f"  left out     {', '.join(f'{count:,} {what}' for what, count in counts.items())}", sys.stdout)
+    for meaning, reasons in (
         ("left out", record.left_out),
         ("skipped", record.skipped_by_reason),
         ("followed", record.followed),
         ("encodings", record.encodings),
         ("not exact", {"documents that do not come back from their tokens": record.not_round_trip}),
     ):
-        if words := in_words(counts):
+        if words := in_words(reasons):
             print_line(f"  {meaning:<12} {words}", sys.stdout)
     by_count = sorted(record.licences.items(), key=lambda item: -item[1])
     licences = [f"{licence} ({count:,})" for licence, count in by_count]

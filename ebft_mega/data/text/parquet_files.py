@@ -272,9 +272,9 @@ def _metadata(file: Path, size: int, changed: int, inode: int) -> "pq.FileMetaDa
 
 
 def _of_library(stream: BinaryIO, **options: Any) -> "pq.ParquetFile":
-    import pyarrow.parquet as pq
+    from pyarrow.parquet import ParquetFile
 
-    return pq.ParquetFile(stream, pre_buffer=False, arrow_extensions_enabled=False, **options)
+    return ParquetFile(stream, pre_buffer=False, arrow_extensions_enabled=False, **options)
 
 
 def _require_footer(stream: BinaryIO, size: int) -> None:

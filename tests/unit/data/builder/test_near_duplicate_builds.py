@@ -117,5 +117,5 @@ def test_what_was_left_out_as_nearly_the_same_is_shown(
     monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(tmp_path / "out")])
     assert run_command(runpy.run_path(str(TOOL.with_name("inspect_shards.py")))["main"]) == 0
     shown = capsys.readouterr().out
-    assert "9 duplicates and 10 near-duplicates, 0 empty" in shown
+    assert "10 near-duplicates, 9 duplicates, 0 empty" in shown
     assert "encodings    latin-1: 1" in shown
