@@ -110,7 +110,7 @@ def print_plan(config: RunConfig, plan: RunPlan, fresh: Fresh, gpu_memory: float
         ConfigError: a start would be refused.
     """
     if is_first_rank():
-        memory_bytes = None if gpu_memory is None else int(gpu_memory * GIGABYTE)
+        memory_bytes = None if gpu_memory is None else round(gpu_memory * GIGABYTE)
         print(describe_run(config, plan, memory_bytes), flush=True)
     standing = planned_standing(config, plan, fresh)
     if is_first_rank():

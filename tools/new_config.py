@@ -66,13 +66,12 @@ def main() -> None:
         gpu_gigabytes=arguments.gpu_memory,
     )
     output = arguments.output
-    processes, notes = write_starter_config(request, REPOSITORY)
-    for note in notes:
+    written = write_starter_config(request, REPOSITORY)
+    for note in written.notes:
         print_line(f"note: {note}")
-    world = "" if processes == 1 else f" --world-size {processes}"
     print_line(str(output), sys.stdout)
     config = shlex.quote(os.path.relpath(output, REPOSITORY))
-    print_line(f"next, in {REPOSITORY}: python launcher/train.py --config {config} --dry-run{world}", sys.stdout)
+    print_line(f"next, in {REPOSITORY}: python launcher/train.py --config {config} {written.plan_options}", sys.stdout)
 
 
 if __name__ == "__main__":

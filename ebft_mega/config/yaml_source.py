@@ -4,6 +4,7 @@ The scalars are those of YAML 1.2: `1e-5` is a number, and only `true` and `fals
 `reuse_rollout: off` is a word. Repeated keys, tags, anchors and aliases are refused.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,13 @@ def write_yaml(value: Any) -> str:
     if escaped(text, "\n") == text:
         return text
     return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=False)  # with escapes, read back alike
+
+
+def write_scalar(text: str) -> str:
+    """Write a text as the value of a key: one line, whatever its length, so that it may stand at any depth."""
+    style = '"' if escaped(text) != text or "\n" in text else None
+    whole = yaml.dump({"": text}, Dumper=_TreeDumper, default_style=style, width=math.inf, allow_unicode=style is None)
+    return whole.partition(": ")[2].removesuffix("\n")
 
 
 def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:

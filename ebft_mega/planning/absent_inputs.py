@@ -87,14 +87,14 @@ def plan_model(entry: AbsentInput, feature_layers: tuple[float, ...] | None = No
 
 def _absent_models(config: RunConfig) -> Iterator[AbsentInput]:
     for key, directory in zip(MODEL_KEYS, (config.model.init_from, config.ebft.feature_model), strict=True):
-        if directory is None or (found := _lack_of_weights(directory)) is None:
+        if directory is None or (found := lack_of_weights(directory)) is None:
             continue
         has_config = os.path.lexists(directory / CONFIG_NAME)
         stand_in = directory / CONFIG_NAME if has_config else MODEL_CONFIGS / directory.name / CONFIG_NAME
         yield AbsentInput(key, str(directory), found, _MODEL, stand_in)
 
 
-def _lack_of_weights(directory: Path) -> str | None:
+def lack_of_weights(directory: Path) -> str | None:
     """Why a model directory has no weights at all, in words; None if it has some or is something else."""
     if (nothing := _nothing_there(directory)) is not None:
         return nothing

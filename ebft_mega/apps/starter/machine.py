@@ -18,6 +18,11 @@ class Machine:
     is_cpu: bool
 
     @property
+    def gpu_gigabytes(self) -> float | None:
+        """Memory of each GPU in 1e9 bytes; None: there is none."""
+        return None if self.is_cpu else self.memory_bytes / BYTES_PER_GIGABYTE
+
+    @property
     def words(self) -> str:
         """What it is, in a few words."""
         memory = f"{self.memory_bytes / BYTES_PER_GIGABYTE:.4g} GB"

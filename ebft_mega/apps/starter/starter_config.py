@@ -7,16 +7,15 @@ from typing import Any
 
 from ebft_mega.apps.starter.machine import machine_for
 from ebft_mega.apps.starter.starter_fit import Supply, fit
-from ebft_mega.apps.starter.starter_text import Inputs
+from ebft_mega.apps.starter.starter_text import Inputs, plan_options
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.errors import InputError
+from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.io.contained_files import read_contained_json
 from ebft_mega.io.durable import write_bytes
+from ebft_mega.planning.absent_inputs import lack_of_weights
 from ebft_mega.planning.model_files import CONFIG_NAME, check_model, random_model
-
-WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,39 +30,43 @@ class Request:
     gpu_gigabytes: float | None
 
 
-def write_starter_config(request: Request, repository: Path) -> tuple[int, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Written:
+    """What is to be said of a configuration that was written."""
+
+    plan_options: str  # with which a dry run plans for the same machine
+    notes: tuple[str, ...]
+
+
+def write_starter_config(request: Request, repository: Path) -> Written:
     """Write the configuration; nothing is written unless a start would accept it.
 
     Args:
         request: what the user has.
         repository: where the relative paths of a configuration start.
 
-    Returns:
-        The number of processes that it is for, and the notes of its plan.
-
     Raises:
         InputError: everything that is wrong with model, data or machine.
     """
+    _refuse_unwritable(request)
     machine = machine_for(request.gpus, request.gpu_gigabytes)
     supply = _supply(request)
-    has_weights = any(request.model.glob(WEIGHTS))
-    architecture, written = _architecture(request.model, supply.training, has_weights)
-    data, held_out = (path and _as_written(path, repository) for path in (request.data, request.held_out))
-    assert data is not None  # a required option
+    lack = lack_of_weights(request.model) if os.path.lexists(request.model / CONFIG_NAME) else None
+    architecture, written = _architecture(request.model, supply.training, lack is None)
+    output = request.output.absolute()
     inputs = Inputs(
         name=request.output.stem,
-        config=_as_written(request.output, repository),
-        model=_as_written(request.model, repository) if has_weights else None,
+        config=output.relative_to(repository) if output.is_relative_to(repository) else output,
+        model=request.model.absolute() if lack is None else None,
         architecture=written,
         parameters=architecture.num_parameters,
-        data=data,
+        data=request.data.absolute(),
         data_tokens=supply.training.tokens,
-        held_out=held_out,
+        held_out=request.held_out and request.held_out.absolute(),
         machine=machine.words,
-        is_cpu=machine.is_cpu,
+        gpu_gigabytes=machine.gpu_gigabytes,
     )
     before = Path.cwd()
-    output = request.output.absolute()
     os.chdir(repository)
     try:
         fitted = fit(inputs, architecture, supply, machine)
@@ -71,7 +74,26 @@ def write_starter_config(request: Request, repository: Path) -> tuple[int, tuple
         os.chdir(before)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, fitted.text.encode("utf-8"))
-    return fitted.plan.parallel.world_size, fitted.plan.notes
+    notes = fitted.plan.notes
+    if lack is not None:
+        notes = (f"{request.model}: {lack}: the model is random, with the vocabulary of the data", *notes)
+    return Written(plan_options(machine.processes, machine.gpu_gigabytes), notes)
+
+
+def _refuse_unwritable(request: Request) -> None:
+    """Refuse names that the file cannot hold: it is UTF-8, and the path of it stands in comments."""
+    problems = []
+    given = {"--model": request.model, "--data": request.data, "--held-out": request.held_out}
+    for option, path in (given | {"--output": request.output}).items():
+        try:
+            text = str(path.absolute() if path else "").encode("utf-8").decode("utf-8")
+        except UnicodeEncodeError:
+            problems.append(Problem(option, "path", str(path), "a path in UTF-8, as configurations are"))
+            continue
+        if option == "--output" and not text.isprintable():
+            problems.append(Problem(option, "path", repr(text), "a path on one line, without control characters"))
+    if problems:
+        raise InputError(problems)
 
 
 def _supply(request: Request) -> Supply:
@@ -95,15 +117,12 @@ def _supply(request: Request) -> Supply:
 def _architecture(directory: Path, training: Manifest, has_weights: bool) -> tuple[Architecture, dict[str, Any]]:
     """The architecture, and its config.json for a model with random weights, which gets the data's vocabulary."""
     if has_weights:
-        return check_model(directory).architecture, {}
+        try:
+            return check_model(directory).architecture, {}
+        except InputProblems as error:
+            raise InputError([problem.within("--model") for problem in error.problems]) from None
     config = read_contained_json(directory, CONFIG_NAME, "a model's configuration")
     config = {key: value for key, value in config.items() if not key.startswith(("_", "torch_dtype", "transformers"))}
     config |= {"vocab_size": training.vocab_size, "eos_token_id": training.eos_id}
     config.pop("bos_token_id", None)
     return random_model(config, str(directory / CONFIG_NAME)).architecture, config
-
-
-def _as_written(path: Path, repository: Path) -> Path:
-    """A path from the repository root if it lies there, else from the root of all."""
-    whole = path.absolute()
-    return whole.relative_to(repository) if whole.is_relative_to(repository) else whole

@@ -18,6 +18,14 @@ from ebft_mega.planning.auto import needed_bytes, possible_reuses, smallest_peak
 from ebft_mega.planning.run_plan import RunPlan, check_run, plan_of_sizes
 
 MICRO_BATCHES = (4, 2, 1)
+# What the command line calls the inputs.
+OPTIONS = {
+    "model.init_from": "--model",
+    "model.config": "--model",
+    "data.shards": "--data",
+    "evaluation.shards": "--held-out",
+    "output_dir": "--output",
+}
 
 
 @dataclass(frozen=True)
@@ -62,23 +70,31 @@ def fit(inputs: Inputs, architecture: Architecture, supply: Supply, machine: Mac
     """
     plans = _Plans(inputs, architecture)
     smallest: _Draft | None = None
+    too_little_data: InputError | None = None
     for tensor, pipeline in _degrees(architecture, machine.processes):
         replicas = machine.processes // (tensor * pipeline)
-        sizes = choose_sizes(architecture, supply.training, supply.held_out, replicas)
+        try:
+            sizes = choose_sizes(architecture, supply.training, supply.held_out, replicas)
+        except InputError as error:
+            too_little_data = error  # the fewer replicas, the fewer rows a step needs; the last have the fewest
+            continue
         for draft in _drafts(plans, sizes, tensor, pipeline, replicas):
             if draft.needed <= machine.memory_bytes:
                 return _fitted(plans, draft, machine)
             if smallest is None or draft.needed < smallest.needed:
                 smallest = draft
     if smallest is None:
-        found = f"{machine.processes} processes"
-        raise InputError([Problem("--gpus", "number", found, "a number that layers and heads can be divided by")])
+        assert too_little_data is not None, "replicas alone divide any number of processes"
+        raise too_little_data
     layout = smallest.layout
     found = (
         f"{machine.words}; the smallest plan, tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x "
         f"data {layout.replicas} with learn.reuse_rollout {smallest.reuse}, needs {_gigabytes(smallest.needed)} on each"
     )
-    raise InputError([Problem("--gpu-memory", "GB", found, "more or larger GPUs, or a smaller model")])
+    expected = "more or larger GPUs, or a smaller model"
+    if machine.is_cpu:
+        expected = "a smaller model, or --gpus N --gpu-memory GB of a machine that is to train it"
+    raise InputError([Problem("--model" if machine.is_cpu else "--gpu-memory", "memory", found, expected)])
 
 
 @dataclass(frozen=True)
@@ -90,15 +106,16 @@ class _Plans:
 
     def of(self, settings: Settings) -> tuple[RunConfig, RunPlan]:
         """Configuration and plan; of the data nothing is read."""
-        config = _read(starter_text(self.inputs, settings), self.inputs.name)
+        config = _read(starter_text(self.inputs, settings), self.inputs)
         return config, plan_of_sizes(config, settings.layout.processes, self.architecture)
 
 
-def _read(text: str, name: str) -> RunConfig:
+def _read(text: str, inputs: Inputs) -> RunConfig:
+    """The configuration; whatever is wrong with an input is told of the option that names it."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / f"{name}.yaml"
+        path = Path(directory) / "starter.yaml"
         path.write_text(text, encoding="utf-8")
-        return load_config(path)
+        return load_config(path).with_places({"": str(inputs.config), **OPTIONS})
 
 
 def _degrees(architecture: Architecture, processes: int) -> Iterator[tuple[int, int]]:

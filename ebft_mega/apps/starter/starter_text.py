@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ebft_mega.apps.starter.data_sizes import DataSizes
+from ebft_mega.config.paths import written_path
 from ebft_mega.config.schema import Reuse
-from ebft_mega.config.yaml_source import write_yaml
+from ebft_mega.config.yaml_source import write_scalar, write_yaml
 
 MACHINE_PROCESSES = 8  # GPUs of one machine
 
@@ -29,10 +30,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a starter configuration is written for; paths as they are to be written."""
+    """What a starter configuration is written for."""
 
     name: str  # of the run
-    config: Path  # the file itself
+    config: Path  # the file itself, from the repository root if it lies there
     model: Path | None  # None: random weights
     architecture: dict[str, Any]  # config.json, for random weights
     parameters: int
@@ -40,7 +41,7 @@ class Inputs:
     data_tokens: int
     held_out: Path | None
     machine: str  # in words
-    is_cpu: bool
+    gpu_gigabytes: float | None  # memory of each GPU; None: there is none
 
 
 @dataclass(frozen=True)
@@ -75,32 +76,43 @@ def starter_text(inputs: Inputs, settings: Settings) -> str:
 
 
 def _head(inputs: Inputs, settings: Settings) -> str:
-    processes = settings.layout.processes
     config = shlex.quote(str(inputs.config))
-    if processes > MACHINE_PROCESSES:
-        start = f"sbatch --nodes={-(-processes // MACHINE_PROCESSES)} launcher/slurm/many_nodes.sbatch"
-    else:
-        start = f"deepspeed --num_gpus {processes} launcher/train.py"
-    if inputs.is_cpu:
-        start = "deepspeed launcher/train.py"
+    options = plan_options(settings.layout.processes, inputs.gpu_gigabytes)
+    start = _start(inputs, settings.layout)
     return (
         f"# Strided EBFT of a model of {inputs.parameters:,} parameters on {inputs.machine}.\n"
         f"#   {start} --config {config}\n"
         "# Written by tools/new_config.py as a start: docs/configuration.md describes every key, and\n"
-        f"#   python launcher/train.py --config {config} --dry-run --world-size {processes}\n"
+        f"#   python launcher/train.py --config {config} {options}\n"
         "# prints what any change makes of plan and memory. Relative paths start at the repository root.\n"
     )
 
 
-def _scalar(value: object) -> str:
-    """A value as YAML reads it back."""
-    return write_yaml({"value": str(value)}).removeprefix("value: ").rstrip()
+def plan_options(processes: int, gpu_gigabytes: float | None) -> str:
+    """Write the options with which a dry run plans for the same machine."""
+    memory = "" if gpu_gigabytes is None else f" --gpu-memory {gpu_gigabytes!r}".removesuffix(".0")
+    return f"--dry-run --world-size {processes}{memory}"
+
+
+def _start(inputs: Inputs, layout: Layout) -> str:
+    """The command that starts so many processes."""
+    processes = layout.processes
+    if inputs.gpu_gigabytes is None:
+        return "deepspeed launcher/train.py"
+    if processes <= MACHINE_PROCESSES:
+        return f"deepspeed --num_gpus {processes} launcher/train.py"
+    # Equally many on each machine, and a replica's slices together.
+    sizes = range(MACHINE_PROCESSES, 0, -1)
+    each = next(size for size in sizes if processes % size == 0 and size % layout.tensor_parallel == 0)
+    nodes = f"--nodes={processes // each}"
+    if each != MACHINE_PROCESSES:
+        nodes += f" --ntasks-per-node={each} --gpus-per-node={each}"
+    return f"sbatch {nodes} launcher/slurm/many_nodes.sbatch"
 
 
 def _path(path: Path) -> str:
-    """A path as a configuration reads it back, in which `$NAME` and `~` are expanded."""
-    text = str(path).replace("$", "$$")
-    return _scalar(f"./{text}" if text.startswith("~") else text)
+    """A path as a configuration reads it back."""
+    return write_scalar(written_path(path))
 
 
 def _model(inputs: Inputs) -> str:
@@ -164,7 +176,7 @@ def _train(inputs: Inputs, settings: Settings) -> str:
         f"  max_steps: {sizes.steps}  # {tokens:,} tokens, {passes:.2f} passes over the data\n"
         f"  lr: {rate}\n"
         f"  warmup_steps: {round(sizes.steps * 0.03)}  # 3 %\n"
-        f"  dtype: {'float32' if inputs.is_cpu else 'bfloat16'}\n"
+        f"  dtype: {'float32' if inputs.gpu_gigabytes is None else 'bfloat16'}\n"
     )
 
 
@@ -183,7 +195,7 @@ def _layout(settings: Settings) -> str:
         "\n"
         f"{settings.memory}\n"
         "learn:\n"
-        f"  reuse_rollout: {_scalar(settings.reuse)}\n"
+        f"  reuse_rollout: {write_scalar(settings.reuse)}\n"
     )
 
 

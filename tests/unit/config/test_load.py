@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
 from ebft_mega.config.schema import all_keys
-from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_yaml
+from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_scalar, write_yaml
 from ebft_mega.errors import ConfigError
 from ebft_mega.io.expanded_paths import REPOSITORY
 
@@ -550,6 +550,15 @@ json_values = st.recursive(
 @example({"": "0E0", "x": ["1e5", "off", "~", "1_0", "yes"]})
 def test_whatever_is_written_is_read_back(tree):
     assert read_yaml(write_yaml(tree), "f").value == tree
+
+
+@given(st.text())
+@example("long words " * 40)
+@example("a\n b\n")
+def test_a_scalar_is_one_line_that_may_stand_anywhere(text):
+    written = write_scalar(text)
+    source = read_yaml(f"a:\n  b: {written}  # a comment\n  c: 1\n", "f")
+    assert (source.value, source.problems) == ({"a": {"b": text, "c": 1}}, [])
 
 
 @given(st.sampled_from(sorted(all_keys())), st.data())

@@ -53,6 +53,9 @@ def data(tmp_path_factory):
     tokenizer = load_tokenizer(root / "tokenizer")
     for name, pattern in (("train", "*"), ("held-out", "0-rules.py"), ("little", "0-f*.py")):
         build_dataset(texts, tokenizer, root / name, BuildOptions(pattern=pattern))
+    train_tokenizer(texts, VOCABULARY - 1, root / "other-tokenizer")
+    other = load_tokenizer(root / "other-tokenizer")
+    build_dataset(texts, other, root / "other", BuildOptions(pattern="0-rules.py"))
     (root / "single.txt").write_text("x = 1\n", encoding="utf-8")
     (root / "short").mkdir()
     (root / "single.txt").rename(root / "short" / "single.txt")
@@ -169,7 +172,8 @@ def test_paths_within_the_repository_are_relative(new_config, data, toy, tmp_pat
         (("--gpus", "0", "--gpu-memory", "80"), "--gpus"),
         (("--gpus", "2", "--gpu-memory", "-1"), "--gpu-memory"),
         (("--gpus", "2", "--gpu-memory", "nan"), "--gpu-memory"),
-        (("--model", "missing"), "config.json"),
+        (("--model", "missing"), "no directory"),
+        (("--held-out", "other"), "--held-out: evaluation.shards: found tokens of a tokenizer"),
     ],
 )
 def test_what_is_wrong_is_named(new_config, data, toy, tmp_path, monkeypatch, arguments, words):
@@ -180,6 +184,7 @@ def test_what_is_wrong_is_named(new_config, data, toy, tmp_path, monkeypatch, ar
             options[option] = data / options[option]
     code, _, err = new_config(*(part for pair in options.items() for part in pair))
     assert code == 2 and words in err and "Traceback" not in err
+    assert "starter.yaml" not in err, "the place of a file that no user has seen"
     assert not (tmp_path / "my.yaml").exists()
 
 
@@ -191,9 +196,45 @@ def test_a_file_that_is_there_stays(new_config, data, toy, tmp_path):
 
 
 def test_names_that_yaml_or_a_configuration_would_read_as_something_else(new_config, data, toy, tmp_path):
-    strange = tmp_path / "$HOME: a #c"
+    strange = tmp_path / " ".join(["$HOME: a #c", *["long"] * 40])
     shutil.copytree(data / "train", strange)
     code, _, err = new_config("--model", toy, "--data", strange, output=tmp_path / "12.yaml")
     assert code == 0, err
     config = load_config(tmp_path / "12.yaml")
     assert config.data.shards == strange and config.output_dir == REPOSITORY / "runs" / "12"
+
+
+@pytest.mark.parametrize("name", ["new\nline.yaml", "\udcff.yaml", "\u2028.yaml"])
+def test_names_that_a_configuration_cannot_hold(new_config, data, toy, tmp_path, name):
+    code, _, err = new_config("--model", toy, "--data", data / "train", output=tmp_path / name)
+    assert code == 2 and err.startswith("error: --output: path: found ") and err.count("\n") == 1
+    assert not (tmp_path / name).exists()
+
+
+def test_weights_in_another_format_are_not_taken_for_none(new_config, data, toy, tmp_path):
+    (toy / "pytorch_model.bin").write_bytes(b"x")
+    code, _, err = new_config("--model", toy, "--data", data / "train")
+    assert code == 2 and "--model" in err and "pytorch_model.bin" in err
+
+
+def test_a_random_model_is_said_to_be_one(new_config, data, toy):
+    code, _, err = new_config("--model", toy, "--data", data / "train")
+    assert code == 0 and f"note: {toy}: no weights: the model is random" in err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "start"),
+    [
+        (7, "deepspeed --num_gpus 7 launcher/train.py"),
+        (12, "sbatch --nodes=2 --ntasks-per-node=6 --gpus-per-node=6 launcher/slurm/many_nodes.sbatch"),
+        (16, "sbatch --nodes=2 launcher/slurm/many_nodes.sbatch"),
+        (17, "sbatch --nodes=17 --ntasks-per-node=1 --gpus-per-node=1 launcher/slurm/many_nodes.sbatch"),
+    ],
+)
+def test_the_printed_commands_are_for_all_gpus_and_their_memory(new_config, data, toy, tmp_path, gpus, start):
+    arguments = ("--gpus", gpus, "--gpu-memory", 80.3)
+    code, out, err = new_config("--model", toy, "--data", data / "train", *arguments)
+    assert code == 0, err
+    text = (tmp_path / "my.yaml").read_text(encoding="utf-8")
+    options = f"--dry-run --world-size {gpus} --gpu-memory 80.3\n"
+    assert f"#   {start} --config " in text and options in text and out.endswith(options)
