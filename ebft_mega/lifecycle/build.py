@@ -22,7 +22,7 @@ from ebft_mega.model.weights.weight_sources import InitialWeights, RandomWeights
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
-from ebft_mega.planning.auto import choices, default_choices
+from ebft_mega.planning.auto import choices, default_choices, needs_of_phases
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.rollout.generate import SamplingSettings
@@ -177,6 +177,14 @@ def feature_weights(config: RunConfig, architecture: Architecture, initial_polic
         return initial_policy
     deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
     return open_weights(ebft.feature_model, architecture, deepest, hash_files=False)
+
+
+def memory_needs(config: RunConfig, plan: RunPlan, groups: ProcessGroups) -> dict[str, str]:
+    """Say for each phase what this rank needs by the plan, with what is `auto` as `build_chosen_trainer` chooses it.
+
+    Communication: as `least_memory_bytes`.
+    """
+    return needs_of_phases(config, plan, groups.pipeline_rank, least_memory_bytes(groups.device))
 
 
 def least_memory_bytes(device: torch.device) -> int | None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import OutOfMemoryError
+from ebft_mega.lifecycle.build import memory_needs
 from ebft_mega.lifecycle.connecting import connect_ranks, connecting_words, require_same_inputs
 from ebft_mega.lifecycle.inputs import make_loader
 from ebft_mega.lifecycle.model_identity import require_whole_models
@@ -22,7 +23,6 @@ from ebft_mega.lifecycle.start import find_start
 from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
 from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.metrics.announcer import Announcer
-from ebft_mega.planning.auto import needs_of_phases
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.repeatability import use_deterministic_kernels
@@ -105,7 +105,7 @@ def run_in_directory(run: Run, notes: tuple[str, ...]) -> int:
     dist.barrier()  # from here on a status is one of this run
     outcome = Outcome(output, run.lost)
     run.signals.before_forced_end(outcome.of_stop_at_start)
-    needs = needs_of_phases(run.config, run.plan, run.groups.pipeline_rank)
+    needs = memory_needs(run.config, run.plan, run.groups)
     witness = Witness(dist.get_rank(), log_path, output / STATUS_NAME, needs)
     run.signals.before_forced_end(witness.leave)
     run.signals.before_end_at_once(witness.leave)

@@ -109,9 +109,13 @@ def needed_bytes(peak: int) -> int:
     return round(peak / USABLE_SHARE)
 
 
-def needs_of_phases(config: RunConfig, plan: RunPlan, stage: int) -> dict[str, str]:
-    """Say for each phase what a rank of a pipeline stage needs: its states and the phase's own tensors together."""
-    memory = plan_memory(config, plan, choices(config, plan, memory_bytes=None), stage)
+def needs_of_phases(config: RunConfig, plan: RunPlan, stage: int, memory_bytes: int | None) -> dict[str, str]:
+    """Say for each phase what a rank of a pipeline stage needs: its states and the phase's own tensors together.
+
+    Args:
+        memory_bytes: as in `chosen_reuse`, whose choice the figures are for.
+    """
+    memory = plan_memory(config, plan, choices(config, plan, memory_bytes), stage)
     texts = {}
     for phase in memory.phases:
         size = (memory.state_bytes + memory.phase_bytes(phase)) / GIGABYTE

@@ -4,8 +4,16 @@ import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.planning import dry_run as planner
-from ebft_mega.planning.auto import Fit, choices, chosen_reuse, feature_network_is_sharded, fit, needed_bytes
-from ebft_mega.planning.memory import Choices, peak_bytes
+from ebft_mega.planning.auto import (
+    Fit,
+    choices,
+    chosen_reuse,
+    feature_network_is_sharded,
+    fit,
+    needed_bytes,
+    needs_of_phases,
+)
+from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory
 from ebft_mega.planning.run_plan import check_run
 
 # The fixture's model is so small that saved activations need most of all; parameters stay whole at stage 2.
@@ -135,3 +143,13 @@ def test_a_run_without_rollouts_has_nothing_to_resolve(inputs):
     config, plan = plan_of(inputs, ebft__rl_coef=0, ebft__ce_coef=1)
     lines = fit_lines(config, plan, PLENTY)
     assert len(lines) == 5 and lines[2].startswith("peak of the ranks")
+
+
+def test_what_a_phase_is_said_to_need_is_what_the_run_has_chosen(inputs):
+    config, plan = plan_of(inputs)
+    chosen = {choices(config, plan, memory): memory for memory in (10**15, 1, None)}
+    assert len(chosen) > 1, "memory decides"
+    for resolved, memory in chosen.items():
+        planned = plan_memory(config, plan, resolved, 0)
+        for phase, words in needs_of_phases(config, plan, 0, memory).items():
+            assert f"needs {(planned.state_bytes + planned.phase_bytes(phase)) / 1e9:.3g} GB" in words
