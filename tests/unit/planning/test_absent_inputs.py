@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ebft_mega.config.load import load_config
+from ebft_mega.data.store import opening
 from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import remote_absence
 from ebft_mega.errors import InputError
@@ -233,28 +234,38 @@ def test_an_earlier_run_in_output_dir_is_not_refused_for_what_is_not_known(input
     assert refused_differences(then, RunRecord.of(other, plan), other, inputs.root)
 
 
-class TestRemote:
-    """Datasets behind https addresses: absent where no manifest comes, else checked in full."""
+@pytest.fixture
+def server(inputs, tmp_path, monkeypatch):
+    with trusted_server(inputs.root, make_certificate(tmp_path), monkeypatch) as server:
+        yield server
 
-    @pytest.fixture
-    def server(self, inputs, tmp_path, monkeypatch):
-        with trusted_server(inputs.root, make_certificate(tmp_path), monkeypatch) as server:
-            yield server
 
-    def test_a_dataset_that_is_there(self, inputs, server):
-        url = f"{server.url}/train"
-        cache = str(inputs.root / "cache")
-        _, plan = plan_of(inputs, data__shards=url, data__cache=cache)
-        assert plan.train_rows.sources[0].manifest.tokens == 660 and plan.to_be_supplied == ()
-        next((inputs.root / "train").glob("*.tar")).unlink()
-        assert any(".tar" in line for line in refused(inputs, data__shards=url, data__cache=cache))
+def test_a_remote_dataset_that_is_there(inputs, server):
+    url = f"{server.url}/train"
+    cache = str(inputs.root / "cache")
+    _, plan = plan_of(inputs, data__shards=url, data__cache=cache)
+    assert plan.train_rows.sources[0].manifest.tokens == 660 and plan.to_be_supplied == ()
+    next((inputs.root / "train").glob("*.tar")).unlink()
+    assert any(".tar" in line for line in refused(inputs, data__shards=url, data__cache=cache))
 
-    def test_one_that_is_not(self, inputs, server):
-        found = lacking(inputs, data__shards=f"{server.url}/nothing", evaluation__shards="https://localhost:1/held-out")
-        assert found["data.shards"].startswith(f"{server.url}/nothing: no dataset.json; expected a dataset")
-        assert found["evaluation.shards"].startswith("https://localhost:1/held-out: Connection refused")
-        assert not (inputs.root / "cache").exists()
 
-    def test_a_server_that_answers_wrongly_is_no_absence(self, inputs, server):
-        server.faults["dataset.json"] = Fault("status", 418)
-        assert remote_absence(f"{server.url}/train", Transfer()) is None
+def test_a_remote_dataset_that_is_not(inputs, server):
+    found = lacking(inputs, data__shards=f"{server.url}/nothing", evaluation__shards="https://localhost:1/held-out")
+    assert found["data.shards"].startswith(f"{server.url}/nothing: no dataset.json; expected a dataset")
+    assert found["evaluation.shards"].startswith("https://localhost:1/held-out: Connection refused")
+    assert not (inputs.root / "cache").exists()
+
+
+def test_a_server_that_answers_wrongly_is_no_absence(inputs, server):
+    server.faults["dataset.json"] = Fault("status", 418)
+    assert remote_absence(f"{server.url}/train", Transfer()) is None
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once(inputs, server, monkeypatch):
+    assert opening._SHORT_SECONDS == 3.0
+    monkeypatch.setattr(opening, "_SHORT_SECONDS", 0.1)
+    server.faults["dataset.json"] = Fault("hang")
+    found = lacking(inputs, data__shards=f"{server.url}/train")
+    assert list(found) == ["data.shards"]
+    assert [path for _, path, _ in server.requests] == ["/train/dataset.json"]
+    assert not (inputs.root / "cache").exists()
