@@ -48,10 +48,20 @@ def put_in_places(tree: Any, keys: Mapping[str, PathKind], variables: Mapping[st
             if not isinstance(value, str) or not value or _ADDRESS.match(value) or (kind.has_words and value in WORDS):
                 continue
             try:
-                branch[leaf] = os.path.join(REPOSITORY, expanded(value, variables))
+                branch[leaf] = os.path.join(REPOSITORY, _expanded_text(value, variables))
             except PathTextError as error:
                 problems.append(Problem("", f"{prefix}{leaf}", error.found, error.expected, error.suggestion))
     return problems
+
+
+def _expanded_text(value: str, variables: Mapping[str, str]) -> str:
+    """Expand a path, which a run must be able to write down: a variable may hold any bytes."""
+    text = expanded(value, variables)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PathTextError(f"{value!r}, which is {text!r}", "a path in UTF-8, as configurations are") from None
+    return text
 
 
 def _branches(tree: Any, names: list[str], prefix: str) -> list[tuple[dict[str, Any], str]]:

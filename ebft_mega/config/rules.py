@@ -267,10 +267,12 @@ def notes(config: RunConfig) -> list[str]:
     if config.uses_rollouts and ebft.n_samples_per_prompt == 2:
         found.append("ebft.n_samples_per_prompt is 2: the diversity term has no baseline.")
     data = config.data
-    skips = {"max_skipped_rows", "max_skipped_share"} & data.model_fields_set
-    if data.on_error == "raise" and skips:
-        names = " and ".join(f"data.{name}" for name in sorted(skips))
-        found.append(f"{names} changes nothing: data.on_error is raise.")
+    # Compared with the defaults: the file that a run writes has every key.
+    limits = ("max_skipped_rows", "max_skipped_share")
+    changed = [f"data.{name}" for name in limits if getattr(data, name) != type(data).model_fields[name].default]
+    if data.on_error == "raise" and changed:
+        verb = "changes" if len(changed) == 1 else "change"
+        found.append(f"{' and '.join(changed)} {verb} nothing: data.on_error is raise.")
     if config.train.warmup_steps >= config.total_steps:
         found.append(
             f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "

@@ -34,10 +34,11 @@ def expanded(text: str, variables: Mapping[str, str]) -> str:
         variables: the environment.
 
     Raises:
-        PathTextError: a variable is not set or empty, a name in braces is none, there is no such user.
+        PathTextError: a variable is not set or empty, a name in braces is none, there is no such user, HOME is set to
+            something that is no absolute path.
     """
     if text.startswith("~"):
-        text = _with_home(text)
+        text = _with_home(text, variables)
     return _SIGN.sub(lambda sign: _value(text, sign, variables), text)
 
 
@@ -47,9 +48,14 @@ def written(text: str) -> str:
     return f"./{text}" if text.startswith("~") else text
 
 
-def _with_home(text: str) -> str:
+def _with_home(text: str, variables: Mapping[str, str]) -> str:
     user, slash, rest = text.partition("/")
-    home = os.path.expanduser(user)
+    own = variables.get("HOME")
+    if user == "~" and own is not None and not os.path.isabs(own):
+        found = f"{text!r}, where HOME is {own!r}" if own else f"{text!r}, where HOME is empty"
+        raise PathTextError(found, "a HOME that is an absolute path, or none")
+    # The system's list of users takes no such name.
+    home = user if "\0" in user else os.path.expanduser(user)
     if home == user:
         raise PathTextError(
             f"{text!r}, where {user} is nobody's home", "~, or ~ and the name of a user of this machine"

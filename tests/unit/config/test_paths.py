@@ -114,3 +114,12 @@ def test_what_is_not_set_is_named_with_its_line_and_the_nearest_variable(load, m
         "--set: evaluation.shards: found '${oops'; expected $NAME or ${NAME} for a variable ($$ stands for a dollar "
         "sign)"
     )
+
+
+def test_a_variable_of_bytes_that_no_configuration_can_hold(load, monkeypatch):
+    monkeypatch.setenv("DATA", "/d\udcff")
+    with pytest.raises(ConfigError) as refused:
+        load(TEXT.format(place="x"), "data.cache=$DATA")
+    assert [str(problem) for problem in refused.value.problems] == [
+        "--set: data.cache: found '$DATA', which is '/d\\udcff'; expected a path in UTF-8, as configurations are"
+    ]

@@ -57,6 +57,26 @@ def test_what_cannot_be_put_in_place(text, found, suggestion):
     assert refused.value.expected
 
 
+@pytest.mark.parametrize(
+    ("home", "words"), [("", "HOME is empty"), ("rel", "HOME is 'rel'"), ("~", "HOME is '~'"), (".", "HOME is '.'")]
+)
+def test_a_home_that_is_no_place(monkeypatch, home, words):
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(PathTextError) as refused:
+        expanded("~/x", VARIABLES | {"HOME": home})
+    assert refused.value.found == f"'~/x', where {words}"
+
+
+def test_without_a_home_it_is_the_one_that_the_system_knows(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    assert Path(expanded("~/x", VARIABLES)).is_absolute()
+
+
+def test_a_name_that_no_user_can_have():
+    with pytest.raises(PathTextError, match="nobody's home"):
+        expanded("~\0/x", VARIABLES)
+
+
 @given(st.text("a$~{}/. ", min_size=1))
 def test_what_is_written_is_read_back(text):
     again = expanded(written(text), {})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ebft_mega.config.load import load_config
+from ebft_mega.config.load import load_config, resolved_yaml
 from ebft_mega.errors import ConfigError, InputError
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.planning.data_budget import allowed_skipped_rows
@@ -363,6 +363,7 @@ def test_feature_model_needs_the_same_vocabulary(inputs):
     [
         ({"ebft__n_samples_per_prompt": 1}, "the advantage is the reward itself"),
         ({"ebft__n_samples_per_prompt": 2}, "has no baseline"),
+        ({"data__max_skipped_rows": 7}, "data.max_skipped_rows changes nothing: data.on_error is raise"),
         ({"train__warmup_steps": 10}, "never gets to train.lr"),
         ({"zero": {"stage": 2, "hold_parameters": "step"}}, "hold_parameters step changes nothing"),
         ({"zero__feature_network": "sharded", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there is no feature network"),
@@ -373,6 +374,15 @@ def test_feature_model_needs_the_same_vocabulary(inputs):
 def test_notes(inputs, changes, words):
     (note,) = check_run(load_config(inputs.write(**changes)), 1).notes
     assert words in note
+
+
+def test_what_a_run_writes_for_its_defaults_is_no_note(inputs, tmp_path):
+    config = load_config(inputs.write())
+    written = tmp_path / "config.resolved.yaml"
+    written.write_text(resolved_yaml(config), encoding="utf-8")
+    again = load_config(written)
+    assert "max_skipped_rows" in again.data.model_fields_set
+    assert check_run(again, 1).notes == check_run(config, 1).notes == ()
 
 
 def test_note_on_evaluating_the_training_data(inputs):
