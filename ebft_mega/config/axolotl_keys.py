@@ -87,7 +87,7 @@ AXOLOTL_KEYS = (
     _translated("datasets.path datasets.split datasets.name datasets.data_files datasets.revision", "data.shards"),
     _translated("datasets.text_column datasets.field", "data.shards", "--text-key of tools/build_shards.py"),
     _translated("datasets.type datasets.ds_type", "data.shards", "tools/build_shards.py reads text of every kind"),
-    _translated("test_datasets", "evaluation.shards", "build shards of it with tools/build_shards.py"),
+    _translated("test_datasets test_datasets.*", "evaluation.shards", "build shards of it with tools/build_shards.py"),
     _translated(
         "val_set_size", "evaluation.shards", "the share that tools/build_shards.py --held-out sets aside, by documents"
     ),

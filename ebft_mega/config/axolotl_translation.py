@@ -6,13 +6,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ebft_mega.config.axolotl_datasets import (
+    build_command,
+    dataset_name,
+    download_words,
+    is_local,
+    literal_path,
+    origin_of,
+)
 from ebft_mega.config.axolotl_keys import Fate, foreign_key, nearest_foreign
 from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import SECTIONS
-from ebft_mega.config.yaml_source import write_yaml
+from ebft_mega.config.yaml_source import write_value
 from ebft_mega.errors import Problem
+from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 MAX_LISTED = 200  # of the keys that are not written: a file names so many at most by itself
+_MOST = 1e15  # of any number, so that products are finite
+_SHARDING = ("fsdp", "fsdp_config", "fsdp_version")
+_ATTENTION = (
+    *("flex_attention", "attn_implementation", "flash_attention", "sdp_attention"),
+    *("xformers_attention", "sage_attention", "eager_attention"),
+)
 _SEED = 42  # axolotl's, where a file has none
 _BETAS = (0.9, 0.999)
 _SCHEDULE = "cosine"
@@ -105,7 +120,7 @@ class _Reader:
         if value is None:
             return default
         try:
-            if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            if not isinstance(value, bool) and abs(number := float(value)) <= _MOST:
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
@@ -130,24 +145,20 @@ class _Reader:
 def _write_inputs(values: _Reader, found: Translation) -> None:
     """Output, seed, model and data; names of the hub become folders that a person fills."""
     output = str(values.get("output_dir") or "runs/from-axolotl").removeprefix("./")
-    found.values["output_dir"] = Written(output)
+    found.values["output_dir"] = Written(literal_path(output))
     found.values["seed"] = Written(values.count("seed", _SEED), values.origin("seed"))
     model = str(values.get("base_model") or "")
-    if model:
+    if is_local(model):
+        place = model
+        found.values["model.init_from"] = Written(literal_path(place), "a Hugging Face directory with its tokenizer")
+    elif model:
         place = f"models/{model.rstrip('/').rpartition('/')[2]}"
-        found.values["model.init_from"] = Written(place, f"to be supplied: {model}, with its tokenizer")
+        found.values["model.init_from"] = Written(literal_path(place), f"to be supplied: {model}, with its tokenizer")
         found.to_supply.append(f"model.init_from: download {model} to {place}, or name its directory there")
     else:
         found.problems.append(Problem("base_model", "base_model", "nothing", "the model to start from"))
         place = "MODEL"
-    datasets = values.get("datasets") or values.get("pretraining_dataset") or []
-    several = [datasets] if isinstance(datasets, str | Mapping) else datasets
-    listed = [item if isinstance(item, Mapping) else {"path": item} for item in several]
-    if not listed:
-        found.problems.append(Problem("datasets", "datasets", "nothing", "the text to train on"))
-    share = values.number("val_set_size", 0.0) or 0.0
-    for number, item in enumerate(listed):
-        _write_dataset(item, number, len(listed), share, place, found)
+    _write_data(values, found, place)
     length = values.count("sequence_len", 512)
     found.values["data.sequence_length"] = Written(length, values.origin("sequence_len"))
     if values.get("sample_packing") is not None:
@@ -157,23 +168,49 @@ def _write_inputs(values: _Reader, found: Translation) -> None:
         found.values["data.workers"] = Written(workers)
 
 
+def _write_data(values: _Reader, found: Translation, model: str) -> None:
+    """The text to train on and what is held out of it; `model` is the place of the tokenizer."""
+    listed = _datasets(values, "datasets", found) or _datasets(values, "pretraining_dataset", found)
+    if not listed and not found.problems:
+        found.problems.append(Problem("datasets", "datasets", "nothing", "the text to train on"))
+    share = values.number("val_set_size", 0.0) or 0.0
+    if not 0 <= share < 1:
+        expected = "a share of the data, at least 0 and below 1"
+        found.problems.append(Problem("val_set_size", "val_set_size", f"{share:g}", expected))
+    for number, item in enumerate(listed):
+        _write_dataset(item, number, len(listed), share, model, found)
+    tests = _datasets(values, "test_datasets", found)
+    if tests:
+        name, origin = dataset_name(tests[0]), origin_of(tests[0])
+        found.values["evaluation.shards"] = Written(f"data/{name}", f"to be supplied: {origin}")
+        build = build_command(tests[0], model, "", name)
+        found.to_supply.append(f"evaluation.shards: {download_words(tests[0])}{build}")
+    found.left_out += [
+        f"test_datasets: {origin_of(item)}: refused: there is one held-out dataset, the first" for item in tests[1:]
+    ]
+
+
+def _datasets(values: _Reader, key: str, found: Translation) -> list[Mapping[str, Any]]:
+    """The datasets that a key lists, each as a mapping with a path; what is none is a problem."""
+    given = values.get(key)
+    several = given if isinstance(given, list) else [] if given is None else [given]
+    listed = [item if isinstance(item, Mapping) else {"path": item} for item in several]
+    wrong = [item for item in listed if not (isinstance(item.get("path"), str) and item["path"].strip())]
+    found.problems += [Problem(key, key, _shown(dict(item)), "datasets, each with its path") for item in wrong]
+    return [item for item in listed if item not in wrong]
+
+
 def _write_dataset(
     item: Mapping[str, Any], number: int, total: int, share: float, model: str, found: Translation
 ) -> None:
-    path = str(item.get("path") or "data")
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.rstrip("/").rpartition("/")[2]).strip("-") or "data"
-    name = name if name[0].isalpha() else f"data-{name}"
+    name = dataset_name(item)
     place = f"data/{name}" + ("/train" if share else "")
     key = "data.shards" if total == 1 else f"data.sources.{name}.shards"
     if key in found.values:
         key = f"data.sources.{name}-{number + 1}.shards"
-    part = f", {item['split']}" if item.get("split") else ""
-    found.values[key] = Written(place, f"to be supplied: {path}{part}")
-    text_key = item.get("text_column") or item.get("field")
-    options = f" --text-key {text_key}" if text_key else ""
-    options += f" --held-out {share * 100:g}% --split-by document" if share else ""
-    build = f"python tools/build_shards.py --input DOWNLOAD --tokenizer {model}{options} --output data/{name}"
-    found.to_supply.append(f"{key}: download {path}{part}, then {build}")
+    found.values[key] = Written(place, f"to be supplied: {origin_of(item)}")
+    options = f" --held-out {share * 100:g}% --split-by document" if share else ""
+    found.to_supply.append(f"{key}: {download_words(item)}{build_command(item, model, options, name)}")
     if share and number == 0:
         comment = f"val_set_size {share:g}: what --held-out sets aside"
         found.values["evaluation.shards"] = Written(f"data/{name}/held-out", comment)
@@ -211,7 +248,8 @@ def _write_batch_and_length(values: _Reader, found: Translation, gpus: int, data
     found.values["train.micro_batch_size"] = Written(micro)
     steps = values.count("max_steps")
     if steps is not None:
-        found.values["train.max_steps"] = Written(steps)
+        epochs_words = "num_epochs counts for nothing beside it, as there"
+        found.values["train.max_steps"] = Written(steps, epochs_words * (values.get("num_epochs") is not None))
     else:
         epochs = values.number("num_epochs", 1.0) or 1.0
         if data_tokens is None:
@@ -266,7 +304,7 @@ def _write_optimizer(values: _Reader, found: Translation) -> None:
 
 
 def _write_machine(values: _Reader, found: Translation) -> None:
-    is_float32 = values.switch("float32") is True or values.switch("bf16") is False
+    is_float32 = values.switch("float32") is True or False in (values.switch("bf16"), values.switch("bfloat16"))
     found.values["train.dtype"] = Written("float32" if is_float32 else "bfloat16")
     if values.get("gradient_checkpointing") is not None:
         is_off = values.switch("gradient_checkpointing") is False  # a word says how
@@ -277,6 +315,13 @@ def _write_machine(values: _Reader, found: Translation) -> None:
     stage = re.search(r"zero-?_?([0-3])", str(values.get("deepspeed") or ""))
     if stage:
         found.values["zero.stage"] = Written(int(stage[1]), f"{values.get('deepspeed')}, which is not read")
+    elif values.get("deepspeed"):
+        name = _shown(values.get("deepspeed"))
+        found.left_out.append(f"deepspeed: {name}: refused: its name says no stage: write zero.stage")
+    if any(values.get(name) for name in _SHARDING):
+        found.values.setdefault("zero.stage", Written(3, "fsdp divides the same things"))
+    if any(values.get(name) is not None for name in _ATTENTION):
+        found.values["train.attention"] = Written("auto", "flex attention on CUDA")
     resume = values.get("resume_from_checkpoint")
     if resume:
         found.values["checkpoint.resume"] = Written(str(resume), "a checkpoint of this trainer")
@@ -294,12 +339,12 @@ def translated_text(translation: Translation, source: str) -> str:
     Args:
         source: name of the file that it comes from.
     """
-    lines = [f"# From {source}, an axolotl file. docs/axolotl.md says what becomes of every key."]
+    lines = [f"# From {_comment(source)}, an axolotl file. docs/axolotl.md says what becomes of every key."]
     if translation.to_supply:
-        lines += ["#", "# To be supplied before a start:", *(f"#   {line}" for line in translation.to_supply)]
+        lines += ["#", "# To be supplied before a start:", *(f"#   {_comment(line)}" for line in translation.to_supply)]
     if translation.left_out:
         lines += ["#", "# Keys that are not here:"]
-        lines += [f"#   {line}" for line in translation.left_out[:MAX_LISTED]]
+        lines += [f"#   {_comment(line)}" for line in translation.left_out[:MAX_LISTED]]
     top = {key: written for key, written in translation.values.items() if "." not in key}
     lines += ["", *(_line(key, written) for key, written in top.items())]
     for section in SECTIONS:
@@ -325,9 +370,10 @@ def _section_lines(section: str, inner: Mapping[str, Written]) -> Iterator[str]:
 
 def _line(name: str, written: Written) -> str:
     """One key with its value, and its comment if it has one."""
-    text = write_yaml({name: written.value}).rstrip()
-    if "\n" in text:  # a list, which stands in one line
-        items = [write_yaml({"item": item}).rstrip().removeprefix("item: ") for item in written.value]
-        text = f"{name}: [{', '.join(items)}]"
-    comment = written.comment.replace("\n", " ")
-    return f"{text}  # {comment}" if comment else text
+    text = f"{name}: {write_value(written.value)}"
+    return f"{text}  # {_comment(written.comment)}" if written.comment else text
+
+
+def _comment(words: str) -> str:
+    """Words that end with their line: a YAML comment ends at any kind of line break."""
+    return shown(words, LONGEST_NOTE)

@@ -125,11 +125,25 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=False)  # with escapes, read back alike
 
 
-def write_scalar(text: str) -> str:
-    """Write a text as the value of a key: one line, whatever its length, so that it may stand at any depth."""
-    style = '"' if escaped(text) != text or "\n" in text else None
-    whole = yaml.dump({"": text}, Dumper=_TreeDumper, default_style=style, width=math.inf, allow_unicode=style is None)
-    return whole.partition(": ")[2].removesuffix("\n")
+class _LineDumper(_TreeDumper):
+    """Write everything on one line; texts with characters that are not simply drawn stand in double quotes."""
+
+
+def _represent_on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    if escaped(text) != text:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+    return _represent_text(dumper, text)
+
+
+_LineDumper.add_representer(str, _represent_on_one_line)
+
+
+def write_value(value: Any) -> str:
+    """Write a plain value as that of a key: one line, whatever its length, so that it may stand at any depth."""
+    is_drawn = escaped(str(value)) == str(value)
+    options: dict[str, Any] = {"sort_keys": False, "width": math.inf, "default_flow_style": True}
+    text: str = yaml.dump([value], Dumper=_LineDumper, allow_unicode=is_drawn, **options)
+    return text.removesuffix("\n")[1:-1]
 
 
 def _plain(node: yaml.Node, key: str, source: YamlSource) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ebft_mega.apps.starter.data_sizes import DataSizes
 from ebft_mega.config.paths import written_path
 from ebft_mega.config.schema import Reuse
-from ebft_mega.config.yaml_source import write_scalar, write_yaml
+from ebft_mega.config.yaml_source import write_value, write_yaml
 
 MACHINE_PROCESSES = 8  # GPUs of one machine
 
@@ -112,7 +112,7 @@ def _start(inputs: Inputs, layout: Layout) -> str:
 
 def _path(path: Path) -> str:
     """A path as a configuration reads it back."""
-    return write_scalar(written_path(path))
+    return write_value(written_path(path))
 
 
 def _model(inputs: Inputs) -> str:
@@ -195,7 +195,7 @@ def _layout(settings: Settings) -> str:
         "\n"
         f"{settings.memory}\n"
         "learn:\n"
-        f"  reuse_rollout: {write_scalar(settings.reuse)}\n"
+        f"  reuse_rollout: {write_value(settings.reuse)}\n"
     )
 
 

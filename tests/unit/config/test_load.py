@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
 from ebft_mega.config.schema import all_keys
-from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_scalar, write_yaml
+from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_value, write_yaml
 from ebft_mega.errors import ConfigError
 from ebft_mega.io.expanded_paths import REPOSITORY
 
@@ -556,7 +556,7 @@ def test_whatever_is_written_is_read_back(tree):
 @example("long words " * 40)
 @example("a\n b\n")
 def test_a_scalar_is_one_line_that_may_stand_anywhere(text):
-    written = write_scalar(text)
+    written = write_value(text)
     source = read_yaml(f"a:\n  b: {written}  # a comment\n  c: 1\n", "f")
     assert (source.value, source.problems) == ({"a": {"b": text, "c": 1}}, [])
 

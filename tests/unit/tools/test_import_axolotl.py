@@ -13,7 +13,9 @@ from ebft_mega.config.schema import all_keys
 from ebft_mega.errors import ConfigError
 from ebft_mega.io.command import run_command
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "import_axolotl.py"
+REPOSITORY = Path(__file__).resolve().parents[3]
+TOOL = REPOSITORY / "tools" / "import_axolotl.py"
+LONG = "outputs/" + "long name " * 12 + "x"
 FULL = """\
 base_model: Someone/Coder-1B
 rl: ebft
@@ -200,6 +202,13 @@ def test_several_datasets_are_sources(imported, tmp_path):
         ("sequence_len: 256", "sequence_len: 257", "data.sequence_length"),
         ("micro_batch_size: 2", "micro_batch_size: 2.5", "micro_batch_size: found 2.5; expected a whole number"),
         ("base_model: Someone/Coder-1B\n", "", "base_model: found nothing"),
+        ("val_set_size: 0.02", "val_set_size: 2000", "val_set_size: found 2000; expected a share"),
+        ("warmup_ratio: 0.0305", "warmup_ratio: 1e308", "warmup_ratio: found 1e+308; expected a number"),
+        (
+            "val_set_size: 0.02",
+            "test_datasets: 7",
+            "test_datasets: found {'path': 7}; expected datasets",
+        ),
         ("rl: ebft", "rl: [", "axolotl.yaml"),
         ("rl: ebft", "rl: &anchor ebft", "an anchor or alias"),
     ],
@@ -209,6 +218,47 @@ def test_what_is_wrong_is_named_and_nothing_is_written(imported, old, new, words
     code, err, written = imported(FULL.replace(old, new, 1))
     assert code == 2 and words in err and "axolotl.yaml" in err and "Traceback" not in err
     assert not written
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "expected"),
+    [
+        ("bf16: auto", "bfloat16: false", "train.dtype", "float32"),
+        ("deepspeed: deepspeed_configs/zero2.json", "fsdp: [full_shard]", "zero.stage", 3),
+        ("deepspeed: deepspeed_configs/zero2.json", "fsdp_version: 2", "zero.stage", 3),
+        ("base_model: Someone/Coder-1B", "base_model: /models/a $b", "model.init_from", Path("/models/a $b")),
+        ("val_set_size: 0.02", "test_datasets: [{path: a/tests}]", "evaluation.shards", REPOSITORY / "data" / "tests"),
+        ("./outputs/strided", LONG, "output_dir", REPOSITORY / LONG),
+    ],
+)
+def test_a_key_is_not_lost_in_silence(imported, tmp_path, old, new, key, expected):
+    assert old in FULL
+    code, err, _ = imported(FULL.replace(old, new, 1))
+    assert code == 0, err
+    assert value(load_config(tmp_path / "ours.yaml"), key) == expected
+
+
+def test_a_file_of_deepspeed_whose_name_says_no_stage(imported):
+    code, err, _ = imported(FULL.replace("deepspeed_configs/zero2.json", "my.json"))
+    assert code == 0 and "not here: deepspeed: my.json: refused: its name says no stage: write zero.stage" in err
+
+
+def test_which_part_of_a_dataset_is_to_be_supplied(imported):
+    found = "    name: python\n    revision: abc\n    split: train[:1%]\n"
+    code, err, _ = imported(FULL.replace("    split: train[:1%]\n", found))
+    assert code == 0 and "download someone/code-of-all, name python, revision abc, train[:1%], then" in err
+    code, err, _ = imported(FULL.replace("someone/code-of-all", "/here/my code"), "--overwrite")
+    assert code == 0 and "data.shards: python tools/build_shards.py --input '/here/my code' --tokenizer" in err
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\x85", "\u2028"])
+def test_no_text_of_the_file_ends_a_comment(imported, tmp_path, separator):
+    texts = {"base_model": f"a{separator}seed: 8", "output_dir": f"b{separator}#", "wandb_project": f"{separator}d: 1"}
+    tree = yaml.safe_load(FULL) | texts
+    code, err, _ = imported(yaml.safe_dump(tree))
+    assert code == 0, err
+    config = load_config(tmp_path / "ours.yaml")
+    assert config.seed == WRITTEN["seed"] and config.output_dir == REPOSITORY / f"b{separator}#"
 
 
 def problems_of(tmp_path, text):
