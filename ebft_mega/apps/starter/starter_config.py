@@ -48,7 +48,7 @@ def write_starter_config(request: Request, repository: Path) -> Written:
     Raises:
         InputError: everything that is wrong with model, data or machine.
     """
-    _refuse_unwritable(request)
+    _refuse_unwritable(request, repository)
     machine = machine_for(request.gpus, request.gpu_gigabytes)
     supply = _supply(request)
     lack = lack_of_weights(request.model) if os.path.lexists(request.model / CONFIG_NAME) else None
@@ -56,7 +56,7 @@ def write_starter_config(request: Request, repository: Path) -> Written:
     output = request.output.absolute()
     inputs = Inputs(
         name=request.output.stem,
-        config=output.relative_to(repository) if output.is_relative_to(repository) else output,
+        config=_from_repository(output, repository),
         model=request.model.absolute() if lack is None else None,
         architecture=written,
         parameters=architecture.num_parameters,
@@ -80,13 +80,16 @@ def write_starter_config(request: Request, repository: Path) -> Written:
     return Written(plan_options(machine.processes, machine.gpu_gigabytes), notes)
 
 
-def _refuse_unwritable(request: Request) -> None:
-    """Refuse names that the file cannot hold: it is UTF-8, and the path of it stands in comments."""
+def _refuse_unwritable(request: Request, repository: Path) -> None:
+    """Refuse names that the file cannot hold: it is UTF-8, and the path of it stands in comments.
+
+    The repository's own place is written nowhere.
+    """
     problems = []
     given = {"--model": request.model, "--data": request.data, "--held-out": request.held_out}
     for option, path in (given | {"--output": request.output}).items():
         try:
-            text = str(path.absolute() if path else "").encode("utf-8").decode("utf-8")
+            text = str(_from_repository(path, repository) if path else "").encode("utf-8").decode("utf-8")
         except UnicodeEncodeError:
             problems.append(Problem(option, "path", str(path), "a path in UTF-8, as configurations are"))
             continue
@@ -94,6 +97,11 @@ def _refuse_unwritable(request: Request) -> None:
             problems.append(Problem(option, "path", repr(text), "a path on one line, without control characters"))
     if problems:
         raise InputError(problems)
+
+
+def _from_repository(path: Path, repository: Path) -> Path:
+    whole = path.absolute()
+    return whole.relative_to(repository) if whole.is_relative_to(repository) else whole
 
 
 def _supply(request: Request) -> Supply:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebft_mega.apps.starter.starter_config import Request, write_starter_config
 from ebft_mega.config.load import load_config
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
@@ -238,3 +239,18 @@ def test_the_printed_commands_are_for_all_gpus_and_their_memory(new_config, data
     text = (tmp_path / "my.yaml").read_text(encoding="utf-8")
     options = f"--dry-run --world-size {gpus} --gpu-memory 80.3\n"
     assert f"#   {start} --config " in text and options in text and out.endswith(options)
+
+
+@pytest.mark.parametrize("name", ["new\nline", "\udcff"])
+def test_the_place_of_the_repository_may_have_any_name(data, toy, tmp_path, monkeypatch, name):
+    """What lies in the repository is written from its root on."""
+    repository = tmp_path / name
+    repository.mkdir()
+    shutil.copytree(toy, repository / "toy")
+    shutil.copytree(data / "train", repository / "train")
+    for module in ("io.expanded_paths", "config.paths"):
+        monkeypatch.setattr(f"ebft_mega.{module}.REPOSITORY", repository)
+    request = Request(repository / "toy", repository / "train", None, repository / "my.yaml", None, None)
+    write_starter_config(request, repository)
+    text = (repository / "my.yaml").read_text(encoding="utf-8")
+    assert "  shards: train  # " in text and "--config my.yaml" in text
