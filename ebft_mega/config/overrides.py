@@ -80,7 +80,11 @@ def _holds(tree: Any, names: Sequence[str]) -> bool:
 def _apply(tree: dict[str, Any], places: dict[str, str], text: str) -> list[Problem]:
     """Write one text into the tree."""
     key = key_of(text)
-    source = read_yaml(text.partition("=")[2], OVERRIDE)
+    written = text.partition("=")[2]
+    source = read_yaml(written, OVERRIDE)
+    if not source.problems and _ends_in_comment(written, source.value):
+        found = f"{_shown(written)!r}, where a comment begins at #"
+        return [Problem(OVERRIDE, key, found, "quotes around a value with # after a space, such as key='\"a #b\"'")]
     if source.problems:
         return [Problem(OVERRIDE, key, problem.found, problem.expected) for problem in source.problems]
     *parents, leaf = key.split(".")
@@ -98,6 +102,12 @@ def _apply(tree: dict[str, Any], places: dict[str, str], text: str) -> list[Prob
         del places[old]
     places[key] = OVERRIDE
     return []
+
+
+def _ends_in_comment(text: str, value: Any) -> bool:
+    """Whether the end of a YAML text is left out of its value: what is added there changes nothing."""
+    longer = read_yaml(f"{text}x", OVERRIDE) if "#" in text else None
+    return longer is not None and not longer.problems and longer.value == value
 
 
 def _shown(text: str) -> str:

@@ -118,11 +118,12 @@ _TreeDumper.add_representer(str, _represent_text)
 
 
 def write_yaml(value: Any) -> str:
-    """Plain values as YAML text, keys in their order."""
-    text = yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=True)
+    """Plain values as YAML text, keys in their order, with every text on a line of its own that is never folded."""
+    text: str = yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=True, width=math.inf)
     if escaped(text, "\n") == text:
         return text
-    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=False)  # with escapes, read back alike
+    # With escapes, read back alike.
+    return yaml.dump(value, Dumper=_TreeDumper, sort_keys=False, allow_unicode=False, width=math.inf)
 
 
 class _LineDumper(_TreeDumper):

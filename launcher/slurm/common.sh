@@ -48,7 +48,7 @@ prepare() {
 # the launcher's own code (2): nothing has started, and trying again would change nothing.
 #   check WORLD_SIZE LAUNCHER_ARGUMENT...
 check() {
-  local world_size=$1 plan code=0 argument
+  local world_size=$1 plan code=0 argument quote=\'
   shift
   for argument in "$@"; do
     if [[ $argument == --without-data || $argument == --gpu-memory* ]]; then
@@ -67,6 +67,15 @@ check() {
     echo "the dry run named no output_dir" >&2
     exit 1
   fi
+  # As it is written: in quotes where YAML would read something else, with $$ for a dollar sign.
+  if [[ $output_dir == $quote*$quote ]]; then
+    output_dir=${output_dir:1:-1}
+    output_dir=${output_dir//$quote$quote/$quote}
+  elif [[ $output_dir == \"* ]]; then
+    echo "output_dir: found $output_dir; expected a path without control characters" >&2
+    exit 2
+  fi
+  output_dir=${output_dir//\$\$/\$}
   [[ $output_dir == /* ]] || output_dir=$repository/$output_dir # a configuration's paths start there
   case $(sed -n 's/^permissions: *//p' <<<"$plan" | sed -n 1p) in
     private) umask 077 && export SLURM_UMASK=0077 ;; # the variable is srun's, for the files of --output

@@ -180,10 +180,10 @@ def test_sweep(cluster, data):
             SLURM_ARRAY_JOB_ID="77",
             SLURM_ARRAY_TASK_ID=str(index),
             SLURM_GPUS_ON_NODE="1",
-            SWEEP_DIR=str(cluster.root / "runs"),
+            SWEEP_DIR=str(cluster.root / "a user's #1 $$USER"),  # $$ as in every path of a configuration
         )
         assert code == 0, text
-        directory = cluster.root / "runs" / f"000{index}"
+        directory = cluster.root / "a user's #1 $USER" / f"000{index}"
         assert status_of(directory)["state"] == "done"
         results.append((directory / "config.resolved.yaml").read_text())
     assert "lr: 1.0e-05" in results[0] and "lr: 1.0e-05" not in results[1]
@@ -206,7 +206,7 @@ def test_arguments_start_where_the_job_was_submitted(cluster, data, stand_in_job
         **{"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"},
     )
     assert code == 2 and f" {cluster.root}/work/mine.yaml " in text and f"'{launcher}'" in text
-    assert "'b=2', 'output_dir=runs/sweep-77/0001'" in text
+    assert "'b=2', \"output_dir='runs/sweep-77/0001'\"" in text
 
 
 def test_an_array_task_without_a_line_is_refused(cluster):

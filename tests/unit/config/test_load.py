@@ -570,3 +570,20 @@ def test_a_typing_slip_finds_the_key(key, data):
     gap = data.draw(st.integers(1, len(leaf) - 2))
     wrong = section + dot + leaf[:gap] + leaf[gap + 1 :]
     assert nearest_key(wrong) == key
+
+
+@pytest.mark.parametrize("text", ["runs/a #2", "#2", "[1, 2] # two", "'a' #b"])
+def test_an_override_is_not_cut_at_a_comment(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(BASE)
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "c.yaml", [f"output_dir={text}"])
+    assert [str(problem).partition(", where")[0] for problem in refused.value.problems] == [
+        f"--set: output_dir: found {text!r}"
+    ]
+
+
+@pytest.mark.parametrize("text", ["'runs/a #2'", '"runs/a #2"'])
+def test_quotes_keep_what_would_be_a_comment(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(BASE)
+    assert load_config(tmp_path / "c.yaml", [f"output_dir={text}"]).output_dir == REPOSITORY / "runs" / "a #2"
+    assert load_config(tmp_path / "c.yaml", ["output_dir=runs/a#2"]).output_dir == REPOSITORY / "runs" / "a#2"
