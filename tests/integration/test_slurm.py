@@ -141,7 +141,7 @@ def test_many_nodes(cluster, data):
     logs = {path.name: path.read_text() for path in (output / "logs").iterdir()}
     assert code == 0, (text, logs)
     assert "data-parallel size 2" in " ".join(text.split()), "the plan comes first"
-    assert status_of(output) == {"state": "done", "exit_code": 0, "checkpoint": None, "step": 2}
+    assert status_of(output) == {"state": "done", "exit_code": 0, "checkpoint": "step-00000002", "step": 2}
     assert json.loads((output / "environment.json").read_text())["world_size"] == 2
     assert "step 2/2" in logs[f"slurm-{cluster.job_id}-rank-0.out"]
     assert set(logs) == {
