@@ -13,7 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.config.axolotl_import import import_axolotl
-from ebft_mega.io.arguments import ToolParser, output_file, path_argument, whole_number
+from ebft_mega.io.arguments import (
+    ToolParser,
+    add_new_file_option,
+    output_file,
+    path_argument,
+    require_new_file,
+    whole_number,
+)
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES
@@ -35,10 +42,9 @@ def parse_arguments() -> argparse.Namespace:
         "--data-tokens", type=whole_number(), metavar="N", help="of the data, for num_epochs without max_steps"
     )
     add_permissions_option(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_new_file_option(parser)
     arguments = parser.parse_args()
-    if arguments.output.exists() and not arguments.overwrite:
-        parser.error(f"--output: found a file {arguments.output}; expected a new one, or --overwrite")
+    require_new_file(parser, arguments)
     return arguments
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.io.arguments import ToolParser, output_file, path_argument, real_number, whole_number
+from ebft_mega.io.arguments import (
+    ToolParser,
+    add_new_file_option,
+    output_file,
+    path_argument,
+    real_number,
+    require_new_file,
+    whole_number,
+)
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES
@@ -45,10 +53,9 @@ def parse_arguments() -> argparse.Namespace:
         help="memory of each in 1e9 bytes (default: that of this machine's GPUs; without any, its processor is used)",
     )
     add_permissions_option(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_new_file_option(parser)
     arguments = parser.parse_args()
-    if arguments.output.exists() and not arguments.overwrite:
-        parser.error(f"--output: found a file {arguments.output}; expected a new one, or --overwrite")
+    require_new_file(parser, arguments)
     return arguments
 
 

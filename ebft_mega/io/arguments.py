@@ -146,6 +146,17 @@ def output_file(text: str) -> Path:
     return path
 
 
+def add_new_file_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite` to a tool whose `--output` is one file."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def require_new_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the process with exit code 2 if `--output` is there and is not to be replaced."""
+    if arguments.output.exists() and not arguments.overwrite:
+        parser.error(f"--output: found a file {arguments.output}; expected a new one, or --overwrite")
+
+
 def _try_to_write(path: Path) -> None:
     """Open a file for writing and leave everything as it was: what fails would fail after the work otherwise."""
     is_new = not path.exists()

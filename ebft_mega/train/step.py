@@ -140,11 +140,12 @@ class _GradientPass:
             )
             for index, rows in enumerate(micro_batches)
         ]
-        numbers: tuple[int | None, ...] = (None, None)
-        num_rows = trainer.config.train.global_batch_size
+        num_rows, num_blocks, num_targets = trainer.config.train.global_batch_size, None, None
         if masks is not None:
-            num_rows, numbers = masks.num_rows, (masks.num_blocks, masks.num_targets)
-        self.counts: TokenCounts = count_tokens(trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, *numbers)
+            num_rows, num_blocks, num_targets = masks.num_rows, masks.num_blocks, masks.num_targets
+        self.counts: TokenCounts = count_tokens(
+            trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks, num_targets
+        )
         self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
 
     def forward(self, index: int, received: Tensor | None = None) -> Tensor:

@@ -192,20 +192,20 @@ def test_sweep(cluster, data):
 
 def test_arguments_start_where_the_job_was_submitted(cluster, data, stand_in_job):
     """The repository lies elsewhere, and is named."""
-    (cluster.root / "work").mkdir()
-    (cluster.root / "work" / "mine.yaml").write_text("")
-    (cluster.root / "work" / "sweep.txt").write_text("a=1\nb=2\n")
+    (cluster.root / "elsewhere").mkdir()
+    (cluster.root / "elsewhere" / "mine.yaml").write_text("")
+    (cluster.root / "elsewhere" / "sweep.txt").write_text("a=1\nb=2\n")
     launcher = stand_in_job / "launcher" / "train.py"
     launcher.write_text(
         "import sys, pathlib\nprint('output_dir: runs/x', pathlib.Path(sys.argv[2]).resolve(), sys.argv)\nsys.exit(2)\n"
     )
     code, text = cluster.run(
         *("sweep.sbatch", "mine.yaml", "sweep.txt"),
-        repository=cluster.root / "work",
+        repository=cluster.root / "elsewhere",
         EBFT_REPOSITORY=str(stand_in_job),
         **{"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"},
     )
-    assert code == 2 and f" {cluster.root}/work/mine.yaml " in text and f"'{launcher}'" in text
+    assert code == 2 and f" {cluster.root}/elsewhere/mine.yaml " in text and f"'{launcher}'" in text
     assert "'b=2', \"output_dir='runs/sweep-77/0001'\"" in text
 
 

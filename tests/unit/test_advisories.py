@@ -17,10 +17,10 @@ PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 }
-REQUIREMENTS = [
-    Requirement(text)
-    for text in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Of users: what is needed, and the extras; developers have what is pinned.
+EXTRAS = [text for name, texts in PROJECT["optional-dependencies"].items() if name != "dev" for text in texts]
+REQUIREMENTS = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS]]
 LOWEST = {
     canonicalize_name(requirement.name): next(part.version for part in requirement.specifier if part.operator == ">=")
     for requirement in REQUIREMENTS

@@ -142,7 +142,8 @@ def _scan(
         num_problems += len(scan.problems)
         if num_problems >= MAX_LISTED_PROBLEMS:
             break
-    problems = [problem for number in sorted(scans) for problem in scans[number].problems]
+    # A fault of a whole file is found in each work unit that reads a part of it.
+    problems = list(dict.fromkeys(problem for number in sorted(scans) for problem in scans[number].problems))
     if problems:
         if len(problems) >= MAX_LISTED_PROBLEMS:
             print_line(f"note: reading ends at {MAX_LISTED_PROBLEMS} problems; there may be more")

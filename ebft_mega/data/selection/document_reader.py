@@ -11,17 +11,20 @@ from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.licence_choice import LicenceChoice
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.archives import read_text_archive
+from ebft_mega.data.text.file_kinds import misnamed
 from ebft_mega.data.text.parquet_files import read_parquet
 from ebft_mega.data.text.source_archives import is_source_archive, read_source_archive
 from ebft_mega.data.text.text_files import (
     ARCHIVE_SUFFIX,
     PARQUET_SUFFIX,
+    UNREADABLE,
     BadText,
     ReadOptions,
     TextDocument,
     read_jsonl,
     read_text_file,
 )
+from ebft_mega.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ class Reader:
             document = read_text_file(file, file_range.name, self.options, left_out)
             if document is not None:
                 yield document
+        elif (kind := misnamed(file)) is not None:
+            yield BadText(
+                Problem(str(file), "file", kind.words, kind.advice), file_range.name, UNREADABLE, is_file=True
+            )
         elif file_range.name.endswith(PARQUET_SUFFIX):
             groups = range(file_range.begin, file_range.end)
             yield from read_parquet(file, file_range.name, self.options, groups, left_out)

@@ -33,6 +33,14 @@ TEKKEN = _kind("a tekken vocabulary", _SAVE_IT, rb"\s*\{.{0,4000}\"(token_bytes|
 TIKTOKEN = _kind("a table of tokens and ranks (tiktoken)", _SAVE_IT, rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 GGUF = _kind("a GGUF file of weights", _CONVERT_IT, rb"GGUF")
 JSON_LINES = _kind("JSON lines", BUILD_IT, rb"\s*\{\s*\"")
+_GZIP = _kind(
+    "a file packed by gzip",
+    f"a name such as .jsonl.gz or .tar.gz; {BUILD_IT}",
+    rb"\x1f\x8b",
+)
+_ZSTANDARD = _kind(
+    "a file packed by zstandard", f"a name such as .jsonl.zst or .tar.zst; {BUILD_IT}", rb"\x28\xb5\x2f\xfd"
+)
 # The first that fits: what is text to a human comes last.
 KINDS = (
     PARQUET,
@@ -45,17 +53,22 @@ KINDS = (
     _kind("a PDF document", _TEXT, rb"%PDF-"),
     _kind("a pickle, which is never read", "*.safetensors or text", rb"\x80[\x02-\x05]"),
     _kind("a safetensors file of weights", "the directory that it lies in", rb".{3}\x00\x00\x00\x00\x00\{\""),
-    _kind(
-        "a file packed by gzip",
-        f"a name such as .jsonl.gz or .tar.gz; {BUILD_IT}",
-        rb"\x1f\x8b",
-    ),
-    _kind("a file packed by zstandard", f"a name such as .jsonl.zst or .tar.zst; {BUILD_IT}", rb"\x28\xb5\x2f\xfd"),
+    _GZIP,
+    _ZSTANDARD,
     _kind("a Git LFS pointer", "the file itself: git lfs pull fetches it", rb"version https://git-lfs"),
     TEKKEN,
     TIKTOKEN,
     JSON_LINES,
 )
+
+# Kinds that a container may be, with the ends of their names. What is text to a human may be in any JSON line.
+_NAMES = {
+    PARQUET.words: (".parquet",),
+    ZIP.words: (".zip",),
+    _GZIP.words: (".gz", ".tgz"),
+    _ZSTANDARD.words: (".zst",),
+    **dict.fromkeys((JSON_LINES.words, TEKKEN.words, TIKTOKEN.words), ("",)),
+}
 
 
 def kind_of_file(path: Path) -> FileKind | None:
@@ -68,6 +81,14 @@ def kind_of_file(path: Path) -> FileKind | None:
     except OSError:
         return None
     return next((kind for kind in KINDS if kind.beginning.match(beginning)), None)
+
+
+def misnamed(path: Path) -> FileKind | None:
+    """Tell what a container is whose name says something else; None where the name is right, or nothing is known."""
+    kind = kind_of_file(path)
+    if kind is None or path.name.endswith(_NAMES.get(kind.words, ())):
+        return None
+    return kind
 
 
 def kind_within(directory: Path, kinds: tuple[FileKind, ...]) -> tuple[str, FileKind] | None:

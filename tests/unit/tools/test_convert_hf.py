@@ -1,7 +1,7 @@
 """The command line of the conversion: what it prints, its exit codes, and what it refuses."""
 
+import functools
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,6 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.describing_files import read_describing_files
 from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
-from ebft_mega.io.command import run_command
 from ebft_mega.model.weights.model_directory import write_model
 from tests.conftest import tiny_config
 from tests.unit.written_checkpoint import VariedWeights, write_checkpoint
@@ -24,20 +23,9 @@ VOCABULARY = 400
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    """The tool in this process: exit code, standard output and standard error."""
-    main = runpy.run_path(str(TOOL))["main"]
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments)])
-        try:
-            code = run_command(main)
-        except SystemExit as exit_request:  # argparse
-            code = exit_request.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+def convert(run_tool):
+    """The tool: exit code, standard output and standard error."""
+    return functools.partial(run_tool, TOOL.name)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A whole axolotl file: every key has a fate, values are translated, and the loader accepts what comes out."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, Fate, foreign_key
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import all_keys
 from ebft_mega.errors import ConfigError
-from ebft_mega.io.command import run_command
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TOOL = REPOSITORY / "tools" / "import_axolotl.py"
@@ -104,20 +101,16 @@ WRITTEN = {
 
 
 @pytest.fixture
-def imported(monkeypatch, capsys, tmp_path):
-    """The tool in this process: exit code, standard error, and the text that it wrote."""
-    main = runpy.run_path(str(TOOL))["main"]
+def imported(run_tool, tmp_path):
+    """The tool: exit code, standard error, and the text that it wrote."""
 
     def run(text, *arguments):
         (tmp_path / "axolotl.yaml").write_text(text, encoding="utf-8")
         output = tmp_path / "ours.yaml"
-        paths = ["--input", str(tmp_path / "axolotl.yaml"), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", [TOOL.name, *paths, *map(str, arguments)])
-        try:
-            code = run_command(main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, capsys.readouterr().err, output.read_text(encoding="utf-8") if output.exists() else ""
+        code, _, err = run_tool(
+            "import_axolotl.py", "--input", tmp_path / "axolotl.yaml", "--output", output, *arguments
+        )
+        return code, err, output.read_text(encoding="utf-8") if output.exists() else ""
 
     return run
 

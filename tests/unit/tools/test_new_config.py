@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
-from ebft_mega.io.command import run_command
 from ebft_mega.planning.auto import needed_bytes, smallest_peak
 from ebft_mega.planning.run_plan import check_run
 from tests.unit.planning.stand_ins import MODELS, write_model
@@ -65,18 +62,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def new_config(monkeypatch, capsys, tmp_path):
-    """The tool in this process: exit code, standard output and standard error. It writes `my.yaml`."""
-    main = runpy.run_path(str(TOOL))["main"]
+def new_config(run_tool, tmp_path):
+    """The tool: exit code, standard output and standard error. It writes `my.yaml`."""
 
     def run(*arguments, output=tmp_path / "my.yaml"):
-        monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments), "--output", str(output)])
-        try:
-            code = run_command(main)
-        except SystemExit as exit_request:  # argparse
-            code = exit_request.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return run_tool("new_config.py", *arguments, "--output", output)
 
     return run
 

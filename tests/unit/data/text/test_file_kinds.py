@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from ebft_mega.data.builder.build_options import BuildOptions
+from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.work_plan import make_plan
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.file_kinds import PARQUET, kind_of_file, kind_within
@@ -86,6 +87,33 @@ def test_an_input_is_named(tmp_path: Path, words: str) -> None:
     with pytest.raises(InputError) as caught:
         make_plan([tmp_path / "data.dat"], BuildOptions(), "tokenizer")
     assert f"data.dat: found {words}; expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "data.zip", "data.tar", "data.jsonl.gz"])
+@pytest.mark.parametrize("words", ["a Git LFS pointer", "a Parquet file", "a zip file", "a file packed by zstandard"])
+def test_a_container_under_another_name_is_named_once(
+    tmp_path: Path, tokenizer_directory: Path, name: str, words: str
+) -> None:
+    (tmp_path / name).write_bytes(FILES[words])
+    tokenizer = load_tokenizer(tokenizer_directory)
+    options = BuildOptions(archives="webdataset" if name.endswith(".tar") else None, work_unit_bytes=10)
+    if (words, name) in (("a Parquet file", "data.parquet"), ("a zip file", "data.zip")):
+        assert build_dataset(tmp_path / name, tokenizer, tmp_path / "out", options).manifest.documents == 1
+        return
+    with pytest.raises(InputError) as caught:
+        build_dataset(tmp_path / name, tokenizer, tmp_path / "out", options)
+    (problem,) = caught.value.problems
+    assert problem.found == words and not (tmp_path / "out").exists()
+
+
+def test_a_file_under_another_name_is_left_out_on_request(tmp_path: Path, tokenizer_directory: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jsonl").write_bytes(FILES["a Git LFS pointer"])
+    (tmp_path / "source" / "b.jsonl").write_bytes(FILES["JSON lines"])
+    result = build_dataset(
+        tmp_path / "source", load_tokenizer(tokenizer_directory), tmp_path / "out", BuildOptions(skip_bad=True)
+    )
+    assert (result.manifest.documents, result.record.skipped) == (1, 1)
 
 
 @pytest.mark.parametrize(("name", "words"), [("tekken.json", "a tekken vocabulary"), ("x.tiktoken", "(tiktoken)")])
