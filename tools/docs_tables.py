@@ -21,10 +21,11 @@ from pydantic.fields import FieldInfo
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
-from ebft_mega.config.fields import Section, allowed_text, default_text
+from ebft_mega.config.fields import allowed_text, default_text
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import SECTIONS, Reuse, RunConfig
+from ebft_mega.extension.options import Section
 from ebft_mega.io.arguments import PlainParser
 from ebft_mega.io.command import run_command
 from ebft_mega.planning.absent_inputs import MODEL_CONFIGS

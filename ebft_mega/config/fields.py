@@ -7,29 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from ebft_mega.config.paths import PathKind, written_path
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are refused, values never change afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def key(default: Any, meaning: str, *, unit: str = "", allowed: str = "", **limits: Any) -> Any:
-    """Declare a key with the texts that errors and `docs/configuration.md` use.
-
-    Args:
-        default: its value when the file does not set it; `...` if the file must set it.
-        meaning: what it does, in one or two sentences.
-        unit: what a number counts.
-        allowed: what it accepts, for types that do not say it themselves (`allowed_text`).
-        limits: pydantic's `ge`, `gt`, `le`, `lt`.
-    """
-    return Field(default, description=meaning, json_schema_extra={"allowed": allowed, "unit": unit}, **limits)
+from ebft_mega.registry.registry import Registry
 
 
 def allowed_text(field: FieldInfo) -> str:
@@ -38,9 +20,26 @@ def allowed_text(field: FieldInfo) -> str:
     return words["allowed"] or ", ".join(filter(None, (_type_text(field), words["unit"])))
 
 
+def one_of(registry: Registry[Any]) -> tuple[object, ...]:
+    """Metadata of a key that takes the name of an entry: `Annotated[str, *one_of(REGISTRY)]`."""
+
+    def check(name: str) -> str:
+        if name not in registry.names():
+            raise ValueError(f"no {registry.kind} has this name")
+        return name
+
+    return AfterValidator(check), registry
+
+
+def registry_of(field: FieldInfo) -> Registry[Any] | None:
+    """The registry whose names a key takes; None for every other kind of key."""
+    return next((item for item in field.metadata if isinstance(item, Registry)), None)
+
+
 def _type_text(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        *others, last = map(str, get_args(field.annotation))
+    registry = registry_of(field)
+    if registry is not None or get_origin(field.annotation) is Literal:
+        *others, last = map(str, registry.names() if registry is not None else get_args(field.annotation))
         return f"{', '.join(others)} or {last}" if others else last
     kinds = get_args(field.annotation) or (field.annotation,)
     if bool in kinds:

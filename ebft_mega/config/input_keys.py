@@ -14,10 +14,9 @@ from ebft_mega.config.fields import (
     DatasetPlace,
     LocalPath,
     RedirectHost,
-    Section,
     as_tuple,
-    key,
 )
+from ebft_mega.extension.options import Section, key
 
 STEPS = "optimizer steps"
 

@@ -10,13 +10,14 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ebft_mega.config.axolotl_keys import AXOLOTL, SIMILAR, foreign_key, our_name
-from ebft_mega.config.fields import Section, allowed_text, yaml_text
+from ebft_mega.config.fields import allowed_text, registry_of, yaml_text
 from ebft_mega.config.overrides import OVERRIDE, apply_overrides
 from ebft_mega.config.paths import put_in_places
 from ebft_mega.config.rules import broken_rules, refusal_reason
 from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys, path_keys
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, InputError, Problem
+from ebft_mega.extension.options import Section
 from ebft_mega.io.input_errors import read_input_bytes
 from ebft_mega.shown_text import without_secrets
 
@@ -203,7 +204,8 @@ def _explain(
         if place[-1] == "[key]":
             value, expected = place[1], "a name of letters, digits, _ and -, a letter first"
         return Problem("", f"{key}.{place[1]}", _describe(value), expected)
-    choices = [str(choice) for choice in get_args(field.annotation)]
+    registry = registry_of(field)
+    choices = list(registry.names()) if registry else [str(choice) for choice in get_args(field.annotation)]
     near = difflib.get_close_matches(str(values[name]), choices, n=1) if isinstance(values[name], str) else []
     return Problem("", key, _describe(values[name]), allowed_text(field), near[0] if near else "")
 

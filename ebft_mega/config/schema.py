@@ -6,16 +6,18 @@ keys are in `rules.py`; rules that need files or the number of processes are in 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.fields import PATH, LocalPath, Section, WordOrPath, as_integer, as_tuple, key, path_kind
+from ebft_mega.config.fields import PATH, LocalPath, WordOrPath, as_integer, as_tuple, one_of, path_kind
 from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from ebft_mega.config.paths import PathKind
+from ebft_mega.extension.options import Section, key
 from ebft_mega.io.output_directory import Permissions
+from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS, SCHEDULES
 
 
 class EbftConfig(Section):
@@ -49,7 +51,7 @@ class EbftConfig(Section):
         "Depths at which the frozen network is read, as fractions of its layers.",
         allowed="a list of numbers > 0 and <= 1",
     )
-    embed_method: Literal["last_token", "mean_pooling"] = key(
+    embed_method: Annotated[str, *one_of(FEATURE_MAPS)] = key(
         "last_token", "How the G token features of a block become one vector."
     )
     feature_norm: Literal["joint", "per_layer"] = key(
@@ -70,9 +72,15 @@ class EbftConfig(Section):
         "is 0 unless others of its block equal it: of m equal ones among n each has 2 (m - 1) / (m (n - 1)).",
         ge=0,
     )
+    reward_terms: dict[Annotated[str, *one_of(REWARD_TERMS)], float] = key(
+        {},
+        "(ours) More terms of the reward with their coefficients, above 0 for a reward, below 0 for a penalty. Those "
+        "of `alignment` and `diversity` have keys of their own.",
+        allowed="a mapping of names of reward terms to numbers",
+    )
     rl_coef: float = key(1.0, "Weight of the policy-gradient loss. 0 disables rollouts and the feature network.", ge=0)
     ce_coef: float = key(0.0, "Weight of the next-token cross-entropy on the row.", ge=0)
-    advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = key(
+    advantage_estimator: Annotated[str, *one_of(ADVANTAGE_ESTIMATORS)] = key(
         "rloo", "How rewards become advantages. `rloo`: leave-one-out baseline, unbiased for the diversity term."
     )
     feature_model: LocalPath | None = key(
@@ -112,7 +120,7 @@ class TrainConfig(Section):
         gt=0,
     )
     lr: float = key(1e-6, "Highest learning rate; at most 1e6.", gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = key(
+    lr_scheduler: Annotated[str, *one_of(SCHEDULES)] = key(
         "constant", "Learning rate after the warm-up; `linear` and `cosine` end at 0."
     )
     warmup_steps: int = key(0, "Steps of linear warm-up.", unit=STEPS, ge=0)
@@ -232,6 +240,17 @@ class RunConfig(Section):
         False,
         "Only kernels that give the same bits every time: two runs at one layout on one machine are equal bit for bit. "
         "An operation without such a kernel ends the run.",
+    )
+    plugins: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = key(
+        (),
+        "(ours) Modules with entries of your own: names of installed ones, or paths of Python files from the "
+        "configuration's folder on. They are run.",
+        allowed="a list of module names and of paths that end in .py",
+    )
+    options: dict[str, dict[str, Any]] = key(
+        {},
+        "(ours) Options of entries, by the entry's name.",
+        allowed="a mapping of names of entries to their options",
     )
     model: ModelConfig
     data: DataConfig

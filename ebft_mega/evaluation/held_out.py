@@ -4,7 +4,7 @@ Rollouts are sampled at the training temperature, on fixed rows, with noise that
 so that two models are compared under the same draws. With document masking, metrics of rollouts are means over the
 blocks that lie within one document. A row without such a block has no metrics of rollouts, whatever the model.
 
-What is not finite is left out and counted: marked blocks (`rollout/marked_blocks.py`) of the metrics of rollouts, rows
+What is not finite is left out and counted: marked blocks (`reward/marked_blocks.py`) of the metrics of rollouts, rows
 of the cross-entropy.
 """
 
@@ -26,9 +26,9 @@ from ebft_mega.reward.alignment_and_diversity import (
     raw_cosine,
     unbiased_feature_matching,
 )
-from ebft_mega.rollout.duplicates import has_duplicates
+from ebft_mega.reward.duplicates import has_duplicates
+from ebft_mega.reward.marked_blocks import finite_blocks
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
-from ebft_mega.rollout.marked_blocks import finite_blocks
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
 from ebft_mega.runtime.exchange import all_gather_values

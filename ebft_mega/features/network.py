@@ -16,8 +16,8 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring
 from ebft_mega.parallel.stage_module import StageRunner
-from ebft_mega.rollout.duplicates import copy_duplicate_rows
-from ebft_mega.rollout.marked_blocks import mark_blocks
+from ebft_mega.reward.duplicates import copy_duplicate_rows
+from ebft_mega.reward.marked_blocks import mark_blocks
 from ebft_mega.rollout.packed_order import packed_sequence
 from ebft_mega.types import Rollout, TokenBatch
 

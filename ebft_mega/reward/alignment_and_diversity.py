@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ebft_mega.rollout.duplicates import first_equal
-from ebft_mega.rollout.marked_blocks import finite_blocks, mark_blocks
+from ebft_mega.reward.duplicates import first_equal
+from ebft_mega.reward.marked_blocks import finite_blocks, mark_blocks
 from ebft_mega.types import BlockRewards
 
 Whitening = Literal["none", "sample", "feature"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.rollout.duplicates import duplicate_share, has_duplicates
+from ebft_mega.reward.duplicates import duplicate_share, has_duplicates
 from ebft_mega.train.loss_masks import LossMasks
 from ebft_mega.train.step import StepResult, Trainer
 

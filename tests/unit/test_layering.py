@@ -17,16 +17,22 @@ PACKAGE = ROOT / "ebft_mega"
 # their own.
 ROOMS = (
     *("shown_text", "errors", "types", "block_plan"),
-    *("io", "architecture", "config", "runtime", "metrics"),
-    *("data.text", "data.selection", "data.tokenizers", "data.store", "data.builder", "data.rows"),
+    *("io", "extension"),
+    # The entries that a configuration names, each kind in a room within the room that uses it, then their tables.
+    *("data.text", "data.text.formats", "data.store.places", "features.maps", "reward.terms", "objective.estimators"),
+    *("train.schedules", "parallel.optimizers", "registry"),
+    *("architecture", "config", "runtime", "metrics"),
+    *("data.selection", "data.tokenizers", "data.store", "data.builder", "data.rows"),
     *("parallel", "attention", "model"),
-    *("rollout", "features", "reward", "objective"),
+    *("reward", "rollout", "features", "objective"),
     *("checkpoint", "cost", "planning", "evaluation", "train", "lifecycle", "apps"),
 )
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")
 # Rooms that a dry run or a tool's --help goes through, and single modules of rooms that are heavy otherwise.
 LIGHT_ROOMS = (
-    *("io", "architecture", "config", "planning", "cost"),
+    *("io", "extension", "registry", "architecture", "config", "planning", "cost"),
+    *("data.text.formats", "data.store.places", "features.maps", "reward.terms", "objective.estimators"),
+    *("train.schedules", "parallel.optimizers"),
     *("data.text", "data.selection", "data.tokenizers", "data.store", "data.builder"),
 )
 LIGHT_MODULES = (

@@ -24,7 +24,7 @@ from ebft_mega.features.gram import block_grams
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
-from ebft_mega.rollout.duplicates import copy_duplicate_rows
+from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.train.step import Trainer, make_experience

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.reward.alignment_and_diversity import block_rewards, raw_cosine, unbiased_feature_matching
-from ebft_mega.rollout.duplicates import copy_duplicate_rows, has_duplicates
-from ebft_mega.rollout.marked_blocks import finite_blocks, mark_blocks
+from ebft_mega.reward.duplicates import copy_duplicate_rows, has_duplicates
+from ebft_mega.reward.marked_blocks import finite_blocks, mark_blocks
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 ROWS, BLOCKS = 2, 3

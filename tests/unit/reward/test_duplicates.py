@@ -8,7 +8,7 @@ from hypothesis.strategies import integers
 
 from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.reward.alignment_and_diversity import block_rewards
-from ebft_mega.rollout.duplicates import (
+from ebft_mega.reward.duplicates import (
     copy_duplicate_rows,
     duplicate_share,
     duplicate_share_per_row,

@@ -8,7 +8,7 @@ directions. So equality is decided by token ids, and equal rollouts are given on
 import torch
 from torch import Tensor
 
-from ebft_mega.rollout.marked_blocks import finite_blocks, mark_blocks
+from ebft_mega.reward.marked_blocks import finite_blocks, mark_blocks
 
 
 def first_equal(rows: Tensor) -> Tensor:

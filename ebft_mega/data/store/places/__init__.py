@@ -1,0 +1,1 @@
+"""Stores: one file each, called as the scheme of its addresses."""

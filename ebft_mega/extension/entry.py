@@ -1,0 +1,30 @@
+"""What all entries of the registries have in common."""
+
+import inspect
+from typing import Any, ClassVar
+
+from ebft_mega.extension.options import NoOptions, Section
+
+
+class Entry:
+    """Base of the contracts. An entry is a class with a `name`, derived from one of them.
+
+    Its first docstring paragraph is what `--help` and docs/configuration.md say of it. A module that defines an entry
+    imports torch inside its methods, so that a dry run stays fast.
+    """
+
+    name: ClassVar[str] = ""  # what a configuration calls it; lower-case letters, digits and _
+    # `options.NAME` of a configuration is checked by it and given to the entry; keys are declared with `options.key`.
+    Options: ClassVar[type[Section]] = NoOptions
+
+    options: Any  # an `Options`
+
+    def __init__(self, options: Section | None = None) -> None:
+        """Args: options: an `Options`; None: all at their defaults."""
+        self.options = self.Options() if options is None else options
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first paragraph of its docstring on one line."""
+        text = inspect.cleandoc(cls.__doc__ or "")
+        return " ".join(text.split("\n\n")[0].split())

@@ -1,0 +1,18 @@
+"""The reward itself."""
+
+from typing import TYPE_CHECKING
+
+from ebft_mega.extension.advantage_estimator import AdvantageEstimator, EstimatorInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reinforce(AdvantageEstimator):
+    """The reward itself, without a baseline."""
+
+    name = "reinforce"
+
+    def advantages(self, inputs: EstimatorInputs) -> "Tensor":
+        """The rewards, float64 [B, n, K]."""
+        return inputs.rewards.reward

@@ -1,0 +1,1 @@
+"""Optimizers: one file each, called as `train.optimizer` calls them."""

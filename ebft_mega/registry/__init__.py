@@ -1,0 +1,1 @@
+"""Tables of the entries that a configuration can name, and the plugins that add to them."""

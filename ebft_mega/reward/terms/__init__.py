@@ -1,0 +1,1 @@
+"""Reward terms: one file each, called as `ebft.reward_terms` calls them."""
