@@ -48,7 +48,7 @@ def test_files_of_the_tree_exist():
 @pytest.mark.parametrize(
     ("question", "file"),
     [
-        ("the diversity term", "ebft_mega/reward/alignment_and_diversity.py"),
+        ("the diversity term", "ebft_mega/reward/terms/diversity.py"),
         ("who decides that a checkpoint is whole", "ebft_mega/checkpoint/manifest.py"),
         ("where a token of a rollout gets its noise", "ebft_mega/rollout/noise.py"),
         ("what crosses ranks for the reward", "ebft_mega/features/gram.py"),
