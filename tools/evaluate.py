@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.apps.feature_choice import choose_feature_network
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
@@ -39,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--feature-model",
         type=path_argument,
-        help="frozen feature network (default: ebft.feature_model, or --model)",
+        help="frozen feature network (default: that of the run: ebft.feature_model, else model.init_from of --config; "
+        "without them --model)",
     )
     parser.add_argument("--rows", type=whole_number(), help="held-out rows (default: evaluation.rows, 64)")
     parser.add_argument("--skip-rows", type=whole_number(0), default=0, help="rows at the start that are left out")
@@ -77,9 +79,14 @@ def main() -> None:
     from ebft_mega.apps.evaluate_model import EvaluationRequest, evaluate_directory
     from ebft_mega.apps.report.evaluation_plot import plot_evaluation
 
+    of_run = None if arguments.config is None else config
+    features = choose_feature_network(arguments.feature_model, of_run, str(arguments.config), arguments.model)
+    for line in (features.words, *[f"note: {features.note}"] * bool(features.note)):
+        print_line(line, sys.stdout)
     request = EvaluationRequest(
         model=arguments.model,
-        feature_model=arguments.feature_model or config.ebft.feature_model or arguments.model,
+        feature_model=features.directory,
+        feature_key=features.key,
         data=arguments.data,
         rows=arguments.rows or config.evaluation.rows,
         skip_rows=arguments.skip_rows,

@@ -39,6 +39,7 @@ class EvaluationRequest:
     data: Path
     rows: int
     skip_rows: int  # rows at the start of the dataset that are left out
+    feature_key: str = "--feature-model"  # the option or key that names the feature network
 
 
 def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Path) -> Path:
@@ -119,7 +120,7 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
     checked: list[model_data.NamedModel] = []
     options: list[tuple[str, Path, tuple[float, ...] | None]] = [("--model", request.model, None)]
     if request.feature_model != request.model:
-        options.append(("--feature-model", request.feature_model, config.ebft.feature_layers))
+        options.append((request.feature_key, request.feature_model, config.ebft.feature_layers))
     for option, directory, layers in options:
         try:
             checked.append(model_data.NamedModel(option, "", check_model(directory, layers)))

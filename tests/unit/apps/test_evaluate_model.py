@@ -1,5 +1,6 @@
 """What is evaluated is checked as what is trained: the model, the feature network, and the data with both."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 
 from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.apps.feature_choice import choose_feature_network
 from ebft_mega.apps.written_evaluation import write_evaluation
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import InputError
@@ -37,6 +39,35 @@ def test_good_inputs(inputs, features):
     (features / "tokenizer.json").unlink()
     (model, other), (note,) = check_inputs(request_of(inputs, features), config)
     assert other.directory == features and note.startswith("--feature-model: there is no tokenizer in ")
+
+
+def test_the_feature_network_is_that_of_the_run(inputs):
+    trained, initial, other = inputs.root / "run" / "hf", inputs.root / "model", inputs.root / "other"
+
+    def chosen(given=None, **changes):
+        choice = choose_feature_network(given, load_config(inputs.write(**changes)), "my.yaml", trained)
+        assert not choice.note and choice.words == f"feature network: {choice.directory} ({choice.key})"
+        return choice.directory, choice.key
+
+    assert chosen() == (initial, "model.init_from")
+    assert chosen(ebft__feature_model=str(other)) == (other, "ebft.feature_model")
+    assert chosen(trained, ebft__feature_model=str(other)) == (trained, "--feature-model")
+
+
+def test_where_no_initial_model_is_known_the_model_itself_is_the_feature_network_and_a_note_says_so(inputs):
+    trained = inputs.root / "run" / "hf"
+    config = load_config(inputs.write(model={"config": inputs.model_fields}))
+    for of_run, words in ((config, "the initial model of my.yaml has random weights"), (None, "there is no --config")):
+        choice = choose_feature_network(None, of_run, "my.yaml", trained)
+        assert (choice.directory, choice.key) == (trained, "--model") and f", since {words}; " in choice.note
+
+
+def test_a_feature_network_is_named_by_what_names_it(inputs, features):
+    shutil.rmtree(features)
+    request = dataclasses.replace(request_of(inputs, features), feature_key="model.init_from")
+    with pytest.raises(InputError) as caught:
+        check_inputs(request, load_config(inputs.write()))
+    assert str(caught.value.problems[0]).startswith("model.init_from: ")
 
 
 def test_another_evaluation_is_not_replaced_in_silence(tmp_path, capsys):

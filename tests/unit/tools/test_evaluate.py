@@ -1,0 +1,33 @@
+"""What `tools/evaluate.py` asks for, with the evaluation itself replaced."""
+
+import pytest
+
+from ebft_mega.apps import evaluate_model
+from ebft_mega.apps.report import evaluation_plot
+
+
+@pytest.fixture
+def requests(monkeypatch, tmp_path):
+    """The requests that the tool makes."""
+    made = []
+
+    def evaluate(request, config, output):
+        made.append(request)
+        return tmp_path / "evaluation.json"
+
+    monkeypatch.setattr(evaluate_model, "evaluate_directory", evaluate)
+    monkeypatch.setattr(evaluation_plot, "plot_evaluation", lambda path: path)
+    return made
+
+
+def test_a_trained_model_is_evaluated_with_the_features_of_its_run(inputs, run_tool, requests, tmp_path):
+    places = ("--data", inputs.root / "held_out", "--output", tmp_path / "out")
+    trained, initial = inputs.root / "run" / "hf", inputs.root / "model"
+    code, out, _ = run_tool("evaluate.py", "--config", inputs.write(), "--model", trained, *places)
+    assert code == 0 and out.startswith(f"feature network: {initial} (model.init_from)\n") and "note" not in out
+    code, out, _ = run_tool("evaluate.py", "--model", initial, *places)
+    assert code == 0 and "note: the model itself gives the features" in out
+    assert [(request.model, request.feature_model, request.feature_key) for request in requests] == [
+        (trained, initial, "model.init_from"),
+        (initial, initial, "--model"),
+    ]
