@@ -63,7 +63,8 @@ class ProcessSignals:
         self.mode = Mode.EXIT
         self.is_orphaned: Callable[[], bool] = lambda: False  # whether whoever would pass a signal on has gone
         self.noted: dict[int, float] = {}  # signals so far and when each came last, by time.monotonic()
-        self.words_when_noted = ""  # said once, at the first signal that is only noted
+        # Of the number of the first signal that is only noted: what is then said, once.
+        self.words_when_noted: Callable[[int], str] | None = None
         self._before_end: list[Callable[[], object]] = []
         self._before_end_at_once: list[Callable[[], object]] = []
         self._raised: int | None = None  # the signal that has raised StopNow
@@ -213,8 +214,8 @@ class ProcessSignals:
             if self._last_interrupt is not None and echo_seconds <= now - self._last_interrupt < AGAIN_SECONDS:
                 self._end_at_once(number)
             self._last_interrupt = now
-        if self.mode is Mode.NOTE and self.words_when_noted:
-            words, self.words_when_noted = f"{signal.Signals(number).name}: {self.words_when_noted}", ""
+        if self.mode is Mode.NOTE and self.words_when_noted is not None:
+            words, self.words_when_noted = f"{signal.Signals(number).name}: {self.words_when_noted(number)}", None
             threading.Thread(target=_say, args=(words,), daemon=True).start()  # whose reader may stand still
         if self._deadline is None:
             self._deadline, self._number = now + LEAVE_SECONDS, number

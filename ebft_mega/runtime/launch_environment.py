@@ -10,6 +10,8 @@ from ebft_mega.errors import Problem, SurroundingsError
 from ebft_mega.runtime.run_lock import boot_of_machine, process_start
 
 MAX_PROCESSES = 1 << 20
+TORCHRUN = "torchrun"
+DEEPSPEED = "deepspeed"
 _PORTS = range(1, 1 << 16)
 _NUMBERS = range(MAX_PROCESSES)
 _COUNTS = range(1, MAX_PROCESSES + 1)
@@ -38,6 +40,13 @@ _MASTER = "the host name or address of the first rank's machine"
 _OTHER_LAUNCHERS = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as deepspeed, torchrun and srun set them"
 
 
+def launching_program(environment: Mapping[str, str]) -> str:
+    """Return the program that has started this rank: `torchrun`, `deepspeed`, or nothing where neither has."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return TORCHRUN
+    return DEEPSPEED if "CROSS_SIZE" in environment and "LOCAL_SIZE" in environment else ""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One start of all ranks, as far as a rank can tell it from others."""
@@ -54,7 +63,8 @@ class Launch:
         launch; with `srun` job, step and restart are. `torchrun` over several machines has an id if somebody gives it
         one. Nothing tells apart: ranks that a person starts, and `deepspeed` over several machines.
         """
-        if "TORCHELASTIC_RUN_ID" in environment:
+        program = launching_program(environment)
+        if program == TORCHRUN:
             run_id = environment["TORCHELASTIC_RUN_ID"]
             if environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
                 identity = _launching_process("TORCHELASTIC_RUN_ID")
@@ -62,7 +72,7 @@ class Launch:
                 identity = f"torchrun {run_id}" if run_id != "none" else ""
             attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
             return cls("`torchrun --master-port` or `--rdzv-endpoint`", identity, attempt)
-        if "CROSS_SIZE" in environment and "LOCAL_SIZE" in environment:
+        if program == DEEPSPEED:
             identity = _launching_process("CROSS_SIZE") if environment["CROSS_SIZE"] == "1" else ""
             return cls("`deepspeed --master_port`", identity, "0")
         option = "the variable MASTER_PORT"

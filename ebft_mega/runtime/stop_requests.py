@@ -2,10 +2,11 @@
 
 import logging
 import os
+import shlex
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -16,15 +17,20 @@ import psutil
 from ebft_mega.errors import EXIT_STOPPED
 from ebft_mega.io import process_signals
 from ebft_mega.io.process_signals import ProcessSignals
+from ebft_mega.runtime.launch_environment import DEEPSPEED, TORCHRUN, launching_program
+from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 logger = logging.getLogger(__name__)
 
 SAVE_NAME = "SAVE"
 STOP_NAME = "STOP"
 SECONDS_PER_MINUTE = 60.0
-WORDS_WHEN_NOTED = (
-    "the step under way ends first, then a checkpoint is written; a second Ctrl-C within 5 s ends at once without one"
-)
+# After these signals to itself a launcher stops all ranks, and kills those that have not ended in time.
+KILLED_AFTER = {
+    DEEPSPEED: (signal.SIGINT, signal.SIGTERM),
+    TORCHRUN: (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+}
+KILLED_AFTER_SECONDS = 30
 LAUNCHER_SECONDS = 3.0  # in which a launcher stops all ranks, once one of them has ended
 
 
@@ -56,6 +62,27 @@ _WORDS = {
     StopReason.SIGINT: "SIGINT",
     StopReason.SIGTERM: "SIGTERM",
 }
+
+
+def words_when_noted(number: int, environment: Mapping[str, str], output_dir: Path) -> str:
+    """What is said at a signal in training: what happens, and what the launcher does where it got the signal, too.
+
+    Whether it did a rank cannot tell: Ctrl-C in a terminal reaches both, `kill` one of them.
+
+    Args:
+        number: of the signal.
+        environment: of this process.
+        output_dir: in which a file STOP asks for a stop that no launcher hears of.
+    """
+    words, again = "the step under way ends first, then a checkpoint is written", "a second Ctrl-C within 5 s ends"
+    program = launching_program(environment)
+    if number in KILLED_AFTER.get(program, ()):
+        stop = f"touch {shlex.quote(str(output_dir / STOP_NAME))}"
+        words += (
+            f", unless that takes more than {KILLED_AFTER_SECONDS} s and {program} was sent the signal, too: it kills "
+            f"the ranks then, and what they did since the last checkpoint is lost (the safe way to stop: {stop})"
+        )
+    return shown(f"{words}; {again} at once without one", LONGEST_NOTE)
 
 
 class Launcher:
@@ -112,6 +139,7 @@ class Signals:
         self._process = process or ProcessSignals()  # one that does not listen
         self._launcher = launcher or Launcher()
         self.earlier_files: dict[str, _Identity] = {}
+        self._output_dir = Path()
 
     @classmethod
     def listen(cls) -> "Signals":
@@ -130,6 +158,7 @@ class Signals:
 
     def remember_files(self, output_dir: Path) -> None:
         """Remember the files SAVE and STOP that are there already: they were meant for an earlier run."""
+        self._output_dir = output_dir
         found = {name: _identity(output_dir / name) for name in (SAVE_NAME, STOP_NAME)}
         self.earlier_files = {name: identity for name, identity in found.items() if identity is not None}
 
@@ -140,7 +169,7 @@ class Signals:
             StopNow: one has come before.
         """
         if os.environ.get("RANK", "0") == "0":  # one rank speaks for the job
-            self._process.words_when_noted = WORDS_WHEN_NOTED
+            self._process.words_when_noted = lambda number: words_when_noted(number, os.environ, self._output_dir)
         self._process.note_from_now_on()
 
     @contextmanager

@@ -58,6 +58,7 @@ def test_a_run_that_ends_finishes_whatever_its_ranks_are_sent(site, clean, tmp_p
 # Launcher, what is done to the job, the moment, and the code that the launcher then ends with. The ranks end with 75,
 # or, at the end, with 0.
 CASES = {
+    "Ctrl-C": ("deepspeed", lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), "learning", -2),
     "Ctrl-C at the end": ("deepspeed", lambda job: os.killpg(job.processes[0].pid, signal.SIGINT), "end", -2),
     "a terminal that closes at the end": (
         "deepspeed",
@@ -91,6 +92,25 @@ def test_signals_to_launchers(site, clean, tmp_path, name):
     assert job.status == (DONE if phase == "end" else stopped_at(step)), job.console
     if phase != "end":
         finish(site, output, *LENGTH)
+    assert_same_outcome(clean, output, STEPS)
+
+
+def test_ctrl_c_in_a_step_of_more_than_30_seconds_loses_it_and_the_next_start_resumes(site, clean, tmp_path):
+    output = tmp_path / "out"
+    with launched(site, output, *LENGTH, phase="learning", call=4) as job:
+        job.wait_until_holding(*range(RANKS))
+        first = job.rank(0)
+        os.killpg(job.processes[0].pid, signal.SIGINT)
+        assert job.processes[0].wait(5) == -2 and "KeyboardInterrupt" in job.console  # long before its ranks end
+        time.sleep(25)
+        assert first.status() != psutil.STATUS_ZOMBIE
+        time.sleep(10)
+        assert first.status() == psutil.STATUS_ZOMBIE, job.console  # killed; launch.py waits for the next one
+        job.go()
+        job.end()
+    assert f"the safe way to stop: touch {output}/STOP" in job.console
+    assert job.status["state"] == "failed" and job.status["checkpoint"] == "step-00000002", job.console
+    finish(site, output, *LENGTH)
     assert_same_outcome(clean, output, STEPS)
 
 

@@ -159,12 +159,13 @@ def test_a_second_ctrl_c_ends_at_once_even_what_does_not_listen(phase):
 
 
 def test_what_must_be_done_and_said_at_signals_is_done_and_said():
-    before = "signals.words_when_noted = 'noted now'; signals.before_end_at_once(lambda: os.write(1, b'left'))"
+    before = "signals.words_when_noted = lambda number: f'noted {number}'"
+    before += "; signals.before_end_at_once(lambda: os.write(1, b'left'))"
     with program(TRAINING.format(body=f"{before}; ready(); time.sleep(60)")) as process:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             process.send_signal(number)
             time.sleep(0.2)
-        assert end_of(process) == (130, "left", "SIGTERM: noted now\nended at once by a second Ctrl-C\n")
+        assert end_of(process) == (130, "left", "SIGTERM: noted 15\nended at once by a second Ctrl-C\n")
 
 
 def test_two_ctrl_c_that_lie_apart_and_a_sigterm_after_one_end_nothing():

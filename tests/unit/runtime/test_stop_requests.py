@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests
+from ebft_mega.runtime.stop_requests import Signals, StopReason, StopRequests, words_when_noted
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 30
@@ -102,6 +102,26 @@ def test_a_library_that_waits_for_the_system_does_not_notice(signals):
     thread.join(SECONDS)
     assert signals.received is StopReason.SIGUSR1
     os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name", "may_be_killed"),
+    [
+        *(("", "SIGINT", False), ("", "SIGTERM", False)),
+        *(("deepspeed", "SIGINT", True), ("deepspeed", "SIGTERM", True), ("deepspeed", "SIGHUP", False)),
+        *(("torchrun", "SIGINT", True), ("torchrun", "SIGHUP", True), ("torchrun", "SIGUSR1", False)),
+    ],
+)
+def test_what_is_said_at_a_signal_promises_no_checkpoint_where_the_launcher_may_kill(launcher, name, may_be_killed):
+    variables = {"deepspeed": ("CROSS_SIZE", "LOCAL_SIZE"), "torchrun": ("TORCHELASTIC_RUN_ID",), "": ()}[launcher]
+    environment = dict.fromkeys(variables, "1")
+    words = words_when_noted(signal.Signals[name], environment, Path("/runs/my run\x1b"))
+    limit = (
+        f", unless that takes more than 30 s and {launcher} was sent the signal, too: it kills the ranks then, and "
+        r"what they did since the last checkpoint is lost (the safe way to stop: touch '/runs/my run\u001b/STOP')"
+    )
+    expected = f"the step under way ends first, then a checkpoint is written{limit * may_be_killed}; a second Ctrl-C"
+    assert words == f"{expected} within 5 s ends at once without one"
 
 
 def test_the_time_limit(tmp_path):
