@@ -11,7 +11,7 @@ from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.absent_inputs import listed_keys
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
-from ebft_mega.planning.auto import USABLE_SHARE, choices, fit, possible_reuses
+from ebft_mega.planning.auto import USABLE_SHARE, choices, fit, possible_reuses, ways_out
 from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, skipped_rows
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
@@ -20,6 +20,7 @@ from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 GIB_BYTES = 1 << 30
 GIGABYTE = 1e9
+MOST_WAYS = 4  # to make a run fit that are named
 
 
 def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = None) -> str:
@@ -355,8 +356,21 @@ def _fit_text(config: RunConfig, plan: RunPlan, memory_bytes: int) -> str:
             ("peak of the ranks that need the most, GiB", f"{found.peak_bytes / GIB_BYTES:,.3f}"),
             ("memory for it, GiB", usable),
             ("it fits", words),
+            *([] if found.fits else _ways_out(config, plan, memory_bytes)),
         ]
     )
+
+
+def _ways_out(config: RunConfig, plan: RunPlan, memory_bytes: int) -> list[tuple[str, object]]:
+    """What else may be set so that the run fits by the same formulas."""
+    rows: list[tuple[str, object]] = []
+    for way in ways_out(config, plan, memory_bytes)[:MOST_WAYS]:
+        settings = " ".join(f"{key}={value}" for key, value in way.changes.items())
+        name = "it fits with" if way.fits else "nearest to it"
+        rows.append((name, f"--set {settings}: peak {way.peak_bytes / GIB_BYTES:,.3f} GiB"))
+    if not any(name == "it fits with" for name, _ in rows):
+        rows.append(("else", "more or larger accelerators, shorter rows, fewer samples, or a smaller model"))
+    return rows
 
 
 def _objective_notes(config: RunConfig) -> list[str]:

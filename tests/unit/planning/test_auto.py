@@ -12,6 +12,8 @@ from ebft_mega.planning.auto import (
     fit,
     needed_bytes,
     needs_of_phases,
+    possible_reuses,
+    ways_out,
 )
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory
 from ebft_mega.planning.run_plan import check_run
@@ -37,7 +39,8 @@ def test_the_most_that_fits_is_kept(inputs):
     assert chosen_reuse(config, plan, activations) == "activations"
     assert chosen_reuse(config, plan, activations - 1) == "checkpoints"
     assert chosen_reuse(config, plan, checkpoints) == "checkpoints"
-    assert chosen_reuse(config, plan, checkpoints - 1) == "off"
+    off = needed(config, plan, "off")
+    assert chosen_reuse(config, plan, checkpoints - 1) == ("off" if off < checkpoints else "checkpoints")
 
 
 def test_a_tenth_of_the_memory_is_left_free(inputs):
@@ -117,7 +120,11 @@ def fit_lines(config, plan, memory):
 def test_the_dry_run_resolves_auto_for_a_memory(inputs):
     """The table above is that of what was resolved; what does not fit is said."""
     config, plan = plan_of(inputs, **WHOLE)
-    for memory, reuse in ((PLENTY, "activations"), (needed(config, plan, "checkpoints"), "checkpoints"), (1, "off")):
+    for memory, reuse in (
+        (PLENTY, "activations"),
+        (needed(config, plan, "checkpoints"), "checkpoints"),
+        (1, "checkpoints"),
+    ):
         found = fit(config, plan, memory)
         assert found.choices == choices(config, plan, memory) and found.choices.reuse_rollout == reuse
         assert found.fits == (needed_bytes(found.peak_bytes) <= memory) == (memory > 1)
@@ -131,6 +138,48 @@ def test_the_dry_run_resolves_auto_for_a_memory(inputs):
         assert f"Planned above: {reuse}, feature network " in text
     assert fit_lines(config, plan, 79_600_000_000)[0] == "79.6 GB"
     assert fit_lines(config, plan, None) == []
+
+
+@pytest.mark.parametrize("changes", [{}, WHOLE, {"train__activation_checkpointing": "full"}])
+def test_where_nothing_fits_auto_takes_what_needs_the_least(inputs, changes):
+    config, plan = plan_of(inputs, **changes)
+    peaks = [peak_bytes(config, plan, Choices(reuse, each)) for reuse in possible_reuses(config) for each in (0, 1)]
+    found = fit(config, plan, 1)
+    assert not found.fits and found.peak_bytes == min(peaks)
+
+
+def with_settings(inputs, changes, way):
+    """Config and plan of the settings that a way out names, made as those of a file."""
+    return plan_of(inputs, **changes, **{key.replace(".", "__"): value for key, value in way.changes.items()})
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero__stage": 0, "train__micro_batch_size": 1}])
+def test_where_a_run_does_not_fit_the_fewest_settings_with_which_it_does_are_named(inputs, changes):
+    config, plan = plan_of(inputs, **changes)
+    smallest = fit(config, plan, 1).peak_bytes
+    memory, count, most = needed_bytes(smallest), 1, 0
+    while (ways := ways_out(config, plan, memory := memory * 9 // 10)) and ways[0].fits:
+        assert {len(way.changes) for way in ways} == {len(ways[0].changes)} and len(ways[0].changes) >= count
+        count = len(ways[0].changes)
+        most = max(most, len(ways))
+        assert len({tuple(way.changes) for way in ways}) == len(ways)
+        for way in ways:
+            found = fit(*with_settings(inputs, changes, way), memory)
+            assert found.fits and found.peak_bytes == way.peak_bytes < smallest
+    assert most > 1 and count > 1
+    (least,) = ways
+    assert fit(*with_settings(inputs, changes, least), memory).peak_bytes == least.peak_bytes > 0.9 * memory
+
+
+def test_the_dry_run_names_ways_out(inputs):
+    config, plan = plan_of(inputs)
+    memory = needed_bytes(fit(config, plan, 1).peak_bytes) * 9 // 10
+    first = ways_out(config, plan, memory)[0]
+    lines = fit_lines(config, plan, memory)
+    assert lines[6].startswith("it fits no: ") and lines[7].startswith("it fits with --set ")
+    assert lines[7].endswith(f": peak {first.peak_bytes / planner.GIB_BYTES:,.3f} GiB") and len(lines) <= 11
+    lines = fit_lines(config, plan, 1)
+    assert lines[7].startswith("nearest to it --set ") and lines[8].startswith("else more or larger accelerators")
 
 
 def test_what_fits_leaves_a_tenth_free():
