@@ -192,5 +192,12 @@ class ShortageError(EbftError):
     """The machine or this process has too few file descriptors or too little shared memory."""
 
 
+class EntryError(EbftError):
+    """An entry (a reward term, a schedule, an optimizer, ...) does what its contract rules out.
+
+    Args: a `Problem`: the entry's file and line, the configuration key that names it, what it does and should do.
+    """
+
+
 class NonFiniteStepError(EbftError):
     """Too many steps in a row had a loss or gradient that is not finite."""

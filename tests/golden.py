@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.load import load_config
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.train.learning_rate import learning_rate
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.types import TokenBatch
@@ -61,15 +61,9 @@ def make_trainer(groups: ProcessGroups) -> Trainer:
 
 def curve(trainer: Trainer, steps: int = STEPS) -> dict[str, list[float]]:
     """Losses, reward terms and gradient norms of the first steps, by metric key."""
-    settings, found = trainer.config.train, {key: [] for key in KEYS}
+    rates, found = learning_rates(trainer.config), {key: [] for key in KEYS}
     for step in range(steps):
-        rate = learning_rate(
-            step,
-            peak=settings.lr,
-            scheduler=settings.lr_scheduler,
-            warmup_steps=settings.warmup_steps,
-            total_steps=trainer.config.total_steps,
-        )
+        rate = rates.at(step)
         rows = rows_of(step, trainer.stage.architecture.vocab_size)
         metrics = step_metrics(trainer, train_step(trainer, rows, step, rate), rate)
         for key in KEYS:

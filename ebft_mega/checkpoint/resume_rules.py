@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.saved_run import SavedRun
+from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.fields import path_kind
 from ebft_mega.config.paths import written_path
 from ebft_mega.config.rules import yaml_text
@@ -40,7 +41,9 @@ NOTED = {
     "train.global_batch_size": "a step reads another number of rows from here on",
     "train.lr": _OTHER_STEPS,
     "train.lr_scheduler": _OTHER_STEPS,
+    "train.min_lr": _OTHER_STEPS,
     "train.warmup_steps": _OTHER_STEPS,
+    "train.warmup_share": _OTHER_STEPS,
     "train.weight_decay": _OTHER_STEPS,
     "train.betas": _OTHER_STEPS,
     "train.grad_clip": _OTHER_STEPS,
@@ -130,10 +133,16 @@ def noted_changes(saved: SavedRun, config: RunConfig) -> list[str]:
         if rule is Rule.NOTED
     ]
     old_steps = total_steps(saved.config)
-    if config.train.lr_scheduler != "constant" and old_steps not in (None, config.total_steps):
+    if old_steps is not None and rates_depend_on_length(config, old_steps):
         names = " or ".join(LENGTH)
         notes.append(f"the run had {old_steps} steps and has {config.total_steps} now ({names}): {_OTHER_STEPS}")
     return notes
+
+
+def rates_depend_on_length(config: RunConfig, old_steps: int) -> bool:
+    """Whether a run with another number of steps has other learning rates in the steps that it has, too."""
+    now, then = learning_rates(config), learning_rates(config, old_steps)
+    return any(then.at(step) != now.at(step) for step in now.some_steps() if step < old_steps)
 
 
 def changed_values(then: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Rule, Any, Any]]:

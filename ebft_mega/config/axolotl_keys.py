@@ -106,6 +106,7 @@ AXOLOTL_KEYS = (
     _translated("num_epochs", "train.max_steps", "epochs of --data-tokens, where there is no max_steps"),
     _translated("learning_rate", "train.lr"),
     _translated("lr_scheduler", "train.lr_scheduler", "constant_with_warmup is constant"),
+    _translated("cosine_min_lr_ratio", "train.min_lr", "cosine_min_lr_ratio x learning_rate, with the cosine schedule"),
     _translated("warmup_ratio", "train.warmup_steps", "warmup_ratio x train.max_steps, rounded up"),
     _translated("warmup_steps", "train.warmup_steps"),
     _translated("weight_decay", "train.weight_decay"),
@@ -144,9 +145,7 @@ AXOLOTL_KEYS = (
     ),
     _refused("fp16 float16 fp8 fp8_*", "train.dtype is bfloat16 or float32"),
     _refused("adam_epsilon adam_epsilon2 adam_beta3 optim_args optim_target_modules", "AdamW's epsilon is 1e-8"),
-    _refused(
-        "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio", "linear and cosine schedules end at 0"
-    ),
+    _refused("lr_scheduler_kwargs cosine_constant_lr_ratio", "train.min_lr is all that a schedule here is given"),
     _refused(
         "learning_rate_* lr_groups embedding_lr embedding_lr_scale lr_quadratic_warmup", "one rate for all weights"
     ),

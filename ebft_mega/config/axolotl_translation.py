@@ -292,6 +292,7 @@ def _write_optimizer(values: _Reader, found: Translation) -> None:
         choices = "constant, constant_with_warmup, linear or cosine"
         found.problems.append(Problem("lr_scheduler", "lr_scheduler", schedule, choices))
     found.values["train.lr_scheduler"] = Written(_SCHEDULES.get(schedule, schedule), values.origin("lr_scheduler"))
+    _write_lowest_rate(values, found, schedule, rate)
     betas = [values.number(name, default) for name, default in zip(("adam_beta1", "adam_beta2"), _BETAS, strict=True)]
     found.values["train.betas"] = Written(betas, "axolotl's defaults are 0.9 and 0.999")
     found.values["train.weight_decay"] = Written(values.number("weight_decay", 0.0))
@@ -301,6 +302,17 @@ def _write_optimizer(values: _Reader, found: Translation) -> None:
         found.left_out.append(
             f"optimizer: {_shown(optimizer)}: refused: AdamW, with float32 states, is the only optimizer"
         )
+
+
+def _write_lowest_rate(values: _Reader, found: Translation, schedule: str, rate: float | None) -> None:
+    name = "cosine_min_lr_ratio"
+    ratio = values.number(name)
+    if ratio is None or rate is None:
+        return
+    if schedule == "cosine":
+        found.values["train.min_lr"] = Written(float(f"{ratio * rate:.15g}"), f"{name} {ratio:g} x {rate:g}")
+    else:
+        found.left_out.append(f"{name}: {ratio:g}: without meaning here: the schedule is {_shown(schedule)}")
 
 
 def _write_machine(values: _Reader, found: Translation) -> None:

@@ -6,7 +6,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.extension.advantage_estimator import AdvantageEstimator
 from ebft_mega.extension.entry import Entry
 from ebft_mega.extension.feature_map import FeatureMap
-from ebft_mega.extension.learning_rate_schedule import LearningRateSchedule
+from ebft_mega.extension.learning_rate_schedule import LearningRates
 from ebft_mega.extension.reward_term import RewardTerm
 from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS, SCHEDULES
 from ebft_mega.registry.registry import Registry
@@ -30,9 +30,20 @@ def feature_map(config: RunConfig) -> FeatureMap:
     return entry_of(config, FEATURE_MAPS, config.ebft.embed_method)
 
 
-def learning_rate_schedule(config: RunConfig) -> LearningRateSchedule:
-    """The entry of `train.lr_scheduler`."""
-    return entry_of(config, SCHEDULES, config.train.lr_scheduler)
+def learning_rates(config: RunConfig, total_steps: int | None = None) -> LearningRates:
+    """The learning rate of every step, from the entry of `train.lr_scheduler`.
+
+    Args:
+        total_steps: of a run of another length; None: as the configuration says.
+    """
+    train, steps = config.train, config.total_steps if total_steps is None else total_steps
+    return LearningRates(
+        schedule=entry_of(config, SCHEDULES, train.lr_scheduler),
+        peak=train.lr,
+        lowest=train.min_lr,
+        warmup_steps=train.warmup_of(steps),
+        total_steps=steps,
+    )
 
 
 def reward_terms(config: RunConfig) -> tuple[tuple[RewardTerm, float], ...]:

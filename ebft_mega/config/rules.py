@@ -8,11 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl_keys import LORA, STRUCTURED
+from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.errors import InputError, Problem
+from ebft_mega.errors import EntryError, InputError, Problem
+from ebft_mega.extension.entry import place_of_entry
 
 MAX_TRIED = 1_000_000
 # Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
@@ -195,6 +199,37 @@ def _weights_do_not_grow_by_decay(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "train.weight_decay", found, f"{expected}: each step takes their product off every weight")
 
 
+def _one_warm_up(config: RunConfig) -> Iterator[Problem]:
+    steps, share = config.train.warmup_steps, config.train.warmup_share
+    if steps and share:
+        found = f"{yaml_text(share)}, with train.warmup_steps {steps}"
+        yield Problem("", "train.warmup_share", found, "at most one of the two above 0")
+
+
+def _lowest_rate_is_below_the_highest(config: RunConfig) -> Iterator[Problem]:
+    lowest, highest = config.train.min_lr, config.train.lr
+    if lowest > highest:
+        yield Problem("", "train.min_lr", yaml_text(lowest), f"at most train.lr {yaml_text(highest)}")
+
+
+def _schedule_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
+    try:
+        rates = learning_rates(config)
+    except ValidationError:
+        return  # of its options, which have problems of their own
+    key, step = "train.lr_scheduler", 0
+    try:
+        for step in rates.some_steps():
+            rates.at(step)
+    except EntryError as error:
+        problem: Problem = error.args[0]
+        yield replace(problem, where="", found=f"{problem.found} ({problem.where})")
+    except Exception as error:  # whatever the code of a plugin raises
+        place = place_of_entry(type(rates.schedule))
+        found = f"{rates.schedule.name}, which raises {type(error).__name__} at step {step}: {error} ({place})"
+        yield Problem("", key, found, "a number from 0 to 1 for every step")
+
+
 def _kernels_repeat_their_bits(config: RunConfig) -> Iterator[Problem]:
     if config.deterministic and config.train.attention == "flex":
         found = "flex, with deterministic true: torch does not promise the same bits of its compiled kernel"
@@ -217,6 +252,11 @@ class Rule:
 
 _GEOMETRY = ("data.sequence_length", "ebft.stride", "ebft.context_length", "ebft.generate_max_len")
 _LENGTH = ("train.max_steps", "train.max_tokens", "train.global_batch_size", "data.sequence_length")
+_RATES = (
+    "train.lr_scheduler",
+    "options",
+    *(f"train.{name}" for name in ("lr", "min_lr", "warmup_steps", "warmup_share")),
+)
 _SAVED_ACTIVATIONS = (
     *("learn.reuse_rollout", "zero.stage", "zero.hold_parameters", "train.activation_checkpointing"),
     "ebft.rl_coef",
@@ -235,6 +275,9 @@ RULES = (
     Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
     Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
     Rule(tuple(_HIGHEST), _not_beyond_all_bounds),
+    Rule(("train.warmup_steps", "train.warmup_share"), _one_warm_up),
+    Rule(("train.min_lr", "train.lr"), _lowest_rate_is_below_the_highest),
+    Rule((*_RATES, *_LENGTH), _schedule_keeps_its_contract),
     Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
     Rule(("deterministic", "train.attention"), _kernels_repeat_their_bits),
     Rule(("checkpoint.resume",), _resume_is_a_path),
@@ -273,9 +316,10 @@ def notes(config: RunConfig) -> list[str]:
     if data.on_error == "raise" and changed:
         verb = "changes" if len(changed) == 1 else "change"
         found.append(f"{' and '.join(changed)} {verb} nothing: data.on_error is raise.")
-    if config.train.warmup_steps >= config.total_steps:
+    if config.train.warmup_of(config.total_steps) >= config.total_steps:
+        key = "train.warmup_steps" if config.train.warmup_steps else "train.warmup_share"
         found.append(
-            f"train.warmup_steps {config.train.warmup_steps} reaches to the end of the run "
+            f"{key} {yaml_text(getattr(config.train, key.removeprefix('train.')))} reaches to the end of the run "
             f"({config.total_steps} steps): the learning rate never gets to train.lr."
         )
     if config.checkpoint.keep_every is not None and config.checkpoint.keep_last is None:

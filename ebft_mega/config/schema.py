@@ -5,7 +5,9 @@ One frozen class per section, in the order and with the names of the YAML file; 
 keys are in `rules.py`; rules that need files or the number of processes are in `ebft_mega/planning/run_plan.py`.
 """
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -121,9 +123,18 @@ class TrainConfig(Section):
     )
     lr: float = key(1e-6, "Highest learning rate; at most 1e6.", gt=0)
     lr_scheduler: Annotated[str, *one_of(SCHEDULES)] = key(
-        "constant", "Learning rate after the warm-up; `linear` and `cosine` end at 0."
+        "constant", "How the learning rate goes from `lr` to `min_lr` after the warm-up."
     )
-    warmup_steps: int = key(0, "Steps of linear warm-up.", unit=STEPS, ge=0)
+    min_lr: float = key(
+        0.0,
+        "(ours) Lowest learning rate, to which the schedule falls; the step after the last one would have it. At most "
+        "`train.lr`.",
+        ge=0,
+    )
+    warmup_steps: int = key(0, "Steps of linear warm-up from 0 to `lr`.", unit=STEPS, ge=0)
+    warmup_share: float = key(
+        0.0, "(ours) Instead of `warmup_steps`: share of all steps, rounded up to whole ones.", ge=0, le=1
+    )
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay; at most 1 / `train.lr`.", ge=0)
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
@@ -148,6 +159,11 @@ class TrainConfig(Section):
         unit="minutes",
         gt=0,
     )
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of warm-up of a run of so many steps."""
+        # The share as it is written: 0.07 of 100 steps is 7, though the nearest binary number is above it.
+        return self.warmup_steps or math.ceil(Fraction(repr(self.warmup_share)) * total_steps)
 
 
 class ZeroConfig(Section):

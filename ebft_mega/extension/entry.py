@@ -1,6 +1,7 @@
 """What all entries of the registries have in common."""
 
 import inspect
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ebft_mega.extension.options import NoOptions, Section
@@ -28,3 +29,10 @@ class Entry:
         """The first paragraph of its docstring on one line."""
         text = inspect.cleandoc(cls.__doc__ or "")
         return " ".join(text.split("\n\n")[0].split())
+
+
+def place_of_entry(entry: type[Entry]) -> str:
+    """File and line of an entry's class, `file:line`."""
+    file = inspect.getsourcefile(entry)
+    _, line = inspect.getsourcelines(entry)
+    return f"{Path(file or '')}:{line}"

@@ -3,10 +3,11 @@
 All sizes are computed, not measured; `rank_layout.py` and `memory.py` have the formulas.
 """
 
-from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
+from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.absent_inputs import listed_keys
@@ -16,6 +17,7 @@ from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, sk
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 GIB_BYTES = 1 << 30
@@ -34,6 +36,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),
+        _title("Optimization") + _optimization_text(config),
         _title("Checkpoints") + _checkpoint_text(config, plan),
         _title("Layout") + _layout_text(config, plan),
         _title("Each rank's part") + _parts_text(config, plan),
@@ -159,6 +162,21 @@ def _not_known(plan: RunPlan) -> str:
     return f"not known: {listed_keys(absent)} to be supplied" if absent else "not known"
 
 
+def _optimization_text(config: RunConfig) -> str:
+    """The schedule, and the learning rate of the steps that show it."""
+    rates = learning_rates(config)
+    by_step = {step: rates.at(step) for step in rates.some_steps()}
+    highest = max(by_step, key=lambda step: by_step[step])
+    rows: list[tuple[str, object]] = [
+        ("learning-rate schedule", f"{config.train.lr_scheduler}: {rates.schedule.summary()}"),
+        ("steps of warm-up", rates.warmup_steps),
+        ("learning rate of the first step", f"{by_step[0]:.4g}"),
+        ("highest learning rate", f"{by_step[highest]:.4g}, in step {highest + 1:,}"),
+        ("learning rate of the last step", f"{by_step[config.total_steps - 1]:.4g}"),
+    ]
+    return _table(rows)
+
+
 def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
     """When there are checkpoints, and what they take."""
     checkpoint, sizes = config.checkpoint, plan.parallel
@@ -172,38 +190,13 @@ def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
             kept += f", and those at multiples of {checkpoint.keep_every:,} steps"
     return _table(
         [
-            ("taken", _when(config)),
+            ("taken", checkpoint_times(config)),
             ("where", str(config.output_dir / CHECKPOINTS)),
             ("kept", kept),
             ("size of one on the disk, GB", f"{size_bytes / 1e9:.3f}"),
             ("host memory per rank while it is written, GB", f"at most about {held_bytes / 1e9:.3f}"),
         ]
     )
-
-
-def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
-    """Say in one line when and where a run takes checkpoints and how large one is."""
-    size = f"{checkpoint_bytes(architecture) / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
-    return f"{_when(config)}; {size}"
-
-
-def checkpoint_bytes(architecture: Architecture) -> int:
-    """Size of a checkpoint's tensors on the disk."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * architecture.num_parameters
-
-
-def _when(config: RunConfig) -> str:
-    """When there are checkpoints."""
-    interval, final = config.checkpoint.interval, config.checkpoint.final
-    last_is_due = final or (interval is not None and config.total_steps % interval == 0)
-    parts = []
-    if interval is not None and interval < config.total_steps:
-        parts.append(f"every {interval:,} optimizer steps")
-    if last_is_due:
-        parts.append("after the last step")
-    if not parts:
-        return "none, unless the run is asked to save or to stop"
-    return " and ".join(parts) if last_is_due else f"{parts[0]}, none after the last one"
 
 
 def _layout_text(config: RunConfig, plan: RunPlan) -> str:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.checkpoint.commit import CHECKPOINTS
+from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.data_budget import rows_of_run
-from ebft_mega.planning.dry_run import checkpoint_words
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
@@ -70,6 +72,31 @@ def _token_words(config: RunConfig, plan: RunPlan) -> str:
     epochs = [_number(source.epochs) + " epochs" + f" of {source.name}" * (len(sources) > 1) for source in sources]
     tokens = f"{rows * config.data.sequence_length:,} in {rows:,} rows of {config.data.sequence_length:,}"
     return f"{tokens}: {', '.join(epochs)}"
+
+
+def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
+    """Say in one line when and where a run takes checkpoints and how large one is."""
+    size = f"{checkpoint_bytes(architecture) / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
+    return f"{checkpoint_times(config)}; {size}"
+
+
+def checkpoint_bytes(architecture: Architecture) -> int:
+    """Size of a checkpoint's tensors on the disk."""
+    return CHECKPOINT_BYTES_PER_PARAMETER * architecture.num_parameters
+
+
+def checkpoint_times(config: RunConfig) -> str:
+    """Say when a run takes checkpoints."""
+    interval, final = config.checkpoint.interval, config.checkpoint.final
+    last_is_due = final or (interval is not None and config.total_steps % interval == 0)
+    parts = []
+    if interval is not None and interval < config.total_steps:
+        parts.append(f"every {interval:,} optimizer steps")
+    if last_is_due:
+        parts.append("after the last step")
+    if not parts:
+        return "none, unless the run is asked to save or to stop"
+    return " and ".join(parts) if last_is_due else f"{parts[0]}, none after the last one"
 
 
 def _number(value: float) -> str:

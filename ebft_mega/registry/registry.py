@@ -2,11 +2,9 @@
 
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
@@ -65,10 +63,3 @@ def entries_of(module: ModuleType, contract: type[E]) -> Iterator[type[E]]:
             and value.name
         ):
             yield value
-
-
-def place_of_entry(entry: type[Entry]) -> str:
-    """File and line of an entry's class, `file:line`."""
-    file = inspect.getsourcefile(entry)
-    _, line = inspect.getsourcelines(entry)
-    return f"{Path(file or '')}:{line}"

@@ -8,18 +8,19 @@ from contextlib import closing
 import torch
 import torch.distributed as dist
 
+from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.rows.row_ranges import RowRanges
 from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
+from ebft_mega.extension.learning_rate_schedule import LearningRates
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.data_budget import allowed_skipped_rows
 from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.hooks import StepHooks
-from ebft_mega.train.learning_rate import learning_rate
 from ebft_mega.train.non_finite import DUMP_DIRECTORY, dump_step
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for, read_alike
@@ -53,6 +54,7 @@ def train(
         DamagedDataError: a document failed its checksum, and `data.on_error` is `raise`.
         SkipBudgetError: more rows were damaged than may be skipped.
         CheckpointError: a checkpoint could not be written, and the configuration or a stop request needs it.
+        EntryError: an entry of the configuration does what its contract rules out.
     Communication: collective over all ranks.
     """
     stopwatch = communication_stopwatch(trainer.groups.device)
@@ -60,9 +62,10 @@ def train(
         return stopped
     with closing(iter(loader)) as own_batches, closing(hooks), timed_communication(stopwatch):
         batches = same_on_all_ranks(own_batches, loader, trainer.groups)
+        rates = learning_rates(trainer.config, total_steps)
         while progress.step < total_steps:
             with hooks.around_step(progress.step):
-                loaded, result, metrics = measured_step(trainer, batches, progress.step, total_steps, stopwatch)
+                loaded, result, metrics = measured_step(trainer, batches, progress.step, rates, stopwatch)
             progress.step += 1
             try:
                 commit_step(progress, trainer, loader, loaded, result, metrics)
@@ -90,7 +93,7 @@ def same_on_all_ranks(
 
 
 def measured_step(
-    trainer: Trainer, batches: Iterator[LoadedBatch], step: int, total_steps: int, stopwatch: Stopwatch
+    trainer: Trainer, batches: Iterator[LoadedBatch], step: int, rates: LearningRates, stopwatch: Stopwatch
 ) -> tuple[LoadedBatch, StepResult, dict[str, float]]:
     """One optimizer step, and everything that is known about it.
 
@@ -107,13 +110,7 @@ def measured_step(
     with timers.phase("data"):
         loaded = next(batches)
         batch = rows_of_step(loaded.rows, trainer.config, device)
-    rate = learning_rate(
-        step,
-        peak=settings.lr,
-        scheduler=settings.lr_scheduler,
-        warmup_steps=settings.warmup_steps,
-        total_steps=total_steps,
-    )
+    rate = rates.at(step)
     result = train_step(trainer, batch, step, rate)
     metrics = step_metrics(trainer, result, rate)
     metrics |= left_out_metrics(metrics, loaded.left_out, trainer.config)

@@ -137,6 +137,11 @@ def test_another_length_is_noted_where_the_learning_rate_depends_on_it(root: Pat
     saved = read_run(publish(temporary, root))
     (note,) = noted_changes(saved, run_config(output, train__lr_scheduler="cosine", train__max_steps=20))
     assert note.startswith("the run had 10 steps and has 20 now (train.max_steps or train.max_tokens): ")
+    shared = {"train__warmup_share": 0.2}
+    assert any(
+        "the run had 10 steps" in note
+        for note in noted_changes(saved, run_config(output, **shared, train__max_steps=20))
+    )
     same = {"train__lr_scheduler": "cosine", "train__max_steps": None}
     assert noted_changes(saved, run_config(output, **same, train__max_tokens=10 * 8 * 32 + 5)) == []
 

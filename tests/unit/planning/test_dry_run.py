@@ -17,6 +17,7 @@ from ebft_mega.planning import rank_layout as layout
 from ebft_mega.planning.auto import choices
 from ebft_mega.planning.memory import Choices, head_chunk_bytes
 from ebft_mega.planning.run_plan import check_run
+from ebft_mega.planning.short_plan import checkpoint_words
 from ebft_mega.reward.alignment_and_diversity import block_rewards
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
@@ -340,6 +341,18 @@ def test_text(inputs):
         assert expected in lines, expected
 
 
+def test_the_learning_rate_of_the_steps_that_show_it(inputs):
+    changes = {"lr": 0.5, "min_lr": 0.1, "lr_scheduler": "linear", "warmup_share": 0.25, "max_steps": 8}
+    lines = lines_of(planner.describe_run(*plan_of(inputs, train={**changes, "global_batch_size": 8})))
+    assert {
+        "learning-rate schedule linear: Falls in a straight line to `train.min_lr`.",
+        "steps of warm-up 2",
+        "learning rate of the first step 0.1667",
+        "highest learning rate 0.5, in step 3",
+        "learning rate of the last step 0.1667",
+    } <= lines
+
+
 def test_text_of_a_layout(inputs):
     """Sixteen ranks: two slices of two stages, four replicas."""
     config, plan = plan_of(inputs, 16, parallel=degrees(2, 2), train__micro_batch_size=1)
@@ -392,7 +405,7 @@ def test_checkpoints_of_the_plan(inputs):
     ):
         config, plan = plan_of(inputs, checkpoint=checkpoint)
         assert re.search(rf"taken +{words}\n", planner.describe_run(config, plan))
-        assert planner.checkpoint_words(config, plan.architecture) == f"{words}; {size}"
+        assert checkpoint_words(config, plan.architecture) == f"{words}; {size}"
 
 
 @pytest.mark.parametrize("whitening", ["sample", "feature"])

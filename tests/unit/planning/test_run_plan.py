@@ -364,7 +364,11 @@ def test_feature_model_needs_the_same_vocabulary(inputs):
         ({"ebft__n_samples_per_prompt": 1}, "the advantage is the reward itself"),
         ({"ebft__n_samples_per_prompt": 2}, "has no baseline"),
         ({"data__max_skipped_rows": 7}, "data.max_skipped_rows changes nothing: data.on_error is raise"),
-        ({"train__warmup_steps": 10}, "never gets to train.lr"),
+        ({"train__warmup_steps": 10}, "train.warmup_steps 10 reaches to the end of the run (10 steps): the learning"),
+        (
+            {"train__warmup_share": 0.91},
+            "train.warmup_share 0.91 reaches to the end of the run (10 steps): the learning",
+        ),
         ({"zero": {"stage": 2, "hold_parameters": "step"}}, "hold_parameters step changes nothing"),
         ({"zero__feature_network": "sharded", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there is no feature network"),
         ({"learn__reuse_rollout": "activations", "ebft": {"rl_coef": 0, "ce_coef": 1}}, "there are no rollouts"),

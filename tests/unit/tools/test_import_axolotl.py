@@ -166,6 +166,19 @@ def test_defaults_of_axolotl_are_written_out(imported, tmp_path):
     assert (config.ebft.whitening, config.ebft.feature_norm) == ("feature", "per_layer")
 
 
+def test_the_lowest_rate_is_a_share_of_the_highest_and_only_of_a_cosine(imported, tmp_path):
+    text = FULL + "cosine_min_lr_ratio: 0.1\n"
+    code, err, written = imported(text.replace("lr_scheduler: constant_with_warmup", "lr_scheduler: cosine"))
+    assert code == 0, err
+    config = load_config(tmp_path / "ours.yaml")
+    assert (config.train.lr, config.train.min_lr) == (2e-5, 2e-6)
+    (tmp_path / "ours.yaml").unlink()
+    code, err, written = imported(text)
+    assert code == 0, err
+    assert load_config(tmp_path / "ours.yaml").train.min_lr == 0
+    assert "#   cosine_min_lr_ratio: 0.1: without meaning here: the schedule is constant_with_warmup" in written
+
+
 def test_epochs_need_the_number_of_tokens(imported, tmp_path):
     text = FULL.replace("max_steps: 1000\n", "").replace("num_epochs: 1", "num_epochs: 2")
     code, err, written = imported(text)
