@@ -12,6 +12,7 @@ A *row* is what the papers call a document of a step; a *document* is one source
 several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever they leave the model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,12 +93,23 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class BlockRewards:
-    """Reward terms of every rollout; both terms carry the factor 2 of the paper's equation 7."""
+class TermValues:
+    """One term of the reward of every rollout."""
 
-    alignment: Tensor  # float64 [B, n, K]
-    diversity: Tensor  # float64 [B, n, K]
-    reward: Tensor  # float64 [B, n, K], alignment_coef * alignment - diversity_coef * diversity
+    values: Tensor  # float64 [B, n, K], without the coefficient
+    coefficient: float  # below 0 for a penalty
+    baseline: str  # which one is unbiased for it: an `extension.reward_term.Baseline`
+
+
+@dataclass(frozen=True)
+class BlockRewards:
+    """The reward of every rollout and its terms; alignment and diversity have the factor 2 of the paper's equation 7.
+
+    All of a block with an inner product that is not finite is NaN.
+    """
+
+    terms: Mapping[str, TermValues]  # by name; alignment and diversity first, then those of `ebft.reward_terms`
+    reward: Tensor  # float64 [B, n, K], the sum of coefficient * values over the terms, in their order
     cfm: Tensor  # float64 [B, K], squared distance of the mean rollout feature to the target feature
 
 
@@ -108,7 +120,7 @@ class Experience:
     rollout: Rollout
     gram: Tensor  # float64 [B, K, n + 1, n + 1]
     rewards: BlockRewards
-    advantages: Tensor  # float64 [B, n, K], 0 where a block does not count
+    advantages: Tensor  # float64 [B, n, K], or [B, n, K, G] one for each token; 0 where a block does not count
     counted_blocks: Tensor | None = None  # bool [B, K], which blocks count; None: all
 
     @property

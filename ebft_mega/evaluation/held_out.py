@@ -20,14 +20,13 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import PipelinedModel
-from ebft_mega.reward.alignment_and_diversity import (
-    Whitening,
-    block_rewards,
-    raw_cosine,
-    unbiased_feature_matching,
-)
+from ebft_mega.reward.block_inputs import BlockInputs
+from ebft_mega.reward.block_rewards import block_rewards
 from ebft_mega.reward.duplicates import has_duplicates
+from ebft_mega.reward.feature_matching import raw_cosine, unbiased_feature_matching
 from ebft_mega.reward.marked_blocks import finite_blocks
+from ebft_mega.reward.terms.alignment import Alignment
+from ebft_mega.reward.whitening import Whitening
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score_without_gradient
@@ -205,15 +204,21 @@ def _rollout_figures(
     NaN for a row without any.
     """
     figures = {
-        "eval/alignment": block_rewards(gram, ALIGNMENT_WHITENING, 1.0, 1.0).alignment,
+        "eval/alignment": _alignment(gram, settings.plan),
         "eval/raw_cosine": raw_cosine(gram),
-        "eval/cfm_loss": block_rewards(gram, settings.whitening, 1.0, 1.0).cfm,
+        "eval/cfm_loss": BlockInputs.of(gram, settings.whitening, settings.plan).cfm,
         "eval/duplicate_share": has_duplicates(rollout.tokens).to(torch.float64),
     }
     if settings.plan.num_samples > 1:
         figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram)
     finite = finite_blocks(gram)
     return {name: _row_means(values, finite, counted) for name, values in figures.items()}
+
+
+def _alignment(gram: Tensor, plan: BlockPlan) -> Tensor:
+    """`eval/alignment` of every rollout, float64 [B, n, K]; NaN in a marked block."""
+    inputs = BlockInputs.of(gram, ALIGNMENT_WHITENING, plan)
+    return block_rewards(inputs, [(Alignment(), 1.0)]).terms[Alignment.name].values
 
 
 def _row_means(values: Tensor, finite: Tensor, counted: Tensor | None) -> Tensor:
@@ -230,7 +235,7 @@ def _row_means(values: Tensor, finite: Tensor, counted: Tensor | None) -> Tensor
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
     """A few of the finite and counted blocks of a batch's first row; a filler row has none."""
     counted = (counted_blocks(batch, plan) & finite_blocks(gram))[0].nonzero()[:, 0].tolist()
-    alignment = block_rewards(gram[:1], ALIGNMENT_WHITENING, 1.0, 1.0).alignment[0]
+    alignment = _alignment(gram[:1], plan)[0]
     blocks = counted[:: max(1, len(counted) // SHOWN_BLOCKS)]
     starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()
     return tuple(

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ebft_mega.block_plan import BlockPlan
 from ebft_mega.extension.entry import Entry
-from ebft_mega.extension.reward_term import Need
+from ebft_mega.extension.sampled_inputs import Need, SampledInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,35 +11,20 @@ if TYPE_CHECKING:
     from ebft_mega.types import BlockRewards
 
 
-class EstimatorInputs(Protocol):
-    """What an estimator may read of a micro-batch. What is not declared in `needs` raises an error when it is read."""
+class EstimatorInputs(SampledInputs, Protocol):
+    """What an estimator may read of a micro-batch; see `SampledInputs` for the rest."""
 
     @property
     def rewards(self) -> "BlockRewards":
-        """The terms and their weighted sum, float64 [B, n, K] each; always there."""
-
-    @property
-    def plan(self) -> BlockPlan:
-        """Positions and lengths of the blocks; always there."""
-
-    @property
-    def rollout_tokens(self) -> "Tensor":
-        """int64 [B, n, K, G]; needs `tokens`."""
-
-    @property
-    def target_tokens(self) -> "Tensor":
-        """int64 [B, K, G]; needs `tokens`."""
-
-    @property
-    def logprobs(self) -> "Tensor":
-        """float32 [B, n, K, G] under the policy that sampled, at the sampling temperature; needs `logprobs`."""
+        """The terms and their weighted sum, float64 [B, n, K] each; always there. NaN in a block that is not finite."""
 
 
 class AdvantageEstimator(Entry):
     """An entry of `ebft.advantage_estimator`.
 
     A layout may give it any rows of the batch, in any number, but always all n samples of a block: it must treat rows
-    and blocks independently of each other. Every rank of a replica computes the same.
+    and blocks independently of each other. Every rank of a replica computes the same, so the advantages must not
+    depend on anything random. What does not hold this contract ends the run on all ranks, with the place of the entry.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -49,7 +33,8 @@ class AdvantageEstimator(Entry):
         """Compute the advantages of a micro-batch; no gradient flows into them.
 
         Returns:
-            float64 [B, n, K], the same for all tokens of a rollout, or [B, n, K, G], one for each token.
+            float64 [B, n, K], the same for all tokens of a rollout, or [B, n, K, G], one for each token; on the device
+            of the rewards, finite where those are.
         Communication: none.
         """
         raise NotImplementedError

@@ -25,6 +25,11 @@ class Entry:
         self.options = self.Options() if options is None else options
 
     @classmethod
+    def is_built_in(cls) -> bool:
+        """Whether it is one of the package's own: those keep their contract by the package's tests."""
+        return cls.__module__.split(".")[0] == __name__.split(".")[0]
+
+    @classmethod
     def summary(cls) -> str:
         """The first paragraph of its docstring on one line."""
         text = inspect.cleandoc(cls.__doc__ or "")

@@ -61,8 +61,8 @@ def _describe_micro_batch(result: StepResult, index: int, first_row: int) -> dic
     per_row: dict[str, Tensor] = {}
     if result.experiences:
         experience = result.experiences[index]
-        rewards = experience.rewards
-        per_row |= {"reward": rewards.reward, "alignment": rewards.alignment, "diversity": rewards.diversity}
+        per_row["reward"] = experience.rewards.reward
+        per_row |= {name: term.values for name, term in experience.rewards.terms.items()}
         per_row["advantage"] = experience.advantages
     losses: dict[str, Any] = {}
     if result.learned:

@@ -8,6 +8,7 @@ Rows and blocks that do not count (filler rows, blocks across masked documents) 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,18 +18,17 @@ from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
-from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
+from ebft_mega.train.experience import Rewarding, make_experience
 from ebft_mega.train.loss_masks import LossMasks, loss_masks
-from ebft_mega.types import Experience, Learned, LossTerms, Rollout, TokenBatch, TokenCounts
+from ebft_mega.types import Experience, Learned, LossTerms, TokenBatch, TokenCounts
 
 
 def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: float) -> "StepResult":
@@ -60,7 +60,7 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
         with timers.phase("reward"):
             counted_blocks = [None] * len(grams) if masks is None else masks.blocks
             experiences = [
-                make_experience(gram, rollout, config, blocks)
+                make_experience(gram, rollout, trainer.rewarding, blocks)
                 for gram, rollout, blocks in zip(grams, rollouts, counted_blocks, strict=True)
             ]
     with timers.phase("learn"):
@@ -68,24 +68,6 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update, masks)
-
-
-def make_experience(
-    gram: Tensor, rollout: Rollout, config: RunConfig, counted_blocks: Tensor | None = None
-) -> Experience:
-    """Rewards and advantages of a micro-batch's rollouts, from inner products of features alone.
-
-    Args:
-        gram: float64 [B, K, n + 1, n + 1].
-        counted_blocks: bool [B, K], blocks that count; None: all.
-    Communication: none; every rank of a replica has the same matrices.
-    """
-    ebft = config.ebft
-    rewards = block_rewards(gram, ebft.reward_whitening, ebft.alignment_coef, ebft.diversity_coef)
-    advantages = block_advantages(rewards, ebft.advantage_estimator, ebft.alignment_coef, ebft.diversity_coef)
-    if counted_blocks is not None:
-        advantages = advantages.masked_fill(~counted_blocks[:, None], 0.0)
-    return Experience(rollout, gram, rewards, advantages, counted_blocks)
 
 
 def learn(
@@ -216,6 +198,11 @@ class Trainer:
     feature_network: FeatureNetwork | None  # None: rl_coef is 0
     timers: PhaseTimers
     reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
+
+    @cached_property
+    def rewarding(self) -> Rewarding:
+        """The terms of the reward and the estimator of advantages that the configuration names."""
+        return Rewarding.of(self.config)
 
     @property
     def stage(self) -> Stage:

@@ -42,8 +42,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         advantages = torch.cat([experience.advantages for experience in result.experiences])
         rollouts = torch.cat([experience.rollout.tokens for experience in result.experiences])
         of_blocks = {
-            "ebft/alignment": torch.cat([item.alignment for item in rewards]),
-            "ebft/diversity": torch.cat([item.diversity for item in rewards]),
+            **{f"ebft/{name}": torch.cat([item.terms[name].values for item in rewards]) for name in rewards[0].terms},
             "ebft/mean_reward": torch.cat([item.reward for item in rewards]),
             "ebft/cfm_loss": torch.cat([item.cfm for item in rewards]),
             "advantage": advantages,

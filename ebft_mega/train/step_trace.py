@@ -83,8 +83,8 @@ def _local_tensors(result: StepResult) -> dict[str, Tensor]:
     for experience in result.experiences:
         traced.setdefault("rollouts", []).append(experience.rollout.tokens)
         traced.setdefault("gram", []).append(experience.gram)
-        traced.setdefault("alignment", []).append(experience.rewards.alignment)
-        traced.setdefault("diversity", []).append(experience.rewards.diversity)
+        for name, term in experience.rewards.terms.items():
+            traced.setdefault(name, []).append(term.values)
         traced.setdefault("reward", []).append(experience.rewards.reward)
         traced.setdefault("advantage", []).append(experience.advantages)
     for rows, experience in zip(result.micro_batches, result.experiences, strict=False):

@@ -17,7 +17,7 @@ from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.step import make_experience
+from ebft_mega.train.experience import Rewarding, make_experience
 from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step
 
 QUIET = 1e-4
@@ -79,9 +79,9 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
             (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
             rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
-            experience = make_experience(gram, rollout, config, counted)
+            experience = make_experience(gram, rollout, Rewarding.of(config), counted)
             advantages = experience.advantages
-            counted = experience.rewards.alignment.transpose(1, 2)[counted]
+            counted = experience.rewards.terms["alignment"].values.transpose(1, 2)[counted]
             truth.alignments.append(counted.mean().item() if len(counted) else 0.0)
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)

@@ -27,7 +27,8 @@ from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import sample_tokens
-from ebft_mega.train.step import Trainer, make_experience
+from ebft_mega.train.experience import make_experience
+from ebft_mega.train.step import Trainer
 from ebft_mega.types import Experience, PolicyLogprobs, Rollout, TokenBatch
 
 
@@ -71,7 +72,9 @@ def naive_step(naive: NaiveTrainer, batch: TokenBatch, step: int, learning_rate:
     with timers.phase("features"):
         grams = [naive_gram(naive, rows, rollout) for rows, rollout in zip(micro_batches, rollouts, strict=True)]
     with timers.phase("reward"):
-        experiences = [make_experience(gram, rollout, config) for gram, rollout in zip(grams, rollouts, strict=True)]
+        experiences = [
+            make_experience(gram, rollout, trainer.rewarding) for gram, rollout in zip(grams, rollouts, strict=True)
+        ]
     with timers.phase("learn"):
         logprobs, loss = _learn(naive, micro_batches, experiences)
     with timers.phase("update"):

@@ -23,5 +23,5 @@ class Diversity(RewardTerm):
         lengths = products.rollouts.diagonal(dim1=-2, dim2=-1)
         num_samples = lengths.shape[-1]
         if num_samples == 1:
-            return (0 * lengths).transpose(-1, -2)
+            return lengths.new_zeros(lengths.shape).transpose(-1, -2)
         return (2 * (products.rollouts.sum(dim=-1) - lengths) / (num_samples - 1)).transpose(-1, -2)

@@ -6,15 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.types import BlockRewards
+from tests.unit.reward.rewards import advantages_of, made_rewards, rewards_of
 
 ALIGNMENT_COEF, DIVERSITY_COEF = 0.9, 0.4
 shapes = st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 3))
 
 
-def random_rewards(shape, seed: int = 0) -> BlockRewards:
+def random_rewards(shape, seed: int = 0, coefs=(ALIGNMENT_COEF, DIVERSITY_COEF)) -> BlockRewards:
     """Alignment and the diversity that follows from a symmetric matrix of similarities."""
     generator = torch.Generator().manual_seed(seed)
     batch, samples, blocks = shape
@@ -25,12 +24,12 @@ def random_rewards(shape, seed: int = 0) -> BlockRewards:
     if samples > 1:
         others = similarity.sum(dim=-1) - similarity.diagonal(dim1=-2, dim2=-1)
         diversity = (2 * others / (samples - 1)).transpose(1, 2)
-    reward = ALIGNMENT_COEF * alignment - DIVERSITY_COEF * diversity
-    return BlockRewards(alignment, diversity, reward, torch.zeros(batch, blocks, dtype=torch.float64))
+    cfm = torch.zeros(batch, blocks, dtype=torch.float64)
+    return made_rewards(alignment, diversity, cfm, *coefs)
 
 
 def advantages(rewards: BlockRewards, estimator: str = "rloo") -> Tensor:
-    return block_advantages(rewards, estimator, ALIGNMENT_COEF, DIVERSITY_COEF)
+    return advantages_of(rewards, estimator)
 
 
 @settings(max_examples=50)
@@ -41,7 +40,10 @@ def test_rloo_equals_the_authors_baselines(shape, seed):
     expected = torch.zeros(shape, dtype=torch.float64)
     for b in range(batch):
         for k in range(blocks):
-            a, d = rewards.alignment[b, :, k].tolist(), rewards.diversity[b, :, k].tolist()
+            a, d = (
+                rewards.terms["alignment"].values[b, :, k].tolist(),
+                rewards.terms["diversity"].values[b, :, k].tolist(),
+            )
             for j in range(n):
                 alignment_baseline = (sum(a) - a[j]) / (n - 1) if n > 1 else 0.0
                 diversity_baseline = (sum(d) - 2 * d[j]) / (n - 2) if n > 2 else 0.0
@@ -55,13 +57,11 @@ def test_rloo_equals_the_authors_baselines(shape, seed):
 def test_diversity_advantage_is_larger_than_plain_leave_one_out():
     """By (n - 1) / (n - 2): 1.5 at n = 4. Alignment's is the plain one."""
     for n, ratio in ((3, 2.0), (4, 1.5), (5, 4 / 3)):
-        rewards = random_rewards((1, n, 2))
-        for coefs, term, factor in (
-            ((0.0, 1.0), -rewards.diversity, ratio),
-            ((1.0, 0.0), rewards.alignment, 1.0),
-        ):
+        for coefs, name, factor in (((0.0, 1.0), "diversity", ratio), ((1.0, 0.0), "alignment", 1.0)):
+            rewards = random_rewards((1, n, 2), coefs=coefs)
+            term = rewards.terms[name].coefficient * rewards.terms[name].values
             plain = term - (term.sum(dim=1, keepdim=True) - term) / (n - 1)
-            torch.testing.assert_close(block_advantages(rewards, "rloo", *coefs), factor * plain)
+            torch.testing.assert_close(advantages(rewards), factor * plain)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
@@ -73,7 +73,7 @@ def test_a_rollout_s_baseline_does_not_depend_on_the_rollout(n):
     replaced[0, 0, 1] = torch.randn(12, dtype=torch.float64, generator=generator)
     rewards, baselines = [], []
     for rows in (features, replaced):
-        result = block_rewards(rows @ rows.transpose(-1, -2), "none", ALIGNMENT_COEF, DIVERSITY_COEF)
+        result = rewards_of(rows @ rows.transpose(-1, -2), "none", ALIGNMENT_COEF, DIVERSITY_COEF)
         rewards.append(result.reward)
         baselines.append(result.reward - advantages(result))
     assert (rewards[0] - rewards[1])[0, 1, 0].abs() > 1e-2
@@ -83,8 +83,8 @@ def test_a_rollout_s_baseline_does_not_depend_on_the_rollout(n):
 
 def test_two_samples_have_no_diversity_baseline():
     rewards = random_rewards((2, 2, 3))
-    a = rewards.alignment
-    expected = ALIGNMENT_COEF * (a - a.flip(1)) - DIVERSITY_COEF * rewards.diversity
+    a = rewards.terms["alignment"].values
+    expected = ALIGNMENT_COEF * (a - a.flip(1)) - DIVERSITY_COEF * rewards.terms["diversity"].values
     torch.testing.assert_close(advantages(rewards), expected)
 
 
@@ -116,9 +116,8 @@ def test_blocks_and_rows_do_not_mix(estimator):
     for b in range(2):
         for k in range(3):
             part = (slice(b, b + 1), slice(None), slice(k, k + 1))
-            alone = BlockRewards(
-                rewards.alignment[part], rewards.diversity[part], rewards.reward[part], rewards.cfm[b : b + 1]
-            )
+            terms = (rewards.terms[name].values[part] for name in ("alignment", "diversity"))
+            alone = made_rewards(*terms, rewards.cfm[b : b + 1], ALIGNMENT_COEF, DIVERSITY_COEF)
             torch.testing.assert_close(advantages(alone, estimator), together[part], atol=1e-14, rtol=0)
 
 
@@ -129,11 +128,6 @@ def test_equal_rewards_have_no_advantage_at_all(n, alignment, diversity):
     shape = (1, n, 1)
     a = torch.full(shape, alignment, dtype=torch.float64)
     d = torch.full(shape, diversity, dtype=torch.float64)
-    rewards = BlockRewards(a, d, ALIGNMENT_COEF * a - DIVERSITY_COEF * d, torch.zeros(1, 1, dtype=torch.float64))
+    rewards = made_rewards(a, d, torch.zeros(1, 1, dtype=torch.float64), ALIGNMENT_COEF, DIVERSITY_COEF)
     for estimator in ("rloo", "group_norm"):
         assert advantages(rewards, estimator).eq(0).all()
-
-
-def test_unknown_estimators_are_refused():
-    with pytest.raises(ValueError, match="advantage_estimator"):
-        advantages(random_rewards((1, 2, 1)), "gae")

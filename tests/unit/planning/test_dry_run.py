@@ -18,7 +18,7 @@ from ebft_mega.planning.auto import choices
 from ebft_mega.planning.memory import Choices, head_chunk_bytes
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.planning.short_plan import checkpoint_words
-from ebft_mega.reward.alignment_and_diversity import block_rewards
+from tests.unit.reward.rewards import rewards_of
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
 LAYER = 16 * (16 + 2 * 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
@@ -418,9 +418,9 @@ def test_what_diversity_is_worth_under_whitening(inputs, whitening):
     features = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for equal in (1, 2, 3, 4):
         features[:equal] = features[0]
-        rewards = block_rewards((features @ features.T)[None, None], whitening, 1.0, 1.0)
+        rewards = rewards_of((features @ features.T)[None, None], whitening, 1.0, 1.0)
         expected = [2 * (equal - 1) / (equal * 3)] * equal + [0.0] * (4 - equal)
-        assert rewards.diversity[0, :, 0].tolist() == pytest.approx(expected, abs=1e-9)
+        assert rewards.terms["diversity"].values[0, :, 0].tolist() == pytest.approx(expected, abs=1e-9)
     for changes in (
         {"use_whitening": False},
         {"diversity_coef": 0},

@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import integers
 
-from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.reward.duplicates import (
     copy_duplicate_rows,
     duplicate_share,
     duplicate_share_per_row,
     first_equal,
 )
+from tests.unit.reward.rewards import advantages_of, rewards_of
 
 shapes = st.tuples(integers(1, 2), integers(1, 5), integers(1, 3), integers(1, 3))
 
@@ -78,10 +77,10 @@ def test_rounding_between_equal_rollouts_is_repaired():
     features = features / features.norm(dim=-1, keepdim=True)
     gram = features @ features.transpose(-1, -2)
     rollouts = torch.tensor([[0, 1], [2, 3], [4, 5], [2, 3]])[None, :, None]
-    assert block_rewards(gram, "sample", 1.0, 1.0).diversity.abs().max() < 1e-6
-    repaired = block_rewards(copy_duplicate_rows(gram, rollouts), "sample", 1.0, 1.0)
+    assert rewards_of(gram, "sample", 1.0, 1.0).terms["diversity"].values.abs().max() < 1e-6
+    repaired = rewards_of(copy_duplicate_rows(gram, rollouts), "sample", 1.0, 1.0)
     expected = torch.tensor([0, 1 / 3, 0, 1 / 3], dtype=torch.float64)
-    torch.testing.assert_close(repaired.diversity[0, :, 0], expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(repaired.terms["diversity"].values[0, :, 0], expected, atol=1e-12, rtol=0)
 
 
 def test_groups_of_equal_rollouts_have_no_advantage():
@@ -89,9 +88,9 @@ def test_groups_of_equal_rollouts_have_no_advantage():
     rollouts = torch.full((2, 4, 3, 2), 7)
     gram = copy_duplicate_rows(features @ features.transpose(-1, -2), rollouts)
     for whitening in ("none", "sample", "feature"):
-        rewards = block_rewards(gram, whitening, 1.0, 0.5)
-        assert block_advantages(rewards, "rloo", 1.0, 0.5).eq(0).all()
-        assert block_advantages(rewards, "group_norm", 1.0, 0.5).eq(0).all()
+        rewards = rewards_of(gram, whitening, 1.0, 0.5)
+        assert advantages_of(rewards, "rloo").eq(0).all()
+        assert advantages_of(rewards, "group_norm").eq(0).all()
 
 
 def test_rows_that_are_not_numbers_are_nobody_s_duplicates():

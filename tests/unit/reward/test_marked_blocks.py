@@ -7,14 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft_mega.objective.advantage import block_advantages
-from ebft_mega.reward.alignment_and_diversity import block_rewards, raw_cosine, unbiased_feature_matching
 from ebft_mega.reward.duplicates import copy_duplicate_rows, has_duplicates
+from ebft_mega.reward.feature_matching import raw_cosine, unbiased_feature_matching
 from ebft_mega.reward.marked_blocks import finite_blocks, mark_blocks
+from tests.unit.reward.rewards import advantages_of, rewards_of
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 ROWS, BLOCKS = 2, 3
-FIELDS = ("alignment", "diversity", "reward", "cfm")
 
 
 @st.composite
@@ -49,14 +48,16 @@ def test_a_spoiled_feature_marks_its_block_in_every_figure(drawn, whitening):
     features, spoiled, finite = drawn
     gram, healthy = gram_of(spoiled), gram_of(features)
     assert torch.equal(finite_blocks(gram), finite)
-    found, expected = (block_rewards(matrix, whitening, 1.0, 0.5) for matrix in (gram, healthy))
-    for name in FIELDS:
-        assert_marked_alone(getattr(found, name), getattr(expected, name), finite)
+    found, expected = (rewards_of(matrix, whitening, 1.0, 0.5) for matrix in (gram, healthy))
+    for name in ("alignment", "diversity"):
+        assert_marked_alone(found.terms[name].values, expected.terms[name].values, finite)
+    assert_marked_alone(found.reward, expected.reward, finite)
+    assert_marked_alone(found.cfm, expected.cfm, finite)
     assert_marked_alone(raw_cosine(gram), raw_cosine(healthy), finite)
     if features.shape[2] > 2:
         assert_marked_alone(unbiased_feature_matching(gram), unbiased_feature_matching(healthy), finite)
     for estimator in ("rloo", "group_norm", "reinforce"):
-        advantages = (block_advantages(rewards, estimator, 1.0, 0.5) for rewards in (found, expected))
+        advantages = (advantages_of(rewards, estimator) for rewards in (found, expected))
         assert_marked_alone(*advantages, finite)
 
 

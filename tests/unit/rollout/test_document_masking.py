@@ -28,8 +28,9 @@ from ebft_mega.train.loss_masks import LossMasks, loss_masks
 from ebft_mega.train.step import StepResult
 from ebft_mega.train.step_metrics import step_metrics
 from ebft_mega.train.step_trace import _local_tensors
-from ebft_mega.types import BlockRewards, Experience, Learned, LossTerms, PolicyLogprobs, Rollout, TokenBatch
+from ebft_mega.types import Experience, Learned, LossTerms, PolicyLogprobs, Rollout, TokenBatch
 from tests.conftest import tiny_config
+from tests.unit.reward.rewards import made_rewards
 
 PLAN = BlockPlan(29, 3, 3, 2, 3)
 SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
@@ -187,7 +188,8 @@ def test_counts_are_taken_only_where_something_may_not_count(tmp_path, groups):
 def result_of(batch, blocks):
     """A step with one rollout per block, as far as a trace and a dump look at it."""
     shape = (len(batch.tokens), 1, PLAN.num_blocks)
-    rewards = BlockRewards(*(torch.ones(shape, dtype=torch.float64) for _ in range(3)), torch.ones(shape)[:, 0])
+    ones = torch.ones(shape, dtype=torch.float64)
+    rewards = made_rewards(ones, ones, torch.ones(shape)[:, 0], 2.0, 1.0)
     gram = torch.zeros(2, PLAN.num_blocks, 2, 2)
     experience = Experience(Rollout(torch.zeros(*shape, 2)), gram, rewards, rewards.reward)
     if blocks is not None:

@@ -19,10 +19,8 @@ from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
-from ebft_mega.objective.advantage import block_advantages
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.stage_module import runner
-from ebft_mega.reward.alignment_and_diversity import block_rewards
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import counted_blocks
@@ -32,6 +30,7 @@ from ebft_mega.train.loss_masks import loss_masks
 from ebft_mega.types import PolicyLogprobs, TokenBatch
 from tests.conftest import tiny_config
 from tests.unit.model.test_against_transformers import random_hf_model
+from tests.unit.reward.rewards import advantages_of, rewards_of
 
 SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
 RL_COEF, CE_COEF, ALIGNMENT_COEF, DIVERSITY_COEF = 1.0, 0.3, 1.0, 0.7
@@ -255,9 +254,9 @@ def test_packed_step_equals_naive_step(setting, reuse):
 
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
     (gram,) = s.network.grams([s.batch], [rollout], plan)
-    rewards = block_rewards(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
+    rewards = rewards_of(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
     counted = counted_blocks(s.batch, plan)
-    advantages = block_advantages(rewards, "rloo", ALIGNMENT_COEF, DIVERSITY_COEF).masked_fill(~counted[:, None], 0.0)
+    advantages = advantages_of(rewards, "rloo").masked_fill(~counted[:, None], 0.0)
     naive_advantages = torch.zeros_like(advantages)
     with torch.no_grad():
         for row in range(NUM_ROWS):
@@ -272,8 +271,8 @@ def test_packed_step_equals_naive_step(setting, reuse):
                 everything = torch.cat((x, y[None]))
                 assert (gram[row, block] - everything @ everything.T).abs().max() <= 1e-9
                 alignment, diversity, cfm = naive_block(x, y, s.case.whitening)
-                assert (rewards.alignment[row, :, block] - alignment).abs().max() <= 1e-7
-                assert (rewards.diversity[row, :, block] - diversity).abs().max() <= 1e-7
+                assert (rewards.terms["alignment"].values[row, :, block] - alignment).abs().max() <= 1e-7
+                assert (rewards.terms["diversity"].values[row, :, block] - diversity).abs().max() <= 1e-7
                 assert (rewards.cfm[row, block] - cfm).abs() <= 1e-7 * max(1.0, cfm)
                 naive_advantages[row, :, block] = naive_advantage(alignment, diversity)
     assert (advantages - naive_advantages).abs().max() <= 1e-6
