@@ -15,7 +15,7 @@ from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
-from ebft_mega.data.text.file_kinds import kind_of_file
+from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_file
 from ebft_mega.data.tokenizers.tokenizer_files import read_tokenizer_file
 from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError, InputProblems, Problem
@@ -111,7 +111,8 @@ def directory_obstacle(path: Path) -> str | None:
         return error.strerror or str(error)
     obstacle = file_obstacle(path)
     kind = kind_of_file(path)
-    return f"no directory {path}" if obstacle == "no such file" else obstacle or (kind.words if kind else "a file")
+    words = "a file" if kind is None or kind is JSON_LINES else kind.words  # JSON may be one of the directory's files
+    return f"no directory {path}" if obstacle == "no such file" else obstacle or words
 
 
 def _checkpoint_problems(directory: Path, architecture: Architecture, index: TensorIndex) -> list[Problem]:

@@ -80,6 +80,12 @@ def kind_of_file(path: Path) -> FileKind | None:
             beginning = file.read(_LOOKED_AT_BYTES)
     except OSError:
         return None
+    return kind_of_bytes(beginning)
+
+
+def kind_of_bytes(content: bytes) -> FileKind | None:
+    """Tell what the contents of a file are, by their beginning; None where they are of none of the kinds."""
+    beginning = content[:_LOOKED_AT_BYTES]
     return next((kind for kind in KINDS if kind.beginning.match(beginning)), None)
 
 

@@ -23,6 +23,7 @@ from ebft_mega.data.tokenizers.tokenizer_control import (
 )
 from ebft_mega.data.tokenizers.tokenizer_files import (
     CONFIG_NAME,
+    TOKENIZER_FILES,
     read_tokenizer_file,
     read_tokenizer_files,
     read_tokenizer_values,
@@ -63,7 +64,9 @@ def load_tokenizer(directory: Path | str, end_of_document: str | None = None, ad
         expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
         found = "neither" if directory.is_dir() else "no such directory"
         kind = kind_of_file(directory)
-        if inner := kind_within(directory, (TEKKEN, TIKTOKEN)):
+        if directory.is_file() and directory.name in TOKENIZER_FILES:
+            found, expected = f"the file {directory.name}", f"the directory that it lies in: {directory.parent}"
+        elif inner := kind_within(directory, (TEKKEN, TIKTOKEN)):
             found, expected = f"neither, but {inner[0]}, {inner[1].words}, which is not read", inner[1].advice
         elif kind is not None:
             found, expected = kind.words, f"a directory with {expected}"

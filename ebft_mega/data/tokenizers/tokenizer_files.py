@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_bytes
 from ebft_mega.data.tokenizers.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
 from ebft_mega.data.tokenizers.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
 from ebft_mega.errors import InputError, Problem
@@ -53,8 +54,19 @@ def check_named_text(name: str, content: bytes) -> Any:
     Returns:
         The value of a JSON file; None for others.
     Raises:
-        ValueError: it is something else.
+        ValueError: it is something else, which is named where its first bytes tell it.
     """
+    try:
+        return _checked(name, content)
+    except ValueError:
+        kind = kind_of_bytes(content)
+        if kind is None or kind is JSON_LINES:
+            raise
+        raise ValueError(kind.words) from None
+
+
+def _checked(name: str, content: bytes) -> Any:
+    """The value of a JSON file, None for others; a `ValueError` where the file is not what its name says."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ piece's text (1), score (2) and type (3).
 import re
 from collections.abc import Collection, Iterator
 
+from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_bytes
 from ebft_mega.io.input_errors import lfs_pointer
 
 _PIECE_FIELD, _TRAINER_FIELD, _NORMALIZER_FIELD, _SELF_TEST_FIELD, _LAST_FIELD, _FIRST_EXTENSION = 1, 2, 3, 4, 5, 200
@@ -41,7 +42,8 @@ def describe_other_kind(content: bytes) -> str | None:
         fields = {field for field, _, _, _ in _model_fields(content)}
         longest = max(map(longest_replacement, _charsmaps(content)), default=0)
     except _DamagedError:
-        return "no sentencepiece model, or a damaged one"
+        kind = kind_of_bytes(content)
+        return kind.words if kind not in (None, JSON_LINES) else "no sentencepiece model, or a damaged one"
     if longest > MOST_GROWTH:
         return f"a sentencepiece model that replaces characters by {longest} bytes, where {MOST_GROWTH} are the most"
     # The trainer writes all three; a file that was cut between two pieces lacks the others.

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -128,6 +129,32 @@ def test_a_tokenizer_is_named(tmp_path: Path, name: str, words: str) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt"])
+@pytest.mark.parametrize("words", ["a Parquet file", "a zip file", "a GGUF file of weights", "a tekken vocabulary"])
+def test_a_file_of_a_tokenizer_is_named_as_what_it_is(
+    tmp_path: Path, hugging_face_directory: Path, name: str, words: str
+) -> None:
+    if name.startswith("tokenizer_config") and "tekken" in words:
+        return  # an object is what that is
+    shutil.copytree(hugging_face_directory, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / name).write_bytes(FILES[words])
+    if name == "tokenizer.model":
+        (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path / "tokenizer")
+    (problem,) = caught.value.problems
+    assert problem.found == words and problem.where.endswith(f"/tokenizer/{name}")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_for_a_file_of_a_tokenizer_its_directory_is_named(hugging_face_directory: Path, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(hugging_face_directory / name)
+    (problem,) = caught.value.problems
+    expected = f"the directory that it lies in: {hugging_face_directory}"
+    assert (problem.found, problem.expected) == (f"the file {name}", expected)
+
+
 @pytest.mark.parametrize("words", ["a Parquet file", "a zip file", "JSON lines"])
 def test_a_dataset_is_named(tmp_path: Path, words: str) -> None:
     (tmp_path / "part-0").write_bytes(FILES[words])
@@ -140,3 +167,5 @@ def test_a_dataset_is_named(tmp_path: Path, words: str) -> None:
 def test_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(FILES["a GGUF file of weights"])
     assert directory_obstacle(tmp_path / "m.gguf") == "a GGUF file of weights"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert directory_obstacle(tmp_path / "config.json") == "a file"
