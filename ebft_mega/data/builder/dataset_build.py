@@ -131,8 +131,9 @@ def _scan(
     plan: Plan, directory: Path, options: BuildOptions, split: SplitOptions | None, workers: Workers
 ) -> list[Scan]:
     scans = {number: scan for number in range(len(plan.work_units)) if (scan := load_scan(directory, number))}
+    is_all = sum(map(len, plan.work_units)) == 1
     jobs = [
-        ScanJob(plan.reader, work_unit, number, directory, options.skip_bad, split, needs_signatures(options))
+        ScanJob(plan.reader, work_unit, number, directory, options.skip_bad, split, needs_signatures(options), is_all)
         for number, work_unit in enumerate(plan.work_units)
         if number not in scans
     ]

@@ -14,6 +14,7 @@ from ebft_mega.data.builder.unit_files import Scan, load_digests, load_groups, l
 from ebft_mega.data.builder.work_plan import Plan
 from ebft_mega.data.selection.deduplication import first_with_text
 from ebft_mega.data.selection.held_out_split import (
+    ARCHIVE,
     DOCUMENT,
     HELD_OUT,
     REPOSITORY,
@@ -188,6 +189,8 @@ def _require_both(division: Division, split: SplitOptions, scans: Sequence[Scan]
     if division.groups < 2:
         name = _name_of(division.largest_group, scans)
         advice = "" if split.by == DOCUMENT else "; --split-by document makes each document one"
+        if kinds.keys() == {ARCHIVE}:
+            advice += ", top-folder the folders of an archive"
         found = f"a single group{f', {name}' if name else ''} (--split-by {split.by})"
         raise bad_input("--held-out", split.share, found, f"at least two, one for each side{advice}")
 

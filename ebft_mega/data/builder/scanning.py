@@ -35,6 +35,7 @@ class ScanJob:
     skip_bad: bool
     split: SplitOptions | None = None
     with_signatures: bool = False  # see `near_duplicates.signature`
+    is_all: bool = False  # one whole file, which is all that the build reads
 
 
 def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
@@ -132,7 +133,10 @@ def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Adv
     first_line = None if file_range.is_cut and file_range.begin else 0
     licence_key = job.reader.options.licence_key
     source = job.reader.inputs[file_range.input]
-    grouping = Grouping(source.base, source.source, source.holds_texts, job.split) if job.split else None
+    grouping = None
+    if job.split:
+        is_archive = not source.holds_texts and source.is_source_archive(file_range.name)
+        grouping = Grouping(source.base, source.source, source.holds_texts, job.split, is_archive, job.is_all)
     for document in job.reader.read(file_range, first_line, found.left_out, found.matched):
         advance(1)
         if isinstance(document, BadText):

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.held_out_split import REPOSITORY_KEYS
 from ebft_mega.data.selection.licence_choice import LicenceChoice
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.archives import read_text_archive
@@ -111,7 +112,10 @@ class Reader:
             yield from read_parquet(file, file_range.name, self.options, groups, left_out)
         elif source.is_source_archive(file_range.name):
             choose = partial(source.members.reason_to_leave_out, matched=matched)
-            yield from read_source_archive(file, file_range.name, self.options, left_out, choose)
+            options = self.options
+            if options.group_keys == REPOSITORY_KEYS:  # the archive is the repository, and no member has a record
+                options = replace(options, group_keys=())
+            yield from read_source_archive(file, file_range.name, options, left_out, choose)
         elif file_range.name.endswith(ARCHIVE_SUFFIX):
             yield from read_text_archive(file, file_range.name, self.options, left_out)
         else:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ebft_mega.data.text.source_archives import common_folder, member_path
 from ebft_mega.data.text.text_files import TextDocument
 
 TRAIN, HELD_OUT = "train", "held-out"  # folders of the output
@@ -25,6 +26,7 @@ REPOSITORY_KEYS = (
 )
 _MOST_SHARE = 20  # characters, and places after the point
 GROUP_DTYPE = np.dtype([("group", "<u8"), ("bytes", "<u8")])  # of a document: its group's number, the text's size
+ARCHIVE, ARCHIVE_FOLDER = "archive", "folder of the archive"  # what names a group, beside folders and members
 REPOSITORY_FOLDER = ".git"  # a folder, or a file in a submodule
 
 
@@ -141,13 +143,26 @@ class Grouping:
         source: name of the input. Inputs of one name have their groups in common.
         holds_texts: whether each of its files is a text.
         split: says what a group is; `by` is set.
+        is_archive: whether each member of its files is a text.
+        is_all: whether one file is all that the build reads; an archive is then divided by its own folders.
     """
 
-    def __init__(self, base: Path, source: str, holds_texts: bool, split: SplitOptions):
+    def __init__(
+        self,
+        base: Path,
+        source: str,
+        holds_texts: bool,
+        split: SplitOptions,
+        is_archive: bool = False,
+        is_all: bool = False,
+    ):
         self._base = base
         self._source = source
         self._holds_texts = holds_texts
         self._split = split
+        self._is_archive = is_archive
+        self._is_all = is_all
+        self._common: str | None = None  # folder of the archive that all of it lies in
         self._repositories: dict[str, str | None] = {}
         self._last = Group("", "", 0)  # documents of one group follow each other
 
@@ -167,7 +182,18 @@ class Grouping:
             folder = repository_folder(self._base, file, self._repositories)
             if folder is not None:
                 return REPOSITORY_FOLDER, f"{self._source}/{folder}"
+        if self._is_archive and self._split.by == REPOSITORY:
+            return ARCHIVE, f"{self._source}/{file}"
+        if self._is_archive and self._is_all:
+            return ARCHIVE_FOLDER, f"{self._source}/{file}/{self._folder_within(document, file)}"
         return TOP_FOLDER, f"{self._source}/{top_folder(file)}"
+
+    def _folder_within(self, document: TextDocument, file: str) -> str:
+        """The first folder of a document of an archive, or its name, below what all of the archive lies in."""
+        if self._common is None:
+            self._common = common_folder(self._base / file)
+        member = member_path(document.path.removeprefix(f"{file}/"))
+        return top_folder(member.removeprefix(f"{self._common}/"))
 
 
 @dataclass(frozen=True)

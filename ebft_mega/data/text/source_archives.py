@@ -4,7 +4,7 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -22,7 +22,7 @@ from ebft_mega.data.text.text_files import (
     TextDocument,
     decode_text,
 )
-from ebft_mega.data.text.zip_members import open_zip, read_member
+from ebft_mega.data.text.zip_members import ZipMember, open_zip, read_member
 from ebft_mega.errors import EbftError, Problem
 from ebft_mega.io.parse_boundary import is_of_parser, words_of
 
@@ -81,6 +81,45 @@ def kind_of_tar(file: Path, text_member: str) -> tuple[str | None, str]:
     return (SOURCE if folders and not texts else None), words
 
 
+def common_folder(file: Path) -> str:
+    """The folder of an archive that all its texts lie in, as `a/b`; empty where there is none.
+
+    Of a packed archive all is unpacked once, in small parts. Damage ends the look: reading the texts says what it is.
+    """
+    common: list[str] | None = None
+    try:
+        for parts in _folders_of_texts(file):
+            if common is None:
+                common = parts
+            while parts[: len(common)] != common:
+                common = common[:-1]
+            if not common:
+                break
+    except BaseException as error:
+        if not is_of_parser(error):
+            raise
+    return "/".join(common or ())
+
+
+def member_path(name: str) -> str:
+    """The path that the name of a member says, without what leads nowhere (`./`, `//`)."""
+    return "/".join(_parts(name))
+
+
+def _folders_of_texts(file: Path) -> Iterator[list[str]]:
+    """The folders of each member that may be a text."""
+    is_zip, is_packed = file.name.endswith(ZIP_SUFFIX), is_source_archive(file.name)
+    with open_lines(file) if is_packed and not is_zip else open_regular(file) as opened:
+        if is_zip:
+            members: Iterable[Member | ZipMember] = open_zip(cast(BinaryIO, opened))[1]
+        else:
+            stream = cast(BinaryIO, _Forwards(opened) if is_packed else opened)
+            members = read_members(stream, _NO_END if is_packed else None)
+        for member in members:
+            if not member.is_folder and not _reason_to_skip(member.name, member.is_file, 0, 0):
+                yield _parts(member.name)[:-1]
+
+
 _Choose = Callable[[str], str | None]
 
 
@@ -125,8 +164,12 @@ def read_source_archive(
         yield BadText(Problem(f"{file}{place}", "file", words_of(error), expected), path, UNREADABLE, is_file=True)
 
 
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split("/+", name) if part not in (".", "..", "")]
+
+
 def _reason_to_skip(name: str, is_file: bool, size: int, most_bytes: int) -> str | None:
-    parts = [part for part in re.split("/+", name) if part not in (".", "..", "")]
+    parts = _parts(name)
     if any(part[0] == "." for part in parts):
         return HIDDEN_FILES
     if COMPILED_FOLDER in parts[:-1]:

@@ -1,8 +1,11 @@
 """A build that holds documents out: two datasets of one scan, that appear together."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +161,51 @@ def test_folders_with_git_are_repositories(
     assert result.record.split["groups"] == 7
     sides = [{p.rpartition("/src")[0] for p in paths_of(tmp_path / "out" / side)} for side in ("train", "held-out")]
     assert not sides[0] & sides[1]
+
+
+def packed(path: Path, contents: dict[str, str]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in contents.items():
+                archive.writestr(name, text)
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, text in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize("wrapper", ["", "proj-1.0/", "./a/b/"])
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz"])
+def test_one_archive_is_divided_by_its_own_folders(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, wrapper: str
+) -> None:
+    texts = {f"p{f}/m{n}.py": f"# {f} {n}\n" * 5 for f in range(8) for n in range(3)} | {"setup.py": "# one\n"}
+    contents = {f"{wrapper}{path}": text for path, text in texts.items()}
+    archive = packed(tmp_path / "in" / name, contents | {".hidden/x.py": "# hidden\n"})
+    result = build_dataset(archive, tokenizer, tmp_path / "out", split("20%", "top-folder"))
+    assert result.record.split["groups"] == 9 and result.record.split["named_by"] == {"folder of the archive": 25}
+    sides = [paths_of(tmp_path / "out" / side) for side in ("train", "held-out")]
+    assert sorted([*sides[0], *sides[1]]) == sorted(f"{name}/{path}" for path in contents)
+    train, held_out = ({path.rpartition("/")[0] for path in side} for side in sides)
+    assert held_out and not (train - {f"{name}/{wrapper}".rstrip("/")}) & held_out
+
+
+def test_several_archives_are_repositories_and_are_not_divided(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        contents = {f"r/p{f}/m.py": f"# {f} {number}\n" * 9 for f in range(3)}
+        packed(tmp_path / "in" / f"{number}.zip", contents)
+    for by, kind in (("repo", "archive"), ("top-folder", "top-folder")):
+        result = build_dataset(tmp_path / "in", tokenizer, tmp_path / by, split("20%", by))
+        assert result.record.split["groups"] == 5 and result.record.split["named_by"] == {kind: 15}
+    assert "what names the groups: archive of 15 documents" in capsys.readouterr().err
+    with pytest.raises(InputError, match="a single group, in/0.zip .*, top-folder the folders of an archive"):
+        build_dataset(tmp_path / "in" / "0.zip", tokenizer, tmp_path / "out", split("20%", "repo"))
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
