@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.file_kinds import TEKKEN, TIKTOKEN, kind_of_file, kind_within
 from ebft_mega.data.tokenizers.document_marks import BEGIN_OPTION, added_begin, begin_spelling, chosen_end, no_begin
 from ebft_mega.data.tokenizers.token_bytes import token_bytes
 from ebft_mega.data.tokenizers.tokenizer_control import (
@@ -23,7 +22,7 @@ from ebft_mega.data.tokenizers.tokenizer_control import (
 )
 from ebft_mega.data.tokenizers.tokenizer_files import (
     CONFIG_NAME,
-    TOKENIZER_FILES,
+    in_place_of_tokenizer,
     read_tokenizer_file,
     read_tokenizer_files,
     read_tokenizer_values,
@@ -61,16 +60,7 @@ def load_tokenizer(directory: Path | str, end_of_document: str | None = None, ad
     directory = Path(directory)
     contents, values = read_tokenizer_values(directory)
     if SENTENCEPIECE_NAME not in contents and HUGGING_FACE_NAME not in contents:
-        expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
-        found = "neither" if directory.is_dir() else "no such directory"
-        kind = kind_of_file(directory)
-        if directory.is_file() and directory.name in TOKENIZER_FILES:
-            found, expected = f"the file {directory.name}", f"the directory that it lies in: {directory.parent}"
-        elif inner := kind_within(directory, (TEKKEN, TIKTOKEN)):
-            found, expected = f"neither, but {inner[0]}, {inner[1].words}, which is not read", inner[1].advice
-        elif kind is not None:
-            found, expected = kind.words, f"a directory with {expected}"
-        raise bad_input(str(directory), "tokenizer", found, expected)
+        raise bad_input(str(directory), "tokenizer", *in_place_of_tokenizer(directory))
     is_sentencepiece = SENTENCEPIECE_NAME in contents
     name = SENTENCEPIECE_NAME if is_sentencepiece else HUGGING_FACE_NAME
     with reading(directory / name, "tokenizer", "a tokenizer that can be loaded"):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_bytes
+from ebft_mega.data.text.file_kinds import JSON_LINES, TEKKEN, TIKTOKEN, kind_of_bytes, kind_of_file, kind_within
 from ebft_mega.data.tokenizers.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
 from ebft_mega.data.tokenizers.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
 from ebft_mega.errors import InputError, Problem
@@ -134,6 +134,18 @@ def read_tokenizer_values(directory: Path) -> tuple[dict[str, bytes], dict[str, 
     if problems:
         raise InputError(problems)
     return contents, values
+
+
+def in_place_of_tokenizer(directory: Path) -> tuple[str, str]:
+    """What is found where there is neither file that makes a tokenizer, and what is expected."""
+    expected = f"{SENTENCEPIECE_NAME} (sentencepiece) or {HUGGING_FACE_NAME} (Hugging Face)"
+    if directory.is_file() and directory.name in TOKENIZER_FILES:
+        return f"the file {directory.name}", f"the directory that it lies in: {directory.parent}"
+    if inner := kind_within(directory, (TEKKEN, TIKTOKEN)):
+        return f"neither, but {inner[0]}, {inner[1].words}, which is not read", inner[1].advice
+    if (kind := kind_of_file(directory)) is not None:
+        return kind.words, f"a directory with {expected}"
+    return "neither" if directory.is_dir() else "no such directory", expected
 
 
 def read_tokenizer_file(directory: Path, name: str) -> bytes:
