@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ebft_mega.data.builder.build_record import BuildRecord, read_build_record
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.inspection import (
     Lengths,
     Rows,
@@ -34,6 +33,7 @@ from ebft_mega.data.store.verify import verify_dataset
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import EXIT_DAMAGED_DATA, EXIT_DONE
+from ebft_mega.extension.store import Transfer
 from ebft_mega.io.arguments import ToolParser, output_file, path_argument, place_argument, whole_number
 from ebft_mega.io.command import run_command
 from ebft_mega.io.input_errors import bad_input
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(
         description=__doc__, epilog="Exit codes: 0; 2 the dataset cannot be opened; 4 something in it is damaged."
     )
-    parser.add_argument("dataset", type=place_argument, help="dataset directory, or its https URL (with --cache)")
+    parser.add_argument("dataset", type=place_argument, help="dataset directory, or its address (with --cache)")
     parser.add_argument("--verify", action="store_true", help="read everything and compare every checksum")
     parser.add_argument("--show", type=whole_number(0), metavar="N", help="print document N with its metadata")
     parser.add_argument("--metadata", action="store_true", help="count licences and sources (reads every document's)")

@@ -12,12 +12,14 @@ from pydantic.fields import FieldInfo
 
 from ebft_mega.config.paths import PathKind, written_path
 from ebft_mega.registry.registry import Registry
+from ebft_mega.registry.store_addresses import address_problem, schemes_in_words
 
 
 def allowed_text(field: FieldInfo) -> str:
     """Say what a key accepts: its own words if it has any, else its type, limits and unit."""
     words = cast(dict[str, str], field.json_schema_extra)
-    return words["allowed"] or ", ".join(filter(None, (_type_text(field), words["unit"])))
+    allowed = words["allowed"].replace(STORES_IN_WORDS, schemes_in_words())
+    return allowed or ", ".join(filter(None, (_type_text(field), words["unit"])))
 
 
 def one_of(registry: Registry[Any]) -> tuple[object, ...]:
@@ -107,10 +109,19 @@ def _as_path(value: Any) -> Any:
     return value
 
 
+def _as_address(text: str) -> str:
+    """Let addresses pass that a store reads. None holds a user or a query: both may be secrets, and places are logged.
+
+    Raises:
+        ValueError: it is another one; in words without it.
+    """
+    if (problem := address_problem(text)) is not None:
+        raise ValueError(problem)
+    return text
+
+
 MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 255
-# Without user name and query: both may carry secrets, and places are logged.
-_HTTPS = r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?"
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _PORT = "(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
 # A wildcard stands before a domain of two labels at least: `*.com` would name everybody.
@@ -118,8 +129,9 @@ _REDIRECT_HOST = rf"({_LABEL}(\.{_LABEL})*|\*(\.{_LABEL}){{2,}}|\[[0-9A-Fa-f:.]+
 RedirectHost = Annotated[str, Field(pattern=f"^{_REDIRECT_HOST}$", max_length=253 + len("*.:65535"))]
 _WRITTEN = PlainSerializer(written_path, return_type=str, when_used="json")
 LocalPath = Annotated[Path, BeforeValidator(_as_path), _WRITTEN]
-DatasetPlace = Annotated[Path | Annotated[str, Field(pattern=f"^{_HTTPS}$")], BeforeValidator(_as_path), _WRITTEN]
+DatasetPlace = Annotated[Path | Annotated[str, AfterValidator(_as_address)], BeforeValidator(_as_path), _WRITTEN]
 # A word that stands for itself, or the text of a path.
 WordOrPath = Annotated[str, Field(min_length=1), _WRITTEN]
 PATH = "a local path (relative paths start at the repository root)"
-DATASET_PLACE = f"{PATH} or an https:// URL"
+STORES_IN_WORDS = "{stores}"  # in a key's words: the addresses that are read, plugins' among them
+DATASET_PLACE = f"{PATH} or an address that begins with {STORES_IN_WORDS}"

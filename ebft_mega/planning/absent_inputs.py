@@ -10,16 +10,16 @@ from pathlib import Path
 
 from ebft_mega.checkpoint.model_folder import is_checkpoint
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.store.addresses import https_address_problem
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import remote_absence
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.extension.store import Transfer
 from ebft_mega.io.contained_files import read_contained_json
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.io.input_errors import file_obstacle
 from ebft_mega.planning.datasets import holds_text, text_tokenizer
 from ebft_mega.planning.model_files import CONFIG_NAME, CheckedModel, check_model, random_model
+from ebft_mega.registry.store_addresses import address_problem
 
 # One folder per published model, named as directories of its weights are.
 MODEL_CONFIGS = REPOSITORY / "configs" / "models"
@@ -57,7 +57,7 @@ class AbsentInput:
 def absent_inputs(config: RunConfig) -> dict[str, AbsentInput]:
     """List what a run reads and is not there, by key.
 
-    Servers of `https://` datasets are asked once each for the dataset's manifest, for a few seconds at most.
+    Servers of remote datasets are asked once each for the dataset's manifest, for a few seconds at most.
     """
     found = [*_absent_models(config), *_absent_data(config), *_absent_checkpoint(config)]
     return {entry.key: entry for entry in found}
@@ -153,9 +153,10 @@ def dataset_places(config: RunConfig) -> dict[str, Path | str]:
 
 def _no_answer(config: RunConfig, address: str) -> str | None:
     """Why a remote dataset cannot be asked for its manifest, in words; None if it can, or if the check says more."""
-    if https_address_problem(address) is not None:
+    if address_problem(address) is not None:
         return None
-    return remote_absence(address, Transfer(redirect_hosts=config.data.redirect_hosts))
+    transfer = Transfer(redirect_hosts=config.data.redirect_hosts)
+    return remote_absence(address, transfer, config.options)
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -11,10 +11,10 @@ from ebft_mega.data.builder.worker_pool import available_cores
 from ebft_mega.data.rows.stream import RowStream, Source
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import MANIFEST_NAME
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.extension.store import Transfer
 
 BYTES_PER_GIGABYTE = 1e9
 
@@ -54,11 +54,11 @@ def open_training_rows(config: RunConfig, leaving_out: Collection[str] = ()) -> 
 def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
     """Open the dataset that a key names.
 
-    Text shards are tokenized first, once; datasets behind URLs are read through the cache.
+    Text shards are tokenized first, once; remote datasets are read through the cache.
 
     Args:
         key: dotted key, for messages.
-        place: local directory or https URL.
+        place: local directory or address.
     Raises:
         InputError: everything that is wrong with it, with the key.
     """
@@ -67,7 +67,8 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
             tokenizer = _require_text_tokenizer(config)
             place = tokenized_dataset(place, tokenizer, config.data.cache, available_cores())
         transfer = Transfer(redirect_hosts=config.data.redirect_hosts)
-        return open_dataset(place, shard_cache(config.data), on_error=config.data.on_error, transfer=transfer)
+        cache, on_error = shard_cache(config.data), config.data.on_error
+        return open_dataset(place, cache, on_error=on_error, transfer=transfer, options=config.options)
     except InputError as error:
         raise InputError([problem.within(f"{config.place(key)}: {key}") for problem in error.problems]) from None
     except OSError as error:
@@ -76,7 +77,7 @@ def open_place(config: RunConfig, key: str, place: Path | str) -> Dataset:
 
 
 def shard_cache(data: DataConfig) -> ShardCache:
-    """Describe the cache for shards from URLs; nothing is allocated until one is read."""
+    """Describe the cache for shards of remote datasets; nothing is allocated until one is read."""
     return ShardCache(data.cache, int(data.cache_gigabytes * BYTES_PER_GIGABYTE))
 
 

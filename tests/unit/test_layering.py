@@ -19,7 +19,15 @@ ROOMS = (
     *("shown_text", "errors", "types", "block_plan"),
     *("io", "extension"),
     # The entries that a configuration names, each kind in a room within the room that uses it, then their tables.
-    *("data.text", "data.text.formats", "data.store.places", "features.maps", "reward.terms", "objective.estimators"),
+    *(
+        "data.text",
+        "data.text.formats",
+        "data.transfer",
+        "data.store.places",
+        "features.maps",
+        "reward.terms",
+        "objective.estimators",
+    ),
     *("train.schedules", "parallel.optimizers", "registry"),
     *("architecture", "config", "runtime", "metrics"),
     *("data.selection", "data.tokenizers", "data.store", "data.builder", "data.rows"),
@@ -33,7 +41,7 @@ LIGHT_ROOMS = (
     *("io", "extension", "registry", "architecture", "config", "planning", "cost"),
     *("data.text.formats", "data.store.places", "features.maps", "reward.terms", "objective.estimators"),
     *("train.schedules", "parallel.optimizers"),
-    *("data.text", "data.selection", "data.tokenizers", "data.store", "data.builder"),
+    *("data.text", "data.transfer", "data.selection", "data.tokenizers", "data.store", "data.builder"),
 )
 LIGHT_MODULES = (
     *("shown_text", "errors", "block_plan"),

@@ -1,1 +1,1 @@
-"""The dataset format; read and check datasets on a local disk or an https server."""
+"""The dataset format; read and check datasets on a local disk or in a store."""

@@ -1,11 +1,9 @@
 """Open a local or remote dataset after every check that is possible without reading documents. Imports no torch."""
 
 import dataclasses
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ebft_mega.data.store.addresses import https_address_problem
 from ebft_mega.data.store.cache_folder import plain_files, remove
 from ebft_mega.data.store.checks import (
     index_problems,
@@ -16,6 +14,7 @@ from ebft_mega.data.store.checks import (
     swapped_shard_problems,
     tokenizer_problems,
 )
+from ebft_mega.data.store.clients import Options, store_client
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import (
     INDEX_NAME,
@@ -24,7 +23,6 @@ from ebft_mega.data.store.format import (
     TOKENIZER_DIRECTORY,
     Manifest,
 )
-from ebft_mega.data.store.https import DEFAULT_TRANSFER, HttpsClient, Transfer
 from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards
@@ -32,14 +30,13 @@ from ebft_mega.data.store.shard_cache import ShardCache
 from ebft_mega.data.text.file_kinds import BUILD_IT, text_in_place_of_dataset
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem, UnreachableDataError
+from ebft_mega.extension.store import DEFAULT_TRANSFER, StoreClient, Transfer
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.records import MAX_PROBLEMS
+from ebft_mega.registry.store_addresses import scheme_of
 
-_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 _TOKENIZER_LIMIT_BYTES = 1 << 28
 _SIMULTANEOUS_CHECKS = 16
-# Public buckets without permission to list them answer 403 for a missing file.
-_ABSENT_STATUS = (403, 404, 410)
 _SHORT_SECONDS = 3.0  # for an answer that a plan can do without
 _WHAT = "dataset directory made by tools/build_shards.py"
 
@@ -50,6 +47,7 @@ def open_dataset(
     *,
     on_error: OnError = "raise",
     transfer: Transfer = DEFAULT_TRANSFER,
+    options: Options | None = None,
 ) -> Dataset:
     """Open a dataset after checking everything that can be checked without reading the shards.
 
@@ -57,18 +55,19 @@ def open_dataset(
     whether local shards were swapped. Document checksums are checked at every read.
 
     Args:
-        place: a local directory made by `tools/build_shards.py`, or the https URL of one. Every other scheme, and
-            `pipe:` commands, are refused.
-        cache: where the files of a URL are stored; not used for a local directory.
-        on_error: for a URL. With "raise", every read from a downloaded shard with a wrong sha256 is an error; with
+        place: a local directory made by `tools/build_shards.py`, or the address of one (`registry.kinds.STORES`).
+            Every other scheme, and `pipe:` commands, are refused.
+        cache: where the files of an address are stored; not used for a local directory.
+        on_error: for an address. With "raise", every read from a downloaded shard with a wrong sha256 is an error; with
             "skip", only reads of its documents with a wrong checksum are.
-        transfer: timeouts, retries and redirects for the server of a URL.
+        transfer: timeouts, retries and redirects for the server of an address.
+        options: of the stores, by their names.
 
     Raises:
         InputError: with all problems found.
     """
-    if _URL.match(str(place)):
-        return _open_remote(str(place), cache, on_error, transfer)
+    if scheme_of(str(place)):
+        return _open_remote(str(place), cache, on_error, transfer, options or {})
     directory = Path(place)
     has_manifest = (directory / MANIFEST_NAME).exists()
     text = None if has_manifest else text_in_place_of_dataset(directory)
@@ -90,16 +89,13 @@ def open_dataset(
     return Dataset(directory, manifest, index, files)
 
 
-def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, transfer: Transfer) -> Dataset:
-    found = https_address_problem(address)
-    if found is not None:
-        # The address may hold a password, so it is not repeated.
-        scheme = address.partition(":")[0]
-        raise bad_input(f"{scheme}:...", "dataset", f"a URL or a command with {found}", f"a local or https {_WHAT}")
+def _open_remote(
+    address: str, cache: ShardCache | None, on_error: OnError, transfer: Transfer, options: Options
+) -> Dataset:
+    client = store_client(address, _WHAT, transfer, options)
     if cache is None:
         raise bad_input(address, "dataset", "no directory for a cache", "one that keeps what is downloaded")
-    address = address.rstrip("/")
-    client = HttpsClient(transfer)
+    address = _fixed(address.rstrip("/"), client)
     try:
         directory, manifest = remote_description(address, cache, client)
     except OSError as error:  # of the disk; what the server does wrong has errors of its own
@@ -110,20 +106,29 @@ def _open_remote(address: str, cache: ShardCache | None, on_error: OnError, tran
     return Dataset(directory, manifest, index, RemoteShards(address, manifest, directory, cache, client, on_error))
 
 
-def remote_absence(address: str, transfer: Transfer) -> str | None:
+def _fixed(address: str, client: StoreClient) -> str:
+    try:
+        return client.fixed(address)
+    except DamagedDataError as error:
+        raise bad_input(address, "dataset", error.found, error.expected) from error
+
+
+def remote_absence(address: str, transfer: Transfer, options: Options | None = None) -> str | None:
     """Why there is no remote dataset, as far as it is seen from here: no answer, or no manifest. One short attempt.
 
     Args:
-        address: https URL of the dataset directory.
+        address: of the dataset directory.
         transfer: whose redirects are followed.
+        options: of the stores, by their names.
 
     Returns:
         What was found, in words; None where there is a manifest, or an answer that says that something is wrong.
     """
-    url = f"{address.rstrip('/')}/{MANIFEST_NAME}"
-    client = HttpsClient(dataclasses.replace(transfer, timeout_seconds=_SHORT_SECONDS, attempts=1))
+    quick = dataclasses.replace(transfer, timeout_seconds=_SHORT_SECONDS, attempts=1)
+    client = store_client(address, _WHAT, quick, options or {})
     try:
-        content = client.small_file(url, MANIFEST_LIMIT_BYTES, _ABSENT_STATUS)
+        place = client.fixed(address.rstrip("/"))
+        content = client.small_file(f"{place}/{MANIFEST_NAME}", MANIFEST_LIMIT_BYTES, absent_if_forbidden=True)
     except UnreachableDataError as error:
         return error.found
     except DamagedDataError:
@@ -133,14 +138,14 @@ def remote_absence(address: str, transfer: Transfer) -> str | None:
     return f"no {MANIFEST_NAME}" if content is None else None
 
 
-def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> tuple[Path, Manifest]:
+def remote_description(address: str, cache: ShardCache, client: StoreClient) -> tuple[Path, Manifest]:
     """Copy manifest, index and tokenizer of a remote dataset, unless complete copies exist.
 
     The manifest is fetched every time. The copies lie in a directory named by its fingerprint, so a dataset that
     changed gets new ones. One process of a node copies at a time; the others wait and use the same copy.
 
     Args:
-        address: https URL of the dataset directory.
+        address: of the dataset directory.
         cache: of this node.
         client: to read with.
 
@@ -181,7 +186,7 @@ def remote_description(address: str, cache: ShardCache, client: HttpsClient) -> 
     return directory, manifest
 
 
-def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient) -> list[Problem]:
+def remote_shard_problems(address: str, manifest: Manifest, client: StoreClient) -> list[Problem]:
     """Report shards that are missing, unreachable or of another size; requests only their sizes, 16 at a time.
 
     After `MAX_PROBLEMS` no others are asked for: each of them may take as long as a server that hangs.
@@ -206,7 +211,7 @@ def remote_shard_problems(address: str, manifest: Manifest, client: HttpsClient)
     return found_problems
 
 
-def _read_manifest(url: str, client: HttpsClient) -> bytes:
+def _read_manifest(url: str, client: StoreClient) -> bytes:
     expected = "the manifest of a dataset made by tools/build_shards.py"
     try:
         content = client.small_file(url, MANIFEST_LIMIT_BYTES)
@@ -231,7 +236,7 @@ def _description_problems(directory: Path, manifest_content: bytes, manifest: Ma
 
 
 def _copy_description(
-    address: str, directory: Path, manifest_content: bytes, manifest: Manifest, client: HttpsClient, room_bytes: int
+    address: str, directory: Path, manifest_content: bytes, manifest: Manifest, client: StoreClient, room_bytes: int
 ) -> None:
     """Download a description into a directory that has just been made; at most `room_bytes` in all."""
     num_bytes = manifest.index.bytes
@@ -244,7 +249,7 @@ def _copy_description(
     (directory / TOKENIZER_DIRECTORY).mkdir()
     for name in TOKENIZER_FILES:
         url, limit = f"{address}/{TOKENIZER_DIRECTORY}/{name}", min(_TOKENIZER_LIMIT_BYTES, room_bytes)
-        content = client.small_file(url, limit, _ABSENT_STATUS)
+        content = client.small_file(url, limit, absent_if_forbidden=True)
         if content is not None:
             room_bytes -= len(content)
             with (directory / TOKENIZER_DIRECTORY / name).open("xb") as file:

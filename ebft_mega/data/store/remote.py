@@ -1,4 +1,4 @@
-"""Read the shards of a dataset on an https server, cached whole or by byte ranges. Imports no torch."""
+"""Read the shards of a dataset on a server, cached whole or by byte ranges. Imports no torch."""
 
 import logging
 import os
@@ -21,11 +21,11 @@ from ebft_mega.data.store.format import (
     WINDOW_DOCUMENTS,
     Manifest,
 )
-from ebft_mega.data.store.https import HttpsClient
 from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import read_fully
 from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError
 from ebft_mega.errors import DamagedDataError
+from ebft_mega.extension.store import StoreClient
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def whole_shard_bytes(manifest: Manifest) -> int:
 
 
 class RemoteShards:
-    """The shards of a dataset on an https server (`ShardBytes`).
+    """The shards of a dataset on a server (`ShardBytes`).
 
     Where the cache is large enough (`whole_shard_bytes`), a shard is downloaded whole when it is first read, and
     one background thread downloads announced shards in advance (`expect`). Otherwise, and where the cache has no room
@@ -76,7 +76,7 @@ class RemoteShards:
     downloaded again, once per process.
 
     Args:
-        address: https URL of the dataset directory.
+        address: of the dataset directory.
         manifest: of the dataset.
         directory: local directory with its index.
         cache: of this node.
@@ -91,7 +91,7 @@ class RemoteShards:
         manifest: Manifest,
         directory: Path,
         cache: ShardCache,
-        client: HttpsClient,
+        client: StoreClient,
         on_error: OnError = "raise",
         max_open: int = 64,
     ):
@@ -239,7 +239,7 @@ class _Downloads:
     address: str
     manifest: Manifest
     cache: ShardCache
-    client: HttpsClient
+    client: StoreClient
 
     def url(self, shard: int) -> str:
         return f"{self.address}/{self.manifest.shards[shard].name}"

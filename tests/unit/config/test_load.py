@@ -7,13 +7,15 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ebft_mega.config.fields import PATH
 from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
 from ebft_mega.config.schema import all_keys
 from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_value, write_yaml
 from ebft_mega.errors import ConfigError
 from ebft_mega.io.expanded_paths import REPOSITORY
+from ebft_mega.registry.store_addresses import schemes_in_words
 
-DATASET_PLACE = "a local path (relative paths start at the repository root) or an https:// URL"
+DATASET_PLACE = f"{PATH} or an address that begins with {schemes_in_words()}"
 NO_DATASET_PLACES = (
     "pipe:cat x",
     "http://host/data",

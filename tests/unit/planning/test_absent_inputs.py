@@ -7,9 +7,9 @@ import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.data.store import opening
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import remote_absence
 from ebft_mega.errors import InputError
+from ebft_mega.extension.store import Transfer
 from ebft_mega.lifecycle.setting_aside import Fresh, planned_standing
 from ebft_mega.planning import absent_inputs as absent
 from ebft_mega.planning.dry_run import describe_run

@@ -3,7 +3,7 @@
 import pytest
 
 from ebft_mega.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
-from ebft_mega.data.store.https import Transfer
+from ebft_mega.extension.store import Transfer
 from ebft_mega.planning import datasets
 
 
@@ -13,7 +13,7 @@ def test_redirects_lead_to_the_hosts_that_the_configuration_names(
 ) -> None:
     opened: list[tuple[object, Transfer]] = []
     monkeypatch.setattr(
-        datasets, "open_dataset", lambda place, cache, *, on_error, transfer: opened.append((place, transfer))
+        datasets, "open_dataset", lambda place, cache, *, on_error, transfer, options: opened.append((place, transfer))
     )
     url = "https://data.example/train"
     data = DataConfig(shards=url, sequence_length=128, redirect_hosts=hosts, cache=str(tmp_path))

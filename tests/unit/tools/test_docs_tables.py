@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.config.fields import allowed_text, default_text
+from ebft_mega.config.fields import PATH, allowed_text, default_text
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.schema import all_keys
+from ebft_mega.registry.store_addresses import schemes_in_words
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -51,7 +52,11 @@ def test_every_key_has_one_row_with_default_allowed_value_and_meaning():
     [
         ("output_dir", "required", "a local path (relative paths start at the repository root)"),
         ("seed", "`0`", "an integer from 0 to 2**63 - 1"),
-        ("data.shards", "not set", "a local path (relative paths start at the repository root) or an https:// URL"),
+        (
+            "data.shards",
+            "not set",
+            f"{PATH} or an address that begins with {schemes_in_words()}",
+        ),
         ("data.document_masking", "`false`", "true or false"),
         ("data.sources.NAME.max_epochs", "not set", "a number > 0, epochs"),
         ("data.max_skipped_share", "`0.001`", "a number >= 0 and <= 1"),

@@ -20,10 +20,10 @@ from ebft_mega.data.rows.loader import BatchLoader, SkippedRow
 from ebft_mega.data.rows.stream import Row, RowStream
 from ebft_mega.data.store import remote
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache, WrongShardError
 from ebft_mega.errors import DamagedDataError, InputError
+from ebft_mega.extension.store import Transfer
 from tests.unit.data.store.https_server import Fault, FileServer, make_certificate, trusted_server
 
 pytestmark = pytest.mark.timeout(60)

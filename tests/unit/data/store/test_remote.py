@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from ebft_mega.data.rows import order
 from ebft_mega.data.store import opening, remote
-from ebft_mega.data.store.addresses import https_address_problem
 from ebft_mega.data.store.dataset import Dataset
 from ebft_mega.data.store.format import Manifest, fingerprint
-from ebft_mega.data.store.https import Transfer
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.store.shard_cache import ShardCache
+from ebft_mega.data.transfer.addresses import https_address_problem
 from ebft_mega.errors import DamagedDataError, InputError
+from ebft_mega.extension.store import Transfer
 from tests.unit.data.store.https_server import Fault, FileServer
 
 pytestmark = pytest.mark.timeout(60)

@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from http.client import responses
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
-from ebft_mega.data.store.addresses import redirect_obstacle
-from ebft_mega.data.store.connections import answer_within, limit_connections, shared_context
+from ebft_mega.data.transfer.addresses import redirect_obstacle
+from ebft_mega.data.transfer.connections import answer_within, limit_connections, shared_context
 from ebft_mega.errors import DamagedDataError, UnreachableDataError
+from ebft_mega.extension.store import StoreClient, Transfer
 
 if TYPE_CHECKING:
     import httpx2
@@ -43,21 +43,7 @@ _COUNT = "[0-9]{1,18}"
 _CONTENT_RANGE = re.compile(f"bytes (?:({_COUNT})-({_COUNT})|\\*)/({_COUNT})")
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """Timeouts, retries and redirects of requests to a server."""
-
-    timeout_seconds: float = 30.0  # from a request to the end of its answer's header, and for every further read
-    attempts: int = 5  # for one file or byte range; the next one continues at the first missing byte
-    first_wait_seconds: float = 0.5  # before the second attempt; doubled for each further one, times 0.5 to 1.5
-    minimum_bytes_per_second: float = 10_000.0  # an attempt whose average stays below it is aborted
-    redirect_hosts: tuple[str, ...] = ()  # followed to, besides the server itself; see `addresses.redirect_obstacle`
-
-
-DEFAULT_TRANSFER = Transfer()
-
-
-class HttpsClient:
+class HttpsClient(StoreClient):
     """Read files of https servers. Threads may share a client; copies in other processes open their own connections.
 
     Args:
@@ -131,13 +117,13 @@ class HttpsClient:
                 raise DamagedDataError(url, position, expected, str(failure)) from failure
         raise UnreachableDataError(url, position, f"{stop - position} bytes", self._after_attempts(found))
 
-    def small_file(self, url: str, limit_bytes: int, absent: tuple[int, ...] = _ABSENT_STATUS) -> bytes | None:
+    def small_file(self, url: str, limit_bytes: int, absent_if_forbidden: bool = False) -> bytes | None:
         """Read a whole file of unknown size.
 
         Args:
             url: the file.
             limit_bytes: a longer file is refused.
-            absent: statuses that mean "no such file".
+            absent_if_forbidden: public buckets without permission to list them answer 403 for a missing file.
 
         Returns:
             Its contents; None where there is no such file.
@@ -146,6 +132,7 @@ class HttpsClient:
             DamagedDataError: no usable answer.
         """
         expected, found = f"at most {limit_bytes} bytes", ""
+        absent = (*_ABSENT_STATUS, 403) if absent_if_forbidden else _ABSENT_STATUS
         for _ in self._tries():
             try:
                 with self._answer("GET", url) as answer:

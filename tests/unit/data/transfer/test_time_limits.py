@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.store import connections
-from ebft_mega.data.store.https import HttpsClient, Transfer
+from ebft_mega.data.transfer import connections
+from ebft_mega.data.transfer.https_client import HttpsClient, Transfer
 from ebft_mega.errors import DamagedDataError
-from tests.unit.data.store.dripping_server import DrippingServer, Say, dripping
+from tests.unit.data.transfer.dripping_server import DrippingServer, Say, dripping
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -3,6 +3,7 @@
 No message shows more of an address that a server has named than its host and port: the rest often contains credentials.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -10,6 +11,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import httpx2
 
+_PLAIN = re.compile(r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?", re.IGNORECASE)
+_NO_PLACE = "no valid host, port or path"
 _HTTPS_PORT = 443
 _LONGEST_HOST = 253  # characters, as the DNS has it
 
@@ -19,14 +22,14 @@ def https_address_problem(address: str) -> str | None:
     try:
         parts = urlsplit(address)
         port_is_valid = parts.port is None or 0 < parts.port
-    except ValueError as error:
-        return str(error)
+    except ValueError:  # not its own words: they repeat parts of the address
+        return _NO_PLACE
     if parts.scheme.lower() != "https":
         return f"the scheme {parts.scheme!r}"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         return "a user, password, query or fragment"
-    if not parts.hostname or not port_is_valid or not address.isprintable() or " " in address:
-        return "no valid host, port or path"
+    if not port_is_valid or not address.isprintable() or not _PLAIN.fullmatch(address):
+        return _NO_PLACE
     return None
 
 

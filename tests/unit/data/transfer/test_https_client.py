@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ebft_mega.data.store.addresses import redirect_obstacle
-from ebft_mega.data.store.https import HttpsClient, Transfer
+from ebft_mega.data.transfer.addresses import redirect_obstacle
+from ebft_mega.data.transfer.https_client import HttpsClient, Transfer
 from ebft_mega.errors import DamagedDataError
 from tests.unit.data.store.https_server import Fault, FileServer, proxying, serving
 
@@ -94,7 +94,7 @@ def test_a_server_that_hangs_is_left(server: FileServer, url: str, fault: Fault)
 
 def test_only_a_failed_attempt_is_waited_after(server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("ebft_mega.data.store.https.time.sleep", waits.append)
+    monkeypatch.setattr("ebft_mega.data.transfer.https_client.time.sleep", waits.append)
     client = HttpsClient(Transfer())
     for _ in range(2):
         assert b"".join(client.chunks(url, 0, len(CONTENT), len(CONTENT))) == CONTENT
@@ -440,7 +440,7 @@ def test_a_connection_that_the_server_closed_costs_no_attempt(
     server: FileServer, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("ebft_mega.data.store.https.time.sleep", waits.append)
+    monkeypatch.setattr("ebft_mega.data.transfer.https_client.time.sleep", waits.append)
     server.faults["file"] = Fault("hang up")
     client = HttpsClient(replace(QUICK, attempts=1))
     for number in range(3):
@@ -541,7 +541,7 @@ def test_a_pickled_client_has_no_connections(server: FileServer, url: str) -> No
 def test_httpx2_is_loaded_by_the_first_request() -> None:
     code = (
         "import sys\n"
-        "from ebft_mega.data.store.https import HttpsClient, Transfer\n"
+        "from ebft_mega.data.transfer.https_client import HttpsClient, Transfer\n"
         "HttpsClient(Transfer())\n"
         "assert 'httpx2' not in sys.modules\n"
     )
