@@ -12,12 +12,14 @@ from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.io.progress_bar import track
 from ebft_mega.io.standard_streams import print_line
@@ -120,7 +122,7 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
     checked: list[model_data.NamedModel] = []
     options: list[tuple[str, Path, tuple[float, ...] | None]] = [("--model", request.model, None)]
     if request.feature_model != request.model:
-        options.append((request.feature_key, request.feature_model, config.ebft.feature_layers))
+        options.append((request.feature_key, request.feature_model, tapped_fractions(config)))
     for option, directory, layers in options:
         try:
             checked.append(model_data.NamedModel(option, "", check_model(directory, layers)))
@@ -147,9 +149,9 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
 def _feature_network(
     model: CheckedModel, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype, route: AttentionRoute
 ) -> FeatureNetwork:
-    architecture, ebft, directory = model.architecture, config.ebft, model.directory
+    architecture, directory, fractions = model.architecture, model.directory, tapped_fractions(config)
     assert directory is not None, "check_inputs has opened it"
-    deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    deepest = tapped_layers(fractions, architecture.num_hidden_layers)[-1]
     source = open_weights(directory, architecture, deepest)
-    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, dtype, attention=route)
+    settings = FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=route)
     return build_feature_network(architecture, source, settings, groups)

@@ -30,6 +30,14 @@ def feature_map(config: RunConfig) -> FeatureMap:
     return entry_of(config, FEATURE_MAPS, config.ebft.embed_method)
 
 
+def tapped_fractions(config: RunConfig) -> tuple[float, ...]:
+    """Depths at which the frozen network is read, as shares of its layers, ascending.
+
+    Those of `ebft.feature_layers` that the feature map chooses.
+    """
+    return feature_map(config).layers(tuple(sorted(config.ebft.feature_layers)))
+
+
 def learning_rates(config: RunConfig, total_steps: int | None = None) -> LearningRates:
     """The learning rate of every step, from the entry of `train.lr_scheduler`.
 

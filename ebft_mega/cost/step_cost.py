@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pairs, forward_flops, rollout_pairs
 
@@ -23,7 +24,7 @@ class StepShape:
     plan: BlockPlan
     uses_rollouts: bool = True  # rl_coef > 0
     uses_targets: bool = False  # ce_coef > 0
-    pools_mean: bool = False  # features of all G tokens of a window, not of its last
+    tokens_read: int = 1  # the last ones of each window, of which a feature is made
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
 
     @classmethod
@@ -35,8 +36,8 @@ class StepShape:
             config.block_plan,
             uses_rollouts=config.uses_rollouts,
             uses_targets=config.ebft.ce_coef > 0,
-            pools_mean=config.ebft.embed_method == "mean_pooling",
-            feature_layers=config.ebft.feature_layers,
+            tokens_read=len(feature_map(config).positions(config.ebft.generate_max_len)),
+            feature_layers=tapped_fractions(config),
         )
 
     @property
@@ -79,14 +80,13 @@ class StepShape:
     def pooled(self) -> LayerWork:
         """Least work of the deepest tapped layer: keys and values of all positions, the rest for pooled rows only.
 
-        Pooled are the last position of each rollout and target, or all G. Where targets overlap, a position is counted
-        once.
+        Pooled are the positions of each rollout and target that the feature map reads. Where targets overlap, a
+        position is counted once.
         """
         plan = self.plan
-        tokens = plan.generate_length if self.pools_mean else 1
-        first = plan.generate_length - tokens
+        first = plan.generate_length - self.tokens_read
         targets = {anchor + t for anchor in plan.anchors for t in range(first, plan.generate_length)}
-        rows = len(targets) + plan.rollouts_per_row * tokens
+        rows = len(targets) + plan.rollouts_per_row * self.tokens_read
         rollouts = rollout_pairs(plan, plan.generate_length) - rollout_pairs(plan, first)
         return LayerWork(self.feature_rows, rows, rows, sum(targets) + len(targets) + rollouts)
 

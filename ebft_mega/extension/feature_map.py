@@ -15,30 +15,43 @@ class FeatureMap(Entry):
     one: `pool` gets a slice of the hidden dimension (tensor parallel) of the layers that lie on its stage (pipeline
     parallel), so it works on tokens alone, the same for every hidden channel and every layer. Normalisation, the
     weights of layers and inner products are the package's (`features/gram.py`).
+
+    Everything but `pool` is asked of a map before a run starts, by the dry run too, which does without torch.
     """
 
     # Where `ebft.feature_norm` scales to length one: each token before pooling, or the pooled vector.
     normalises: ClassVar[Literal["tokens", "pooled"]] = "pooled"
 
     def layers(self, fractions: tuple[float, ...]) -> tuple[float, ...]:
-        """Depths at which the network is read, ascending, of those that `ebft.feature_layers` names; all by default."""
+        """Choose the depths at which the network is read; by default all that are named.
+
+        Args:
+            fractions: `ebft.feature_layers`, ascending: shares of the network's layers, above 0 and at most 1.
+        Returns:
+            At least one such share, ascending. Nothing above the deepest one is computed.
+        """
         return fractions
 
     def positions(self, generate_length: int) -> range:
-        """Which of the G positions of a window are read, first to last; they end with the last one, G - 1."""
+        """Choose which of the G positions of a window are read: some of the last ones, ending with G - 1.
+
+        The hidden states of these positions are stored from the feature pass on, in `train.dtype`.
+        """
         raise NotImplementedError
 
     def pool(self, rows: "Tensor") -> "Tensor":
-        """Make one vector of the rows of a window.
+        """Make one vector of the rows of a window, of finite rows a finite one.
 
         Args:
-            rows: float64 [B, K, n + 1, T, H or a slice of it], T positions as `positions` says.
+            rows: float64 [B, K, n + 1, T, H or a slice of it], T positions as `positions` says, the n rollouts of a
+                block first, its target last; not to be changed. With `normalises` `tokens` they have been scaled.
         Returns:
-            float64 [B, K, n + 1, X], X a multiple of the last dimension.
+            float64 [B, K, n + 1, X], X `vectors` times the last dimension of `rows`, on the same device. Windows must
+            not depend on each other: a layout may give any of them, and equal windows must get equal bits.
         Communication: none.
         """
         raise NotImplementedError
 
     def vectors(self, generate_length: int) -> int:
-        """How many vectors of the hidden size `pool` leaves (X / H): planning counts memory and arithmetic with it."""
+        """How many vectors of the hidden size `pool` leaves (X / H): the memory plan and the dry run ask for it."""
         return 1

@@ -9,8 +9,9 @@ import torch
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.features.gram import EmbedMethod, FeatureNorm
+from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import StageLoader, load_weights
@@ -25,9 +26,8 @@ from ebft_mega.types import DTYPES
 class FeatureSettings:
     """Which layers make a feature and how, and where the parameters lie."""
 
-    layer_fractions: tuple[float, ...]  # relative depths to tap, as `ebft.feature_layers`
-    embed_method: EmbedMethod
-    feature_norm: FeatureNorm
+    layer_fractions: tuple[float, ...]  # relative depths to tap, as `tapped_fractions` gives them
+    recipe: FeatureRecipe
     dtype: torch.dtype
     is_sharded: bool = False  # partitioned over the data-parallel group, gathered for each use; else whole
     sequence_parallel: bool = False
@@ -42,9 +42,8 @@ class FeatureSettings:
             is_sharded: what `zero.feature_network` chooses.
         """
         return cls(
-            layer_fractions=config.ebft.feature_layers,
-            embed_method=config.ebft.embed_method,
-            feature_norm=config.ebft.feature_norm,
+            layer_fractions=tapped_fractions(config),
+            recipe=FeatureRecipe.of(config),
             dtype=DTYPES[config.train.dtype],
             is_sharded=is_sharded,
             sequence_parallel=config.parallel.sequence_parallel,
@@ -96,4 +95,4 @@ def build_feature_network(
         def whole_parameters() -> Iterator[StageRunner]:
             yield stage
 
-    return FeatureNetwork(stage, whole_parameters, taps, settings.embed_method, settings.feature_norm)
+    return FeatureNetwork(stage, whole_parameters, taps, settings.recipe)

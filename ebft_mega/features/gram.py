@@ -3,12 +3,12 @@
 A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers and over slices of
 the hidden dimension. So no rank ever holds a whole feature: each sums over its own layers and slice, and what is
 all-reduced is one `[n + 1, n + 1]` matrix per block. Where vectors are scaled before those sums, their squared lengths
-are all-reduced first: with `per_layer` one per layer and token read, with `joint` and `mean_pooling` one per token.
-Features are rows 0..n-1 for the samples and row n for the target. Everything after the
+are all-reduced first: with `per_layer` one per layer and vector, with `joint` and a map that normalises tokens one per
+token. Features are rows 0..n-1 for the samples and row n for the target. Everything after the
 hidden states is float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.config.entries import feature_map
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
 
-EmbedMethod = Literal["last_token", "mean_pooling"]
 FeatureNorm = Literal["joint", "per_layer"]
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """How features are made of the rows of tapped layers."""
+
+    map: FeatureMap
+    # `joint` scales the concatenated layers to length one (the authors' code), `per_layer` each layer before
+    # concatenation (length sqrt(number of layers); axolotl): of each token, or of the pooled vectors, as the map says.
+    norm: FeatureNorm = "joint"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "FeatureRecipe":
+        """The recipe of a configuration."""
+        return cls(feature_map(config), config.ebft.feature_norm)
+
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether vectors are scaled before they are pooled."""
+        return self.map.normalises == "tokens"
 
 
 @dataclass(frozen=True)
@@ -29,13 +51,16 @@ class PooledRows:
     """Which rows of a packed pass (the document, then all rollouts whole) features are made of."""
 
     read: ReadRows  # each row once
-    places: Tensor  # int64 [K, n + 1, T], which of those rows; T is 1 or G; the target's window is in the document
+    places: Tensor  # int64 [K, n + 1, T], which of those rows; the target's window is in the document
 
     @classmethod
-    def of(cls, plan: BlockPlan, embed_method: EmbedMethod, device: torch.device) -> "PooledRows":
-        """The rows of a plan's features: `last_token` reads the last position of each window, `mean_pooling` all G."""
-        tokens = 1 if embed_method == "last_token" else plan.generate_length
-        window = range(plan.generate_length - tokens, plan.generate_length)
+    def of(cls, plan: BlockPlan, window: range, device: torch.device) -> "PooledRows":
+        """The rows of a plan's features.
+
+        Args:
+            window: T positions of each window of G, the last ones (`FeatureMap.positions`).
+        """
+        tokens = len(window)
         # Windows overlap where the stride is smaller than they are.
         document = sorted({anchor + t for anchor in plan.anchors for t in window})
         rollouts = plan.sequence_length + torch.arange(
@@ -62,17 +87,13 @@ def unit_diagonal(gram: Tensor) -> Tensor:
     return gram / (norms[..., :, None] * norms[..., None, :])
 
 
-def pool_tokens(rows: Tensor, squared_norms: Tensor) -> Tensor:
-    """Mean over tokens of normalised token features; the mean itself is not normalised (the authors' code).
+def scaled(vectors: Tensor, squared_norms: Tensor) -> Tensor:
+    """Vectors divided by their lengths; a zero vector stays zero.
 
     Args:
-        rows: [B, K, n + 1, T, H or a slice of it]; squared_norms: [B, K, n + 1, T], over everything that is
-            normalised together.
-    Returns:
-        [B, K, n + 1, H or the slice].
+        vectors: [..., H or a slice of it]; squared_norms: [...], over everything that is normalised together.
     """
-    lengths = squared_norms.clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
-    return (rows / lengths[..., None]).mean(dim=-2)
+    return vectors / squared_norms.clamp(min=torch.finfo(vectors.dtype).tiny).sqrt()[..., None]
 
 
 def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,8 +106,7 @@ def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def block_grams(
     taps: Sequence[Tensor],
     shape: tuple[int, ...],
-    embed_method: EmbedMethod,
-    feature_norm: FeatureNorm,
+    recipe: FeatureRecipe,
     groups: ProcessGroups,
     device: torch.device,
 ) -> Tensor:
@@ -96,27 +116,39 @@ def block_grams(
         taps: one [B, K, n + 1, T, H / tensor-parallel ranks] per tapped layer on this stage, T positions as
             `PooledRows.places` says, in the network's dtype; no taps are zeros.
         shape: B, K, n + 1, T.
-        feature_norm: `joint` scales the concatenated layers to length one (the authors' code), `per_layer` each
-            layer before concatenation (length sqrt(number of layers); axolotl).
     Returns:
         float64 [B, K, n + 1, n + 1], the same on every rank of the replica.
-    Communication: over the replica's ranks one all-reduce of B * K * (n + 1)^2 float64; with joint mean pooling
-        one more of B * K * (n + 1) * G before it. With `per_layer`, over the tensor-parallel group one of
-        B * K * (n + 1) * T for each tapped layer.
+    Communication: over the replica's ranks one all-reduce of B * K * (n + 1)^2 float64; with a joint norm of tokens
+        one more of B * K * (n + 1) * T before it. With `per_layer`, over the tensor-parallel group one for each
+        tapped layer: of B * K * (n + 1) * T where tokens are scaled, else of B * K * (n + 1).
     Source: EBFT paper (arXiv 2603.12248), feature network; the authors' `hidden_state_method: concat`.
     """
     rows = [layer.to(torch.float64) for layer in taps]
-    squares = [layer.square().sum(dim=-1) for layer in rows]
-    if feature_norm == "per_layer":
-        squares = [summed(layer, groups.tensor_parallel) for layer in squares]
-        features = [pool_tokens(layer, norms) for layer, norms in zip(rows, squares, strict=True)]
-    elif embed_method == "mean_pooling":
-        # Pooling comes after normalisation, so a token's length over all layers has to be known before.
-        none = torch.zeros(shape, dtype=torch.float64, device=device)
-        norms = summed(sum(squares, none), groups.model_parallel)
-        features = [pool_tokens(layer, norms) for layer in rows]
-    else:
-        features = [layer[..., 0, :] for layer in rows]
+    features = _features_per_layer(rows, recipe, groups) if recipe.norm == "per_layer" else None
+    if features is None:
+        features = _features_of_joint_norm(rows, shape, recipe, groups, device)
     none = torch.zeros((*shape[:-1], shape[-2]), dtype=torch.float64, device=device)
     gram = summed(sum(map(inner_products, features), none), groups.model_parallel)
-    return unit_diagonal(gram) if feature_norm == "joint" and embed_method == "last_token" else gram
+    return unit_diagonal(gram) if recipe.norm == "joint" and not recipe.scales_tokens else gram
+
+
+def _features_per_layer(rows: Sequence[Tensor], recipe: FeatureRecipe, groups: ProcessGroups) -> Iterator[Tensor]:
+    """Each layer's vectors, pooled and scaled by themselves: what this rank has of them, [B, K, n + 1, X]."""
+    for layer in rows:
+        vectors = layer if recipe.scales_tokens else recipe.map.pool(layer)
+        unit = scaled(vectors, summed(vectors.square().sum(dim=-1), groups.tensor_parallel))
+        # Contiguous, as a mean is: the order of sums in a product follows strides.
+        yield recipe.map.pool(unit) if recipe.scales_tokens else unit.contiguous()
+
+
+def _features_of_joint_norm(
+    rows: Sequence[Tensor], shape: tuple[int, ...], recipe: FeatureRecipe, groups: ProcessGroups, device: torch.device
+) -> Iterator[Tensor]:
+    """Each layer's pooled vectors; of a map that normalises pooled vectors not scaled yet."""
+    if not recipe.scales_tokens:
+        yield from map(recipe.map.pool, rows)
+        return
+    # Pooling comes after normalisation, so a token's length over all layers has to be known before.
+    none = torch.zeros(shape, dtype=torch.float64, device=device)
+    norms = summed(sum((layer.square().sum(dim=-1) for layer in rows), none), groups.model_parallel)
+    yield from (recipe.map.pool(scaled(layer, norms)) for layer in rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.features.gram import EmbedMethod, FeatureNorm, PooledRows, block_grams
+from ebft_mega.features.gram import FeatureRecipe, PooledRows, block_grams
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring
@@ -32,8 +32,7 @@ class FeatureNetwork:
     stage: Stage  # this rank's; only what it is, its parameters may be partitioned
     whole_parameters: Callable[[], AbstractContextManager[StageRunner]]
     taps: tuple[int, ...]  # depths in blocks from the input
-    embed_method: EmbedMethod
-    feature_norm: FeatureNorm
+    recipe: FeatureRecipe
 
     @torch.no_grad()
     def grams(self, micro_batches: Sequence[TokenBatch], rollouts: Sequence[Rollout], plan: BlockPlan) -> list[Tensor]:
@@ -50,7 +49,7 @@ class FeatureNetwork:
         Communication: that of the layers; hidden states from stage to stage; what `block_grams` says.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
-        pooled = PooledRows.of(plan, self.embed_method, self.stage.groups.device)
+        pooled = PooledRows.of(plan, self.recipe.map.positions(plan.generate_length), self.stage.groups.device)
 
         def hidden_buffer(slot: Slot) -> Tensor:
             length = plan.sequence_length + plan.generated_per_row
@@ -104,4 +103,4 @@ class FeatureNetwork:
         """Gram matrices of a micro-batch."""
         shape = (len(rollout.tokens), *pooled.places.shape)
         groups = self.stage.groups
-        return block_grams(rows, shape, self.embed_method, self.feature_norm, groups, groups.device)
+        return block_grams(rows, shape, self.recipe, groups, groups.device)

@@ -10,6 +10,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
@@ -175,7 +176,7 @@ def feature_weights(config: RunConfig, architecture: Architecture, initial_polic
     ebft = config.ebft
     if ebft.feature_model is None:
         return initial_policy
-    deepest = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    deepest = tapped_layers(tapped_fractions(config), architecture.num_hidden_layers)[-1]
     return open_weights(ebft.feature_model, architecture, deepest, hash_files=False)
 
 

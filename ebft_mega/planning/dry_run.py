@@ -7,9 +7,10 @@ from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
-from ebft_mega.config.entries import learning_rates
+from ebft_mega.config.entries import feature_map, learning_rates, tapped_fractions
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.cost.step_cost import StepShape
 from ebft_mega.planning.absent_inputs import listed_keys
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
 from ebft_mega.planning.auto import USABLE_SHARE, choices, fit, possible_reuses, ways_out
@@ -96,9 +97,27 @@ def _block_text(config: RunConfig, plan: RunPlan) -> str:
             ("policy rows per row (gradient pass)", document + generated),
             ("head rows per row (gradient pass)", scored_rows(config)),
             ("feature rows per row", features),
-            ("feature layers", f"{tapped_layers(config.ebft.feature_layers, depth)} of {depth}"),
+            ("feature layers", f"{tapped_layers(tapped_fractions(config), depth)} of {depth}"),
+            *_feature_map_rows(config, plan),
         ]
     )
+
+
+def _feature_map_rows(config: RunConfig, plan: RunPlan) -> list[tuple[str, object]]:
+    """The feature map and what it costs beside the network's pass; nothing without rollouts."""
+    if not config.uses_rollouts:
+        return []
+    blocks, architecture, method = plan.block_plan, plan.feature_architecture, feature_map(config)
+    read, taps = len(method.positions(blocks.generate_length)), len(tapped_fractions(config))
+    width = method.vectors(blocks.generate_length) * architecture.hidden_size * taps
+    shape = StepShape.of(config, plan.architecture, architecture)
+    products = 2 * blocks.num_blocks * (blocks.num_samples + 1) ** 2 * width
+    return [
+        ("feature map", f"{method.name}, of the last {read} of {blocks.generate_length} positions"),
+        ("rows read per row and tapped layer", shape.pooled.outputs),
+        ("numbers of a feature", width),
+        ("float64 operations of inner products per row", products),
+    ]
 
 
 def _data_text(config: RunConfig, plan: RunPlan) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
+from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,
@@ -222,17 +223,19 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     """The packed pass, a layer at a time, or the Gram matrices of a micro-batch; and the rows read from tapped layers.
 
     The deepest tapped layer counts as a whole one, though only rows that are read go through its MLP. K*(n + 1)*T rows
-    of H / t values (T is 1 for `last_token`, else G) are stored of every tap of the stage and of every micro-batch in
-    `train.dtype`. Gram matrices are made of them in float64, one micro-batch and, for their squares,
-    one tap at a time.
+    of H / t values (T positions of a window, which the feature map chooses) are stored of every tap of the stage and of
+    every micro-batch in `train.dtype`. Gram matrices are made of them in float64, one micro-batch at a time and, for
+    their squares, their scaled copies and what is pooled of these, one tap at a time.
     """
     blocks, architecture = plan.block_plan, plan.feature_architecture
-    packed, ebft = feature_pass(config), config.ebft
-    all_taps = tapped_layers(ebft.feature_layers, architecture.num_hidden_layers)
+    packed, method = feature_pass(config), feature_map(config)
+    all_taps = tapped_layers(tapped_fractions(config), architecture.num_hidden_layers)
     taps = len(feature_stage(config, plan, stage).taps_within(all_taps))
-    read = 1 if ebft.embed_method == "last_token" else blocks.generate_length
+    read = len(method.positions(blocks.generate_length))
     hidden = architecture.hidden_size // plan.parallel.tensor_parallel
-    values = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * read * hidden
+    of_one = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * hidden
+    values = of_one * read
+    pooled = of_one * method.vectors(blocks.generate_length) if read > 1 else 0  # of a single row it is the row itself
     saved = saved_bytes(config, plan, stage, reuse, document_length(config), blocks.generate_length - 1)
     needs = {
         f"saved {reuse} of the rollouts": plan.num_micro_batches * saved,
@@ -241,7 +244,7 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     return largest_moment(
         [
             needs | {"one layer": layer_forward_bytes(architecture, config, packed)},
-            needs | {"Gram matrices (float64)": (taps + 1) * values * FLOAT64_BYTES},
+            needs | {"Gram matrices (float64)": ((taps + 1) * values + pooled) * FLOAT64_BYTES},
         ]
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape, stage_parameters
 from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS, padded_vocabulary
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.run_plan import RunPlan
 
@@ -72,7 +73,7 @@ def policy_stage(plan: RunPlan, stage: int) -> StageShape:
 def feature_stage(config: RunConfig, plan: RunPlan, stage: int) -> StageShape:
     """The feature network's layers on a stage: its own split of the layers up to the deepest tap."""
     architecture = plan.feature_architecture
-    depth = tapped_layers(config.ebft.feature_layers, architecture.num_hidden_layers)[-1]
+    depth = tapped_layers(tapped_fractions(config), architecture.num_hidden_layers)[-1]
     return StageShape.of_features(architecture, depth, stage, plan.parallel.pipeline_parallel)
 
 

@@ -12,6 +12,7 @@ from ebft_mega.architecture.vocabulary_blocks import NUM_VOCABULARY_BLOCKS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.checkpoint.commit import step_of
 from ebft_mega.checkpoint.manifest import MANIFEST_NAME
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.fields import is_possible_path
 from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
@@ -266,7 +267,7 @@ def _policy(config: RunConfig, absent: Mapping[str, AbsentInput]) -> NamedModel:
 def _feature_model(config: RunConfig, absent: Mapping[str, AbsentInput]) -> NamedModel:
     directory, key = config.ebft.feature_model, "ebft.feature_model"
     assert directory is not None, "called only with a feature model"
-    return _model_directory(config, key, directory, absent, config.ebft.feature_layers)
+    return _model_directory(config, key, directory, absent, tapped_fractions(config))
 
 
 def _model_directory(
@@ -341,7 +342,7 @@ def _pipeline_notes(
             f"A replica has fewer micro-batches ({num_micro_batches}) than pipeline stages ({stages}): a stage is "
             f"idle for {decoding} % of the rollout phase and {learning} % of the gradient pass."
         )
-    depth = tapped_layers(config.ebft.feature_layers, features.num_hidden_layers)[-1]
+    depth = tapped_layers(tapped_fractions(config), features.num_hidden_layers)[-1]
     if config.uses_rollouts and depth < stages:
         found.append(f"The feature network has {depth} layers for {stages} pipeline stages: the last have none.")
     return found

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
 from ebft_mega.model.weights.weight_layout import Box
@@ -53,7 +55,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(stage, source)
     policy = PipelinedModel.of(stage)
-    settings = FeatureSettings(ebft.feature_layers, ebft.embed_method, ebft.feature_norm, torch.float32)
+    settings = FeatureSettings(tapped_fractions(config), FeatureRecipe.of(config), torch.float32)
     network = build_feature_network(architecture, source, settings, groups)
     matrices = [parameter for parameter in stage.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in stage.parameters() if parameter.ndim == 1]

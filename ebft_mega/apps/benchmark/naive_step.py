@@ -114,23 +114,22 @@ def naive_gram(naive: NaiveTrainer, rows: TokenBatch, rollout: Rollout) -> Tenso
         float64 [B, K, n + 1, n + 1].
     """
     trainer, stage = naive.trainer, naive.feature_stage
-    plan, ebft = trainer.plan, trainer.config.ebft
-    assert trainer.feature_network is not None, "the baseline is a step with rollouts"
+    plan, network = trainer.plan, trainer.feature_network
+    assert network is not None, "the baseline is a step with rollouts"
     sequence, positions = step_major_sequence(rows.tokens, rollout.tokens, plan)
     states = [stage.embed(sequence)]
     for layer in stage.layers:
         states.append(layer(states[-1], naive.layout(plan.generate_length), rotary_pos_emb=stage.angles(positions))[0])
     logits_of_all(stage, states[-1])
     states[-1] = _final_norm(stage, states[-1])
-    first = plan.generate_length - 1 if ebft.embed_method == "last_token" else 0
-    generated, targets = feature_positions(plan, first, sequence.device)
+    generated, targets = feature_positions(plan, network.recipe.map.positions(plan.generate_length), sequence.device)
     taps = []
-    for depth in trainer.feature_network.taps:
+    for depth in network.taps:
         state = states[depth].transpose(0, 1).unflatten(0, (len(rows.tokens), plan.num_samples))  # [B, n, S, H]
         of_samples = state[:, :, generated].transpose(1, 2)  # [B, K, n, T, H]
         taps.append(torch.cat((of_samples, state[:, :1, targets].transpose(1, 2)), dim=2))
     shape = tuple(taps[0].shape[:-1])
-    gram = block_grams(taps, shape, ebft.embed_method, ebft.feature_norm, stage.groups, sequence.device)
+    gram = block_grams(taps, shape, network.recipe, stage.groups, sequence.device)
     return copy_duplicate_rows(gram, rollout.tokens)
 
 

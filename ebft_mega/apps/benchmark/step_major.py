@@ -103,13 +103,15 @@ def predicting_positions(plan: BlockPlan, device: torch.device) -> Tensor:
     return torch.cat((anchors, plan.sequence_length + earlier + blocks), dim=1)
 
 
-def feature_positions(plan: BlockPlan, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions at which features of tokens `first .. G - 1` of each window are read.
+def feature_positions(plan: BlockPlan, window: range, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions at which features are read.
 
+    Args:
+        window: T positions of each window of G (`FeatureMap.positions`).
     Returns:
-        int64 [K, G - first] each, of generated tokens in a step-major sequence and of targets in the row.
+        int64 [K, T] each, of generated tokens in a step-major sequence and of targets in the row.
     """
-    steps = torch.arange(first, plan.generate_length, device=device)
+    steps = torch.tensor(window, device=device)
     blocks = torch.arange(plan.num_blocks, device=device)[:, None]
     generated = plan.sequence_length + steps * plan.num_blocks + blocks
     return generated, torch.tensor(plan.anchors, device=device)[:, None] + steps

@@ -84,9 +84,10 @@ def test_a_layer_does_what_its_parameters_say():
 
 
 @given(plans(), st.booleans(), st.booleans())
-def test_pairs_are_those_of_the_mask(plan, uses_targets, pools_mean):
+def test_pairs_are_those_of_the_mask(plan, uses_targets, pools_all):
     """Counted one query at a time, from the definition of who sees whom."""
-    shape = shape_of(plan, uses_targets=uses_targets, pools_mean=pools_mean)
+    tokens_read = plan.generate_length if pools_all else 1
+    shape = shape_of(plan, uses_targets=uses_targets, tokens_read=tokens_read)
     document = plan.sequence_length - 1 if uses_targets else plan.anchors[-1]
     queries = [position + 1 for position in range(document)]
     queries += [anchor + t + 1 for anchor in plan.anchors for t in range(plan.generate_length - 1)] * plan.num_samples
@@ -97,15 +98,16 @@ def test_pairs_are_those_of_the_mask(plan, uses_targets, pools_mean):
     features += [anchor + t + 1 for anchor in plan.anchors for t in range(plan.generate_length)] * plan.num_samples
     cost = cost_of_step(shape, "off").features
     assert (cost.rows, cost.pairs) == (len(features), sum(features))
-    window = range(0 if pools_mean else plan.generate_length - 1, plan.generate_length)
+    window = range(plan.generate_length - tokens_read, plan.generate_length)
     pooled = [position + 1 for position in {anchor + t for anchor in plan.anchors for t in window}]
     pooled += [anchor + t + 1 for anchor in plan.anchors for t in window] * plan.num_samples
     assert (shape.pooled.outputs, shape.pooled.pairs) == (len(pooled), sum(pooled))
 
 
 @given(plans(), st.booleans(), st.booleans())
-def test_nothing_is_below_the_limit(plan, uses_targets, pools_mean):
-    shape = shape_of(plan, uses_targets=uses_targets, pools_mean=pools_mean)
+def test_nothing_is_below_the_limit(plan, uses_targets, pools_all):
+    tokens_read = plan.generate_length if pools_all else 1
+    shape = shape_of(plan, uses_targets=uses_targets, tokens_read=tokens_read)
     bound = least_cost_of_step(shape)
     activations, checkpoints = (cost_of_step(shape, reuse) for reuse in ("activations", "checkpoints"))
     off = cost_of_step(shape, "off")

@@ -15,6 +15,8 @@ from ebft_mega.evaluation import held_out
 from ebft_mega.evaluation.held_out import EvaluationSettings, evaluate
 from ebft_mega.features import network as network_module
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
+from ebft_mega.features.maps.last_token import LastToken
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights
@@ -33,7 +35,7 @@ def models(groups):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(stage, RandomWeights(architecture, seed=1))
-    settings = FeatureSettings((0.25, 0.75), "last_token", "joint", torch.float32)
+    settings = FeatureSettings((0.25, 0.75), FeatureRecipe(LastToken()), torch.float32)
     network = build_feature_network(architecture, RandomWeights(architecture, seed=2), settings, groups)
     return SimpleNamespace(policy=PipelinedModel.of(stage), network=network)
 

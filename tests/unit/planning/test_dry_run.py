@@ -135,7 +135,8 @@ def test_a_nucleus_is_searched_in_sorted_logits(inputs):
 @pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8)])
 def test_features_phase_by_hand(inputs, method, read):
     packed, values = 32 + 3 * 4 * 8, 2 * 3 * 5 * read * 16  # 2 rows, 3 blocks, 4 samples and a target
-    layer, gram = 2 * packed * (3 * 16 + 8 * 16 + 2 * 8) * 4, (3 + 1) * values * 8
+    pooled = 2 * 3 * 5 * 16 if read > 1 else 0
+    layer, gram = 2 * packed * (3 * 16 + 8 * 16 + 2 * 8) * 4, ((3 + 1) * values + pooled) * 8
     moment = {"one layer": layer} if layer > gram else {"Gram matrices (float64)": gram}
     found = planned(inputs, train__dtype="float32", ebft__embed_method=method).phases["features"]
     assert found == moment | {"rows of the tapped layers": 4 * 3 * values * 4}  # of 3 taps, of 4 micro-batches

@@ -16,6 +16,8 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.load import load_config
 from ebft_mega.evaluation.held_out import EvaluationSettings, evaluate
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
+from ebft_mega.features.maps.mean_pooling import MeanPooling
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights
@@ -99,7 +101,7 @@ def models(groups):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
     load_weights(stage, RandomWeights(architecture, seed=1))
-    settings = FeatureSettings((0.25, 0.5, 0.75), "mean_pooling", "joint", torch.float64)
+    settings = FeatureSettings((0.25, 0.5, 0.75), FeatureRecipe(MeanPooling()), torch.float64)
     network = build_feature_network(architecture, RandomWeights(architecture, seed=2), settings, groups)
     return SimpleNamespace(stage=stage, policy=PipelinedModel.of(stage), network=network)
 

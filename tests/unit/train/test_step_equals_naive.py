@@ -16,11 +16,13 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.stage_module import runner
+from ebft_mega.registry.kinds import FEATURE_MAPS
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import counted_blocks
@@ -98,7 +100,8 @@ def setting(request, groups, tmp_path):
         stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
         load_weights(stage, source)
         stages.append((stage, source))
-    settings = FeatureSettings(case.feature_layers, case.embed_method, case.feature_norm, torch.float64)
+    recipe = FeatureRecipe(FEATURE_MAPS.entry(case.embed_method)(), case.feature_norm)
+    settings = FeatureSettings(case.feature_layers, recipe, torch.float64)
     network = build_feature_network(architecture, stages[1][1], settings, groups)
     assert network.taps == case.taps
     tokens = torch.randint(

@@ -92,7 +92,7 @@ def test_places_in_a_step_major_sequence():
     sequence, positions = step_major_sequence(row, rollouts, PLAN)
     assert sequence.shape == (PLAN.num_samples, PLAN.sequence_length + PLAN.num_blocks * PLAN.generate_length)
     predicting = predicting_positions(PLAN, row.device)
-    generated, targets = feature_positions(PLAN, 0, row.device)
+    generated, targets = feature_positions(PLAN, range(PLAN.generate_length), row.device)
     for sample in range(PLAN.num_samples):
         assert torch.equal(sequence[sample, generated], rollouts[0, sample])
         assert torch.equal(sequence[sample, predicting[:, 1:]], rollouts[0, sample, :, :-1])
