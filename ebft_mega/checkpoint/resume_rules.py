@@ -10,12 +10,14 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.saved_run import SavedRun
-from ebft_mega.config.entries import learning_rates
+from ebft_mega.config.entries import entries_in_use, learning_rates
 from ebft_mega.config.fields import path_kind
 from ebft_mega.config.paths import written_path
 from ebft_mega.config.rules import yaml_text
 from ebft_mega.config.schema import EbftConfig, RunConfig, all_keys
+from ebft_mega.config.section_values import OPTIONS
 from ebft_mega.errors import Problem
+from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS
 
 
 class Rule(Enum):
@@ -25,6 +27,7 @@ class Rule(Enum):
     NOTED = auto()  # it may change; a note says what follows
     LENGTH = auto()  # noted where the learning rate depends on the last step; else the run is only longer or shorter
     BY_CONTENTS = auto()  # not the key is compared, but what it names
+    BY_ENTRY = auto()  # each option of an entry is compared by itself, with the rule of the entry's kind
     FREE = auto()  # how and where the same run is done
 
 
@@ -65,8 +68,12 @@ BY_CONTENTS = (
     "data.sequence_length",
     "data.tokenizer",
 )
+BY_ENTRY = (OPTIONS,)
+# Kinds whose options, as the keys that name their entries, make another run.
+_REFUSED_KINDS = (FEATURE_MAPS, REWARD_TERMS, ADVANTAGE_ESTIMATORS)
 FREE = (
     "output_dir",
+    "plugins",  # their code is compared, and noted
     "permissions",
     "deterministic",
     "data.on_error",
@@ -89,6 +96,7 @@ _KEYS = {
     Rule.NOTED: tuple(NOTED),
     Rule.LENGTH: LENGTH,
     Rule.BY_CONTENTS: BY_CONTENTS,
+    Rule.BY_ENTRY: BY_ENTRY,
     Rule.FREE: FREE,
 }
 
@@ -128,7 +136,7 @@ def refused_changes(saved: SavedRun, config: RunConfig, architecture: Architectu
 def noted_changes(saved: SavedRun, config: RunConfig) -> list[str]:
     """List the allowed changes after which the run differs from one that never stopped."""
     notes = [
-        f"{key} was {shown(old)} and is {shown(new)} now: {NOTED[key]}"
+        f"{key} was {shown(old)} and is {shown(new)} now: {NOTED.get(key, _OTHER_STEPS)}"
         for key, rule, old, new in changed_values(values_by_key(saved.config), config)
         if rule is Rule.NOTED
     ]
@@ -156,9 +164,26 @@ def changed_values(then: Mapping[str, Any], config: RunConfig) -> Iterator[tuple
         default = field.get_default(call_default_factory=True)
         default = None if default is PydanticUndefined else to_jsonable_python(default)
         old, new = then.get(key, default), now[key]
+        if key in BY_ENTRY:
+            yield from _changed_options(old, config)
+            continue
         # An earlier version of this program wrote paths as they had been given.
         if old != new and not (isinstance(old, str) and path_kind(field) and written_path(old) == new):
             yield key, rule_of(key), old, new
+
+
+def _changed_options(then: Any, config: RunConfig) -> Iterator[tuple[str, Rule, Any, Any]]:
+    """List the options of entries in use that differ; what an entry did not have before was its default."""
+    for use in entries_in_use(config):
+        before = then.get(use.name) if isinstance(then, dict) else None
+        fields = use.registry.entry(use.name).Options.model_fields
+        for name, new in config.options.get(use.name, {}).items() if use.has_options else ():
+            default = fields[name].get_default(call_default_factory=True)
+            default = None if default is PydanticUndefined else to_jsonable_python(default)
+            old = before.get(name, default) if isinstance(before, dict) else default
+            if old != new:
+                rule = Rule.REFUSED if use.registry in _REFUSED_KINDS else Rule.NOTED
+                yield f"{OPTIONS}.{use.name}.{name}", rule, old, new
 
 
 def values_by_key(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from ebft_mega.registry.store_addresses import address_problem, schemes_in_words
 
 def allowed_text(field: FieldInfo) -> str:
     """Say what a key accepts: its own words if it has any, else its type, limits and unit."""
-    words = cast(dict[str, str], field.json_schema_extra)
-    allowed = words["allowed"].replace(STORES_IN_WORDS, schemes_in_words())
-    return allowed or ", ".join(filter(None, (_type_text(field), words["unit"])))
+    words = cast(dict[str, str], field.json_schema_extra or {})  # none of an option that is declared in another way
+    allowed = words.get("allowed", "").replace(STORES_IN_WORDS, schemes_in_words())
+    return allowed or ", ".join(filter(None, (_type_text(field), words.get("unit"))))
 
 
 def one_of(registry: Registry[Any]) -> tuple[object, ...]:
@@ -38,6 +38,13 @@ def registry_of(field: FieldInfo) -> Registry[Any] | None:
     return next((item for item in field.metadata if isinstance(item, Registry)), None)
 
 
+def registry_of_names(field: FieldInfo) -> Registry[Any] | None:
+    """The registry whose names are the keys of a mapping; None for every other kind of key."""
+    inner = get_args(field.annotation)
+    metadata = _metadata(inner[0]) if get_origin(field.annotation) is dict and inner else ()
+    return next((item for item in metadata if isinstance(item, Registry)), None)
+
+
 def _type_text(field: FieldInfo) -> str:
     registry = registry_of(field)
     if registry is not None or get_origin(field.annotation) is Literal:
@@ -46,11 +53,15 @@ def _type_text(field: FieldInfo) -> str:
     kinds = get_args(field.annotation) or (field.annotation,)
     if bool in kinds:
         return "true or false"
+    if str in kinds:
+        return "a text"
+    if not {int, float}.intersection(kinds) or get_origin(field.annotation) in (tuple, list, dict):
+        return "a value of another kind"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     limits = [
         f"{signs[name]} {getattr(item, name)}" for name in signs for item in field.metadata if hasattr(item, name)
     ]
-    return f"{'an integer' if int in kinds else 'a number'} {' and '.join(limits)}"
+    return f"{'an integer' if int in kinds else 'a number'} {' and '.join(limits)}".rstrip()
 
 
 def path_kind(field: FieldInfo) -> PathKind | None:

@@ -6,7 +6,7 @@ are put in once, when a configuration is loaded, so that the ranks of a job comp
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,20 @@ def put_in_places(tree: Any, keys: Mapping[str, PathKind], variables: Mapping[st
             except PathTextError as error:
                 problems.append(Problem("", f"{prefix}{leaf}", error.found, error.expected, error.suggestion))
     return problems
+
+
+def paths_in(tree: Any, keys: Mapping[str, PathKind]) -> Iterator[tuple[str, str]]:
+    """List the keys of a configuration that hold absolute paths, with these.
+
+    Args:
+        tree, keys: as for `put_in_places`, which has made the paths absolute.
+    """
+    for key in keys:
+        *parents, leaf = key.split(".")
+        for branch, prefix in _branches(tree, parents, ""):
+            value = branch.get(leaf)
+            if isinstance(value, str) and os.path.isabs(value) and "\0" not in value:
+                yield f"{prefix}{leaf}", value
 
 
 def _expanded_text(value: str, variables: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from ebft_mega.config.paths import PathKind
 from ebft_mega.extension.options import Section, key
 from ebft_mega.io.output_directory import Permissions
 from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS, SCHEDULES
+from ebft_mega.registry.plugins import Plugin
 
 
 class EbftConfig(Section):
@@ -259,13 +260,13 @@ class RunConfig(Section):
     )
     plugins: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = key(
         (),
-        "(ours) Modules with entries of your own: names of installed ones, or paths of Python files from the "
-        "configuration's folder on. They are run.",
+        "(ours) Modules with entries of your own: names of installed ones, or paths of Python files, of which relative "
+        "ones start in the configuration's folder. Their code is run.",
         allowed="a list of module names and of paths that end in .py",
     )
     options: dict[str, dict[str, Any]] = key(
         {},
-        "(ours) Options of entries, by the entry's name.",
+        "(ours) Options of the entries that other keys name, by the entry's name.",
         allowed="a mapping of names of entries to their options",
     )
     model: ModelConfig
@@ -280,6 +281,12 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _plugins: tuple[Plugin, ...] = PrivateAttr(default=())
+
+    @property
+    def loaded_plugins(self) -> tuple[Plugin, ...]:
+        """What `plugins` names, as this process has imported it; none unless `load_config` has made this."""
+        return self._plugins
 
     def place(self, dotted_key: str) -> str:
         """Say where a key, or else the section around it, was written: `file:line` or `--set`."""
@@ -294,6 +301,12 @@ class RunConfig(Section):
         """Copy the configuration, with the place where each key was written."""
         copy = self.model_copy()
         copy._places = dict(places)
+        return copy
+
+    def with_plugins(self, plugins: tuple[Plugin, ...]) -> "RunConfig":
+        """Copy the configuration, with the plugins that were imported for it."""
+        copy = self.model_copy()
+        copy._plugins = plugins
         return copy
 
     @property

@@ -13,6 +13,7 @@ from ebft_mega.checkpoint.manifest import read_manifest_bytes
 from ebft_mega.checkpoint.model_folder import is_checkpoint
 from ebft_mega.checkpoint.resume_rules import (
     BY_CONTENTS,
+    BY_ENTRY,
     NOTED,
     REFUSED,
     Rule,
@@ -34,7 +35,7 @@ from ebft_mega.planning.run_plan import RunPlan
 RECORD_NAME = "run.json"  # in the run directory and in its model's
 # Keys whose contents a record names by their hash; a path may change while they stay the same.
 _HELD_OUT_KEY = "evaluation.shards"
-_RECORDED = tuple(key for key in (*REFUSED, *NOTED) if key != _HELD_OUT_KEY)
+_RECORDED = tuple(key for key in (*REFUSED, *NOTED, *BY_ENTRY) if key != _HELD_OUT_KEY)
 # Of a file of weights so much is hashed: all of a small one, else samples that lie evenly in it, and both ends.
 WHOLE_BYTES = 8 * 2**20
 SAMPLES, SAMPLE_BYTES = 256, 2048

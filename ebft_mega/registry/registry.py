@@ -5,6 +5,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Generic, TypeVar
 
@@ -31,9 +32,7 @@ class Registry(Generic[E]):
 
     def own_names(self) -> tuple[str, ...]:
         """Names of the package's own entries, without importing them."""
-        specification = importlib.util.find_spec(self.folder)
-        assert specification is not None, f"{self.folder} is a folder of this package"
-        return tuple(sorted(module.name for module in pkgutil.iter_modules(specification.submodule_search_locations)))
+        return _names_in(self.folder)
 
     def entry(self, name: str) -> type[E]:
         """Import the entry of a name.
@@ -51,6 +50,13 @@ class Registry(Generic[E]):
     def summaries(self) -> Mapping[str, str]:
         """What each entry is, in its own words, by its name."""
         return {name: self.entry(name).summary() for name in self.names()}
+
+
+@cache
+def _names_in(folder: str) -> tuple[str, ...]:
+    specification = importlib.util.find_spec(folder)
+    assert specification is not None, f"{folder} is a folder of this package"
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(specification.submodule_search_locations)))
 
 
 def entries_of(module: ModuleType, contract: type[E]) -> Iterator[type[E]]:

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from ebft_mega.config.load import MAX_EXPLAINED, load_config, resolved_yaml
+from ebft_mega.config.load import load_config, resolved_yaml
 from ebft_mega.config.overrides import MAX_OVERRIDES, replace_overrides
+from ebft_mega.config.section_values import MAX_EXPLAINED
 from ebft_mega.config.yaml_source import (
     MAX_DEPTH,
     MAX_KEY_CHARACTERS,

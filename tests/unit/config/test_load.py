@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ebft_mega.config.fields import PATH
-from ebft_mega.config.load import load_config, nearest_key, resolved_yaml
+from ebft_mega.config.load import load_config, resolved_yaml
 from ebft_mega.config.schema import all_keys
+from ebft_mega.config.section_values import nearest_key
 from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_value, write_yaml
 from ebft_mega.errors import ConfigError
 from ebft_mega.io.expanded_paths import REPOSITORY
