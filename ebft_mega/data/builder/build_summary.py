@@ -1,5 +1,6 @@
 """What a build tells about itself when it is done: counts over its work units, what it skipped, and its last notes."""
 
+import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,28 @@ from ebft_mega.data.builder.document_choice import DocumentChoice, Side
 from ebft_mega.data.builder.skipped_list import MAX_LISTED_SKIPPED, SkippedList, join_skipped
 from ebft_mega.data.builder.unit_files import Scan, TokenizedUnit, unit_directory
 from ebft_mega.data.builder.work_plan import Plan
-from ebft_mega.data.text.listing import in_words, total_counts
-from ebft_mega.data.text.text_files import LONG_DOCUMENTS, UNREADABLE
+from ebft_mega.data.selection.file_choice import EXCLUDED_FILES, NOT_INCLUDED
+from ebft_mega.data.selection.licence_choice import NAMES_LICENCE
+from ebft_mega.data.text.listing import HIDDEN_FILES, OTHER_NAMES, in_words, total_counts
+from ebft_mega.data.text.source_archives import COMPILED_FILES, MEMBER_LINKS
+from ebft_mega.data.text.text_files import (
+    ARCHIVE_SUFFIX,
+    LONG_DOCUMENTS,
+    PARQUET_SUFFIX,
+    SOURCE_SUFFIXES,
+    UNREADABLE,
+    first_record_keys,
+)
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer
+from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
+
+# Why members of archives of source are left out; files are counted where they are listed.
+REASONS_OF_MEMBERS = (
+    *(HIDDEN_FILES, COMPILED_FILES, MEMBER_LINKS),
+    *(OTHER_NAMES, NOT_INCLUDED, EXCLUDED_FILES),
+)
+OTHER_CONTAINERS = (ARCHIVE_SUFFIX, *SOURCE_SUFFIXES, PARQUET_SUFFIX)  # than JSON lines
 
 
 def make_record(
@@ -108,24 +127,54 @@ def write_records(
     return write(result, every, choice.sides, {})
 
 
-def require_texts(sources: Sequence[Path], plan: Plan, scans: list[Scan]) -> None:
-    """Check that there is anything to tokenize.
+def require_texts(sources: Sequence[Path], options: BuildOptions, plan: Plan, scans: list[Scan]) -> None:
+    """Check that there is anything to tokenize, chosen by what the documents say.
 
     Raises:
-        InputError: there is not; it says what was left out.
+        InputError: there is not; it says what was left out. Or licences are chosen by a key that no document has.
     """
+    _require_licences(options, plan, scans)
     if not sum(scan.documents for scan in scans):
         bad = sum(scan.bad for scan in scans) + len(plan.unreadable)
         empty = {"empty documents": sum(scan.empty for scan in scans), "what cannot be used": bad}
         counts = total_counts([plan.left_out, empty, *(scan.left_out for scan in scans)])
         chosen = {**plan.reader.limits.given(), **plan.reader.licences.given()}
-        options = [option for option, reason in chosen.items() if counts.get(reason)]
+        choosing = [option for option, reason in chosen.items() if counts.get(reason)]
         found = "no document with text"
-        if options:
-            found = f"no document that stays: {' and '.join(options)} left out everything"
+        if choosing:
+            found = f"no document that stays: {' and '.join(choosing)} left out everything"
         found += f" (left out: {left_out})" if (left_out := in_words(counts)) else ""
         expected = "at least one" + ("; without --skip-bad it is said why they cannot be used" if bad else "")
         raise bad_input("--input", ", ".join(map(str, sources)), found, expected)
+
+
+def _require_licences(options: BuildOptions, plan: Plan, scans: list[Scan]) -> None:
+    """Check that some document has the key by which licences are chosen: else what is to be dropped would stay."""
+    key, chosen = options.licence_key, " and ".join(options.licences.given())
+    counts = total_counts(scan.left_out for scan in scans)
+    texts = sum(scan.documents for scan in scans) + sum(
+        counts.get(each, 0) for each in options.licences.given().values()
+    )
+    if key is None or not chosen or not texts or any(scan.matched.get(NAMES_LICENCE) for scan in scans):
+        return
+    keys = first_keys(plan)
+    found = "no document with this key" + (f"; the first record has the keys {', '.join(keys)}" if keys else "")
+    near = difflib.get_close_matches(key, keys, 1)
+    expected = f"the key that names documents' licences, for {chosen}"
+    raise InputError([Problem("--licence-key", key, found, expected, *near)])
+
+
+def first_keys(plan: Plan) -> list[str]:
+    """Keys of the first record of JSON lines that a build reads; none where there is no such file."""
+    for work_unit in plan.work_units:
+        for file_range in work_unit:
+            source = plan.reader.inputs[file_range.input]
+            if not source.holds_texts and not file_range.name.endswith(OTHER_CONTAINERS):
+                try:
+                    return first_record_keys(source.base / file_range.name) or []
+                except OSError:
+                    return []
+    return []
 
 
 def write_skipped(
@@ -164,6 +213,10 @@ def late_notes(options: BuildOptions, plan: Plan, scans: list[Scan], tokenized: 
         documents = "1 document" if long == 1 else f"{long} documents"
         verb = "is" if long == 1 else "are"
         yield f"{documents} of more than {options.max_document_bytes} bytes {verb} left out (--max-document-bytes)"
+    left_out = total_counts(scan.left_out for scan in scans)
+    members = {reason: number for reason, number in left_out.items() if reason in REASONS_OF_MEMBERS}
+    if members:
+        yield f"left out of archives: {in_words(members)}"
     if unlisted := sum(max(0, sum(unit.skipped.values()) - MAX_LISTED_SKIPPED) for unit in tokenized):
         yield f"{unlisted} that cannot be used are counted, but not listed in {SKIPPED_NAME}"
     fields = total_counts(scan.fields for scan in scans)

@@ -96,7 +96,7 @@ def build_dataset(
     ):
         _print_start(tokenizer, notes)
         scans = _scan(plan, directory, options, split, workers)
-        require_texts(sources, plan, scans)
+        require_texts(sources, options, plan, scans)
         choice = choose_documents(directory, scans, options, split)
         _print_notes(choice.notes)
         texts = TextEncoder.of(tokenizer, is_shared=processes > 1)

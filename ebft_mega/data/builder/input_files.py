@@ -11,6 +11,7 @@ from ebft_mega.data.selection.file_choice import nothing_stays
 from ebft_mega.data.selection.folder_choice import FolderChoice
 from ebft_mega.data.selection.split_names import count_splits
 from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
+from ebft_mega.data.text.document_groups import nearest_group
 from ebft_mega.data.text.file_kinds import JSON_LINES, TEKKEN, kind_of_file
 from ebft_mega.data.text.listing import Listing, in_words, list_files, total_counts
 from ebft_mega.data.text.source_archives import SOURCE, WEBDATASET, is_source_archive, kind_of_tar
@@ -127,7 +128,8 @@ def option_problems(
             yield Problem(option, given, "inputs of which each file is a text", expected)
     if options.split and options.split.key and not containers:
         expected = "top-folder, repo or document, or JSON lines, Parquet or webdataset shards"
-        yield Problem("--split-by", options.split.key, "inputs of which each file is a text", expected)
+        near = nearest_group(options.split.key)
+        yield Problem("--split-by", options.split.key, "inputs of which each file is a text", expected, near)
     for option, given in (
         ("--pattern", options.pattern if options.pattern != BuildOptions.pattern else ""),
         ("--include", ", ".join(options.include)),

@@ -179,6 +179,8 @@ def _identity(
     }
     if options.near_deduplicate is not None:
         others["near_deduplicate"] = options.near_deduplicate
+    if options.licence_key is not None and options.licences.given():
+        others["licences_by"] = options.licence_key  # scans count who names one
     if options.archives is not None:
         others["archives"] = options.archives
     if options.split:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.held_out_split import REPOSITORY_KEYS
-from ebft_mega.data.selection.licence_choice import LicenceChoice
+from ebft_mega.data.selection.licence_choice import NAMES_LICENCE, LicenceChoice
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.archives import read_text_archive
 from ebft_mega.data.text.file_kinds import misnamed
@@ -82,6 +82,8 @@ class Reader:
         for document in self._read(file_range, first_line, left_out, matched):
             # An empty text is counted as that.
             if isinstance(document, TextDocument) and document.text:
+                if matched is not None and document.licence:
+                    matched[NAMES_LICENCE] += 1
                 reason = self.licences.reason_to_leave_out(document.licence or of_input, matched)
                 reason = reason or reason_to_leave_out(document, self.limits)
                 if reason:

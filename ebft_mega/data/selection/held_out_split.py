@@ -14,16 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ebft_mega.data.text.document_groups import DOCUMENT, REPOSITORY, REPOSITORY_KEYS, TOP_FOLDER
 from ebft_mega.data.text.source_archives import common_folder, member_path
 from ebft_mega.data.text.text_files import TextDocument
 
 TRAIN, HELD_OUT = "train", "held-out"  # folders of the output
-TOP_FOLDER, REPOSITORY, DOCUMENT = "top-folder", "repo", "document"
-# Members of records that name a repository, the first that a record has: of the usual collections of code.
-REPOSITORY_KEYS = (
-    *("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name", "max_issues_repo_name"),
-    *("max_forks_repo_name", "repo_full_name", "full_name", "repo_id", "repo_url", "repository_url"),
-)
 _MOST_SHARE = 20  # characters, and places after the point
 GROUP_DTYPE = np.dtype([("group", "<u8"), ("bytes", "<u8")])  # of a document: its group's number, the text's size
 ARCHIVE, ARCHIVE_FOLDER = "archive", "folder of the archive"  # what names a group, beside folders and members

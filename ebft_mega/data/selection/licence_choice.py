@@ -9,6 +9,7 @@ from functools import lru_cache
 # Why a document is left out: keys of the counts of `build.json`.
 OTHER_LICENCES = "documents whose licence --keep-licence does not name"
 DROPPED_LICENCES = "documents whose licence --drop-licence names"
+NAMES_LICENCE = "--licence-key"  # beside the patterns that match: documents that name a licence by the key
 
 _BETWEEN = ", "  # licences of one document
 

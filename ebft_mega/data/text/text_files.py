@@ -12,7 +12,7 @@ from typing import Any
 from ebft_mega.data.text.bounded_reading import open_regular, read_at_most, read_line, skip_line
 from ebft_mega.data.text.compression import CutFileError, open_lines
 from ebft_mega.data.text.decoding import decoded
-from ebft_mega.data.text.document_groups import group_of_record, wanted_keys
+from ebft_mega.data.text.document_groups import group_of_record, nearest_group, wanted_keys
 from ebft_mega.errors import Problem
 from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import words_of
@@ -353,7 +353,8 @@ def _with_fields(
         return BadText(Problem(where, ", ".join(fields), too_much, expected), path, LONG_FIELD)
     group = group_of_record(record, options.group_keys) if options.group_keys else None
     if isinstance(group, str):
-        return BadText(Problem(where, "--split-by", group, wanted_keys(options.group_keys)), path, NO_GROUP)
+        near = nearest_group(options.group_keys[0], list(record)) if len(options.group_keys) == 1 else ""
+        return BadText(Problem(where, "--split-by", group, wanted_keys(options.group_keys), near), path, NO_GROUP)
     return TextDocument(text, digest, path, licence or None, fields, group, encoding)
 
 

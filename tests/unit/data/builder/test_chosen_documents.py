@@ -116,6 +116,24 @@ def test_files_are_chosen_by_path_and_text(
     assert "--min-document-bytes, --keep-licence: nothing is left out" in notes
 
 
+def test_members_of_archives_that_are_left_out_are_said(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for number, name in enumerate(("a/b.py", "a/c.rs", "a/d.rs", "a/.e", "vendor/f.py", "a/__pycache__/g.py")):
+            member = tarfile.TarInfo(name)
+            member.size = 9
+            archive.addfile(member, io.BytesIO(f"name = {number}\n".encode()))
+    options = BuildOptions(include=("*.py",), exclude=("vendor/",))
+    record = build_dataset(tmp_path / "x.tar.gz", tokenizer, tmp_path / "out", options).record
+    reasons = ("files that --exclude names", "files that --include does not name")
+    assert record.documents == 1 and [record.left_out[reason] for reason in reasons] == [1, 2]
+    (note,) = [note for note in record.notes if "left out of archives" in note]
+    for words in ("files that --include does not name: 2", f"{reasons[0]}: 1", "hidden files: 1", "__pycache__"):
+        assert words in note
+    assert f"note: {note}" in capsys.readouterr().err
+
+
 def test_text_of_another_encoding_is_recorded(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -156,6 +174,15 @@ def test_text_of_another_encoding_is_recorded(tmp_path: Path, tokenizer: Tokeniz
         ),
         (BuildOptions(keep_licences=("MIT",)), "--keep-licence: MIT: found documents of which no licence is known"),
         (BuildOptions(drop_licences=("MIT",)), "--drop-licence: MIT: found .* expected --licence-key, or --licence"),
+        (
+            BuildOptions(licence_key="licence", drop_licences=("GPL-*",)),
+            "--licence-key: licence: found no document with this key; the first record has the keys license, text; "
+            "expected the key that names documents' licences, for --drop-licence. Did you mean 'license'",
+        ),
+        (
+            BuildOptions(licence_key="x", keep_licences=("MIT",), licence="MIT", drop_licences=("GPL-*",)),
+            "--licence-key: x: found no document with this key; .* for --keep-licence and --drop-licence$",
+        ),
         (BuildOptions(include=("*.py",)), r"--include: \*\.py: found no directory among the inputs"),
         (BuildOptions(exclude=("*.py",)), r"--exclude: \*\.py: found no directory among the inputs"),
         (BuildOptions(gitignore=True), "--gitignore: yes: found no directory among the inputs"),

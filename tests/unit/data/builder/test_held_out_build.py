@@ -246,8 +246,10 @@ def test_no_text_lies_on_both_sides(
         (
             {"a.py": "a\n", "b.py": "b\n"},
             split(by="repos"),
-            "--split-by: repos: found inputs of which each file is a text",
+            "--split-by: repos: found inputs of which each file is a text.* Did you mean 'repo'",
         ),
+        ({"a.py": "a\n", "b.py": "b\n"}, split(by="repository"), "Did you mean 'repo'"),
+        ({"a.py": "a\n", "b.py": "b\n"}, split(by="top_folder"), "Did you mean 'top-folder'"),
     ],
 )
 def test_a_side_without_documents_is_refused(
@@ -266,6 +268,8 @@ def test_a_side_without_documents_is_refused(
             "owner",
             "the keys empty, id, list, repo_name, text; expected the key 'owner', a text or a whole number",
         ),
+        ("repository", "found the keys .* Did you mean 'repo'"),
+        ("repo_nam", "a text or a whole number. Did you mean 'repo_name'"),
         ("empty", "found 'empty', an empty text"),
         ("list", "found 'list', a JSON list"),
     ],
