@@ -1,14 +1,17 @@
 """Write a starter configuration for what a user has."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.apps.starter.data_sizes import FEWEST_HELD_OUT_ROWS, HELD_OUT_ROWS
 from ebft_mega.apps.starter.machine import machine_for
 from ebft_mega.apps.starter.starter_fit import Supply, fit
 from ebft_mega.apps.starter.starter_text import Inputs, plan_options
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.errors import InputError, InputProblems, Problem
@@ -74,10 +77,22 @@ def write_starter_config(request: Request, repository: Path) -> Written:
         os.chdir(before)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, fitted.text.encode("utf-8"))
-    notes = fitted.plan.notes
+    notes = (*_held_out_notes(request, fitted.config), *fitted.plan.notes)
     if lack is not None:
         notes = (f"{request.model}: {lack}: the model is random, with the vocabulary of the data", *notes)
     return Written(plan_options(machine.processes, machine.gpu_gigabytes), notes)
+
+
+def _held_out_notes(request: Request, config: RunConfig) -> Iterator[str]:
+    """Say that the held-out data is too little for the usual evaluation."""
+    rows = config.evaluation.rows
+    if request.held_out is None or rows >= HELD_OUT_ROWS:
+        return
+    worth = "" if rows >= FEWEST_HELD_OUT_ROWS else ", whose figures say next to nothing"
+    yield (
+        f"{request.held_out}: it holds {rows} whole rows of {config.data.sequence_length} tokens{worth}, where "
+        f"{HELD_OUT_ROWS} are usual: a larger --held-out of tools/build_shards.py sets more apart"
+    )
 
 
 def _refuse_unwritable(request: Request, repository: Path) -> None:

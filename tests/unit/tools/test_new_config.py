@@ -145,6 +145,25 @@ def test_rows_get_shorter_with_less_data(new_config, data, toy, tmp_path):
     assert lengths[0] > lengths[1] >= 32
 
 
+def test_too_little_held_out_data_is_said(new_config, data, toy, tmp_path):
+    (tmp_path / "texts").mkdir()
+    source = (data / "texts" / "0-rules.py").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(data / "tokenizer")
+    worth = {}
+    for characters in (250, 4_000, 20_000):
+        (tmp_path / "texts" / "a.py").write_text((source * 2)[:characters], encoding="utf-8")
+        held_out = tmp_path / f"held-out-{characters}"
+        build_dataset(tmp_path / "texts", tokenizer, held_out)
+        code, _, err = new_config("--model", toy, "--data", data / "train", "--held-out", held_out, "--overwrite")
+        assert code == 0, err
+        config = load_config(tmp_path / "my.yaml")
+        rows, length = config.evaluation.rows, config.data.sequence_length
+        words = f"note: {held_out}: it holds {rows} whole rows of {length} tokens"
+        worth[characters] = (rows < 8, rows < 64, f"{words}, whose figures say next to nothing, where 64" in err)
+        assert (f"{words}, " in err) == (rows < 64) and err.count("it holds") == (rows < 64)
+    assert list(worth.values()) == [(True, True, True), (False, True, False), (False, False, False)]
+
+
 def test_paths_within_the_repository_are_relative(new_config, data, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(data)
     code, _, err = new_config("--model", toy, "--data", "train")
