@@ -27,18 +27,16 @@ from ebft_mega.data.selection.choice_options import (
     check_text_options,
 )
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
+from ebft_mega.data.selection.text_formats import archive_words, format_list, shown_reasons
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
-from ebft_mega.data.text.source_archives import SOURCE, WEBDATASET
-from ebft_mega.data.text.text_files import BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS
+from ebft_mega.data.text.text_files import LONG_DOCUMENTS
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.io.arguments import ToolParser, path_argument, real_number, whole_number
 from ebft_mega.io.command import add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
-# Reasons for which a build that went well leaves something of a file out, named in the summary.
-COUNTED = (BLANK_LINES, LONG_DOCUMENTS, OTHER_MEMBERS)
-# Those of the documents themselves are named, too.
+# Reasons for which a build that went well leaves documents out are named in the summary, beside those of formats.
 OF_DOCUMENTS = "documents "
 
 
@@ -80,8 +78,14 @@ def parse_arguments() -> argparse.Namespace:
         "hold such lines are read as JSON lines, and other files beside them are left out",
     )
     parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="the format of all files, whatever their names (default: the one that each is recognised as); of a "
+        f"directory those of its suffixes are read, or if there are none, all: {format_list()}",
+    )
+    parser.add_argument(
         "--archives",
-        choices=(SOURCE, WEBDATASET),
+        choices=archive_words(),
         help="what .tar files are: source (a text each member) or webdataset (samples with a text each); default: what "
         "they clearly are. .tar.gz, .tgz, .tar.zst and .zip are always source",
     )
@@ -198,7 +202,9 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
 def main() -> None:
     """Build the dataset and print what it holds."""
     arguments = parse_arguments()
-    options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
+    given = {field.name: getattr(arguments, field.name) for field in fields(BuildOptions) if field.name in arguments}
+    options = BuildOptions(**given)
+    options.formats.chosen()  # before the tokenizer is loaded
     result = build_dataset(
         arguments.input,
         load_tokenizer(arguments.tokenizer, arguments.end_of_document, arguments.add_bos),
@@ -214,10 +220,11 @@ def print_result(output: Path, result: BuildResult) -> None:
     """Print what was made, and what can be done next."""
     record = result.record
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
+    counted = (LONG_DOCUMENTS, *shown_reasons())
     others = {
         reason: count
         for reason, count in record.left_out.items()
-        if reason in COUNTED or reason.startswith(OF_DOCUMENTS)
+        if reason in counted or reason.startswith(OF_DOCUMENTS)
     }
     skipped += f", {in_words(others)}" if others else ""
     near = f", {record.near_duplicates} near-duplicates" if record.near_duplicates else ""

@@ -15,7 +15,8 @@ from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
-from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_file
+from ebft_mega.data.selection.text_formats import kind_of_file
+from ebft_mega.data.text.file_kinds import JSON_LINES
 from ebft_mega.data.tokenizers.tokenizer_files import read_tokenizer_file
 from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import InputError, InputProblems, Problem

@@ -17,10 +17,9 @@ PACKAGE = ROOT / "ebft_mega"
 # their own.
 ROOMS = (
     *("shown_text", "errors", "types", "block_plan"),
-    *("io", "extension"),
+    *("io", "data.text", "extension"),
     # The entries that a configuration names, each kind in a room within the room that uses it, then their tables.
     *(
-        "data.text",
         "data.text.formats",
         "data.transfer",
         "data.store.places",

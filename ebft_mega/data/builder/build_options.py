@@ -1,14 +1,17 @@
 """Options of a dataset build: together with the inputs and the tokenizer they decide every byte of the dataset."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.selection.licence_choice import LicenceChoice
+from ebft_mega.data.selection.text_formats import FormatChoice
 from ebft_mega.data.selection.text_limits import TextLimits
 from ebft_mega.data.text.text_files import MAX_DOCUMENT_BYTES, ReadOptions
 
+_OF_FORMATS = ("format", "format_options", "plugins")
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 
 
@@ -49,6 +52,23 @@ class BuildOptions:
     split: SplitOptions | None = None  # hold a share of the documents out, and write two datasets
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
     work_unit_bytes: int | None = None
+    format: str | None = None  # that all files have; None: the one that each is recognised as
+    format_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of entries, by name; checked
+    plugins: Mapping[str, str] = field(default_factory=dict)  # in use: sha256 of the code, by name
+
+    @property
+    def formats(self) -> FormatChoice:
+        """What is said about formats."""
+        return FormatChoice(self.format, self.format_options)
+
+    @property
+    def of_formats(self) -> dict[str, Any]:
+        """What is said about formats, and the plugins in use; without what is not given."""
+        return {name: value for name in _OF_FORMATS if (value := getattr(self, name))}
+
+    def given(self) -> dict[str, Any]:
+        """All options; about formats and plugins only what is given, so that identities of others stay."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_FORMATS or value}
 
     @property
     def read(self) -> ReadOptions:

@@ -16,14 +16,7 @@ from ebft_mega.data.selection.file_choice import EXCLUDED_FILES, NOT_INCLUDED
 from ebft_mega.data.selection.licence_choice import NAMES_LICENCE
 from ebft_mega.data.text.listing import HIDDEN_FILES, OTHER_NAMES, in_words, total_counts
 from ebft_mega.data.text.source_archives import COMPILED_FILES, MEMBER_LINKS
-from ebft_mega.data.text.text_files import (
-    ARCHIVE_SUFFIX,
-    LONG_DOCUMENTS,
-    PARQUET_SUFFIX,
-    SOURCE_SUFFIXES,
-    UNREADABLE,
-    first_record_keys,
-)
+from ebft_mega.data.text.text_files import LONG_DOCUMENTS, UNREADABLE
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
@@ -33,7 +26,6 @@ REASONS_OF_MEMBERS = (
     *(HIDDEN_FILES, COMPILED_FILES, MEMBER_LINKS),
     *(OTHER_NAMES, NOT_INCLUDED, EXCLUDED_FILES),
 )
-OTHER_CONTAINERS = (ARCHIVE_SUFFIX, *SOURCE_SUFFIXES, PARQUET_SUFFIX)  # than JSON lines
 
 
 def make_record(
@@ -168,12 +160,12 @@ def first_keys(plan: Plan) -> list[str]:
     """Keys of the first record of JSON lines that a build reads; none where there is no such file."""
     for work_unit in plan.work_units:
         for file_range in work_unit:
-            source = plan.reader.inputs[file_range.input]
-            if not source.holds_texts and not file_range.name.endswith(OTHER_CONTAINERS):
-                try:
-                    return first_record_keys(source.base / file_range.name) or []
-                except OSError:
-                    return []
+            try:
+                keys = plan.reader.first_keys(file_range)
+            except OSError:
+                return []
+            if keys is not None:
+                return keys
     return []
 
 

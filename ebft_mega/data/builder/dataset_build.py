@@ -22,8 +22,7 @@ from ebft_mega.data.builder.unit_files import (
 from ebft_mega.data.builder.work_plan import Plan, make_plan
 from ebft_mega.data.builder.worker_pool import Workers
 from ebft_mega.data.selection.held_out_split import TRAIN, SplitOptions
-from ebft_mega.data.store.format import MANIFEST_NAME, Manifest
-from ebft_mega.data.text.text_files import ARCHIVE_SUFFIX
+from ebft_mega.data.store.format import MANIFEST_NAME, SHARD_SUFFIX, Manifest
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.io.durable import flush_to_disk
@@ -116,7 +115,7 @@ def build_dataset(
 
 def _flush(result: Path) -> None:
     for path in result.rglob("*"):
-        if path.is_file() and path.suffix != ARCHIVE_SUFFIX:  # shards were flushed when they were written
+        if path.is_file() and path.suffix != SHARD_SUFFIX:  # shards were flushed when they were written
             flush_to_disk(path)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock
@@ -50,7 +49,7 @@ def tokenized_dataset(place: Path, tokenizer_directory: Path, cache: Path, proce
     )
     base = place if is_folder else place.parent
     # Where the shards lie and under which names of folders is no part of it: neither changes a token.
-    deciding = [BUILD_VERSION, tokenizer.identity, asdict(options), corpus_licence(place)]
+    deciding = [BUILD_VERSION, tokenizer.identity, options.given(), corpus_licence(place)]
     identity = hashlib.sha256(f"{json.dumps(deciding, sort_keys=True)}\n".encode())
     shards = list_inputs(place, options)
     if count := shards.listing.left_out.get(OUTSIDE_LINKS):

@@ -14,7 +14,7 @@ from ebft_mega.data.selection.deduplication import DIGEST_BYTES
 from ebft_mega.data.selection.document_reader import FileRange, Reader
 from ebft_mega.data.selection.held_out_split import GROUP_DTYPE, Group, Grouping, SplitOptions
 from ebft_mega.data.selection.near_duplicates import PLACES, signature
-from ebft_mega.data.text.text_files import BadText, count_lines
+from ebft_mega.data.text.text_files import BadText
 from ebft_mega.errors import Problem
 from ebft_mega.io.durable import write_bytes
 
@@ -49,9 +49,8 @@ def scan_work_unit(job: ScanJob, advance: Advance) -> tuple[int, Scan]:
     for number, file_range in enumerate(job.work_unit):
         if len(found.problems) >= MAX_LISTED_PROBLEMS:
             break
-        file = job.reader.inputs[file_range.input].base / file_range.name
         try:
-            lines.append(count_lines(file, file_range.begin, file_range.end) if file_range.is_cut else 0)
+            lines.append(job.reader.count(file_range) if file_range.is_cut else 0)
         except OSError:
             lines.append(0)  # reading it gives the problem
         own = _Found()
@@ -130,14 +129,14 @@ class _Found:
 
 def _scan_range(job: ScanJob, file_range: FileRange, found: _Found, advance: Advance) -> bool:
     """Read and hash the documents of a file range; False if it cannot be read to its end and is skipped for that."""
-    first_line = None if file_range.is_cut and file_range.begin else 0
+    first = None if file_range.is_cut and file_range.begin else 0
     licence_key = job.reader.options.licence_key
     source = job.reader.inputs[file_range.input]
     grouping = None
     if job.split:
-        is_archive = not source.holds_texts and source.is_source_archive(file_range.name)
-        grouping = Grouping(source.base, source.source, source.holds_texts, job.split, is_archive, job.is_all)
-    for document in job.reader.read(file_range, first_line, found.left_out, found.matched):
+        common_folder = job.reader.common_folder_of(file_range)
+        grouping = Grouping(source.base, source.source, source.holds_texts, job.split, common_folder, job.is_all)
+    for document in job.reader.read(file_range, first, found.left_out, found.matched):
         advance(1)
         if isinstance(document, BadText):
             found.bad += 1

@@ -1,57 +1,43 @@
 """Read the documents of a build's inputs, whatever they are in, and leave out what is not to be read."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.format_faults import called, documents_of
 from ebft_mega.data.selection.held_out_split import REPOSITORY_KEYS
 from ebft_mega.data.selection.licence_choice import NAMES_LICENCE, LicenceChoice
+from ebft_mega.data.selection.text_formats import FormatChoice, misnamed
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
-from ebft_mega.data.text.archives import read_text_archive
-from ebft_mega.data.text.file_kinds import misnamed
-from ebft_mega.data.text.parquet_files import read_parquet
-from ebft_mega.data.text.source_archives import is_source_archive, read_source_archive
-from ebft_mega.data.text.text_files import (
-    ARCHIVE_SUFFIX,
-    PARQUET_SUFFIX,
-    UNREADABLE,
-    BadText,
-    ReadOptions,
-    TextDocument,
-    read_jsonl,
-    read_text_file,
-)
+from ebft_mega.data.text.text_files import UNREADABLE, BadText, ReadOptions, TextDocument
 from ebft_mega.errors import Problem
+from ebft_mega.extension.text_format import FilePart
 
 
 @dataclass(frozen=True)
 class Input:
-    """One `--input`: a directory of text files, or containers (JSONL files, text webdataset shards)."""
+    """One `--input`: a directory or a file."""
 
     base: Path  # what the paths of its files are relative to
     source: str  # name that is recorded with every document
     licence: str  # of documents that name none
-    holds_texts: bool
-    source_archives: bool = False  # plain tar files are archives of source too
+    holds_texts: bool  # each of its files is a document
     members: FileChoice = FileChoice()  # which members of archives of source are read
-
-    def is_source_archive(self, name: str) -> bool:
-        """Whether each member of one of its files is a text."""
-        return is_source_archive(name) or (self.source_archives and name.endswith(ARCHIVE_SUFFIX))
 
 
 class FileRange(NamedTuple):
-    """A whole file, a range of the lines of a plain JSONL file, or some row groups of a Parquet file."""
+    """A whole file, a range of its bytes, or some of its sections, such as row groups of a Parquet file."""
 
     input: int  # position in `Reader.inputs`
     name: str  # relative to the input's base
     begin: int
-    end: int  # bytes; of a Parquet file numbers of row groups
-    is_cut: bool  # a range of lines, not the whole file
+    end: int  # bytes; of a file with sections their numbers
+    is_cut: bool  # a range of bytes, not the whole file
+    format: str  # name of the entry that reads it
 
 
 @dataclass(frozen=True)
@@ -62,11 +48,47 @@ class Reader:
     options: ReadOptions
     limits: TextLimits = TextLimits()
     licences: LicenceChoice = LicenceChoice()
+    formats: FormatChoice = FormatChoice()
+
+    def has_members(self, file_range: FileRange) -> bool:
+        """Whether each member of a file is a document, as of an archive of source."""
+        return "members" in self.formats.entry(file_range.format).uses
+
+    def first_keys(self, file_range: FileRange) -> list[str] | None:
+        """Keys of the first record of a file, see `TextFormat.first_keys`.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        entry = self.formats.entry(file_range.format)
+        with called(entry, passes=(OSError,)):
+            return entry.first_keys(self.inputs[file_range.input].base / file_range.name, self.options)
+
+    def common_folder_of(self, file_range: FileRange) -> Callable[[Path], str] | None:
+        """What finds the folder that all of a file lies in; None where members of a file are no documents."""
+        entry = self.formats.entry(file_range.format)
+
+        def find(file: Path) -> str:
+            with called(entry):
+                return str(entry.common_folder(file))
+
+        return find if self.has_members(file_range) else None
+
+    def count(self, file_range: FileRange) -> int:
+        """Lines, or what else documents are numbered by, that begin in a file range; see `TextFormat.count`.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        entry = self.formats.entry(file_range.format)
+        file = self.inputs[file_range.input].base / file_range.name
+        with called(entry, passes=(OSError,)):
+            return int(entry.count(file, file_range.begin, file_range.end))
 
     def read(
         self,
         file_range: FileRange,
-        first_line: int | None,
+        first: int | None,
         left_out: Counter[str] | None = None,
         matched: Counter[str] | None = None,
     ) -> Iterator[TextDocument | BadText]:
@@ -74,12 +96,12 @@ class Reader:
 
         Args:
             file_range: of a file of one of the inputs.
-            first_line: lines of its file before it, see `read_jsonl`.
+            first: what `count` says of the ranges of its file before it, see `FilePart.first`.
             left_out: takes counts of what is no document, or none that stays, by reason.
             matched: takes counts of patterns that were given and match.
         """
         of_input = self.inputs[file_range.input].licence
-        for document in self._read(file_range, first_line, left_out, matched):
+        for document in self._read(file_range, first, left_out, matched):
             # An empty text is counted as that.
             if isinstance(document, TextDocument) and document.text:
                 if matched is not None and document.licence:
@@ -95,31 +117,30 @@ class Reader:
     def _read(
         self,
         file_range: FileRange,
-        first_line: int | None,
+        first: int | None,
         left_out: Counter[str] | None,
         matched: Counter[str] | None,
     ) -> Iterator[TextDocument | BadText]:
         source = self.inputs[file_range.input]
         file = source.base / file_range.name
-        if source.holds_texts:
-            document = read_text_file(file, file_range.name, self.options, left_out)
-            if document is not None:
-                yield document
-        elif (kind := misnamed(file)) is not None:
+        entry = self.formats.entry(file_range.format)
+        if (kind := misnamed(file, entry)) is not None:
             yield BadText(
                 Problem(str(file), "file", kind.words, kind.advice), file_range.name, UNREADABLE, is_file=True
             )
-        elif file_range.name.endswith(PARQUET_SUFFIX):
-            groups = range(file_range.begin, file_range.end)
-            yield from read_parquet(file, file_range.name, self.options, groups, left_out)
-        elif source.is_source_archive(file_range.name):
-            choose = partial(source.members.reason_to_leave_out, matched=matched)
-            options = self.options
-            if options.group_keys == REPOSITORY_KEYS:  # the archive is the repository, and no member has a record
-                options = replace(options, group_keys=())
-            yield from read_source_archive(file, file_range.name, options, left_out, choose)
-        elif file_range.name.endswith(ARCHIVE_SUFFIX):
-            yield from read_text_archive(file, file_range.name, self.options, left_out)
-        else:
-            end = file_range.end if file_range.is_cut else None
-            yield from read_jsonl(file, file_range.name, self.options, file_range.begin, end, first_line, left_out)
+            return
+        options = self.options
+        if self.has_members(file_range) and options.group_keys == REPOSITORY_KEYS:
+            options = replace(options, group_keys=())  # the archive is the repository, and no member has a record
+        part = FilePart(
+            file,
+            file_range.name,
+            options,
+            file_range.begin,
+            file_range.end,
+            file_range.is_cut,
+            first,
+            Counter() if left_out is None else left_out,
+            partial(source.members.reason_to_leave_out, matched=matched),
+        )
+        yield from documents_of(entry, part)

@@ -5,7 +5,7 @@ by the others.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ebft_mega.data.text.document_groups import DOCUMENT, REPOSITORY, REPOSITORY_KEYS, TOP_FOLDER
-from ebft_mega.data.text.source_archives import common_folder, member_path
+from ebft_mega.data.text.source_archives import member_path
 from ebft_mega.data.text.text_files import TextDocument
 
 TRAIN, HELD_OUT = "train", "held-out"  # folders of the output
@@ -138,7 +138,8 @@ class Grouping:
         source: name of the input. Inputs of one name have their groups in common.
         holds_texts: whether each of its files is a text.
         split: says what a group is; `by` is set.
-        is_archive: whether each member of its files is a text.
+        common_folder: of an input whose files hold a document in each member: finds the folder that all of a file lies
+            in (`TextFormat.common_folder`).
         is_all: whether one file is all that the build reads; an archive is then divided by its own folders.
     """
 
@@ -148,14 +149,14 @@ class Grouping:
         source: str,
         holds_texts: bool,
         split: SplitOptions,
-        is_archive: bool = False,
+        common_folder: Callable[[Path], str] | None = None,
         is_all: bool = False,
     ):
         self._base = base
         self._source = source
         self._holds_texts = holds_texts
         self._split = split
-        self._is_archive = is_archive
+        self._common_folder = common_folder
         self._is_all = is_all
         self._common: str | None = None  # folder of the archive that all of it lies in
         self._repositories: dict[str, str | None] = {}
@@ -177,13 +178,14 @@ class Grouping:
             folder = repository_folder(self._base, file, self._repositories)
             if folder is not None:
                 return REPOSITORY_FOLDER, f"{self._source}/{folder}"
-        if self._is_archive and self._split.by == REPOSITORY:
+        if self._common_folder and self._split.by == REPOSITORY:
             return ARCHIVE, f"{self._source}/{file}"
-        if self._is_archive and self._is_all:
-            return ARCHIVE_FOLDER, f"{self._source}/{file}/{self._folder_within(document, file)}"
+        if self._common_folder and self._is_all:
+            folder = self._folder_within(document, file, self._common_folder)
+            return ARCHIVE_FOLDER, f"{self._source}/{file}/{folder}"
         return TOP_FOLDER, f"{self._source}/{top_folder(file)}"
 
-    def _folder_within(self, document: TextDocument, file: str) -> str:
+    def _folder_within(self, document: TextDocument, file: str, common_folder: Callable[[Path], str]) -> str:
         """The first folder of a document of an archive, or its name, below what all of the archive lies in."""
         if self._common is None:
             self._common = common_folder(self._base / file)

@@ -28,6 +28,7 @@ FORMAT_NAME = "ebft_mega.dataset"
 FORMAT_VERSION = 1
 BOS_FORMAT_VERSION = 2  # of datasets whose documents begin with a token of their own, which earlier readers do not know
 MANIFEST_NAME = "dataset.json"
+SHARD_SUFFIX = ".tar"
 MANIFEST_LIMIT_BYTES = 1 << 26  # of more than 200,000 shards
 INDEX_NAME = "index.npy"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -109,7 +110,7 @@ def document_key(number: int) -> str:
 
 def shard_name(number: int) -> str:
     """File name of a shard: its position in the dataset."""
-    return f"shard-{number:06d}.tar"
+    return f"shard-{number:06d}{SHARD_SUFFIX}"
 
 
 def fingerprint(fields: dict[str, object]) -> str:

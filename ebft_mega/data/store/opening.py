@@ -4,6 +4,7 @@ import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ebft_mega.data.selection.text_formats import text_in_place_of_dataset
 from ebft_mega.data.store.cache_folder import plain_files, remove
 from ebft_mega.data.store.checks import (
     index_problems,
@@ -27,7 +28,7 @@ from ebft_mega.data.store.index_file import load_index
 from ebft_mega.data.store.reader import ShardFiles
 from ebft_mega.data.store.remote import OnError, RemoteShards
 from ebft_mega.data.store.shard_cache import ShardCache
-from ebft_mega.data.text.file_kinds import BUILD_IT, text_in_place_of_dataset
+from ebft_mega.data.text.file_kinds import BUILD_IT
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from ebft_mega.errors import DamagedDataError, InputError, Problem, UnreachableDataError
 from ebft_mega.extension.store import DEFAULT_TRANSFER, StoreClient, Transfer

@@ -2,6 +2,7 @@
 
 import re
 import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ _MOST_NAMES = 1000  # of a folder
 BUILD_IT = "python tools/build_shards.py --input makes a dataset of it"
 _SAVE_IT = "tokenizer.json, which transformers writes (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
 _CONVERT_IT = "*.safetensors, which save_pretrained of the model in transformers writes"
+ANY_NAME = ("",)  # of what is text to a human: it may be in any JSON line
 
 
 @dataclass(frozen=True)
@@ -20,59 +22,68 @@ class FileKind:
     words: str  # with the article
     advice: str  # what is expected in its place
     beginning: re.Pattern[bytes]
+    names: tuple[str, ...] = ()  # ends of the names under which it is what it should be
+    is_text: bool = False  # to a human too: all others are tried first
 
 
-def _kind(words: str, advice: str, beginning: bytes) -> FileKind:
-    return FileKind(words, advice, re.compile(beginning, re.DOTALL))
+def kind(words: str, advice: str, beginning: bytes, names: tuple[str, ...] = (), *, is_text: bool = False) -> FileKind:
+    """A kind of file, told by a regular expression that its first 4,096 bytes match from their start."""
+    return FileKind(words, advice, re.compile(beginning, re.DOTALL), names, is_text)
 
 
 _TEXT = "text: JSON lines, Parquet, archives of source, or a directory of files"
-PARQUET = _kind("a Parquet file", f"a name that ends in .parquet; {BUILD_IT}", rb"PAR1")
-ZIP = _kind("a zip file", f"a name that ends in .zip; {BUILD_IT}", rb"PK\x03\x04")
-TEKKEN = _kind("a tekken vocabulary", _SAVE_IT, rb"\s*\{.{0,4000}\"(token_bytes|num_vocab_tokens)\"")
-TIKTOKEN = _kind("a table of tokens and ranks (tiktoken)", _SAVE_IT, rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
-GGUF = _kind("a GGUF file of weights", _CONVERT_IT, rb"GGUF")
-JSON_LINES = _kind("JSON lines", BUILD_IT, rb"\s*\{\s*\"")
-_GZIP = _kind(
-    "a file packed by gzip",
-    f"a name such as .jsonl.gz or .tar.gz; {BUILD_IT}",
-    rb"\x1f\x8b",
+TEKKEN = kind(
+    "a tekken vocabulary",
+    _SAVE_IT,
+    rb"\s*\{.{0,4000}\"(token_bytes|num_vocab_tokens)\"",
+    ANY_NAME,
+    is_text=True,
 )
-_ZSTANDARD = _kind(
-    "a file packed by zstandard", f"a name such as .jsonl.zst or .tar.zst; {BUILD_IT}", rb"\x28\xb5\x2f\xfd"
+TIKTOKEN = kind(
+    "a table of tokens and ranks (tiktoken)", _SAVE_IT, rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", ANY_NAME, is_text=True
 )
-# The first that fits: what is text to a human comes last.
-KINDS = (
-    PARQUET,
-    ZIP,
-    GGUF,
-    _kind(
+JSON_LINES = kind("JSON lines", BUILD_IT, rb"\s*\{\s*\"", ANY_NAME, is_text=True)
+# Kinds that no text format of the package reads.
+NO_FORMATS = (
+    kind("a GGUF file of weights", _CONVERT_IT, rb"GGUF"),
+    kind(
         "an Arrow file", f"Parquet or JSON lines, which datasets' to_parquet and to_json write; {BUILD_IT}", rb"ARROW1"
     ),
-    _kind("an SQLite database", _TEXT, rb"SQLite format 3\x00"),
-    _kind("a PDF document", _TEXT, rb"%PDF-"),
-    _kind("a pickle, which is never read", "*.safetensors or text", rb"\x80[\x02-\x05]"),
-    _kind("a safetensors file of weights", "the directory that it lies in", rb".{3}\x00\x00\x00\x00\x00\{\""),
-    _GZIP,
-    _ZSTANDARD,
-    _kind("a Git LFS pointer", "the file itself: git lfs pull fetches it", rb"version https://git-lfs"),
+    kind("an SQLite database", _TEXT, rb"SQLite format 3\x00"),
+    kind("a PDF document", _TEXT, rb"%PDF-"),
+    kind("a pickle, which is never read", "*.safetensors or text", rb"\x80[\x02-\x05]"),
+    kind("a safetensors file of weights", "the directory that it lies in", rb".{3}\x00\x00\x00\x00\x00\{\""),
+    kind("a file packed by gzip", f"a name such as .jsonl.gz or .tar.gz; {BUILD_IT}", rb"\x1f\x8b", (".gz", ".tgz")),
+    kind(
+        "a file packed by zstandard",
+        f"a name such as .jsonl.zst or .tar.zst; {BUILD_IT}",
+        rb"\x28\xb5\x2f\xfd",
+        (".zst",),
+    ),
+    kind(
+        "a Git LFS pointer",
+        "the file itself: git lfs pull fetches it",
+        rb"version https://git-lfs",
+        is_text=True,
+    ),
     TEKKEN,
     TIKTOKEN,
-    JSON_LINES,
 )
 
-# Kinds that a container may be, with the ends of their names. What is text to a human may be in any JSON line.
-_NAMES = {
-    PARQUET.words: (".parquet",),
-    ZIP.words: (".zip",),
-    _GZIP.words: (".gz", ".tgz"),
-    _ZSTANDARD.words: (".zst",),
-    **dict.fromkeys((JSON_LINES.words, TEKKEN.words, TIKTOKEN.words), ("",)),
-}
+
+def in_order(of_formats: Iterable[FileKind]) -> tuple[FileKind, ...]:
+    """All kinds in the order in which they are tried, of which the first that fits is taken.
+
+    Args:
+        of_formats: kinds that formats read. Before the others, but after what is a more special text.
+    """
+    kinds = tuple(of_formats)
+    binary = [each for each in (*kinds, *NO_FORMATS) if not each.is_text]
+    return (*binary, *(each for each in (*NO_FORMATS, *kinds) if each.is_text))
 
 
-def kind_of_file(path: Path) -> FileKind | None:
-    """Tell what a file is; None where it is of none of the kinds, or no regular file that can be read."""
+def kind_among(path: Path, kinds: Sequence[FileKind]) -> FileKind | None:
+    """Tell which of some kinds a file is; None where it is none, or no regular file that can be read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return None
@@ -80,40 +91,18 @@ def kind_of_file(path: Path) -> FileKind | None:
             beginning = file.read(_LOOKED_AT_BYTES)
     except OSError:
         return None
-    return kind_of_bytes(beginning)
+    return kind_of_beginning(beginning, kinds)
 
 
-def kind_of_bytes(content: bytes) -> FileKind | None:
-    """Tell what the contents of a file are, by their beginning; None where they are of none of the kinds."""
+def kind_of_beginning(content: bytes, kinds: Sequence[FileKind]) -> FileKind | None:
+    """Tell which of some kinds the contents of a file are, by their beginning; None where they are none."""
     beginning = content[:_LOOKED_AT_BYTES]
-    return next((kind for kind in KINDS if kind.beginning.match(beginning)), None)
+    return next((each for each in kinds if each.beginning.match(beginning)), None)
 
 
-def misnamed(path: Path) -> FileKind | None:
-    """Tell what a container is whose name says something else; None where the name is right, or nothing is known."""
-    kind = kind_of_file(path)
-    if kind is None or path.name.endswith(_NAMES.get(kind.words, ())):
-        return None
-    return kind
-
-
-def kind_within(directory: Path, kinds: tuple[FileKind, ...]) -> tuple[str, FileKind] | None:
-    """Find a file of some kinds in a directory: the first by its name, with its kind; None if there is none."""
+def first_names(directory: Path) -> list[str]:
+    """Some names in a directory, sorted; none where it cannot be read."""
     try:
-        names = sorted(entry.name for entry in islice(directory.iterdir(), _MOST_NAMES))
+        return sorted(entry.name for entry in islice(directory.iterdir(), _MOST_NAMES))
     except OSError:
-        return None
-    for name in names:
-        kind = kind_of_file(directory / name)
-        if kind in kinds and kind is not None:
-            return name, kind
-    return None
-
-
-def text_in_place_of_dataset(place: Path) -> str | None:
-    """Say what text is given where a dataset is wanted; None where it is something else."""
-    if place.is_file():
-        kind = kind_of_file(place)
-        return kind.words if kind is not None else None
-    inner = kind_within(place, (PARQUET, ZIP))
-    return f"a directory with {inner[0]}, {inner[1].words}" if inner else None
+        return []

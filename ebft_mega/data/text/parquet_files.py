@@ -19,7 +19,6 @@ from ebft_mega.data.text.parquet_columns import (
     read_columns,
     reason_of,
     text_buffer,
-    unknown_columns,
     value_of,
 )
 from ebft_mega.data.text.parquet_pages import measure_pages
@@ -27,7 +26,6 @@ from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
     NO_TEXT,
     NOT_UTF8,
-    PARQUET_SUFFIX,
     UNREADABLE,
     WRONG_FIELD,
     BadText,
@@ -35,8 +33,7 @@ from ebft_mega.data.text.text_files import (
     TextDocument,
     decode_text,
 )
-from ebft_mega.errors import EbftError, InputError, Problem
-from ebft_mega.io.input_errors import bad_input
+from ebft_mega.errors import EbftError, Problem
 from ebft_mega.io.parse_boundary import is_of_parser, reading, words_of
 
 if TYPE_CHECKING:
@@ -52,7 +49,6 @@ _MAX_CONTAINER, _MAX_SCHEMA_LEVELS = 1_000_000, 100
 _BATCH_ROWS, _BATCH_BYTES = 64, 1 << 25
 _READ_BYTES = 1 << 20
 _MAX_LIST_VALUES = 1 << 24  # of one column of one row group
-_INSTALL = "pyarrow, which reads Parquet: pip install 'ebft-mega[parquet]'"
 
 
 @dataclass(frozen=True)
@@ -62,38 +58,6 @@ class ParquetLayout:
     columns: tuple[Column, ...]  # of the top level
     group_rows: tuple[int, ...]  # of each row group
     group_bytes: tuple[int, ...]  # of each row group: what the columns that are read unpack to
-
-
-def parquet_layouts(files: list[Path], options: ReadOptions) -> list[ParquetLayout | None]:
-    """What the footers of the Parquet files among some containers say; None for the others, and for damaged ones.
-
-    Reading a damaged one says what is wrong with it.
-
-    Args:
-        files: containers: Parquet, JSON lines, archives.
-        options: which columns are read.
-
-    Raises:
-        InputError: pyarrow is missing, or all files are Parquet and none has a column that an option names.
-    """
-    are_parquet = [file.name.endswith(PARQUET_SUFFIX) for file in files]
-    if any(are_parquet):
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise bad_input("--input", f"*{PARQUET_SUFFIX}", words_of(error), _INSTALL) from error
-    layouts: list[ParquetLayout | None] = []
-    for file, is_parquet in zip(files, are_parquet, strict=True):
-        try:
-            layouts.append(parquet_layout(file, options) if is_parquet else None)
-        except InputError:
-            layouts.append(None)
-    found = [layout for layout in layouts if layout]
-    if found and all(are_parquet):
-        columns = tuple(dict.fromkeys(column for layout in found for column in layout.columns))
-        if problems := list(unknown_columns(columns, options)):
-            raise InputError(problems)
-    return layouts
 
 
 def parquet_layout(file: Path, options: ReadOptions) -> ParquetLayout:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -31,6 +32,7 @@ ZIP_SUFFIX = ".zip"
 MEMBER_LINKS = "links in archives"
 COMPILED_FILES = f"files in {COMPILED_FOLDER} folders"
 SPECIAL_MEMBERS = "pipes and devices in archives"
+_DAMAGED = "a damaged archive"
 _LOOKED_AT = 200  # members of an archive, to tell what it holds
 _SKIPPED_BYTES = 1 << 18
 # Positions of a compressed archive that nothing reaches.
@@ -56,6 +58,15 @@ def kind_of_tar(file: Path, text_member: str) -> tuple[str | None, str]:
         SOURCE, WEBDATASET, or None where it is neither; and what it looks like, in words. A file that cannot be read,
         or is empty, is a webdataset: reading it says what is wrong.
     """
+    try:
+        status = file.stat()
+    except OSError:
+        return WEBDATASET, _DAMAGED
+    return _kind_of_tar(file, text_member, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # each of the formats that have the suffix asks
+def _kind_of_tar(file: Path, text_member: str, size: int, changed: int) -> tuple[str | None, str]:
     keys: list[str] = []
     texts: set[str] = set()
     files = folders = 0
@@ -73,7 +84,7 @@ def kind_of_tar(file: Path, text_member: str) -> tuple[str | None, str]:
                 if member.is_file and suffix == text_member.lower():
                     texts.add(key)
     except (OSError, DamagedArchiveError):
-        return WEBDATASET, "a damaged archive"
+        return WEBDATASET, _DAMAGED
     words = f"{files} files in {len(keys)} samples, of which {len(texts)} have a {text_member!r} member"
     words += ", in folders" if folders else ", in no folder"
     if 2 * len(texts) >= len(keys):

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,7 @@ from ebft_mega.io.json_text import parse_json
 from ebft_mega.io.parse_boundary import words_of
 
 ARCHIVE_SUFFIX = ".tar"
-PARQUET_SUFFIX = ".parquet"
 SOURCE_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".zip")  # archives of source
-CONTAINER_SUFFIXES = (
-    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", PARQUET_SUFFIX),
-    *(*SOURCE_SUFFIXES, ARCHIVE_SUFFIX),
-)
-# Names under which JSON lines are found, too, beside other JSON.
-_JSON_SUFFIXES = (".json", ".ndjson")
 _CHUNK_BYTES = 1 << 22
 _FIRST_LINE_BYTES = 1 << 24  # of a file whose name does not say that it holds JSON lines
 # To tokenize a document, sentencepiece takes 43 times its size.
@@ -185,21 +178,6 @@ def first_record_keys(file: Path, fallback: str | None = None) -> list[str] | No
     except (CutFileError, ValueError, RecursionError):
         return None
     return sorted(record) if isinstance(record, dict) else None
-
-
-def count_containers(files: Iterable[Path]) -> int:
-    """Count the files that go by their names for JSON lines or archives, or are called JSON and begin as JSON lines do.
-
-    Where files are read as one text each, they are probably meant otherwise.
-    """
-    return sum(file.name.endswith(CONTAINER_SUFFIXES) or _begins_as_json_lines(file) for file in files)
-
-
-def _begins_as_json_lines(file: Path) -> bool:
-    try:
-        return file.name.endswith(_JSON_SUFFIXES) and first_record_keys(file) is not None
-    except OSError:  # reading it as a text will say so
-        return False
 
 
 def read_jsonl(

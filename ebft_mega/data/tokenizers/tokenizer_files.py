@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.data.text.file_kinds import JSON_LINES, TEKKEN, TIKTOKEN, kind_of_bytes, kind_of_file, kind_within
+from ebft_mega.data.selection.text_formats import kind_of_bytes, kind_of_file, kind_within
+from ebft_mega.data.text.file_kinds import JSON_LINES, TEKKEN, TIKTOKEN
 from ebft_mega.data.tokenizers.tokenizer_kinds import HUGGING_FACE_NAME, SENTENCEPIECE_NAME
 from ebft_mega.data.tokenizers.tokenizer_model_file import MOST_GROWTH, describe_other_kind, longest_replacement
 from ebft_mega.errors import InputError, Problem

@@ -7,7 +7,8 @@ piece's text (1), score (2) and type (3).
 import re
 from collections.abc import Collection, Iterator
 
-from ebft_mega.data.text.file_kinds import JSON_LINES, kind_of_bytes
+from ebft_mega.data.selection.text_formats import kind_of_bytes
+from ebft_mega.data.text.file_kinds import JSON_LINES
 from ebft_mega.io.input_errors import lfs_pointer
 
 _PIECE_FIELD, _TRAINER_FIELD, _NORMALIZER_FIELD, _SELF_TEST_FIELD, _LAST_FIELD, _FIRST_EXTENSION = 1, 2, 3, 4, 5, 200

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ebft_mega.data.selection.file_choice import FileChoice, nothing_stays
 from ebft_mega.data.selection.folder_choice import FolderChoice
+from ebft_mega.data.selection.text_formats import FormatChoice, Recogniser
 from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
 from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files, total_counts
 from ebft_mega.data.text.text_files import (
@@ -18,7 +19,6 @@ from ebft_mega.data.text.text_files import (
     BadText,
     ReadOptions,
     TextDocument,
-    count_containers,
     read_text_file,
 )
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -164,7 +164,8 @@ def _files(source: Path, files: FileChoice, uses_gitignore: bool) -> tuple[Path,
         print_line(f"note: {', '.join(unmatched)}: nothing matches")
     for note in choice.notes():
         print_line(f"note: {source}: {note}")
-    if count := count_containers(listing.files):
+    recogniser = Recogniser(FormatChoice(), ReadOptions())
+    if count := sum(map(recogniser.may_be_records, listing.files)):
         print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
     return readable_files(listing)
 

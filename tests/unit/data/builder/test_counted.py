@@ -401,6 +401,9 @@ CHANGED = {
     "shard_bytes": 5,
     "work_unit_bytes": 50,
     "split": SplitOptions("1%"),
+    "format": "json_lines",
+    "format_options": {"of_a_plugin": {"key": 1}},
+    "plugins": {"mine.py": "0" * 64},
 }
 
 

@@ -15,8 +15,9 @@ import zstandard
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.work_plan import make_plan
+from ebft_mega.data.selection.text_formats import kind_of_file, kind_within
 from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.data.text.file_kinds import PARQUET, kind_of_file, kind_within
+from ebft_mega.data.text.formats.parquet import Parquet
 from ebft_mega.data.tokenizers.tokenizer import load_tokenizer
 from ebft_mega.errors import InputError
 from ebft_mega.planning.model_files import directory_obstacle
@@ -79,7 +80,7 @@ def test_text_is_of_no_kind(tmp_path: Path, content: bytes) -> None:
 
 def test_what_is_no_file_is_of_no_kind(tmp_path: Path) -> None:
     assert kind_of_file(tmp_path) is None and kind_of_file(tmp_path / "missing") is None
-    assert kind_within(tmp_path / "missing", (PARQUET,)) is None
+    assert kind_within(tmp_path / "missing", Parquet.kinds) is None
 
 
 @pytest.mark.parametrize("words", [words for words in FILES if words != "JSON lines"])

@@ -358,7 +358,7 @@ def test_licences_and_copied_fields(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 def test_a_file_that_cannot_be_opened_is_listed(tmp_path: Path) -> None:
     reader = Reader((Input(tmp_path, "name", "unknown", holds_texts=True),), ReadOptions())
-    (bad,) = reader.read(FileRange(0, "absent.py", 0, 5, is_cut=False), 0)
+    (bad,) = reader.read(FileRange(0, "absent.py", 0, 5, False, "plain_files"), 0)
     assert isinstance(bad, BadText)
     assert bad.is_file
 
