@@ -37,8 +37,10 @@ PRINTED = {
         "measure(wanted['side'], BenchCase(**wanted['case']), BenchModel(**wanted['model']))"
     },
 }
-# Words of their own, where nothing else can be relied on: signals, a process that hangs, one that was killed.
+# Words of their own, where nothing else can be relied on: packages that lack, signals, a process that hangs, one that
+# was killed.
 WRITING_PAST_THE_STREAMS = {
+    "ebft_mega/__init__.py",
     "ebft_mega/io/process_signals.py",
     "ebft_mega/runtime/watchdog.py",
     "ebft_mega/runtime/witness_process.py",
