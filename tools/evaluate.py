@@ -8,7 +8,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,13 +73,22 @@ def settings(arguments: argparse.Namespace) -> RunConfig:
     )
 
 
+def figure_lines(content: Mapping[str, Any]) -> list[str]:
+    """The means of an evaluation over its rows, a line each; the file holds every row's figures, too."""
+    means = {key: value for key, value in content.items() if key.startswith("eval/")}
+    width = max(map(len, means), default=0)
+    texts = {key: "null" if value is None else f"{value:.6g}" for key, value in means.items()}
+    return [f"{key:<{width}}  {text}" for key, text in sorted(texts.items())]
+
+
 def main() -> None:
-    """Evaluate, draw histograms, and print the paths of the files."""
+    """Evaluate, draw histograms, and print the figures and the paths of the files."""
     arguments = parse_arguments()
     config = settings(arguments)
 
     from ebft_mega.apps.evaluate_model import EvaluationRequest, evaluate_directory
     from ebft_mega.apps.report.evaluation_plot import plot_evaluation
+    from ebft_mega.apps.report.run_records import read_json
 
     of_run = None if arguments.config is None else config
     features = choose_feature_network(arguments.feature_model, of_run, str(arguments.config), arguments.model)
@@ -92,8 +103,8 @@ def main() -> None:
         skip_rows=arguments.skip_rows,
     )
     path = evaluate_directory(request, config, arguments.output)
-    for made in (path, plot_evaluation(path)):
-        print_line(str(made), sys.stdout)
+    for line in (*figure_lines(read_json(path)), str(path), str(plot_evaluation(path))):
+        print_line(line, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.supported_configs import code_keys
 from ebft_mega.architecture.tensor_shapes import hf_shapes
+from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.model_folder import is_checkpoint, open_model_folder
 from ebft_mega.checkpoint.tensor_index import TensorIndex
 from ebft_mega.data.selection.text_formats import kind_of_file
@@ -24,6 +25,7 @@ from ebft_mega.io.contained_files import leaves, read_contained_json
 from ebft_mega.io.input_errors import file_obstacle
 from ebft_mega.model.weights.tensor_fit import check_fit, with_own_head
 from ebft_mega.model.weights.weight_files import stored_tensors
+from ebft_mega.runtime.run_files import MODEL_FOLDER
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -34,6 +36,7 @@ DESCRIBING_NAMES = (
 )
 _ADAPTER_NAME = "adapter_config.json"
 _DIRECTORY = "a Hugging Face model directory"
+_OF_A_RUN = (MODEL_FOLDER, CHECKPOINTS)
 _SHOWN_LINKS = 3
 
 
@@ -77,6 +80,9 @@ def check_model(
     """
     if (obstacle := directory_obstacle(directory)) is not None:
         raise InputError([Problem(str(directory), directory.name, obstacle, _DIRECTORY)])
+    if not os.path.lexists(directory / CONFIG_NAME) and any((directory / name).is_dir() for name in _OF_A_RUN):
+        expected = f"its final model, {directory / MODEL_FOLDER}, or one of its {CHECKPOINTS}"
+        raise InputError([Problem(str(directory), directory.name, "the directory of a run", expected)])
     # Of a checkpoint nothing is parsed before it has been compared with the manifest.
     index = open_model_folder(directory, hash_weights=False).index if is_checkpoint(directory) else None
     problems: list[Problem] = []

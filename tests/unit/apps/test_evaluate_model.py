@@ -70,6 +70,17 @@ def test_a_feature_network_is_named_by_what_names_it(inputs, features):
     assert str(caught.value.problems[0]).startswith("model.init_from: ")
 
 
+@pytest.mark.parametrize("name", ["hf", "checkpoints"])
+def test_for_the_directory_of_a_run_its_models_are_named(inputs, name):
+    (inputs.root / "run" / name).mkdir(parents=True)
+    request = dataclasses.replace(request_of(inputs), model=inputs.root / "run")
+    with pytest.raises(InputError) as caught:
+        check_inputs(request, load_config(inputs.write()))
+    line = str(caught.value.problems[0])
+    assert line.startswith("--model: ") and "found the directory of a run" in line
+    assert f"expected its final model, {inputs.root}/run/hf, or one of its checkpoints" in line
+
+
 def test_another_evaluation_is_not_replaced_in_silence(tmp_path, capsys):
     path = tmp_path / "evaluation.json"
     for _ in range(2):

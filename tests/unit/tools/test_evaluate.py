@@ -13,7 +13,9 @@ def requests(monkeypatch, tmp_path):
 
     def evaluate(request, config, output):
         made.append(request)
-        return tmp_path / "evaluation.json"
+        path = tmp_path / "evaluation.json"
+        path.write_text('{"rows": 2, "eval/cfm_loss": 0.123456789, "eval/alignment": null, "per_row": {}}')
+        return path
 
     monkeypatch.setattr(evaluate_model, "evaluate_directory", evaluate)
     monkeypatch.setattr(evaluation_plot, "plot_evaluation", lambda path: path)
@@ -25,6 +27,8 @@ def test_a_trained_model_is_evaluated_with_the_features_of_its_run(inputs, run_t
     trained, initial = inputs.root / "run" / "hf", inputs.root / "model"
     code, out, _ = run_tool("evaluate.py", "--config", inputs.write(), "--model", trained, *places)
     assert code == 0 and out.startswith(f"feature network: {initial} (model.init_from)\n") and "note" not in out
+    path = tmp_path / "evaluation.json"
+    assert out.splitlines()[1:] == ["eval/alignment  null", "eval/cfm_loss   0.123457", str(path), str(path)]
     code, out, _ = run_tool("evaluate.py", "--model", initial, *places)
     assert code == 0 and "note: the model itself gives the features" in out
     assert [(request.model, request.feature_model, request.feature_key) for request in requests] == [
