@@ -94,6 +94,10 @@ class ConfigError(InputProblems):
     """The configuration is wrong."""
 
 
+class PluginError(ConfigError):
+    """The configuration is wrong, and among that is a plugin: every machine says it, since others may have the file."""
+
+
 class InputError(InputProblems):
     """A file that the run needs (data set, tokenizer, model) is missing, damaged or of another kind."""
 

@@ -21,7 +21,15 @@ from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
-from ebft_mega.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EbftError, InputProblems, SurroundingsError  # noqa: E402
+from ebft_mega.errors import (  # noqa: E402
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EbftError,
+    InputProblems,
+    PluginError,
+    SurroundingsError,
+)
 from ebft_mega.io.arguments import PlainParser, output_directory, path_argument, real_number, whole_number  # noqa: E402
 from ebft_mega.io.command import add_overrides_option  # noqa: E402
 from ebft_mega.io.expanded_paths import REPOSITORY  # noqa: E402
@@ -36,6 +44,7 @@ from ebft_mega.metrics.announcer import Announcer  # noqa: E402
 from ebft_mega.planning.dry_run import GIGABYTE, describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
 from ebft_mega.planning.short_plan import short_plan  # noqa: E402
+from ebft_mega.registry.registry_listing import listed_entries  # noqa: E402
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES, enter_launch, speaks_for_machine  # noqa: E402
 from ebft_mega.runtime.repeatability import require_repeatable_workspace  # noqa: E402
 from ebft_mega.runtime.run_files import RESOLVED_CONFIG_NAME  # noqa: E402
@@ -44,9 +53,17 @@ from ebft_mega.runtime.stop_requests import Signals  # noqa: E402
 MAX_GPU_MEMORY = 1e6  # in 1e9 bytes, as the option
 
 
+class RunParser(PlainParser):
+    """The parser of a run, whose help also lists what a configuration can name."""
+
+    def format_help(self) -> str:
+        """The options, and below them the entries of all kinds."""
+        return f"{super().format_help()}\n{listed_entries()}"
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; an unknown option ends the program with exit code 2."""
-    parser = PlainParser(description=__doc__, allow_abbrev=False)
+    parser = RunParser(description=__doc__, allow_abbrev=False)
     option = parser.add_argument
     option("--config", type=path_argument, required=True, help="YAML file; docs/configuration.md lists its keys")
     add_overrides_option(parser, "set a key, such as train.lr=1e-5; may be given again")
@@ -177,7 +194,9 @@ def run(signals: Signals, started: float) -> int:
         return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh, announcer)
     except EbftError as error:
         signals.fail_undisturbed()
-        speaks = speaks_for_machine(os.environ) if isinstance(error, SurroundingsError) else is_first_rank()
+        speaks = (
+            speaks_for_machine(os.environ) if isinstance(error, SurroundingsError | PluginError) else is_first_rank()
+        )
         if speaks or not isinstance(error, InputProblems):  # all ranks find the same bad input
             print(error, file=sys.stderr)
         return error.exit_code

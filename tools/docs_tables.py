@@ -21,10 +21,10 @@ from pydantic.fields import FieldInfo
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
-from ebft_mega.config.fields import allowed_text, default_text
+from ebft_mega.config.fields import allowed_text, default_text, registry_of, registry_of_names
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.load import load_config
-from ebft_mega.config.schema import SECTIONS, Reuse, RunConfig
+from ebft_mega.config.schema import SECTIONS, Reuse, RunConfig, all_keys
 from ebft_mega.extension.options import Section
 from ebft_mega.io.arguments import PlainParser
 from ebft_mega.io.command import run_command
@@ -33,6 +33,8 @@ from ebft_mega.planning.auto import REUSES, fit
 from ebft_mega.planning.dry_run import GIB_BYTES
 from ebft_mega.planning.memory import Choices, peak_bytes
 from ebft_mega.planning.run_plan import RunPlan, plan_of_sizes
+from ebft_mega.registry.kinds import ALL_REGISTRIES
+from ebft_mega.registry.registry_listing import contract_file, own_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -43,6 +45,8 @@ START = "<!-- Written by `make docs-tables` from ebft_mega/config/schema.py; edi
 END = "<!-- End of the written tables. -->"
 RECIPES_START = "<!-- Written by `make docs-tables` from the plans of the recipes. -->"
 RECIPES_END = "<!-- End of the written recipes. -->"
+ENTRIES_START = "<!-- Written by `make docs-tables` from the registries (ebft_mega/registry/kinds.py). -->"
+ENTRIES_END = "<!-- End of the written entries. -->"
 AXOLOTL_PAGE = ROOT / "docs" / "axolotl.md"
 AXOLOTL_START = "<!-- Written by `make docs-tables` from ebft_mega/config/axolotl_keys.py; edit it there. -->"
 AXOLOTL_END = "<!-- End of the written keys. -->"
@@ -73,6 +77,35 @@ def _row(key: str, field: FieldInfo) -> str:
     if not field.is_required() and field.default is not None:
         default = f"`{default}`"
     return f"| `{key}` | {default} | {allowed_text(field)} | {field.description} |"
+
+
+def entries() -> str:
+    """The entries of the package, one table per kind, with the files of contracts and entries."""
+    parts = []
+    for registry in ALL_REGISTRIES:
+        keys = [name for name, field in all_keys().items() if registry in _registries(field)]
+        named = f"Named by {' and '.join(f'`{key}`' for key in keys)}. " if keys else ""
+        lines = [
+            f"### {registry.kind[0].upper()}{registry.kind[1:]}\n",
+            f"{named}Contract: `{contract_file(registry)}`.\n",
+            "| name | what it is | options | file |",
+            "|---|---|---|---|",
+        ]
+        for name in registry.own_names():
+            entry = registry.entry(name)
+            options = "; ".join(_option(leaf, field) for leaf, field in entry.Options.model_fields.items())
+            cells = (f"`{name}`", entry.summary(), options or "none", f"`{own_file(registry, name)}`")
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _registries(field: FieldInfo) -> tuple[object, ...]:
+    return tuple(each for each in (registry_of(field), registry_of_names(field)) if each is not None)
+
+
+def _option(name: str, field: FieldInfo) -> str:
+    return f"`{name}` ({allowed_text(field)}; default `{default_text(field)}`): {field.description}"
 
 
 def foreign_keys() -> str:
@@ -121,7 +154,11 @@ def with_tables(page: str) -> str:
     Raises:
         ValueError: a marker is missing, or there are several.
     """
-    for start, end, text in ((START, END, tables()), (RECIPES_START, RECIPES_END, f"{recipes()}\n")):
+    for start, end, text in (
+        (START, END, tables()),
+        (RECIPES_START, RECIPES_END, f"{recipes()}\n"),
+        (ENTRIES_START, ENTRIES_END, entries()),
+    ):
         before, after = page.split(start)
         _, after = after.split(end)
         page = f"{before}{start}\n\n{text}\n{end}{after}"

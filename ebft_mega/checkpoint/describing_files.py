@@ -168,7 +168,7 @@ def checkpoint_files(config: RunConfig, architecture: Architecture, described: D
     return {
         **described.contents,
         CONFIG_NAME: _as_json(architecture.exported_config("float32")),
-        ENVIRONMENT_NAME: _as_json({**describe_environment(), **describe_numerics()}),
+        ENVIRONMENT_NAME: _as_json({**describe_environment(config.loaded_plugins), **describe_numerics()}),
         RESOLVED_CONFIG_NAME: resolved_yaml(config).encode(),
     }
 

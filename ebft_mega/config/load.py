@@ -15,7 +15,7 @@ from ebft_mega.config.rules import broken_rules
 from ebft_mega.config.schema import SECTIONS, RunConfig, path_keys
 from ebft_mega.config.section_values import NOTHING, ONE_OF, OPTIONS, describe, valid_part
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
-from ebft_mega.errors import ConfigError, InputError, Problem
+from ebft_mega.errors import ConfigError, InputError, PluginError, Problem
 from ebft_mega.io.input_errors import read_input_bytes
 
 _WHOLE_FILE = 3  # so many keys of axolotl, and the file is one of axolotl's
@@ -47,7 +47,8 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     config = config.with_places(named | places | {"": str(path)})
     problems += [dataclasses.replace(problem, where=config.place(problem.key)) for problem in unplaced]
     if problems:
-        raise ConfigError([*_from_axolotl(tree, path), *_lists_once(sorted(problems, key=_line_order))])
+        kind = PluginError if of_plugins else ConfigError
+        raise kind([*_from_axolotl(tree, path), *_lists_once(sorted(problems, key=_line_order))])
     return config
 
 

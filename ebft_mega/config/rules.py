@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl_keys import LORA, STRUCTURED
-from ebft_mega.config.entries import learning_rates
+from ebft_mega.config.entries import idle_options, learning_rates
 from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import EntryError, InputError, Problem
@@ -337,4 +337,4 @@ def notes(config: RunConfig) -> list[str]:
             f"learn.reuse_rollout {config.learn.reuse_rollout} changes nothing: ebft.rl_coef is 0, so there are no "
             "rollouts."
         )
-    return found
+    return [*found, *idle_options(config)]

@@ -10,6 +10,7 @@ from ebft_mega.lifecycle.tracing import timeout_of_steps
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.rendezvous import Patience
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.registry.plugin_records import plugins_in_words
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.runtime.watchdog import COLLECTIVE_MARGIN
 
@@ -39,7 +40,7 @@ def connecting_words(config: RunConfig, plan: RunPlan) -> str:
 
 
 def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -> None:
-    """Check that all ranks have the same configuration and the same data.
+    """Check that all ranks have the same configuration, the same code of plugins and the same data.
 
     Raises:
         InputError: they have not.
@@ -49,6 +50,7 @@ def require_same_inputs(config: RunConfig, plan: RunPlan, loader: BatchLoader) -
     require_agreement(
         {
             "configuration, sha256": configuration_sha256(config),
+            "plugins": plugins_in_words(config.loaded_plugins),
             config.data.mixture_key: loader.state.to_json(),
             "evaluation.shards": held_out.manifest.fingerprint if held_out else "none",
         }

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.manifest import Manifest, file_problems, read_listed, read_manifest, share_of_files
 from ebft_mega.checkpoint.model_folder import WEIGHTS_FOLDER, is_checkpoint
+from ebft_mega.checkpoint.plugin_changes import plugin_changes
 from ebft_mega.checkpoint.resume_rules import sizes
 from ebft_mega.checkpoint.run_state import Layout, RunState, StartedFrom
 from ebft_mega.checkpoint.saved_run import SavedRun
@@ -203,8 +204,8 @@ def damaged_files(directory: Path, manifest: Manifest, beginning: str, announcer
     return [problem for part in all_gather_values(problems) for problem in part]
 
 
-def other_software(saved: SavedRun) -> list[str]:
-    """Releases that differ from those that a checkpoint was written with: results may then differ by rounding."""
+def other_software(saved: SavedRun, config: RunConfig) -> list[str]:
+    """Releases and plugins that differ from those that a checkpoint was written with: other results may follow."""
     content = read_listed(saved.directory, saved.manifest, ENVIRONMENT_NAME)
     with reading(saved.directory / ENVIRONMENT_NAME, "packages", "releases by name", BrokenCheckpointError):
         then = dict(parse_json(content.decode())["packages"])
@@ -212,4 +213,5 @@ def other_software(saved: SavedRun) -> list[str]:
     changed = [
         f"{name} {then.get(name)} -> {version}" for name, version in now.items() if then.get(name, version) != version
     ]
-    return [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)
+    notes = [f"other software than at the checkpoint: {', '.join(changed)}"] * bool(changed)
+    return [*notes, *plugin_changes(saved, config.loaded_plugins)]

@@ -90,7 +90,7 @@ def describe_in_directory(config: RunConfig, plan: RunPlan, start: Start, model_
         "run": plan_facts(config, plan),  # for the head of the page
     }
     write_bytes(output / RESOLVED_CONFIG_NAME, resolved_yaml(config).encode())
-    write_environment(output, facts)
+    write_environment(output, facts, config.loaded_plugins)
 
 
 def export(

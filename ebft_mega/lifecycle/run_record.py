@@ -31,6 +31,7 @@ from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.records import Count, Record, Sha256, parse_record
 from ebft_mega.model.weights.weight_files import stored_tensors
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.registry.plugin_records import PluginRecord, plugin_records
 
 RECORD_NAME = "run.json"  # in the run directory and in its model's
 # Keys whose contents a record names by their hash; a path may change while they stay the same.
@@ -57,6 +58,7 @@ class RunRecord(Record):
     initial_model: str | None  # fingerprints of weights
     feature_model: str | None
     started_from: StartedFrom | None = None  # the checkpoint that `checkpoint.resume` named when the run began
+    plugins: tuple[PluginRecord, ...] | None = None
     model_step: Count | None = None  # in a run directory: steps of the model that was there when the run was extended
 
     @classmethod
@@ -78,6 +80,7 @@ class RunRecord(Record):
             initial_model=_initial_model(config, plan),
             feature_model=_feature_model(config, plan),
             started_from=started_from,
+            plugins=plugin_records(config.loaded_plugins),
         )
 
     @classmethod

@@ -86,7 +86,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader, announcer:
         if refused:
             raise ConfigError(refused)
         notes += noted_changes(saved, config)
-        notes += from_first_rank(lambda: other_software(saved))
+        notes += from_first_rank(lambda: other_software(saved, config))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
         problems = list(_rest_does_not_fit(config, plan, saved, loader))
         if problems:

@@ -19,6 +19,7 @@ from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_st
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times
+from ebft_mega.registry.plugin_records import plugin_rows, slow_imports
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 GIB_BYTES = 1 << 30
@@ -34,6 +35,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
     """
     parts = [
         _title("Resolved configuration") + resolved_yaml(config).rstrip(),
+        *[_title("Plugins") + _table(list(plugin_rows(config.loaded_plugins, config.options)))] * bool(config.plugins),
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),
@@ -49,7 +51,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
     if memory_bytes is not None:
         size = f"{memory_bytes / GIGABYTE:,.10g} GB"
         parts.append(_title(f"On accelerators of {size}") + _fit_text(config, plan, memory_bytes))
-    if notes := [*plan.notes, *_objective_notes(config)]:
+    if notes := [*plan.notes, *_objective_notes(config), *slow_imports(config.loaded_plugins)]:
         parts.append(_title("Notes") + "\n".join(shown(note, LONGEST_NOTE) for note in notes))
     if plan.to_be_supplied:
         rows: list[tuple[str, object]] = [(entry.key, entry.words) for entry in plan.to_be_supplied]

@@ -28,7 +28,6 @@ from ebft_mega.registry.registry import Registry, entries_of
 
 MAX_SOURCE_BYTES = 4 * 2**20
 _LONGEST_MESSAGE = 400
-_SHORT_SHA256 = 12  # characters that tell two versions apart for people
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,6 @@ class Plugin:
     entries: tuple[PluginEntry, ...]
     loads_torch: bool  # whether importing it imports torch
     seconds: float  # that importing it took
-
-    @property
-    def short_sha256(self) -> str:
-        """As much of the hash as people compare."""
-        return self.sha256[:_SHORT_SHA256]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from typing import Any, Literal
 import ebft_mega
 from ebft_mega.io.durable import write_json
 from ebft_mega.io.standard_streams import print_line
+from ebft_mega.registry.plugin_records import plugin_records
+from ebft_mega.registry.plugins import Plugin
 from ebft_mega.shown_text import LogLines, without_secrets
 
 STATUS_NAME = "status.json"
@@ -99,8 +101,8 @@ def record_failure(output_dir: Path, exit_code: int, step: int, checkpoint: str 
     return exit_code
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, platform and source revision: what is needed to run the same thing again."""
+def describe_environment(plugins: Sequence[Plugin] = ()) -> dict[str, Any]:
+    """Versions, platform, source revision and plugins: what is needed to run the same thing again."""
     packages: dict[str, str | None] = {}
     for name in RECORDED_PACKAGES:
         try:
@@ -114,19 +116,21 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "packages": packages,
+        "plugins": [each.model_dump() for each in plugin_records(plugins)],
         "command": [without_secrets(argument) for argument in sys.argv],
     }
 
 
-def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None) -> Path:
+def write_environment(output_dir: Path, extra: Mapping[str, Any] | None = None, plugins: Sequence[Plugin] = ()) -> Path:
     """Write `environment.json`.
 
     Args:
         output_dir: the run directory.
+        plugins: those in use.
         extra: facts that only the caller knows (world size, device name); they win over ours.
     """
     path = output_dir / ENVIRONMENT_NAME
-    write_json(path, {**describe_environment(), **(extra or {})})
+    write_json(path, {**describe_environment(plugins), **(extra or {})})
     return path
 
 

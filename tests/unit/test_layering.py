@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from ebft_mega.registry.kinds import ALL_REGISTRIES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ebft_mega"
@@ -75,6 +78,17 @@ def modules():
     return found
 
 
+def entries_below(folder):
+    """What the modules of a folder begin with, if it is that of a registry; of any other folder nothing begins so."""
+    is_of_registry = folder in {registry.folder for registry in ALL_REGISTRIES}
+    return f"{folder.removeprefix('ebft_mega.')}." if is_of_registry else "no registry"
+
+
+@cache
+def all_modules():
+    return frozenset(modules().values())
+
+
 def place_of(module):
     """Number of the room that a module lies in, by the room's place in ROOMS; -1 for a package of rooms."""
     inside = f"{module}."
@@ -86,7 +100,10 @@ def place_of(module):
 
 
 def imported_modules(tree):
-    """Dotted names within the package that a module imports anywhere, also inside functions and as strings."""
+    """Dotted names within the package that a module imports anywhere, also inside functions and as strings.
+
+    A table's targets count: the folder of a registry stands for every module in it, which is imported by its name.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -96,6 +113,7 @@ def imported_modules(tree):
             names = [name if is_module(name) else node.module for name in submodules]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value.split(":")[0]):
             names = [node.value.split(":")[0]]
+            names += [f"ebft_mega.{name}" for name in all_modules() if name.startswith(entries_below(names[0]))]
         else:
             continue
         for name in names:
@@ -141,16 +159,42 @@ def test_the_check_for_later_rooms_can_fail(source):
 
 
 def test_no_import_goes_in_a_circle():
-    known = modules()
-    names = set(known.values())
+    assert circles({module: path.read_text() for path, module in modules().items()}) == set()
+
+
+def circles(sources):
+    """The modules that import each other in a circle, or lead to one, by the sources of all modules."""
     graph = {
-        module: names.intersection(name for _, name in imported_modules(ast.parse(path.read_text())))
-        for path, module in known.items()
+        module: sources.keys() & {name for _, name in imported_modules(ast.parse(source))} - {module}
+        for module, source in sources.items()
     }
-    while leaves := [module for module, above in graph.items() if not above & graph.keys() - {module}]:
+    while leaves := [module for module, above in graph.items() if not above & graph.keys()]:
         for module in leaves:
             del graph[module]
-    assert graph == {}
+    return set(graph)
+
+
+KINDS = "registry.kinds"
+TABLE = "TERMS = Registry('reward term', RewardTerm, 'ebft_mega.reward.terms')"
+
+
+def test_the_folder_of_a_registry_counts_as_an_import_of_its_entries():
+    entries = {name for name in all_modules() if name.startswith("reward.terms.")}
+    assert len(entries) >= 2 and entries <= {name for _, name in imported_modules(ast.parse(TABLE))}
+    assert imports_of_later_rooms("extension.entry", TABLE) and not imports_of_later_rooms(KINDS, TABLE)
+    entry = "reward.terms.alignment"
+    lazy = "def values(self):\n    from ebft_mega.registry import kinds"
+    assert circles({KINDS: TABLE, entry: lazy}) == {KINDS, entry}
+    assert circles({KINDS: TABLE, entry: ""}) == set()
+
+
+def test_every_registry_names_its_folder_where_the_checks_see_it():
+    source = (PACKAGE / "registry" / "kinds.py").read_text()
+    named = {name for _, name in imported_modules(ast.parse(source))}
+    for registry in ALL_REGISTRIES:
+        folder = registry.folder.removeprefix("ebft_mega.")
+        assert {f"{folder}.{name}" for name in registry.own_names()} | {folder} <= named
+        assert folder in ROOMS and folder in LIGHT_ROOMS
 
 
 def test_rooms_are_small():

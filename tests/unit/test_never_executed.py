@@ -20,6 +20,12 @@ CALLS = {
     "extractall",
     *("from_string", "apply_chat_template", "FileSystemLoader"),  # templates from elsewhere
 }
+# Names of functions that import what a text names, and where they may be called.
+IMPORTS = {"import_module", "exec_module", "load_module", "spec_from_file_location", "run_path", "run_module"}
+IMPORTERS = {
+    "ebft_mega/registry/registry.py": {"import_module"},  # the package's own entries, each called as its file
+    "ebft_mega/registry/plugins.py": {"import_module", "exec_module", "spec_from_file_location"},
+}
 # Called through their module; the same names mean other things elsewhere.
 CALLS_OF_MODULES = {"torch": {"load", "save"}, "yaml": {"load", "load_all"}, "np": {"fromregex"}}
 ARGUMENTS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False}
@@ -79,6 +85,25 @@ def test_sources_execute_nothing_that_they_read():
 )
 def test_the_check_can_fail(source):
     assert list(findings(source))
+
+
+def imports_by_name(source):
+    """Names of all functions that a module uses to import what a text names."""
+    nodes = list(ast.walk(ast.parse(source)))
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return used & IMPORTS
+
+
+def test_only_plugins_and_entries_are_imported_by_their_names():
+    found = {str(path.relative_to(ROOT)): imports_by_name(path.read_text()) for path in SOURCES}
+    assert {place: names for place, names in found.items() if names} == IMPORTERS
+
+
+@pytest.mark.parametrize("source", ["importlib.import_module(name)", "from runpy import run_path", "f = x.exec_module"])
+def test_the_check_of_imports_by_name_can_fail(source):
+    assert imports_by_name(source)
 
 
 def imports_of(package, source):

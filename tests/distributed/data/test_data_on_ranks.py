@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import torch.distributed as dist
 
 from ebft_mega.data.rows.loader import LoadedBatch, SkippedRow
 from ebft_mega.errors import DamagedDataError, InputError, SkipBudgetError
+from ebft_mega.lifecycle.connecting import require_same_inputs
 from ebft_mega.parallel.groups import connect, make_process_groups
+from ebft_mega.registry.plugins import use_plugins
 from ebft_mega.runtime.agreement import require_agreement
 from ebft_mega.runtime.run_files import DATA_ERRORS_NAME
 from ebft_mega.train import loop
@@ -23,6 +26,7 @@ from ebft_mega.train.skipped_rows import account_for
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import rows_of_step
 from tests.distributed.train.test_non_finite import Beats, Lines, QuietBoundary, build
+from tests.unit.checkpoint.folder_stand_ins import run_config
 
 
 def compare(values):
@@ -38,6 +42,33 @@ def test_ranks_with_other_data_are_named_on_every_rank():
     texts = run_ranks(3, compare, ["old", "new", "old"])
     assert texts == ["all ranks: data: found ranks 0, 2: old; ranks 1: new; expected the same on every rank"] * 3
     assert run_ranks(2, compare, ["same", "same"]) == [None, None]
+
+
+def compare_plugins(directory):
+    """What a rank says whose copy of a plugin is another one than the first rank's."""
+    connect()
+    folder = Path(directory) / str(dist.get_rank())
+    folder.mkdir()
+    text = Path("examples/inverse_square_root.py").read_text()
+    (folder / "own.py").write_text(text + "# another copy\n" * (dist.get_rank() == 1))
+    (plugin,) = use_plugins(["own.py"], folder, {})
+    config = run_config(Path(directory)).with_plugins((replace(plugin, resolved="own.py"),))
+    loader = SimpleNamespace(state=SimpleNamespace(to_json=lambda: "{}"))
+    try:
+        require_same_inputs(config, SimpleNamespace(evaluation_rows=None), loader)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_with_other_code_of_a_plugin_are_named_on_every_rank(tmp_path):
+    text, other = run_ranks(2, compare_plugins, str(tmp_path))
+    assert text == other
+    assert re.fullmatch(
+        r"all ranks: plugins: found ranks 0: own\.py \(sha256 [0-9a-f]{12}\); "
+        r"ranks 1: own\.py \(sha256 [0-9a-f]{12}\); expected the same on every rank",
+        text,
+    )
 
 
 class HalfDamaged:

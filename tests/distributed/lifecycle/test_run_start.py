@@ -1,5 +1,6 @@
 """What a start changes, and leaves alone, in a run directory that holds an earlier run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,10 +9,12 @@ import time
 import pytest
 
 from ebft_mega.data.store.opening import open_dataset
+from ebft_mega.io.expanded_paths import REPOSITORY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Setting, checkpoint, lines, make_datasets, run
 
 ALONE = Setting(1, 1, 1)
+PLUGIN = REPOSITORY / "examples" / "inverse_square_root.py"
 EVERY_TWO = ("train.max_steps=4", "checkpoint.interval=2", "evaluation.interval=2")
 
 
@@ -93,10 +96,17 @@ def test_directory_of_another_run_becomes_this_run_s(root):
 
 
 def test_latest_that_was_not_written_is_set_right(root):
+    """With a plugin that the run did not have before, which is noted and recorded, and changes nothing by itself."""
     output = without_model(root, "pointing")
     latest = output / "checkpoints" / "latest"
     latest.write_text("step-00000002\n")
-    start(root, "pointing")
+    start(root, "pointing", f"plugins=[{PLUGIN}]")
+    sha256 = hashlib.sha256(PLUGIN.read_bytes()).hexdigest()
+    notes = [json.loads(line)["text"] for line in (output / "notes.jsonl").read_text().splitlines()]
+    assert f"the plugin {PLUGIN} (sha256 {sha256[:12]}) was not in use at the checkpoint" in notes
+    for name in ("environment.json", "run.json", "hf/run.json"):
+        recorded = json.loads((output / name).read_text())["plugins"]
+        assert recorded == [{"name": str(PLUGIN), "file": str(PLUGIN), "sha256": sha256}]
     assert latest.read_text() == "step-00000004\n"
     assert status(output) == {"state": "done", "exit_code": 0, "checkpoint": "step-00000004", "step": 4}
     assert (output / "hf" / "model.safetensors").read_bytes() == (

@@ -1,5 +1,6 @@
 """The launcher up to the start of a run, as a user calls it: exit codes, texts, speed, no heavy import."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -152,6 +153,39 @@ def test_help_and_dry_run_answer_at_once(inputs):
         times.append(time.perf_counter() - start)
         assert "771, 775, ... 1023" in done.stdout, done.stderr
     assert min(times) < 3  # half a second on a quiet machine
+
+
+PLUGIN = """\
+import torch
+
+from ebft_mega.extension.reward_term import RewardTerm
+
+print("of the plugin")
+
+
+class Own(RewardTerm):
+    \"\"\"Is zero.\"\"\"
+
+    name = "own"
+
+    def values(self, inputs):
+        return torch.zeros(())
+"""
+
+
+def test_a_plugin_in_the_dry_run_and_one_that_is_missing_on_another_machine(inputs):
+    (inputs.root / "own.py").write_text(PLUGIN)
+    path = inputs.write(plugins=["own.py"], ebft__reward_terms={"own": 0.5})
+    done = launch("--config", path, "--dry-run")
+    assert done.returncode == 0 and done.stdout.startswith("of the plugin\n"), done.stderr
+    sha256 = hashlib.sha256(PLUGIN.encode()).hexdigest()[:12]
+    assert f"\nown.py             {inputs.root}/own.py, sha256 {sha256}\n  reward term own  Is zero.\n" in done.stdout
+    assert "\nplugins: own.py imports torch, which a dry run waits for (" in done.stdout
+    (inputs.root / "own.py").unlink()
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        environment = {"RANK": f"{8 + int(local_rank)}", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
+        done = launch("--config", path, "--dry-run", "--world-size", "16", **environment)
+        assert done.returncode == 2 and done.stderr.count("own.py: no such file") == lines, done.stderr
 
 
 def test_a_plan_without_data_for_a_memory(inputs):

@@ -4,6 +4,7 @@ import pytest
 
 from ebft_mega.config.entries import entry_of, idle_options, learning_rates
 from ebft_mega.config.load import load_config, resolved_yaml
+from ebft_mega.config.schema import path_keys
 from ebft_mega.errors import ConfigError
 from ebft_mega.registry.kinds import FEATURE_MAPS, REWARD_TERMS
 from ebft_mega.registry.plugins import use_plugins
@@ -145,6 +146,25 @@ def test_a_run_directory_is_no_place_for_plugins(load, tmp_path):
         load(BASE.replace("runs/a", str(tmp_path / "run")) + "plugins: [run/mine.py]\n")
     with pytest.raises(ConfigError, match=r"which lies in .*/run, a run or a checkpoint"):
         load(BASE + "plugins: [mine.py]\n", path=tmp_path / "run" / "config.resolved.yaml")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("output_dir", "model.init_from", "data.shards", "data.sources.a.shards", "data.tokenizer", "data.cache"),
+        *("evaluation.shards", "ebft.feature_model", "checkpoint.resume"),
+    ],
+)
+def test_no_place_that_another_key_names_holds_plugins(problems, tmp_path, key):
+    lines = problems(BASE + "plugins: [rewards/mine.py]\n", f"{key}={tmp_path}/rewards")
+    assert (
+        f"rewards/mine.py, which lies in rewards, {key} of this configuration; expected a file of your own" in lines[0]
+    )
+
+
+def test_every_key_of_a_path_is_tried_above():
+    (mark,) = test_no_place_that_another_key_names_holds_plugins.pytestmark
+    assert {each.replace("*", "a") for each in path_keys()} == set(mark.args[1])
 
 
 def test_the_next_configuration_knows_only_its_own_plugins(load, problems):
