@@ -35,7 +35,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
     """
     parts = [
         _title("Resolved configuration") + resolved_yaml(config).rstrip(),
-        *[_title("Plugins") + _table(list(plugin_rows(config.loaded_plugins, config.options)))] * bool(config.plugins),
+        *(_title("Plugins") + _table(rows) for rows in [plugin_rows(config.loaded_plugins, config.options)] if rows),
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),

@@ -28,18 +28,19 @@ def plugins_in_words(plugins: Sequence[Plugin]) -> str:
     return ", ".join(f"{plugin.resolved} (sha256 {_short(plugin.sha256)})" for plugin in plugins) or "none"
 
 
-def plugin_rows(plugins: Sequence[Plugin], options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, object]]:
-    """Rows of a table: each plugin, below it its entries, and below these their options.
+def plugin_rows(plugins: Sequence[Plugin], options: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, object]]:
+    """Rows of a table: each plugin, below it its entries, and below these their options; none without plugins.
 
     Args:
         options: of the entries in use, by their names.
     """
+    rows: list[tuple[str, object]] = []
     for plugin in plugins:
-        yield plugin.name, f"{plugin.file}, sha256 {_short(plugin.sha256)}"
+        rows.append((plugin.name, f"{plugin.file}, sha256 {_short(plugin.sha256)}"))
         for entry in plugin.entries:
-            yield f"  {entry.kind} {entry.name}", entry.summary or f"(no docstring) {entry.place}"
-            for name, value in options.get(entry.name, {}).items():
-                yield f"    {name}", str(value)
+            rows.append((f"  {entry.kind} {entry.name}", entry.summary or f"(no docstring) {entry.place}"))
+            rows += [(f"    {name}", str(value)) for name, value in options.get(entry.name, {}).items()]
+    return rows
 
 
 def slow_imports(plugins: Sequence[Plugin]) -> Iterator[str]:
