@@ -33,6 +33,8 @@ OTHERWISE = {
     "config/yaml_source.py": "its errors are problems with their lines",
     "data/builder/shard_writer.py": "a shard that was just written",
     "data/store/checks.py": "a header that is none is found when the document is read",
+    "data/store/places/gs.py": "its errors are refusals of a server's answer",
+    "data/store/places/hf.py": "its errors are refusals of a server's answer",
     "data/store/inspection.py": "its errors are those of damaged data",
     "data/text/parquet_files.py": "called within the boundary, or its errors are problems of one file",
     "data/text/parquet_pages.py": "its errors are problems of one file",

@@ -126,7 +126,10 @@ def remote_absence(address: str, transfer: Transfer, options: Options | None = N
         What was found, in words; None where there is a manifest, or an answer that says that something is wrong.
     """
     quick = dataclasses.replace(transfer, timeout_seconds=_SHORT_SECONDS, attempts=1)
-    client = store_client(address, _WHAT, quick, options or {})
+    try:
+        client = store_client(address, _WHAT, quick, options or {})
+    except InputError as error:  # what the store needs is not installed
+        return f"{error.problems[0].found} ({error.problems[0].expected})"
     try:
         place = client.fixed(address.rstrip("/"))
         content = client.small_file(f"{place}/{MANIFEST_NAME}", MANIFEST_LIMIT_BYTES, absent_if_forbidden=True)

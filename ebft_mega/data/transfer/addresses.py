@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     import httpx2
 
 _PLAIN = re.compile(r"https://[A-Za-z0-9.:\[\]-]+(/[^\s?#@]*)?", re.IGNORECASE)
+_BUCKET_ADDRESS = re.compile(r"[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221})((?:/[^\s?#/]+)*/?)")
 _NO_PLACE = "no valid host, port or path"
-_HTTPS_PORT = 443
+_HTTP_PORT, _HTTPS_PORT = 80, 443
 _LONGEST_HOST = 253  # characters, as the DNS has it
 
 
@@ -33,6 +34,41 @@ def https_address_problem(address: str) -> str | None:
     return None
 
 
+def bucket_address_problem(address: str) -> str | None:
+    """Why an address is not one of a bucket, or of a folder in it; None where it is.
+
+    It names no user: what stands before an @ in the place of a bucket is often a secret.
+    """
+    match = _BUCKET_ADDRESS.fullmatch(address)
+    if match is None or not address.isprintable():
+        return "no bucket, or a user, query, fragment or blank"
+    return "a part . or .." if {".", ".."} & set(match[2].split("/")) else None
+
+
+def bucket_and_name(address: str) -> tuple[str, str]:
+    """The bucket and the name of an object of a checked address."""
+    match = _BUCKET_ADDRESS.fullmatch(address)
+    assert match is not None, "the address was checked"
+    return match[1], match[2].removeprefix("/")
+
+
+def endpoint_problem(address: str, is_secret: bool) -> str | None:
+    """Why the address of a server, which the environment names, is not used; None where it is.
+
+    Args:
+        address: with its scheme.
+        is_secret: whether a token is sent there: without encryption only to this machine.
+    """
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+    except ValueError:
+        return _NO_PLACE
+    if parts.scheme == "http" and (not is_secret or host in ("localhost", "127.0.0.1", "::1")):
+        address = f"https{address[len('http') :]}"
+    return https_address_problem(address)
+
+
 def redirect_obstacle(asked: "httpx2.URL", target: "httpx2.URL", redirect_hosts: Iterable[str]) -> str | None:
     """Why a redirect is not followed; None where it is.
 
@@ -42,7 +78,7 @@ def redirect_obstacle(asked: "httpx2.URL", target: "httpx2.URL", redirect_hosts:
         redirect_hosts: `host` (port 443), `host:port` or `*.domain` (every host below the domain, with or without
             a port); compared exactly, in any case of letters.
     """
-    if target.scheme != "https":
+    if target.scheme not in ("https", asked.scheme):
         return f"to the scheme {target.scheme[:20]!a}"
     if target.userinfo:
         return "with a user or password"
@@ -53,9 +89,15 @@ def redirect_obstacle(asked: "httpx2.URL", target: "httpx2.URL", redirect_hosts:
     return f"to {ascii(shown)[1:-1]}, which is neither this server nor one of data.redirect_hosts"
 
 
+def is_same_server(one: "httpx2.URL", other: "httpx2.URL") -> bool:
+    """Whether two addresses have the same scheme, host and port."""
+    return one.scheme == other.scheme and _host_and_port(one) == _host_and_port(other)
+
+
 def _host_and_port(url: "httpx2.URL") -> tuple[str, int]:
     host = url.raw_host.decode("ascii", "backslashreplace").lower()
-    return f"[{host}]" if ":" in host else host, url.port or _HTTPS_PORT
+    port = url.port or (_HTTP_PORT if url.scheme == "http" else _HTTPS_PORT)
+    return f"[{host}]" if ":" in host else host, port
 
 
 def _names(entry: str, host: str, port: int) -> bool:

@@ -10,17 +10,24 @@ or opened as a local file.
 import logging
 import os
 import random
-import re
-import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from http.client import responses
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
-from ebft_mega.data.transfer.addresses import redirect_obstacle
+from ebft_mega.data.transfer.addresses import is_same_server, redirect_obstacle
+from ebft_mega.data.transfer.answers import (
+    Asked,
+    RefusedError,
+    TransferFailureError,
+    TransientError,
+    content_length,
+    content_range,
+    failure_of,
+    status_text,
+)
 from ebft_mega.data.transfer.connections import answer_within, limit_connections, shared_context
 from ebft_mega.errors import DamagedDataError, UnreachableDataError
 from ebft_mega.extension.store import StoreClient, Transfer
@@ -37,21 +44,27 @@ _MAX_REDIRECTS = 10
 _SHORT_BODY_BYTES = 1 << 16
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT_STATUS = (404, 410)
-_HEAD_REFUSED_STATUS = (403, 405, 501)
-# At most 18 digits: far above any size, and below what Python or a disk could not hold.
-_COUNT = "[0-9]{1,18}"
-_CONTENT_RANGE = re.compile(f"bytes (?:({_COUNT})-({_COUNT})|\\*)/({_COUNT})")
+_FORBIDDEN = 403
+_HEAD_REFUSED_STATUS = (_FORBIDDEN, 405, 501)
+_LONGEST_VERSION = 100
 
 
 class HttpsClient(StoreClient):
     """Read files of https servers. Threads may share a client; copies in other processes open their own connections.
 
+    Stores that are asked over https have subclasses: they say what an address means (`_asked`) and what a refusal
+    (`_refusal`), and all bounds, attempts and checks are these.
+
     Args:
         transfer: timeouts, retries and redirects.
+        redirect_hosts: more hosts that are followed to, see `Transfer.redirect_hosts`.
     """
 
-    def __init__(self, transfer: Transfer):
+    def __init__(self, transfer: Transfer, redirect_hosts: tuple[str, ...] = ()):
         self._transfer = transfer
+        self._redirect_hosts = (*transfer.redirect_hosts, *redirect_hosts)
+        # What servers called the contents of files when their sizes were asked for, by address.
+        self._versions: dict[str, str] = {}
         # Not the generator of the `random` module: its state belongs to the training run.
         self._jitter = random.SystemRandom()
         self._start_empty()
@@ -61,8 +74,32 @@ class HttpsClient(StoreClient):
         self._lock = threading.RLock()  # the garbage collector may call `close` at any place
         self._process = os.getpid()
 
-    def __reduce__(self) -> tuple[type["HttpsClient"], tuple[Transfer]]:
-        return HttpsClient, (self._transfer,)
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._arguments(), {"_versions": self._versions}
+
+    def _arguments(self) -> tuple[object, ...]:
+        """What a copy in another process is made with; no secrets, which it finds where this one did."""
+        return (self._transfer,)
+
+    def _asked(self, method: str, url: str) -> Asked:
+        """What is sent for a file: GET for its contents, HEAD for what describes it.
+
+        Raises:
+            RefusedError, TransientError: there is nothing to ask with, credentials say.
+        """
+        return Asked(method, url)
+
+    def _refusal(self, status: int, headers: Mapping[str, str], body: bytes) -> RefusedError:
+        """What a status that is no success means, with the beginning of the answer's body."""
+        return RefusedError(status_text(status), status=status)
+
+    def _is_absent(self, failure: TransferFailureError, if_forbidden: bool) -> bool:
+        """Whether a refusal means that there is no such file; `if_forbidden` as in `small_file`."""
+        return failure.status in _ABSENT_STATUS or (if_forbidden and failure.status == _FORBIDDEN)
+
+    def version(self, url: str) -> str:
+        """What the server called the contents of a file when its size was asked for; empty where it said nothing."""
+        return self._versions.get(url, "")
 
     def size(self, url: str) -> int:
         """Ask for a file's size: one HEAD, or a range of one byte where HEAD is refused.
@@ -77,9 +114,9 @@ class HttpsClient(StoreClient):
         for _ in self._tries():
             try:
                 return self._size(url)
-            except _TransientError as failure:
+            except TransientError as failure:
                 found = str(failure)
-            except _RefusedError as failure:
+            except RefusedError as failure:
                 raise DamagedDataError(url, None, failure.expected or "a file", str(failure)) from failure
         raise UnreachableDataError(url, None, "a file", self._after_attempts(found))
 
@@ -110,9 +147,9 @@ class HttpsClient(StoreClient):
                 if position == stop:
                     return
                 found = f"an answer that ends {stop - position} bytes early"
-            except _TransientError as failure:
+            except TransientError as failure:
                 found = str(failure)
-            except _RefusedError as failure:
+            except RefusedError as failure:
                 expected = failure.expected or f"{stop - position} bytes"
                 raise DamagedDataError(url, position, expected, str(failure)) from failure
         raise UnreachableDataError(url, position, f"{stop - position} bytes", self._after_attempts(found))
@@ -131,26 +168,30 @@ class HttpsClient(StoreClient):
         Raises:
             DamagedDataError: no usable answer.
         """
+        return self._read_small(url, limit_bytes, absent_if_forbidden, lambda: self._asked("GET", url))
+
+    def _read_small(
+        self, place: str, limit_bytes: int, absent_if_forbidden: bool, ask: Callable[[], Asked]
+    ) -> bytes | None:
         expected, found = f"at most {limit_bytes} bytes", ""
-        absent = (*_ABSENT_STATUS, 403) if absent_if_forbidden else _ABSENT_STATUS
         for _ in self._tries():
             try:
-                with self._answer("GET", url) as answer:
-                    declared = _content_length(answer)
+                with self._answered(ask()) as answer:
+                    declared = content_length(answer)
                     if declared is not None and declared > limit_bytes:
-                        raise _RefusedError(f"{declared} bytes")
+                        raise RefusedError(f"{declared} bytes")
                     content = b"".join(self._body(answer, limit_bytes))
-            except _TransientError as failure:
+            except TransientError as failure:
                 found = str(failure)
-            except _RefusedError as failure:
-                if failure.status in absent:
+            except RefusedError as failure:
+                if self._is_absent(failure, absent_if_forbidden):
                     return None
-                raise DamagedDataError(url, None, failure.expected or expected, str(failure)) from failure
+                raise DamagedDataError(place, None, failure.expected or expected, str(failure)) from failure
             else:
                 if declared in (None, len(content)):
                     return content
                 found = f"{len(content)} of {declared} bytes"
-        raise UnreachableDataError(url, None, expected, self._after_attempts(found))
+        raise UnreachableDataError(place, None, expected, self._after_attempts(found))
 
     def close(self) -> None:
         """Close idle connections; a later request opens new ones."""
@@ -173,8 +214,9 @@ class HttpsClient(StoreClient):
     def _size(self, url: str) -> int:
         try:
             with self._answer("HEAD", url) as answer:
-                length = _content_length(answer)
-        except _RefusedError as failure:
+                length = content_length(answer)
+                self._versions[url] = answer.headers.get("ETag", "")[:_LONGEST_VERSION]
+        except RefusedError as failure:
             if failure.status not in _HEAD_REFUSED_STATUS:
                 raise
             length = None
@@ -182,13 +224,13 @@ class HttpsClient(StoreClient):
             return length
         try:
             with self._answer("GET", url, "bytes=0-0") as answer:
-                length = _content_range(answer)[2] if answer.status_code == 206 else _content_length(answer)
-        except _RefusedError as failure:
+                length = content_range(answer)[2] if answer.status_code == 206 else content_length(answer)
+        except RefusedError as failure:
             if failure.status == 416:  # no first byte
                 return 0
             raise
         if length is None:
-            raise _RefusedError("an answer without a length")
+            raise RefusedError("an answer without a length")
         return length
 
     @contextmanager
@@ -198,55 +240,61 @@ class HttpsClient(StoreClient):
         with self._answer("GET", url, None if whole else f"bytes={position}-{stop - 1}") as answer:
             if whole:
                 if answer.status_code != 200:
-                    raise _RefusedError(_status_text(answer.status_code), "HTTP status 200")
-                found_total = _content_length(answer)
+                    raise RefusedError(status_text(answer.status_code), "HTTP status 200")
+                found_total = content_length(answer)
             else:
                 if answer.status_code != 206:
                     expected = "HTTP status 206 (a server with byte ranges)"
-                    raise _RefusedError(_status_text(answer.status_code), expected)
-                first, last, found_total = _content_range(answer)
+                    raise RefusedError(status_text(answer.status_code), expected)
+                first, last, found_total = content_range(answer)
                 if (first, last) != (position, stop - 1) and found_total == total_bytes:
-                    raise _RefusedError(f"bytes {first} to {last}", f"bytes {position} to {stop - 1}")
+                    raise RefusedError(f"bytes {first} to {last}", f"bytes {position} to {stop - 1}")
             if found_total not in (None, total_bytes):
-                raise _RefusedError(f"a file of {found_total} bytes", f"a file of {total_bytes} bytes")
+                raise RefusedError(f"a file of {found_total} bytes", f"a file of {total_bytes} bytes")
             yield answer
 
     @contextmanager
     def _answer(self, method: str, url: str, byte_range: str | None = None) -> Iterator["httpx2.Response"]:
         """Send a request; the answer has a status of success, and its body is still to be read."""
-        answer = self._send(method, url, byte_range)
+        with self._answered(self._asked(method, url), byte_range) as answer:
+            yield answer
+
+    @contextmanager
+    def _answered(self, asked: Asked, byte_range: str | None = None) -> Iterator["httpx2.Response"]:
+        answer = self._send(asked, byte_range)
         try:
             if not answer.is_success:
-                self._read_rest(answer)
-                kind = _TransientError if answer.status_code in _TRANSIENT_STATUS else _RefusedError
-                raise kind(_status_text(answer.status_code), status=answer.status_code)
+                status, body = answer.status_code, self._read_rest(answer)
+                if status in _TRANSIENT_STATUS:
+                    raise TransientError(status_text(status), status=status)
+                raise self._refusal(status, answer.headers, body)
             if answer.headers.get("Content-Encoding", "identity") != "identity":
-                raise _RefusedError("a compressed answer")
+                raise RefusedError("a compressed answer")
             yield answer
             self._read_rest(answer)
         finally:
             answer.close()
 
-    def _send(self, method: str, url: str, byte_range: str | None) -> "httpx2.Response":
+    def _send(self, asked: Asked, byte_range: str | None) -> "httpx2.Response":
         """Send a request and follow redirects; returns with the header of the last answer, all within the timeout."""
         import httpx2
 
         client = self._client_of_this_process()
-        headers = {"User-Agent": "ebft-mega", "Accept-Encoding": "identity"}
+        headers = {"User-Agent": "ebft-mega", "Accept-Encoding": "identity", **asked.headers}
         if byte_range:
             headers["Range"] = byte_range
         try:
-            request = client.build_request(method, url, headers=headers)
+            request = client.build_request(asked.method, asked.url, headers=headers)
             with answer_within(self._transfer.timeout_seconds):
-                return self._follow(client, request)
+                return self._follow(client, request, asked)
         except (httpx2.InvalidURL, UnicodeError) as error:  # the latter: a host without a form for the DNS
-            raise _RefusedError("no valid address") from error
+            raise RefusedError("no valid address") from error
         except httpx2.HTTPError as error:
-            raise self._failure(error) from error
+            raise failure_of(error, self._transfer.timeout_seconds) from error
 
-    def _follow(self, client: "httpx2.Client", request: "httpx2.Request") -> "httpx2.Response":
-        """Send a request and, while the answer is a redirect, the next one."""
-        asked = request.url
+    def _follow(self, client: "httpx2.Client", request: "httpx2.Request", asked: Asked) -> "httpx2.Response":
+        """Send a request and, while the answer is a redirect, the next one, without the own headers of the first."""
+        first = request.url
         for number in range(_MAX_REDIRECTS + 1):
             answer = client.send(request, stream=True)
             if answer.next_request is None:
@@ -254,10 +302,13 @@ class HttpsClient(StoreClient):
             self._read_rest(answer)
             answer.close()
             request = answer.next_request
-            obstacle = redirect_obstacle(asked, request.url, self._transfer.redirect_hosts)
+            if not is_same_server(first, request.url):
+                for name in asked.headers:
+                    request.headers.pop(name, None)
+            obstacle = redirect_obstacle(first, request.url, self._redirect_hosts)
             if obstacle or number == _MAX_REDIRECTS:
-                found = f"{_status_text(answer.status_code)}: {obstacle or f'more than {_MAX_REDIRECTS} in a row'}"
-                raise _RefusedError(found, status=answer.status_code)
+                found = f"{status_text(answer.status_code)}: {obstacle or f'more than {_MAX_REDIRECTS} in a row'}"
+                raise RefusedError(found, status=answer.status_code)
         raise AssertionError
 
     def _body(self, answer: "httpx2.Response", limit_bytes: int) -> Iterator[bytes]:
@@ -277,29 +328,32 @@ class HttpsClient(StoreClient):
                 with answer_within(allowed - waited):
                     chunk = next(body, b"")
             except httpx2.RemoteProtocolError as error:
-                if _content_length(answer) is None:
-                    raise self._failure(error) from error
+                if content_length(answer) is None:
+                    raise failure_of(error, self._transfer.timeout_seconds) from error
                 return
             except httpx2.HTTPError as error:
                 read_seconds = time.monotonic() - before
                 if isinstance(error, httpx2.TimeoutException) and read_seconds < 0.9 * self._transfer.timeout_seconds:
-                    raise _TransientError(f"{received} bytes in {waited + read_seconds:.0f} s") from error
-                raise self._failure(error) from error
+                    raise TransientError(f"{received} bytes in {waited + read_seconds:.0f} s") from error
+                raise failure_of(error, self._transfer.timeout_seconds) from error
             waited += time.monotonic() - before
             received += len(chunk)
             if not chunk:
                 return
             if received > limit_bytes:
-                raise _RefusedError("a longer answer")
+                raise RefusedError("a longer answer")
             yield chunk
 
-    def _read_rest(self, answer: "httpx2.Response") -> None:
-        """Read a short body that nobody has read, so that the connection can be used again."""
-        length = 0 if answer.request.method == "HEAD" else _content_length(answer)
+    def _read_rest(self, answer: "httpx2.Response") -> bytes:
+        """Read a short body that nobody has read, so that the connection can be used again, and for what it says."""
+        chunks: list[bytes] = []
+        length = 0 if answer.request.method == "HEAD" else content_length(answer)
+        if length is None and not answer.is_success:  # bodies of refusals are often sent in chunks
+            length = _SHORT_BODY_BYTES
         if not answer.is_stream_consumed and length is not None and length <= _SHORT_BODY_BYTES:
-            with suppress(_TransferFailureError):
-                for _ in self._body(answer, _SHORT_BODY_BYTES):
-                    pass
+            with suppress(TransferFailureError):
+                chunks.extend(self._body(answer, _SHORT_BODY_BYTES))
+        return b"".join(chunks)
 
     def _client_of_this_process(self) -> "httpx2.Client":
         if self._process != os.getpid():
@@ -310,47 +364,18 @@ class HttpsClient(StoreClient):
                 self._client = _new_client(self._transfer.timeout_seconds)
             return self._client
 
-    def _failure(self, error: "httpx2.HTTPError") -> "_TransferFailureError":
-        """What an exception of httpx2 means for the attempt, in the words of the operating system where it has any."""
-        import httpx2
 
-        if isinstance(error, httpx2.TimeoutException):
-            return _TransientError(f"no answer within {self._transfer.timeout_seconds:g} s")
-        if isinstance(error, httpx2.ProxyError):
-            return _TransientError(f"Tunnel connection failed: {str(error)[:100]}")
-        # httpx2 raises from the exception of httpcore2, and that one was raised while an OSError was handled.
-        core = error.__cause__
-        cause = core and (core.__cause__ or core.__context__)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return _RefusedError(cause.strerror or str(cause))
-        closed = isinstance(error, httpx2.RemoteProtocolError) and str(error).startswith("Server disconnected")
-        if closed or isinstance(cause, ConnectionResetError | ssl.SSLEOFError):
-            return _TransientError("a closed connection")
-        if isinstance(cause, OSError) and cause.strerror:
-            return _TransientError(cause.strerror)
-        return _TransientError(ascii(str(error))[1:-1][:200] or type(error).__name__)
-
-
-class _TransferFailureError(Exception):
-    def __init__(self, found: str, expected: str | None = None, status: int | None = None):
-        super().__init__(found)
-        self.expected, self.status = expected, status
-
-
-class _TransientError(_TransferFailureError):
-    """Another attempt may succeed."""
-
-
-class _RefusedError(_TransferFailureError):
-    """Another attempt would end the same way."""
+def silence(*packages: str) -> None:
+    """Let packages log nothing below WARNING: what they log there may hold addresses and headers with secrets."""
+    for name in packages:
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logging.WARNING, logger.level))
 
 
 def _new_client(timeout_seconds: float) -> "httpx2.Client":
     import httpx2
 
-    # Below WARNING both packages log the targets of redirects.
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    silence("httpx2", "httpcore2")  # which log the targets of redirects
     try:
         client = httpx2.Client(
             verify=shared_context(),
@@ -362,25 +387,6 @@ def _new_client(timeout_seconds: float) -> "httpx2.Client":
         raise
     except (ValueError, ImportError, httpx2.InvalidURL) as error:  # an ImportError for the scheme socks5
         # Not the error's own text: a proxy's address may contain a password.
-        raise _RefusedError("a proxy in the environment that cannot be used", "an http or https proxy") from error
+        raise RefusedError("a proxy in the environment that cannot be used", "an http or https proxy") from error
     limit_connections(client)
     return client
-
-
-def _status_text(status: int) -> str:
-    text = f"HTTP status {status} ({responses.get(status, 'unknown')})"
-    return f"{text}, a redirect that is not followed" if 300 <= status < 400 else text
-
-
-def _content_length(answer: "httpx2.Response") -> int | None:
-    text = answer.headers.get("Content-Length", "")
-    return int(text) if re.fullmatch(_COUNT, text) else None
-
-
-def _content_range(answer: "httpx2.Response") -> tuple[int, int, int]:
-    """First byte, last byte and size of the whole file."""
-    text = answer.headers.get("Content-Range", "")
-    match = _CONTENT_RANGE.fullmatch(text)
-    if match is None or match[1] is None:
-        raise _RefusedError(f"Content-Range {text[:100]!r}", "the range that was asked for")
-    return int(match[1]), int(match[2]), int(match[3])
