@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.extension.entry import Entry, place_of_entry
@@ -26,6 +26,7 @@ from ebft_mega.registry.kinds import ALL_REGISTRIES
 from ebft_mega.registry.plugin_sources import KEY, PluginSource, find_source, refused
 from ebft_mega.registry.registry import Registry, entries_of
 
+E = TypeVar("E", bound=Entry)
 MAX_SOURCE_BYTES = 4 * 2**20
 _LONGEST_MESSAGE = 400
 
@@ -101,6 +102,28 @@ def use_plugins(
     if problems:
         raise ConfigError(problems)
     return tuple(plugins)
+
+
+def plugin_of(entry: type[Entry]) -> str | None:
+    """What another process imports an entry from: the name of a module or a path; None for the package's own."""
+    for (file, sha256), imported in _imported.items():
+        if imported.module is sys.modules.get(entry.__module__):
+            return str(file) if sha256 else entry.__module__
+    return None
+
+
+def entry_again(plugin: str, registry: Registry[E], name: str) -> type[E]:
+    """Import an entry in another process of the same run, whose registries need not hold it.
+
+    Args:
+        plugin: as `plugin_of` says.
+        registry, name: of the entry.
+    Raises:
+        InputError: it cannot be imported any more.
+        KeyError: it is not there any more.
+    """
+    module = _import(find_source(plugin, Path("/"), {})).module
+    return {entry.name: entry for entry in entries_of(module, registry.contract)}[name]
 
 
 def _use(source: PluginSource, taken: dict[tuple[str, str], str]) -> Plugin:

@@ -1,11 +1,14 @@
 """Clients of the stores that addresses name. Imports no torch, and no store before it is used."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ebft_mega.extension.store import StoreClient, Transfer
+from ebft_mega.config.entries import read_options
+from ebft_mega.extension.store import Store, StoreClient, Transfer
 from ebft_mega.io.input_errors import bad_input
+from ebft_mega.registry.kinds import STORES
+from ebft_mega.registry.plugins import entry_again, plugin_of
 from ebft_mega.registry.store_addresses import address_problem, schemes_in_words, store_of
 
 Options = Mapping[str, Mapping[str, Any]]  # of stores, by their names: what `load_config` has checked
@@ -32,7 +35,56 @@ def store_client(address: str, what: str, transfer: Transfer, options: Options) 
         raise bad_input(f"{scheme}:...", "address", f"a URL or a command with {found}", expected)
     if missing := [module for module in store.modules if not _is_installed(module)]:
         raise bad_input(address, "address", f"no {' and '.join(missing)}, which {store.name}:// needs", store.install)
-    return store(store.Options.model_validate(dict(options.get(store.name, {})))).client(transfer)
+    own = dict(options.get(store.name, {}))
+    plugin = plugin_of(store)
+    return new_client(store, own, transfer) if plugin is None else PluginClient(plugin, store.name, own, transfer)
+
+
+def new_client(store: type[Store], options: Mapping[str, Any], transfer: Transfer) -> StoreClient:
+    """Make a client of a store with options that were checked."""
+    # An entry of another kind may have the name and the options.
+    return store(read_options(store, options if store.Options.model_fields else {})).client(transfer)
+
+
+class PluginClient(StoreClient):
+    """The client of a plugin's store, which other processes make anew: they import the plugin for it.
+
+    Args:
+        plugin: as `registry.plugins.plugin_of` says.
+        name, options: of the store.
+        transfer: timeouts, retries and redirects.
+    """
+
+    def __init__(self, plugin: str, name: str, options: dict[str, Any], transfer: Transfer):
+        self._arguments = plugin, name, options, transfer
+        self._client = new_client(entry_again(plugin, STORES, name), options, transfer)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return PluginClient, self._arguments
+
+    def fixed(self, address: str) -> str:
+        """The address of a folder as it is now."""
+        return self._client.fixed(address)
+
+    def size(self, url: str) -> int:
+        """Ask for a file's size in bytes."""
+        return self._client.size(url)
+
+    def version(self, url: str) -> str:
+        """What the server called the contents of a file when it was last asked."""
+        return self._client.version(url)
+
+    def chunks(self, url: str, start: int, stop: int, total_bytes: int) -> Iterator[bytes]:
+        """Read a byte range in order."""
+        return self._client.chunks(url, start, stop, total_bytes)
+
+    def small_file(self, url: str, limit_bytes: int, absent_if_forbidden: bool = False) -> bytes | None:
+        """Read a whole file of unknown size."""
+        return self._client.small_file(url, limit_bytes, absent_if_forbidden)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._client.close()
 
 
 def _is_installed(module: str) -> bool:

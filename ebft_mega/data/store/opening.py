@@ -1,6 +1,7 @@
 """Open a local or remote dataset after every check that is possible without reading documents. Imports no torch."""
 
 import dataclasses
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from ebft_mega.extension.store import DEFAULT_TRANSFER, StoreClient, Transfer
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.records import MAX_PROBLEMS
 from ebft_mega.registry.store_addresses import scheme_of
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_LIMIT_BYTES = 1 << 28
 _SIMULTANEOUS_CHECKS = 16
@@ -108,10 +111,14 @@ def _open_remote(
 
 
 def _fixed(address: str, client: StoreClient) -> str:
+    """The address whose contents do not change any more; the log says which, where it is another one."""
     try:
-        return client.fixed(address)
+        fixed = client.fixed(address)
     except DamagedDataError as error:
         raise bad_input(address, "dataset", error.found, error.expected) from error
+    if fixed != address:
+        logger.info("%s is %s", address, fixed)
+    return fixed
 
 
 def remote_absence(address: str, transfer: Transfer, options: Options | None = None) -> str | None:
@@ -220,7 +227,8 @@ def _read_manifest(url: str, client: StoreClient) -> bytes:
     try:
         content = client.small_file(url, MANIFEST_LIMIT_BYTES)
     except DamagedDataError as error:
-        raise bad_input(url, MANIFEST_NAME, error.found, expected) from error
+        is_of_size = error.expected.startswith("at most ")
+        raise bad_input(url, MANIFEST_NAME, error.found, expected if is_of_size else error.expected) from error
     if content is None:
         raise bad_input(url, MANIFEST_NAME, "no such file", expected)
     return content

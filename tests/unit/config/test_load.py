@@ -21,7 +21,7 @@ NO_DATASET_PLACES = (
     "pipe:cat x",
     "http://host/data",
     "file:///data",
-    "s3://bucket/data",
+    "s4://bucket/data",
     "https://user:secret@host/data",
     "https://host/data?token=secret",
     "https://host/a b",

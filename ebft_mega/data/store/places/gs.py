@@ -113,9 +113,11 @@ class GsClient(HttpsClient):
         silence("google", "urllib3", "requests")
         request = google.auth.transport.requests.Request()
 
-        def ask(url: str, **arguments: Any) -> Any:
-            return request(url, **(arguments | {"timeout": self._transfer.timeout_seconds}))
+        def in_time(url: str, timeout: float | None = None, **arguments: Any) -> Any:
+            own = self._transfer.timeout_seconds
+            return request(url, timeout=own if timeout is None else min(timeout, own), **arguments)
 
+        ask: Any = in_time  # the library asks for its own class
         try:
             with self._signing:
                 if self._credentials is None:

@@ -253,7 +253,7 @@ def test_missing_directories_are_refused(tmp_path: Path) -> None:
 def test_commands_and_urls_are_never_executed(copy: Path, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     command = f"pipe:touch {proof}"
-    for url in (command, "http://example.com/dataset", "s3://bucket/dataset", f"file://{copy}", "data:,x"):
+    for url in (command, "http://example.com/dataset", "s4://bucket/dataset", f"file://{copy}", "data:,x"):
         assert "URL or a command" in refused(url)
     shards = json.loads((copy / "dataset.json").read_text())["shards"]
     for name in (command, "../shard-000000.tar", "http://host/a.tar", "pipe:x.tar"):

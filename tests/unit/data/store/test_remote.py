@@ -61,7 +61,7 @@ def refused(place: str, cache: ShardCache | None, transfer: Transfer = QUICK) ->
         "http://host/x",
         "HTTP://host/x",
         "file:///etc/passwd",
-        "s3://bucket/x",
+        "s4://bucket/x",
         "pipe:true",
         "ftp://host/x",
         "https://user@host/x",
