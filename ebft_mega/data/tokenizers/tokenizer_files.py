@@ -61,8 +61,8 @@ def check_named_text(name: str, content: bytes) -> Any:
         return _checked(name, content)
     except ValueError:
         kind = kind_of_bytes(content)
-        if kind is None or kind is JSON_LINES:
-            raise
+        if kind is None or kind is JSON_LINES or lfs_pointer(content) is not None:
+            raise  # it says more
         raise ValueError(kind.words) from None
 
 
