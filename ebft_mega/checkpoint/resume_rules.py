@@ -25,7 +25,7 @@ class Rule(Enum):
 
     REFUSED = auto()  # the run would be another one
     NOTED = auto()  # it may change; a note says what follows
-    LENGTH = auto()  # noted where the learning rate depends on the last step; else the run is only longer or shorter
+    LENGTH = auto()  # noted where learning rates depend on the number of steps; else the run is only longer or shorter
     BY_CONTENTS = auto()  # not the key is compared, but what it names
     BY_ENTRY = auto()  # each option of an entry is compared by itself, with the rule of the entry's kind
     FREE = auto()  # how and where the same run is done
@@ -35,6 +35,7 @@ REFUSED = (
     "seed",
     "data.document_masking",
     "data.train_on_first_token",
+    "train.optimizer",
     *(f"ebft.{name}" for name in EbftConfig.model_fields if name != "feature_model"),
 )
 # Keys that may change, with what follows from it.

@@ -21,8 +21,8 @@ from ebft_mega.checkpoint.manifest import FileRecord, Manifest, write_file, writ
 from ebft_mega.checkpoint.retention import delete_expired
 from ebft_mega.checkpoint.snapshot import StateShard, Written, take_snapshot, write_state_shards
 from ebft_mega.checkpoint.tensor_index import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
     INDEX_NAME,
+    STATE_BYTES,
     coverage_problems,
     merge_indices,
 )
@@ -109,7 +109,7 @@ class CheckpointSaver:
             settled.
         """
         assert self._in_flight is None, "the next checkpoint waits for the last one"
-        needed = stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
+        needed = stage.architecture.num_parameters * STATE_BYTES * len(engine.state_kinds) + SMALL_FILES_BYTES
         needed += sum(map(len, small_files.values()))
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
         obstacle = broadcast_value(self._obstacle(flying.folder, needed) if self._groups.is_world_first else None)

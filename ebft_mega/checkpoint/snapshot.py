@@ -16,13 +16,13 @@ from ebft_mega.io.durable import sync_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
 from ebft_mega.model.weights.weight_layout import packing_of
-from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, share_out
+from ebft_mega.parallel.optimizer_state import StateKind, share_out
 from ebft_mega.parallel.zero import ZeroEngine
 
 
 @dataclass(frozen=True)
 class StateShard:
-    """A box of one Hugging Face tensor: weights, or one of AdamW's moments."""
+    """A box of one Hugging Face tensor: weights, or one of the optimizer's moments."""
 
     kind: StateKind
     name: str
@@ -53,17 +53,17 @@ def take_snapshot(engine: ZeroEngine, stage: Stage) -> tuple[StateShard, ...]:
     Returns:
         Sorted by kind, in the order of the stage's parameters.
     Memory: beside the shards two copies of one whole parameter, float32.
-    Communication: that of `ZeroEngine.state_tensors` for each of the three kinds: over the data-parallel group 12 bytes
+    Communication: that of `ZeroEngine.state_tensors` for each kind of state: over the data-parallel group 4 bytes
         per element of the stage (at stage 3 and of the padding to partitions of equal length); at stage 0, and for the
         moments before the first update, none.
     """
     roles, shapes, groups = stage.parameter_roles(), engine.parameter_shapes(), stage.groups
     whole_shapes = hf_shapes(stage.architecture)
     is_mine = {name: roles[name].is_counted(groups.tensor_parallel_rank) for name in shapes}
-    sizes = [math.prod(shape) * is_mine[name] for _ in STATE_KINDS for name, shape in shapes.items()]
+    sizes = [math.prod(shape) * is_mine[name] for _ in engine.state_kinds for name, shape in shapes.items()]
     owners = iter(share_out(sizes, groups.data_parallel_size))
     shards: list[StateShard] = []
-    for kind in STATE_KINDS:
+    for kind in engine.state_kinds:
         for name, parameter in engine.state_tensors(kind):
             if next(owners) == groups.data_parallel_rank and is_mine[name]:
                 shards += _shards_of(kind, name, parameter, stage, whole_shapes)
@@ -102,10 +102,8 @@ def write_state_shards(
     """
     files: dict[str, FileRecord] = {}
     kinds: dict[str, dict[str, IndexedTensor]] = {}
-    for kind in STATE_KINDS:
+    for kind in dict.fromkeys(shard.kind for shard in shards):
         own = [shard for shard in shards if shard.kind == kind]
-        if not own:
-            continue
         (directory / kind).mkdir(parents=True, exist_ok=True)
         file = f"{kind}/rank-{rank:05d}.safetensors"
         files[file] = _write_file(directory / file, own, progress or (lambda num_bytes: None))

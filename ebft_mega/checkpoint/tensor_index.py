@@ -10,7 +10,7 @@ from ebft_mega.errors import Problem
 from ebft_mega.io.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
 
 INDEX_NAME = "tensors.json"
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # the float32 weight and AdamW's two moments
+STATE_BYTES = 4  # of an element of each kind of state: float32
 
 
 class TensorShard(Record):

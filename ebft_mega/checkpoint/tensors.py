@@ -11,11 +11,13 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
+from ebft_mega.config.entries import optimizer
+from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import BrokenCheckpointError, Problem
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import NotFinite
 from ebft_mega.model.weights.weight_layout import Box, packing_of
-from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind
+from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind
 from ebft_mega.parallel.zero import ZeroEngine
 
 
@@ -42,7 +44,7 @@ class CheckpointTensors:
         """A part of a tensor from the shards that overlap with it; of each no more than that is read.
 
         Args:
-            kind: one of `STATE_KINDS`; name: of a Hugging Face tensor.
+            kind: `weights`, or an optimizer's moment; name: of a Hugging Face tensor.
             box: within the whole tensor; it may be empty.
         Returns:
             float32, on the CPU.
@@ -109,9 +111,11 @@ class CheckpointWeights:
         return self.tensors.part("weights", name, box)
 
 
-def check_tensors(tensors: CheckpointTensors, architecture: Architecture, kinds: tuple[str, ...] = STATE_KINDS) -> None:
+def check_tensors(tensors: CheckpointTensors, architecture: Architecture, kinds: tuple[StateKind, ...]) -> None:
     """Make sure that a checkpoint has all tensors of a model, with its shapes; nothing of them is read.
 
+    Args:
+        kinds: of state that are needed; what else there is does not matter.
     Raises:
         BrokenCheckpointError: it has not; all problems at once.
     """
@@ -124,6 +128,15 @@ def check_tensors(tensors: CheckpointTensors, architecture: Architecture, kinds:
                 problems.append(Problem(str(tensors.directory), f"{kind}: {name}", found, f"shape {shape}"))
     if problems:
         raise BrokenCheckpointError(problems)
+
+
+def check_state(tensors: CheckpointTensors, config: RunConfig, architecture: Architecture) -> None:
+    """Make sure that a checkpoint has the weights of a model and the moments of a run's optimizer; nothing is read.
+
+    Raises:
+        BrokenCheckpointError: see `check_tensors`.
+    """
+    check_tensors(tensors, architecture, (WEIGHTS, *optimizer(config).moments))
 
 
 def restore_engine(
@@ -139,7 +152,7 @@ def restore_engine(
         engine: of a stage that was filled from `CheckpointWeights` of the same tensors (see `ZeroEngine.restore`).
         stage: what the engine trains.
         applied_updates: by which the moments have come about.
-        count: told of each tensor that is in place: three of each of the stage's parameters.
+        count: told of each tensor that is in place: one of each kind of state of each of the stage's parameters.
     Raises:
         BrokenCheckpointError: on one rank alone, if a file changed after it was checked.
         InputError: on every rank, naming all tensors in which some rank has read infinite values or NaN.

@@ -112,7 +112,7 @@ AXOLOTL_KEYS = (
     _translated("weight_decay", "train.weight_decay"),
     _translated("adam_beta1 adam_beta2", "train.betas", "0.9 and 0.999 where they are not given, as there"),
     _translated("max_grad_norm", "train.grad_clip"),
-    _translated("optimizer", "", "AdamW, with float32 states, is the only optimizer"),
+    _translated("optimizer", "train.optimizer", "adamw, with float32 states, for all that begin so"),
     _translated("bf16 bfloat16", "train.dtype", "bfloat16; float32 where it is false"),
     _translated("float32", "train.dtype"),
     _translated("gradient_checkpointing", "train.activation_checkpointing", "true is full, false is none"),

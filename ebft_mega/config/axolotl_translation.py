@@ -298,9 +298,11 @@ def _write_optimizer(values: _Reader, found: Translation) -> None:
     found.values["train.weight_decay"] = Written(values.number("weight_decay", 0.0))
     found.values["train.grad_clip"] = Written(values.number("max_grad_norm", 1.0))
     optimizer = str(values.get("optimizer") or "adamw")
-    if not optimizer.startswith("adamw"):
+    if optimizer.startswith("adamw"):
+        found.values["train.optimizer"] = Written("adamw", "with float32 states")
+    else:
         found.left_out.append(
-            f"optimizer: {_shown(optimizer)}: refused: AdamW, with float32 states, is the only optimizer"
+            f"optimizer: {_shown(optimizer)}: refused: of axolotl's optimizers only AdamW, with float32 states"
         )
 
 

@@ -15,10 +15,12 @@ from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.extension.learning_rate_schedule import LearningRates
 from ebft_mega.extension.options import Section
 from ebft_mega.extension.reward_term import RewardTerm
+from ebft_mega.extension.update_rule import Optimizer
 from ebft_mega.registry.kinds import (
     ADVANTAGE_ESTIMATORS,
     ALL_REGISTRIES,
     FEATURE_MAPS,
+    OPTIMIZERS,
     REWARD_TERMS,
     SCHEDULES,
 )
@@ -154,6 +156,11 @@ def learning_rates(config: RunConfig, total_steps: int | None = None) -> Learnin
         warmup_steps=train.warmup_of(steps),
         total_steps=steps,
     )
+
+
+def optimizer(config: RunConfig) -> Optimizer:
+    """The entry of `train.optimizer`."""
+    return entry_of(config, OPTIMIZERS, config.train.optimizer)
 
 
 def reward_terms(config: RunConfig) -> tuple[tuple[RewardTerm, float], ...]:

@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from pydantic import ValidationError
-
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl_keys import LORA, STRUCTURED
 from ebft_mega.config.entries import idle_options, learning_rates
@@ -17,6 +15,8 @@ from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import EntryError, InputError, Problem
 from ebft_mega.extension.entry import place_of_entry
+from ebft_mega.extension.update_rule import MOMENT_NAME, RESERVED_MOMENTS
+from ebft_mega.registry.kinds import OPTIMIZERS
 
 MAX_TRIED = 1_000_000
 # Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
@@ -213,10 +213,7 @@ def _lowest_rate_is_below_the_highest(config: RunConfig) -> Iterator[Problem]:
 
 
 def _schedule_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
-    try:
-        rates = learning_rates(config)
-    except ValidationError:
-        return  # of its options, which have problems of their own
+    rates = learning_rates(config)
     key, step = "train.lr_scheduler", 0
     try:
         for step in rates.some_steps():
@@ -228,6 +225,21 @@ def _schedule_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
         place = place_of_entry(type(rates.schedule))
         found = f"{rates.schedule.name}, which raises {type(error).__name__} at step {step}: {error} ({place})"
         yield Problem("", key, found, "a number from 0 to 1 for every step")
+
+
+def _optimizer_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
+    rule = OPTIMIZERS.entry(config.train.optimizer)
+    place, moments = place_of_entry(rule), rule.moments
+    names_are_names = isinstance(moments, tuple) and all(
+        isinstance(name, str) and re.fullmatch(MOMENT_NAME, name) and name not in RESERVED_MOMENTS for name in moments
+    )
+    if not names_are_names or len(set(moments)) < len(moments):
+        expected = "a tuple of different names of lower-case letters, digits and _, none of them "
+        found = f"{rule.name}, whose moments are {moments!r} ({place})"
+        yield Problem("", "train.optimizer", found, expected + " or ".join(RESERVED_MOMENTS))
+    if isinstance(rule.temporaries, bool) or not isinstance(rule.temporaries, int) or rule.temporaries < 0:
+        found = f"{rule.name}, whose temporaries are {rule.temporaries!r} ({place})"
+        yield Problem("", "train.optimizer", found, "an integer >= 0")
 
 
 def _kernels_repeat_their_bits(config: RunConfig) -> Iterator[Problem]:
@@ -278,6 +290,7 @@ RULES = (
     Rule(("train.warmup_steps", "train.warmup_share"), _one_warm_up),
     Rule(("train.min_lr", "train.lr"), _lowest_rate_is_below_the_highest),
     Rule((*_RATES, *_LENGTH), _schedule_keeps_its_contract),
+    Rule(("train.optimizer",), _optimizer_keeps_its_contract),
     Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
     Rule(("deterministic", "train.attention"), _kernels_repeat_their_bits),
     Rule(("checkpoint.resume",), _resume_is_a_path),

@@ -19,7 +19,7 @@ from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, Mod
 from ebft_mega.config.paths import PathKind
 from ebft_mega.extension.options import Section, key
 from ebft_mega.io.output_directory import Permissions
-from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS, SCHEDULES
+from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, OPTIMIZERS, REWARD_TERMS, SCHEDULES
 from ebft_mega.registry.plugins import Plugin
 
 
@@ -136,10 +136,15 @@ class TrainConfig(Section):
     warmup_share: float = key(
         0.0, "(ours) Instead of `warmup_steps`: share of all steps, rounded up to whole ones.", ge=0, le=1
     )
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay; at most 1 / `train.lr`.", ge=0)
+    optimizer: Annotated[str, *one_of(OPTIMIZERS)] = key(
+        "adamw", "(ours) How weights are updated from their gradients. Its moments are float32."
+    )
+    weight_decay: float = key(
+        0.0, "Decoupled weight decay of matrices; norms and biases have none. At most 1 / `train.lr`.", ge=0
+    )
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
-    ] = key((0.9, 0.95), "AdamW's averaging factors.", allowed="a list of two numbers >= 0 and < 1")
+    ] = key((0.9, 0.95), "Averaging factors of the optimizer's moments.", allowed="a list of two numbers >= 0 and < 1")
     grad_clip: float = key(1.0, "Largest global gradient norm; 0 disables clipping.", ge=0)
     dtype: Literal["bfloat16", "float32"] = key(
         "bfloat16", "Precision of weights and activations; gradients accumulate in float32 either way."

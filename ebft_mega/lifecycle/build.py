@@ -21,7 +21,6 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import announced_loader
 from ebft_mega.model.weights.weight_sources import InitialWeights, RandomWeights, WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.planning.auto import choices, default_choices, needs_of_phases
 from ebft_mega.planning.memory import Choices
@@ -55,7 +54,7 @@ def build_chosen_trainer(
     tensors, updates = saved
     weights = CheckpointWeights(tensors)
     trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights, announcer)
-    total = len(STATE_KINDS) * len(trainer.engine.parameter_shapes())
+    total = len(trainer.engine.state_kinds) * len(trainer.engine.parameter_shapes())
     words = f"restoring master weights and moments from {tensors.directory}, {total} tensors"
     with announcer.phase(words, total, "tensors") as count:
         restore_engine(trainer.engine, trainer.stage, tensors, updates, count)

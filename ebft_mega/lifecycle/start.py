@@ -23,7 +23,7 @@ from ebft_mega.checkpoint.resume_rules import noted_changes, refused_changes
 from ebft_mega.checkpoint.run_state import StartedFrom
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.checkpoint.tensor_index import TensorIndex
-from ebft_mega.checkpoint.tensors import CheckpointTensors, check_tensors
+from ebft_mega.checkpoint.tensors import CheckpointTensors, check_state
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
@@ -92,7 +92,7 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader, announcer:
         if problems:
             raise ConfigError(problems)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
-        index = from_first_rank(lambda: _tensor_index(saved, plan.architecture), TensorIndex)
+        index = from_first_rank(lambda: _tensor_index(saved, config, plan.architecture), TensorIndex)
         progress, started_from = Progress.of(saved.state), origin(saved, found)
         return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken))
     if beyond := list(skipped_rows_problems(config, rows_of_run(config))):
@@ -168,10 +168,10 @@ def _foreign_files(saved: SavedRun) -> list[str]:
     return [f"{saved.directory}: not read, because its manifest does not name them: {', '.join(names)}"] * bool(names)
 
 
-def _tensor_index(saved: SavedRun, architecture: Architecture) -> TensorIndex:
+def _tensor_index(saved: SavedRun, config: RunConfig, architecture: Architecture) -> TensorIndex:
     """Where the tensors of a checkpoint lie: all of them, whole."""
     index = open_model_folder(saved.directory, hash_weights=False).index
-    check_tensors(CheckpointTensors(saved.directory, index), architecture)
+    check_state(CheckpointTensors(saved.directory, index), config, architecture)
     return index
 
 

@@ -1,4 +1,4 @@
-"""The interface of the training engines: one stage, its gradients and its AdamW optimizer, at any ZeRO stage."""
+"""The interface of the training engines: one stage, its gradients and its optimizer, at any ZeRO stage."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebft_mega.errors import EntryError, Problem
+from ebft_mega.extension.entry import place_of_entry
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import SharedGradients, Update
-from ebft_mega.parallel.optimizer_state import STATE_KINDS, StateKind, StateReader, share_out
+from ebft_mega.parallel.optimizer import Fault, OptimizerSettings, SharedGradients, SlicedOptimizer, Update
+from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, StateReader, share_out
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import StageRunner, StageT
+from ebft_mega.runtime.exchange import all_gather_values
 
 
 class ZeroEngine(ABC, Generic[StageT]):
@@ -31,10 +34,16 @@ class ZeroEngine(ABC, Generic[StageT]):
     module: StageT  # at ZeRO stage 3 its parameters are empty outside of passes
 
     def __init__(
-        self, module: StageT, roles: Callable[[StageT], Mapping[str, ParameterRole]], groups: ProcessGroups
+        self,
+        module: StageT,
+        roles: Callable[[StageT], Mapping[str, ParameterRole]],
+        settings: OptimizerSettings,
+        groups: ProcessGroups,
     ) -> None:
         """Take the module that an implementation has built and filled; the rest as `make_engine`."""
         self.module = module
+        self.state_kinds = settings.state_kinds  # what there is for `state_tensors`
+        self._settings = settings
         self._groups = groups
         self._shared = SharedGradients.of(module, roles(module), groups.tensor_parallel_rank)
 
@@ -66,10 +75,12 @@ class ZeroEngine(ABC, Generic[StageT]):
 
     @abstractmethod
     def step(self, learning_rate: float) -> Update:
-        """Clip by the global norm and apply AdamW; a gradient that is not finite anywhere skips the step everywhere.
+        """Clip by the global norm and update; a gradient that is not finite anywhere skips the step everywhere.
 
         Returns:
             The same on every rank of the world.
+        Raises:
+            EntryError: on every rank, that of a plugin's optimizer on one of them.
         """
 
     @abstractmethod
@@ -91,7 +102,7 @@ class ZeroEngine(ABC, Generic[StageT]):
         Moments are zero before the first update. Padding of partitions is left out.
 
         Args:
-            kind: one of `STATE_KINDS`.
+            kind: one of `state_kinds`.
         Returns:
             Tensors to read, in the order of `named_parameters`. At stage 0 they are the engine's own: copy what has
             to last.
@@ -103,11 +114,11 @@ class ZeroEngine(ABC, Generic[StageT]):
     @property
     @abstractmethod
     def applied_updates(self) -> int:
-        """How often AdamW has been applied to this stage; steps that were skipped do not count."""
+        """How often the optimizer has been applied to this stage; steps that were skipped do not count."""
 
     @abstractmethod
     def prepare_moments(self, applied_updates: int) -> None:
-        """Make AdamW's state where there is none yet, and set its count of updates."""
+        """Make the optimizer's state where there is none yet, and set its count of updates."""
 
     @abstractmethod
     def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
@@ -127,7 +138,25 @@ class ZeroEngine(ABC, Generic[StageT]):
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 master weight of each of this stage's parameters; see `state_tensors`."""
-        return self.state_tensors("weights")
+        return self.state_tensors(WEIGHTS)
+
+    def _require_faultless(self, optimizer: SlicedOptimizer) -> None:
+        """Raise on every rank what a plugin's optimizer has done on any of them.
+
+        Raises:
+            EntryError: see `SlicedOptimizer.fault`; that of the first rank with one.
+        Communication: for a plugin's optimizer one all-reduce of 4 bytes over the world.
+        """
+        if not self._settings.is_checked:
+            return
+        faults = torch.tensor(optimizer.fault is not None, dtype=torch.int32, device=self._groups.device)
+        dist.all_reduce(faults)
+        if not faults:
+            return
+        fault = next(each for each in all_gather_values(optimizer.fault, kinds=(Fault,)) if each is not None)
+        rule = self._settings.rule
+        found = f"{rule.name}, with {fault.found}"
+        raise EntryError(Problem(place_of_entry(type(rule)), "train.optimizer", found, fault.expected))
 
     @torch.no_grad()
     def restore(self, read: StateReader, applied_updates: int, count: Callable[[int], None] = lambda _: None) -> None:
@@ -145,7 +174,9 @@ class ZeroEngine(ABC, Generic[StageT]):
         """
         self.prepare_moments(applied_updates)
         shapes, groups = self.parameter_shapes(), self._groups
-        turns = [(kind, name, parameter) for kind in STATE_KINDS for name, parameter in self.module.named_parameters()]
+        turns = [
+            (kind, name, parameter) for kind in self.state_kinds for name, parameter in self.module.named_parameters()
+        ]
         readers = share_out([math.prod(shapes[name]) for _, name, _ in turns], groups.data_parallel_size)
         for (kind, name, parameter), reader in zip(turns, readers, strict=True):
             whole = torch.empty(shapes[name], dtype=torch.float32, device=groups.device)

@@ -1,26 +1,31 @@
-"""The optimizer as both engines use it: settings, AdamW, result of a step, shared gradients and weight-decay groups."""
+"""The optimizer as both engines use it: settings, slices, result of a step, shared gradients, weight-decay groups."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from ebft_mega.config.entries import optimizer
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.parallel.optimizer_state import prepare_moments
+from ebft_mega.extension.update_rule import Optimizer, UpdateSettings, UpdateSlice
+from ebft_mega.parallel.optimizer_state import COUNT, WEIGHTS, StateKind, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
+from ebft_mega.registry.kinds import OPTIMIZERS
 from ebft_mega.types import DTYPES
 
-# AdamW updates this many elements at a time (`planning/memory.py` counts its temporaries).
+logger = logging.getLogger(__name__)
+
+# An optimizer updates this many elements at a time (`planning/memory.py` counts its temporaries).
 UPDATE_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of AdamW, and of how parameters, gradients and optimizer state are stored."""
+    """The optimizer with its settings, and how parameters, gradients and optimizer state are stored."""
 
     betas: tuple[float, float]
     weight_decay: float  # on matrices; norms and biases have none
@@ -30,10 +35,17 @@ class OptimizerSettings:
     zero_stage: int = 3  # 0 divides nothing over the data-parallel ranks; 1 optimizer state, 2 gradients, 3 parameters
     # Stage 3: parameters are whole for the rollout, from the rollout to the optimizer step, or layer by layer.
     hold_parameters: Literal["rollout", "step", "none"] = "rollout"
+    rule: Optimizer = field(kw_only=True)
+    is_checked: bool = field(default=False, kw_only=True)  # whether what the rule does to its slices is looked at
+
+    @property
+    def state_kinds(self) -> tuple[StateKind, ...]:
+        """What is stored in float32 for every parameter: master weights, then the optimizer's moments."""
+        return (WEIGHTS, *self.rule.moments)
 
     @property
     def clips_squares(self) -> bool:
-        """Whether every gradient that AdamW gets has been clipped to one whose square is finite in float32."""
+        """Whether every gradient that the optimizer gets has been clipped to one whose square is finite in float32."""
         return 0 < self.grad_clip**2 <= torch.finfo(torch.float32).max
 
     @classmethod
@@ -47,16 +59,32 @@ class OptimizerSettings:
             micro_batch_size=config.train.micro_batch_size,
             zero_stage=config.zero.stage,
             hold_parameters=config.zero.hold_parameters,
+            rule=optimizer(config),
+            is_checked=config.train.optimizer not in OPTIMIZERS.own_names(),
         )
 
 
-class SlicedAdamW(torch.optim.AdamW):
-    """torch's AdamW, a slice of its tensors at a time, so that its temporaries are as small as a slice.
+@dataclass(frozen=True)
+class Fault:
+    """What an optimizer has done that its contract rules out."""
 
-    torch's own step makes up to two more tensors of the size of what it updates: of one tensor on a CPU, of all of them
-    on a GPU. DeepSpeed's optimizers step on one tensor for all matrices of a rank. Every operation of AdamW is on
-    elements, so no bit of the result depends on the slices.
+    found: str
+    expected: str
+
+
+class SlicedOptimizer(torch.optim.Optimizer):
+    """An optimizer of the registry, as torch and DeepSpeed know optimizers; it updates a slice of tensors at a time.
+
+    Its temporaries are then as small as a slice. torch's own optimizers make some of the size of what they update: of
+    one tensor on a CPU, of all of them on a GPU; and DeepSpeed has one tensor for all matrices of a rank. No bit of the
+    result depends on the slices, because an update is element by element.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerSettings) -> None:
+        """Args: groups: of parameters, each with its `weight_decay`; the learning rate is set before every step."""
+        super().__init__(groups, {"lr": 0.0, "betas": settings.betas, "weight_decay": 0.0})
+        self._rule, self._is_checked = settings.rule, settings.is_checked
+        self.fault: Fault | None = None  # the first that was found; nothing is updated after it
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -68,36 +96,60 @@ class SlicedAdamW(torch.optim.AdamW):
         assert closure is None, "the loss is computed before the step"
         for group in self.param_groups:
             stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
-            prepare_moments(self, [parameter for parameter in stepped if not self.state[parameter]], 0)
-            flat = [_flat_state(parameter, self.state[parameter]) for parameter in stepped]
-            counts = [self.state[parameter]["step"] for parameter in stepped]
-            for chunk in _chunks([tensors[0].numel() for tensors in flat]):
-                slices = [[tensor[start:stop] for tensor in flat[index]] for index, start, stop in chunk]
-                weights, gradients, averages, squares = map(list, zip(*slices, strict=True))
-                adamw(
-                    weights,
-                    gradients,
-                    averages,
-                    squares,
-                    [],
-                    [counts[index].clone() for index, _, _ in chunk],  # each call counts its own update
-                    foreach=group["foreach"],
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
-            for count in counts:
-                count += 1
+            fresh = [parameter for parameter in stepped if not self.state[parameter]]
+            prepare_moments(self, self._rule.moments, fresh, 0)
+            settings = UpdateSettings(group["lr"], group["weight_decay"], group["betas"])
+            counts = [int(self.state[parameter][COUNT]) for parameter in stepped]
+            for updates in sorted(set(counts)):
+                alike = [each for each, count in zip(stepped, counts, strict=True) if count == updates]
+                for chunk in _chunks([parameter.numel() for parameter in alike]):
+                    slices = [self._slice(alike[index], start, stop) for index, start, stop in chunk]
+                    self._update(slices, updates, settings)
+            for parameter in stepped:
+                self.state[parameter][COUNT] += 1
+
+    def _slice(self, parameter: Tensor, start: int, stop: int) -> UpdateSlice:
+        """Views of a row of elements of a parameter, its gradient and its moments."""
+        assert parameter.grad is not None, "only parameters with a gradient are updated"
+        state = self.state[parameter]
+        moments = tuple(state[kind].view(-1)[start:stop] for kind in self._rule.moments)
+        return UpdateSlice(parameter.view(-1)[start:stop], parameter.grad.view(-1)[start:stop], moments)
+
+    def _update(self, slices: Sequence[UpdateSlice], updates: int, settings: UpdateSettings) -> None:
+        if not self._is_checked:
+            self._rule.update(slices, updates, settings)
+            return
+        if self.fault is not None:
+            return
+        stored = [[_storage(tensor) for tensor in _stored(each)] for each in slices]
+        try:
+            self._rule.update(slices, updates, settings)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the code of a plugin raises: the other ranks have to be told
+            logger.exception("the optimizer %s failed", self._rule.name)
+            self.fault = Fault(f"an update that raises {type(error).__name__}: {error}", "weights and moments in place")
+            return
+        for each, before in zip(slices, stored, strict=True):
+            self.fault = self.fault or self._fault_of(each, before)
+
+    def _fault_of(self, part: UpdateSlice, before: list[tuple[object, ...]]) -> Fault | None:
+        """What is wrong with a slice after an update; `before`: the storage of its tensors before it."""
+        for name, tensor, storage in zip((WEIGHTS, *self._rule.moments), _stored(part), before, strict=True):
+            if _storage(tensor) != storage:
+                found = f"{name} of {tensor.dtype} and shape {list(tensor.shape)} somewhere else after an update"
+                return Fault(found, f"{storage[1]} and shape {storage[2]}, changed in place")
+            if not tensor.isfinite().all():
+                return Fault(f"{name} that are not finite after an update", "finite numbers, as the gradients are")
+        return None
 
 
-def _flat_state(parameter: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Views: a parameter, its gradient and its moments as one row of numbers each."""
-    assert parameter.grad is not None, "only parameters with a gradient are updated"
-    return tuple(tensor.view(-1) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+def _stored(part: UpdateSlice) -> tuple[Tensor, ...]:
+    return (part.weights, *part.moments)
+
+
+def _storage(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, list(tensor.shape)
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
@@ -146,7 +198,7 @@ class SharedGradients:
 
 
 def has_finite_squares(gradient: Tensor) -> Tensor:
-    """Whether AdamW's second moment can hold the squares of a gradient: bool [], on its device.
+    """Whether a second moment, such as AdamW's, can hold the squares of a gradient: bool [], on its device.
 
     An infinite moment would never be finite again, and its weights never move. No second tensor is made.
     """

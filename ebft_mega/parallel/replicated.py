@@ -16,13 +16,13 @@ from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
     OptimizerSettings,
-    SlicedAdamW,
+    SlicedOptimizer,
     Update,
     has_finite_squares,
     parameter_groups,
     sum_over,
 )
-from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
+from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, applied_updates, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT, replicated_module, runner
 
@@ -39,8 +39,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         groups: ProcessGroups,
     ) -> None:
         """Arguments as of `make_engine`."""
-        super().__init__(replicated_module(build_stage, load, groups), roles, groups)
-        self._settings = settings
+        super().__init__(replicated_module(build_stage, load, groups), roles, settings, groups)
         parameters = list(self.module.parameters())
         self._masters = {parameter: parameter.detach().clone().float() for parameter in parameters}
         sizes = [parameter.numel() for parameter in parameters]
@@ -52,7 +51,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         in_groups = parameter_groups(self.module, self.parameter_shapes(), settings.weight_decay)
         for group in in_groups:
             group["params"] = [self._masters[parameter] for parameter in group["params"]]
-        self._optimizer = SlicedAdamW(in_groups, lr=0.0, betas=settings.betas)
+        self._optimizer = SlicedOptimizer(in_groups, settings)
 
     def forward(self, compute: Callable[[StageT], Any]) -> Any:
         """Call the module."""
@@ -68,11 +67,11 @@ class ReplicatedEngine(ZeroEngine[StageT]):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:
-        """Sum gradients over the ranks that share a parameter, clip, and apply AdamW to the master weights.
+        """Sum gradients over the ranks that share a parameter, clip, and update the master weights.
 
         Communication: one all-reduce of all float32 gradients over the data-parallel group, one of the partial ones
             over the tensor-parallel group, one of the tied ones over both ends of the pipeline, one of 8 bytes over
-            the replica.
+            the replica; that of `_require_faultless`.
         """
         groups = self._groups
         dist.all_reduce(self._flat_gradient, group=groups.data_parallel)
@@ -86,6 +85,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
+            self._require_faultless(self._optimizer)
             for parameter, master in self._masters.items():
                 parameter.copy_(master)
         self._flat_gradient.zero_()
@@ -103,12 +103,12 @@ class ReplicatedEngine(ZeroEngine[StageT]):
 
     @property
     def applied_updates(self) -> int:
-        """AdamW's own count."""
+        """The optimizer's own count."""
         return applied_updates(self._optimizer, self._masters.values())
 
     def prepare_moments(self, applied_updates: int) -> None:
-        """Make AdamW's state for the master weights where there is none yet, and set its count."""
-        prepare_moments(self._optimizer, self._masters.values(), applied_updates)
+        """Make the optimizer's state for the master weights where there is none yet, and set its count."""
+        prepare_moments(self._optimizer, self._settings.rule.moments, self._masters.values(), applied_updates)
 
     def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite a parameter's whole master weight or moment."""
@@ -116,7 +116,7 @@ class ReplicatedEngine(ZeroEngine[StageT]):
 
     def _state(self, kind: StateKind, parameter: nn.Parameter) -> Tensor:
         master = self._masters[parameter]
-        if kind == "weights":
+        if kind == WEIGHTS:
             return master
         state = self._optimizer.state.get(master)
         moment: Tensor = state[kind] if state else torch.zeros_like(master)

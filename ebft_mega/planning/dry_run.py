@@ -6,8 +6,7 @@ All sizes are computed, not measured; `rank_layout.py` and `memory.py` have the 
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
-from ebft_mega.config.entries import feature_map, learning_rates, tapped_fractions
+from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.step_cost import StepShape
@@ -18,7 +17,7 @@ from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, sk
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times
+from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times, optimization_rows
 from ebft_mega.registry.plugin_records import plugin_rows, slow_imports
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
@@ -39,7 +38,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
         _title("Model") + _model_text(plan),
         _title("Blocks") + _block_text(config, plan),
         _title("Data") + _data_text(config, plan),
-        _title("Optimization") + _optimization_text(config),
+        _title("Optimization") + _table(optimization_rows(config)),
         _title("Checkpoints") + _checkpoint_text(config, plan),
         _title("Layout") + _layout_text(config, plan),
         _title("Each rank's part") + _parts_text(config, plan),
@@ -183,27 +182,12 @@ def _not_known(plan: RunPlan) -> str:
     return f"not known: {listed_keys(absent)} to be supplied" if absent else "not known"
 
 
-def _optimization_text(config: RunConfig) -> str:
-    """The schedule, and the learning rate of the steps that show it."""
-    rates = learning_rates(config)
-    by_step = {step: rates.at(step) for step in rates.some_steps()}
-    highest = max(by_step, key=lambda step: by_step[step])
-    rows: list[tuple[str, object]] = [
-        ("learning-rate schedule", f"{config.train.lr_scheduler}: {rates.schedule.summary()}"),
-        ("steps of warm-up", rates.warmup_steps),
-        ("learning rate of the first step", f"{by_step[0]:.4g}"),
-        ("highest learning rate", f"{by_step[highest]:.4g}, in step {highest + 1:,}"),
-        ("learning rate of the last step", f"{by_step[config.total_steps - 1]:.4g}"),
-    ]
-    return _table(rows)
-
-
 def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
     """When there are checkpoints, and what they take."""
     checkpoint, sizes = config.checkpoint, plan.parallel
-    size_bytes = checkpoint_bytes(plan.architecture)
+    size_bytes = checkpoint_bytes(config, plan.architecture.num_parameters)
     largest_part = max(part.parameters for part in rank_parts(config, plan))
-    held_bytes = CHECKPOINT_BYTES_PER_PARAMETER * largest_part / sizes.data_parallel
+    held_bytes = checkpoint_bytes(config, largest_part) / sizes.data_parallel
     kept = "all"
     if checkpoint.keep_last is not None:
         kept = f"the last {checkpoint.keep_last}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
-from ebft_mega.config.entries import feature_map, tapped_fractions
+from ebft_mega.config.entries import feature_map, optimizer, tapped_fractions
 from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,
@@ -154,7 +154,8 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
     architecture, sizes = plan.architecture, plan.parallel
     width, tensor = element_bytes(config.train.dtype), sizes.tensor_parallel
     num_parameters = stage_parameters(architecture, policy_stage(plan, stage), tensor)
-    states = zero_state_bytes(num_parameters, sizes.data_parallel, config.train.dtype, config.zero.stage)
+    moments = len(optimizer(config).moments)
+    states = zero_state_bytes(num_parameters, sizes.data_parallel, config.train.dtype, config.zero.stage, moments)
     gathered = gathered_parameters(config, plan, num_parameters)
     phases: dict[str, Needs] = {}
     if config.uses_rollouts:

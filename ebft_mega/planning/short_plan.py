@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import CHECKPOINTS
-from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
+from ebft_mega.checkpoint.tensor_index import STATE_BYTES
+from ebft_mega.config.entries import learning_rates, optimizer
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.data_budget import rows_of_run
 from ebft_mega.planning.run_plan import RunPlan
@@ -76,13 +77,14 @@ def _token_words(config: RunConfig, plan: RunPlan) -> str:
 
 def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
     """Say in one line when and where a run takes checkpoints and how large one is."""
-    size = f"{checkpoint_bytes(architecture) / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
+    num_bytes = checkpoint_bytes(config, architecture.num_parameters)
+    size = f"{num_bytes / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
     return f"{checkpoint_times(config)}; {size}"
 
 
-def checkpoint_bytes(architecture: Architecture) -> int:
-    """Size of a checkpoint's tensors on the disk."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * architecture.num_parameters
+def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
+    """Size of the tensors in a checkpoint of so many parameters: weights and moments, in float32."""
+    return STATE_BYTES * (1 + len(optimizer(config).moments)) * num_parameters
 
 
 def checkpoint_times(config: RunConfig) -> str:
@@ -97,6 +99,23 @@ def checkpoint_times(config: RunConfig) -> str:
     if not parts:
         return "none, unless the run is asked to save or to stop"
     return " and ".join(parts) if last_is_due else f"{parts[0]}, none after the last one"
+
+
+def optimization_rows(config: RunConfig) -> list[tuple[str, object]]:
+    """The optimizer, the schedule, and the learning rate of the steps that show it."""
+    rule = optimizer(config)
+    rates = learning_rates(config)
+    by_step = {step: rates.at(step) for step in rates.some_steps()}
+    highest = max(by_step, key=lambda step: by_step[step])
+    return [
+        ("optimizer", f"{config.train.optimizer}: {rule.summary()}"),
+        ("its moments", ", ".join(rule.moments) or "none"),
+        ("learning-rate schedule", f"{config.train.lr_scheduler}: {rates.schedule.summary()}"),
+        ("steps of warm-up", rates.warmup_steps),
+        ("learning rate of the first step", f"{by_step[0]:.4g}"),
+        ("highest learning rate", f"{by_step[highest]:.4g}, in step {highest + 1:,}"),
+        ("learning rate of the last step", f"{by_step[config.total_steps - 1]:.4g}"),
+    ]
 
 
 def _number(value: float) -> str:

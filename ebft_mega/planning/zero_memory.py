@@ -1,4 +1,4 @@
-"""What ZeRO's stages hold of parameters, gradients and AdamW's state, and copy in gathers, reductions and updates.
+"""What ZeRO's stages hold of parameters, gradients and optimizer state, and copy in gathers, reductions and updates.
 
 Symbols as in `memory.py`: N parameters of a rank's slice, D data-parallel ranks, S = ceil(N / D), b bytes a value; P is
 the slice's largest parameter. What a communication library copies for itself is not counted (gloo copies what it
@@ -7,6 +7,7 @@ reduces or gathers, NCCL does not). No torch.
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import stage_parameters
+from ebft_mega.config.entries import optimizer
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,
@@ -35,10 +36,11 @@ def share(size: int, ranks: int) -> int:
     return -(-size // ranks)
 
 
-def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, stage: int) -> Needs:
+def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, stage: int, num_moments: int) -> Needs:
     """Bytes of one rank's states for N parameters of its slice, of which its ZeRO partition has S = ceil(N / D).
 
-    Parameters b*N, gradients 4*N (float32 accumulation), Adam's two moments 8*N and a float32 master copy 4*N.
+    Parameters b*N, gradients 4*N (float32 accumulation), each of the optimizer's moments 4*N (AdamW has two) and a
+    float32 master copy 4*N.
     Stage 0 partitions nothing: N each. Stage 1 has S of the moments and the master copy, stage 2 also of the
     gradients (but not between steps: `gradient_bytes`), stage 3 also of the parameters. In float32 the parameters are
     their own master at stage 3; the other stages update a copy.
@@ -47,10 +49,9 @@ def zero_state_bytes(num_parameters: int, data_parallel_size: int, dtype: str, s
     def divided_from(first_stage: int) -> int:
         return share(num_parameters, data_parallel_size) if stage >= first_stage else num_parameters
 
-    states = {
-        "parameters": divided_from(3) * element_bytes(dtype),
-        "Adam moments (float32)": 2 * divided_from(1) * FLOAT32_BYTES,
-    }
+    states = {"parameters": divided_from(3) * element_bytes(dtype)}
+    if num_moments:
+        states["optimizer moments (float32)"] = num_moments * divided_from(1) * FLOAT32_BYTES
     if stage != 2:
         states["gradients (float32)"] = gradient_bytes(num_parameters, data_parallel_size, stage)
     if dtype != "float32" or stage < 3:
@@ -146,15 +147,16 @@ def reduction_bytes(config: RunConfig, plan: RunPlan, stage: int) -> int:
 
 
 def update_needs(config: RunConfig, plan: RunPlan, stage: int, num_parameters: int) -> Needs:
-    """Temporaries of an update: for the norm, then for AdamW.
+    """Temporaries of an update: for the norm, then for the optimizer.
 
     The norm is that of a float64 copy of a gradient, one parameter's after another (or of what the rank has of it),
-    except at stage 1 in bfloat16. AdamW makes two float32 tensors of `UPDATE_ELEMENTS` of a parameter, from stage 1 on
-    of all that the rank has.
+    except at stage 1 in bfloat16. The optimizer makes its float32 temporaries (AdamW two) of `UPDATE_ELEMENTS` of a
+    parameter, from stage 1 on of all that the rank has.
     """
     ranks, zero_stage = plan.parallel.data_parallel, config.zero.stage
+    temporaries = optimizer(config).temporaries
     largest = largest_parameter(plan, stage)
-    stepped = largest  # on which AdamW steps at once
+    stepped = largest  # which the optimizer updates at once
     if zero_stage > 0:
         stepped = share(num_parameters, ranks)
         largest = share(largest, ranks) if zero_stage == 3 else min(largest, stepped)
@@ -163,7 +165,7 @@ def update_needs(config: RunConfig, plan: RunPlan, stage: int, num_parameters: i
     return largest_moment(
         [
             {"a gradient in float64": largest * FLOAT64_BYTES},
-            {"temporaries of AdamW (float32)": 2 * min(stepped, UPDATE_ELEMENTS) * FLOAT32_BYTES},
+            {"temporaries of the optimizer (float32)": temporaries * min(stepped, UPDATE_ELEMENTS) * FLOAT32_BYTES},
         ]
     )
 

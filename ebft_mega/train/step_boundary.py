@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
-from ebft_mega.checkpoint.tensor_index import CHECKPOINT_BYTES_PER_PARAMETER
+from ebft_mega.checkpoint.tensor_index import STATE_BYTES
 from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
 from ebft_mega.io.progress_bar import BYTES
 from ebft_mega.metrics.announcer import Announcer
@@ -162,7 +162,8 @@ class Boundary:
     @property
     def _size_bytes(self) -> int:
         """Size of a checkpoint's tensors."""
-        return self._trainer.stage.architecture.num_parameters * CHECKPOINT_BYTES_PER_PARAMETER
+        kinds = len(self._trainer.engine.state_kinds)
+        return self._trainer.stage.architecture.num_parameters * STATE_BYTES * kinds
 
     @property
     def _size_words(self) -> str:

@@ -31,7 +31,7 @@ from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
     OptimizerSettings,
-    SlicedAdamW,
+    SlicedOptimizer,
     Update,
     has_finite_squares,
     parameter_groups,
@@ -65,13 +65,13 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
             check_traces_within(groups)
         else:
             module = replicated_module(build_stage, load, groups)
-        super().__init__(module, roles, groups)
+        super().__init__(module, roles, settings, groups)
         mark_counted(module, self._shared)
-        # Based on torch's AdamW: DeepSpeed's own would compile a C++ extension at start-up (minutes on a CPU).
+        # Ours: DeepSpeed's own would compile a C++ extension at start-up (minutes on a CPU).
         decayed = parameter_groups(module, self.parameter_shapes(), settings.weight_decay)
-        optimizer = SlicedAdamW(decayed, lr=0.0, betas=settings.betas)
+        self._optimizer = SlicedOptimizer(decayed, settings)
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, mpu=MegatronUnit(groups)
+            model=module, optimizer=self._optimizer, config=config, mpu=MegatronUnit(groups)
         )
         self._storage = OptimizerStorage(self._engine.optimizer, settings, groups)
         check_equal_sub_groups(len(self._storage.sub_groups()), groups)
@@ -106,6 +106,7 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        self._require_faultless(self._optimizer)
         self._storage.forget_gradients()
         applied = bool(self._engine.was_step_applied())
         return Update(float(self._engine.get_global_grad_norm()) if applied else float("inf"), applied)
@@ -150,11 +151,11 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
 
     @property
     def applied_updates(self) -> int:
-        """AdamW's own count."""
+        """The optimizer's own count."""
         return self._storage.applied_updates
 
     def prepare_moments(self, applied_updates: int) -> None:
-        """Make AdamW's state where there is none yet, and set its count.
+        """Make the optimizer's state where there is none yet, and set its count.
 
         Without it a fresh engine has nothing to put moments into (KeyError).
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ebft_mega.parallel.deepspeed_adapter.partitioned_parameters import whole_shape
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import OptimizerSettings
-from ebft_mega.parallel.optimizer_state import StateKind, applied_updates, prepare_moments
+from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, applied_updates, prepare_moments
 
 
 class OptimizerStorage:
@@ -21,7 +21,7 @@ class OptimizerStorage:
     def __init__(self, optimizer: Any, settings: OptimizerSettings, groups: ProcessGroups) -> None:
         """Find where the parameters are; `optimizer` is the engine's."""
         self._optimizer = optimizer
-        self._zero_stage = settings.zero_stage
+        self._zero_stage, self._moments = settings.zero_stage, settings.rule.moments
         self._groups = groups
         # DeepSpeed's stage 1 in bfloat16 is another optimizer, with a whole float32 gradient on every rank.
         self._whole_gradients = settings.zero_stage == 1 and settings.dtype == torch.bfloat16
@@ -81,12 +81,12 @@ class OptimizerStorage:
 
     @property
     def applied_updates(self) -> int:
-        """How often AdamW has been applied; skipped steps do not count."""
+        """How often the optimizer has been applied; skipped steps do not count."""
         return applied_updates(self._optimizer.optimizer, self._flat_partitions())
 
     def prepare_moments(self, applied_updates: int) -> None:
-        """Make AdamW's state where there is none yet, and set its count of updates."""
-        prepare_moments(self._optimizer.optimizer, self._flat_partitions(), applied_updates)
+        """Make the optimizer's state where there is none yet, and set its count of updates."""
+        prepare_moments(self._optimizer.optimizer, self._moments, self._flat_partitions(), applied_updates)
 
     def set_state(self, kind: StateKind, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite this rank's partition of a parameter's master weight or moment.
@@ -105,8 +105,8 @@ class OptimizerStorage:
 
         Communication: that of `ZeroEngine.state_tensors`.
         """
-        if kind != "weights" and self.applied_updates == 0:
-            # AdamW makes its moments in its first step.
+        if kind != WEIGHTS and self.applied_updates == 0:
+            # They are made in the first step.
             return torch.zeros(whole_shape(parameter), dtype=torch.float32, device=self._groups.device)
         if self._zero_stage < 3:
             found = self._fragment(kind, parameter)
@@ -114,7 +114,7 @@ class OptimizerStorage:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         whole: Tensor
-        if kind == "weights":
+        if kind == WEIGHTS:
             whole = safe_get_full_fp32_param(parameter)
         else:
             whole = safe_get_full_optimizer_state(parameter, kind)
@@ -130,13 +130,13 @@ class OptimizerStorage:
         if mapping is None:
             return None
         flat = self._flat_partitions()[self._places[parameter][0]]
-        if kind != "weights":
+        if kind != WEIGHTS:
             flat = self._optimizer.optimizer.state[flat][kind]
         address = mapping.hp_fragment_address
         return flat.detach().narrow(0, address.start, address.numel), mapping.lp_fragment_address.start
 
     def _flat_partitions(self) -> Sequence[Tensor]:
-        """What AdamW steps on: this rank's float32 partition of each group of parameters."""
+        """What the optimizer steps on: this rank's float32 partition of each group of parameters."""
         partitions: Sequence[Tensor]
         if self._whole_gradients:
             partitions = self._optimizer.fp32_groups_flat_partition
@@ -197,7 +197,7 @@ def set_partition(kind: StateKind, parameter: Any, value: Tensor, data_parallel_
     size = parameter.ds_tensor.numel()
     part = value.flatten()[data_parallel_rank * size : (data_parallel_rank + 1) * size]
     part = F.pad(part, (0, size - len(part)))
-    if kind == "weights":
+    if kind == WEIGHTS:
         safe_set_local_fp32_param(parameter, part)
     else:
         safe_set_local_optimizer_state(parameter, part, kind)

@@ -27,7 +27,7 @@ from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngine
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.parallel.optimizer_state import STATE_KINDS
+from ebft_mega.parallel.optimizers.adamw import AdamW
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
 from ebft_mega.train.step import Trainer, train_step
 from ebft_mega.train.step_metrics import step_metrics
@@ -46,10 +46,12 @@ MODELS = {
     "qwen2": Architecture.from_hf(tiny_config("qwen2", tied=False), "test"),
     "qwen3": Architecture.from_hf(tiny_config("qwen3", tied=False), "test"),
 }
+KINDS = ("weights", *AdamW.moments)
 
 
 def engine_of(architecture: Architecture, groups: ProcessGroups, source: WeightSource, **options) -> ZeroEngine:
-    settings = OptimizerSettings((0.9, 0.95), 0.1, 0.5, options.pop("dtype", torch.float32), 1, **options)
+    dtype = options.pop("dtype", torch.float32)
+    settings = OptimizerSettings((0.9, 0.95), 0.1, 0.5, dtype, 1, **{"rule": AdamW()} | options)
     shape = StageShape.of_policy(architecture, groups.pipeline_rank, groups.pipeline_size)
     return make_engine(
         partial(Stage, architecture, shape, groups, settings.dtype),
@@ -83,7 +85,7 @@ def whole_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
             name: tensors.part(kind, name, tuple(slice(0, size) for size in tensor.shape))
             for name, tensor in tensors.index.kinds[kind].items()
         }
-        for kind in STATE_KINDS
+        for kind in tensors.index.kinds
     }
 
 
@@ -110,7 +112,7 @@ def stop_and_resume(layout: Layout, case: Case, directory: str, num_steps: int) 
     folder = Path(directory) / f"{layout}-{case.name}"
     index = written_by_all(folder, shards)
     tensors = CheckpointTensors(folder, index)
-    check_tensors(tensors, architecture)
+    check_tensors(tensors, architecture, KINDS)
     twin = build_trainer(config, architecture, architecture, groups, policy_weights=CheckpointWeights(tensors))
     restore_engine(twin.engine, twin.stage, tensors, trainer.engine.applied_updates)
     checks = {
@@ -168,11 +170,11 @@ def test_resuming_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
 # --- from one layout to another
 
 
-def made_up_state(folder: Path, architecture: Architecture) -> None:
+def made_up_state(folder: Path, architecture: Architecture, kinds: tuple[str, ...] = KINDS) -> None:
     """A checkpoint of random bits, zeros of both signs among them, in one file per kind."""
     generator = torch.Generator().manual_seed(5)
     shards = []
-    for kind in STATE_KINDS:
+    for kind in kinds:
         for name, shape in hf_shapes(architecture).items():
             tensor = torch.randn(shape, generator=generator)
             tensor.view(-1)[:3] = torch.tensor([-0.0, 0.0, -1e-45])
@@ -225,14 +227,21 @@ def whole_at_once(engine: ZeroEngine, function: Callable[[], object]) -> int:
     return max(most, 1)
 
 
-def pass_on(source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype, ...], name: str) -> list[Passage]:
-    """Read a checkpoint at a layout, write it, read that at the next one, and so on."""
+def pass_on(
+    source: str, layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype, ...], name: str, **options
+) -> list[Passage]:
+    """Read a checkpoint at a layout, write it, read that at the next one, and so on.
+
+    Args:
+        options: of the engine's settings.
+    """
     device = connect()
     folder, passages = Path(source), []
     for number, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
         groups = make_process_groups(device, layout.tensor, layout.pipeline)
         tensors = read(folder)
-        engine = engine_of(MODELS[name], groups, CheckpointWeights(tensors), dtype=dtype, zero_stage=layout.zero_stage)
+        options |= {"dtype": dtype, "zero_stage": layout.zero_stage}
+        engine = engine_of(MODELS[name], groups, CheckpointWeights(tensors), **options)
         stage = engine.module
         most = whole_at_once(engine, partial(restore_engine, engine, stage, tensors, number + 1))
         assert engine.applied_updates == number + 1
@@ -344,7 +353,7 @@ def fresh_snapshot(directory: str) -> bool:
     shards = take_snapshot(engine, engine.module)
     index = written_by_all(Path(directory), shards)
     tensors = CheckpointTensors(Path(directory), index)
-    check_tensors(tensors, architecture)
+    check_tensors(tensors, architecture, KINDS)
     restore_engine(engine, engine.module, tensors, 0)
     assert engine.applied_updates == 0
     return not any(shard.tensor.any() for shard in shards if shard.kind != "weights")

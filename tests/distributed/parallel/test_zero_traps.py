@@ -24,6 +24,7 @@ from ebft_mega.parallel.deepspeed_adapter.optimizer_storage import OptimizerStor
 from ebft_mega.parallel.deepspeed_adapter.replica_ranks import MegatronUnit, assert_same_over, check_equal_sub_groups
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizer import parameter_groups
+from ebft_mega.parallel.optimizers.adamw import AdamW
 from ebft_mega.parallel.zero import OptimizerSettings, ShardedStage, ZeroEngine, make_engine
 from tests.distributed.parallel.zero_stages import (
     BETAS,
@@ -324,7 +325,7 @@ def fill_branches(module, gathered, is_reader):
 
 
 def branches(groups: ProcessGroups, zero_stage: int = 3, dtype: torch.dtype = torch.float32) -> ZeroEngine:
-    options = OptimizerSettings(BETAS, 0.0, 0.0, dtype, 1, zero_stage)
+    options = OptimizerSettings(BETAS, 0.0, 0.0, dtype, 1, zero_stage, rule=AdamW())
     return make_engine(lambda: TwoBranches().to(dtype), fill_branches, lambda _: {}, options, groups)
 
 

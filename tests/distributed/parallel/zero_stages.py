@@ -13,7 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebft_mega.extension.update_rule import Optimizer
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.parallel.optimizer import SlicedOptimizer
+from ebft_mega.parallel.optimizers.adamw import AdamW
 from ebft_mega.parallel.pipeline import one_forward_one_backward
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
@@ -162,9 +165,15 @@ def loss_share(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def settings(
-    zero_stage: int = 3, dtype: torch.dtype = torch.float32, grad_clip: float = 0.5, hold: str = "rollout"
+    zero_stage: int = 3,
+    dtype: torch.dtype = torch.float32,
+    grad_clip: float = 0.5,
+    hold: str = "rollout",
+    rule: Optimizer | None = None,
 ) -> OptimizerSettings:
-    return OptimizerSettings(BETAS, WEIGHT_DECAY, grad_clip, dtype, 1, zero_stage, hold)
+    """Args: rule: None: AdamW; another one is looked at as that of a plugin."""
+    rules = {"rule": rule or AdamW(), "is_checked": rule is not None}
+    return OptimizerSettings(BETAS, WEIGHT_DECAY, grad_clip, dtype, 1, zero_stage, hold, **rules)
 
 
 def tiny_engine(groups: ProcessGroups, options: OptimizerSettings) -> ZeroEngine[TinyStage]:
@@ -204,8 +213,14 @@ class Truth:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plain_steps(groups: ProcessGroups, num_steps: int, grad_clip: float, skipped: tuple[int, ...] = ()) -> Truth:
-    """The same steps of the whole model with torch's AdamW, each rank for itself."""
+def plain_steps(
+    groups: ProcessGroups,
+    num_steps: int,
+    grad_clip: float,
+    skipped: tuple[int, ...] = (),
+    rule: Optimizer | None = None,
+) -> Truth:
+    """The same steps of the whole model with torch's AdamW, or another rule, each rank for itself."""
     alone = groups.alone
     stage = TinyStage(replace(groups, data_parallel=alone, tensor_parallel=alone, pipeline_parallel=alone))
     for name, parameter in stage.named_parameters():
@@ -214,6 +229,10 @@ def plain_steps(groups: ProcessGroups, num_steps: int, grad_clip: float, skipped
     vectors = [parameter for parameter in stage.parameters() if parameter.ndim == 1]
     decayed = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(decayed, lr=LEARNING_RATE, betas=BETAS)
+    if rule is not None:
+        optimizer = SlicedOptimizer(decayed, settings(rule=rule))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
     truth = Truth()
     for step in range(num_steps):
         if step in skipped:

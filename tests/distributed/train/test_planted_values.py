@@ -16,7 +16,6 @@ from ebft_mega.features import network as network_module
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model import head as head_module
 from ebft_mega.model.stage import Stage
-from ebft_mega.parallel.optimizer_state import STATE_KINDS
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.train import step as step_module
 from ebft_mega.train.step import train_step
@@ -165,7 +164,9 @@ def planted(owner, name, spoil, rank, value):
 def state_of(trainer):
     """All of this rank's weights and moments, and how often they were updated."""
     engine = trainer.engine
-    tensors = [value.detach().flatten().clone() for kind in STATE_KINDS for _, value in engine.state_tensors(kind)]
+    tensors = [
+        value.detach().flatten().clone() for kind in engine.state_kinds for _, value in engine.state_tensors(kind)
+    ]
     return torch.cat([*tensors, torch.tensor([float(engine.applied_updates)])])
 
 

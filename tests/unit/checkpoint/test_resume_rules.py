@@ -1,5 +1,6 @@
 """Which changes since a checkpoint are refused, noted, or free."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from ebft_mega.checkpoint.resume_rules import (
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.config.schema import all_keys
 from ebft_mega.io.expanded_paths import REPOSITORY
+from ebft_mega.registry.kinds import OPTIMIZERS
+from tests.other_optimizers import Sgd
 from tests.unit.checkpoint.folder_stand_ins import MODEL, fill, relist, run_config, run_state, write_checkpoint
 
 
@@ -127,6 +130,19 @@ def test_what_makes_other_numbers_is_noted(saved: SavedRun, output: Path, change
     (found,) = noted_changes(saved, config)
     assert found.startswith(note + ": ")
     assert refused_changes(saved, config, saved.architecture) == []
+
+
+def test_another_optimizer_is_refused_and_both_are_named(saved: SavedRun, output: Path, monkeypatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS.added, "sgd", Sgd)
+    config = run_config(output, train__optimizer="sgd").with_places({"train.optimizer": "run.yaml:7"})
+    assert saved.config["train"]["optimizer"] == "adamw"
+    older = dataclasses.replace(saved, config=saved.config | {"train": dict(saved.config["train"])})
+    del older.config["train"]["optimizer"]  # of a version that had no other one
+    for each in (saved, older):
+        (problem,) = refused_changes(each, config, saved.architecture)
+        assert (problem.where, problem.key, problem.found) == ("run.yaml:7", "train.optimizer", "sgd")
+        assert problem.expected.startswith(f"adamw, as in {saved.directory}; ")
+    assert refused_changes(older, run_config(output), saved.architecture) == []
 
 
 def test_another_length_is_noted_where_the_learning_rate_depends_on_it(root: Path, output: Path) -> None:

@@ -22,7 +22,7 @@ from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, c
 from ebft_mega.data.store.format import file_sha256
 from ebft_mega.errors import BrokenCheckpointError, InputError
 from ebft_mega.model.stage import Stage
-from ebft_mega.parallel.optimizer_state import STATE_KINDS
+from ebft_mega.parallel.optimizers.adamw import AdamW
 from tests.conftest import tiny_config
 
 
@@ -227,6 +227,9 @@ def test_unknown_tensors_and_gaps_are_named(tmp_path):
         gap.part("weights", "x", EVERYTHING)
 
 
+KINDS = ("weights", *AdamW.moments)
+
+
 class Restored:
     """Stands for an engine: asks for the whole state of a model."""
 
@@ -234,18 +237,18 @@ class Restored:
         self.names = names
 
     def restore(self, read, applied_updates, count):
-        for kind in STATE_KINDS:
+        for kind in KINDS:
             for name in self.names:
                 read(kind, name)
                 count(1)
 
 
-@pytest.mark.parametrize("kind", STATE_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_state_that_is_not_finite_is_named_with_its_files(groups, tmp_path, kind):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     shards = [
         StateShard(each, name, (0,) * len(shape), shape, torch.zeros(shape))
-        for each in STATE_KINDS
+        for each in KINDS
         for name, shape in hf_shapes(architecture).items()
     ]
     wrong = next(shard for shard in shards if (shard.kind, shard.name) == (kind, "model.norm.weight"))
@@ -263,16 +266,16 @@ def test_all_tensors_that_a_model_lacks_are_named_at_once(tmp_path):
     architecture = Architecture.from_hf(tiny_config("qwen3", tied=False), "test")
     shards = [
         StateShard(kind, name, (0,) * len(shape), shape, torch.zeros(shape))
-        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for kind in KINDS
         for name, shape in hf_shapes(architecture).items()
     ]
-    check_tensors(saved(tmp_path / "whole", [shards]), architecture)
+    check_tensors(saved(tmp_path / "whole", [shards]), architecture, KINDS)
     lacking = [shard for shard in shards if (shard.kind, shard.name) != ("exp_avg", "lm_head.weight")]
     lacking = [shard for shard in lacking if shard.name != "model.norm.weight"]
     lacking += shards_of("model.norm.weight", torch.zeros(31), [(slice(0, 31),)])
     tensors = saved(tmp_path / "lacking", [lacking])
     with pytest.raises(BrokenCheckpointError) as raised:
-        check_tensors(tensors, architecture)
+        check_tensors(tensors, architecture, KINDS)
     assert {(problem.key, problem.found) for problem in raised.value.problems} == {
         ("weights: model.norm.weight", "shape (31,)"),
         ("exp_avg: model.norm.weight", "no such tensor"),

@@ -64,6 +64,7 @@ INTERFACE_DEFAULTS = {
     "train.min_lr": 0.0,
     "train.warmup_steps": 0,
     "train.warmup_share": 0.0,
+    "train.optimizer": "adamw",
     "train.weight_decay": 0.0,
     "train.betas": (0.9, 0.95),
     "train.grad_clip": 1.0,

@@ -8,7 +8,8 @@ from torch import nn
 
 from ebft_mega.parallel import optimizer
 from ebft_mega.parallel.deepspeed_adapter import deepspeed_engine, deepspeed_setup, optimizer_storage
-from ebft_mega.parallel.optimizer import OptimizerSettings, SlicedAdamW
+from ebft_mega.parallel.optimizer import OptimizerSettings, SlicedOptimizer
+from ebft_mega.parallel.optimizers.adamw import AdamW
 from ebft_mega.parallel.zero import make_engine
 from tests.memory import peak_tensor_bytes
 from tests.unit.planning.test_memory_measured import measured
@@ -50,7 +51,7 @@ def fill(module, gathered, is_reader):
 
 def bytes_a_parameter(groups, stage):
     """What is held between steps, and what a backward pass and an update need besides."""
-    settings = OptimizerSettings((0.9, 0.95), 0.1, 1.0, torch.bfloat16, 1, stage)
+    settings = OptimizerSettings((0.9, 0.95), 0.1, 1.0, torch.bfloat16, 1, stage, rule=AdamW())
 
     def start():
         engine = make_engine(Layers, fill, lambda _: {}, settings, groups)
@@ -103,8 +104,19 @@ def test_a_step_holds_the_states_a_bucket_and_a_slice(groups, small, stage):
     assert updating < 8 / LAYERS + 0.1
 
 
+def plain_adamw(groups, settings):
+    return torch.optim.AdamW(groups, lr=1e-3, betas=settings.betas)
+
+
+def sliced_adamw(groups, settings):
+    found = SlicedOptimizer(groups, settings)
+    for group in found.param_groups:
+        group["lr"] = 1e-3  # as an engine sets it
+    return found
+
+
 WITHOUT = {
-    "slices": (lambda: replaced(deepspeed_engine, "SlicedAdamW", torch.optim.AdamW), 1, "updating", 7),
+    "slices": (lambda: replaced(deepspeed_engine, "SlicedOptimizer", plain_adamw), 1, "updating", 7),
     "gradients in place": (lambda: replaced(optimizer_storage, "end_to_end", lambda tensors, flatten: flatten(tensors)),
                            3, "updating", 3.5),
     "a bucket of its own": (lambda: config_with(contiguous_gradients=True), 3, "held", STATES + 0.4),
@@ -127,7 +139,7 @@ def steps_of(make, sizes):
     generator = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(size, generator=generator) / 50) for size in sizes]
     groups = [{"params": weights[::2], "weight_decay": 0.1}, {"params": weights[1::2], "weight_decay": 0.0}]
-    adamw = make(groups, lr=1e-3, betas=(0.9, 0.95))
+    adamw = make(groups, OptimizerSettings((0.9, 0.95), 0.1, 1.0, torch.float32, 1, rule=AdamW()))
     for _ in range(3):
         for weight in weights[:-1]:
             weight.grad = torch.randn(weight.shape, generator=generator) / 1000
@@ -140,7 +152,7 @@ def steps_of(make, sizes):
 @pytest.mark.parametrize("elements", [1, 7, 64, 1000, 2**22])
 def test_slices_change_no_bit(monkeypatch, elements):
     sizes = [(33, 5), (1001,), (3,), (40, 40), (2,)] if elements > 1 else [(3, 2), (5,), (1,), (2,)]
-    truth = steps_of(torch.optim.AdamW, sizes)
+    truth = steps_of(plain_adamw, sizes)
     monkeypatch.setattr(optimizer, "UPDATE_ELEMENTS", elements)
-    for value, expected in zip(steps_of(SlicedAdamW, sizes), truth, strict=True):
+    for value, expected in zip(steps_of(sliced_adamw, sizes), truth, strict=True):
         assert value.dtype == expected.dtype and torch.equal(value, expected)

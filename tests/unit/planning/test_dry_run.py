@@ -18,6 +18,8 @@ from ebft_mega.planning.auto import choices
 from ebft_mega.planning.memory import Choices, head_chunk_bytes
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.planning.short_plan import checkpoint_words
+from ebft_mega.registry.kinds import OPTIMIZERS
+from tests.other_optimizers import Momentum, Sgd
 from tests.unit.reward.rewards import rewards_of
 
 # The fixture's llama: V 100, H 16, I 24, L 4, 4 heads of 4, 2 key-value heads, tied.
@@ -67,23 +69,23 @@ def test_parameters_by_hand(inputs):
     ("stage", "divided"),
     [
         (0, ()),
-        (1, ("Adam moments (float32)", "master parameters (float32)")),
-        (2, ("Adam moments (float32)", "master parameters (float32)", "gradients (float32)")),
-        (3, ("Adam moments (float32)", "master parameters (float32)", "gradients (float32)", "parameters")),
+        (1, ("optimizer moments (float32)", "master parameters (float32)")),
+        (2, ("optimizer moments (float32)", "master parameters (float32)", "gradients (float32)")),
+        (3, ("optimizer moments (float32)", "master parameters (float32)", "gradients (float32)", "parameters")),
     ],
 )
 def test_what_each_zero_stage_divides_over_the_replicas(dtype, own_master, replicas, stage, divided):
-    whole = {"parameters": 4 if own_master else 2, "gradients (float32)": 4, "Adam moments (float32)": 8}
+    whole = {"parameters": 4 if own_master else 2, "gradients (float32)": 4, "optimizer moments (float32)": 8}
     if not own_master or stage < 3:
         whole["master parameters (float32)"] = 4
-    states = zero_memory.zero_state_bytes(1000, replicas, dtype, stage)
+    states = zero_memory.zero_state_bytes(1000, replicas, dtype, stage, num_moments=2)
     if stage == 2:
         states["gradients (float32)"] = zero_memory.gradient_bytes(1000, replicas, stage)  # from learning to the update
     assert states == {name: 1000 * size // (replicas if name in divided else 1) for name, size in whole.items()}
 
 
 def test_a_share_is_rounded_up():
-    assert zero_memory.zero_state_bytes(7, 4, "bfloat16", 3)["parameters"] == 2 * 2
+    assert zero_memory.zero_state_bytes(7, 4, "bfloat16", 3, 2)["parameters"] == 2 * 2
 
 
 @pytest.mark.parametrize(("fractions", "parameters"), [([0.25, 0.75], 3 * LAYER), ([0.25, 1.0], 4 * LAYER + 16)])
@@ -430,6 +432,22 @@ def test_what_diversity_is_worth_under_whitening(inputs, whitening):
     ):
         config, plan = plan_of(inputs, ebft=changes)
         assert "diversity term is 0" not in planner.describe_run(config, plan)
+
+
+def test_the_optimizer_says_what_its_state_and_its_update_need(inputs, monkeypatch):
+    for kind in (Sgd, Momentum):
+        monkeypatch.setitem(OPTIMIZERS.added, kind.name, kind)
+    monkeypatch.setattr(Momentum, "temporaries", 40)
+    adamw, momentum, sgd = (planned(inputs, train__optimizer=name) for name in ("adamw", "momentum", "sgd"))
+    moments = "optimizer moments (float32)"
+    assert (adamw.states[moments], momentum.states[moments]) == (8 * PARAMETERS, 4 * PARAMETERS)
+    assert moments not in sgd.states and adamw.state_bytes - sgd.state_bytes == 8 * PARAMETERS
+    assert momentum.phases["update"] == {"temporaries of the optimizer (float32)": 40 * 4 * PARAMETERS}
+    assert "temporaries of the optimizer (float32)" not in sgd.phases["update"]
+    config, plan = plan_of(inputs, train__optimizer="momentum")
+    text = planner.describe_run(config, plan)
+    assert re.search(rf"size of one on the disk, GB +{8 * PARAMETERS / 1e9:.3f}\n", text)
+    assert re.search(r"\noptimizer +momentum: Gradient descent with momentum.*\nits moments +velocity\n", text)
 
 
 def test_the_plan_counts_what_the_engines_take_at_a_time():

@@ -126,7 +126,7 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
     assert memory.states == {
         "parameters": 2 * share,
         "gradients (float32)": 4 * share,
-        "Adam moments (float32)": 8 * share,
+        "optimizer moments (float32)": 8 * share,
         "master parameters (float32)": 4 * share,
         "frozen feature network": 2 * (152064 * 3584 + 21 * layer),  # the deepest tap is at 3/4 of 28 layers
     }
@@ -168,7 +168,7 @@ def test_memory_of_the_32b_recipe_recomputed(stand_ins):
     embedding = 152064 * 5120 // 8  # 64 blocks of 2376 ids: no padding
     on_first, on_last = 32 * layer + embedding, 32 * layer + embedding + 5120
     assert first.states["parameters"] == 2 * on_first // 8
-    assert last.states["Adam moments (float32)"] == 8 * on_last // 8
+    assert last.states["optimizer moments (float32)"] == 8 * on_last // 8
     # The feature network: 48 layers, 24 on each stage, and no head; it is whole on each replica.
     assert first.states["frozen feature network"] == 2 * (embedding + 24 * layer)
     assert last.states["frozen feature network"] == 2 * 24 * layer

@@ -87,6 +87,7 @@ WRITTEN = {
     "train.max_steps": 1000,
     "train.lr": 2e-5,
     "train.lr_scheduler": "constant",
+    "train.optimizer": "adamw",
     "train.warmup_steps": 31,
     "train.betas": (0.9, 0.95),
     "train.weight_decay": 0.1,

@@ -1,4 +1,4 @@
-"""Keys of the learning rate: what they make of each other, and schedules that do not keep their contract."""
+"""Keys of the learning rate and the optimizer, and schedules and optimizers that do not keep their contract."""
 
 import math
 
@@ -8,7 +8,8 @@ from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError
 from ebft_mega.extension.learning_rate_schedule import LearningRateSchedule
-from ebft_mega.registry.kinds import SCHEDULES
+from ebft_mega.extension.update_rule import Optimizer
+from ebft_mega.registry.kinds import OPTIMIZERS, SCHEDULES
 
 BASE = """\
 output_dir: runs/a
@@ -91,3 +92,27 @@ def test_every_schedule_of_the_package_keeps_its_contract(load):
             load(
                 f"train.lr_scheduler={name}", f"train.max_steps={steps}", "train.warmup_share=0.03", "train.min_lr=0.1"
             )
+
+
+@pytest.mark.parametrize(
+    ("moments", "temporaries", "found", "expected"),
+    [
+        (["a"], 2, "whose moments are ['a']", "a tuple of different names of lower-case letters, digits and _, none"),
+        (("a", "a"), 2, "whose moments are ('a', 'a')", "a tuple of different names"),
+        (("weights",), 2, "whose moments are ('weights',)", "none of them weights or step"),
+        (("../a",), 2, "whose moments are ('../a',)", "lower-case letters"),
+        ((7,), 2, "whose moments are (7,)", "lower-case letters"),
+        (("a",), -1, "whose temporaries are -1", "an integer >= 0"),
+    ],
+)
+def test_an_optimizer_whose_moments_can_be_no_folders_is_refused(
+    load, monkeypatch, moments, temporaries, found, expected
+):
+    kind = type("Odd", (Optimizer,), {"moments": moments, "temporaries": temporaries, "name": "odd"})
+    monkeypatch.setitem(OPTIMIZERS.added, "odd", kind)
+    monkeypatch.setattr("ebft_mega.config.rules.place_of_entry", lambda entry: "odd.py:3")
+    with pytest.raises(ConfigError) as caught:
+        load("train.optimizer=odd")
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.key) == ("--set", "train.optimizer")
+    assert problem.found == f"odd, {found} (odd.py:3)" and expected in problem.expected
