@@ -26,8 +26,9 @@ from ebft_mega.data.selection.choice_options import (
     add_text_options,
     check_text_options,
 )
+from ebft_mega.data.selection.format_options import add_format_options, format_options, plugins_of
 from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
-from ebft_mega.data.selection.text_formats import archive_words, format_list, shown_reasons
+from ebft_mega.data.selection.text_formats import archive_words, shown_reasons
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
 from ebft_mega.data.text.text_files import LONG_DOCUMENTS
@@ -77,12 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         help="key of the text in a JSON line, or its column in Parquet (default: text). With it files of any name that "
         "hold such lines are read as JSON lines, and other files beside them are left out",
     )
-    parser.add_argument(
-        "--format",
-        metavar="NAME",
-        help="the format of all files, whatever their names (default: the one that each is recognised as); of a "
-        f"directory those of its suffixes are read, or if there are none, all: {format_list()}",
-    )
+    add_format_options(parser, "the one that each is recognised as")
     parser.add_argument(
         "--archives",
         choices=archive_words(),
@@ -202,8 +198,10 @@ def checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
 def main() -> None:
     """Build the dataset and print what it holds."""
     arguments = parse_arguments()
-    given = {field.name: getattr(arguments, field.name) for field in fields(BuildOptions) if field.name in arguments}
-    options = BuildOptions(**given)
+    places = {"--input": arguments.input, "--tokenizer": [arguments.tokenizer], "--output": [arguments.output]}
+    arguments.plugins = plugins_of(arguments.plugins, places)
+    arguments.format_options = format_options(arguments.format_options)
+    options = BuildOptions(**{field.name: getattr(arguments, field.name) for field in fields(BuildOptions)})
     options.formats.chosen()  # before the tokenizer is loaded
     result = build_dataset(
         arguments.input,

@@ -1,4 +1,4 @@
-"""Train a sentencepiece BPE tokenizer with byte fallback on the text files of a directory."""
+"""Train a sentencepiece BPE tokenizer with byte fallback on the texts of a directory."""
 
 import signal
 
@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.data.selection.choice_options import add_file_options, add_text_options, check_text_options
 from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.format_options import add_format_options, format_options, plugins_of, require_use
+from ebft_mega.data.selection.text_formats import FormatChoice
 from ebft_mega.data.selection.text_limits import TextLimits
 from ebft_mega.data.text.text_files import ReadOptions
 from ebft_mega.data.tokenizers.tokenizer_training import train_tokenizer
@@ -26,12 +28,17 @@ from ebft_mega.io.standard_streams import print_line
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--input", type=path_argument, required=True, help="directory of UTF-8 text files")
+    parser.add_argument(
+        "--input", type=path_argument, required=True, help="directory of UTF-8 text files, or of files of --format"
+    )
     parser.add_argument(
         "--vocab-size", type=whole_number(), required=True, help="number of tokens, the 256 byte tokens included"
     )
     parser.add_argument("--output", type=path_argument, required=True, help="tokenizer directory to make")
     add_file_options(parser)
+    add_format_options(parser, "each file is a text")
+    parser.add_argument("--text-key", metavar="KEY", help="key of the text in a JSON line, or its column in Parquet")
+    parser.add_argument("--text-member", metavar="SUFFIX", help="suffix of the text in a webdataset (default: txt)")
     add_text_options(parser)
     add_permissions_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
@@ -43,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train the tokenizer and print its size and hash."""
     arguments = parse_arguments()
+    plugins_of(arguments.plugins, {"--input": [arguments.input], "--output": [arguments.output]})
+    formats = FormatChoice(arguments.format, format_options(arguments.format_options))
+    require_use(formats, {"text_key": arguments.text_key, "text_member": arguments.text_member})
     tokenizer = train_tokenizer(
         arguments.input,
         arguments.vocab_size,
@@ -51,8 +61,12 @@ def main() -> None:
         uses_gitignore=arguments.gitignore,
         limits=TextLimits(*(getattr(arguments, field.name) for field in fields(TextLimits))),
         read=ReadOptions(
-            max_document_bytes=arguments.max_document_bytes, encoding_fallback=arguments.encoding_fallback
+            arguments.text_key or ReadOptions.text_key,
+            arguments.text_member or ReadOptions.text_member,
+            max_document_bytes=arguments.max_document_bytes,
+            encoding_fallback=arguments.encoding_fallback,
         ),
+        formats=formats,
         overwrite=arguments.overwrite,
     )
     size, digest = tokenizer.vocab_size, tokenizer.sha256

@@ -87,14 +87,20 @@ def with_options(
             expected = f"a section with the options of {name}: {', '.join(kind.Options.model_fields)}"
             problems.append(Problem("", key, describe(values), expected))
         else:
-            found = list(_wrong_options(kind, values, key, is_used=name in needed))
+            found = list(wrong_options(kind, values, key, is_used=name in needed))
             problems += found
             options[name] = values if found else read_options(kind, values).model_dump(mode="json")
     return config.model_copy(update={OPTIONS: options}), problems
 
 
-def _wrong_options(kind: type[Entry], values: Mapping[str, Any], key: str, is_used: bool) -> Iterator[Problem]:
-    """What an entry does not take of its options, by the schema that it declares and by itself."""
+def wrong_options(kind: type[Entry], values: Mapping[str, Any], key: str, is_used: bool) -> Iterator[Problem]:
+    """What an entry does not take of its options, by the schema that it declares and by itself.
+
+    Args:
+        values: as they were given.
+        key: under which, for messages; `where` of the problems is empty.
+        is_used: whether the entry is made with them to see.
+    """
     try:
         read = read_options(kind, values)
         if is_used:

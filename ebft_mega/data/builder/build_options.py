@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.format_options import UsedPlugin
 from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.selection.licence_choice import LicenceChoice
 from ebft_mega.data.selection.text_formats import FormatChoice
@@ -54,7 +55,7 @@ class BuildOptions:
     work_unit_bytes: int | None = None
     format: str | None = None  # that all files have; None: the one that each is recognised as
     format_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of entries, by name; checked
-    plugins: Mapping[str, str] = field(default_factory=dict)  # in use: sha256 of the code, by name
+    plugins: Sequence[UsedPlugin] = ()  # whose formats are known, in every process
 
     @property
     def formats(self) -> FormatChoice:
@@ -63,12 +64,14 @@ class BuildOptions:
 
     @property
     def of_formats(self) -> dict[str, Any]:
-        """What is said about formats, and the plugins in use; without what is not given."""
-        return {name: value for name in _OF_FORMATS if (value := getattr(self, name))}
+        """What is said about formats, and the plugins in use; without what is not given, and without places."""
+        plugins = [{"name": plugin.name, "sha256": plugin.sha256} for plugin in self.plugins]
+        given = {"format": self.format, "format_options": dict(self.format_options), "plugins": plugins}
+        return {name: value for name, value in given.items() if value}
 
     def given(self) -> dict[str, Any]:
         """All options; about formats and plugins only what is given, so that identities of others stay."""
-        return {name: value for name, value in asdict(self).items() if name not in _OF_FORMATS or value}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_FORMATS} | self.of_formats
 
     @property
     def read(self) -> ReadOptions:

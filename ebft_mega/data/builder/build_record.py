@@ -36,10 +36,13 @@ class BuildRecord:
     notes: tuple[str, ...] = ()  # the lines that the build printed
     near_duplicates: int = 0  # left out: nearly the same as an earlier document
     split: dict[str, Any] = field(default_factory=dict)  # of a build that held documents out, see `SplitOptions`
+    # What was said about formats, and the plugins in use with the sha256 of their code; absent where there is nothing.
+    formats: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write `build.json`."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        values = {key: value for key, value in asdict(self).items() if key != "formats" or value}
+        text = json.dumps(values, indent=1, sort_keys=True) + "\n"
         (directory / BUILD_RECORD_NAME).write_text(text, encoding="utf-8")
 
 

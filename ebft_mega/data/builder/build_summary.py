@@ -78,6 +78,7 @@ def make_record(
         },
         notes=tuple(notes),
         split=split,
+        formats=plan.formats,
     )
 
 

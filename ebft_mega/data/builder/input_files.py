@@ -14,11 +14,10 @@ from ebft_mega.data.selection.text_formats import Recogniser, kind_of_file
 from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
 from ebft_mega.data.text.document_groups import nearest_group
 from ebft_mega.data.text.file_kinds import TEKKEN
-from ebft_mega.data.text.listing import Listing, in_words, list_files, total_counts
+from ebft_mega.data.text.listing import OTHER_KINDS, Listing, in_words, list_files, total_counts
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 
-OTHER_KINDS = "files of other kinds"
 _SHOWN_NAMES = 3
 # What describes a dataset of Hugging Face's hub, beside its files.
 _DESCRIBING = re.compile(
@@ -220,7 +219,7 @@ def _chosen(path: Path, listing: Listing, formats: Recogniser) -> InputFiles:
     assert chosen is not None, "asked for where one is chosen"
     if chosen.takes_any_file:
         return InputFiles(listing.files, (chosen.name,) * len(listing.files), holds_texts=True, listing=listing)
-    named = [file for file in listing.files if chosen.name in formats.candidates(file)] or list(listing.files)
+    named = list(formats.chosen_files(listing.files))
     _require_one_split(path, named)
     read = set(named)
     others = [file for file in listing.files if file not in read]

@@ -5,11 +5,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ebft_mega.data.builder.build_options import BuildOptions
 from ebft_mega.data.builder.input_files import (
-    OTHER_KINDS,
     InputFiles,
     list_inputs,
     option_problems,
@@ -20,7 +19,7 @@ from ebft_mega.data.selection.file_choice import FileChoice
 from ebft_mega.data.selection.format_layouts import file_layouts, may_be_cut
 from ebft_mega.data.selection.text_formats import Recogniser
 from ebft_mega.data.text.corpus import corpus_licence
-from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
+from ebft_mega.data.text.listing import OTHER_KINDS, OUTSIDE_LINKS, TO_FOLLOW, in_words, total_counts
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.extension.text_format import Layout
 from ebft_mega.io.input_errors import bad_input
@@ -52,6 +51,7 @@ class Plan:
     unreadable: tuple[tuple[str, Problem], ...]  # with the name of their input; empty unless bad ones are skipped
     notes: tuple[str, ...]  # what a person should know, one sentence each, without a path of the machine
     matched: Mapping[str, int]  # options with patterns, and how many files and folders each matches
+    formats: dict[str, Any]  # `BuildOptions.of_formats`
 
 
 class _ListedFile(NamedTuple):
@@ -110,6 +110,7 @@ def make_plan(
         unreadable=tuple((source.source, each) for source, files in described for each in files.listing.unreadable),
         notes=tuple(note for source, files in described for note in _notes(source.source, files)),
         matched=total_counts(files.matched for files in found),
+        formats=options.of_formats,
     )
 
 

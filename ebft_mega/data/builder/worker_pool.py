@@ -40,10 +40,12 @@ class Workers:
 
     Args:
         processes: at most so many work at a time; with 1 everything happens in the caller's process.
+        prepare: called once in each other process before its first job; pickled.
     """
 
-    def __init__(self, processes: int):
+    def __init__(self, processes: int, prepare: Callable[[], None] | None = None):
         self._processes = processes
+        self._prepare = prepare
         self._pool: ProcessPoolExecutor | None = None
         # Shared with the processes of the pool: what they have done, and whether to give up.
         self._count: Any = None
@@ -106,7 +108,7 @@ class Workers:
             with signals_blocked():  # creating them starts a process of Python's own
                 self._count, self._stop = context.Value("Q", 0), context.Value("b", 0)
             # Processes start as they are needed, so a later call with more work units still gets more processes.
-            started_with = (os.getpid(), self._count, self._stop)
+            started_with = (os.getpid(), self._count, self._stop, self._prepare)
             self._pool = ProcessPoolExecutor(self._processes, context, _start_worker, started_with)
         self._count.get_obj().value = 0
         try:
@@ -136,18 +138,23 @@ def _run_here(
         yield job(argument, advance)
 
 
-# Set once in each worker process: a counter and a flag that the parent shares.
+# Set once in each worker process: a counter and a flag that the parent shares; what is called before the first job.
 _shared: tuple[Any, Any] | None = None
+_prepare: Callable[[], None] | None = None
 
 
-def _start_worker(parent: int, count: Any, stop: Any) -> None:
-    global _shared
-    _shared = (count, stop)
+def _start_worker(parent: int, count: Any, stop: Any, prepare: Callable[[], None] | None) -> None:
+    global _shared, _prepare
+    _shared, _prepare = (count, stop), prepare
     obey_the_parent_only(parent)
 
 
 def _run_there(job: Callable[[Argument, Advance], Result], argument: Argument) -> Result:
+    global _prepare
     assert _shared is not None  # set when the process started
+    if _prepare is not None:  # here, so that its errors are those of the job
+        _prepare()
+        _prepare = None
     count, stop = _shared
 
     def advance(done: int) -> None:

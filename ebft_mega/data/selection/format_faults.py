@@ -17,7 +17,7 @@ _END = object()
 
 
 @contextmanager
-def called(entry: TextFormat, passes: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def called(entry: TextFormat | type[TextFormat], passes: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """Turn whatever a plugin's entry raises into a problem with the place in its file.
 
     The package's own errors, a lack of memory, a request to stop and what `passes` names pass unchanged; so does a
@@ -112,10 +112,11 @@ def _no_document(entry: TextFormat, found: str) -> InputError:
     return InputError([_problem(place_of_entry(type(entry)), found, expected)])
 
 
-def _fault(entry: TextFormat, error: BaseException) -> InputError:
+def _fault(entry: TextFormat | type[TextFormat], error: BaseException) -> InputError:
     """The problem of an error that an entry has raised: at the line of its own file that was reached last."""
-    place = place_of_entry(type(entry))
-    if (line := line_within(type(entry), error)) is not None:
+    kind = entry if isinstance(entry, type) else type(entry)
+    place = place_of_entry(kind)
+    if (line := line_within(kind, error)) is not None:
         place = f"{place.rpartition(':')[0]}:{line}"
     found = f"{type(error).__name__} ({words_of(error)})"
     expected = f"the text format {entry.name!r} without an error; what is wrong with a file is a BadText"

@@ -27,7 +27,8 @@ class FormatChoice:
         """The entry of a name with its options."""
         kind = entry_class(name)
         values = self.options.get(name)
-        return kind(kind.Options.model_validate_json(json.dumps(values)) if values else None)
+        with called(kind):
+            return kind(kind.Options.model_validate_json(json.dumps(values)) if values else None)
 
     def chosen(self) -> TextFormat | None:
         """The format that all files have; None where each is recognised.
@@ -104,6 +105,13 @@ class Recogniser:
         if self._by_beginning and (kind := kind_among(file, self._kinds)) in self._by_beginning:
             return (self._by_beginning[kind],) if kind else ()
         return ()
+
+    def chosen_files(self, files: Sequence[Path]) -> tuple[Path, ...]:
+        """Of the files of a folder those that the chosen format reads: of its suffixes, or if there are none, all."""
+        if self.chosen is None or self.chosen.takes_any_file:
+            return tuple(files)
+        name = self.chosen.name
+        return tuple(file for file in files if name in self.candidates(file)) or tuple(files)
 
     def use(self, name: str, *uses: str) -> bool:
         """Whether a format makes use of one of some things."""

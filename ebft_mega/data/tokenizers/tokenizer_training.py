@@ -9,17 +9,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebft_mega.data.selection.document_reader import FileRange, Input, Reader
 from ebft_mega.data.selection.file_choice import FileChoice, nothing_stays
 from ebft_mega.data.selection.folder_choice import FolderChoice
+from ebft_mega.data.selection.format_layouts import file_layouts
 from ebft_mega.data.selection.text_formats import FormatChoice, Recogniser
-from ebft_mega.data.selection.text_limits import TextLimits, reason_to_leave_out
-from ebft_mega.data.text.listing import OUTSIDE_LINKS, TO_FOLLOW, in_words, list_files, readable_files, total_counts
+from ebft_mega.data.selection.text_limits import TextLimits
+from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
+from ebft_mega.data.text.listing import (
+    OTHER_KINDS,
+    OUTSIDE_LINKS,
+    TO_FOLLOW,
+    in_words,
+    list_files,
+    readable_files,
+    total_counts,
+)
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
     BadText,
     ReadOptions,
     TextDocument,
-    read_text_file,
 )
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.tokenizers.tokenizer_files import CONFIG_NAME
@@ -27,6 +37,7 @@ from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
 from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
+from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.progress_bar import track
 from ebft_mega.io.standard_streams import print_line
 
@@ -38,6 +49,7 @@ EOS_ID = 1
 # Of the trainer's message about a text that is too small.
 _LARGEST_SIZE = re.compile(r"value <= ([0-9]+)")
 EVERY_FILE, NO_LIMITS, DEFAULT_READ_OPTIONS = FileChoice(), TextLimits(), ReadOptions()
+EACH_A_TEXT = FormatChoice()
 
 
 class RoundTripError(EbftError):
@@ -53,23 +65,25 @@ def train_tokenizer(
     uses_gitignore: bool = False,
     limits: TextLimits = NO_LIMITS,
     read: ReadOptions = DEFAULT_READ_OPTIONS,
+    formats: FormatChoice = EACH_A_TEXT,
     sample_characters: int = 14_000_000,
     overwrite: bool = False,
 ) -> Tokenizer:
-    """Train a byte-fallback BPE on the text files of a directory and check that each of them round-trips.
+    """Train a byte-fallback BPE on the texts of a directory and check that each of them round-trips.
 
     The text is not normalised: spaces, tabs, line ends and every Unicode character stay as they are. Files that are too
     long to be documents of a dataset are left out. Every file is read three times, so that memory holds one file and
     the sample.
 
     Args:
-        source: a directory of UTF-8 text files.
+        source: a directory of UTF-8 text files, or of files of a format.
         vocab_size: number of tokens, the 256 byte tokens included.
         output: the tokenizer directory to make.
         files: which of its files are read.
         uses_gitignore: whether what its `.gitignore` files name is left out.
         limits: which texts are trained on.
-        read: encoding of what is not UTF-8, and the longest text.
+        read: encoding of what is not UTF-8, and the longest text; keys of the format's records.
+        formats: the format of all files; by default each file is a text.
         sample_characters: characters to train on, spread evenly over the files; all files are checked.
         overwrite: replace an existing tokenizer.
 
@@ -80,7 +94,10 @@ def train_tokenizer(
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         expected = f"at least {MIN_VOCAB_SIZE} and at most {MAX_VOCAB_SIZE}"
         raise bad_input("--vocab-size", "vocab_size", str(vocab_size), expected)
-    texts = _Texts(source, _files(source, files, uses_gitignore), read, limits)
+    recogniser = Recogniser(formats, read)
+    chosen = _files(source, files, uses_gitignore, recogniser)
+    reader = Reader((Input(source, source.name, UNKNOWN_LICENCE, True),), read, limits, formats=formats)
+    texts = _texts(source, chosen, recogniser, reader)
     characters = _count_characters(texts)
     with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
         step = max(1, characters // sample_characters)
@@ -127,22 +144,38 @@ class _Texts:
     """The files of a directory, and which of their texts are read."""
 
     source: Path
-    files: tuple[Path, ...]
-    read: ReadOptions
-    limits: TextLimits
+    ranges: tuple[FileRange, ...]
+    reader: Reader
 
-    def document(self, file: Path, left_out: Counter[str] | None = None) -> TextDocument | BadText | None:
-        """The text of a file; None if it is left out."""
-        document = read_text_file(file, file.relative_to(self.source).as_posix(), self.read, left_out)
-        if isinstance(document, TextDocument) and document.text:
-            reason = reason_to_leave_out(document, self.limits)
-            if reason and left_out is not None:
-                left_out[reason] += 1
-            return None if reason else document
-        return document
+    def documents(self, each: FileRange, left_out: Counter[str] | None = None) -> Iterator[TextDocument | BadText]:
+        """The texts of a file, or of a part of it, that stay."""
+        return self.reader.read(each, 0, left_out)
 
 
-def _files(source: Path, files: FileChoice, uses_gitignore: bool) -> tuple[Path, ...]:
+def _texts(source: Path, files: tuple[Path, ...], formats: Recogniser, reader: Reader) -> _Texts:
+    """The texts of some files, all of one format.
+
+    Raises:
+        InputError: a package is missing, or an option names what no file has.
+    """
+    entry = formats.chosen or formats.any_file
+    names = [file.relative_to(source).as_posix() for file in files]
+    if entry.takes_any_file:
+        return _Texts(source, tuple(FileRange(0, name, 0, 0, False, entry.name) for name in names), reader)
+    ranges: list[FileRange] = []
+    layouts = file_layouts([(file, entry.name) for file in files], reader.formats, reader.options)
+    for file, name, layout in zip(files, names, layouts, strict=True):
+        if layout is None or layout.sections is not None:
+            count = len(layout.sections) if layout and layout.sections is not None else 0
+            sections = [(number, number + 1) for number in range(count)] or [(0, 0)]
+            ranges += [FileRange(0, name, begin, end, False, entry.name) for begin, end in sections]
+        else:
+            with reading(file, "--input", "a file that can be read"):
+                ranges.append(FileRange(0, name, 0, file.stat().st_size, False, entry.name))
+    return _Texts(source, tuple(ranges), reader)
+
+
+def _files(source: Path, files: FileChoice, uses_gitignore: bool, formats: Recogniser) -> tuple[Path, ...]:
     """The files to read; what is left out and followed is said."""
     if not source.is_dir():
         found = "no directory" if source.exists() else "no such directory"
@@ -164,8 +197,12 @@ def _files(source: Path, files: FileChoice, uses_gitignore: bool) -> tuple[Path,
         print_line(f"note: {', '.join(unmatched)}: nothing matches")
     for note in choice.notes():
         print_line(f"note: {source}: {note}")
-    recogniser = Recogniser(FormatChoice(), ReadOptions())
-    if count := sum(map(recogniser.may_be_records, listing.files)):
+    if formats.chosen is not None:
+        chosen = formats.chosen_files(readable_files(listing))
+        if others := len(listing.files) - len(chosen):
+            print_line(f"note: {source}: left out: {OTHER_KINDS}: {others}")
+        return chosen
+    if count := sum(map(formats.may_be_records, listing.files)):
         print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
     return readable_files(listing)
 
@@ -180,23 +217,23 @@ def _count_characters(texts: _Texts) -> int:
     left_out = Counter[str]()
     encodings = Counter[str]()
     characters = 0
-    for file in texts.files:
-        document = texts.document(file, left_out)
-        if isinstance(document, BadText):
-            problems.append(document.problem)
-        elif document is not None:
-            characters += len(document.text)
-            encodings.update([document.encoding] if document.encoding else [])
+    for each in texts.ranges:
+        for document in texts.documents(each, left_out):
+            if isinstance(document, BadText):
+                problems.append(document.problem)
+            else:
+                characters += len(document.text)
+                encodings.update([document.encoding] if document.encoding else [])
     if left_out:
-        limit = f" (over {texts.read.max_document_bytes} bytes)" if LONG_DOCUMENTS in left_out else ""
+        limit = f" (over {texts.reader.options.max_document_bytes} bytes)" if LONG_DOCUMENTS in left_out else ""
         print_line(f"note: {texts.source}: left out: {in_words(left_out)}{limit}")
-    if idle := [option for option, reason in texts.limits.given().items() if reason not in left_out]:
+    if idle := [option for option, reason in texts.reader.limits.given().items() if reason not in left_out]:
         print_line(f"note: {', '.join(idle)}: nothing is left out")
     if encodings:
         print_line(f"note: {texts.source}: read as what --encoding-fallback says: {in_words(encodings)}")
     if not problems and not characters:
         counts = f" (left out: {in_words(left_out)})" if left_out else ""
-        options = [option for option, reason in texts.limits.given().items() if reason in left_out]
+        options = [option for option, reason in texts.reader.limits.given().items() if reason in left_out]
         everything = f": {' and '.join(options)} left out everything" if options else ""
         found = f"no text in the files that are read{everything}{counts}"
         problems.append(Problem("--input", str(texts.source), found, "text files"))
@@ -205,13 +242,12 @@ def _count_characters(texts: _Texts) -> int:
     return characters
 
 
-def _documents(texts: _Texts, files: Iterable[Path] | None = None) -> Iterator[TextDocument]:
+def _documents(texts: _Texts, ranges: Iterable[FileRange] | None = None) -> Iterator[TextDocument]:
     """Read files that could be read a moment ago."""
-    for file in texts.files if files is None else files:
-        document = texts.document(file)
-        if isinstance(document, BadText):
-            raise InputError([document.problem])
-        if document is not None:
+    for each in texts.ranges if ranges is None else ranges:
+        for document in texts.documents(each):
+            if isinstance(document, BadText):
+                raise InputError([document.problem])
             yield document
 
 
@@ -255,7 +291,7 @@ def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
 def _check_round_trips(tokenizer: Tokenizer, texts: _Texts) -> None:
     failed = [
         document.path
-        for document in _documents(texts, track(texts.files, len(texts.files), "checking round trips"))
+        for document in _documents(texts, track(texts.ranges, len(texts.ranges), "checking round trips"))
         if tokenizer.decode(tokenizer.encode(document.text)) != document.text
     ]
     if failed:

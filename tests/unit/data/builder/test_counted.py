@@ -19,6 +19,7 @@ from ebft_mega.data.builder.build_record import BuildRecord, read_build_record
 from ebft_mega.data.builder.dataset_build import build_dataset
 from ebft_mega.data.builder.on_demand import tokenized_dataset
 from ebft_mega.data.builder.work_plan import make_plan
+from ebft_mega.data.selection.format_options import UsedPlugin
 from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.data.text.listing import list_files
@@ -403,7 +404,7 @@ CHANGED = {
     "split": SplitOptions("1%"),
     "format": "json_lines",
     "format_options": {"of_a_plugin": {"key": 1}},
-    "plugins": {"mine.py": "0" * 64},
+    "plugins": (UsedPlugin("mine.py", "/mine.py", "0" * 64),),
 }
 
 
