@@ -5,39 +5,28 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from ebft_mega.data.selection.document_reader import FileRange, Input, Reader
-from ebft_mega.data.selection.file_choice import FileChoice, nothing_stays
-from ebft_mega.data.selection.folder_choice import FolderChoice
-from ebft_mega.data.selection.format_layouts import file_layouts
-from ebft_mega.data.selection.text_formats import FormatChoice, Recogniser
+from ebft_mega.data.selection.document_reader import Reader
+from ebft_mega.data.selection.file_choice import FileChoice
+from ebft_mega.data.selection.text_formats import FormatChoice
 from ebft_mega.data.selection.text_limits import TextLimits
-from ebft_mega.data.text.corpus import UNKNOWN_LICENCE
 from ebft_mega.data.text.listing import (
-    OTHER_KINDS,
-    OUTSIDE_LINKS,
-    TO_FOLLOW,
     in_words,
-    list_files,
-    readable_files,
-    total_counts,
 )
 from ebft_mega.data.text.text_files import (
     LONG_DOCUMENTS,
     BadText,
     ReadOptions,
-    TextDocument,
 )
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ebft_mega.data.tokenizers.tokenizer_files import CONFIG_NAME
 from ebft_mega.data.tokenizers.tokenizer_kinds import SENTENCEPIECE_NAME
+from ebft_mega.data.tokenizers.training_texts import TrainingTexts, documents_of_all, training_texts
 from ebft_mega.errors import EbftError, InputError, Problem
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.io.output_directory import new_directory
-from ebft_mega.io.parse_boundary import reading
 from ebft_mega.io.progress_bar import track
 from ebft_mega.io.standard_streams import print_line
 
@@ -94,14 +83,11 @@ def train_tokenizer(
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         expected = f"at least {MIN_VOCAB_SIZE} and at most {MAX_VOCAB_SIZE}"
         raise bad_input("--vocab-size", "vocab_size", str(vocab_size), expected)
-    recogniser = Recogniser(formats, read)
-    chosen = _files(source, files, uses_gitignore, recogniser)
-    reader = Reader((Input(source, source.name, UNKNOWN_LICENCE, True),), read, limits, formats=formats)
-    texts = _texts(source, chosen, recogniser, reader)
+    texts = training_texts(source, files, uses_gitignore, Reader((), read, limits, formats=formats))
     characters = _count_characters(texts)
     with new_directory(output, SENTENCEPIECE_NAME, overwrite) as directory:
         step = max(1, characters // sample_characters)
-        all_chunks = (chunk for document in _documents(texts) for chunk in split_into_chunks(document.text))
+        all_chunks = (chunk for document in documents_of_all(texts) for chunk in split_into_chunks(document.text))
         chunks = list(itertools.islice(all_chunks, 0, None, step))
         (directory / SENTENCEPIECE_NAME).write_bytes(_train_model(chunks, vocab_size, source))
         config = {
@@ -139,75 +125,7 @@ def split_into_chunks(text: str) -> Iterator[str]:
         yield "".join(chunk)
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The files of a directory, and which of their texts are read."""
-
-    source: Path
-    ranges: tuple[FileRange, ...]
-    reader: Reader
-
-    def documents(self, each: FileRange, left_out: Counter[str] | None = None) -> Iterator[TextDocument | BadText]:
-        """The texts of a file, or of a part of it, that stay."""
-        return self.reader.read(each, 0, left_out)
-
-
-def _texts(source: Path, files: tuple[Path, ...], formats: Recogniser, reader: Reader) -> _Texts:
-    """The texts of some files, all of one format.
-
-    Raises:
-        InputError: a package is missing, or an option names what no file has.
-    """
-    entry = formats.chosen or formats.any_file
-    names = [file.relative_to(source).as_posix() for file in files]
-    if entry.takes_any_file:
-        return _Texts(source, tuple(FileRange(0, name, 0, 0, False, entry.name) for name in names), reader)
-    ranges: list[FileRange] = []
-    layouts = file_layouts([(file, entry.name) for file in files], reader.formats, reader.options)
-    for file, name, layout in zip(files, names, layouts, strict=True):
-        if layout is None or layout.sections is not None:
-            count = len(layout.sections) if layout and layout.sections is not None else 0
-            sections = [(number, number + 1) for number in range(count)] or [(0, 0)]
-            ranges += [FileRange(0, name, begin, end, False, entry.name) for begin, end in sections]
-        else:
-            with reading(file, "--input", "a file that can be read"):
-                ranges.append(FileRange(0, name, 0, file.stat().st_size, False, entry.name))
-    return _Texts(source, tuple(ranges), reader)
-
-
-def _files(source: Path, files: FileChoice, uses_gitignore: bool, formats: Recogniser) -> tuple[Path, ...]:
-    """The files to read; what is left out and followed is said."""
-    if not source.is_dir():
-        found = "no directory" if source.exists() else "no such directory"
-        raise bad_input("--input", str(source), found, "a directory of text files")
-    choice = FolderChoice(source, files, uses_gitignore)
-    listing = list_files(source, choice)
-    if choice.problems:
-        raise InputError(choice.problems)
-    left_out = total_counts([listing.left_out, choice.left_out])
-    if not listing.files and not listing.unreadable:
-        words = f" (left out: {in_words(left_out)})" if left_out else ""
-        raise bad_input("--input", str(source), f"{nothing_stays(files, uses_gitignore)}{words}", "text files")
-    for meaning, counts in (("left out", left_out), ("followed", listing.followed)):
-        if words := in_words(counts):
-            print_line(f"note: {source}: {meaning}: {words}")
-    if OUTSIDE_LINKS in listing.left_out:
-        print_line(f"note: {source}: {TO_FOLLOW}")
-    if unmatched := [pattern for pattern in files.given() if not choice.matched[pattern]]:
-        print_line(f"note: {', '.join(unmatched)}: nothing matches")
-    for note in choice.notes():
-        print_line(f"note: {source}: {note}")
-    if formats.chosen is not None:
-        chosen = formats.chosen_files(readable_files(listing))
-        if others := len(listing.files) - len(chosen):
-            print_line(f"note: {source}: left out: {OTHER_KINDS}: {others}")
-        return chosen
-    if count := sum(map(formats.may_be_records, listing.files)):
-        print_line(f"note: {source}: JSONL or tar files that are read as one text each: {count}")
-    return readable_files(listing)
-
-
-def _count_characters(texts: _Texts) -> int:
+def _count_characters(texts: TrainingTexts) -> int:
     """Characters of all files.
 
     Raises:
@@ -240,15 +158,6 @@ def _count_characters(texts: _Texts) -> int:
     if problems:
         raise InputError(problems)
     return characters
-
-
-def _documents(texts: _Texts, ranges: Iterable[FileRange] | None = None) -> Iterator[TextDocument]:
-    """Read files that could be read a moment ago."""
-    for each in texts.ranges if ranges is None else ranges:
-        for document in texts.documents(each):
-            if isinstance(document, BadText):
-                raise InputError([document.problem])
-            yield document
 
 
 def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
@@ -288,10 +197,10 @@ def _train_model(chunks: list[str], vocab_size: int, source: Path) -> bytes:
     return model.getvalue()
 
 
-def _check_round_trips(tokenizer: Tokenizer, texts: _Texts) -> None:
+def _check_round_trips(tokenizer: Tokenizer, texts: TrainingTexts) -> None:
     failed = [
         document.path
-        for document in _documents(texts, track(texts.ranges, len(texts.ranges), "checking round trips"))
+        for document in documents_of_all(texts, track(texts.ranges, len(texts.ranges), "checking round trips"))
         if tokenizer.decode(tokenizer.encode(document.text)) != document.text
     ]
     if failed:
