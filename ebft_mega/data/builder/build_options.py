@@ -1,11 +1,12 @@
 """Options of a dataset build: together with the inputs and the tokenizer they decide every byte of the dataset."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ebft_mega.data.selection.file_choice import FileChoice
-from ebft_mega.data.selection.format_options import UsedPlugin
+from ebft_mega.data.selection.format_options import UsedPlugin, use_again
 from ebft_mega.data.selection.held_out_split import SplitOptions
 from ebft_mega.data.selection.licence_choice import LicenceChoice
 from ebft_mega.data.selection.text_formats import FormatChoice
@@ -68,6 +69,10 @@ class BuildOptions:
         plugins = [{"name": plugin.name, "sha256": plugin.sha256} for plugin in self.plugins]
         given = {"format": self.format, "format_options": dict(self.format_options), "plugins": plugins}
         return {name: value for name, value in given.items() if value}
+
+    def prepare_process(self) -> Callable[[], None] | None:
+        """What another process calls before it works on a build; None: nothing."""
+        return partial(use_again, tuple(self.plugins)) if self.plugins else None
 
     def given(self) -> dict[str, Any]:
         """All options; about formats and plugins only what is given, so that identities of others stay."""

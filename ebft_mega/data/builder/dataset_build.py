@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from ebft_mega.data.builder.unit_files import (
 )
 from ebft_mega.data.builder.work_plan import Plan, make_plan
 from ebft_mega.data.builder.worker_pool import Workers
-from ebft_mega.data.selection.format_options import use_again
 from ebft_mega.data.selection.held_out_split import TRAIN, SplitOptions
 from ebft_mega.data.store.format import MANIFEST_NAME, SHARD_SUFFIX, Manifest
 from ebft_mega.data.tokenizers.tokenizer import Tokenizer
@@ -93,7 +91,7 @@ def build_dataset(
     notes = [*tokenizer.notes, *plan.notes]
     with (
         unfinished_directory(output, _marker(output, options), overwrite, plan.identity) as (directory, result),
-        Workers(processes, partial(use_again, tuple(options.plugins)) if options.plugins else None) as workers,
+        Workers(processes, options.prepare_process()) as workers,
     ):
         _print_start(tokenizer, notes)
         scans = _scan(plan, directory, options, split, workers)
