@@ -68,10 +68,12 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
             found = json.loads((path / "step.json").read_text(encoding="utf-8"))
             numbers.append({name: None if found[name] is None else float(found[name]) for name in NUMBERS})
     lines = []
-    for name in ORDER:
+    found = {name for trace in tensors for name in trace}
+    terms_end = ORDER.index("reward")
+    further_terms = sorted(found.difference(ORDER))
+    ordered = (*ORDER[:terms_end], *further_terms, *ORDER[terms_end:])
+    for name in filter(found.__contains__, ordered):
         left, right = (trace.get(name) for trace in tensors)
-        if left is None and right is None:
-            continue
         if left is None or right is None:
             lines.append(f"{name}: only in {second if left is None else first}")
         elif left.shape != right.shape:

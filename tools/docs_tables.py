@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
+from ebft_mega.config.axolotl.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
 from ebft_mega.config.fields import allowed_text, default_text, registry_of, registry_of_names
 from ebft_mega.config.input_keys import SourceConfig
 from ebft_mega.config.load import load_config
@@ -48,7 +48,7 @@ RECIPES_END = "<!-- End of the written recipes. -->"
 ENTRIES_START = "<!-- Written by `make docs-tables` from the registries (ebft_mega/registry/kinds.py). -->"
 ENTRIES_END = "<!-- End of the written entries. -->"
 AXOLOTL_PAGE = ROOT / "docs" / "axolotl.md"
-AXOLOTL_START = "<!-- Written by `make docs-tables` from ebft_mega/config/axolotl_keys.py; edit it there. -->"
+AXOLOTL_START = "<!-- Written by `make docs-tables` from ebft_mega/config/axolotl/axolotl_keys.py; edit it there. -->"
 AXOLOTL_END = "<!-- End of the written keys. -->"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 

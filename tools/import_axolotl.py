@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ebft_mega.config.axolotl_import import import_axolotl
+from ebft_mega.config.axolotl.axolotl_import import import_axolotl
 from ebft_mega.io.arguments import (
     ToolParser,
     add_new_file_option,

@@ -18,9 +18,10 @@ from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.errors import InputError, InputProblems, Problem
 from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
-from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features import factory
 from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.features.pool_check import check_pooling
 from ebft_mega.io.progress_bar import track
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.model.stage import PipelinedModel, Stage
@@ -55,6 +56,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     Raises:
         InputError: files are missing or do not fit together.
     """
+    check_pooling(config)
     groups = make_process_groups(connect())
     dtype = DTYPES[config.train.dtype]
     models, notes = check_inputs(request, config)
@@ -153,5 +155,5 @@ def _feature_network(
     assert directory is not None, "check_inputs has opened it"
     deepest = tapped_layers(fractions, architecture.num_hidden_layers)[-1]
     source = open_weights(directory, architecture, deepest)
-    settings = FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=route)
-    return build_feature_network(architecture, source, settings, groups)
+    settings = factory.FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=route)
+    return factory.build_feature_network(architecture, source, settings, groups)

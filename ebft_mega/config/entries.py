@@ -15,6 +15,7 @@ from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.extension.learning_rate_schedule import LearningRates
 from ebft_mega.extension.options import Section
 from ebft_mega.extension.reward_term import RewardTerm
+from ebft_mega.extension.sampled_inputs import Need
 from ebft_mega.extension.update_rule import Optimizer
 from ebft_mega.registry.kinds import (
     ADVANTAGE_ESTIMATORS,
@@ -168,3 +169,10 @@ def reward_terms(config: RunConfig) -> tuple[tuple[RewardTerm, float], ...]:
     ebft = config.ebft
     coefficients = {"alignment": ebft.alignment_coef, "diversity": -ebft.diversity_coef} | ebft.reward_terms
     return tuple((entry_of(config, REWARD_TERMS, name), value) for name, value in coefficients.items())
+
+
+def keys_that_need(config: RunConfig, need: Need) -> tuple[str, ...]:
+    """Keys that name a reward term or an estimator that declares a need; none where there are no rollouts."""
+    uses = entries_in_use(config) if config.uses_rollouts else ()
+    readers = (REWARD_TERMS, ADVANTAGE_ESTIMATORS)
+    return tuple(use.key for use in uses if use.registry in readers and need in use.registry.entry(use.name).needs)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebft_mega.config.axolotl_keys import AXOLOTL, foreign_key
+from ebft_mega.config.axolotl.axolotl_keys import AXOLOTL, foreign_key
 from ebft_mega.config.entries import entries_in_use
 from ebft_mega.config.overrides import OVERRIDE, apply_overrides
 from ebft_mega.config.paths import put_in_places

@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config.axolotl_keys import LORA, STRUCTURED
-from ebft_mega.config.entries import idle_options, learning_rates
+from ebft_mega.config.axolotl.axolotl_keys import LORA, STRUCTURED
+from ebft_mega.config.entries import idle_options
+from ebft_mega.config.entry_rules import (
+    FEATURES,
+    RATES,
+    feature_map_keeps_its_contract,
+    optimizer_keeps_its_contract,
+    schedule_keeps_its_contract,
+    terms_have_names_of_their_own,
+)
 from ebft_mega.config.fields import is_possible_path, yaml_text
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.errors import EntryError, InputError, Problem
-from ebft_mega.extension.entry import place_of_entry
-from ebft_mega.extension.update_rule import MOMENT_NAME, RESERVED_MOMENTS
-from ebft_mega.registry.kinds import OPTIMIZERS
+from ebft_mega.errors import InputError, Problem
 
 MAX_TRIED = 1_000_000
 # Keys of other trainers that a user may expect here, by the last part of the key, and why there is none.
@@ -145,8 +150,10 @@ def _something_to_learn(config: RunConfig) -> Iterator[Problem]:
     ebft = config.ebft
     if ebft.rl_coef == 0 and ebft.ce_coef == 0:
         yield Problem("", "ebft.rl_coef", "0, and ebft.ce_coef is 0 too", "at least one of the two above 0")
-    elif ebft.rl_coef > 0 and ebft.alignment_coef == 0 and ebft.diversity_coef == 0:
-        yield Problem("", "ebft.alignment_coef", "0, and ebft.diversity_coef is 0 too", "at least one above 0")
+    elif ebft.rl_coef > 0 and not (ebft.alignment_coef or ebft.diversity_coef or any(ebft.reward_terms.values())):
+        others = " and so is all of ebft.reward_terms" if ebft.reward_terms else ""
+        found = f"0, and ebft.diversity_coef is 0 too{others}"
+        yield Problem("", "ebft.alignment_coef", found, "at least one above 0, or a term in ebft.reward_terms")
 
 
 def _profile_lies_within_the_run(config: RunConfig) -> Iterator[Problem]:
@@ -212,36 +219,6 @@ def _lowest_rate_is_below_the_highest(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "train.min_lr", yaml_text(lowest), f"at most train.lr {yaml_text(highest)}")
 
 
-def _schedule_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
-    rates = learning_rates(config)
-    key, step = "train.lr_scheduler", 0
-    try:
-        for step in rates.some_steps():
-            rates.at(step)
-    except EntryError as error:
-        problem: Problem = error.args[0]
-        yield replace(problem, where="", found=f"{problem.found} ({problem.where})")
-    except Exception as error:  # whatever the code of a plugin raises
-        place = place_of_entry(type(rates.schedule))
-        found = f"{rates.schedule.name}, which raises {type(error).__name__} at step {step}: {error} ({place})"
-        yield Problem("", key, found, "a number from 0 to 1 for every step")
-
-
-def _optimizer_keeps_its_contract(config: RunConfig) -> Iterator[Problem]:
-    rule = OPTIMIZERS.entry(config.train.optimizer)
-    place, moments = place_of_entry(rule), rule.moments
-    names_are_names = isinstance(moments, tuple) and all(
-        isinstance(name, str) and re.fullmatch(MOMENT_NAME, name) and name not in RESERVED_MOMENTS for name in moments
-    )
-    if not names_are_names or len(set(moments)) < len(moments):
-        expected = "a tuple of different names of lower-case letters, digits and _, none of them "
-        found = f"{rule.name}, whose moments are {moments!r} ({place})"
-        yield Problem("", "train.optimizer", found, expected + " or ".join(RESERVED_MOMENTS))
-    if isinstance(rule.temporaries, bool) or not isinstance(rule.temporaries, int) or rule.temporaries < 0:
-        found = f"{rule.name}, whose temporaries are {rule.temporaries!r} ({place})"
-        yield Problem("", "train.optimizer", found, "an integer >= 0")
-
-
 def _kernels_repeat_their_bits(config: RunConfig) -> Iterator[Problem]:
     if config.deterministic and config.train.attention == "flex":
         found = "flex, with deterministic true: torch does not promise the same bits of its compiled kernel"
@@ -264,10 +241,8 @@ class Rule:
 
 _GEOMETRY = ("data.sequence_length", "ebft.stride", "ebft.context_length", "ebft.generate_max_len")
 _LENGTH = ("train.max_steps", "train.max_tokens", "train.global_batch_size", "data.sequence_length")
-_RATES = (
-    "train.lr_scheduler",
-    "options",
-    *(f"train.{name}" for name in ("lr", "min_lr", "warmup_steps", "warmup_share")),
+_COEFFICIENTS = tuple(
+    f"ebft.{name}" for name in ("rl_coef", "ce_coef", "alignment_coef", "diversity_coef", "reward_terms")
 )
 _SAVED_ACTIVATIONS = (
     *("learn.reuse_rollout", "zero.stage", "zero.hold_parameters", "train.activation_checkpointing"),
@@ -284,13 +259,15 @@ RULES = (
     Rule(("data.skip_rows",), _skipped_rows_are_in_order),
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
-    Rule(("ebft.rl_coef", "ebft.ce_coef", "ebft.alignment_coef", "ebft.diversity_coef"), _something_to_learn),
+    Rule(_COEFFICIENTS, _something_to_learn),
+    Rule(("ebft.reward_terms", "ebft.alignment_coef", "ebft.diversity_coef"), terms_have_names_of_their_own),
     Rule(_SAVED_ACTIVATIONS, _saved_activations_need_whole_parameters),
     Rule(tuple(_HIGHEST), _not_beyond_all_bounds),
     Rule(("train.warmup_steps", "train.warmup_share"), _one_warm_up),
     Rule(("train.min_lr", "train.lr"), _lowest_rate_is_below_the_highest),
-    Rule((*_RATES, *_LENGTH), _schedule_keeps_its_contract),
-    Rule(("train.optimizer",), _optimizer_keeps_its_contract),
+    Rule((*RATES, *_LENGTH), schedule_keeps_its_contract),
+    Rule(FEATURES, feature_map_keeps_its_contract),
+    Rule(("train.optimizer",), optimizer_keeps_its_contract),
     Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
     Rule(("deterministic", "train.attention"), _kernels_repeat_their_bits),
     Rule(("checkpoint.resume",), _resume_is_a_path),

@@ -57,6 +57,12 @@ class EbftConfig(Section):
     embed_method: Annotated[str, *one_of(FEATURE_MAPS)] = key(
         "last_token", "How the G token features of a block become one vector."
     )
+    layer_weights: Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...] | None, BeforeValidator(as_tuple)] = key(
+        None,
+        "(ours) How often the inner products of each layer that is read count, from the shallowest to the deepest; at "
+        "least one above 0. Features are normalised as without. Not set: each counts once.",
+        allowed="a list of numbers >= 0 and <= 1e6, one for each layer that the feature map reads",
+    )
     feature_norm: Literal["joint", "per_layer"] = key(
         "joint", "(ours) Normalise the concatenation of the tapped layers, or each layer by itself."
     )

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from ebft_mega.config.axolotl_keys import SIMILAR, foreign_key, our_name
+from ebft_mega.config.axolotl.axolotl_keys import SIMILAR, foreign_key, our_name
 from ebft_mega.config.fields import allowed_text, registry_of, registry_of_names, yaml_text
 from ebft_mega.config.rules import refusal_reason
 from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from ebft_mega.extension.entry import Entry
+from ebft_mega.extension.entry import Entry, place_of_entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,12 @@ class EntryFaultError(Exception):
     def __init__(self, entry: Entry, found: str, expected: str, line: int | None = None):
         super().__init__(f"{entry.name}: found {found}; expected {expected}")
         self.entry, self.found, self.expected, self.line = entry, found, expected, line
+
+    @property
+    def place(self) -> str:
+        """`file:line` of where it happened, or of the entry's class."""
+        of_class = place_of_entry(type(self.entry))
+        return of_class if self.line is None else f"{of_class.rpartition(':')[0]}:{self.line}"
 
 
 def answer_of(entry: Entry, compute: Callable[[], T], expected: str) -> T:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ebft_mega.extension.entry import Entry
+from ebft_mega.extension.entry_fault import EntryFaultError, answer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class FeatureMap(Entry):
                 block first, its target last; not to be changed. With `normalises` `tokens` they have been scaled.
         Returns:
             float64 [B, K, n + 1, X], X `vectors` times the last dimension of `rows`, on the same device. Windows must
-            not depend on each other: a layout may give any of them, and equal windows must get equal bits.
+            not depend on each other: a layout may give any rows of the batch, and equal windows must get equal bits.
         Communication: none.
         """
         raise NotImplementedError
@@ -55,3 +56,33 @@ class FeatureMap(Entry):
     def vectors(self, generate_length: int) -> int:
         """How many vectors of the hidden size `pool` leaves (X / H): the memory plan and the dry run ask for it."""
         return 1
+
+
+def check_reading(method: FeatureMap, fractions: tuple[float, ...], generate_length: int) -> None:
+    """Ask a feature map for everything but `pool`.
+
+    Args:
+        fractions: as for `FeatureMap.layers`; generate_length: G.
+    Raises:
+        EntryFaultError: it raises, or answers what its contract does not allow.
+    """
+    expected = "layers: a tuple of at least one number > 0 and <= 1, ascending"
+    layers = answer_of(method, lambda: method.layers(fractions), expected)
+    if not (isinstance(layers, tuple) and layers and all(_is_share(share) for share in layers)):
+        raise EntryFaultError(method, f"layers: {layers!r}", expected)
+    if list(layers) != sorted(layers):
+        raise EntryFaultError(method, f"layers: {layers!r}", expected)
+    expected = f"positions: a range of the last positions of {generate_length}, ending with {generate_length - 1}"
+    positions = answer_of(method, lambda: method.positions(generate_length), expected)
+    if not (isinstance(positions, range) and 0 < len(positions) <= generate_length):
+        raise EntryFaultError(method, f"positions: {positions!r}", expected)
+    if positions != range(generate_length - len(positions), generate_length):
+        raise EntryFaultError(method, f"positions: {positions!r}", expected)
+    expected = "vectors: an integer >= 1"
+    vectors = answer_of(method, lambda: method.vectors(generate_length), expected)
+    if not (isinstance(vectors, int) and not isinstance(vectors, bool) and vectors >= 1):
+        raise EntryFaultError(method, f"vectors: {vectors!r}", expected)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 # symmetric function of its rollout and each other one, and the baseline leaves the rollout's pairs out. `none`: there
 # is none.
 Baseline = Literal["leave_one_out", "pairs", "none"]
+# What else a step's metrics (`ebft/NAME`) and its trace are called: a term has another name.
+RESERVED_NAMES = (
+    *("rl_loss", "ce_loss", "mean_reward", "cfm_loss", "advantages_std", "duplicate_share"),
+    *("tokens", "kept", "rollouts", "gram", "reward", "advantage", "logprobs", "target_logprobs"),
+)
 
 
 class WhitenedProducts(Protocol):

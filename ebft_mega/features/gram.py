@@ -1,11 +1,11 @@
 """Gram matrix of each block's rollout and target features, summed over ranks: features never leave their rank.
 
-A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers and over slices of
-the hidden dimension. So no rank ever holds a whole feature: each sums over its own layers and slice, and what is
-all-reduced is one `[n + 1, n + 1]` matrix per block. Where vectors are scaled before those sums, their squared lengths
-are all-reduced first: with `per_layer` one per layer and vector, with `joint` and a map that normalises tokens one per
-token. Features are rows 0..n-1 for the samples and row n for the target. Everything after the
-hidden states is float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
+A feature is the concatenation of tapped layers, normalised; its inner products are sums over layers, each as often as
+its weight says, and over slices of the hidden dimension. So no rank ever holds a whole feature: each sums over its own
+layers and slice, and what is all-reduced is one `[n + 1, n + 1]` matrix per block. Where vectors are scaled before
+those sums, their squared lengths are all-reduced first: with `per_layer` one per layer and vector, with `joint` and a
+map that normalises tokens one per token. Features are rows 0..n-1 for the samples and row n for the target. Everything
+after the hidden states is float64: whitening tells a duplicate from a near-duplicate at a relative eigenvalue of 1e-10.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.entries import feature_map
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.extension.entry_fault import EntryFaultError, answer_of, require_tensor
 from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
@@ -31,19 +32,53 @@ class FeatureRecipe:
     """How features are made of the rows of tapped layers."""
 
     map: FeatureMap
+    generate_length: int  # G
     # `joint` scales the concatenated layers to length one (the authors' code), `per_layer` each layer before
     # concatenation (length sqrt(number of layers); axolotl): of each token, or of the pooled vectors, as the map says.
     norm: FeatureNorm = "joint"
+    # How often the inner products of each tapped layer count, from the shallowest to the deepest; None: once. Features
+    # are normalised as without weights.
+    layer_weights: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> "FeatureRecipe":
         """The recipe of a configuration."""
-        return cls(feature_map(config), config.ebft.feature_norm)
+        ebft = config.ebft
+        return cls(feature_map(config), ebft.generate_max_len, ebft.feature_norm, ebft.layer_weights)
 
     @property
     def scales_tokens(self) -> bool:
         """Whether vectors are scaled before they are pooled."""
         return self.map.normalises == "tokens"
+
+    @property
+    def window(self) -> range:
+        """T positions of each window of G, the last ones."""
+        return self.map.positions(self.generate_length)
+
+    def pool(self, rows: Tensor) -> Tensor:
+        """What the map makes of rows [B, K, n + 1, T, H or a slice], checked: float64 [B, K, n + 1, X].
+
+        Raises:
+            EntryFaultError: the map does not hold its contract.
+        Communication: none; for a map that is not one of the package's own, the host waits for the device.
+        """
+        width = self.map.vectors(self.generate_length) * rows.shape[-1]
+        shape = (*rows.shape[:-2], width)
+        vectors = answer_of(self.map, lambda: self.map.pool(rows), f"float64 {list(shape)}")
+        require_tensor(self.map, vectors, {"[B, K, n + 1, vectors * H]": shape}, rows)
+        if not self.map.is_built_in():
+            self._require_finite(vectors, rows)
+        return vectors
+
+    def _require_finite(self, vectors: Tensor, rows: Tensor) -> None:
+        """Refuse vectors that are not finite though the rows are: of others the block is marked."""
+        wrong = ~vectors.isfinite().all(dim=-1) & rows.isfinite().flatten(-2).all(dim=-1)
+        places = wrong.nonzero().tolist()
+        if places:
+            where = ", ".join(f"{word} {i}" for word, i in zip(("row", "block", "feature"), places[0], strict=True))
+            found = f"a vector that is not finite at {where} of a micro-batch, {len(places)} vectors in all"
+            raise EntryFaultError(self.map, found, "finite vectors of finite rows")
 
 
 @dataclass(frozen=True)
@@ -81,9 +116,14 @@ def inner_products(features: Tensor) -> Tensor:
     return (gram + gram.transpose(-1, -2)) / 2
 
 
-def unit_diagonal(gram: Tensor) -> Tensor:
-    """The Gram matrix of the same features scaled to length one; a zero feature stays zero."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+def unit_diagonal(gram: Tensor, squares: Tensor | None = None) -> Tensor:
+    """The Gram matrix of the same features scaled to length one; a zero feature stays zero.
+
+    Args:
+        squares: squared lengths to divide by instead of the diagonal, [..., n + 1].
+    """
+    lengths = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares
+    norms = lengths.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     return gram / (norms[..., :, None] * norms[..., None, :])
 
 
@@ -109,6 +149,8 @@ def block_grams(
     recipe: FeatureRecipe,
     groups: ProcessGroups,
     device: torch.device,
+    weights: Sequence[float] | None = None,
+    faults: list[EntryFaultError] | None = None,
 ) -> Tensor:
     """Gram matrix of every block of a micro-batch from what this rank has of the tapped layers.
 
@@ -116,39 +158,73 @@ def block_grams(
         taps: one [B, K, n + 1, T, H / tensor-parallel ranks] per tapped layer on this stage, T positions as
             `PooledRows.places` says, in the network's dtype; no taps are zeros.
         shape: B, K, n + 1, T.
+        weights: those of `recipe.layer_weights` that belong to these taps; None: there are none.
+        faults: takes what the map does against its contract; vectors are 0 then. Other ranks, which may have no tapped
+            layer, wait in the collectives. None: it is raised.
     Returns:
         float64 [B, K, n + 1, n + 1], the same on every rank of the replica.
     Communication: over the replica's ranks one all-reduce of B * K * (n + 1)^2 float64; with a joint norm of tokens
         one more of B * K * (n + 1) * T before it. With `per_layer`, over the tensor-parallel group one for each
-        tapped layer: of B * K * (n + 1) * T where tokens are scaled, else of B * K * (n + 1).
+        tapped layer: of B * K * (n + 1) * T where tokens are scaled, else of B * K * (n + 1). With weights and a joint
+        norm of pooled vectors B * K * (n + 1) more in the all-reduce of the matrices: the squared lengths without
+        weights, which the weighted matrix does not hold.
     Source: EBFT paper (arXiv 2603.12248), feature network; the authors' `hidden_state_method: concat`.
     """
     rows = [layer.to(torch.float64) for layer in taps]
-    features = _features_per_layer(rows, recipe, groups) if recipe.norm == "per_layer" else None
-    if features is None:
-        features = _features_of_joint_norm(rows, shape, recipe, groups, device)
+    if recipe.norm == "per_layer":
+        features = _features_per_layer(rows, recipe, groups, faults)
+    else:
+        features = _features_of_joint_norm(rows, shape, recipe, groups, device, faults)
+    scales_sums = recipe.norm == "joint" and not recipe.scales_tokens
     none = torch.zeros((*shape[:-1], shape[-2]), dtype=torch.float64, device=device)
-    gram = summed(sum(map(inner_products, features), none), groups.model_parallel)
-    return unit_diagonal(gram) if recipe.norm == "joint" and not recipe.scales_tokens else gram
+    if weights is None:
+        gram = summed(sum(map(inner_products, features), none), groups.model_parallel)
+        return unit_diagonal(gram) if scales_sums else gram
+    gram, squares = none, torch.zeros(shape[:-1], dtype=torch.float64, device=device)
+    for products, weight in zip(map(inner_products, features), weights, strict=True):
+        gram = gram + weight * products
+        squares = squares + products.diagonal(dim1=-2, dim2=-1)
+    if not scales_sums:
+        return summed(gram, groups.model_parallel)
+    together = summed(torch.cat((gram, squares[..., None]), dim=-1), groups.model_parallel)
+    return unit_diagonal(together[..., :-1], together[..., -1])
 
 
-def _features_per_layer(rows: Sequence[Tensor], recipe: FeatureRecipe, groups: ProcessGroups) -> Iterator[Tensor]:
+def _features_per_layer(
+    rows: Sequence[Tensor], recipe: FeatureRecipe, groups: ProcessGroups, faults: list[EntryFaultError] | None
+) -> Iterator[Tensor]:
     """Each layer's vectors, pooled and scaled by themselves: what this rank has of them, [B, K, n + 1, X]."""
     for layer in rows:
-        vectors = layer if recipe.scales_tokens else recipe.map.pool(layer)
+        vectors = layer if recipe.scales_tokens else _pooled(layer, recipe, faults)
         unit = scaled(vectors, summed(vectors.square().sum(dim=-1), groups.tensor_parallel))
         # Contiguous, as a mean is: the order of sums in a product follows strides.
-        yield recipe.map.pool(unit) if recipe.scales_tokens else unit.contiguous()
+        yield _pooled(unit, recipe, faults) if recipe.scales_tokens else unit.contiguous()
 
 
 def _features_of_joint_norm(
-    rows: Sequence[Tensor], shape: tuple[int, ...], recipe: FeatureRecipe, groups: ProcessGroups, device: torch.device
+    rows: Sequence[Tensor],
+    shape: tuple[int, ...],
+    recipe: FeatureRecipe,
+    groups: ProcessGroups,
+    device: torch.device,
+    faults: list[EntryFaultError] | None,
 ) -> Iterator[Tensor]:
     """Each layer's pooled vectors; of a map that normalises pooled vectors not scaled yet."""
     if not recipe.scales_tokens:
-        yield from map(recipe.map.pool, rows)
+        yield from (_pooled(layer, recipe, faults) for layer in rows)
         return
     # Pooling comes after normalisation, so a token's length over all layers has to be known before.
     none = torch.zeros(shape, dtype=torch.float64, device=device)
     norms = summed(sum((layer.square().sum(dim=-1) for layer in rows), none), groups.model_parallel)
-    yield from (recipe.map.pool(scaled(layer, norms)) for layer in rows)
+    yield from (_pooled(scaled(layer, norms), recipe, faults) for layer in rows)
+
+
+def _pooled(rows: Tensor, recipe: FeatureRecipe, faults: list[EntryFaultError] | None) -> Tensor:
+    """`FeatureRecipe.pool`, or zeros and a fault more."""
+    try:
+        return recipe.pool(rows)
+    except EntryFaultError as fault:
+        if faults is None:
+            raise
+        faults.append(fault)
+        return rows.new_zeros(*rows.shape[:-2], rows.shape[-1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.features.gram import FeatureRecipe, PooledRows, block_grams
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
@@ -34,6 +35,14 @@ class FeatureNetwork:
     taps: tuple[int, ...]  # depths in blocks from the input
     recipe: FeatureRecipe
 
+    @property
+    def _stage_weights(self) -> tuple[float, ...] | None:
+        """Weights of the layers that are tapped on this stage; None: there are none."""
+        if self.recipe.layer_weights is None:
+            return None
+        own = self.stage.shape.taps_within(self.taps)
+        return tuple(w for tap, w in zip(self.taps, self.recipe.layer_weights, strict=True) if tap in own)
+
     @torch.no_grad()
     def grams(self, micro_batches: Sequence[TokenBatch], rollouts: Sequence[Rollout], plan: BlockPlan) -> list[Tensor]:
         """Inner products of each block's rollout features and target feature, per micro-batch.
@@ -46,10 +55,13 @@ class FeatureNetwork:
         Returns:
             float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target. NaN
             throughout for a marked block: a feature, or a logit that its tokens were drawn from, was not finite.
+        Raises:
+            EntryFaultError: on the ranks with a tapped layer for which the map did not hold its contract, after all
+                communication.
         Communication: that of the layers; hidden states from stage to stage; what `block_grams` says.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
-        pooled = PooledRows.of(plan, self.recipe.map.positions(plan.generate_length), self.stage.groups.device)
+        pooled = PooledRows.of(plan, self.recipe.window, self.stage.groups.device)
 
         def hidden_buffer(slot: Slot) -> Tensor:
             length = plan.sequence_length + plan.generated_per_row
@@ -66,10 +78,13 @@ class FeatureNetwork:
                 return hidden
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
+        faults: list[EntryFaultError] = []
         grams = [
-            copy_duplicate_rows(self._gram(rows, rollout, pooled), rollout.tokens)
+            copy_duplicate_rows(self._gram(rows, rollout, pooled, faults), rollout.tokens)
             for rows, rollout in zip(tapped, rollouts, strict=True)
         ]
+        if faults:
+            raise faults[0]
         return [
             gram if rollout.finite_blocks is None else mark_blocks(gram, rollout.finite_blocks)
             for gram, rollout in zip(grams, rollouts, strict=True)
@@ -99,8 +114,10 @@ class FeatureNetwork:
         hidden, rows_of_taps = stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
         return hidden, [rows[pooled.places].permute(3, 0, 1, 2, 4) for rows in rows_of_taps]
 
-    def _gram(self, rows: Sequence[Tensor], rollout: Rollout, pooled: PooledRows) -> Tensor:
+    def _gram(
+        self, rows: Sequence[Tensor], rollout: Rollout, pooled: PooledRows, faults: list[EntryFaultError]
+    ) -> Tensor:
         """Gram matrices of a micro-batch."""
         shape = (len(rollout.tokens), *pooled.places.shape)
         groups = self.stage.groups
-        return block_grams(rows, shape, self.recipe, groups, groups.device)
+        return block_grams(rows, shape, self.recipe, groups, groups.device, self._stage_weights, faults)

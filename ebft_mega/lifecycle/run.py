@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import OutOfMemoryError
+from ebft_mega.features.pool_check import check_pooling
+from ebft_mega.lifecycle import connecting
 from ebft_mega.lifecycle.build import memory_needs
-from ebft_mega.lifecycle.connecting import connect_ranks, connecting_words, require_same_inputs
 from ebft_mega.lifecycle.inputs import make_loader
 from ebft_mega.lifecycle.model_identity import require_whole_models
 from ebft_mega.lifecycle.outcome import Outcome
@@ -60,14 +61,15 @@ def run_training(
     Communication: every rank of the job calls it.
     """
     announcer = announcer or Announcer()
+    check_pooling(config)
     if config.deterministic:
         use_deterministic_kernels(os.environ)
     with signals.stopped_with_peers():
-        with announcer.phase(connecting_words(config, plan)):
-            groups = connect_ranks(config)
+        with announcer.phase(connecting.connecting_words(config, plan)):
+            groups = connecting.connect_ranks(config)
         with announcer.phase("opening the datasets, and comparing them and the configuration over all ranks"):
             loader = make_loader(config, groups, is_trace=trace_directory is not None)
-            require_same_inputs(config, plan, loader)
+            connecting.require_same_inputs(config, plan, loader)
         require_whole_models(config, announcer)
     if trace_directory is not None:
         return trace_first_step(config, plan, groups, loader, trace_directory, announcer)

@@ -2,6 +2,7 @@
 
 import datetime
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import EXIT_DONE, EXIT_HANG
 from ebft_mega.lifecycle.build import build_chosen_trainer
+from ebft_mega.lifecycle.inputs import text_decoder
 from ebft_mega.lifecycle.run_directory import make_writable_directory
 from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.parallel.groups import ProcessGroups
@@ -40,7 +42,8 @@ def trace_first_step(
     from_first_rank(lambda: make_writable_directory(directory, "--trace-step", "DIR"))
     watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: EXIT_HANG)
     with watchdog, closing(iter(loader)) as batches:
-        trainer = build_chosen_trainer(config, plan, groups, announcer=announcer)
+        decode = text_decoder(config, loader)
+        trainer = replace(build_chosen_trainer(config, plan, groups, announcer=announcer), decode=decode)
         with announcer.phase(f"one optimizer step, traced into {directory}"):
             trace_step(trainer, rows_of_step(next(batches).rows, config, groups.device), directory)
         dist.barrier()

@@ -13,8 +13,8 @@ from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import CheckpointError
+from ebft_mega.lifecycle import inputs
 from ebft_mega.lifecycle.build import build_chosen_trainer
-from ebft_mega.lifecycle.inputs import held_out_rows
 from ebft_mega.lifecycle.model_identity import run_identity
 from ebft_mega.lifecycle.results import export, open_results, read_described, show_results
 from ebft_mega.lifecycle.standing import Standing
@@ -70,10 +70,12 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
     config, plan, groups, output = run.config, run.plan, run.groups, run.output
     identity = run_identity(config, plan, start.saved, start.started_from, run.announcer)
     watchdog.beat("hashing of the initial model")
+    decode = inputs.text_decoder(config, run.loader)
     trainer = build_chosen_trainer(config, plan, groups, start.saved_state, run.announcer)
+    trainer = replace(trainer, decode=decode)
     watchdog.beat("building of the model")
     with run.announcer.phase(f"reading {config.evaluation.rows} held-out rows, and the tokenizer"):
-        held_out = held_out_rows(config, groups)
+        held_out = inputs.held_out_rows(config, groups)
         described = read_described(config, run.tokenizer_directory)
     for_checkpoints = checkpoint_files(config, plan.architecture, described) if described is not None else {}
 

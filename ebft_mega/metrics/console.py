@@ -8,9 +8,10 @@ from typing import Protocol, TextIO
 
 from ebft_mega.io.progress_bar import step_bar
 from ebft_mega.io.standard_streams import print_line
+from ebft_mega.metrics.metric_keys import term_key, terms_among
 
 # Short name on screen, metric key, format. A key that a run does not log (a CE-only run has no alignment) is
-# left out.
+# left out. Terms of `ebft.reward_terms` follow the alignment.
 SHOWN = (
     ("loss", "train/loss", "{:.4f}"),
     ("ce", "ebft/ce_loss", "{:.4f}"),
@@ -68,7 +69,12 @@ def format_duration(seconds: float) -> str:
 
 def key_numbers(metrics: Mapping[str, float]) -> str:
     """The few numbers of a training step that fit on a line."""
-    return "  ".join(f"{name} {form.format(metrics[key])}" for name, key, form in SHOWN if key in metrics)
+    further = [
+        (name, term_key(name), "{:.4f}") for name in terms_among(metrics) if name not in ("alignment", "diversity")
+    ]
+    place = next(index for index, (name, _, _) in enumerate(SHOWN) if name == "alignment") + 1
+    numbers = (*SHOWN[:place], *further, *SHOWN[place:])
+    return "  ".join(f"{name} {form.format(metrics[key])}" for name, key, form in numbers if key in metrics)
 
 
 def work_numbers(metrics: Mapping[str, float], total_rows: int | None = None) -> str:

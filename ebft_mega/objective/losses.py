@@ -55,8 +55,8 @@ def loss_terms(
 
     Args:
         logprobs: of the micro-batch; a term whose log-probabilities are None is 0.
-        advantages: float64 [B, n, K]; constants, no gradient flows into them; 0 where a block does not count. Needed
-            with `logprobs.rollout`.
+        advantages: float64 [B, n, K], the same for all tokens of a rollout, or [B, n, K, G]; constants, no gradient
+            flows into them; 0 where a block does not count. Needed with `logprobs.rollout`.
         counts: denominators over the global batch; a term that nothing counts in is 0.
         rl_coef, ce_coef: weights of the two terms.
         counted_rows: bool [B], rows whose targets count; None: all.
@@ -76,8 +76,9 @@ def loss_terms(
     if logprobs.rollout is not None:
         if advantages is None:
             raise ValueError("log-probabilities of rollouts need the rollouts' advantages")
-        weights = advantages.detach().to(logprobs.rollout.dtype)[..., None]
-        rollout = logprobs.rollout
+        weights, rollout = advantages.detach().to(logprobs.rollout.dtype), logprobs.rollout
+        if weights.dim() == 3:
+            weights = weights[..., None]
         if counted_blocks is not None:
             rollout = rollout.masked_fill(~counted_blocks[:, None, :, None], 0.0)
         rl = -(weights * rollout).sum() / max(counts.rollout_tokens, 1)

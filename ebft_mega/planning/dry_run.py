@@ -115,6 +115,7 @@ def _feature_map_rows(config: RunConfig, plan: RunPlan) -> list[tuple[str, objec
     products = 2 * blocks.num_blocks * (blocks.num_samples + 1) ** 2 * width
     return [
         ("feature map", f"{method.name}, of the last {read} of {blocks.generate_length} positions"),
+        *([("layer weights", f"{weights}")] if (weights := config.ebft.layer_weights) is not None else []),
         ("rows read per row and tapped layer", shape.pooled.outputs),
         ("numbers of a feature", width),
         ("float64 operations of inner products per row", products),

@@ -92,3 +92,20 @@ def join_scores(parts: Sequence[RowScores]) -> RowScores | None:
         torch.cat([part.logprobs.expand(-1, choices) for part in parts]),
         torch.cat([part.normalizers for part in parts]),
     )
+
+
+def sampled_logprobs(scores: Sequence[RowScores], plan: BlockPlan) -> Tensor:
+    """Log-probabilities of a rollout's tokens by their places, from the scores of each token.
+
+    Args:
+        scores: of each of the G tokens, as `SavedForward.scores`: of the first K * B rows with n choices each, of a
+            later one K * n * B rows with one.
+    Returns:
+        float32 [B, n, K, G].
+    Communication: none.
+    """
+    samples, blocks = plan.num_samples, plan.num_blocks
+    first, *later = (score.logprobs for score in scores)
+    tokens = [first.view(blocks, -1, samples).permute(1, 2, 0)]  # [B, n, K]
+    tokens += [logprobs.view(blocks, samples, -1).permute(2, 1, 0) for logprobs in later]
+    return torch.stack(tokens, dim=-1)

@@ -14,7 +14,7 @@ from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.forward import SavedForward
+from ebft_mega.rollout.forward import SavedForward, sampled_logprobs
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.packed_order import anchor_positions, document_positions, generated_positions, to_sequence
 from ebft_mega.rollout.sampling import drawn_from_finite, sample_tokens, without_marks
@@ -41,6 +41,7 @@ class Sampled:
 
     rollout: Rollout
     saved: SavedForward | None  # None: nothing was saved
+    logprobs: Tensor | None = None  # float32 [B, n, K, G] at the sampling temperature; None: not asked for
 
 
 def generate_rollouts(
@@ -51,6 +52,7 @@ def generate_rollouts(
     step: int,
     reuse: Reuse = "off",
     with_targets: bool = False,
+    with_logprobs: bool = False,
 ) -> list[Sampled]:
     """Sample n continuations of G tokens from every anchor of every row.
 
@@ -64,16 +66,19 @@ def generate_rollouts(
         step: optimizer step, part of the sampling noise.
         reuse: what to save for the gradient pass.
         with_targets: the gradient pass will also score the row's own tokens: the document pass reads on to P - 1.
+        with_logprobs: the log-probabilities of what is drawn are wanted. Where a forward pass is saved they are noted
+            anyway; otherwise they take one normaliser of each row of logits more.
     Returns:
         Per micro-batch the rollout, the same on every rank of the replica, and what this stage saved; tokens are a
         pure function of (weights, row, seed, step, row index, sample, block, token index). Logits that are not finite
         give tokens, too, and a mark of their block.
-    Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved; along the
-        pipeline hidden states, the tokens of each pass back to the first stage, and one broadcast of all tokens.
+    Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved or
+        log-probabilities are wanted; along the pipeline hidden states, the tokens of each pass back to the first stage,
+        and one broadcast of all tokens, with another one of all log-probabilities if they are wanted.
     Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
-    decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets)
+    decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets, with_logprobs)
     run_ring(
         model.groups,
         len(micro_batches),
@@ -85,8 +90,14 @@ def generate_rollouts(
     shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks, plan.generate_length) for batch in micro_batches]
     drawn = [torch.stack(tokens, dim=-1) if tokens else torch.empty(0) for tokens in decoding.drawn]
     shared = share_from_last_stage(drawn, shapes, torch.int64, model.groups)
+    logprobs: list[Tensor | None] = [None] * len(micro_batches)
+    if with_logprobs:
+        of_drawn = [sampled_logprobs(part.scores, plan) if part.scores else torch.empty(0) for part in decoding.saved]
+        logprobs = [*share_from_last_stage(of_drawn, shapes, torch.float32, model.groups)]
     saved = [None if reuse == "off" else part for part in decoding.saved]
-    return [Sampled(_rollout(tokens), part) for tokens, part in zip(shared, saved, strict=True)]
+    return [
+        Sampled(_rollout(tokens), part, scores) for tokens, part, scores in zip(shared, saved, logprobs, strict=True)
+    ]
 
 
 def _rollout(marked_tokens: Tensor) -> Rollout:
@@ -107,9 +118,11 @@ class _Decoding:
         step: int,
         reuse: Reuse,
         with_targets: bool,
+        with_logprobs: bool,
     ):
         self.model, self.micro_batches, self.plan = model, micro_batches, plan
         self.sampling, self.step, self.reuse = sampling, step, reuse
+        self.scores_drawn = reuse != "off" or with_logprobs
         # The last block's context, or all that predicts a token of the row; nothing beyond it is read.
         self.document_length = plan.document_length(with_targets)
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
@@ -193,7 +206,7 @@ class _Decoding:
             spread = logits.view(*part.shape[:3], -1).permute(2, 1, 0, 3)  # [B, 1 or n, blocks, V]
             tokens = sample_tokens(spread, part_keys, sampling.temperature, sampling.top_p, own_slice)
             drawn.append(tokens)
-            if self.reuse != "off":
+            if self.scores_drawn:
                 # One choice from each row, or at the anchors, whose row all samples share, n.
                 order = (2, 1, 0) if part.shape[1] > 1 else (2, 0, 1)
                 choices = without_marks(tokens).permute(order).reshape(len(logits), -1)

@@ -13,7 +13,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.mfu import peak_flops
 from ebft_mega.data.rows.loader import BatchLoader, LoadedBatch
 from ebft_mega.data.rows.row_ranges import RowRanges
-from ebft_mega.errors import NonFiniteStepError, SkipBudgetError
+from ebft_mega.errors import EntryError, NonFiniteStepError, SkipBudgetError
 from ebft_mega.extension.learning_rate_schedule import LearningRates
 from ebft_mega.metrics.communication import Stopwatch, communication_stopwatch, timed_communication
 from ebft_mega.parallel.groups import ProcessGroups
@@ -64,13 +64,13 @@ def train(
         batches = same_on_all_ranks(own_batches, loader, trainer.groups)
         rates = learning_rates(trainer.config, total_steps)
         while progress.step < total_steps:
-            with hooks.around_step(progress.step):
-                loaded, result, metrics = measured_step(trainer, batches, progress.step, rates, stopwatch)
-            progress.step += 1
             try:
+                with hooks.around_step(progress.step):
+                    loaded, result, metrics = measured_step(trainer, batches, progress.step, rates, stopwatch)
+                progress.step += 1
                 commit_step(progress, trainer, loader, loaded, result, metrics)
-            except (SkipBudgetError, NonFiniteStepError):  # raised by all ranks: what is being written is not lost
-                hooks.finish()
+            except (EntryError, SkipBudgetError, NonFiniteStepError):
+                hooks.finish()  # raised by all ranks: what is being written is not lost
                 raise
             progress.pending = metrics | hooks.metrics() | data_metrics(loader)
             watchdog.beat(f"step {progress.step}")

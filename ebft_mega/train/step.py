@@ -23,10 +23,11 @@ from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
 from ebft_mega.parallel.zero import Update, ZeroEngine
+from ebft_mega.reward.sampled_blocks import Decode
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.experience import Rewarding, make_experience
+from ebft_mega.train.experience import Rewarding, make_experience, without_faults
 from ebft_mega.train.loss_masks import LossMasks, loss_masks
 from ebft_mega.types import Experience, Learned, LossTerms, TokenBatch, TokenCounts
 
@@ -41,7 +42,9 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
         StepResult of this rank's replica; `train.step_metrics.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
         reduced, and what `loss_masks` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
-        `learn`; one norm over all.
+        `learn`; over the world what `without_faults` says, and one norm.
+    Raises:
+        EntryError: on all ranks alike, for an entry that does not hold its contract.
     """
     config, plan, timers = trainer.config, trainer.plan, trainer.timers
     micro_batches = batch.split(config.train.micro_batch_size)
@@ -53,16 +56,21 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
         reuse = trainer.reuse
         with_targets = reuse != "off" and config.ebft.ce_coef > 0
         with timers.phase("rollout"), trainer.policy(recording=reuse == "activations") as policy:
-            sampled = generate_rollouts(policy, micro_batches, plan, trainer.sampling, step, reuse, with_targets)
+            wants = (with_targets, "logprobs" in trainer.rewarding.needs)
+            sampled = generate_rollouts(policy, micro_batches, plan, trainer.sampling, step, reuse, *wants)
         rollouts = [item.rollout for item in sampled]
         with timers.phase("features"):
             grams = trainer.feature_network.grams(micro_batches, rollouts, plan)
         with timers.phase("reward"):
             counted_blocks = [None] * len(grams) if masks is None else masks.blocks
-            experiences = [
-                make_experience(gram, rollout, trainer.rewarding, blocks)
-                for gram, rollout, blocks in zip(grams, rollouts, counted_blocks, strict=True)
-            ]
+            experiences = without_faults(
+                trainer.rewarding,
+                trainer.groups.device,
+                lambda: [
+                    make_experience(gram, item.rollout, trainer.rewarding, blocks, rows.tokens, item.logprobs)
+                    for gram, item, blocks, rows in zip(grams, sampled, counted_blocks, micro_batches, strict=True)
+                ],
+            )
     with timers.phase("learn"):
         learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)
     with timers.phase("update"):
@@ -198,11 +206,12 @@ class Trainer:
     feature_network: FeatureNetwork | None  # None: rl_coef is 0
     timers: PhaseTimers
     reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
+    decode: Decode | None = None  # token ids to text; None: no entry declares texts
 
     @cached_property
     def rewarding(self) -> Rewarding:
         """The terms of the reward and the estimator of advantages that the configuration names."""
-        return Rewarding.of(self.config)
+        return Rewarding.of(self.config, self.decode)
 
     @property
     def stage(self) -> Stage:

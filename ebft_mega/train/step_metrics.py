@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
+from ebft_mega.metrics.metric_keys import term_key
 from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.reward.duplicates import duplicate_share, has_duplicates
 from ebft_mega.train.loss_masks import LossMasks
@@ -42,7 +43,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         advantages = torch.cat([experience.advantages for experience in result.experiences])
         rollouts = torch.cat([experience.rollout.tokens for experience in result.experiences])
         of_blocks = {
-            **{f"ebft/{name}": torch.cat([item.terms[name].values for item in rewards]) for name in rewards[0].terms},
+            **{term_key(name): torch.cat([item.terms[name].values for item in rewards]) for name in rewards[0].terms},
             "ebft/mean_reward": torch.cat([item.reward for item in rewards]),
             "ebft/cfm_loss": torch.cat([item.cfm for item in rewards]),
             "advantage": advantages,
@@ -78,8 +79,10 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
 
 
 def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
-    """Sum over counted blocks, bool [B, K], of values [B, K] or of their mean over samples [B, n, K]; float64."""
+    """Sum over counted blocks, bool [B, K], of means of values [B, K], [B, n, K] or [B, n, K, G]; float64."""
     by_block = values.to(torch.float64)
+    if by_block.dim() == 4:
+        by_block = by_block.mean(dim=-1)
     if by_block.dim() == 3:
         by_block = by_block.mean(dim=1)
     return by_block.masked_fill(~counted, 0.0).sum()

@@ -81,7 +81,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
             (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
             rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
-            experience = make_experience(gram, rollout, Rewarding.of(config), counted)
+            experience = make_experience(gram, rollout, Rewarding.of(config), counted, rows.tokens)
             advantages = experience.advantages
             counted = experience.rewards.terms["alignment"].values.transpose(1, 2)[counted]
             truth.alignments.append(counted.mean().item() if len(counted) else 0.0)

@@ -73,7 +73,8 @@ def naive_step(naive: NaiveTrainer, batch: TokenBatch, step: int, learning_rate:
         grams = [naive_gram(naive, rows, rollout) for rows, rollout in zip(micro_batches, rollouts, strict=True)]
     with timers.phase("reward"):
         experiences = [
-            make_experience(gram, rollout, trainer.rewarding) for gram, rollout in zip(grams, rollouts, strict=True)
+            make_experience(gram, rollout, trainer.rewarding, None, rows.tokens)
+            for gram, rollout, rows in zip(grams, rollouts, micro_batches, strict=True)
         ]
     with timers.phase("learn"):
         logprobs, loss = _learn(naive, micro_batches, experiences)
@@ -122,14 +123,15 @@ def naive_gram(naive: NaiveTrainer, rows: TokenBatch, rollout: Rollout) -> Tenso
         states.append(layer(states[-1], naive.layout(plan.generate_length), rotary_pos_emb=stage.angles(positions))[0])
     logits_of_all(stage, states[-1])
     states[-1] = _final_norm(stage, states[-1])
-    generated, targets = feature_positions(plan, network.recipe.map.positions(plan.generate_length), sequence.device)
+    generated, targets = feature_positions(plan, network.recipe.window, sequence.device)
     taps = []
     for depth in network.taps:
         state = states[depth].transpose(0, 1).unflatten(0, (len(rows.tokens), plan.num_samples))  # [B, n, S, H]
         of_samples = state[:, :, generated].transpose(1, 2)  # [B, K, n, T, H]
         taps.append(torch.cat((of_samples, state[:, :1, targets].transpose(1, 2)), dim=2))
     shape = tuple(taps[0].shape[:-1])
-    gram = block_grams(taps, shape, network.recipe, stage.groups, sequence.device)
+    recipe = network.recipe
+    gram = block_grams(taps, shape, recipe, stage.groups, sequence.device, recipe.layer_weights)
     return copy_duplicate_rows(gram, rollout.tokens)
 
 

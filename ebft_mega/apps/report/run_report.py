@@ -11,6 +11,7 @@ from ebft_mega.apps.report.page import Figure, Table, write_page
 from ebft_mega.apps.report.plots import Chart, draw_chart, draw_phases
 from ebft_mega.apps.report.run_records import Curve, curves, read_good_lines, read_json
 from ebft_mega.apps.report.run_story import checkpoints_table, run_facts, warnings_table
+from ebft_mega.metrics.metric_keys import term_key, terms_among
 from ebft_mega.runtime.run_files import (
     ENVIRONMENT_NAME,
     METRICS_NAME,
@@ -187,11 +188,19 @@ def _evaluation_figures(by_key: Mapping[str, Curve], output_dir: Path) -> list[F
 
 
 def _training_figures(by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:
-    figures = _drawn(TRAINING_CHARTS, by_key, output_dir)
+    figures = _drawn([*TRAINING_CHARTS, *_charts_of_further_terms(by_key)], by_key, output_dir)
     image = output_dir / PLOTS_NAME / "phases.png"
     if draw_phases(by_key, PHASES, "perf/step_seconds", image):
         figures.append(Figure.of(image, "Where the wall time of a step goes."))
     return figures
+
+
+def _charts_of_further_terms(by_key: Mapping[str, Curve]) -> list[Chart]:
+    """One for each term of `ebft.reward_terms`, which are of different scales."""
+    drawn = {key for chart in TRAINING_CHARTS for key, _ in chart.series}
+    caption = "Mean over the rollouts, without the term's coefficient."
+    names = [name for name in terms_among(by_key) if term_key(name) not in drawn]
+    return [Chart(f"term_{name}", f"Reward term {name}", caption, ((term_key(name), name),)) for name in names]
 
 
 def _drawn(charts: Sequence[Chart], by_key: Mapping[str, Curve], output_dir: Path) -> list[Figure]:

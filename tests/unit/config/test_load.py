@@ -13,8 +13,10 @@ from ebft_mega.config.schema import all_keys
 from ebft_mega.config.section_values import nearest_key
 from ebft_mega.config.yaml_source import MAX_INTEGER, plain_scalar, read_yaml, write_value, write_yaml
 from ebft_mega.errors import ConfigError
+from ebft_mega.extension.entry import place_of_entry
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.registry.store_addresses import schemes_in_words
+from tests.own_entries import Matches, in_registries
 
 DATASET_PLACE = f"{PATH} or an address that begins with {schemes_in_words()}"
 NO_DATASET_PLACES = (
@@ -110,8 +112,8 @@ def test_unknown_key_text(problems):
     assert problems(BASE + "ebft:\n  strde: 8\n") == [
         "c.yaml:6: ebft.strde: found an unknown key (value 8); expected one of the keys of ebft: mode, "
         "stride, context_length, generate_max_len, n_samples_per_prompt, temperature, top_p, feature_layers, "
-        "embed_method, feature_norm, use_whitening, whitening, alignment_coef, diversity_coef, reward_terms, rl_coef, "
-        "ce_coef, advantage_estimator, feature_model. Did you mean 'ebft.stride'?"
+        "embed_method, layer_weights, feature_norm, use_whitening, whitening, alignment_coef, diversity_coef, "
+        "reward_terms, rl_coef, ce_coef, advantage_estimator, feature_model. Did you mean 'ebft.stride'?"
     ]
 
 
@@ -159,7 +161,10 @@ trian: {lr: 1}
     ]
     text = "\n".join(lines)
     assert "found 'fast'; expected a number > 0" in text
-    assert "found 'last_tokn'; expected last_token or mean_pooling. Did you mean 'last_token'?" in text
+    assert (
+        "found 'last_tokn'; expected completion_mean, concat, last_token or mean_pooling. Did you mean 'last_token'?"
+        in text
+    )
     assert "Did you mean 'train'?" in text and "Did you mean 'bfloat16'?" in text
 
 
@@ -409,9 +414,29 @@ def test_sequence_parallel_needs_tensor_parallel(problems):
     ]
 
 
-def test_neither_loss_or_no_reward(problems):
+def test_neither_loss_or_no_reward(problems, load):
     assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0")[0]
-    assert "ebft.diversity_coef is 0 too" in problems(BASE, "ebft.alignment_coef=0", "ebft.diversity_coef=0")[0]
+    none = ("ebft.alignment_coef=0", "ebft.diversity_coef=0")
+    assert "ebft.diversity_coef is 0 too; expected" in problems(BASE, *none)[0]
+    with in_registries():
+        assert load(BASE, *none, "ebft.reward_terms={matches: -0.5}").ebft.reward_terms == {"matches": -0.5}
+        assert "too and so is all of ebft.reward_terms" in problems(BASE, *none, "ebft.reward_terms={matches: 0}")[0]
+
+
+def test_terms_have_names_of_their_own(problems):
+    class Reward(Matches):
+        name = "reward"
+
+    with in_registries(Reward, Matches):
+        found = problems(BASE, "ebft.reward_terms={alignment: 0.5, matches: 1, reward: 2}")
+    assert found == [
+        "--set: ebft.reward_terms.alignment: found 0.5, beside ebft.alignment_coef 1.0; expected ebft.alignment_coef "
+        "alone, which weighs that term",
+        f"--set: ebft.reward_terms.reward: found a term that is called reward ({place_of_entry(Reward)}); expected "
+        "another name: a metric or a traced tensor has this one",
+    ]
+    (unknown,) = problems(BASE, "ebft.reward_terms={diversty: 1}")
+    assert "ebft.reward_terms" in unknown and "diversity" in unknown
 
 
 @pytest.mark.parametrize(

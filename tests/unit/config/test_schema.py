@@ -41,6 +41,7 @@ INTERFACE_DEFAULTS = {
     "ebft.top_p": 1.0,
     "ebft.feature_layers": (0.25, 0.5, 0.75),
     "ebft.embed_method": "last_token",
+    "ebft.layer_weights": None,
     "ebft.feature_norm": "joint",
     "ebft.use_whitening": True,
     "ebft.whitening": "sample",

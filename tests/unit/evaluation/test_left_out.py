@@ -35,7 +35,7 @@ def models(groups):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(stage, RandomWeights(architecture, seed=1))
-    settings = FeatureSettings((0.25, 0.75), FeatureRecipe(LastToken()), torch.float32)
+    settings = FeatureSettings((0.25, 0.75), FeatureRecipe(LastToken(), PLAN.generate_length), torch.float32)
     network = build_feature_network(architecture, RandomWeights(architecture, seed=2), settings, groups)
     return SimpleNamespace(policy=PipelinedModel.of(stage), network=network)
 

@@ -8,6 +8,7 @@ from ebft_mega.metrics.console import (
     StepClock,
     evaluation_numbers,
     format_duration,
+    key_numbers,
     open_console,
     work_numbers,
 )
@@ -41,6 +42,15 @@ def test_plain_line_of_a_training_step():
         "step 60/100  loss 1.2500  ce 2.5000  alignment 0.1250  cfm 0.7500  grad_norm 3.000  lr 7.00e-04  "
         "1.50 s/step  ETA 1:00  5,461 tokens/s  peak 0.00 GiB  row 240 of 400  epoch 0.60\n"
     )
+
+
+def test_further_terms_of_the_reward_follow_the_alignment():
+    terms = {"ebft/diversity": 1.0, "ebft/edit_distance": -0.5, "ebft/mean_reward": 2.0, "ebft/Odd name": 3.0}
+    assert key_numbers(TRAINING | terms).startswith(
+        "loss 1.2500  ce 2.5000  alignment 0.1250  edit_distance -0.5000  cfm 0.7500  grad_norm"
+    )
+    of_a_term_alone = {"train/loss": 1.0, "ebft/edit_distance": -0.5}
+    assert key_numbers(of_a_term_alone) == "loss 1.0000  edit_distance -0.5000"
 
 
 def test_missing_keys_are_left_out_and_evaluations_get_their_own_line():

@@ -41,8 +41,12 @@ def test_counts():
     assert count_tokens(PLAN, 5, 1.0, 0.0) == TokenCounts(120, 0)
 
 
-def test_values_and_gradients_equal_sums_written_out():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_values_and_gradients_equal_sums_written_out(by_token):
     *logits, rollouts, targets, advantages = random_case()
+    if by_token:
+        weights = torch.tensor([2.0, -0.5], dtype=torch.float64)
+        advantages = advantages[..., None] * weights
     terms = loss_terms(logprobs_of(*logits, rollouts, targets), advantages, COUNTS, RL_COEF, CE_COEF)
     ours = torch.autograd.grad(terms.total, logits)
 
@@ -50,7 +54,7 @@ def test_values_and_gradients_equal_sums_written_out():
     for index in torch.cartesian_prod(*(torch.arange(size) for size in rollouts.shape)).tolist():
         row = tuple(index)
         scores = torch.log_softmax(logits[0][row] / TEMPERATURE, dim=-1)
-        rl = rl - advantages[row[:-1]] * scores[rollouts[row]]
+        rl = rl - advantages[row if by_token else row[:-1]] * scores[rollouts[row]]
     for row in range(NUM_ROWS):
         for position in range(11):
             scores = torch.log_softmax(logits[1][row, position], dim=-1)

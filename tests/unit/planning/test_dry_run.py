@@ -134,10 +134,10 @@ def test_a_nucleus_is_searched_in_sorted_logits(inputs):
     assert rollout["a chunk of logits"] == 2 * 3 * 4 * 100 * 28
 
 
-@pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8)])
+@pytest.mark.parametrize(("method", "read"), [("last_token", 1), ("mean_pooling", 8), ("concat", 8)])
 def test_features_phase_by_hand(inputs, method, read):
     packed, values = 32 + 3 * 4 * 8, 2 * 3 * 5 * read * 16  # 2 rows, 3 blocks, 4 samples and a target
-    pooled = 2 * 3 * 5 * 16 if read > 1 else 0
+    pooled = {"last_token": 0, "mean_pooling": 1, "concat": 8}[method] * 2 * 3 * 5 * 16
     layer, gram = 2 * packed * (3 * 16 + 8 * 16 + 2 * 8) * 4, ((3 + 1) * values + pooled) * 8
     moment = {"one layer": layer} if layer > gram else {"Gram matrices (float64)": gram}
     found = planned(inputs, train__dtype="float32", ebft__embed_method=method).phases["features"]
@@ -250,7 +250,8 @@ def test_plain_pretraining_pays_for_no_rollouts(inputs):
     found = memory.plan_memory(config, plan, choices(config, plan, None))
     assert set(found.phases) == {"learn", "update"} and "frozen feature network" not in found.states
     assert activations.scored_rows(config) == 31
-    assert "feature layers " not in planner.describe_run(config, plan).partition("Each rank's part")[2]
+    text = planner.describe_run(config, plan)
+    assert "feature layers " not in text.partition("Each rank's part")[2] and "feature map" not in text
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,10 @@ def test_text(inputs):
         "tokens generated per step 768",
         "feature rows per row 128",
         "feature layers (1, 2, 3) of 4",
+        "feature map last_token, of the last 1 of 8 positions",
+        "rows read per row and tapped layer 15",  # of three blocks the targets' and those of four samples
+        "numbers of a feature 48",
+        f"float64 operations of inner products per row {2 * 3 * 5 * 5 * 48:,}",
         "documents 4",
         "tokens 660",
         "rows there are endless",
@@ -340,6 +345,19 @@ def test_text(inputs):
         "sequence_length: 32",
         f"0-1 0 0 0-3 embedding, norm, head {PARAMETERS:,} 0-3 0-1 0-99 0-2",
         "rows of a replica per step 4: replica r has rows 4 * r to 4 * r + 3",
+    ):
+        assert expected in lines, expected
+
+
+def test_text_of_a_map_that_reads_more(inputs):
+    """Windows of 8 tokens from 8, 16 and 24 on do not overlap: 24 rows of the document and 96 of rollouts."""
+    changes = {"ebft__embed_method": "concat", "ebft__layer_weights": [1, 0.5, 2]}
+    lines = lines_of(planner.describe_run(*plan_of(inputs, **changes)))
+    for expected in (
+        "feature map concat, of the last 8 of 8 positions",
+        "layer weights (1.0, 0.5, 2.0)",
+        "rows read per row and tapped layer 120",
+        "numbers of a feature 384",
     ):
         assert expected in lines, expected
 

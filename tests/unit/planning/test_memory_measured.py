@@ -34,6 +34,7 @@ PHASES = ("rollout", "features", "learn", "update")
 REUSES = ("off", "checkpoints", "activations")
 # 2256 scored rows in chunks of 512.
 MANY_LOGITS = ("model.config.vocab_size=8192", "ebft.n_samples_per_prompt=20", "ebft.stride=16")
+MANY_LAYERS, WEIGHTS = "ebft.feature_layers=[0.25,0.25,0.5,0.5,0.75,0.75]", "ebft.layer_weights=[1,2,3,1,2,3]"
 ONE_ROW = ("train.micro_batch_size=1", "train.global_batch_size=2", "ebft.ce_coef=0.1")
 
 
@@ -131,6 +132,9 @@ SETTINGS = {
     "tied-nucleus": ("checkpoints", ("model.config.tie_word_embeddings=true", "ebft.top_p=0.9")),
     "norms-of-heads": ("activations", ("model.config.model_type=qwen3",)),
     "mean-pooling": ("checkpoints", ("ebft.embed_method=mean_pooling", "ebft.stride=4")),
+    # Of so many layers the float64 copies are what is largest.
+    "concat": ("off", ("ebft.embed_method=concat", MANY_LAYERS, "ebft.stride=4")),
+    "completion-mean": ("off", ("ebft.embed_method=completion_mean", MANY_LAYERS, WEIGHTS, "ebft.stride=4")),
     "wide-heads": ("checkpoints", ("model.config.head_dim=32", "model.config.intermediate_size=128")),
     "layers-not-head": ("checkpoints", ("model.config.vocab_size=64",)),
 }

@@ -101,7 +101,7 @@ def models(groups):
     architecture = Architecture.from_hf(tiny_config("llama"), "test")
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
     load_weights(stage, RandomWeights(architecture, seed=1))
-    settings = FeatureSettings((0.25, 0.5, 0.75), FeatureRecipe(MeanPooling()), torch.float64)
+    settings = FeatureSettings((0.25, 0.5, 0.75), FeatureRecipe(MeanPooling(), PLAN.generate_length), torch.float64)
     network = build_feature_network(architecture, RandomWeights(architecture, seed=2), settings, groups)
     return SimpleNamespace(stage=stage, policy=PipelinedModel.of(stage), network=network)
 

@@ -24,7 +24,7 @@ def write_trace(directory: Path, **changes) -> Path:
         "advantage": torch.linspace(-1, 1, 4, dtype=torch.float64).view(2, 1, 2),
         "logprobs": torch.full((2, 1, 2, 2), -1.0),
     }
-    tensors |= {name: value for name, value in changes.items() if name in tensors}
+    tensors |= {name: value for name, value in changes.items() if isinstance(value, torch.Tensor)}
     numbers = dict.fromkeys(NUMBERS, 1.5) | {"ce_loss": None}
     numbers |= {name: value for name, value in changes.items() if name in numbers}
     directory.mkdir()
@@ -73,3 +73,12 @@ def test_tolerance_is_for_numbers_not_for_tokens(tmp_path):
 def test_a_missing_trace_is_bad_input(tmp_path):
     result = compare(write_trace(tmp_path / "a"), tmp_path / "nowhere")
     assert result.returncode == 2 and "nowhere" in result.stderr
+
+
+def test_terms_outside_the_package_are_compared_before_their_sum(tmp_path):
+    term, other = torch.zeros(2, 1, 2, dtype=torch.float64), torch.ones(2, 1, 2, dtype=torch.float64)
+    first = write_trace(tmp_path / "a", my_term=term, reward=term.clone())
+    result = compare(first, write_trace(tmp_path / "b", my_term=other, reward=other.clone()))
+    assert [line.partition("[")[0] for line in result.stdout.splitlines()] == ["my_term", "reward"]
+    result = compare(first, write_trace(tmp_path / "c", reward=term.clone()))
+    assert result.returncode == 1 and result.stdout.startswith("my_term: only in")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebft_mega.config.axolotl_keys import AXOLOTL_KEYS, Fate, foreign_key
+from ebft_mega.config.axolotl.axolotl_keys import AXOLOTL_KEYS, Fate, foreign_key
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import all_keys
 from ebft_mega.errors import ConfigError
@@ -165,6 +165,14 @@ def test_defaults_of_axolotl_are_written_out(imported, tmp_path):
     assert (config.seed, config.train.lr_scheduler, config.train.betas) == (42, "cosine", (0.9, 0.999))
     assert (config.ebft.use_whitening, config.data.sequence_length) == (False, 512)
     assert (config.ebft.whitening, config.ebft.feature_norm) == ("feature", "per_layer")
+
+
+@pytest.mark.parametrize("method", ["concat", "completion_mean"])
+def test_ways_of_pooling_that_the_strided_mode_does_not_have_become_what_it_computes(imported, tmp_path, method):
+    code, err, written = imported(FULL.replace("mean_pooling", method))
+    assert code == 0, err
+    assert load_config(tmp_path / "ours.yaml").ebft.embed_method == "last_token"
+    assert f"what axolotl's strided mode computes where {method} is asked for" in written
 
 
 def test_the_lowest_rate_is_a_share_of_the_highest_and_only_of_a_cosine(imported, tmp_path):

@@ -29,8 +29,9 @@ from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.loss_masks import loss_masks
-from ebft_mega.types import PolicyLogprobs, TokenBatch
+from ebft_mega.types import PolicyLogprobs, Rollout, TokenBatch
 from tests.conftest import tiny_config
+from tests.explicit_features import NORMS, explicit_feature
 from tests.unit.model.test_against_transformers import random_hf_model
 from tests.unit.reward.rewards import advantages_of, rewards_of
 
@@ -44,6 +45,7 @@ class Case:
     plan: BlockPlan
     embed_method: str = "last_token"
     feature_norm: str = "joint"
+    layer_weights: tuple[float, ...] | None = None
     whitening: str = "sample"
     model_type: str = "llama"
     vocab_size: int = 131
@@ -100,7 +102,9 @@ def setting(request, groups, tmp_path):
         stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float64)
         load_weights(stage, source)
         stages.append((stage, source))
-    recipe = FeatureRecipe(FEATURE_MAPS.entry(case.embed_method)(), case.feature_norm)
+    recipe = FeatureRecipe(
+        FEATURE_MAPS.entry(case.embed_method)(), case.plan.generate_length, case.feature_norm, case.layer_weights
+    )
     settings = FeatureSettings(case.feature_layers, recipe, torch.float64)
     network = build_feature_network(architecture, stages[1][1], settings, groups)
     assert network.taps == case.taps
@@ -198,12 +202,7 @@ def naive_features(s, sequence: Tensor) -> Tensor:
     window = s.plan.generate_length
     hidden = s.hf_feature(sequence[None], output_hidden_states=True).hidden_states
     layers = torch.stack([hidden[tap][0, -window:] for tap in s.case.taps], dim=1)  # [G, T, H]
-    if s.case.feature_norm == "joint":
-        features = layers.flatten(1)
-        features = features / features.norm(dim=1, keepdim=True)
-    else:
-        features = (layers / layers.norm(dim=2, keepdim=True)).flatten(1)
-    return features[-1] if s.case.embed_method == "last_token" else features.mean(dim=0)
+    return explicit_feature(layers, s.case.embed_method, s.case.feature_norm, s.case.layer_weights)
 
 
 def naive_block(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,6 +242,25 @@ def naive_advantage(alignment: Tensor, diversity: Tensor) -> Tensor:
             baseline = baseline - DIVERSITY_COEF * (diversity.sum() - 2 * diversity[j]) / (n - 2)
         result.append(reward[j] - baseline)
     return torch.stack(result)
+
+
+@pytest.mark.parametrize("setting", [Case(BlockPlan(16, 4, 4, 4, 3))], indirect=True, ids=["maps"])
+def test_every_feature_map_gives_the_naive_products(setting):
+    """All maps, both norms, with weights of layers and without, on the same rollouts."""
+    s, plan = setting, setting.plan
+    shape = (NUM_ROWS, plan.num_samples, plan.num_blocks, plan.generate_length)
+    tokens = torch.randint(0, s.case.vocab_size, shape, generator=torch.Generator().manual_seed(3))
+    for method in FEATURE_MAPS.own_names():
+        for norm in NORMS:
+            for weights in (None, (0.5, 0.0, 3.0)):
+                s.case = replace(s.case, embed_method=method, feature_norm=norm, layer_weights=weights)
+                recipe = FeatureRecipe(FEATURE_MAPS.entry(method)(), plan.generate_length, norm, weights)
+                (gram,) = replace(s.network, recipe=recipe).grams([s.batch], [Rollout(tokens)], plan)
+                for row, block in ((0, 0), (1, plan.num_blocks - 1)):
+                    anchor = plan.anchors[block]
+                    own = (*tokens[row, :, block], s.batch.tokens[row, anchor : anchor + plan.generate_length])
+                    x = torch.stack([naive_features(s, torch.cat((context_of(s, row, anchor), each))) for each in own])
+                    assert (gram[row, block] - x @ x.T).abs().max() <= 1e-9, (method, norm, weights)
 
 
 @pytest.mark.parametrize("reuse", ["off", "checkpoints", "activations"])

@@ -55,12 +55,23 @@ def test_the_same_step_as_ours(case, kernel, groups):
     assert found.grad_norm == pytest.approx(expected.update.grad_norm, rel=1e-4)
 
 
-def test_mean_pooling_is_the_same_too(groups):
+@pytest.mark.parametrize(
+    "ebft",
+    [
+        {"embed_method": "mean_pooling"},
+        {"embed_method": "concat", "layer_weights": (0.5, 0.0, 3.0)},
+        {"embed_method": "completion_mean", "layer_weights": (0.5, 0.0, 3.0)},
+        {"embed_method": "completion_mean", "feature_norm": "per_layer"},
+    ],
+    ids=lambda ebft: "-".join(map(str, ebft.values())),
+)
+def test_other_features_are_the_same_too(ebft, groups):
     case = TINY_CASES["stride<G"]
-    ours, naive = trainers(case, groups, embed_method="mean_pooling")
+    ours, naive = trainers(case, groups, **ebft)
     rows = random_rows(case, VOCABULARY)
     expected = train_step(ours, rows, 0, 0.0).experiences[0].gram
-    torch.testing.assert_close(naive_step(naive, rows, 0, 0.0).experiences[0].gram, expected, atol=1e-5, rtol=0)
+    found = naive_step(naive, rows, 0, 0.0).experiences[0].gram
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])

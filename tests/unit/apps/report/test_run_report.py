@@ -56,6 +56,15 @@ def test_full_run(tmp_path):
     assert not re.search(r"(src|href)=\"(https?:|/)", html), "the page is self-contained"
 
 
+def test_every_further_term_of_the_reward_has_a_curve(tmp_path):
+    keys = ("ebft/alignment", "ebft/edit_distance", "ebft/../up", "ebft/rl_loss", "ebft/word_count")
+    write_lines(tmp_path / "metrics.jsonl", [dict.fromkeys(keys, 0.5) | {"step": step} for step in (1, 2)])
+    page = PageReader(write_run_report(tmp_path).read_text())
+    names = ["reward", "rl_loss", "term_edit_distance", "term_word_count"]
+    assert page.names(tmp_path) == [f"plots/{name}.png" for name in names]
+    assert "Mean over the rollouts, without the term's coefficient." in page.text
+
+
 def test_cross_entropy_run_has_no_rollout_charts(tmp_path):
     records = [{"step": step, "train/loss": 2.0, "ebft/ce_loss": 2.0, "train/lr": 0.1} for step in (1, 2, 3)]
     write_lines(tmp_path / "metrics.jsonl", records)

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ebft_mega.config.axolotl_translation import Translation, translate, translated_text
+from ebft_mega.config.axolotl.axolotl_translation import Translation, translate, translated_text
 from ebft_mega.config.load import load_config
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml
 from ebft_mega.errors import ConfigError, Problem

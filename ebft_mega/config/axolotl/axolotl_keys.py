@@ -76,7 +76,8 @@ AXOLOTL_KEYS = (
         tuple(f"ebft.{name}" for name in _EBFT),
         Fate.TAKEN,
         ("ebft.*",),
-        "feature_norm: per_layer and whitening: feature are written beside them, for they are what axolotl does",
+        "feature_norm: per_layer and whitening: feature are written beside them, for they are what axolotl does; "
+        "embed_method concat and completion_mean become last_token, which its strided mode takes then",
     ),
     _translated("base_model", "model.init_from", "a local directory: download the model and name it"),
     _translated(

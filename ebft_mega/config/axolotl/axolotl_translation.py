@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ebft_mega.config.axolotl_datasets import (
+from ebft_mega.config.axolotl.axolotl_datasets import (
     build_command,
     dataset_name,
     download_words,
@@ -14,7 +14,7 @@ from ebft_mega.config.axolotl_datasets import (
     literal_path,
     origin_of,
 )
-from ebft_mega.config.axolotl_keys import Fate, foreign_key, nearest_foreign
+from ebft_mega.config.axolotl.axolotl_keys import Fate, foreign_key, nearest_foreign
 from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import SECTIONS
 from ebft_mega.config.yaml_source import write_value
@@ -30,6 +30,7 @@ _ATTENTION = (
 )
 _SEED = 42  # axolotl's, where a file has none
 _BETAS = (0.9, 0.999)
+_NOT_STRIDED = ("concat", "completion_mean")  # ways of pooling that only axolotl's structured mode has
 _SCHEDULE = "cosine"
 _SCHEDULES = {"constant_with_warmup": "constant", **{name: name for name in ("constant", "linear", "cosine")}}
 
@@ -228,6 +229,9 @@ def _write_objective(tree: Mapping[str, Any], found: Translation) -> None:
         key = foreign_key(f"ebft.{name}")
         if key is not None and key.fate is Fate.TAKEN:
             found.values[f"ebft.{name}"] = Written(value)
+    if (method := block.get("embed_method")) in _NOT_STRIDED:
+        comment = f"what axolotl's strided mode computes where {method} is asked for"
+        found.values["ebft.embed_method"] = Written("last_token", comment)
     if "mode" not in block:
         found.problems.append(Problem("ebft", "ebft.mode", "nothing", "strided: axolotl's default is structured"))
     if "use_whitening" not in block:

@@ -1,0 +1,1 @@
+"""What axolotl's keys mean here, and a whole file of axolotl as a configuration of this trainer."""

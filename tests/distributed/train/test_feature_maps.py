@@ -1,0 +1,109 @@
+"""Every feature map over two slices and over two stages gives the inner products of explicit vectors of one process.
+
+One start of two ranks: the layouts are made one after another in the same processes, and a network is built once for
+all maps, norms and weights.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
+from ebft_mega.architecture.partition import StageShape
+from ebft_mega.features.factory import FeatureSettings, build_feature_network
+from ebft_mega.features.gram import FeatureRecipe
+from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.model.stage import Stage
+from ebft_mega.model.strided_attention import StridedLayout
+from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.weights.weight_sources import RandomWeights
+from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
+from ebft_mega.registry.kinds import FEATURE_MAPS
+from ebft_mega.rollout.packed_order import packed_sequence
+from ebft_mega.types import Rollout
+from tests.distributed.ranks import run_ranks
+from tests.distributed.steps import Case, config_of, rows_of_step
+from tests.explicit_features import NORMS, explicit_gram
+
+LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2)}
+# With 1.0 alone the first of two stages has no layer that is read.
+DEPTHS = {(0.25, 0.5, 0.75): (0.5, 0.0, 3.0), (1.0,): (2.0,)}
+CASES = [
+    (method, norm, depths, weights)
+    for depths, of_layers in DEPTHS.items()
+    for method in FEATURE_MAPS.own_names()
+    for norm in NORMS
+    for weights in (None, of_layers)
+]
+
+
+def inputs(directory: str, groups: ProcessGroups):
+    """Configuration, rows (of one replica) and made-up rollouts, of which two are equal."""
+    config = config_of(Case("maps"), directory)
+    plan, rows = config.block_plan, rows_of_step(0, groups)
+    shape = (len(rows.tokens), plan.num_samples, plan.num_blocks, plan.generate_length)
+    tokens = torch.randint(0, 131, shape, generator=torch.Generator().manual_seed(9))
+    tokens[:, 1, 0] = tokens[:, 0, 0]
+    return config, rows, Rollout(tokens)
+
+
+def network_of(config, depths, groups: ProcessGroups) -> FeatureNetwork:
+    architecture = Architecture.from_hf(config.model.config, "test")
+    recipe = FeatureRecipe.of(config)
+    settings = FeatureSettings(depths, recipe, torch.float32)
+    return build_feature_network(architecture, RandomWeights(architecture, config.seed), settings, groups)
+
+
+def grams_of_each_layout(directory: str) -> dict[str, list[Tensor]]:
+    device, found = connect(), {}
+    for name, (tensor, pipeline) in LAYOUTS.items():
+        groups = make_process_groups(device, tensor, pipeline)
+        config, rows, rollout = inputs(directory, groups)
+        networks = {depths: network_of(config, depths, groups) for depths in DEPTHS}
+        found[name] = []
+        for method, norm, depths, weights in CASES:
+            recipe = FeatureRecipe(FEATURE_MAPS.entry(method)(), config.ebft.generate_max_len, norm, weights)
+            network = replace(networks[depths], recipe=recipe)
+            found[name] += network.grams([rows], [rollout], config.block_plan)
+    return found
+
+
+def hidden_states(config, rows, rollout, depths, groups: ProcessGroups) -> Tensor:
+    """[B, K, n + 1, G, L, H] of all tokens of all windows, from a whole model whose every position is kept."""
+    plan, architecture = config.block_plan, Architecture.from_hf(config.model.config, "test")
+    stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
+    load_weights(stage, RandomWeights(architecture, config.seed))
+    sequence, positions = packed_sequence(rows.tokens, rollout.tokens, plan, None)
+    layout = StridedLayout.of(
+        plan, stage.attention, document_length=plan.sequence_length, tokens_per_rollout=plan.generate_length
+    )
+    hidden, states = stage.embed(sequence), []
+    for layer in stage.layers:
+        hidden, _ = layer(hidden, layout, rotary_pos_emb=stage.angles(positions))
+        states.append(hidden.transpose(0, 1))
+    states[-1] = stage.final_norm(states[-1])
+    layers = torch.stack([states[depth - 1] for depth in tapped_layers(depths, len(stage.layers))], dim=2)
+    own = layers[:, plan.sequence_length :].unflatten(1, (plan.generate_length, plan.num_blocks, plan.num_samples))
+    windows = torch.tensor([[anchor + t for t in range(plan.generate_length)] for anchor in plan.anchors])
+    targets = layers[:, windows]  # [B, K, G, L, H]
+    return torch.cat((own.permute(0, 2, 3, 1, 4, 5), targets[:, :, None]), dim=2)
+
+
+@torch.no_grad()
+def test_slices_and_stages_give_the_products_of_explicit_vectors(groups, tmp_path):
+    by_rank = run_ranks(2, grams_of_each_layout, str(tmp_path))
+    config, rows, rollout = inputs(str(tmp_path), groups)
+    hidden = {depths: hidden_states(config, rows, rollout, depths, groups) for depths in DEPTHS}
+    for number, (method, norm, depths, weights) in enumerate(CASES):
+        expected = explicit_gram(hidden[depths], method, norm, weights)
+        for layout in LAYOUTS:
+            first, second = (found[layout][number] for found in by_rank)
+            assert torch.equal(first, second)
+            scale = expected.diagonal(dim1=-2, dim2=-1).max()
+            difference = (first - expected).abs().max() / scale
+            assert difference <= 2e-5, (layout, method, norm, weights, difference)
+            assert torch.equal(first[:, 0, 0], first[:, 0, 1])  # equal rollouts
+    products = [found.flatten() for found in by_rank[0]["tp2"][: len(CASES) // 2]]
+    apart = [(a - b).abs().max() for i, a in enumerate(products) for b in products[:i]]
+    assert min(apart) > 1e-3  # no two of the settings give the same
