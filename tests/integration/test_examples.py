@@ -78,7 +78,7 @@ def folder(repository, tmp_path_factory):
     """Paragraphs, and a data set that was made of them by the format of the example."""
     folder = tmp_path_factory.mktemp("site")
     words = [f"{first}{second}" for first in ("ba", "do", "mi", "ku") for second in ("ra", "se", "ti")]
-    paragraphs = [" ".join(words[(i * j + i) % len(words)] for j in range(1, 30)) for i in range(20)]
+    paragraphs = [" ".join([str(i), *(words[(i * j + i) % len(words)] for j in range(30))]) for i in range(20)]
     (folder / "notes.paragraphs").write_text("\n\n".join(paragraphs) + "\n")
     (folder / "text").mkdir()
     (folder / "text" / "notes.py").write_text("\n".join(paragraphs))
@@ -95,7 +95,7 @@ def folder(repository, tmp_path_factory):
     )
     built = ("tools/build_shards.py", "--input", str(folder / "notes.paragraphs"), "--tokenizer", tokenizer)
     call(repository, *built, "--output", output)
-    assert json.loads((folder / "team" / "notes" / "manifest.json").read_text())["documents"] == len(paragraphs)
+    assert json.loads((folder / "team" / "notes" / "dataset.json").read_text())["documents"] == len(paragraphs)
     plugin = ("--plugin", str(EXAMPLES / "paragraphs.py"))
     call(REPOSITORY, *built, *plugin, "--output", str(folder / "by_plugin"))
     shards = [path.name for path in Path(output).glob("*.tar")]
