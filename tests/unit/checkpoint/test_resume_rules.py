@@ -19,8 +19,10 @@ from ebft_mega.checkpoint.resume_rules import (
 )
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.config.schema import all_keys
+from ebft_mega.extension import options as declare
+from ebft_mega.extension.advantage_estimator import AdvantageEstimator
 from ebft_mega.io.expanded_paths import REPOSITORY
-from ebft_mega.registry.kinds import OPTIMIZERS
+from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, OPTIMIZERS
 from tests.other_optimizers import Sgd
 from tests.unit.checkpoint.folder_stand_ins import MODEL, fill, relist, run_config, run_state, write_checkpoint
 
@@ -195,3 +197,45 @@ def test_a_path_as_an_earlier_version_wrote_it_has_not_changed(root: Path, outpu
     saved.config["evaluation"]["shards"] = f"{REPOSITORY}/data/held-out"
     assert noted_changes(saved, run_config(output, evaluation__shards="data/held-out")) == []
     assert noted_changes(saved, run_config(output, evaluation__shards="data/other"))
+
+
+class _Scaled(AdvantageEstimator):
+    """An estimator with options."""
+
+    name = "scaled"
+
+    class Options(declare.Section):
+        """Of a plugin whose second version has one option more."""
+
+        scale: float = declare.key(1.0, "Scale.")
+        added: int = declare.key(3, "Not in the first version.")
+
+
+SCALED = {"ebft__advantage_estimator": "scaled", "train__lr_scheduler": "warmup_stable_decay"}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "notes"),
+    [
+        ({}, [], []),
+        ({"scaled": {"scale": 1.0, "added": 3}}, [], []),
+        ({"scaled": {"scale": 2.0, "added": 3}}, ["options.scaled.scale: found 2.0; expected 1.0"], []),
+        ({"scaled": {"scale": 1.0, "added": 4}}, ["options.scaled.added: found 4; expected 3"], []),
+        ({"warmup_stable_decay": {"decay_share": 0.5}}, [], ["options.warmup_stable_decay.decay_share was 0.2 and is"]),
+        ({"linear": {"of": "nothing in use"}}, [], []),
+    ],
+)
+def test_options_follow_the_kind_of_their_entry(
+    root: Path, output: Path, monkeypatch: pytest.MonkeyPatch, options: dict, refused: list, notes: list
+) -> None:
+    """What an entry did not have at the checkpoint was its default there."""
+    monkeypatch.setitem(ADVANTAGE_ESTIMATORS.added, "scaled", _Scaled)
+    before = {"scaled": {"scale": 1.0}, "warmup_stable_decay": {"decay_share": 0.2}}
+    temporary = temporary_folder(root, 20)
+    fill(temporary, 20, run_config(output, **SCALED, options=before), run_state(20))
+    saved = read_run(publish(temporary, root))
+    config = run_config(output, **SCALED, options=options)
+    problems = refused_changes(saved, config, saved.architecture)
+    assert [str(each).split(", as in ")[0].removeprefix("configuration: ") for each in problems] == refused
+    found = noted_changes(saved, config)
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes))
