@@ -1,8 +1,11 @@
 """Plugins: what is imported, what is refused with which words, and what the registries hold afterwards."""
 
+import importlib.util
 import os
+import py_compile
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -109,10 +112,21 @@ def test_code_is_run_once_for_each_version_of_it(plugin, tmp_path, capsys):
     assert [out for _, out in sums] == ["ran\n", "ran\n", ""] and sums[0][0] == sums[2][0] != sums[1][0]
 
 
-def test_compiled_code_beside_the_file_is_neither_read_nor_written(plugin, tmp_path):
-    plugin(MINE)
+def test_compiled_code_beside_the_file_is_neither_read_nor_written(plugin, tmp_path, monkeypatch):
+    """Not even code that claims to be compiled from this very file, which Python would run in its place."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = plugin(MINE)
     use_plugins(["mine.py"], tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.py"]
+    path = plugin(f"{MINE}\n", "other.py")
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    compiled = Path(importlib.util.cache_from_source(str(path)))
+    py_compile.compile(str(tmp_path / "planted.py"), str(compiled), doraise=True)
+    content, stat = bytearray(compiled.read_bytes()), path.stat()
+    content[8:16] = int(stat.st_mtime).to_bytes(4, "little") + stat.st_size.to_bytes(4, "little")
+    compiled.write_bytes(content)
+    use_plugins(["other.py"], tmp_path, {})
+    assert "mine" in REWARD_TERMS.added and not (tmp_path / "ran").exists()
 
 
 def test_an_installed_module(installed, tmp_path):
