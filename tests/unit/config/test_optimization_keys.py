@@ -110,7 +110,7 @@ def test_an_optimizer_whose_moments_can_be_no_folders_is_refused(
 ):
     kind = type("Odd", (Optimizer,), {"moments": moments, "temporaries": temporaries, "name": "odd"})
     monkeypatch.setitem(OPTIMIZERS.added, "odd", kind)
-    monkeypatch.setattr("ebft_mega.config.rules.place_of_entry", lambda entry: "odd.py:3")
+    monkeypatch.setattr("ebft_mega.config.entry_rules.place_of_entry", lambda entry: "odd.py:3")
     with pytest.raises(ConfigError) as caught:
         load("train.optimizer=odd")
     (problem,) = caught.value.problems
