@@ -21,6 +21,7 @@ from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
+from ebft_mega.data.store.model_copies import with_local_models  # noqa: E402
 from ebft_mega.errors import (  # noqa: E402
     EXIT_DONE,
     EXIT_FAILED,
@@ -179,6 +180,9 @@ def run(signals: Signals, started: float) -> int:
         fresh = Fresh.of(arguments.fresh, own_files)
         world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         announcer = Announcer.of_start(speaks=is_first_rank() and not arguments.dry_run)
+        if not arguments.without_data:
+            with announcer.phase("copying models that lie in stores", is_announced=False):
+                config = with_local_models(config, weights=not arguments.dry_run)
         with announcer.phase("checking the model's and the datasets' small files, and sizes"):
             plan = check_run(config, world_size, without_data=arguments.without_data)
         if arguments.dry_run:

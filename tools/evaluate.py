@@ -19,6 +19,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
+from ebft_mega.data.store.model_copies import with_local_models
 from ebft_mega.io.arguments import ToolParser, output_directory, path_argument, whole_number
 from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
@@ -56,7 +57,8 @@ def parse_arguments() -> argparse.Namespace:
 def settings(arguments: argparse.Namespace) -> RunConfig:
     """The configuration to evaluate under: the file's, or defaults, with rows as long as the model reads (or 1024)."""
     if arguments.config is not None:
-        return load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides)
+        return config if arguments.feature_model else with_local_models(config)
     directories = dict.fromkeys((arguments.model, arguments.feature_model or arguments.model))
     models = [Architecture.from_directory(directory) for directory in directories]
     limits = [limit for model in models for limit in (model.max_position_embeddings, model.sliding_window) if limit]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from ebft_mega.config.paths import PathKind, written_path
+from ebft_mega.config.paths import PathKind, StoredModel, written_path
 from ebft_mega.registry.registry import Registry
 from ebft_mega.registry.store_addresses import address_problem, schemes_in_words
 
@@ -131,6 +131,13 @@ def _as_address(text: str) -> str:
     return text
 
 
+def _as_model_place(value: Any) -> Any:
+    """Turn text into a path, that of a model's copy where it is an address that a store reads."""
+    if isinstance(value, str) and "://" in value and address_problem(value) is None:
+        return StoredModel.of(value)
+    return _as_path(value)
+
+
 MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 255
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -141,6 +148,7 @@ RedirectHost = Annotated[str, Field(pattern=f"^{_REDIRECT_HOST}$", max_length=25
 _WRITTEN = PlainSerializer(written_path, return_type=str, when_used="json")
 LocalPath = Annotated[Path, BeforeValidator(_as_path), _WRITTEN]
 DatasetPlace = Annotated[Path | Annotated[str, AfterValidator(_as_address)], BeforeValidator(_as_path), _WRITTEN]
+ModelPlace = Annotated[Path, BeforeValidator(_as_model_place), _WRITTEN]
 # A word that stands for itself, or the text of a path.
 WordOrPath = Annotated[str, Field(min_length=1), _WRITTEN]
 PATH = "a local path (relative paths start at the repository root)"

@@ -13,6 +13,7 @@ from ebft_mega.config.fields import (
     PATH,
     DatasetPlace,
     LocalPath,
+    ModelPlace,
     RedirectHost,
     as_tuple,
 )
@@ -24,11 +25,12 @@ STEPS = "optimizer steps"
 class ModelConfig(Section):
     """The policy to train: exactly one of the two keys."""
 
-    init_from: LocalPath | None = key(
+    init_from: ModelPlace | None = key(
         None,
         "Model to start from: a Hugging Face directory (`config.json`, `*.safetensors`, a tokenizer), or a checkpoint "
-        "of another run, of which only the weights are taken.",
-        allowed=PATH,
+        "of another run, of which only the weights are taken. From a store it is downloaded into `data.cache` before "
+        "the start.",
+        allowed=DATASET_PLACE,
     )
     config: dict[str, Any] | None = key(
         None,

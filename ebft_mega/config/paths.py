@@ -19,6 +19,35 @@ _ADDRESS = re.compile(r"\w+:")
 WORDS = ("auto", "never")
 
 
+class StoredModel(type(Path())):  # type: ignore[misc]
+    """A model in a store: the path of its copy on this machine, which remembers the address.
+
+    Until it is known where the copy lies (`data.store.model_copies`), the path leads nowhere.
+    """
+
+    address: str = ""
+    to_download: str = ""  # in words: what a start downloads; empty where the copy is whole
+
+    @classmethod
+    def of(cls, address: str) -> "StoredModel":
+        """The model at an address, before there is a copy; its name is that of the model, without a revision."""
+        scheme, _, rest = address.rstrip("/").partition("://")
+        *folders, name = rest.split("/")
+        return cls("/", f"{scheme}:", *folders, name.partition("@")[0]).at(address)
+
+    def at(self, address: str, to_download: str = "") -> "StoredModel":
+        """Remember the address of what lies, or will lie, at this path."""
+        self.address, self.to_download = address, to_download
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _stored_model, (str(self), self.address, self.to_download)
+
+
+def _stored_model(path: str, address: str, to_download: str) -> StoredModel:
+    return StoredModel(path).at(address, to_download)
+
+
 @dataclass(frozen=True)
 class PathKind:
     """What a key of a path takes besides it."""
@@ -94,6 +123,8 @@ def written_path(value: Path | str) -> str:
 
     Addresses and words stay as they are.
     """
+    if isinstance(value, StoredModel) and value.address:
+        return value.address
     if isinstance(value, str) and (value in WORDS or _ADDRESS.match(value)):
         return value
     path = Path(value)

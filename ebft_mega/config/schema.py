@@ -14,7 +14,17 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
 from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.fields import PATH, LocalPath, WordOrPath, as_integer, as_tuple, one_of, path_kind
+from ebft_mega.config.fields import (
+    DATASET_PLACE,
+    PATH,
+    LocalPath,
+    ModelPlace,
+    WordOrPath,
+    as_integer,
+    as_tuple,
+    one_of,
+    path_kind,
+)
 from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from ebft_mega.config.paths import PathKind
 from ebft_mega.extension.options import Section, key
@@ -92,8 +102,8 @@ class EbftConfig(Section):
     advantage_estimator: Annotated[str, *one_of(ADVANTAGE_ESTIMATORS)] = key(
         "rloo", "How rewards become advantages. `rloo`: leave-one-out baseline, unbiased for the diversity term."
     )
-    feature_model: LocalPath | None = key(
-        None, "(ours) Frozen feature network, as `model.init_from`; not set: the initial model.", allowed=PATH
+    feature_model: ModelPlace | None = key(
+        None, "(ours) Frozen feature network, as `model.init_from`; not set: the initial model.", allowed=DATASET_PLACE
     )
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ebft_mega.checkpoint.model_folder import is_checkpoint
+from ebft_mega.config.paths import StoredModel
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.store.opening import remote_absence
 from ebft_mega.data.tokenizers.tokenizer_files import TOKENIZER_FILES
@@ -39,11 +40,12 @@ class AbsentInput:
     found: str
     expected: str
     stand_in: Path | None = None  # file whose sizes a model is planned with; None: it is no model
+    own_words: str = ""  # in place of the others
 
     @property
     def words(self) -> str:
         """What is to be supplied, in one line without the key."""
-        return f"{self.place}: {self.found}; expected {self.expected}"
+        return self.own_words or f"{self.place}: {self.found}; expected {self.expected}"
 
     @property
     def stand_in_words(self) -> str:
@@ -61,6 +63,16 @@ def absent_inputs(config: RunConfig) -> dict[str, AbsentInput]:
     """
     found = [*_absent_models(config), *_absent_data(config), *_absent_checkpoint(config)]
     return {entry.key: entry for entry in found}
+
+
+def models_to_download(config: RunConfig) -> dict[str, AbsentInput]:
+    """Models in stores of which a plan has the small files only, by key."""
+    models = zip(MODEL_KEYS, (config.model.init_from, config.ebft.feature_model), strict=True)
+    return {
+        key: AbsentInput(key, str(model), "", "", model / CONFIG_NAME, f"nothing: {model.to_download}")
+        for key, model in models
+        if isinstance(model, StoredModel) and model.to_download
+    }
 
 
 def plan_model(entry: AbsentInput, feature_layers: tuple[float, ...] | None = None) -> CheckedModel:
@@ -91,7 +103,9 @@ def _absent_models(config: RunConfig) -> Iterator[AbsentInput]:
             continue
         has_config = os.path.lexists(directory / CONFIG_NAME)
         stand_in = directory / CONFIG_NAME if has_config else MODEL_CONFIGS / directory.name / CONFIG_NAME
-        yield AbsentInput(key, str(directory), found, _MODEL, stand_in)
+        address = directory.address if isinstance(directory, StoredModel) else ""
+        words = f"nothing: {address} is not asked for its sizes; a start downloads it" if address else ""
+        yield AbsentInput(key, str(directory), found, _MODEL, stand_in, words)
 
 
 def lack_of_weights(directory: Path) -> str | None:

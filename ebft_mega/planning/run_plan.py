@@ -18,7 +18,7 @@ from ebft_mega.config.rules import notes
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, InputError, InputProblems, Problem
 from ebft_mega.planning import data_budget
-from ebft_mega.planning.absent_inputs import AbsentInput, absent_inputs, plan_model
+from ebft_mega.planning.absent_inputs import AbsentInput, absent_inputs, models_to_download, plan_model
 from ebft_mega.planning.input_places import output_notes, output_problems
 from ebft_mega.planning.model_data import NamedData, NamedModel, data_notes, data_problems, window_problems
 from ebft_mega.planning.model_files import check_model, random_model
@@ -160,7 +160,7 @@ def check_run(config: RunConfig, world_size: int, without_data: bool = False) ->
             problems.extend(error.problems)
             return None
 
-    absent = absent_inputs(config) if without_data else {}
+    absent = (absent_inputs(config) if without_data else {}) | models_to_download(config)
     policy = attempt(_policy, config, absent)
     features = attempt(_feature_model, config, absent) if config.ebft.feature_model else policy
     architecture = policy.model.architecture if policy else None

@@ -202,6 +202,7 @@ class HttpsClient(StoreClient):
                 self._client = None
 
     def _tries(self) -> Iterator[int]:
+        self._leave_the_parent_s()
         for attempt in range(self._transfer.attempts):
             if attempt:
                 wait = self._transfer.first_wait_seconds * 2 ** (attempt - 1)
@@ -355,10 +356,13 @@ class HttpsClient(StoreClient):
                 chunks.extend(self._body(answer, _SHORT_BODY_BYTES))
         return b"".join(chunks)
 
-    def _client_of_this_process(self) -> "httpx2.Client":
+    def _leave_the_parent_s(self) -> None:
         if self._process != os.getpid():
-            # Forked. The connections belong to the parent, and one of its threads may have held the lock.
+            # Forked. The connections belong to the parent, and one of its threads may have held a lock.
             self._start_empty()
+
+    def _client_of_this_process(self) -> "httpx2.Client":
+        self._leave_the_parent_s()
         with self._lock:
             if self._client is None:
                 self._client = _new_client(self._transfer.timeout_seconds)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.data.transfer.addresses import redirect_obstacle
+from ebft_mega.data.transfer.answers import Asked
 from ebft_mega.data.transfer.https_client import HttpsClient, Transfer
 from ebft_mega.errors import DamagedDataError
 from tests.unit.data.store.https_server import Fault, FileServer, proxying, serving
@@ -553,3 +554,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < limit
         sleep(0.005)
+
+
+class KeyedClient(HttpsClient):
+    """Sends a header of its own."""
+
+    def _asked(self, method: str, url: str) -> Asked:
+        return Asked(method, url, {"X-Key": "planted"})
+
+
+def test_headers_of_a_store_are_not_sent_where_its_server_redirects_to(
+    server: FileServer, url: str, certificate: tuple[Path, Path]
+) -> None:
+    with serving(server.directory, certificate) as other:
+        server.faults["file"] = Fault("redirect", f"{other.url}/file", methods=("GET",))
+        transfer = replace(QUICK, redirect_hosts=(other.url.removeprefix("https://"),))
+        assert KeyedClient(transfer).small_file(url, 1 << 20) == CONTENT
+        assert [headers.get("x-key") for headers in server.headers] == ["planted"]
+        assert [headers.get("x-key") for headers in other.headers] == [None]

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,14 @@ def test_a_dataset_in_a_bucket_is_read_as_a_local_one(
     assert remote.files.place(0) == f"{ADDRESS}/{dataset.manifest.shards[0].name}"
 
 
-def test_other_processes_read_it_too(bucket: Any, opened: Callable[..., Dataset], dataset: Dataset) -> None:
+def test_a_forked_process_reads_it_too(bucket: Any, opened: Callable[..., Dataset], dataset: Dataset) -> None:
+    """As workers of the loader do: with what the parent has used, which is the parent's alone."""
     remote = opened(ADDRESS, 0)
     remote.tokens(0)
-    with ProcessPoolExecutor(1, get_context("fork")) as workers:
-        assert workers.submit(read_all, remote).result(60) == read_all(dataset)
+    here, there = get_context("fork").Pipe(duplex=False)
+    get_context("fork").Process(target=lambda: there.send(read_all(remote)), daemon=True).start()
+    assert here.poll(60) and here.recv() == read_all(dataset)
+    assert read_all(remote) == read_all(dataset)
 
 
 def test_an_object_that_changes_under_a_run_is_named(
