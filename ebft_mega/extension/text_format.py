@@ -91,9 +91,15 @@ class TextFormat(Entry):
     refuses_other_kinds: ClassVar[bool] = False
     archive_word: ClassVar[str] = ""  # by which `--archives` chooses it among formats that share a suffix
     archive_meaning: ClassVar[str] = ""  # what it then stands for
-    package: ClassVar[str] = ""  # a module that must be installed; empty: none
-    install: ClassVar[str] = ""  # what it does, and how to install it
+    install: ClassVar[str] = ""  # of a format with packages of its own: what they do, and how to install them
     reasons: ClassVar[tuple[str, ...]] = ()  # keys of `FilePart.left_out` that the summary of a build shows
+
+    def import_packages(self) -> None:
+        """Import the packages of its own that reading needs, to see that they are there.
+
+        Raises:
+            ImportError: one is not.
+        """
 
     def holds(self, file: Path, options: ReadOptions) -> tuple[bool, str]:
         """Whether a file is of this format, asked where another one has the same suffix.

@@ -130,17 +130,10 @@ class Reader:
             )
             return
         options = self.options
-        if self.has_members(file_range) and options.group_keys == REPOSITORY_KEYS:
+        if "members" in entry.uses and options.group_keys == REPOSITORY_KEYS:
             options = replace(options, group_keys=())  # the archive is the repository, and no member has a record
-        part = FilePart(
-            file,
-            file_range.name,
-            options,
-            file_range.begin,
-            file_range.end,
-            file_range.is_cut,
-            first,
-            Counter() if left_out is None else left_out,
-            partial(source.members.reason_to_leave_out, matched=matched),
-        )
+        counts: Counter[str] = Counter() if left_out is None else left_out
+        choose = partial(source.members.reason_to_leave_out, matched=matched)
+        begin, end = file_range.begin, file_range.end
+        part = FilePart(file, file_range.name, options, begin, end, file_range.is_cut, first, counts, choose)
         yield from documents_of(entry, part)

@@ -1,6 +1,5 @@
 """What formats tell of files before they are read: sections, and where they may be cut."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def file_layouts(files: Sequence[tuple[Path, str]], formats: FormatChoice, optio
     """
     entries = {name: formats.entry(name) for name in dict.fromkeys(name for _, name in files)}
     for entry in entries.values():
-        _require_package(entry)
+        _require_packages(entry)
     layouts: list[Layout | None] = []
     for file, name in files:
         with called(entries[name]):
@@ -64,16 +63,15 @@ def _layout(entry: TextFormat, file: Path, options: ReadOptions) -> Layout | Non
     return Layout(tuple(max(0, int(num_bytes)) for num_bytes in layout.sections), layout.details)
 
 
-def _require_package(entry: TextFormat) -> None:
-    """Check that a format's package is there.
+def _require_packages(entry: TextFormat) -> None:
+    """Check that a format's packages are there.
 
     Raises:
-        InputError: it is not.
+        InputError: one is not.
     """
-    if not entry.package:
-        return
     try:
-        importlib.import_module(entry.package)
+        with called(entry, passes=(ImportError,)):
+            entry.import_packages()
     except ImportError as error:
         files = ", ".join(f"*{suffix}" for suffix in entry.suffixes) or entry.name
-        raise bad_input("--input", files, words_of(error), entry.install or entry.package) from error
+        raise bad_input("--input", files, words_of(error), entry.install or "its packages") from error

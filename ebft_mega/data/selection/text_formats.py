@@ -25,10 +25,8 @@ class FormatChoice:
 
     def entry(self, name: str) -> TextFormat:
         """The entry of a name with its options."""
-        kind = entry_class(name)
         values = self.options.get(name)
-        with called(kind):
-            return kind(kind.Options.model_validate_json(json.dumps(values)) if values else None)
+        return _made(entry_class(name), json.dumps(values) if values else "")
 
     def chosen(self) -> TextFormat | None:
         """The format that all files have; None where each is recognised.
@@ -46,8 +44,14 @@ class FormatChoice:
         return self.entry(self.name)
 
 
+@lru_cache(maxsize=64)  # one is asked for at every file
+def _made(kind: type[TextFormat], options: str) -> TextFormat:
+    with called(kind):
+        return kind(kind.Options.model_validate_json(options) if options else None)
+
+
 def entry_class(name: str) -> type[TextFormat]:
-    """The class of an entry. It is asked for at every file."""
+    """The class of an entry."""
     return TEXT_FORMATS.added.get(name) or _own_class(name)
 
 

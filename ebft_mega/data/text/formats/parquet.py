@@ -19,8 +19,11 @@ class Parquet(TextFormat):
     kinds = (kind("a Parquet file", f"a name that ends in .parquet; {BUILD_IT}", rb"PAR1", suffixes),)
     uses = frozenset({"text_key", "records"})
     refuses_other_kinds = True
-    package = "pyarrow.parquet"
     install = "pyarrow, which reads Parquet: pip install 'ebft-mega[parquet]'"
+
+    def import_packages(self) -> None:
+        """The package that parses Parquet."""
+        import pyarrow.parquet  # noqa: F401
 
     def layout(self, file: Path, options: ReadOptions) -> Layout:
         """Sections are row groups; of each, what the columns that are read unpack to."""
