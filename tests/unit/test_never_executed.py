@@ -24,7 +24,6 @@ CALLS = {
 IMPORTS = {"import_module", "exec_module", "load_module", "spec_from_file_location", "run_path", "run_module"}
 IMPORTERS = {
     "ebft_mega/registry/registry.py": {"import_module"},  # the package's own entries, each called as its file
-    "ebft_mega/data/selection/format_layouts.py": {"import_module"},  # the library that an entry's class names
     "ebft_mega/registry/plugins.py": {"import_module", "exec_module", "spec_from_file_location"},
 }
 # Called through their module; the same names mean other things elsewhere.
