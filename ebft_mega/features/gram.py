@@ -19,12 +19,14 @@ from torch import Tensor
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.entries import feature_map
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.errors import Problem
 from ebft_mega.extension.entry_fault import EntryFaultError, answer_of, require_tensor
 from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
 
 FeatureNorm = Literal["joint", "per_layer"]
+KEY = "ebft.embed_method"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class FeatureRecipe:
     # How often the inner products of each tapped layer count, from the shallowest to the deepest; None: once. Features
     # are normalised as without weights.
     layer_weights: tuple[float, ...] | None = None
+    place: str = KEY  # where the configuration names the map
 
     @classmethod
     def of(cls, config: RunConfig) -> "FeatureRecipe":
         """The recipe of a configuration."""
         ebft = config.ebft
-        return cls(feature_map(config), ebft.generate_max_len, ebft.feature_norm, ebft.layer_weights)
+        place = config.place(KEY)
+        return cls(feature_map(config), ebft.generate_max_len, ebft.feature_norm, ebft.layer_weights, place)
 
     @property
     def scales_tokens(self) -> bool:
@@ -70,6 +74,10 @@ class FeatureRecipe:
         if not self.map.is_built_in():
             self._require_finite(vectors, rows)
         return vectors
+
+    def problem_of(self, fault: EntryFaultError) -> Problem:
+        """A fault of the map with the places of the key that names it, and of the map itself."""
+        return Problem(fault.place, KEY, fault.found, fault.expected).within(self.place)
 
     def _require_finite(self, vectors: Tensor, rows: Tensor) -> None:
         """Refuse vectors that are not finite though the rows are: of others the block is marked."""

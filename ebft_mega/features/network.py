@@ -3,6 +3,7 @@
 A layer whose output features are read from is *tapped*. The copy has no language-model head.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.errors import EntryError
 from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.features.gram import FeatureRecipe, PooledRows, block_grams
 from ebft_mega.model.stage import Stage
@@ -20,7 +22,10 @@ from ebft_mega.parallel.stage_module import StageRunner
 from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.reward.marked_blocks import mark_blocks
 from ebft_mega.rollout.packed_order import packed_sequence
+from ebft_mega.runtime.agreement import first_problem
 from ebft_mega.types import Rollout, TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class FeatureNetwork:
             float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target. NaN
             throughout for a marked block: a feature, or a logit that its tokens were drawn from, was not finite.
         Raises:
-            EntryFaultError: on the ranks with a tapped layer for which the map did not hold its contract, after all
-                communication.
-        Communication: that of the layers; hidden states from stage to stage; what `block_grams` says.
+            EntryError: on every rank of the world, where a plugin's map did not hold its contract on one of them.
+        Communication: that of the layers; hidden states from stage to stage; what `block_grams` says; for a map that is
+            not one of the package's own what `first_problem` says, so all replicas must call it equally often.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
         pooled = PooledRows.of(plan, self.recipe.window, self.stage.groups.device)
@@ -83,12 +88,21 @@ class FeatureNetwork:
             copy_duplicate_rows(self._gram(rows, rollout, pooled, faults), rollout.tokens)
             for rows, rollout in zip(tapped, rollouts, strict=True)
         ]
-        if faults:
-            raise faults[0]
+        self._require_faultless(faults)
         return [
             gram if rollout.finite_blocks is None else mark_blocks(gram, rollout.finite_blocks)
             for gram, rollout in zip(grams, rollouts, strict=True)
         ]
+
+    def _require_faultless(self, faults: Sequence[EntryFaultError]) -> None:
+        """End the run on all ranks alike after what the map did on any of them."""
+        problem = self.recipe.problem_of(faults[0]) if faults else None
+        if faults:
+            logger.info("a feature map does not hold its contract", exc_info=faults[0])  # with its own traceback
+        if not self.recipe.map.is_built_in():
+            problem = first_problem(problem, self.stage.groups.device)
+        if problem is not None:
+            raise EntryError(problem)
 
     def _packed_pass(
         self,

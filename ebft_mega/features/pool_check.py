@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.errors import ConfigError, Problem
-from ebft_mega.extension.entry import place_of_entry
+from ebft_mega.errors import ConfigError
 from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.features.gram import FeatureRecipe, inner_products
 
@@ -30,10 +29,7 @@ def check_pooling(config: RunConfig) -> None:
     try:
         _try(recipe, config.ebft.n_samples_per_prompt + 1)
     except EntryFaultError as fault:
-        key, place = "ebft.embed_method", place_of_entry(type(recipe.map))
-        if fault.line is not None:
-            place = f"{place.rpartition(':')[0]}:{fault.line}"
-        raise ConfigError([Problem(place, key, fault.found, fault.expected).within(config.place(key))]) from fault
+        raise ConfigError([recipe.problem_of(fault)]) from fault
 
 
 def _try(recipe: FeatureRecipe, features: int) -> None:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ebft_mega.errors import InputError, Problem
@@ -33,6 +34,21 @@ def require_agreement(texts: Mapping[str, str]) -> None:
             problems.append(Problem("all ranks", key, versions, "the same on every rank"))
     if problems:
         raise InputError(problems)
+
+
+def first_problem(own: Problem | None, device: torch.device) -> Problem | None:
+    """The problem of the first rank that has one, on every rank; None: no rank has any.
+
+    Args:
+        own: this rank's; device: of its collectives.
+    Communication: one all-reduce of 4 bytes over the world, for which the host waits; with a problem a gathering of the
+        words.
+    """
+    has_problem = torch.tensor(own is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(has_problem, op=dist.ReduceOp.MAX)
+    if not has_problem.item():
+        return None
+    return next(found for found in all_gather_values(own) if found is not None)
 
 
 def from_first_rank(compute: Callable[[], T], *kinds: type) -> T:

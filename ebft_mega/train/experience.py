@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
@@ -23,7 +22,7 @@ from ebft_mega.reward.block_inputs import BlockInputs
 from ebft_mega.reward.block_rewards import block_rewards
 from ebft_mega.reward.sampled_blocks import Decode, SampledBlocks
 from ebft_mega.reward.whitening import Whitening
-from ebft_mega.runtime.exchange import all_gather_values
+from ebft_mega.runtime.agreement import first_problem
 from ebft_mega.types import Experience, Rollout
 
 T = TypeVar("T")
@@ -118,16 +117,7 @@ def without_faults(rewarding: Rewarding, device: torch.device, compute: Callable
         logger.info("an entry does not hold its contract", exc_info=fault)  # with the entry's own traceback
         problem = rewarding.problem_of(fault)
     if not rewarding.all_are_built_in:
-        problem = _first_of_all_ranks(problem, device)
+        problem = first_problem(problem, device)
     if problem is not None:
         raise EntryError(problem)
     return result[0]
-
-
-def _first_of_all_ranks(problem: Problem | None, device: torch.device) -> Problem | None:
-    """The problem of the first rank that has one."""
-    has_problem = torch.tensor(problem is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(has_problem, op=dist.ReduceOp.MAX)
-    if not has_problem.item():
-        return None
-    return next(found for found in all_gather_values(problem) if found is not None)

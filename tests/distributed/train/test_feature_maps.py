@@ -1,16 +1,22 @@
 """Every feature map over two slices and over two stages gives the inner products of explicit vectors of one process.
 
+A map that breaks its contract on one rank ends the step on both, with one message.
+
 One start of two ranks: the layouts are made one after another in the same processes, and a network is built once for
 all maps, norms and weights.
 """
 
 from dataclasses import replace
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
+from ebft_mega.errors import EntryError
+from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.network import FeatureNetwork
@@ -55,18 +61,60 @@ def network_of(config, depths, groups: ProcessGroups) -> FeatureNetwork:
     return build_feature_network(architecture, RandomWeights(architecture, config.seed), settings, groups)
 
 
-def grams_of_each_layout(directory: str) -> dict[str, list[Tensor]]:
-    device, found = connect(), {}
+class Faulty(FeatureMap):
+    """The mean of the tokens, but for one rank that does what it is told to."""
+
+    name = "faulty"
+    told = None
+
+    def positions(self, generate_length):
+        return range(generate_length)
+
+    def pool(self, rows):
+        vectors = rows.mean(dim=-2)
+        return self.told(vectors) if dist.get_rank() == 1 and self.told else vectors
+
+
+def raises(vectors):
+    raise ValueError("no word for\nthis \x1b[2J")
+
+
+FAULTS = {
+    "shape": (lambda vectors: vectors[..., :-1], "found a float64 tensor [4, 5, 4, "),
+    "dtype": (lambda vectors: vectors.float(), "found a float32 tensor [4, 5, 4, "),
+    "finite": (lambda vectors: vectors / 0, "found a vector that is not finite at row 0, block 0, feature 0"),
+    "raises": (raises, "found ValueError: no word for"),
+}
+
+
+def messages_of_faults(network: FeatureNetwork, batch, rollout, config) -> dict[str, str]:
+    """What each fault of the second rank raises on this one, by its name; what follows is whole again."""
+    found = {}
+    for norm in NORMS:
+        recipe = FeatureRecipe(Faulty(), config.ebft.generate_max_len, norm, None, "c.yaml:7")
+        for normalises in ("tokens", "pooled"):
+            for name, (told, _) in FAULTS.items():
+                Faulty.told, Faulty.normalises = staticmethod(told), normalises
+                with pytest.raises(EntryError) as raised:
+                    replace(network, recipe=recipe).grams([batch], [rollout], config.block_plan)
+                found[f"{name} {norm} {normalises}"] = str(raised.value)
+    Faulty.told = None
+    replace(network, recipe=recipe).grams([batch], [rollout], config.block_plan)
+    return found
+
+
+def grams_of_each_layout(directory: str) -> tuple[dict[str, list[Tensor]], dict[str, dict[str, str]]]:
+    device, found, messages = connect(), {}, {}
     for name, (tensor, pipeline) in LAYOUTS.items():
         groups = make_process_groups(device, tensor, pipeline)
         config, rows, rollout = inputs(directory, groups)
         networks = {depths: network_of(config, depths, groups) for depths in DEPTHS}
-        found[name] = []
+        found[name], messages[name] = [], messages_of_faults(networks[1.0,], rows, rollout, config)
         for method, norm, depths, weights in CASES:
             recipe = FeatureRecipe(FEATURE_MAPS.entry(method)(), config.ebft.generate_max_len, norm, weights)
             network = replace(networks[depths], recipe=recipe)
             found[name] += network.grams([rows], [rollout], config.block_plan)
-    return found
+    return found, messages
 
 
 def hidden_states(config, rows, rollout, depths, groups: ProcessGroups) -> Tensor:
@@ -92,7 +140,15 @@ def hidden_states(config, rows, rollout, depths, groups: ProcessGroups) -> Tenso
 
 @torch.no_grad()
 def test_slices_and_stages_give_the_products_of_explicit_vectors(groups, tmp_path):
-    by_rank = run_ranks(2, grams_of_each_layout, str(tmp_path))
+    (first_found, first_messages), (second_found, second_messages) = run_ranks(2, grams_of_each_layout, str(tmp_path))
+    by_rank = (first_found, second_found)
+    assert first_messages == second_messages and list(first_messages) == list(LAYOUTS)
+    for messages in first_messages.values():
+        assert len(messages) == 4 * len(FAULTS)
+        for name, message in messages.items():
+            words = FAULTS[name.split()[0]][1]
+            assert message.startswith(f"c.yaml:7: {__file__}:") and "\n" not in message and "\x1b" not in message
+            assert f": ebft.embed_method: {words}" in message, message
     config, rows, rollout = inputs(str(tmp_path), groups)
     hidden = {depths: hidden_states(config, rows, rollout, depths, groups) for depths in DEPTHS}
     for number, (method, norm, depths, weights) in enumerate(CASES):
