@@ -14,6 +14,7 @@ from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, Tensor
 from ebft_mega.config.entries import optimizer
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import BrokenCheckpointError, Problem
+from ebft_mega.extension.entry import place_of_entry
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import NotFinite
 from ebft_mega.model.weights.weight_layout import Box, packing_of
@@ -136,7 +137,15 @@ def check_state(tensors: CheckpointTensors, config: RunConfig, architecture: Arc
     Raises:
         BrokenCheckpointError: see `check_tensors`.
     """
-    check_tensors(tensors, architecture, (WEIGHTS, *optimizer(config).moments))
+    rule = optimizer(config)
+    missing = [kind for kind in rule.moments if kind not in tensors.index.kinds]
+    others = [kind for kind in tensors.index.kinds if kind not in (WEIGHTS, *rule.moments)]
+    if missing and not rule.is_built_in():
+        found = f"the moments {', '.join(others) or 'none'} of another version of the optimizer {rule.name}"
+        expected = f"{', '.join(rule.moments)}, as {place_of_entry(type(rule))} has them"
+        place = config.place("train.optimizer")
+        raise BrokenCheckpointError([Problem(str(tensors.directory), "train.optimizer", found, expected).within(place)])
+    check_tensors(tensors, architecture, (WEIGHTS, *rule.moments))
 
 
 def restore_engine(

@@ -2,7 +2,8 @@
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from ebft_mega.extension.entry import Entry, place_of_entry
@@ -46,7 +47,7 @@ def answer_of(entry: Entry, compute: Callable[[], T], expected: str) -> T:
     except EntryFaultError as fault:
         fault.line = fault.line or line_within(type(entry), fault)
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if entry.is_built_in() or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         line = line_within(type(entry), error)
@@ -79,6 +80,25 @@ def require_tensor(entry: Entry, found: object, shapes: dict[str, tuple[int, ...
     if found.dtype != torch.float64 or tuple(found.shape) not in shapes.values() or found.device != like.device:
         words = f"a {str(found.dtype).removeprefix('torch.')} tensor {list(found.shape)} on {found.device}"
         raise EntryFaultError(entry, words, expected)
+
+
+@contextmanager
+def unchanged(entry: Entry, given: "Iterable[Tensor]") -> "Iterator[None]":
+    """Refuse an entry that changes what it is given inside the block: the step uses it afterwards.
+
+    Args:
+        given: everything that it can reach; views count as what they are views of.
+    Raises:
+        EntryFaultError: on leaving the block, unless the entry is one of the package's own.
+    Communication: none, and nothing waits for the device: torch counts changes on the host.
+    """
+    if entry.is_built_in():
+        yield
+        return
+    before = [(tensor, tensor._version) for tensor in given]
+    yield
+    if any(tensor._version != version for tensor, version in before):
+        raise EntryFaultError(entry, "that it changes what it is given", "inputs as they were: clone() makes a copy")
 
 
 def require_finite(entry: Entry, values: "Tensor", required: "Tensor") -> None:

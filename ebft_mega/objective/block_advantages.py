@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.extension.advantage_estimator import AdvantageEstimator
-from ebft_mega.extension.entry_fault import answer_of, require_finite, require_tensor
+from ebft_mega.extension.entry_fault import answer_of, require_finite, require_tensor, unchanged
 from ebft_mega.reward.sampled_blocks import DeclaredInputs, SampledBlocks
 from ebft_mega.types import BlockRewards
 
@@ -18,6 +18,11 @@ class RewardedInputs(DeclaredInputs):
         """Args: as for `block_advantages`."""
         super().__init__(estimator, plan, sampled)
         self.rewards = rewards
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that an estimator may read."""
+        rewards = self.rewards
+        return [*super().tensors(), rewards.reward, rewards.cfm, *(term.values for term in rewards.terms.values())]
 
 
 def block_advantages(
@@ -35,7 +40,8 @@ def block_advantages(
     """
     inputs = RewardedInputs(estimator, plan, sampled, rewards)
     expected = "float64 [B, n, K] or [B, n, K, G]"
-    advantages = answer_of(estimator, lambda: estimator.advantages(inputs), expected)
+    with unchanged(estimator, inputs.tensors()):
+        advantages = answer_of(estimator, lambda: estimator.advantages(inputs), expected)
     shape = tuple(rewards.reward.shape)
     shapes = {"[B, n, K]": shape, "[B, n, K, G]": (*shape, plan.generate_length)}
     require_tensor(estimator, advantages, shapes, rewards.reward)

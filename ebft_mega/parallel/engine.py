@@ -156,7 +156,8 @@ class ZeroEngine(ABC, Generic[StageT]):
         fault = next(each for each in all_gather_values(optimizer.fault, kinds=(Fault,)) if each is not None)
         rule = self._settings.rule
         found = f"{rule.name}, with {fault.found}"
-        raise EntryError(Problem(place_of_entry(type(rule)), "train.optimizer", found, fault.expected))
+        problem = Problem(place_of_entry(type(rule)), "train.optimizer", found, fault.expected)
+        raise EntryError(problem.within(self._settings.place))
 
     @torch.no_grad()
     def restore(self, read: StateReader, applied_updates: int, count: Callable[[int], None] = lambda _: None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ebft_mega.config.entries import optimizer
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.extension.entry_fault import line_within
 from ebft_mega.extension.update_rule import Optimizer, UpdateSettings, UpdateSlice
 from ebft_mega.parallel.optimizer_state import COUNT, WEIGHTS, StateKind, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
@@ -37,6 +38,7 @@ class OptimizerSettings:
     hold_parameters: Literal["rollout", "step", "none"] = "rollout"
     rule: Optimizer = field(kw_only=True)
     is_checked: bool = field(default=False, kw_only=True)  # whether what the rule does to its slices is looked at
+    place: str = field(default="configuration", kw_only=True)  # where `train.optimizer` was written
 
     @property
     def state_kinds(self) -> tuple[StateKind, ...]:
@@ -61,6 +63,7 @@ class OptimizerSettings:
             hold_parameters=config.zero.hold_parameters,
             rule=optimizer(config),
             is_checked=config.train.optimizer not in OPTIMIZERS.own_names(),
+            place=config.place("train.optimizer"),
         )
 
 
@@ -126,9 +129,11 @@ class SlicedOptimizer(torch.optim.Optimizer):
             self._rule.update(slices, updates, settings)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the code of a plugin raises: the other ranks have to be told
-            logger.exception("the optimizer %s failed", self._rule.name)
-            self.fault = Fault(f"an update that raises {type(error).__name__}: {error}", "weights and moments in place")
+        except (Exception, SystemExit) as error:  # of a plugin's code: the other ranks have to be told
+            logger.debug("the optimizer %s failed", self._rule.name, exc_info=error)
+            line = line_within(type(self._rule), error)
+            raised = f"{type(error).__name__}: {error}" + (f" in line {line}" if line else "")
+            self.fault = Fault(f"an update that raises {raised}", "weights and moments in place")
             return
         for each, before in zip(slices, stored, strict=True):
             self.fault = self.fault or self._fault_of(each, before)

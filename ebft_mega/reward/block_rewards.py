@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ebft_mega.extension.entry_fault import answer_of, require_finite, require_tensor
+from ebft_mega.extension.entry_fault import answer_of, require_finite, require_tensor, unchanged
 from ebft_mega.extension.reward_term import RewardTerm
 from ebft_mega.reward.block_inputs import BlockInputs
 from ebft_mega.reward.duplicates import first_equal
@@ -20,6 +20,11 @@ class TermInputs(DeclaredInputs):
         """Args: as for `block_rewards`."""
         super().__init__(term, inputs.plan, inputs.sampled)
         self.gram, self.products = inputs.gram, inputs.products
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a term may read."""
+        products = self.products
+        return [*super().tensors(), self.gram, products.rollouts, products.cross, products.target]
 
 
 def block_rewards(inputs: BlockInputs, terms: Sequence[tuple[RewardTerm, float]]) -> BlockRewards:
@@ -49,7 +54,9 @@ def block_rewards(inputs: BlockInputs, terms: Sequence[tuple[RewardTerm, float]]
 
 def _term_values(term: RewardTerm, inputs: BlockInputs) -> Tensor:
     """Values of a term [B, n, K], checked."""
-    values = answer_of(term, lambda: term.values(TermInputs(term, inputs)), "float64 [B, n, K]")
+    given = TermInputs(term, inputs)
+    with unchanged(term, given.tensors()):
+        values = answer_of(term, lambda: term.values(given), "float64 [B, n, K]")
     cross = inputs.products.cross.transpose(1, 2)
     require_tensor(term, values, {"[B, n, K]": tuple(cross.shape)}, cross)
     if not term.is_built_in():

@@ -81,6 +81,13 @@ class DeclaredInputs:
         """By row and block; needs `texts`."""
         return self._declared("target_texts", "texts").target_texts
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that an entry may read, declared or not."""
+        if self._sampled is None:
+            return []
+        given = (self._sampled.rollout_tokens, self._sampled.row_tokens, self._sampled.logprobs)
+        return [tensor for tensor in given if tensor is not None]
+
     def _declared(self, name: str, need: Need) -> SampledBlocks:
         if need not in self._entry.needs:
             declared = ", ".join(sorted(self._entry.needs)) or "nothing"

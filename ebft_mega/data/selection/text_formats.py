@@ -44,10 +44,14 @@ class FormatChoice:
         return self.entry(self.name)
 
 
-@lru_cache(maxsize=64)  # one is asked for at every file
+_made_entries: dict[tuple[type[TextFormat], str], TextFormat] = {}  # one is asked for at every file
+
+
 def _made(kind: type[TextFormat], options: str) -> TextFormat:
-    with called(kind):
-        return kind(kind.Options.model_validate_json(options) if options else None)
+    if (kind, options) not in _made_entries:
+        with called(kind):
+            _made_entries[kind, options] = kind(kind.Options.model_validate_json(options) if options else None)
+    return _made_entries[kind, options]
 
 
 def entry_class(name: str) -> type[TextFormat]:
