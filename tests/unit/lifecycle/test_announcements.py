@@ -6,7 +6,7 @@ import pytest
 
 from ebft_mega.checkpoint.saver import CheckpointSaver
 from ebft_mega.config.load import load_config
-from ebft_mega.lifecycle import build, model_identity, results, run, start, tracing, training
+from ebft_mega.lifecycle import build, connecting, inputs, model_identity, results, run, start, tracing, training
 from ebft_mega.lifecycle.run import run_training
 from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.model.weights import stage_weights
@@ -17,9 +17,9 @@ from ebft_mega.train import hooks, loop
 from tests.distributed.runs import TEXT, make_datasets
 
 CONNECTING = (
-    (run, "connect_ranks", "start: setting up this process's device"),
+    (connecting, "connect_ranks", "start: setting up this process's device"),
     (run, "make_loader", "start: opening the datasets, and comparing them"),
-    (run, "require_same_inputs", "start: opening the datasets, and comparing them"),
+    (connecting, "require_same_inputs", "start: opening the datasets, and comparing them"),
 )
 BUILDING = (
     (build, "build_feature_network", "start: building the feature network, 3 of 4 layers"),
@@ -33,7 +33,7 @@ TAKING = (
     (start, "candidates", "start: looking for checkpoints to resume from in "),
 )
 OPENING = (
-    (training, "held_out_rows", "start: reading 3 held-out rows, and the tokenizer"),
+    (inputs, "held_out_rows", "start: reading 3 held-out rows, and the tokenizer"),
     (training, "read_described", "start: reading 3 held-out rows, and the tokenizer"),
     (results, "open_observer", "start: opening metrics and tensorboard in "),
 )
