@@ -31,7 +31,8 @@ def called(entry: TextFormat | type[TextFormat], passes: tuple[type[BaseExceptio
     except (EbftError, MemoryError):
         raise
     except BaseException as error:
-        if isinstance(error, passes) or not is_of_parser(error) or entry.is_built_in():
+        leaves = isinstance(error, SystemExit)  # the process: that is for nobody but the tool
+        if isinstance(error, passes) or not (is_of_parser(error) or leaves) or entry.is_built_in():
             raise
         raise _fault(entry, error) from error
 

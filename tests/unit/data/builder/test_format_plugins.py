@@ -129,6 +129,7 @@ FAULTS = {
         READS + "        yield 'one'\n",
         "/mine.py:0: text format: found 'one' from /a.mine; expected a TextD",
     ),
+    "leaving the process": (READS + "        raise SystemExit\n        yield\n", "text format: found SystemExit"),
     "no generator": (READS + "        return None\n", "/mine.py:0: text format: found TypeError"),
     "another hash": (
         READS + "        yield TextDocument('one', b'', 'a')\n",
