@@ -75,9 +75,8 @@ def test_a_run_from_stores_is_one_from_the_disk_and_shows_no_secret(data, bucket
         assert completed.returncode == 0, completed.stdout
         weights = [path for method, path, _ in hub.requests if method == "GET" and path.endswith(".safetensors")]
         assert len(weights) == len(set(weights)) == len([name for name in model if name.endswith(".safetensors")])
-        refused = launch(
-            [*arguments, "--set", "data.shards=s3://nobody/data", "output_dir=" + str(tmp_path / "no")], None
-        )
+        elsewhere = settings(data, tmp_path / "no", *steps, *stores, "data.shards=s3://nobody/data")
+        refused = launch([*CONFIG, *elsewhere, "--dry-run"], ranks=None)
         assert refused.returncode == 2 and "s3://nobody/data/dataset.json" in refused.stdout
     keys = ("train/loss", "train/grad_norm", "eval/feature_matching_loss")
     for one, other in zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (local, remote)), strict=True):
