@@ -26,7 +26,8 @@ DIRECTORIES = {WARM_START: "warmstart", CROSS_ENTROPY: "ce", EBFT: "ebft"}
 WORKSPACE = Path("runs/quickstart")
 VOCABULARY_SIZE = 512
 SPLITS = ("train", "tuning", "validation")
-DATA_CODE = ("data", "io", "errors.py")  # all that a dataset's contents depend on, below `ebft_mega/`
+# All that a dataset's contents depend on, below `ebft_mega/`.
+DATA_CODE = ("config", "data", "extension", "io", "registry", "errors.py")
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_a_worker_that_is_still_starting_when_its_parent_is_killed_ends():
     ("module", "start"),
     [
         (loader, lambda: loader._obey_the_rank_only(7, 0)),
-        (worker_pool, lambda: worker_pool._start_worker(7, None, None)),
+        (worker_pool, lambda: worker_pool._start_worker(7, None, None, None)),
     ],
 )
 def test_workers_take_the_process_for_their_parent_that_started_them(monkeypatch, module, start):
