@@ -27,6 +27,7 @@ from ebft_mega.errors import (  # noqa: E402
     EXIT_FAILED,
     EXIT_STOPPED,
     EbftError,
+    EntryError,
     InputProblems,
     PluginError,
     SurroundingsError,
@@ -201,7 +202,8 @@ def run(signals: Signals, started: float) -> int:
         speaks = (
             speaks_for_machine(os.environ) if isinstance(error, SurroundingsError | PluginError) else is_first_rank()
         )
-        if speaks or not isinstance(error, InputProblems):  # all ranks find the same bad input
+        # All ranks find the same bad input, and are told of the same fault of an entry.
+        if speaks or not isinstance(error, InputProblems | EntryError):
             print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:

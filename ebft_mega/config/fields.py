@@ -45,6 +45,12 @@ def registry_of_names(field: FieldInfo) -> Registry[Any] | None:
     return next((item for item in metadata if isinstance(item, Registry)), None)
 
 
+def takes_addresses(field: FieldInfo) -> bool:
+    """Whether a key takes addresses that stores read."""
+    words = field.json_schema_extra
+    return isinstance(words, dict) and STORES_IN_WORDS in str(words.get("allowed", ""))
+
+
 def _type_text(field: FieldInfo) -> str:
     registry = registry_of(field)
     if registry is not None or get_origin(field.annotation) is Literal:

@@ -17,6 +17,7 @@ from ebft_mega.config.section_values import NOTHING, ONE_OF, OPTIONS, describe, 
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml, write_yaml
 from ebft_mega.errors import ConfigError, InputError, PluginError, Problem
 from ebft_mega.io.input_errors import read_input_bytes
+from ebft_mega.registry.plugin_sources import KEY
 
 _WHOLE_FILE = 3  # so many keys of axolotl, and the file is one of axolotl's
 
@@ -39,7 +40,9 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     unplaced = put_in_places(tree, path_keys(), os.environ)
     plugins, of_plugins = load_plugins(tree, places, path)
     problems += of_plugins
-    config, found = _build(tree, entries_are_missing=bool(of_plugins))
+    # With names that are no list nothing was imported; the schema says so.
+    entries_are_missing = bool(of_plugins) or not isinstance(tree.get(KEY, []), list)
+    config, found = _build(tree, entries_are_missing)
     unplaced += found
     config = config.with_places(places | {"": str(path)}).with_plugins(plugins)
     # What an entry needs and nobody has given is missed where the entry is named.

@@ -7,12 +7,13 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ebft_mega.config.axolotl.axolotl_keys import SIMILAR, foreign_key, our_name
-from ebft_mega.config.fields import allowed_text, registry_of, registry_of_names, yaml_text
+from ebft_mega.config.fields import allowed_text, registry_of, registry_of_names, takes_addresses, yaml_text
 from ebft_mega.config.rules import refusal_reason
 from ebft_mega.config.schema import SECTIONS, RunConfig, all_keys
 from ebft_mega.errors import Problem
 from ebft_mega.extension.options import Section
 from ebft_mega.registry.registry import Registry
+from ebft_mega.registry.store_addresses import address_problem
 from ebft_mega.shown_text import without_secrets
 
 OPTIONS = "options"  # the key whose sections are those of entries
@@ -95,7 +96,11 @@ def explain(
     registry = registry_of(field)
     choices = list(registry.names()) if registry else [str(choice) for choice in get_args(field.annotation)]
     near = difflib.get_close_matches(str(values[name]), choices, n=1) if isinstance(values[name], str) else []
-    return Problem("", key, describe(values[name]), allowed_text(field), near[0] if near else "")
+    found = describe(values[name])
+    if takes_addresses(field) and isinstance(values[name], str) and "://" in values[name]:
+        reason = address_problem(values[name])  # in words without the address, which may hold a secret
+        found = f"{found}: {reason}" if reason else found
+    return Problem("", key, found, allowed_text(field), near[0] if near else "")
 
 
 def _explain_named(registry: Registry[Any], key: str, name: str, values: Mapping[Any, Any], is_name: bool) -> Problem:

@@ -1,7 +1,7 @@
 """Rewards and advantages of rollouts, by the entries that a configuration names."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -22,8 +22,9 @@ from ebft_mega.reward.block_inputs import BlockInputs
 from ebft_mega.reward.block_rewards import block_rewards
 from ebft_mega.reward.sampled_blocks import Decode, SampledBlocks
 from ebft_mega.reward.whitening import Whitening
+from ebft_mega.rollout.generate import Sampled
 from ebft_mega.runtime.agreement import first_problem
-from ebft_mega.types import Experience, Rollout
+from ebft_mega.types import Experience, Rollout, TokenBatch
 
 T = TypeVar("T")
 
@@ -68,6 +69,34 @@ class Rewarding:
         if fault.entry is self.estimator:
             key = "ebft.advantage_estimator"
         return Problem(fault.place, key, fault.found, fault.expected).within(self.place(key))
+
+
+def make_experiences(
+    rewarding: Rewarding,
+    micro_batches: Sequence[TokenBatch],
+    sampled: Sequence[Sampled],
+    grams: Sequence[Tensor],
+    counted_blocks: Sequence[Tensor] | None,
+    device: torch.device,
+) -> list[Experience]:
+    """Rewards and advantages of a step's rollouts, by micro-batch; see `make_experience`.
+
+    Args:
+        counted_blocks: bool [B, K] each, blocks that count; None: all.
+        device: of this rank's collectives.
+    Raises:
+        EntryError: on every rank, where an entry did not hold its contract on one of them.
+    Communication: what `without_faults` says.
+    """
+    counted: Sequence[Tensor | None] = [None] * len(grams) if counted_blocks is None else counted_blocks
+    return without_faults(
+        rewarding,
+        device,
+        lambda: [
+            make_experience(gram, item.rollout, rewarding, blocks, rows.tokens, item.logprobs)
+            for gram, item, blocks, rows in zip(grams, sampled, counted, micro_batches, strict=True)
+        ],
+    )
 
 
 def make_experience(

@@ -27,7 +27,7 @@ from ebft_mega.reward.sampled_blocks import Decode
 from ebft_mega.rollout.forward import SavedForward
 from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.experience import Rewarding, make_experience, without_faults
+from ebft_mega.train.experience import Rewarding, make_experiences
 from ebft_mega.train.loss_masks import LossMasks, loss_masks
 from ebft_mega.types import Experience, Learned, LossTerms, TokenBatch, TokenCounts
 
@@ -42,7 +42,7 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
         StepResult of this rank's replica; `train.step_metrics.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
         reduced, and what `loss_masks` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
-        `learn`; over the world what `without_faults` says, and one norm.
+        `learn`; over the world what `make_experiences` says, and one norm.
     Raises:
         EntryError: on all ranks alike, for an entry that does not hold its contract.
     """
@@ -56,20 +56,17 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
         reuse = trainer.reuse
         with_targets = reuse != "off" and config.ebft.ce_coef > 0
         with timers.phase("rollout"), trainer.policy(recording=reuse == "activations") as policy:
-            wants = (with_targets, "logprobs" in trainer.rewarding.needs)
-            sampled = generate_rollouts(policy, micro_batches, plan, trainer.sampling, step, reuse, *wants)
+            with_logprobs = "logprobs" in trainer.rewarding.needs
+            sampled = generate_rollouts(
+                policy, micro_batches, plan, trainer.sampling, step, reuse, with_targets, with_logprobs
+            )
         rollouts = [item.rollout for item in sampled]
         with timers.phase("features"):
             grams = trainer.feature_network.grams(micro_batches, rollouts, plan)
         with timers.phase("reward"):
-            counted_blocks = [None] * len(grams) if masks is None else masks.blocks
-            experiences = without_faults(
-                trainer.rewarding,
-                trainer.groups.device,
-                lambda: [
-                    make_experience(gram, item.rollout, trainer.rewarding, blocks, rows.tokens, item.logprobs)
-                    for gram, item, blocks, rows in zip(grams, sampled, counted_blocks, micro_batches, strict=True)
-                ],
+            counted_blocks = None if masks is None else masks.blocks
+            experiences = make_experiences(
+                trainer.rewarding, micro_batches, sampled, grams, counted_blocks, trainer.groups.device
             )
     with timers.phase("learn"):
         learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)

@@ -1,15 +1,22 @@
 """Clients of the stores that addresses name. Imports no torch, and no store before it is used."""
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ebft_mega.config.entries import read_options
+from ebft_mega.errors import DamagedDataError, EbftError
+from ebft_mega.extension.entry import place_of_entry
+from ebft_mega.extension.entry_fault import line_within
 from ebft_mega.extension.store import Store, StoreClient, Transfer
 from ebft_mega.io.input_errors import bad_input
 from ebft_mega.registry.kinds import STORES
 from ebft_mega.registry.plugins import entry_again, plugin_of
 from ebft_mega.registry.store_addresses import address_problem, schemes_in_words, store_of
+
+logger = logging.getLogger(__name__)
 
 Options = Mapping[str, Mapping[str, Any]]  # of stores, by their names: what `load_config` has checked
 
@@ -57,34 +64,59 @@ class PluginClient(StoreClient):
 
     def __init__(self, plugin: str, name: str, options: dict[str, Any], transfer: Transfer):
         self._arguments = plugin, name, options, transfer
-        self._client = new_client(entry_again(plugin, STORES, name), options, transfer)
+        self._store = entry_again(plugin, STORES, name)
+        self._client = new_client(self._store, options, transfer)
 
     def __reduce__(self) -> tuple[object, ...]:
         return PluginClient, self._arguments
 
     def fixed(self, address: str) -> str:
         """The address of a folder as it is now."""
-        return self._client.fixed(address)
+        with self._faults_of(address):
+            return self._client.fixed(address)
 
     def size(self, url: str) -> int:
         """Ask for a file's size in bytes."""
-        return self._client.size(url)
+        with self._faults_of(url):
+            return self._client.size(url)
 
     def version(self, url: str) -> str:
         """What the server called the contents of a file when it was last asked."""
-        return self._client.version(url)
+        with self._faults_of(url):
+            return self._client.version(url)
 
     def chunks(self, url: str, start: int, stop: int, total_bytes: int) -> Iterator[bytes]:
         """Read a byte range in order."""
-        return self._client.chunks(url, start, stop, total_bytes)
+        chunks = iter(self._client.chunks(url, start, stop, total_bytes))
+        while True:
+            with self._faults_of(url):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
     def small_file(self, url: str, limit_bytes: int, absent_if_forbidden: bool = False) -> bytes | None:
         """Read a whole file of unknown size."""
-        return self._client.small_file(url, limit_bytes, absent_if_forbidden)
+        with self._faults_of(url):
+            return self._client.small_file(url, limit_bytes, absent_if_forbidden)
 
     def close(self) -> None:
         """Close idle connections."""
         self._client.close()
+
+    @contextmanager
+    def _faults_of(self, url: str) -> Iterator[None]:
+        """Let what the plugin's code raises unforeseen be an error of the place, with the line that raised it."""
+        try:
+            yield
+        except (EbftError, OSError):
+            raise
+        except Exception as error:
+            logger.info("the store %s failed", self._store.name, exc_info=error)
+            line = line_within(self._store, error)
+            place = f"{place_of_entry(self._store)}{f', line {line}' if line else ''}"
+            found = f"{type(error).__name__} of the store {self._store.name} ({place}): {error}"
+            raise DamagedDataError(url, None, "an answer", found) from error
 
 
 def _is_installed(module: str) -> bool:

@@ -28,7 +28,7 @@ def https_address_problem(address: str) -> str | None:
     if parts.scheme.lower() != "https":
         return f"the scheme {parts.scheme!r}"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        return "a user, password, query or fragment"
+        return "credentials, a query or a fragment"
     if not port_is_valid or not address.isprintable() or not _PLAIN.fullmatch(address):
         return _NO_PLACE
     return None

@@ -269,3 +269,8 @@ def test_a_required_option_is_missed_where_the_entry_is_named(problems, load, tm
     path.write_text(PLUGIN.replace('key(1.0, "Scale."', 'key(..., "Scale."'))
     (line,) = problems(WITH)
     assert line == "c.yaml:6: options.length.scale: found nothing; expected a number > 0 (this key is required)"
+
+
+def test_a_plugin_without_brackets_is_the_only_problem(problems):
+    (line,) = problems(WITH.replace("[rewards/mine.py]", "rewards/mine.py") + "options: {length: {}}\n")
+    assert "plugins: found 'rewards/mine.py'; expected a list of module names" in line

@@ -11,7 +11,7 @@ import pytest
 
 from ebft_mega.config.load import load_config
 from ebft_mega.data.store.dataset import Dataset
-from ebft_mega.errors import ConfigError
+from ebft_mega.errors import ConfigError, InputError
 from ebft_mega.registry.kinds import STORES
 from tests.unit.data.store.places.conftest import read_all
 
@@ -111,3 +111,20 @@ def test_what_it_does_not_read_is_refused_with_its_scheme_among_the_others(
         with pytest.raises(ConfigError) as caught:
             load_config(configuration(place))
         assert "data.shards" in str(caught.value) and "s3:// or shelf://" in str(caught.value)
+
+
+def test_its_own_reason_against_an_address_is_shown(configuration: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"data.shards: found 'shelf://a\.b': no folder; expected"):
+        load_config(configuration("shelf://a.b"))
+
+
+def test_an_unforeseen_error_of_it_is_one_of_the_place(
+    configuration: Callable[[str], Path], opened: Callable[..., Dataset], dataset_directory: Path, tmp_path: Path
+) -> None:
+    path = configuration(f"shelf://{dataset_directory.name}")
+    plugin = tmp_path / "shelf.py"
+    plugin.write_text(PLUGIN.replace("return self.path(url).stat().st_size", "return {}[url]"))
+    line = 1 + plugin.read_text().splitlines().index("        return {}[url]")
+    config = load_config(path)
+    with pytest.raises(InputError, match=rf"KeyError of the store shelf \({plugin}:\d+, line {line}\)"):
+        opened(config.data.shards, 0, **config.options)
