@@ -426,7 +426,7 @@ def precision() -> dict[str, object]:
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}, dtype=torch.float32):
         trapped = nn.Linear(size, size)
     found = {"exact": exact, "dtype argument is obeyed": trapped.weight.ds_tensor.dtype == torch.float32}
-    found["float16"] = get_accelerator().is_fp16_supported()
+    found["float16"] = bool(get_accelerator().is_fp16_supported())  # it answers None where it means False
     for name, changes in {
         "with": {},
         "accumulated": {"data_types": {}},
