@@ -17,6 +17,7 @@ from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model import head as head_module
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.packed_order import counted_blocks
+from ebft_mega.train import experience as experience_module
 from ebft_mega.train import step as step_module
 from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
@@ -127,7 +128,7 @@ def hidden_state(original, value):
 
 # Owner and name of the function whose result is spoiled, how, and on which rank.
 PLANTS = {
-    "reward": (step_module, "make_experience", reward, LAST_RANK),
+    "reward": (experience_module, "make_experience", reward, LAST_RANK),
     "feature": (network_module, "block_grams", feature, LAST_RANK),
     "sampled logit": (Stage, "logits", sampled_logit, LAST_RANK),
     "scored logit": (head_module, "score_rows", scored_logit, LAST_RANK),
