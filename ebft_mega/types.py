@@ -6,10 +6,12 @@ Shape legend of the whole package (a tensor is written `name [B, P]`):
     P  tokens in a row                       n  samples per anchor
     K  blocks (anchors) in a row             G  tokens generated per block
     R  rollouts of a row in block-major order, R = K * n, index k * n + j
+    N  nodes of a forest's level: what rollouts share, `ebft_mega/forest.py`
     L  layers    T  tapped layers    H  hidden size    V  vocabulary    D  feature size
 
 A *row* is what the papers call a document of a step; a *document* is one source text, of which a row may hold
-several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever they leave the model.
+several. Rollouts are stored as `[B, n, K, G]` (sample before block) wherever they leave the model. Inside, the rows of
+a micro-batch share one sequence of S positions: hidden states are `[S, 1, H]` (megatron-core's order).
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ebft_mega.forest import Forest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by their names in a configuration
 
@@ -88,6 +92,7 @@ class Rollout:
     """What the policy sampled for the rows of a micro-batch."""
 
     tokens: Tensor  # int64 [B, n, K, G]
+    forest: Forest  # the same, as what begins alike
     # bool [B, K], false where the logits of any token were not all finite; None: it is not known
     finite_blocks: Tensor | None = None
 

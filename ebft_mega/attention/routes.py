@@ -33,12 +33,13 @@ class AttentionRoute(Protocol):
 
         Args:
             pattern: which query sees which key.
-            document_query: [B, heads, Nd, d]; own_query: [B, heads, R, Tq, d]; Nd or R * Tq may be 0.
+            document_query: [B, heads, Nd, d]; own_query: [heads, Nq, d], the asking nodes of all rows, level by level;
+                Nd or Nq may be 0.
             document_key, document_value: [B, groups, D, d], groups dividing heads; head h asks group
                 h // (heads / groups).
-            own_key, own_value: [B, groups, R, Tk, d]; rollouts block-major (k * n + j).
+            own_key, own_value: [groups, Nk, d], of the nodes of all levels.
         Returns:
-            (document's outputs [B, heads, Nd, d], rollouts' outputs [B, heads, R, Tq, d]).
+            (documents' outputs [B, heads, Nd, d], nodes' outputs [heads, Nq, d]).
         Communication: none.
         """
 

@@ -1,15 +1,12 @@
-"""Attention in two parts, merged into one softmax: the document prefix, and a rollout's own tokens.
+"""Attention in two parts, merged into one softmax: the document prefix, and a node's own path.
 
 No score outlives a kernel call: saved for the backward pass are queries, keys, values, outputs and one log-normaliser
-per query. The document's keys and values are read where they are, by all samples and heads; nothing is copied per
-sample. Masked documents are calls of their own on views of their rows and keys.
+per query. The document's keys and values are read where they are, by all nodes and heads; nothing of it is copied.
+Masked documents are calls of their own on views of their rows and keys, and so are rows whose anchors have different
+numbers of nodes. Of the nodes on a path, which are few, keys and values are gathered, a level at a time.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +17,7 @@ from torch.autograd.function import once_differentiable
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.attention.prefix_kernels import PrefixKernel, prefix_kernel
 from ebft_mega.attention.softmax_merge import merge, small_backward, small_forward
-
-# Plans cached: a run has one per pass of a step (document, G - 1 tokens, packed, features), and they repeat every step.
-_PLANS = 64
-# With document masking plans never repeat: cached for as many micro-batches as a pipeline stage may have in flight.
-_MASKED_PLANS = 16
-_ALL_ROWS = slice(None)
+from ebft_mega.attention.two_part_plan import CausalDocument, OwnPaths, Plan, Span, plan_of
 
 
 @dataclass(frozen=True)
@@ -56,133 +48,6 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Neighbouring queries that one kernel call serves."""
-
-    batch: slice  # the rows of the micro-batch that they are in
-    queries: slice
-    keys: slice  # document keys that any of them sees
-    hidden: Tensor  # bool [queries, width]: true where a query must not see one of the last `width` keys
-
-
-@dataclass(frozen=True)
-class _Document:
-    """A document whose queries are its first ones, one after another: a causal kernel serves them."""
-
-    batch: slice
-    positions: slice  # of queries and keys alike
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The kernel calls of a pattern."""
-
-    causal: tuple[_Document, ...]  # serve the document queries; if there are none, spans do
-    document: tuple[_Span, ...]
-    rollouts: tuple[_Span, ...]  # queries: rollout-major, then tokens
-    own_future: Tensor | None  # bool [Tq, Tk]; None if nothing is hidden
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """How many document keys queries see that belong to one document of one row (or of all rows alike)."""
-
-    batch: slice
-    first_key: int  # where the document starts
-    first_query: int  # how many limits of its row are before
-    limits: tuple[int, ...]  # increasing, more than `first_key`
-
-
-def _plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
-    """The calls of a pattern; rows of one document each need no masking."""
-    if pattern.document_starts is None or all(len(starts) == 1 for starts in pattern.document_starts):
-        return _shared_plan(replace(pattern, document_starts=None), edge, device)
-    return _masked_plan(pattern, edge, device)
-
-
-@lru_cache(maxsize=_PLANS)
-def _shared_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
-    rollouts = (_Limits(_ALL_ROWS, 0, 0, pattern.anchors),) if pattern.own_queries else ()
-    per_block = pattern.num_samples * pattern.own_queries
-    future = _own_future(pattern, device)
-    if _asks_from_the_start(pattern):
-        causal = (_Document(_ALL_ROWS, slice(0, len(pattern.document_queries))),)
-        return _Plan(causal, (), _spans(rollouts, per_block, edge, device), future)
-    document = (_Limits(_ALL_ROWS, 0, 0, pattern.document_limits),)
-    return _Plan((), _spans(document, 1, edge, device), _spans(rollouts, per_block, edge, device), future)
-
-
-@lru_cache(maxsize=_MASKED_PLANS)
-def _masked_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> _Plan:
-    starts = pattern.document_starts
-    assert starts is not None, "a plan of masked documents"
-    rollouts: tuple[_Span, ...] = ()
-    if pattern.own_queries:
-        per_block = pattern.num_samples * pattern.own_queries
-        rollouts = _masked_spans(pattern.anchors, starts, per_block, edge, device)
-    future = _own_future(pattern, device)
-    if _asks_from_the_start(pattern):
-        length = len(pattern.document_queries)
-        ends = ((*row[1:], length) for row in starts)
-        causal = tuple(
-            _Document(slice(index, index + 1), slice(start, min(end, length)))
-            for index, (row, row_ends) in enumerate(zip(starts, ends, strict=True))
-            for start, end in zip(row, row_ends, strict=True)
-            if start < length
-        )
-        return _Plan(causal, (), rollouts, future)
-    document = _masked_spans(pattern.document_limits, starts, 1, edge, device)
-    return _Plan((), document, rollouts, future)
-
-
-def _asks_from_the_start(pattern: AttentionPattern) -> bool:
-    asking = pattern.document_queries
-    return bool(asking) and asking[-1] == len(asking) - 1
-
-
-def _own_future(pattern: AttentionPattern, device: torch.device) -> Tensor | None:
-    num_queries, num_keys = pattern.own_queries, pattern.own_keys
-    if num_queries <= 1:
-        return None
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(1 + num_keys - num_queries)
-
-
-@lru_cache(maxsize=_MASKED_PLANS)  # the same for all tokens of a decode
-def _masked_spans(
-    limits: tuple[int, ...], starts: tuple[tuple[int, ...], ...], queries_each: int, edge: int, device: torch.device
-) -> tuple[_Span, ...]:
-    """Spans of every row's queries, none across documents; a query is in the document of the last key that it sees."""
-    parts = []
-    for index, row in enumerate(starts):
-        # A limit that is a start belongs to the document before it.
-        cuts = [bisect_right(limits, start) for start in row] + [len(limits)]
-        for start, (first, end) in zip(row, pairwise(cuts), strict=True):
-            if first < end:
-                parts.append(_Limits(slice(index, index + 1), start, first, limits[first:end]))
-    return _spans(parts, queries_each, edge, device)
-
-
-def _spans(parts: Sequence[_Limits], queries_each: int, edge: int, device: torch.device) -> tuple[_Span, ...]:
-    """Cut queries by increasing limits, `queries_each` per limit, where the ragged edge would exceed `edge` keys."""
-    spans = []
-    # One copy to the device for all spans: each would wait for it.
-    everything = torch.tensor([limit for part in parts for limit in part.limits], dtype=torch.int64, device=device)
-    for part, on_device in zip(parts, everything.split([len(part.limits) for part in parts]), strict=True):
-        limits, start = part.limits, 0
-        while start < len(limits):
-            end = start + 1
-            while end < len(limits) and limits[end] - limits[start] <= edge:
-                end += 1
-            per_query = on_device[start:end].repeat_interleave(queries_each)
-            hidden = torch.arange(limits[start], limits[end - 1], device=device) >= per_query[:, None]
-            first, last = part.first_query + start, part.first_query + end
-            queries = slice(first * queries_each, last * queries_each)
-            spans.append(_Span(part.batch, queries, slice(part.first_key, limits[end - 1]), hidden))
-            start = end
-    return tuple(spans)
-
-
 class _TwoPart(Function):
     """Both parts of both kinds of query as one node of the graph, so that only merged results are saved."""
 
@@ -198,20 +63,19 @@ class _TwoPart(Function):
         own_key: Tensor,
         own_value: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        plan = _plan(pattern, kernel.edge, document_key.device)
+        plan = plan_of(pattern, kernel.edge, document_key.device)
         document = document_key, document_value
         if plan.causal:
             document_out, document_lse = _causal_forward(kernel, plan.causal, document_query, *document)
         else:
             document_out, document_lse = _prefix_forward(kernel, plan.document, document_query, *document)
 
-        own_out, own_lse = _prefix_forward(kernel, plan.rollouts, own_query.flatten(2, 3), *document)
-        if plan.rollouts:
-            local = small_forward(*_per_rollout(own_query, own_key, own_value), _tiled(plan, own_query, own_key))
-            local_out, local_lse = (_flat(part, own_query) for part in local)
-            merged, own_lse = merge(own_out, own_lse, local_out, local_lse)
+        own_out, own_lse = own_query, own_query.new_empty(0)
+        if plan.nodes:
+            from_prefix = _prefix_forward(kernel, plan.nodes, _to_rows(plan, own_query), *document)
+            out, lse = (_to_levels(plan, part) for part in from_prefix)
+            merged, own_lse = merge(out, lse, *_paths_forward(plan, own_query, own_key, own_value))
             own_out = merged.to(own_query.dtype)
-        own_out = own_out.view(own_query.shape)
 
         ctx.plan, ctx.kernel = plan, kernel
         ctx.save_for_backward(
@@ -240,33 +104,87 @@ class _TwoPart(Function):
                 kernel, plan.document, document_grad, document_query, *document, document_out, document_lse, sums
             )
 
-        grad_own_query, grad_own_key, grad_own_value = (
-            torch.zeros_like(tensor) for tensor in (own_query, own_key, own_value)
-        )
-        if plan.rollouts:
-            flat_grad, flat_query, flat_out = (tensor.flatten(2, 3) for tensor in (own_grad, own_query, own_out))
-            from_prefix = _prefix_backward(
-                kernel, plan.rollouts, flat_grad, flat_query, *document, flat_out, own_lse, sums
+        own_sums = torch.zeros_like(own_key, dtype=wide), torch.zeros_like(own_value, dtype=wide)
+        grad_own_query = torch.zeros_like(own_query)
+        if plan.nodes:
+            grad, query, out, lse = (_to_rows(plan, t) for t in (own_grad, own_query, own_out, own_lse))
+            from_prefix = _prefix_backward(kernel, plan.nodes, grad, query, *document, out, lse, sums)
+            grad_own_query = _to_levels(plan, from_prefix) + _paths_backward(
+                plan, own_grad, own_query, own_key, own_value, own_out, own_lse, own_sums
             )
-            query, key, value = _per_rollout(own_query, own_key, own_value)
-            grad, out = (_queries_per_rollout(tensor, key.shape[1]) for tensor in (own_grad, own_out))
-            lse = _queries_per_rollout(own_lse.unflatten(2, own_query.shape[2:4])[..., None], key.shape[1])[..., 0]
-            local = small_backward(grad, query, key, value, out, lse, _tiled(plan, own_query, own_key))
-            grad_own_query = (from_prefix + _flat(local[0], own_query)).view(own_query.shape)
-            grad_own_key, grad_own_value = local[1], local[2]
         return (
             None,
             None,
             grad_document_query.to(document_query.dtype),
             grad_own_query.to(own_query.dtype),
             *(total.to(document_key.dtype) for total in sums),
-            grad_own_key.to(own_key.dtype),
-            grad_own_value.to(own_value.dtype),
+            *(total.to(own_key.dtype) for total in own_sums),
         )
 
 
+def _to_rows(plan: Plan, values: Tensor) -> Tensor:
+    """Nodes level by level, [heads, Nq, ...], by row, block and level: [1 or B, heads, Nq or Nq / B, ...]."""
+    sorted_values = values if plan.by_row is None else values.index_select(1, plan.by_row)
+    return sorted_values.unflatten(1, (plan.rows_asking, -1)).transpose(0, 1)
+
+
+def _to_levels(plan: Plan, values: Tensor) -> Tensor:
+    """The inverse of `_to_rows`."""
+    together = values.transpose(0, 1).flatten(1, 2)
+    return together if plan.to_levels is None else together.index_select(1, plan.to_levels)
+
+
+def _paths_forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of nodes over their own paths: averages [heads, Nq, d] and log-normalisers [heads, Nq]."""
+    outs, normalizers = [], []
+    for own in plan.paths:
+        out, lse = small_forward(*_on_paths(own, query, key, value), None)
+        outs.append(_from_groups(out))
+        normalizers.append(_from_groups(lse))
+    return torch.cat(outs, dim=1), torch.cat(normalizers, dim=1)
+
+
+def _paths_backward(
+    plan: Plan,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The queries' gradient [heads, Nq, d]; what the nodes' keys and values get is added to `sums`."""
+    parts = []
+    for own in plan.paths:
+        asking, keys, values = _on_paths(own, query, key, value)
+        grads, outs, normalizers = (_by_group(own, tensor, len(key)) for tensor in (grad, out, lse))
+        towards_query, *others = small_backward(grads, asking, keys, values, outs, normalizers, None)
+        parts.append(_from_groups(towards_query))
+        for total, towards in zip(sums, others, strict=True):
+            total.index_add_(1, own.path.flatten(), towards.flatten(1, 2).to(total.dtype))
+    return torch.cat(parts, dim=1)
+
+
+def _on_paths(own: OwnPaths, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A level's queries [groups, N, heads / groups, d], and the keys and values of their paths [groups, N, T, d]."""
+    where = own.path.flatten()
+    gathered = (tensor.index_select(1, where).unflatten(1, own.path.shape) for tensor in (key, value))
+    return (_by_group(own, query, len(key)), *gathered)
+
+
+def _by_group(own: OwnPaths, values: Tensor, groups: int) -> Tensor:
+    """Of a level's nodes, [heads, Nq, ...] -> [groups, N, heads / groups, ...]."""
+    return values[:, own.queries].unflatten(0, (groups, -1)).transpose(1, 2)
+
+
+def _from_groups(values: Tensor) -> Tensor:
+    """[groups, N, heads / groups, ...] -> [heads, N, ...]."""
+    return values.transpose(1, 2).flatten(0, 1)
+
+
 def _causal_forward(
-    kernel: PrefixKernel, documents: tuple[_Document, ...], query: Tensor, key: Tensor, value: Tensor
+    kernel: PrefixKernel, documents: tuple[CausalDocument, ...], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All document queries' outputs [B, heads, Nd, d] and log-normalisers [B, heads, Nd]."""
     if len(documents) == 1:
@@ -281,7 +199,7 @@ def _causal_forward(
 
 def _causal_backward(
     kernel: PrefixKernel,
-    documents: tuple[_Document, ...],
+    documents: tuple[CausalDocument, ...],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -307,14 +225,14 @@ def _causal_backward(
 
 
 def _prefix_forward(
-    kernel: PrefixKernel, spans: tuple[_Span, ...], query: Tensor, key: Tensor, value: Tensor
+    kernel: PrefixKernel, spans: tuple[Span, ...], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All spans' outputs [B, heads, queries, d] and log-normalisers [B, heads, queries]."""
     out, lse = _empty_results(query)
     for span in spans:
-        batch, queries = span.batch, span.queries
-        seen = key[batch, :, span.keys], value[batch, :, span.keys]
-        out[batch, :, queries], lse[batch, :, queries] = kernel.forward(query[batch, :, queries], *seen, span.hidden)
+        asking, queries = span.asking, span.queries
+        seen = key[span.batch, :, span.keys], value[span.batch, :, span.keys]
+        out[asking, :, queries], lse[asking, :, queries] = kernel.forward(query[asking, :, queries], *seen, span.hidden)
     return out, lse
 
 
@@ -327,7 +245,7 @@ def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _prefix_backward(
     kernel: PrefixKernel,
-    spans: tuple[_Span, ...],
+    spans: tuple[Span, ...],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -339,31 +257,11 @@ def _prefix_backward(
     """The queries' gradient [B, heads, queries, d]; what keys and values get is added to `sums`."""
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for span in spans:
-        batch, queries = span.batch, span.queries
-        seen = key[batch, :, span.keys], value[batch, :, span.keys]
-        parts = out[batch, :, queries], lse[batch, :, queries]
-        grads = kernel.backward(grad[batch, :, queries], query[batch, :, queries], *seen, *parts, span.hidden)
-        grad_query[batch, :, queries] = grads[0]
+        asking, queries = span.asking, span.queries
+        seen = key[span.batch, :, span.keys], value[span.batch, :, span.keys]
+        parts = out[asking, :, queries], lse[asking, :, queries]
+        grads = kernel.backward(grad[asking, :, queries], query[asking, :, queries], *seen, *parts, span.hidden)
+        grad_query[asking, :, queries] = grads[0]
         for total, part in zip(sums, grads[1:], strict=True):
-            total[batch, :, span.keys] += part
+            total[span.batch, :, span.keys] += part
     return grad_query
-
-
-def _queries_per_rollout(query: Tensor, groups: int) -> Tensor:
-    """[B, heads, R, Tq, d] -> [B, groups, R, heads / groups * Tq, d]."""
-    return query.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
-
-
-def _per_rollout(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _queries_per_rollout(query, key.shape[1]), key, value
-
-
-def _flat(tensor: Tensor, query: Tensor) -> Tensor:
-    """[B, groups, R, heads / groups * Tq, ...] -> [B, heads, R * Tq, ...], for a query [B, heads, R, Tq, d]."""
-    apart = tensor.unflatten(3, (-1, query.shape[3])).transpose(2, 3)  # [B, groups, heads / groups, R, Tq, ...]
-    return apart.flatten(1, 2).flatten(2, 3)
-
-
-def _tiled(plan: _Plan, query: Tensor, key: Tensor) -> Tensor | None:
-    """Which of its own keys each query of a rollout does not see, [heads / groups * Tq, Tk]."""
-    return None if plan.own_future is None else plan.own_future.repeat(query.shape[1] // key.shape[1], 1)

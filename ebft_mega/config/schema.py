@@ -57,6 +57,9 @@ class EbftConfig(Section):
     top_p: float = key(
         1.0, "Nucleus sampling: probability mass of the tokens that may be sampled; 1: all tokens.", gt=0, le=1
     )
+    merge_equal_prefixes: bool = key(
+        True, "(ours) Compute what rollouts of an anchor begin with alike once. It changes no number, only the cost."
+    )
     feature_layers: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = key(

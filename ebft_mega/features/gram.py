@@ -10,6 +10,8 @@ after the hidden states is float64: whitening tells a duplicate from a near-dupl
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -22,8 +24,10 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import Problem
 from ebft_mega.extension.entry_fault import EntryFaultError, answer_of, require_tensor
 from ebft_mega.extension.feature_map import FeatureMap
+from ebft_mega.forest import Forest
 from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.rollout.packed_order import document_rows
 
 FeatureNorm = Literal["joint", "per_layer"]
 KEY = "ebft.embed_method"
@@ -91,31 +95,44 @@ class FeatureRecipe:
 
 @dataclass(frozen=True)
 class PooledRows:
-    """Which rows of a packed pass (the document, then all rollouts whole) features are made of."""
+    """Which rows of a packed pass (whole rows of text, then all nodes) features are made of."""
 
     read: ReadRows  # each row once
-    places: Tensor  # int64 [K, n + 1, T], which of those rows; the target's window is in the document
+    places: Tensor  # int64 [B, K, n + 1, T], which of those rows; the target's window is in the document
 
     @classmethod
-    def of(cls, plan: BlockPlan, window: range, device: torch.device) -> "PooledRows":
-        """The rows of a plan's features.
+    def of(cls, plan: BlockPlan, window: range, forest: Forest) -> "PooledRows":
+        """The rows of a micro-batch's features.
 
         Args:
             window: T positions of each window of G, the last ones (`FeatureMap.positions`).
         """
-        tokens = len(window)
-        # Windows overlap where the stride is smaller than they are.
-        document = sorted({anchor + t for anchor in plan.anchors for t in window})
-        rollouts = plan.sequence_length + torch.arange(
-            plan.rollouts_per_row * window.start, plan.generated_per_row, device=device
-        )
-        positions = torch.cat((torch.tensor(document, device=device), rollouts))
-        place = {position: index for index, position in enumerate(document)}
-        targets = torch.tensor([[place[anchor + t] for t in window] for anchor in plan.anchors], device=device)
-        sampled = len(document) + torch.arange(len(rollouts), device=device)
-        by_rollout = sampled.view(tokens, plan.num_blocks, plan.num_samples).permute(1, 2, 0)  # [K, n, T]
-        places = torch.cat((by_rollout, targets[:, None]), dim=1)
-        return cls(ReadRows(tuple(document), tokens, positions), places)
+        levels = forest.levels[window.start :]
+        device, rows = levels[0].first.device, forest.num_rows
+        document, targets = _target_windows(plan, window, device)
+        before = rows * plan.sequence_length + forest.up_to(window.start).num_nodes
+        nodes = torch.arange(before, before + sum(map(len, levels)), device=device)
+        positions = torch.cat((document_rows(document, rows, plan.sequence_length), nodes))
+        firsts = accumulate(map(len, levels), initial=rows * len(document))
+        sampled = forest.by_sample([level.of_rollout + first for level, first in zip(levels, firsts, strict=False)])
+        in_row = torch.arange(rows, device=device)[:, None, None, None] * len(document) + targets[:, None]
+        places = torch.cat((sampled.transpose(1, 2), in_row), dim=2)
+        return cls(ReadRows(_window_positions(plan, window), len(levels), positions), places)
+
+
+@lru_cache(maxsize=16)
+def _window_positions(plan: BlockPlan, window: range) -> tuple[int, ...]:
+    """Positions of a row that are in any target's window, each once: windows overlap where the stride is smaller."""
+    return tuple(sorted({anchor + t for anchor in plan.anchors for t in window}))
+
+
+@lru_cache(maxsize=16)
+def _target_windows(plan: BlockPlan, window: range, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Those positions on the device, and which of them are in each window: int64 [K, T]."""
+    document = _window_positions(plan, window)
+    place = {position: index for index, position in enumerate(document)}
+    targets = torch.tensor([[place[anchor + t] for t in window] for anchor in plan.anchors], device=device)
+    return torch.tensor(document, device=device), targets
 
 
 def inner_products(features: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.errors import EntryError
 from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.features.gram import FeatureRecipe, PooledRows, block_grams
+from ebft_mega.forest import Forest
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring
@@ -52,10 +53,10 @@ class FeatureNetwork:
     def grams(self, micro_batches: Sequence[TokenBatch], rollouts: Sequence[Rollout], plan: BlockPlan) -> list[Tensor]:
         """Inner products of each block's rollout features and target feature, per micro-batch.
 
-        One packed pass per micro-batch: the document once, all rollouts beside it; the target's feature is read
-        from the document itself. In the deepest tapped layer only rows that are read go through what follows the
-        attention. Features stay on the ranks that computed them. Rollouts with equal tokens get equal rows, whatever
-        a kernel rounds.
+        One packed pass per micro-batch: the document once, all nodes of rollouts beside it; the target's feature is
+        read from the document itself. In the deepest tapped layer only rows that are read go through what follows the
+        attention. Features stay on the ranks that computed them. Rollouts with equal tokens get equal inner products,
+        whatever a kernel rounds where they are not merged.
 
         Returns:
             float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target. NaN
@@ -66,27 +67,28 @@ class FeatureNetwork:
             not one of the package's own what `first_problem` says, so all replicas must call it equally often.
         """
         tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
-        pooled = PooledRows.of(plan, self.recipe.window, self.stage.groups.device)
+        pooled = [PooledRows.of(plan, self.recipe.window, rollout.forest) for rollout in rollouts]
 
         def hidden_buffer(slot: Slot) -> Tensor:
-            length = plan.sequence_length + plan.generated_per_row
+            length = micro_batches[slot.micro_batch].tokens.numel() + rollouts[slot.micro_batch].forest.num_nodes
             if not self.stage.shape.num_layers:  # behind the deepest tap: a pipeline may be longer than a network
-                length = len(pooled.read.positions)
-            return self.stage.hidden.empty(length, len(micro_batches[slot.micro_batch].tokens))
+                length = len(pooled[slot.micro_batch].read.positions)
+            return self.stage.hidden.empty(length)
 
         with self.whole_parameters() as whole:
 
             def run(slot: Slot, received: Tensor | None) -> Tensor:
-                batch, rollout = micro_batches[slot.micro_batch], rollouts[slot.micro_batch]
-                hidden, rows = whole(lambda stage: self._packed_pass(stage, batch, rollout, plan, pooled, received))
+                index = slot.micro_batch
+                batch, forest, read = micro_batches[index], rollouts[index].forest, pooled[index]
+                hidden, rows = whole(lambda stage: self._packed_pass(stage, batch, forest, plan, read, received))
                 tapped.append(rows)
                 return hidden
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
         faults: list[EntryFaultError] = []
         grams = [
-            copy_duplicate_rows(self._gram(rows, rollout, pooled, faults), rollout.tokens)
-            for rows, rollout in zip(tapped, rollouts, strict=True)
+            copy_duplicate_rows(self._gram(rows, read, faults), rollout.tokens)
+            for rows, rollout, read in zip(tapped, rollouts, pooled, strict=True)
         ]
         self._require_faultless(faults)
         return [
@@ -108,30 +110,29 @@ class FeatureNetwork:
         self,
         stage: Stage,
         batch: TokenBatch,
-        rollout: Rollout,
+        forest: Forest,
         plan: BlockPlan,
         pooled: PooledRows,
         received: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states for the next stage, and the rows of this stage's taps that this rank is to multiply."""
-        sequence, positions = packed_sequence(batch.tokens, rollout.tokens, plan, batch.documents)
+        sequence, positions = packed_sequence(batch.tokens, forest, plan, batch.documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
+            num_rows=len(batch.tokens),
             document_length=plan.sequence_length,
-            tokens_per_rollout=plan.generate_length,
+            forest=forest,
             documents=batch.documents,
         )
         entering = sequence if received is None else received
         if not stage.shape.num_layers and received is not None:
             return received, []
         hidden, rows_of_taps = stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
-        return hidden, [rows[pooled.places].permute(3, 0, 1, 2, 4) for rows in rows_of_taps]
+        return hidden, [rows[:, 0][pooled.places] for rows in rows_of_taps]
 
-    def _gram(
-        self, rows: Sequence[Tensor], rollout: Rollout, pooled: PooledRows, faults: list[EntryFaultError]
-    ) -> Tensor:
+    def _gram(self, rows: Sequence[Tensor], pooled: PooledRows, faults: list[EntryFaultError]) -> Tensor:
         """Gram matrices of a micro-batch."""
-        shape = (len(rollout.tokens), *pooled.places.shape)
         groups = self.stage.groups
+        shape = tuple(pooled.places.shape)
         return block_grams(rows, shape, self.recipe, groups, groups.device, self._stage_weights, faults)

@@ -58,9 +58,9 @@ class HiddenShape:
         by_shard = [part.unflatten(0, (self.sequence_shards, -1)) for part in padded]
         return torch.cat(by_shard, dim=1).flatten(0, 1)
 
-    def empty(self, length: int, rows: int) -> Tensor:
-        """A buffer for this rank's part of a pass of `length` positions: [S, rows, H]."""
-        shape = (self.padded(length) // self.sequence_shards, rows, self.hidden_size)
+    def empty(self, length: int) -> Tensor:
+        """A buffer for this rank's part of a pass of `length` positions: [S, 1, H]."""
+        shape = (self.padded(length) // self.sequence_shards, 1, self.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
@@ -68,12 +68,12 @@ def select_positions(hidden: Tensor, positions: Tensor, shards: int, groups: Pro
     """Some positions of a pass, every tensor-parallel rank with its slice of the hidden dimension.
 
     Args:
-        hidden: as `Stage.hidden_states` returned them, [S / shards, B, H]; without gradient.
+        hidden: as `Stage.hidden_states` returned them, [S / shards, 1, H]; without gradient.
         positions: int64 [N], of the whole sequence.
         shards: `HiddenShape.sequence_shards`.
     Returns:
-        [N, B, H / tensor-parallel ranks].
-    Communication: none, or with sequence parallelism one all-to-all, in which N * B * H values are exchanged from
+        [N, 1, H / tensor-parallel ranks].
+    Communication: none, or with sequence parallelism one all-to-all, in which N * H values are exchanged from
         slices of the sequence to slices of the hidden dimension.
     """
     ranks, rank = groups.tensor_parallel_size, groups.tensor_parallel_rank
@@ -82,8 +82,8 @@ def select_positions(hidden: Tensor, positions: Tensor, shards: int, groups: Pro
         return hidden[..., rank * width : (rank + 1) * width][positions]
     length = hidden.shape[0]
     owner = positions // length
-    here = hidden[positions[owner == rank] - rank * length]  # [own N, B, H]
-    sent = here.unflatten(-1, (ranks, -1)).movedim(-2, 0).contiguous()  # [ranks, own N, B, H / ranks]
+    here = hidden[positions[owner == rank] - rank * length]  # [own N, 1, H]
+    sent = here.unflatten(-1, (ranks, -1)).movedim(-2, 0).contiguous()  # [ranks, own N, 1, H / ranks]
     received = hidden.new_empty((positions.numel(), *sent.shape[2:]))
     counts = torch.bincount(owner, minlength=ranks).tolist()
     dist.all_to_all_single(

@@ -29,11 +29,11 @@ def replay(
 
     Args:
         saved: emptied by the backward pass, layer by layer.
-        entering: what the first layer's gradient flows to, [S / shards, B, H] with gradient; its value is not read.
-        positions: int64 [S] or [S, B]; layout: of the packed pass.
+        entering: what the first layer's gradient flows to, [S / shards, 1, H] with gradient; its value is not read.
+        positions: int64 [S]; layout: of the packed pass.
         pass_lengths: positions of each pass that filled `saved`.
     Returns:
-        [S / shards, B, H] before the final norm; where the stage has no head a placeholder for its gradient.
+        [S / shards, 1, H] before the final norm; where the stage has no head a placeholder for its gradient.
     Communication: in the backward pass that of the layers, forward and backward.
     """
     hidden: Tensor = _Replay.apply(entering, stage, saved, stage.angles(positions, pass_lengths), layout)

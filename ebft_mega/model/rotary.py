@@ -45,10 +45,9 @@ def rotary_angles(frequencies: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         frequencies: float32 [head_dim / 2].
-        positions: int64 [S], or [S, B] where they differ between rows.
+        positions: int64 [S].
     Returns:
-        float32 [S, 1 or B, 1, head_dim].
+        float32 [S, 1, 1, head_dim].
     """
-    by_row = positions[:, None] if positions.dim() == 1 else positions
-    angles = by_row.to(torch.float32)[..., None] * frequencies
-    return torch.cat((angles, angles), dim=-1)[:, :, None]
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    return torch.cat((angles, angles), dim=-1)[:, None, None]

@@ -12,11 +12,11 @@ class SavedInputs:
         self._inputs: list[list[Tensor]] = [[] for _ in range(num_layers + has_output)]
 
     def add(self, layer: int, entering: Tensor) -> None:
-        """Save what entered a layer (or left the last one) in one more pass: [S of the pass / shards, B, H]."""
+        """Save what entered a layer (or left the last one) in one more pass: [S of the pass / shards, 1, H]."""
         self._inputs[layer].append(entering.detach())
 
     def take(self, layer: int) -> Tensor:
-        """What entered a layer in all passes, one behind the other, [S / shards, B, H]; it is freed here."""
+        """What entered a layer in all passes, one behind the other, [S / shards, 1, H]; it is freed here."""
         inputs, self._inputs[layer] = self._inputs[layer], []
         return torch.cat(inputs)
 

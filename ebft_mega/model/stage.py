@@ -36,7 +36,8 @@ from ebft_mega.parallel.vocabulary import VocabularySlice
 class Stage(nn.Module):
     """Embedding, layers, final norm and head, as far as `shape` has them; one tensor-parallel rank's slices.
 
-    Hidden states are `[S, B, H]` (megatron-core's order) everywhere inside; under sequence parallelism each
+    Hidden states are `[S, 1, H]` everywhere inside: the rows of a micro-batch share one sequence of S positions
+    (megatron-core's order is sequence, batch, hidden). Under sequence parallelism each
     tensor-parallel rank has a run of S / ranks positions between the layers.
     """
 
@@ -115,11 +116,11 @@ class Stage(nn.Module):
         """Hidden states that enter the first layer.
 
         Args:
-            tokens: int64 [B, S].
+            tokens: int64 [1, S].
         Returns:
-            [S, B, H]; with sequence parallelism [padded S / ranks, B, H], this rank's positions.
+            [S, 1, H]; with sequence parallelism [padded S / ranks, 1, H], this rank's positions.
         Communication: over the tensor-parallel group one all-reduce (a reduce-scatter under sequence parallelism) of
-            S * B * H values.
+            S * H values.
         """
         assert self.embedding is not None, "only the first stage embeds"
         filler = self.hidden.padded(tokens.shape[1]) - tokens.shape[1]
@@ -136,12 +137,12 @@ class Stage(nn.Module):
         """Run this stage's layers over one pass.
 
         Args:
-            entering: tokens int64 [B, S] where the stage has the embedding, else the hidden states that the stage
+            entering: tokens int64 [1, S] where the stage has the embedding, else the hidden states that the stage
                 before returned.
-            positions: int64 [S] or, where rows differ, [S, B], rotary positions; layout: what may attend to what.
+            positions: int64 [S], rotary positions; layout: what may attend to what.
             saved: where to put the inputs of the layers.
         Returns:
-            [S, B, H] before the final norm. With sequence parallelism [padded S / ranks, B, H], this rank's positions.
+            [S, 1, H] before the final norm. With sequence parallelism [padded S / ranks, 1, H], this rank's positions.
         Communication: tensor-parallel collectives inside the layers.
         """
         angles = self.angles(positions)
@@ -171,7 +172,7 @@ class Stage(nn.Module):
                 its stage.
         Returns:
             Hidden states for the next stage, and for each tap on this stage the N rows of `read` with this
-            tensor-parallel rank's slice of the hidden dimension, [N, B, H / ranks].
+            tensor-parallel rank's slice of the hidden dimension, [N, 1, H / ranks].
         Communication: that of the layers, of `layer_of_read_rows` and of `select_positions`.
         """
         read = replace(read, filler=self.hidden.padded(len(read.positions)) - len(read.positions))
@@ -197,9 +198,9 @@ class Stage(nn.Module):
         """Rotary angles of a pass, in the order in which layers see it.
 
         Args:
-            positions: int64 [S] or [S, B]; pass_lengths: as in `HiddenShape.order`, None for a single pass.
+            positions: int64 [S]; pass_lengths: as in `HiddenShape.order`, None for a single pass.
         Returns:
-            float32 [S and filler, 1 or B, 1, head_dim].
+            float32 [S and filler, 1, 1, head_dim].
         """
         in_sequence = self.hidden.in_sequence(positions, pass_lengths or (len(positions),))
         return rotary_angles(self.rotary_frequencies, in_sequence)
@@ -210,10 +211,10 @@ class Stage(nn.Module):
         """A layer of which only some rows are read: only they go through what follows its attention.
 
         Args:
-            hidden: [S, B, H] (with sequence parallelism this rank's positions); layout: of all, with `read`.
+            hidden: [S, 1, H] (with sequence parallelism this rank's positions); layout: of all, with `read`.
         Returns:
-            [N, B, H], the rows that are read (this rank's of them and of the filler).
-        Communication: that of the layer; with sequence parallelism one more all-gather of S * B * H values.
+            [N, 1, H], the rows that are read (this rank's of them and of the filler).
+        Communication: that of the layer; with sequence parallelism one more all-gather of S * H values.
         """
         assert layout.read is not None, "a layer that is read whole is called as it is"
         attended, _ = layer.self_attention(layer.input_layernorm(hidden), attention_mask=layout, rotary_pos_emb=angles)
@@ -231,8 +232,8 @@ class Stage(nn.Module):
             hidden: as `hidden_states` returned them; length: S, positions without filler; order: as in
                 `StridedLayout`.
         Returns:
-            [S, B, H].
-        Communication: with sequence parallelism one all-gather of S * B * H values; nothing in the backward pass.
+            [S, 1, H].
+        Communication: with sequence parallelism one all-gather of S * H values; nothing in the backward pass.
         """
         if self.sequence_parallel:
             # Whatever follows is the same on every rank, so each keeps its own positions' gradient.

@@ -54,19 +54,23 @@ def run_ring(
     hidden_buffer: Callable[[Slot], Tensor],
     num_passes: int = 1,
     returned_buffer: Callable[[Slot], Tensor] | None = None,
+    take_returned: Callable[[Slot, Tensor], None] | None = None,
 ) -> None:
     """Take every micro-batch through all stages `num_passes` times.
 
     In every tick all stages run one slot, then all send their results at once. In tick t stage s runs slot t - s.
 
     Args:
-        run: one pass through this stage. Its input are the hidden states of the stage before; on the first stage what
-            the last one returned for this micro-batch, or None in pass 0. It returns hidden states for the next
-            stage; on the last stage what is sent back to the first (after the last pass nothing is sent).
-        hidden_buffer: an empty tensor for the hidden states that enter this stage in a slot.
+        run: one pass through this stage. Its input are the hidden states of the stage before; None on the first stage.
+            It returns hidden states for the next stage; on the last stage what is returned to all stages (after the
+            last pass nothing is).
+        hidden_buffer: an empty tensor for the hidden states that enter this stage in a slot. Its size may depend on
+            what was returned of the slots before.
         num_passes: 1 for a plain forward pass.
         returned_buffer: an empty tensor for what the last stage returns; needed for more than one pass.
-    Communication: per slot one send to the next stage; from the last stage to the first in all but the last pass.
+        take_returned: called on every stage with a slot and what the last stage returned for it, before any stage runs
+            the next pass of that micro-batch; needed for more than one pass.
+    Communication: per slot one send to the next stage; from the last stage to every other in all but the last pass.
     """
     slots = ring_slots(num_micro_batches, num_passes, groups.pipeline_size)
     stage, last = groups.pipeline_rank, groups.pipeline_size - 1
@@ -76,32 +80,27 @@ def run_ring(
         return slots[index] if 0 <= index < len(slots) else None
 
     hidden: Tensor | None = None
-    returned: dict[int, Tensor] = {}  # by micro-batch
     for tick in range(len(slots) + last):
         slot = at(tick, stage)
-        output = None
-        if slot is not None:
-            received = returned.pop(slot.micro_batch, None) if stage == 0 else hidden
-            output = run(slot, received)
-        coming_back = at(tick, last)
-        if coming_back is not None and coming_back.pass_index == num_passes - 1:
-            coming_back = None
-        if last == 0:
-            if coming_back is not None and output is not None:
-                returned[coming_back.micro_batch] = output
-            continue
+        output = None if slot is None else run(slot, hidden)
+        returning = at(tick, last)
+        if returning is not None and returning.pass_index == num_passes - 1:
+            returning = None
+        returned = output if stage == last and returning is not None else None
         incoming = at(tick, stage - 1) if stage else None
-        hidden = hidden_buffer(incoming) if incoming is not None else None
-        back = returned_buffer(coming_back) if returned_buffer and coming_back is not None and stage == 0 else None
+        hidden = None if incoming is None else hidden_buffer(incoming)
+        buffer = returned_buffer(returning) if returned_buffer and returning is not None and stage < last else None
         hand_over(
             groups,
             forward=output if stage < last else None,
             from_previous=hidden,
-            back_to_first=output if stage == last and coming_back is not None else None,
-            from_last=back,
+            to_all=returned,
+            from_last=buffer,
         )
-        if back is not None and coming_back is not None:
-            returned[coming_back.micro_batch] = back
+        if returning is not None and take_returned is not None:
+            found = returned if stage == last else buffer
+            assert found is not None, "the last stage returns something in all but the last pass"
+            take_returned(returning, found)
 
 
 def hand_over(
@@ -109,7 +108,7 @@ def hand_over(
     *,
     forward: Tensor | None = None,
     from_previous: Tensor | None = None,
-    back_to_first: Tensor | None = None,
+    to_all: Tensor | None = None,
     from_last: Tensor | None = None,
     backward: Tensor | None = None,
     from_next: Tensor | None = None,
@@ -117,21 +116,21 @@ def hand_over(
     """Send and receive at once whatever is not None; returns when the received tensors are filled.
 
     Communication: point to point within the pipeline, in one batch, so that two stages that send to each other
-    cannot wait for each other.
+    cannot wait for each other; `to_all` is one message for each earlier stage.
     """
     group, stage, size = groups.pipeline_parallel, groups.pipeline_rank, groups.pipeline_size
     operations = []
-    for operation, tensor, peer in (
-        (dist.isend, forward, stage + 1),
-        (dist.isend, backward, stage - 1),
-        (dist.isend, back_to_first, 0),
-        (dist.irecv, from_previous, stage - 1),
-        (dist.irecv, from_next, stage + 1),
-        (dist.irecv, from_last, size - 1),
+    for operation, tensor, peers in (
+        (dist.isend, forward, [stage + 1]),
+        (dist.isend, backward, [stage - 1]),
+        (dist.isend, to_all, range(size - 1)),
+        (dist.irecv, from_previous, [stage - 1]),
+        (dist.irecv, from_next, [stage + 1]),
+        (dist.irecv, from_last, [size - 1]),
     ):
         if tensor is not None:
             tensor = tensor.detach().contiguous() if operation is dist.isend else tensor
-            operations.append(dist.P2POp(operation, tensor, group=group, group_peer=peer))
+            operations += [dist.P2POp(operation, tensor, group=group, group_peer=peer) for peer in peers]
     if operations:
         for request in dist.batch_isend_irecv(operations):
             request.wait()

@@ -8,23 +8,8 @@ directions. So equality is decided by token ids, and equal rollouts are given on
 import torch
 from torch import Tensor
 
+from ebft_mega.forest import first_equal
 from ebft_mega.reward.marked_blocks import finite_blocks, mark_blocks
-
-
-def first_equal(rows: Tensor) -> Tensor:
-    """For every row, the index of the first row that equals it.
-
-    Args:
-        rows: [..., n, X].
-    Returns:
-        int64 [..., n], at most the row's own index.
-    Communication: none.
-    """
-    num_rows = rows.shape[-2]
-    equal = (rows[..., :, None, :] == rows[..., None, :, :]).all(dim=-1)
-    # A row with NaN equals not even itself; it must not be taken for the first.
-    equal = equal | torch.eye(num_rows, dtype=torch.bool, device=rows.device)
-    return equal.to(torch.uint8).argmax(dim=-1)
 
 
 def copy_duplicate_rows(gram: Tensor, rollouts: Tensor) -> Tensor:

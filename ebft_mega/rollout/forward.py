@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.forest import Forest
 from ebft_mega.model.head import RowScores
 from ebft_mega.model.replay import replay
 from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
-from ebft_mega.rollout.packed_order import packed_positions
+from ebft_mega.rollout.packed_order import packed_sequence
 from ebft_mega.types import RowDocuments
 
 
@@ -20,8 +21,8 @@ from ebft_mega.types import RowDocuments
 class SavedForward:
     """What one stage keeps of a micro-batch's rollout; used up by one gradient pass."""
 
-    pass_lengths: list[int] = field(default_factory=list)  # positions of each pass: the document, then R for each token
-    scores: list[RowScores] = field(default_factory=list)  # last stage: of each token, rows by position, then B
+    pass_lengths: list[int] = field(default_factory=list)  # positions of each pass: documents, then nodes by level
+    scores: list[RowScores] = field(default_factory=list)  # last stage: of each token, the rows that it was drawn from
     inputs: SavedInputs | None = None  # checkpoints
     entering: list[Tensor] = field(default_factory=list)  # activations: leaves that received hidden states, by pass
     leaving: list[Tensor] = field(default_factory=list)  # activations: hidden states before the final norm, by pass
@@ -31,7 +32,7 @@ class SavedForward:
         self,
         stage: Stage,
         document: Tensor,
-        rollouts: Tensor,
+        forest: Forest,
         plan: BlockPlan,
         documents: RowDocuments | None = None,
     ) -> Tensor:
@@ -39,34 +40,33 @@ class SavedForward:
 
         Args:
             document: int64 [B, D], the document positions of the pass.
-            rollouts: int64 [B, R * T], what was fed back, token-major.
+            forest: the tokens that were fed back.
             documents: with document masking.
         Returns:
-            [S / shards, B, H], each pass's positions behind those of the pass before; where the stage has no head only
+            [S / shards, 1, H], each pass's positions behind those of the pass before; where the stage has no head only
             its gradient has a meaning.
         Communication: for checkpoints that of the embedding now, and of the layers in the backward pass.
         """
         if self.inputs is None:
             return torch.cat(self.leaving)
-        device, shape = document.device, stage.hidden
-        positions = packed_positions(plan, self.pass_lengths[0], len(self.pass_lengths) - 1, device, documents)
+        tokens, positions = packed_sequence(document, forest, plan, documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
-            document_length=self.pass_lengths[0],
-            tokens_per_rollout=len(self.pass_lengths) - 1,
-            order=shape.order(self.pass_lengths),
+            num_rows=len(document),
+            document_length=document.shape[1],
+            forest=forest,
+            order=stage.hidden.order(self.pass_lengths),
             documents=documents,
         )
         if stage.shape.has_embedding:
-            tokens = torch.cat((document, rollouts), dim=1)
             entering = torch.cat([stage.embed(part) for part in tokens.split(self.pass_lengths, dim=1)])
         else:
             entering = self.placeholder = self.inputs.placeholder().requires_grad_()
         return replay(stage, self.inputs, entering, positions, layout, self.pass_lengths)
 
     def entering_gradient(self) -> Tensor:
-        """After the backward pass: gradient of the hidden states that entered the stage, [S / shards, B, H]."""
+        """After the backward pass: gradient of the hidden states that entered the stage, [S / shards, 1, H]."""
         leaves = self.entering if self.placeholder is None else [self.placeholder]
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         assert len(gradients) == len(leaves), "every pass passes a gradient on"
@@ -79,33 +79,34 @@ class SavedForward:
 
 
 def join_scores(parts: Sequence[RowScores]) -> RowScores | None:
-    """Scores of all tokens, first the K anchor rows with n choices each, then one choice for each later row.
+    """Scores of all tokens: of the anchor rows, then of the nodes of each level that was fed back.
 
     Returns:
-        RowScores of K * B + (T * R) * B rows with n choices; of the later rows only the first column means anything.
-        None if there are none (on all but the last stage).
+        RowScores with n choices a row, of which one counts that the row's own rollouts chose. None if there are none
+        (on all but the last stage).
     """
     if not parts:
         return None
-    choices = parts[0].logprobs.shape[1]
     return RowScores(
-        torch.cat([part.logprobs.expand(-1, choices) for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
         torch.cat([part.normalizers for part in parts]),
     )
 
 
-def sampled_logprobs(scores: Sequence[RowScores], plan: BlockPlan) -> Tensor:
-    """Log-probabilities of a rollout's tokens by their places, from the scores of each token.
+def logprobs_of_rollouts(scores: Sequence[Tensor], forest: Forest) -> Tensor:
+    """Log-probabilities of rollouts' tokens by their places, from those of each token's rows.
+
+    A row is scored for the next tokens of all rollouts of its anchor; those count that pass through it. So what all of
+    them weigh adds up in the row's gradient.
 
     Args:
-        scores: of each of the G tokens, as `SavedForward.scores`: of the first K * B rows with n choices each, of a
-            later one K * n * B rows with one.
+        scores: of each of the G tokens [rows, n]: of the B * K anchor rows, then of the nodes of each level.
+        forest: at least the levels that were fed back.
     Returns:
         float32 [B, n, K, G].
     Communication: none.
     """
-    samples, blocks = plan.num_samples, plan.num_blocks
-    first, *later = (score.logprobs for score in scores)
-    tokens = [first.view(blocks, -1, samples).permute(1, 2, 0)]  # [B, n, K]
-    tokens += [logprobs.view(blocks, samples, -1).permute(2, 1, 0) for logprobs in later]
-    return torch.stack(tokens, dim=-1)
+    first, *later = scores
+    sample = torch.arange(forest.num_samples, device=first.device)
+    pairs = zip(later, forest.levels, strict=False)
+    return forest.by_sample([first, *(logprobs[level.of_rollout, sample] for logprobs, level in pairs)])

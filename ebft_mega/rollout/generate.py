@@ -1,6 +1,7 @@
-"""Sample rollouts from all anchors at once: one pass over the document, then one token of every rollout per pass."""
+"""Sample rollouts from all anchors at once: one pass over the document, then one token of every node per pass."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.forest import Forest
 from ebft_mega.model.head import RowScores, score_rows
 from ebft_mega.model.saved_activations import SavedInputs
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.forward import SavedForward, sampled_logprobs
+from ebft_mega.rollout.forward import SavedForward, logprobs_of_rollouts
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.packed_order import anchor_positions, document_positions, generated_positions, to_sequence
+from ebft_mega.rollout.packed_order import anchor_rows, document_positions, node_positions
 from ebft_mega.rollout.sampling import drawn_from_finite, sample_tokens, without_marks
 from ebft_mega.types import Rollout, TokenBatch
 
@@ -28,11 +30,13 @@ class SamplingSettings:
     seed: int
     temperature: float
     top_p: float
+    merge_equal_prefixes: bool = True
 
     @classmethod
     def of(cls, config: RunConfig) -> "SamplingSettings":
         """The sampling of a run."""
-        return cls(config.seed, config.ebft.temperature, config.ebft.top_p)
+        ebft = config.ebft
+        return cls(config.seed, ebft.temperature, ebft.top_p, ebft.merge_equal_prefixes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def generate_rollouts(
     """Sample n continuations of G tokens from every anchor of every row.
 
     The document prefix is processed once; its keys and values serve all samples. The first token comes from the
-    logits at `anchor - 1`, so G tokens cost one document pass and G - 1 decode passes of K * n rows. Pipeline
+    logits at `anchor - 1`, so G tokens cost one document pass and G - 1 decode passes of the nodes so far: at most
+    K * n for each row, fewer where rollouts begin alike (`ebft_mega/forest.py`). Pipeline
     stages work on different micro-batches at the same time; nothing is flushed between passes. With document masking a
     rollout continues the document that the token before its anchor belongs to, and sees nothing of the others.
 
@@ -73,8 +78,9 @@ def generate_rollouts(
         pure function of (weights, row, seed, step, row index, sample, block, token index). Logits that are not finite
         give tokens, too, and a mark of their block.
     Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved or
-        log-probabilities are wanted; along the pipeline hidden states, the tokens of each pass back to the first stage,
-        and one broadcast of all tokens, with another one of all log-probabilities if they are wanted.
+        log-probabilities are wanted; along the pipeline hidden states, the tokens of each pass from the last stage to
+        all others, which grow the same forest of them, and one broadcast of the last tokens, with another one of all
+        log-probabilities if they are wanted. The host waits for the device once per pass (`forest.read_counts`).
     Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
@@ -86,24 +92,25 @@ def generate_rollouts(
         decoding.hidden_buffer,
         num_passes=plan.generate_length,
         returned_buffer=decoding.tokens_buffer,
+        take_returned=decoding.take_tokens,
     )
-    shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks, plan.generate_length) for batch in micro_batches]
-    drawn = [torch.stack(tokens, dim=-1) if tokens else torch.empty(0) for tokens in decoding.drawn]
-    shared = share_from_last_stage(drawn, shapes, torch.int64, model.groups)
+    shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks) for batch in micro_batches]
+    for index, tokens in enumerate(share_from_last_stage(decoding.last_tokens, shapes, torch.int64, model.groups)):
+        decoding.take_tokens(Slot(index, plan.generate_length - 1), tokens)
+    forests = [decoding.forest(index, plan.generate_length) for index in range(len(micro_batches))]
     logprobs: list[Tensor | None] = [None] * len(micro_batches)
     if with_logprobs:
-        of_drawn = [sampled_logprobs(part.scores, plan) if part.scores else torch.empty(0) for part in decoding.saved]
-        logprobs = [*share_from_last_stage(of_drawn, shapes, torch.float32, model.groups)]
+        of_rollouts = [
+            logprobs_of_rollouts([score.logprobs for score in part.scores], forest) if part.scores else torch.empty(0)
+            for part, forest in zip(decoding.saved, forests, strict=True)
+        ]
+        shapes_of_all = [(*shape, plan.generate_length) for shape in shapes]
+        logprobs = [*share_from_last_stage(of_rollouts, shapes_of_all, torch.float32, model.groups)]
     saved = [None if reuse == "off" else part for part in decoding.saved]
     return [
-        Sampled(_rollout(tokens), part, scores) for tokens, part, scores in zip(shared, saved, logprobs, strict=True)
+        Sampled(Rollout(forest.rollouts(), forest, finite), part, scores)
+        for forest, finite, part, scores in zip(forests, decoding.finite, saved, logprobs, strict=True)
     ]
-
-
-def _rollout(marked_tokens: Tensor) -> Rollout:
-    """The rollout of marked tokens [B, n, K, G]."""
-    finite = drawn_from_finite(marked_tokens).all(dim=-1).all(dim=1)
-    return Rollout(without_marks(marked_tokens), finite)
 
 
 class _Decoding:
@@ -127,49 +134,65 @@ class _Decoding:
         self.document_length = plan.document_length(with_targets)
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
         self.saved = [SavedForward() for _ in micro_batches]
-        self.drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # last stage: [B, n, K] per token, marked
+        self.last_tokens: list[Tensor] = []  # last stage: the last token of each rollout, marked, by micro-batch
+        self.finite = [
+            batch.tokens.new_ones((len(batch.tokens), plan.num_blocks), dtype=torch.bool) for batch in micro_batches
+        ]
+        self.forests = [
+            Forest(len(batch.tokens), plan.num_blocks, plan.num_samples, sampling.merge_equal_prefixes)
+            for batch in micro_batches
+        ]
+        self._drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # [B, n, K] each: what is not in the forest yet
+
+    def take_tokens(self, slot: Slot, marked: Tensor) -> None:
+        """Note what was drawn in a slot, on every stage: int64 [B, n, K], marked (`sample_tokens`)."""
+        self.finite[slot.micro_batch] &= drawn_from_finite(marked).all(dim=1)
+        self._drawn[slot.micro_batch].append(without_marks(marked))
+
+    def forest(self, index: int, num_levels: int) -> Forest:
+        """A micro-batch's forest, grown to so many levels: the host waits for the tokens when it needs them."""
+        while len(self.forests[index].levels) < num_levels:
+            self.forests[index] = self.forests[index].extended(self._drawn[index].pop(0))
+        return self.forests[index]
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
         """One pass of one micro-batch through this stage."""
         if slot.pass_index == 0:
-            self.caches[slot.micro_batch] = KeyValueCache(self.plan.generate_length - 1)
+            self.caches[slot.micro_batch] = KeyValueCache()
         output: Tensor = self.model.run(lambda stage: self._pass(stage, slot, received))
         if slot.pass_index == self.plan.generate_length - 1:
             del self.caches[slot.micro_batch]
+            if self.model.groups.is_last_stage:
+                self.last_tokens.append(output)
         return output
 
     def _pass(self, stage: Stage, slot: Slot, received: Tensor | None) -> Tensor:
-        plan, batch = self.plan, self.micro_batches[slot.micro_batch]
-        device, is_document = batch.tokens.device, slot.pass_index == 0
-        if is_document:
-            positions = document_positions(self.document_length, device, batch.documents)
+        plan, batch, forest = self.plan, self.micro_batches[slot.micro_batch], self.forest(*_levels(slot))
+        document_length = self.document_length if slot.pass_index == 0 else 0
+        if slot.pass_index == 0:
+            tokens = batch.tokens[:, :document_length].reshape(1, -1)
+            positions = document_positions(len(batch.tokens), document_length, tokens.device, batch.documents)
         else:
-            positions = generated_positions(plan, slot.pass_index - 1, 1, device, batch.documents)
+            tokens = forest.tokens[-1][None]
+            positions = node_positions(plan, forest.levels[-1], batch.documents)
         layout = StridedLayout.of(
             plan,
             stage.attention,
-            document_length=self.document_length if is_document else 0,
-            tokens_per_rollout=0 if is_document else 1,
+            num_rows=len(batch.tokens),
+            document_length=document_length,
+            forest=forest,
+            new_levels=min(slot.pass_index, 1),
             cache=self.caches[slot.micro_batch],
             documents=batch.documents,
         )
-        if received is None:
-            entering = batch.tokens[:, : self.document_length]
-        elif stage.shape.has_embedding:
-            entering = to_sequence(received[..., None])  # the tokens before, [B, n, K] -> [B, R]
-        else:
-            entering = received
-        hidden = self._hidden_states(stage, slot, entering, positions, layout)
+        hidden = self._hidden_states(stage, slot, tokens if received is None else received, positions, layout)
         if not stage.shape.has_head:
             return hidden
         with torch.no_grad():
-            hidden = stage.whole_sequence(hidden, len(positions))
-            if is_document:
-                # All samples of a block draw their first token from the same logits.
-                hidden = hidden[anchor_positions(plan, device) - 1]
-            tokens = self._draw(stage, slot, hidden.unflatten(0, (plan.num_blocks, -1)))
-        self.drawn[slot.micro_batch].append(tokens)
-        return without_marks(tokens)
+            rows = stage.whole_sequence(hidden, len(positions))[:, 0]
+            if slot.pass_index == 0:
+                rows = rows[anchor_rows(plan, len(batch.tokens), document_length, rows.device)]
+            return self._draw(stage, slot, rows, forest)
 
     def _hidden_states(
         self, stage: Stage, slot: Slot, entering: Tensor, positions: Tensor, layout: StridedLayout
@@ -186,46 +209,71 @@ class _Decoding:
             saved.leaving.append(hidden)
         return hidden
 
-    def _draw(self, stage: Stage, slot: Slot, rows: Tensor) -> Tensor:
-        """Sample the next token of every rollout, a few blocks at a time.
+    def _draw(self, stage: Stage, slot: Slot, rows: Tensor, forest: Forest) -> Tensor:
+        """Sample the next token of every rollout from its row, a few anchors at a time.
 
         Args:
-            rows: [K, 1 or n, B, H] before the final norm, the same on every tensor-parallel rank.
+            rows: [B * K or N, H] before the final norm, of the anchors or of the last level's nodes, the same on every
+                tensor-parallel rank.
         Returns:
             int64 [B, n, K], marked (`sample_tokens`).
         """
-        plan, sampling = self.plan, self.sampling
-        batch, own_slice = self.micro_batches[slot.micro_batch], self.model.vocabulary
-        keys = noise_keys(
-            sampling.seed, self.step, batch.row_indices, plan.num_samples, plan.num_blocks, slot.pass_index
-        )
-        blocks_at_once = max(1, HEAD_ROWS // rows[0, ..., 0].numel())
+        plan, sampling, own_slice = self.plan, self.sampling, self.model.vocabulary
+        samples, row_indices = plan.num_samples, self.micro_batches[slot.micro_batch].row_indices
+        keys = noise_keys(sampling.seed, self.step, row_indices, samples, plan.num_blocks, slot.pass_index)
+        by_anchor = keys.transpose(1, 2).reshape(-1, samples)  # [B * K, n]
+        level = forest.levels[-1] if forest.levels else None
+        starts = range(len(rows) + 1) if level is None else level.starts
         drawn, scores = [], []
-        for part, part_keys in zip(rows.split(blocks_at_once), keys.split(blocks_at_once, dim=2), strict=True):
-            logits = stage.logits(part.flatten(0, 2))
-            spread = logits.view(*part.shape[:3], -1).permute(2, 1, 0, 3)  # [B, 1 or n, blocks, V]
-            tokens = sample_tokens(spread, part_keys, sampling.temperature, sampling.top_p, own_slice)
+        for first, end in _anchors_at_once(starts):
+            own = slice(starts[first], starts[end])  # of the rows
+            if level is None:
+                anchors = torch.arange(end - first, device=rows.device)
+                row_of_rollout = anchors[:, None].expand(-1, samples)
+            else:
+                anchors, row_of_rollout = level.anchors[own] - first, level.of_rollout[first:end] - own.start
+            logits = stage.logits(rows[own])
+            tokens = sample_tokens(
+                logits, row_of_rollout, by_anchor[first:end], sampling.temperature, sampling.top_p, own_slice
+            )
             drawn.append(tokens)
             if self.scores_drawn:
-                # One choice from each row, or at the anchors, whose row all samples share, n.
-                order = (2, 1, 0) if part.shape[1] > 1 else (2, 0, 1)
-                choices = without_marks(tokens).permute(order).reshape(len(logits), -1)
                 temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
-                scores.append(score_rows(logits, choices, temperature, own_slice))
+                scores.append(score_rows(logits, without_marks(tokens)[anchors], temperature, own_slice))
         if scores:
             self.saved[slot.micro_batch].scores.append(
                 RowScores(
                     torch.cat([score.logprobs for score in scores]), torch.cat([score.normalizers for score in scores])
                 )
             )
-        return torch.cat(drawn, dim=2)
+        return torch.cat(drawn).unflatten(0, (len(row_indices), -1)).transpose(1, 2)
 
     def hidden_buffer(self, slot: Slot) -> Tensor:
-        """For the hidden states of the document or of one token per rollout."""
-        length = self.document_length if slot.pass_index == 0 else self.plan.rollouts_per_row
-        return self.model.hidden.empty(length, len(self.micro_batches[slot.micro_batch].tokens))
+        """For the hidden states of the documents or of the last level's nodes."""
+        forest = self.forest(*_levels(slot))
+        if slot.pass_index == 0:
+            return self.model.hidden.empty(forest.num_rows * self.document_length)
+        return self.model.hidden.empty(len(forest.levels[-1]))
 
     def tokens_buffer(self, slot: Slot) -> Tensor:
         """For one token of every rollout."""
         tokens = self.micro_batches[slot.micro_batch].tokens
         return tokens.new_empty((len(tokens), self.plan.num_samples, self.plan.num_blocks))
+
+
+def _levels(slot: Slot) -> tuple[int, int]:
+    """The micro-batch of a slot, and the levels that there are in its pass."""
+    return slot.micro_batch, slot.pass_index
+
+
+def _anchors_at_once(starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut anchors into runs of at most `HEAD_ROWS` rows, or of one anchor.
+
+    Args:
+        starts: of every anchor its first row, and the number of rows.
+    """
+    first = 0
+    while first < len(starts) - 1:
+        end = max(first + 1, bisect_right(starts, starts[first] + HEAD_ROWS) - 1)
+        yield first, end
+        first = end

@@ -1,42 +1,26 @@
-"""Convert rollouts between `[B, n, K, G]` and their order in a packed pass; positions of tokens in that pass.
+"""Where document positions and nodes of rollouts are in a packed pass, and their rotary positions.
 
-A pass is the document, then token 0 of every rollout, then token 1 of every rollout, and so on; that is the order in
-which decoding generates them, so the concatenated passes of a decode are the packed pass. Among themselves the
-rollouts of a row are block-major (block, then sample). The legend of shapes is in `ebft_mega/types.py`.
+A pass is the document positions of all rows, row by row, then the nodes of token 0, then those of token 1, and so on
+(`ebft_mega/forest.py`); that is the order in which decoding generates them, so the concatenated passes of a decode are
+the packed pass. The legend of shapes is in `ebft_mega/types.py`.
 """
 
 import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.forest import Forest, Level
 from ebft_mega.types import RowDocuments, TokenBatch
-
-
-def to_sequence(rollouts: Tensor) -> Tensor:
-    """Flatten rollouts into a pass's sequence.
-
-    Args:
-        rollouts: [B, n, K, T].
-    Returns:
-        [B, T * K * n], token-major.
-    """
-    return rollouts.permute(0, 3, 2, 1).flatten(1)
-
-
-def from_sequence(values: Tensor, plan: BlockPlan) -> Tensor:
-    """The inverse of `to_sequence`.
-
-    Args:
-        values: [B, T * K * n].
-    Returns:
-        [B, n, K, T].
-    """
-    return values.unflatten(1, (-1, plan.num_blocks, plan.num_samples)).permute(0, 3, 2, 1)
 
 
 def anchor_positions(plan: BlockPlan, device: torch.device) -> Tensor:
     """The plan's anchors, int64 [K], made where they are used: a copy from the host would wait for the device."""
     return torch.arange(plan.num_blocks, device=device) * plan.stride + plan.context_length
+
+
+def anchor_rows(plan: BlockPlan, num_rows: int, document_length: int, device: torch.device) -> Tensor:
+    """Places in a pass of the rows that first tokens are drawn from, those before the anchors: int64 [B * K]."""
+    return document_rows(anchor_positions(plan, device) - 1, num_rows, document_length)
 
 
 def counted_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
@@ -59,55 +43,55 @@ def counted_blocks(rows: TokenBatch, plan: BlockPlan) -> Tensor:
     return real & (latest <= anchors - plan.context_length)
 
 
-def document_positions(length: int, device: torch.device, documents: RowDocuments | None = None) -> Tensor:
-    """Rotary positions of the first tokens of a row: int64 [length]; with document masking [length, B], each from 0."""
-    positions = torch.arange(length, device=device)
-    return positions if documents is None else positions[:, None] - documents.token_starts[:, :length].T
+def document_rows(positions: Tensor, num_rows: int, document_length: int) -> Tensor:
+    """Places in a pass of some document positions of every row.
+
+    Args:
+        positions: int64 [X], in a row.
+    Returns:
+        int64 [B * X], row by row.
+    """
+    firsts = torch.arange(num_rows, device=positions.device) * document_length
+    return (firsts[:, None] + positions).flatten()
 
 
-def generated_positions(
-    plan: BlockPlan, first: int, count: int, device: torch.device, documents: RowDocuments | None = None
+def document_positions(
+    num_rows: int, length: int, device: torch.device, documents: RowDocuments | None = None
 ) -> Tensor:
-    """Rotary positions of tokens `first .. first + count - 1` of every rollout, token-major.
+    """Rotary positions of the first tokens of every row: int64 [B * length]; with document masking each from 0."""
+    positions = torch.arange(length, device=device)
+    if documents is None:
+        return positions.repeat(num_rows)
+    return (positions - documents.token_starts[:, :length]).flatten()
+
+
+def node_positions(plan: BlockPlan, level: Level, documents: RowDocuments | None = None) -> Tensor:
+    """Rotary positions of a level's nodes, int64 [N].
 
     A generated token has the position of the target token it stands for, `anchor + t`; with document masking counted
     from the start of the document that it continues, that of the token before the anchor.
-
-    Returns:
-        int64 [count * K * n], or with document masking [count * K * n, B].
     """
-    # [K, n] without `repeat_interleave`, for the same reason
-    anchors = anchor_positions(plan, device)[:, None].expand(-1, plan.num_samples).flatten()
-    tokens = torch.arange(first, first + count, device=device)
+    anchors = anchor_positions(plan, level.first.device)
     if documents is None:
-        return (tokens[:, None] + anchors).flatten()
-    continued = anchors[:, None] - documents.token_starts[:, anchors - 1].T  # [K * n, B]
-    return (tokens[:, None, None] + continued).flatten(0, 1)
-
-
-def packed_positions(
-    plan: BlockPlan,
-    document_length: int,
-    tokens_per_rollout: int,
-    device: torch.device,
-    documents: RowDocuments | None = None,
-) -> Tensor:
-    """Rotary positions of a document prefix and of the first tokens of every rollout: int64 [S] or, masked, [S, B]."""
-    document = document_positions(document_length, device, documents)
-    return torch.cat((document, generated_positions(plan, 0, tokens_per_rollout, device, documents)))
+        return anchors[level.anchors % plan.num_blocks] + (level.path.shape[1] - 1)
+    continued = anchors - documents.token_starts[:, anchors - 1]  # [B, K]
+    return continued.flatten()[level.anchors] + (level.path.shape[1] - 1)
 
 
 def packed_sequence(
-    tokens: Tensor, rollouts: Tensor, plan: BlockPlan, documents: RowDocuments | None = None
+    tokens: Tensor, forest: Forest | None, plan: BlockPlan, documents: RowDocuments | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A document prefix followed by rollouts, with rotary positions.
+    """A document prefix of every row followed by the nodes of rollouts, with rotary positions.
 
     Args:
         tokens: int64 [B, D], the first D tokens of each row.
-        rollouts: int64 [B, n, K, T], the first T tokens of each rollout.
+        forest: the first tokens of each rollout; None: none.
         documents: with document masking.
     Returns:
-        Tokens int64 [B, D + T * R] and positions int64 [D + T * R], or with document masking [D + T * R, B].
+        Tokens int64 [1, S] and positions int64 [S]; S is B * D and all nodes.
     """
-    positions = packed_positions(plan, tokens.shape[1], rollouts.shape[3], tokens.device, documents)
-    return torch.cat((tokens, to_sequence(rollouts)), dim=1), positions
+    levels = () if forest is None else forest.levels
+    nodes = () if forest is None else forest.tokens
+    positions = [document_positions(len(tokens), tokens.shape[1], tokens.device, documents)]
+    positions += [node_positions(plan, level, documents) for level in levels]
+    return torch.cat((tokens.flatten(), *nodes))[None], torch.cat(positions)

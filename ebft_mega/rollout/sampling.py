@@ -21,12 +21,14 @@ from ebft_mega.rollout.noise import gumbel
 SEARCH_BITS = 4
 
 
-def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float, own_slice: VocabularySlice) -> Tensor:
+def sample_tokens(
+    logits: Tensor, rows: Tensor, keys: Tensor, temperature: float, top_p: float, own_slice: VocabularySlice
+) -> Tensor:
     """Draw one token for every key.
 
     Args:
-        logits: [..., width], this rank's columns, any float dtype; leading dimensions broadcast to those of
-            `keys`: samples that share logits need no copies of them (pass a dimension of size 1).
+        logits: [N, width], this rank's columns, any float dtype.
+        rows: int64 [...], which of them each token is drawn from: samples that share logits need no copies of them.
         keys: int64 [...], of `noise_keys`, the same on all ranks.
         temperature: > 0.
         top_p: in (0, 1]; below 1 only the nucleus is drawn from.
@@ -48,9 +50,9 @@ def sample_tokens(logits: Tensor, keys: Tensor, temperature: float, top_p: float
     marked = own_slice.has_nan_or_minus_infinity(scaled)
     if top_p < 1:
         scaled = keep_nucleus(scaled, top_p, own_slice)
-    score, block = block_scores(scaled, keys, own_slice).max(dim=-1)
-    token = token_in_block(scaled, keys, block, own_slice)
-    score = score.masked_fill(marked, torch.nan)  # which wins on every rank, as the largest of all numbers
+    score, block = block_scores(scaled, rows, keys, own_slice).max(dim=-1)
+    token = token_in_block(scaled, rows, keys, block, own_slice)
+    score = score.masked_fill(marked[rows], torch.nan)  # which wins on every rank, as the largest of all numbers
     # One message for both numbers: token ids are exact in float64.
     scores, tokens = own_slice.gather(torch.stack((score, token.to(score.dtype)))).unbind(dim=1)
     best = scores.argmax(dim=0, keepdim=True)
@@ -101,13 +103,12 @@ def keep_nucleus(logits: Tensor, top_p: float, own_slice: VocabularySlice) -> Te
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
-def block_scores(logits: Tensor, keys: Tensor, own_slice: VocabularySlice) -> Tensor:
+def block_scores(logits: Tensor, rows: Tensor, keys: Tensor, own_slice: VocabularySlice) -> Tensor:
     """Noisy log-probability (up to a constant) of each of this rank's vocabulary blocks; the largest of all wins.
 
     Args:
-        logits: [..., width] at temperature, excluded tokens minus infinity; leading dimensions broadcast to
-            `keys`.
-        keys: int64 [...].
+        logits: [N, width] at temperature, excluded tokens minus infinity.
+        rows: int64 [...], which of them; keys: int64 [...].
     Returns:
         float64 [..., blocks]; minus infinity for a block without a finite logit.
     Communication: none.
@@ -118,16 +119,15 @@ def block_scores(logits: Tensor, keys: Tensor, own_slice: VocabularySlice) -> Te
     last = F.pad(last, (0, own_slice.block_width - last_block), value=-torch.inf)
     blocks = full.unflatten(-1, (own_slice.num_blocks - 1, own_slice.block_width)), last[..., None, :]
     masses = torch.cat([block.logsumexp(dim=-1) for block in blocks], dim=-1)
-    return masses + gumbel(keys, own_slice.first_block + torch.arange(own_slice.num_blocks, device=keys.device))
+    return masses[rows] + gumbel(keys, own_slice.first_block + torch.arange(own_slice.num_blocks, device=keys.device))
 
 
-def token_in_block(logits: Tensor, keys: Tensor, block: Tensor, own_slice: VocabularySlice) -> Tensor:
+def token_in_block(logits: Tensor, rows: Tensor, keys: Tensor, block: Tensor, own_slice: VocabularySlice) -> Tensor:
     """Draw a token of one of this rank's vocabulary blocks.
 
     Args:
-        logits: [..., width] at temperature, excluded tokens minus infinity; leading dimensions broadcast to
-            `keys`.
-        keys: int64 [...].
+        logits: [N, width] at temperature, excluded tokens minus infinity.
+        rows: int64 [...], which of them; keys: int64 [...].
         block: int64, shape of `keys`, counted from this rank's first. For a block without a finite logit the
             result is one of its ids, maybe of no token.
     Returns:
@@ -136,7 +136,7 @@ def token_in_block(logits: Tensor, keys: Tensor, block: Tensor, own_slice: Vocab
     """
     offsets = torch.arange(own_slice.block_width, device=keys.device)
     columns = block[..., None] * own_slice.block_width + offsets  # the last block may reach past the columns
-    own = logits.expand(*keys.shape, own_slice.width).gather(-1, columns.clamp(max=own_slice.width - 1))
+    own = logits[rows[..., None], columns.clamp(max=own_slice.width - 1)]
     own = own.masked_fill(columns >= own_slice.width, -torch.inf)
     # Slots after the blocks' own: the two levels need independent noise.
     choice = (own + gumbel(keys, NUM_VOCABULARY_BLOCKS + offsets)).argmax(dim=-1)

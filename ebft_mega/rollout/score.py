@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.forest import Forest
 from ebft_mega.model.head import RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
-from ebft_mega.rollout.forward import SavedForward, join_scores
-from ebft_mega.rollout.packed_order import anchor_positions, from_sequence, packed_sequence, to_sequence
+from ebft_mega.rollout.forward import SavedForward, join_scores, logprobs_of_rollouts
+from ebft_mega.rollout.packed_order import anchor_rows, packed_sequence
 from ebft_mega.types import PolicyLogprobs, RowDocuments
 
 
@@ -21,7 +22,7 @@ class ScoreRequest:
     """The tokens that one forward pass of the policy scores."""
 
     tokens: Tensor  # int64 [B, P]
-    rollouts: Tensor | None  # int64 [B, n, K, G]; None: no rollout log-probabilities
+    forest: Forest | None  # the rollouts, whole; None: no rollout log-probabilities
     targets: bool  # whether the log-probabilities of the row's own tokens are wanted
     temperature: float  # of the rollouts' log-probabilities
     documents: RowDocuments | None = None  # with document masking
@@ -29,31 +30,32 @@ class ScoreRequest:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the log-probabilities, rollouts before targets."""
         rows, length = self.tokens.shape
-        shapes: list[tuple[int, ...]] = [] if self.rollouts is None else [tuple(self.rollouts.shape)]
+        shapes: list[tuple[int, ...]] = []
+        if self.forest is not None:
+            shapes.append((rows, self.forest.num_samples, self.forest.num_blocks, len(self.forest.levels)))
         return [*shapes, (rows, length - 1)] if self.targets else shapes
 
     def logprobs(self, values: Sequence[Tensor]) -> PolicyLogprobs:
         """Log-probabilities of those shapes by their names."""
         remaining = list(values)
         return PolicyLogprobs(
-            rollout=remaining.pop(0) if self.rollouts is not None else None,
+            rollout=remaining.pop(0) if self.forest is not None else None,
             target=remaining.pop(0) if self.targets else None,
         )
 
     def document_length(self, plan: BlockPlan) -> int:
-        """D, document positions of the pass: only rows whose output is read are computed."""
-        return self.tokens.shape[1] - 1 if self.targets else plan.anchors[-1]
+        """D, document positions of each row in the pass: only rows whose output is read are computed."""
+        return plan.document_length(self.targets)
+
+    @property
+    def fed_back(self) -> Forest | None:
+        """The tokens that predict another: all but the last ones."""
+        return None if self.forest is None else self.forest.up_to(len(self.forest.levels) - 1)
 
     def num_positions(self, plan: BlockPlan) -> int:
-        """S, all positions of the pass; the last token of a rollout predicts nothing."""
-        generated = 0 if self.rollouts is None else plan.rollouts_per_row * (plan.generate_length - 1)
-        return self.document_length(plan) + generated
-
-    def fed_back(self, plan: BlockPlan) -> Tensor:
-        """Rollout tokens that predict another: int64 [B, n, K, G - 1], or without rollouts none."""
-        if self.rollouts is None:
-            return self.tokens.new_empty((len(self.tokens), plan.num_samples, plan.num_blocks, 0))
-        return self.rollouts[..., :-1]
+        """S, all positions of the pass."""
+        fed_back = self.fed_back
+        return len(self.tokens) * self.document_length(plan) + (0 if fed_back is None else fed_back.num_nodes)
 
 
 def score(
@@ -78,35 +80,32 @@ def score(
     Communication: that of the layers (of `SavedForward.hidden_states`) and of `VocabularyHead.forward`.
     Source: EBFT paper (arXiv 2603.12248), strided mode; label pairing of the authors' `prepare_logprobs`.
     """
-    document, fed_back = request.tokens[:, : request.document_length(plan)], request.fed_back(plan)
+    document = request.tokens[:, : request.document_length(plan)]
     if saved is None:
-        hidden = _hidden_states(stage, document, fed_back, plan, received, request.documents)
+        hidden = _hidden_states(stage, document, request, plan, received)
         pass_lengths, known = [request.num_positions(plan)], None
     else:
-        hidden = saved.hidden_states(stage, document, to_sequence(fed_back), plan, request.documents)
+        assert request.fed_back is not None, "what was saved is a rollout"
+        hidden = saved.hidden_states(stage, document, request.fed_back, plan, request.documents)
         pass_lengths, known = saved.pass_lengths, join_scores(saved.scores)
     if not stage.shape.has_head:
         return (hidden,)
-    hidden = stage.whole_sequence(hidden, sum(pass_lengths), stage.hidden.order(pass_lengths))  # [S, B, H]
-    return _scored(stage, hidden, request, plan, known)
+    hidden = stage.whole_sequence(hidden, sum(pass_lengths), stage.hidden.order(pass_lengths))  # [S, 1, H]
+    return _scored(stage, hidden[:, 0], request, plan, known)
 
 
 def _hidden_states(
-    stage: Stage,
-    document: Tensor,
-    fed_back: Tensor,
-    plan: BlockPlan,
-    received: Tensor | None,
-    documents: RowDocuments | None,
+    stage: Stage, document: Tensor, request: ScoreRequest, plan: BlockPlan, received: Tensor | None
 ) -> Tensor:
     """One packed pass through the stage."""
-    sequence, positions = packed_sequence(document, fed_back, plan, documents)
+    sequence, positions = packed_sequence(document, request.fed_back, plan, request.documents)
     layout = StridedLayout.of(
         plan,
         stage.attention,
+        num_rows=len(document),
         document_length=document.shape[1],
-        tokens_per_rollout=fed_back.shape[3],
-        documents=documents,
+        forest=request.fed_back,
+        documents=request.documents,
     )
     return stage.hidden_states(sequence if received is None else received, positions, layout)
 
@@ -117,40 +116,36 @@ def _scored(
     """Pick the rows that predict something and score what they predict.
 
     Args:
-        hidden: [S, B, H] before the final norm; known: scores of the rollouts' rows.
+        hidden: [S, H] before the final norm; known: scores of the rollouts' rows.
     """
-    tokens, rollouts, device = request.tokens, request.rollouts, hidden.device
-    num_rows, document = len(tokens), request.document_length(plan)
-    positions, choices, temperatures = [], [], []
-    if rollouts is not None:
-        # All samples of a block draw their first token from the row before the anchor: n choices. A later row has one,
-        # repeated to the same number.
-        positions += [anchor_positions(plan, device) - 1, torch.arange(document, len(hidden), device=device)]
-        later = to_sequence(rollouts[..., 1:]).T[..., None]  # [T * R, B, 1]
-        choices += [rollouts[..., 0].permute(2, 0, 1), later.expand(-1, -1, plan.num_samples)]
-        temperatures += [request.temperature] * 2
+    tokens, forest, device = request.tokens, request.forest, hidden.device
+    document = len(tokens) * request.document_length(plan)
+    rows, choices, temperatures = [], [], []
+    if forest is not None:
+        rows += [anchor_rows(plan, len(tokens), request.document_length(plan), device)]
+        rows += [torch.arange(document, len(hidden), device=device)]
+        choices += [forest.drawn(0)]
+        choices += [forest.drawn(t + 1)[level.anchors] for t, level in enumerate(forest.levels[:-1])]
+        temperatures += [request.temperature] * len(choices)
     if request.targets:
-        positions.append(torch.arange(document, device=device))
-        width = 1 if rollouts is None else plan.num_samples
-        choices.append(tokens[:, 1:].T[..., None].expand(-1, -1, width))
+        rows.append(torch.arange(document, device=device))
+        width = 1 if forest is None else forest.num_samples
+        choices.append(tokens[:, 1:].reshape(-1, 1).expand(-1, width))
         temperatures.append(1.0)
-    sizes = [len(part) for part in positions]
+    sizes = [len(part) for part in choices]
     temperature = torch.cat(
         [
-            torch.full((size * num_rows,), value, dtype=torch.float64, device=device)
+            torch.full((size,), value, dtype=torch.float64, device=device)
             for size, value in zip(sizes, temperatures, strict=True)
         ]
     )
-    scored = ScoredTokens(torch.cat(choices).flatten(0, 1), temperature, known)
-    logprobs = stage.logprobs(hidden[torch.cat(positions)].flatten(0, 1), scored)
-    parts = list(logprobs.unflatten(0, (-1, num_rows)).split(sizes))  # [positions, B, choices] each
+    scored = ScoredTokens(torch.cat(choices), temperature, known)
+    parts = list(stage.logprobs(hidden[torch.cat(rows)], scored).split(sizes))  # [rows, choices] each
     scores = []
-    if rollouts is not None:
-        first, later = parts.pop(0), parts.pop(0)
-        first = first.permute(1, 2, 0)[..., None]  # [B, n, K, 1]
-        scores.append(torch.cat((first, from_sequence(later[..., 0].T, plan)), dim=-1))
+    if forest is not None:
+        scores.append(logprobs_of_rollouts(parts[: len(forest.levels)], forest))
     if request.targets:
-        scores.append(parts.pop(0)[..., 0].T)
+        scores.append(parts[-1][:, 0].unflatten(0, (len(tokens), -1)))
     return tuple(scores)
 
 
@@ -175,7 +170,7 @@ def score_without_gradient(
 
     def hidden_buffer(slot: Slot) -> Tensor:
         request = requests[slot.micro_batch]
-        return model.hidden.empty(request.num_positions(plan), len(request.tokens))
+        return model.hidden.empty(request.num_positions(plan))
 
     run_ring(model.groups, len(requests), run, hidden_buffer)
     shapes = [shape for request in requests for shape in request.shapes()]

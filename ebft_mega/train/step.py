@@ -120,7 +120,7 @@ class _GradientPass:
         self.requests = [
             ScoreRequest(
                 tokens=rows.tokens,
-                rollouts=experiences[index].rollout.tokens if experiences else None,
+                forest=experiences[index].rollout.forest if experiences else None,
                 targets=ebft.ce_coef > 0,
                 temperature=ebft.temperature,
                 documents=rows.documents,
@@ -159,7 +159,7 @@ class _GradientPass:
     def hidden_buffer(self, index: int) -> Tensor:
         """For the hidden states that the stage before sends."""
         request = self.requests[index]
-        return self.trainer.stage.hidden.empty(request.num_positions(self.trainer.plan), len(request.tokens))
+        return self.trainer.stage.hidden.empty(request.num_positions(self.trainer.plan))
 
     def entering_gradient(self, index: int) -> Tensor:
         """Gradient of the hidden states that entered the stage in a saved forward pass."""

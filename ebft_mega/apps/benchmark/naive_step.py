@@ -21,6 +21,7 @@ from ebft_mega.apps.benchmark.step_major import (
     step_major_sequence,
 )
 from ebft_mega.features.gram import block_grams
+from ebft_mega.forest import Forest
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
@@ -99,12 +100,12 @@ def naive_rollout(naive: NaiveTrainer, policy: PipelinedModel, rows: TokenBatch,
         ) -> Tensor:
             return logits_of_all(stage, stage.hidden_states(sequence, positions, layout))
 
-        logits = policy.run(all_logits)[:, predicting_positions(plan, device)[:, token]]  # [B * n, K, V]
-        logits = logits.unflatten(0, (num_rows, plan.num_samples))
+        logits = policy.run(all_logits)[:, predicting_positions(plan, device)[:, token]].flatten(0, 1)  # [B * n * K, V]
         keys = noise_keys(sampling.seed, step, rows.row_indices, plan.num_samples, plan.num_blocks, token)
-        drawn = sample_tokens(logits, keys, sampling.temperature, sampling.top_p, policy.vocabulary)
+        each = torch.arange(len(logits), device=device).view(keys.shape)
+        drawn = sample_tokens(logits, each, keys, sampling.temperature, sampling.top_p, policy.vocabulary)
         rollouts = torch.cat((rollouts, drawn[..., None]), dim=-1)
-    return Rollout(rollouts)
+    return Rollout(rollouts, Forest.of(rollouts, merges=False))
 
 
 @torch.no_grad()

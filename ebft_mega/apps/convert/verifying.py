@@ -159,7 +159,7 @@ def _compare(stage: Stage, tokens: Tensor, expected: Tensor, notes: tuple[str, .
     length = tokens.shape[1]
     device = stage.groups.device
     stage.to(device)
-    layout = StridedLayout((), 1, length, 0, stage.attention)
+    layout = StridedLayout(1, (), length, (), 0, stage.attention)
     hidden = stage.hidden_states(tokens.to(device), torch.arange(length, device=device), layout)[:, 0]
     differences = [
         (stage.logits(rows) - wanted.to(device)).abs().max()
