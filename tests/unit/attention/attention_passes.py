@@ -1,94 +1,108 @@
 """Passes to try attention on: patterns as runs have them, random tensors, and the masked softmax written out."""
 
 import math
-from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 
 from ebft_mega.attention.pattern import AttentionPattern
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.forest import Forest
 
 NAMES = ("document_query", "own_query", "document_key", "document_value", "own_key", "own_value")
 
 
+def forest_of(rows, blocks, samples, length, merges=True, vocabularies=(2,), seed=0):
+    """Random rollouts as a forest; anchor after anchor takes the next of `vocabularies`, 1 makes its rollouts equal."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(vocabularies).repeat(rows * blocks)[: rows * blocks].view(rows, 1, blocks, 1)
+    tokens = (torch.rand(rows, samples, blocks, length, generator=generator) * sizes).long()
+    return Forest.of(tokens, merges)
+
+
+@st.composite
+def forests(draw, rows, blocks, samples, length):
+    """From all rollouts of an anchor equal to all of them different, anchor by anchor; or every one by itself."""
+    vocabularies = draw(st.lists(st.sampled_from([1, 2, 3, 1000]), min_size=1, max_size=5))
+    return forest_of(rows, blocks, samples, length, draw(st.booleans()), tuple(vocabularies), draw(st.integers(0, 99)))
+
+
 @st.composite
 def patterns(draw):
-    """One pass of a run with random geometry, as `shared_patterns`; half of them with masked documents in two rows.
+    """One pass of a run with random geometry: s < G and s > G, one to three rows, one block, sample, level or several.
 
-    A row has one document or several, of one token or more, which start anywhere: at anchors, beside them, in targets.
+    In half of them documents are masked: a row has one document or several, of one token or more, which start
+    anywhere: at anchors, beside them, in targets.
     """
-    pattern = draw(shared_patterns())
+    generate_length = draw(st.integers(1, 5))
+    stride, context_length = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    rows, blocks, samples = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    length = context_length + (blocks - 1) * stride + generate_length
+    plan = BlockPlan(length, stride, context_length, generate_length, samples)
+    whole = draw(forests(rows, blocks, samples, generate_length))
+    queries, keys, levels, asking = draw(passes(plan, whole))
+    starts = None
     if draw(st.booleans()):
-        return pattern
-    last = max(pattern.document_keys, 1)
-    row = st.sets(st.integers(1, last), max_size=last).map(lambda starts: (0, *sorted(starts)))
-    return replace(pattern, document_starts=(draw(row), draw(row)))
+        row = st.sets(st.integers(1, keys), max_size=keys).map(lambda found: (0, *sorted(found)))
+        starts = tuple(draw(row) for _ in range(rows))
+    return AttentionPattern(rows, plan.anchors, queries, keys, levels, asking, starts)
 
 
 @st.composite
-def shared_patterns(draw):
-    """One pass of a run with random geometry: s < G and s > G, one block or several, one sample or several."""
-    generate_length = draw(st.integers(1, 5))
-    stride, context_length = draw(st.integers(1, 9)), draw(st.integers(1, 5))
-    num_blocks, num_samples = draw(st.integers(1, 6)), draw(st.integers(1, 3))
-    length = context_length + (num_blocks - 1) * stride + generate_length
-    plan = BlockPlan(length, stride, context_length, generate_length, num_samples)
-    kinds = ("document", "decode", "packed", "features", "last features", "any")
-    kind = draw(st.sampled_from(kinds))
+def passes(draw, plan, forest):
+    """Document queries, document keys, levels and asking levels of one of a run's passes, or of any other."""
+    length, generate_length, end = plan.sequence_length, plan.generate_length, plan.anchors[-1]
+    kind = draw(st.sampled_from(("document", "decode", "packed", "features", "last features", "any")))
     if kind == "document":
-        return AttentionPattern((), num_samples, range(plan.anchors[-1]), length, 0, 0)
+        return range(end), length, (), 0
     if kind == "decode":
-        return AttentionPattern(
-            plan.anchors, num_samples, (), plan.anchors[-1], 1, draw(st.integers(1, generate_length))
-        )
+        return (), end, forest.levels[: draw(st.integers(1, generate_length))], 1
     if kind == "packed":
-        scored = generate_length - 1
-        return AttentionPattern(plan.anchors, num_samples, range(plan.anchors[-1]), plan.anchors[-1], scored, scored)
+        return range(end), end, forest.levels[:-1], generate_length - 1
     if kind == "features":
-        everything = range(length)
-        return AttentionPattern(plan.anchors, num_samples, everything, length, generate_length, generate_length)
-    pooled = tuple(anchor + generate_length - 1 for anchor in plan.anchors)
+        return range(length), length, forest.levels, generate_length
     if kind == "last features":
-        return AttentionPattern(plan.anchors, num_samples, pooled, length, 1, generate_length)
-    asking = tuple(sorted(draw(st.sets(st.integers(0, length - 1)))))
-    own_keys = draw(st.integers(0, 5))
-    return AttentionPattern(plan.anchors, num_samples, asking, length, draw(st.integers(0, own_keys)), own_keys)
+        return tuple(anchor + generate_length - 1 for anchor in plan.anchors), length, forest.levels, 1
+    queries = tuple(sorted(draw(st.sets(st.integers(0, length - 1)))))
+    levels = forest.levels[: draw(st.integers(0, generate_length))]
+    return queries, length, levels, draw(st.integers(0, len(levels)))
 
 
-def shapes(pattern, rows, heads, groups, head_dim):
+def shapes(pattern, heads, groups, head_dim):
     """Of the six tensors of a pass, by name."""
-    rollouts = pattern.num_rollouts
+    rows = pattern.num_rows
     return {
         "document_query": (rows, heads, len(pattern.document_queries), head_dim),
-        "own_query": (rows, heads, rollouts, pattern.own_queries, head_dim),
+        "own_query": (heads, pattern.own_queries, head_dim),
         "document_key": (rows, groups, pattern.document_keys, head_dim),
         "document_value": (rows, groups, pattern.document_keys, head_dim),
-        "own_key": (rows, groups, rollouts, pattern.own_keys, head_dim),
-        "own_value": (rows, groups, rollouts, pattern.own_keys, head_dim),
+        "own_key": (groups, pattern.own_keys, head_dim),
+        "own_value": (groups, pattern.own_keys, head_dim),
     }
 
 
-def random_tensors(pattern, *, rows=2, heads=4, groups=2, head_dim=4, dtype=torch.float64, seed=0, requires_grad=True):
+def random_tensors(pattern, *, heads=4, groups=2, head_dim=4, dtype=torch.float64, seed=0, requires_grad=True):
     """A pass's tensors in the order that routes take them."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = shapes(pattern, rows, heads, groups, head_dim)
+    sizes = shapes(pattern, heads, groups, head_dim)
     drawn = (torch.randn(*sizes[name], generator=generator, dtype=torch.float64) for name in NAMES)
     return [(2 * tensor).to(dtype).requires_grad_(requires_grad) for tensor in drawn]
 
 
 def naive_attend(pattern, document_query, own_query, document_key, document_value, own_key, own_value):
-    """The masked softmax of all queries over all keys."""
-    query = torch.cat((document_query, own_query.flatten(2, 3)), dim=2)
-    key = torch.cat((document_key, own_key.flatten(2, 3)), dim=2)
-    value = torch.cat((document_value, own_value.flatten(2, 3)), dim=2)
-    per_group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(per_group, dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    weights = scores.masked_fill(~pattern.mask(query.device), -math.inf).softmax(-1)
-    out = weights @ value
-    split = document_query.shape[2]
-    return out[:, :, :split], out[:, :, split:].unflatten(2, own_query.shape[2:4])
+    """The masked softmax of all queries of a row over all its keys, row by row."""
+    on_documents, on_nodes = [], torch.full_like(own_query, math.nan)
+    per_group = document_query.shape[1] // document_key.shape[1]
+    for row in range(pattern.num_rows):
+        asking, nodes = pattern.nodes_of(row, asking=True), pattern.nodes_of(row)
+        query = torch.cat((document_query[row], own_query[:, asking]), dim=1)
+        key = torch.cat((document_key[row], own_key[:, nodes]), dim=1).repeat_interleave(per_group, dim=0)
+        value = torch.cat((document_value[row], own_value[:, nodes]), dim=1).repeat_interleave(per_group, dim=0)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        out = scores.masked_fill(~pattern.mask(row, query.device), -math.inf).softmax(-1) @ value
+        on_documents.append(out[:, : document_query.shape[2]])
+        on_nodes = on_nodes.index_copy(1, asking, out[:, document_query.shape[2] :])
+    return torch.stack(on_documents), on_nodes
 
 
 def values_and_gradients(attend, pattern, tensors, seed=1):

@@ -1,14 +1,17 @@
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils import _triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ebft_mega.attention import two_part as two_part_module
+from ebft_mega.attention import dense as dense_module
+from ebft_mega.attention import two_part_plan
 from ebft_mega.attention.dense import DenseAttention
 from ebft_mega.attention.flex import FlexAttention
 from ebft_mega.attention.pattern import AttentionPattern
@@ -17,6 +20,7 @@ from ebft_mega.attention.routes import make_route
 from ebft_mega.attention.two_part import TwoPartAttention
 from tests.unit.attention.attention_passes import (
     assert_same,
+    forest_of,
     naive_attend,
     patterns,
     random_tensors,
@@ -53,10 +57,12 @@ ROUTES = {
     "dense": DenseAttention(),
 }
 HEADS_AND_GROUPS = st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3)])
+ONE_NODE = AttentionPattern(1, (3,), (), 3, forest_of(1, 1, 1, 1).levels, 1)  # one anchor, one sample, one level
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @given(pattern=patterns(), heads_and_groups=HEADS_AND_GROUPS, seed=st.integers(0, 99))
+@example(ONE_NODE, (4, 2), 0)
 def test_values_and_gradients_are_those_of_the_masked_softmax(route, pattern, heads_and_groups, seed):
     heads, groups = heads_and_groups
     tensors = random_tensors(pattern, heads=heads, groups=groups, seed=seed)
@@ -64,11 +70,17 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(route, pattern, he
     assert_same(found, values_and_gradients(naive_attend, pattern, tensors), 1e-10)
 
 
+ANCHORS = tuple(range(8, 153, 8))
+SEPARATE = forest_of(2, 19, 4, 8, merges=False).levels
+MERGED = forest_of(2, 19, 4, 8, vocabularies=(1, 2, 2, 1000)).levels  # rows have different numbers of nodes
+STARTS = ((0, 40, 41, 103, 155), (0, 9))
 LARGE = {
-    "packed": AttentionPattern(tuple(range(8, 153, 8)), 4, range(152), 152, 7, 7),
-    "decode": AttentionPattern(tuple(range(8, 153, 8)), 4, (), 152, 1, 3),
-    "last features": AttentionPattern(tuple(range(8, 153, 8)), 4, tuple(range(15, 160, 8)), 160, 1, 8),
-    "masked documents": AttentionPattern(tuple(range(8, 153, 8)), 4, range(152), 152, 7, 7, ((0, 40, 41, 103, 155),)),
+    "packed": AttentionPattern(2, ANCHORS, range(152), 152, SEPARATE[:7], 7),
+    "decode": AttentionPattern(2, ANCHORS, (), 152, SEPARATE[:3], 1),
+    "merged": AttentionPattern(2, ANCHORS, range(152), 152, MERGED[:7], 7),
+    "merged decode": AttentionPattern(2, ANCHORS, (), 152, MERGED[:3], 1),
+    "last features": AttentionPattern(2, ANCHORS, tuple(range(15, 160, 8)), 160, MERGED, 1),
+    "masked documents": AttentionPattern(2, ANCHORS, range(152), 152, MERGED[:7], 7, STARTS),
 }
 
 
@@ -76,7 +88,7 @@ LARGE = {
 @pytest.mark.parametrize("pattern", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_lower_precision_is_as_close_as_its_digits(route, pattern, dtype, tolerance):
-    tensors = random_tensors(pattern, rows=1, head_dim=32, dtype=dtype)
+    tensors = random_tensors(pattern, head_dim=32, dtype=dtype)
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     found = values_and_gradients(route.attend, pattern, tensors)
     assert all(tensor.dtype == dtype for tensor in found.values())
@@ -84,16 +96,14 @@ def test_lower_precision_is_as_close_as_its_digits(route, pattern, dtype, tolera
 
 
 def as_in_a_layer(tensor):
-    """The same values as a view of [S, B, heads, d], rollouts token-major, as projections give them."""
-    if tensor.dim() == 4:
-        return tensor.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    return tensor.permute(3, 2, 0, 1, 4).contiguous().permute(2, 3, 1, 0, 4)
+    """The same values as a view of [S, heads, d], as projections give them."""
+    return tensor.transpose(-2, -3).contiguous().transpose(-2, -3)
 
 
 @pytest.mark.parametrize("how", [as_in_a_layer, lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)])
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_views_and_expanded_gradients_are_taken_as_they_are(route, how):
-    pattern = AttentionPattern((3, 6, 12), 2, range(10), 12, 2, 4)
+    pattern = AttentionPattern(2, (3, 6, 12), range(10), 12, forest_of(2, 3, 2, 4).levels, 2)
     tensors = random_tensors(pattern)
     results = []
     for given_tensors in (tensors, [how(tensor) for tensor in tensors]):
@@ -116,21 +126,23 @@ class LargestTensor(TorchDispatchMode):
         return results
 
 
+@pytest.mark.parametrize("merges", [False, True], ids=["separate", "merged"])
 @pytest.mark.parametrize("kernel", [CpuKernel(), SplitKernel(CpuFlash())], ids=["cpu", "split"])
-def test_two_part_makes_no_scores_of_all_rollouts_and_keeps_only_inputs_outputs_and_normalisers(kernel):
-    pattern = AttentionPattern(tuple(range(8, 1017, 8)), 4, range(1016), 1016, 7, 7)
+def test_two_part_makes_no_scores_of_all_nodes_and_keeps_only_inputs_outputs_and_normalisers(kernel, merges):
+    levels = forest_of(1, 127, 4, 7, merges=merges, vocabularies=(1, 2, 1000)).levels
+    pattern = AttentionPattern(1, tuple(range(8, 1017, 8)), range(1016), 1016, levels, 7)
     heads, head_dim = 4, 8
-    tensors = random_tensors(pattern, rows=1, heads=heads, head_dim=head_dim, dtype=torch.float32)
+    tensors = random_tensors(pattern, heads=heads, head_dim=head_dim, dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         with LargestTensor() as largest:
             outputs = TwoPartAttention(kernel).attend(pattern, *tensors)
             torch.autograd.grad(sum(out.square().sum() for out in outputs), tensors)
     at_squares = sum(out.numel() for out in outputs)
-    normalisers = heads * pattern.num_queries
+    normalisers = heads * (len(pattern.document_queries) + pattern.own_queries)
     assert sum(kept) - at_squares == sum(t.numel() for t in tensors) + sum(o.numel() for o in outputs) + normalisers
 
-    scores = heads * pattern.num_rollouts * pattern.own_queries * pattern.document_keys
+    scores = heads * pattern.own_queries * pattern.document_keys
     mask_of_a_span = 17 * 4 * 7 * 1016 * (heads // 2)
     assert largest.elements <= mask_of_a_span < scores / 10
 
@@ -145,9 +157,11 @@ def test_nothing_is_kept_without_gradients(route):
     assert kept == [] and all(out.grad_fn is None for out in outputs)
 
 
-def test_a_pass_may_be_gradient_free_first_and_recorded_later():
+@pytest.mark.parametrize("merges", [False, True], ids=["separate", "merged"])
+def test_a_pass_may_be_gradient_free_first_and_recorded_later(merges):
     """Plans are kept by pattern; one made in inference mode must serve training."""
-    pattern = AttentionPattern((3, 7, 11), 2, (2, 9), 11, 2, 3)
+    levels = forest_of(2, 3, 2, 3, merges=merges).levels
+    pattern = AttentionPattern(2, (3, 7, 11), (2, 9), 11, levels, 2)
     tensors = random_tensors(pattern)
     with torch.inference_mode():
         TwoPartAttention().attend(pattern, *(tensor.detach() for tensor in tensors))
@@ -171,7 +185,7 @@ def test_the_cuda_kernel_takes_these_arguments(causal, keys, groups):
 @pytest.mark.parametrize("pattern", LARGE.values(), ids=LARGE)
 def test_values_and_gradients_on_a_gpu(name, pattern):
     device = torch.device("cuda")
-    drawn = random_tensors(pattern, rows=1, head_dim=64, dtype=torch.bfloat16, requires_grad=False)
+    drawn = random_tensors(pattern, head_dim=64, dtype=torch.bfloat16, requires_grad=False)
     tensors = [tensor.to(device).requires_grad_() for tensor in drawn]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     route = make_route(name, device, own_capacity=8, head_dim=32)
@@ -187,46 +201,81 @@ def _gradients(outputs, tensors):
     return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
 
 
-def test_dense_warns_once_per_pattern_and_names_the_cost(caplog):
-    pattern, *others = (AttentionPattern((5, 10, 17), 2, (), 23, 1, own_keys) for own_keys in (2, 3, 4, 5))
-    with caplog.at_level(logging.WARNING, "ebft_mega"):
-        for asked in (pattern, pattern, *others, pattern):  # more patterns than masks are kept
-            DenseAttention().attend(asked, *random_tensors(asked))
-    assert len(caplog.messages) == 4
-    # 6 queries, 23 + 6 * 2 keys; each sees its anchor's tokens and both of its own.
-    assert "210 query-key pairs per row and head where 76 are needed (2.8 times)" in caplog.messages[0]
-    assert "a mask of 210 bytes" in caplog.messages[0]
+@pytest.fixture
+def dense_warnings(caplog, monkeypatch):
+    """What the dense route says in a process that has warned of nothing yet."""
+    monkeypatch.setattr(dense_module, "_warned", set())
+    caplog.set_level(logging.WARNING, "ebft_mega")
+    return caplog
 
 
-def test_dense_warns_once_wherever_documents_start(caplog):
-    pattern = AttentionPattern((6, 11, 18), 2, (), 24, 1, 2)
-    with caplog.at_level(logging.WARNING, "ebft_mega"):
-        for start in range(1, 20):
-            masked = replace(pattern, document_starts=((0, start), (0,)))
-            DenseAttention().attend(masked, *random_tensors(masked))
-    assert len(caplog.messages) == 1
-    assert f"a mask of {2 * 6 * (24 + 6 * 2)} bytes" in caplog.messages[0], "each of the two rows has its own"
+def test_dense_warns_once_per_kind_of_pass_and_names_the_cost(dense_warnings):
+    levels = forest_of(2, 3, 2, 5, merges=False).levels
+    pattern, *others = (AttentionPattern(2, (5, 10, 17), (), 23, levels[:number], 1) for number in (2, 3, 4, 5))
+    for asked in (pattern, pattern, *others, pattern):  # more patterns than masks are kept
+        DenseAttention().attend(asked, *random_tensors(asked))
+    assert len(dense_warnings.messages) == 4
+    # Two rows of 6 queries, 23 + 6 * 2 keys; each query sees its anchor's tokens and both of its own.
+    assert "420 query-key pairs per head where 152 are needed (2.8 times)" in dense_warnings.messages[0]
+    assert "masks of 420 bytes" in dense_warnings.messages[0]
 
 
-def test_layers_and_tokens_share_what_was_planned_and_rows_of_one_document_each_are_as_if_shared():
-    """Plans of masked documents are made anew for every batch: once per pass, not once per layer."""
-    two_part_module._masked_spans.cache_clear()
-    two_part_module._masked_plan.cache_clear()
-    patterns_of_a_decode = [
-        AttentionPattern((4, 8, 12), 2, (), 16, 1, keys, ((0, 5), (0, 2, 9))) for keys in range(1, 5)
+def test_dense_warns_once_whatever_the_rollouts_and_wherever_documents_start(dense_warnings):
+    for start in range(1, 20):
+        levels = forest_of(2, 3, 2, 2, seed=start).levels
+        masked = AttentionPattern(2, (6, 11, 18), (), 24, levels, 1, ((0, start), (0,)))
+        DenseAttention().attend(masked, *random_tensors(masked))
+    assert len(dense_warnings.messages) == 1
+
+
+def clear_plans():
+    two_part_plan._repeated_plan.cache_clear()
+    two_part_plan._passing_plan.cache_clear()
+
+
+def decode_passes(forest, starts=None):
+    return [
+        AttentionPattern(forest.num_rows, (4, 8, 12), (), 16, forest.up_to(number).levels, 1, starts)
+        for number in range(1, len(forest.levels) + 1)
     ]
-    for pattern in patterns_of_a_decode:
-        for _ in range(3):
-            TwoPartAttention().attend(pattern, *random_tensors(pattern))
-    assert two_part_module._masked_plan.cache_info().misses == 4
-    assert two_part_module._masked_spans.cache_info().misses == 2  # for rollouts, and for no document queries
 
-    shared = replace(patterns_of_a_decode[0], document_starts=None)
-    alone = replace(shared, document_starts=((0,), (0,)))
-    tensors = random_tensors(shared)
-    for one, other in zip(*(TwoPartAttention().attend(p, *tensors) for p in (shared, alone)), strict=True):
-        assert torch.equal(one, other)
-    assert two_part_module._masked_plan.cache_info().misses == 4
+
+def test_layers_and_steps_share_plans_of_separate_rollouts():
+    clear_plans()
+    for step in range(3):
+        for pattern in decode_passes(forest_of(2, 3, 2, 4, merges=False, seed=step)):
+            for _layer in range(3):
+                TwoPartAttention().attend(pattern, *random_tensors(pattern))
+    assert two_part_plan._repeated_plan.cache_info().misses == 4
+    assert two_part_plan._passing_plan.cache_info().misses == 0
+
+
+@pytest.mark.parametrize("merges, starts", [(True, None), (True, ((0, 5), (0, 2, 9))), (False, ((0, 5), (0, 2, 9)))])
+def test_plans_that_do_not_repeat_are_made_once_per_pass_and_not_collected(merges, starts):
+    clear_plans()
+    forests = []
+    for step in range(3):
+        forest = forest_of(2, 3, 2, 4, merges=merges, seed=step)
+        forests.append(weakref.ref(forest.levels[0]))
+        for pattern in decode_passes(forest, starts):
+            for _layer in range(3):
+                TwoPartAttention().attend(pattern, *random_tensors(pattern))
+    found = two_part_plan._passing_plan.cache_info()
+    assert found.misses == (3 * 4 if merges else 4)  # documents start at the same places in every step here
+    assert found.currsize <= 4 and two_part_plan._repeated_plan.cache_info().misses == 0
+    if merges:
+        del forest, pattern
+        gc.collect()
+        assert forests[0]() is None and forests[1]() is None, "the nodes of earlier steps are held"
+
+
+@pytest.mark.parametrize("merges", [False, True], ids=["separate", "merged"])
+def test_rows_of_one_document_each_are_as_if_documents_were_not_masked(merges):
+    for shared in decode_passes(forest_of(2, 3, 2, 4, merges=merges)):
+        alone = replace(shared, document_starts=((0,), (0,)))
+        tensors = random_tensors(shared)
+        for one, other in zip(*(TwoPartAttention().attend(p, *tensors) for p in (shared, alone)), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_routes_by_name(monkeypatch):
