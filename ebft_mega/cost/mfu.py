@@ -4,6 +4,7 @@ import re
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.cost.rollout_nodes import RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 
 
@@ -38,21 +39,25 @@ def model_flops_utilisation(
     seconds: float,
     world_size: int,
     peak_flops_per_device: float,
+    nodes: RolloutNodes | None = None,
 ) -> float:
     """Divide the necessary FLOPs of a step by what the devices could have computed in its time.
 
     Counted are the rollouts, the feature network, and the policy's backward pass (with `rl_coef: 0` its forward pass,
     too), each matrix product once, whatever `learn.reuse_rollout` and `train.activation_checkpointing` say:
-    recomputation adds seconds, not utilisation.
+    recomputation adds seconds, not utilisation. With `nodes` that is the work of distinct rows: what the devices did.
+    Without, it is what they would have had to do if no two rollouts had begun alike: over the same seconds it may be
+    more than 1, and it compares runs with merging and without.
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (ignored with `rl_coef: 0`).
         seconds: wall time of the optimizer step; world_size: number of devices.
         peak_flops_per_device: dense peak in the training dtype, as `peak_flops` gives it.
+        nodes: of a row's rollouts, the mean over rows; None: no two begin alike.
     Returns:
-        A share, 0 to 1.
+        A share.
     """
-    shape = StepShape.of(config, architecture, feature_architecture)
+    shape = StepShape.of(config, architecture, feature_architecture, nodes)
     phases = cost_of_step(shape, "activations" if shape.uses_rollouts else "off").phases.values()
     per_row = sum(phase.flops.total for phase in phases)
     return per_row * config.train.global_batch_size / (seconds * world_size * peak_flops_per_device)

@@ -1,7 +1,9 @@
 """FLOPs of one step for one row: as this trainer computes it, and the least that the algorithm needs.
 
 A row is counted as one document. With document masking, attention needs fewer pairs than this, depending on the data;
-everything else is the same.
+everything else is the same. Rollouts that begin alike are computed once as far as they do: how many nodes that leaves
+(`rollout_nodes.py`) depends on the model and the data, so it is given, as counts or as shares. The counts are exact for
+counted nodes.
 """
 
 import dataclasses
@@ -12,7 +14,8 @@ from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pairs, forward_flops, rollout_pairs
+from ebft_mega.cost.rollout_nodes import RolloutNodes
+from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pairs, forward_flops
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,16 @@ class StepShape:
     uses_targets: bool = False  # ce_coef > 0
     tokens_read: int = 1  # the last ones of each window, of which a feature is made
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
+    nodes: RolloutNodes | None = None  # of the row's rollouts; None: no two begin alike
 
     @classmethod
-    def of(cls, config: RunConfig, architecture: Architecture, feature_architecture: Architecture) -> "StepShape":
+    def of(
+        cls,
+        config: RunConfig,
+        architecture: Architecture,
+        feature_architecture: Architecture,
+        nodes: RolloutNodes | None = None,
+    ) -> "StepShape":
         """Take the shape of a run's steps from its configuration."""
         return cls(
             architecture,
@@ -38,12 +48,28 @@ class StepShape:
             uses_targets=config.ebft.ce_coef > 0,
             tokens_read=len(feature_map(config).positions(config.ebft.generate_max_len)),
             feature_layers=tapped_fractions(config),
+            nodes=nodes,
         )
 
     @property
-    def fed_tokens(self) -> int:
+    def rollout_nodes(self) -> RolloutNodes:
+        """Nodes of the row's rollouts."""
+        return self.nodes or RolloutNodes.all_different(self.plan)
+
+    @property
+    def fed_levels(self) -> range:
         """Tokens of each rollout in the policy's pass: all but the last one, which predicts nothing."""
-        return self.plan.generate_length - 1 if self.uses_rollouts else 0
+        return range(self.plan.generate_length - 1 if self.uses_rollouts else 0)
+
+    @property
+    def fed_rows(self) -> int:
+        """Rows of rollouts in the policy's pass."""
+        return self.rollout_nodes.rows(self.fed_levels)
+
+    @property
+    def all_levels(self) -> range:
+        """Tokens of each rollout in the feature network's pass."""
+        return range(self.plan.generate_length)
 
     def policy_layer(self, with_targets: bool) -> LayerWork:
         """One layer of the policy over a row and its rollouts.
@@ -51,15 +77,13 @@ class StepShape:
         The row's positions end at the last anchor; with targets all but the last one take part.
         """
         document = self.plan.document_length(with_targets)
-        rows = document + self.plan.rollouts_per_row * self.fed_tokens
-        return LayerWork.whole(rows, causal_pairs(document) + rollout_pairs(self.plan, self.fed_tokens))
+        pairs = causal_pairs(document) + self.rollout_nodes.pairs(self.plan, self.fed_levels)
+        return LayerWork.whole(document + self.fed_rows, pairs)
 
     @property
     def rollout_head_rows(self) -> int:
-        """Rows that rollout tokens are drawn from: one per anchor for all samples, then one per fed token."""
-        if not self.uses_rollouts:
-            return 0
-        return self.plan.num_blocks + self.plan.rollouts_per_row * self.fed_tokens
+        """Rows that rollout tokens are drawn from: one per anchor for all samples, then one per fed row."""
+        return self.plan.num_blocks + self.fed_rows if self.uses_rollouts else 0
 
     @property
     def target_head_rows(self) -> int:
@@ -69,7 +93,7 @@ class StepShape:
     @property
     def feature_rows(self) -> int:
         """Positions in the feature network's pass: the whole row and all whole rollouts."""
-        return self.plan.sequence_length + self.plan.generated_per_row
+        return self.plan.sequence_length + self.rollout_nodes.rows(self.all_levels)
 
     @property
     def feature_depth(self) -> int:
@@ -86,9 +110,9 @@ class StepShape:
         plan = self.plan
         first = plan.generate_length - self.tokens_read
         targets = {anchor + t for anchor in plan.anchors for t in range(first, plan.generate_length)}
-        rows = len(targets) + plan.rollouts_per_row * self.tokens_read
-        rollouts = rollout_pairs(plan, plan.generate_length) - rollout_pairs(plan, first)
-        return LayerWork(self.feature_rows, rows, rows, sum(targets) + len(targets) + rollouts)
+        nodes, read = self.rollout_nodes, range(first, plan.generate_length)
+        rows = len(targets) + nodes.rows(read)
+        return LayerWork(self.feature_rows, rows, rows, sum(targets) + len(targets) + nodes.pairs(plan, read))
 
 
 def cost_of_step(shape: StepShape, reuse: Reuse, checkpoints_layers: bool = False) -> StepCost:
@@ -131,16 +155,17 @@ def least_cost_of_step(shape: StepShape) -> StepCost:
 
     The generated tokens' activations and logits are saved. In a last layer, queries, attention and MLP are computed
     only for the rows that are read; the other rows need keys and values only. The same logits of a row before an anchor
-    are sampled from and predict a target. Rollouts with equal beginnings are not merged.
+    are sampled from and predict a target. With `nodes` this is the bound with merging, without them no two rollouts are
+    taken to begin alike.
     """
     plan, num_layers = shape.plan, shape.architecture.num_hidden_layers
     full = shape.policy_layer(shape.uses_targets)
     if shape.uses_targets:
-        head_rows = shape.target_head_rows + plan.rollouts_per_row * shape.fed_tokens
+        head_rows = shape.target_head_rows + shape.fed_rows
         last = full
     else:
         head_rows = shape.rollout_head_rows
-        pairs = sum(plan.anchors) + rollout_pairs(plan, shape.fed_tokens)
+        pairs = sum(plan.anchors) + shape.rollout_nodes.pairs(plan, shape.fed_levels)
         last = LayerWork(full.keys, head_rows, head_rows, pairs)
     policy = [full] * (num_layers - 1) + [last]
     generate = features = PhaseCost()
@@ -164,5 +189,5 @@ def _forward(architecture: Architecture, layers: Sequence[LayerWork], head_rows:
 
 def _whole_feature_layers(shape: StepShape) -> list[LayerWork]:
     """The layers below the deepest tap."""
-    pairs = causal_pairs(shape.plan.sequence_length) + rollout_pairs(shape.plan, shape.plan.generate_length)
+    pairs = causal_pairs(shape.plan.sequence_length) + shape.rollout_nodes.pairs(shape.plan, shape.all_levels)
     return [LayerWork.whole(shape.feature_rows, pairs)] * (shape.feature_depth - 1)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.block_plan import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,25 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """The work of one phase of a step for one row of the batch."""
+    """The work of one phase of a step for one row of the batch, or for several if added up."""
 
-    rows: int = 0  # positions that go through layers
+    rows: int = 0  # positions that go through layers; of rollouts their distinct beginnings
     layers: int = 0  # layers that they go through
     head_rows: int = 0
     pairs: int = 0  # query-key pairs of each head in a whole layer
     flops: Flops = Flops()
     recomputed: Flops = Flops()  # forward work that is done a second time, not part of `flops`
+
+    def __add__(self, other: "PhaseCost") -> "PhaseCost":
+        """Of the rows of both, which go through the same layers."""
+        return PhaseCost(
+            self.rows + other.rows,
+            max(self.layers, other.layers),
+            self.head_rows + other.head_rows,
+            self.pairs + other.pairs,
+            self.flops + other.flops,
+            self.recomputed + other.recomputed,
+        )
 
     @property
     def total(self) -> int:
@@ -73,12 +83,17 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The work of all phases of a step for one row of the batch."""
+    """The work of all phases of a step for one row of the batch, or for several if added up."""
 
     generate: PhaseCost
     features: PhaseCost
     policy_forward: PhaseCost
     policy_backward: PhaseCost
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        """Of the rows of both."""
+        pairs = zip(self.phases.values(), other.phases.values(), strict=True)
+        return StepCost(*(own + others for own, others in pairs))
 
     @property
     def phases(self) -> dict[str, PhaseCost]:
@@ -107,12 +122,3 @@ def forward_flops(architecture: Architecture, layers: Sequence[LayerWork], head_
 def causal_pairs(length: int) -> int:
     """Query-key pairs of causal attention within a document."""
     return length * (length + 1) // 2
-
-
-def rollout_pairs(plan: BlockPlan, num_tokens: int) -> int:
-    """Query-key pairs of the first `num_tokens` tokens of all rollouts of a row.
-
-    Token t of block k sees the anchor(k) document tokens before it and t + 1 tokens of its own rollout.
-    """
-    own = plan.num_blocks * causal_pairs(num_tokens)
-    return plan.num_samples * (num_tokens * sum(plan.anchors) + own)

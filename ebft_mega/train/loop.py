@@ -25,7 +25,7 @@ from ebft_mega.train.non_finite import DUMP_DIRECTORY, dump_step
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for, read_alike
 from ebft_mega.train.step import StepResult, Trainer, train_step
-from ebft_mega.train.step_metrics import memory_metrics, speed_metrics, step_metrics
+from ebft_mega.train.step_metrics import distinct_shares_in, memory_metrics, speed_metrics, step_metrics
 from ebft_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def measured_step(
     metrics |= left_out_metrics(metrics, loaded.left_out, trainer.config)
     step_seconds = time.perf_counter() - started
     peak = peak_flops(torch.cuda.get_device_name(device), settings.dtype) if device.type == "cuda" else None
-    metrics |= speed_metrics(trainer, step_seconds, timers.seconds(), stopwatch.seconds(), peak)
+    shares = distinct_shares_in(metrics)
+    metrics |= speed_metrics(trainer, step_seconds, timers.seconds(), stopwatch.seconds(), peak, shares)
     metrics |= seconds_over_ranks(step_seconds, device)
     if timers.memory is not None:
         metrics |= memory_metrics(timers.memory)

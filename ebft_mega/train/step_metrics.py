@@ -7,7 +7,7 @@ they draw from `apps/report/run_report.py`. docs/running.md lists all keys.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,15 @@ from torch import Tensor
 
 from ebft_mega.attention.flex import num_compilations
 from ebft_mega.cost.mfu import model_flops_utilisation
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
 from ebft_mega.metrics.metric_keys import term_key
 from ebft_mega.metrics.phase_memory import PhaseMemory
+from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.reward.duplicates import duplicate_share, has_duplicates
 from ebft_mega.train.loss_masks import LossMasks
 from ebft_mega.train.step import StepResult, Trainer
+
+DISTINCT_ROWS = "perf/distinct_rows_share"
 
 
 def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> dict[str, float]:
@@ -29,8 +33,9 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         Scalars under the `ebft/*` and `train/*` names: nats per token for losses. With document masking,
         `data/dropped_anchor_share`: of the blocks of real rows those that no document holds whole. Where damaged rows
         may be skipped, `data/skipped_rows` of this step. Means over blocks are left out of a step in which none counts.
-        What is the mean of something that is not finite is NaN or infinite itself, never 0.
-    Communication: one all-reduce of a dozen float64 over the data-parallel group.
+        What is the mean of something that is not finite is NaN or infinite itself, never 0. `perf/distinct_rows_share/`
+        of rollouts, by phase (`distinct_row_metrics`).
+    Communication: one all-reduce over the data-parallel group, of a dozen float64 and two of each replica.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
     sums: dict[str, Tensor] = {
@@ -59,8 +64,12 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
             sums |= {name: _counted_sum(values, counted) / count for name, values in of_blocks.items()}
     # All values are this rank's shares of global means: the loss shares were divided by global counts, too.
     values = torch.stack([value.to(torch.float64) for value in sums.values()])
+    # Every replica's own shares, each in a place that is 0 on all others: their sum is a list of all.
+    shares = [share for own in _distinct_shares(result).values() for share in _in_own_place(own, groups)]
+    values = torch.cat((values, values.new_tensor(shares)))
     dist.all_reduce(values, group=groups.data_parallel)
-    metrics = dict(zip(sums, values.tolist(), strict=True))
+    found = values.tolist()
+    metrics = dict(zip(sums, found, strict=False)) | distinct_row_metrics(result, found[len(sums) :])
     if has_blocks:
         mean, square = metrics.pop("advantage"), metrics.pop("advantage_squared")
         variance = square - mean * mean
@@ -76,6 +85,44 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
     metrics["train/grad_norm"] = result.update.grad_norm
     metrics["train/lr"] = learning_rate
     return metrics | _mask_metrics(trainer, result.masks)
+
+
+def _distinct_shares(result: StepResult) -> dict[str, float]:
+    """Nodes of this replica's rollouts by phase, as shares of what they would be if no two began alike.
+
+    The policy computes no row for the last token, so with one token a rollout it has no share. Communication: none; the
+    host knows all counts.
+    """
+    forests = [experience.rollout.forest for experience in result.experiences]
+    if not forests:
+        return {}
+    passes = {"policy": [forest.up_to(len(forest.levels) - 1) for forest in forests], "features": forests}
+    sizes = {
+        phase: (sum(part.num_nodes for part in parts), sum(part.num_rollout_tokens for part in parts))
+        for phase, parts in passes.items()
+    }
+    return {phase: nodes / tokens for phase, (nodes, tokens) in sizes.items() if tokens}
+
+
+def _in_own_place(value: float, groups: ProcessGroups) -> list[float]:
+    """A number for every replica: the own one, and 0 for the others."""
+    return [value if rank == groups.data_parallel_rank else 0.0 for rank in range(groups.data_parallel_size)]
+
+
+def distinct_row_metrics(result: StepResult, of_replicas: Sequence[float]) -> dict[str, float]:
+    """The mean share of each phase, and the largest: the replica that has it is the last to finish.
+
+    Args:
+        of_replicas: shares of all replicas in the first phase, then in the second.
+    """
+    metrics = {}
+    phases = _distinct_shares(result)
+    for index, phase in enumerate(phases):
+        replicas = len(of_replicas) // len(phases)
+        shares = of_replicas[index * replicas : (index + 1) * replicas]
+        metrics[f"{DISTINCT_ROWS}/{phase}"] = sum(shares) / replicas
+        metrics[f"{DISTINCT_ROWS}/{phase}_max"] = max(shares)
+    return metrics
 
 
 def _counted_sum(values: Tensor, counted: Tensor) -> Tensor:
@@ -105,14 +152,19 @@ def speed_metrics(
     phase_seconds: Mapping[str, float],
     communication_seconds: float,
     peak_flops_per_device: float | None,
+    shares: DistinctShares | None = None,
 ) -> dict[str, float]:
     """Times of a step on this rank, and the whole job's throughput.
+
+    `perf/mfu` is what the devices did of the work that the step needs, `perf/mfu_without_merging` what they would have
+    done in that time if no two rollouts had begun alike.
 
     Args:
         step_seconds: wall time of the step, loading included.
         phase_seconds: by phase: data, rollout, features, reward, learn, update.
         communication_seconds: time within the phases and between them that this rank communicated.
         peak_flops_per_device: floating-point operations per second; None leaves the utilisation out.
+        shares: distinct rows of the step's rollouts, the mean over replicas; None: there are no rollouts.
     Communication: none.
     """
     config = trainer.config
@@ -130,10 +182,18 @@ def speed_metrics(
     if compiled:  # it grows in the first step and at the first evaluation; later it would cost a minute each time
         metrics["perf/compiled_kernels"] = float(compiled)
     if peak_flops_per_device is not None:
-        metrics["perf/mfu"] = model_flops_utilisation(
-            config, policy, features, step_seconds, dist.get_world_size(), peak_flops_per_device
-        )
+        sizes = config, policy, features, step_seconds, dist.get_world_size(), peak_flops_per_device
+        nodes = None if shares is None else RolloutNodes.of_shares(trainer.plan, shares)
+        metrics["perf/mfu"] = model_flops_utilisation(*sizes, nodes)
+        if nodes is not None:
+            metrics["perf/mfu_without_merging"] = model_flops_utilisation(*sizes)
     return metrics
+
+
+def distinct_shares_in(metrics: Mapping[str, float]) -> DistinctShares | None:
+    """The shares that `step_metrics` has found; None: there are no rollouts."""
+    features = metrics.get(f"{DISTINCT_ROWS}/features")
+    return None if features is None else DistinctShares(metrics.get(f"{DISTINCT_ROWS}/policy"), features)
 
 
 def memory_metrics(memory: PhaseMemory) -> dict[str, float]:

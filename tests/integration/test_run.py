@@ -42,6 +42,7 @@ TRAIN_KEYS = {
         "perf/documents_per_second",
         "perf/tokens_per_second",
         "perf/rollout_tokens_per_second",
+        *(f"perf/distinct_rows_share/{name}" for name in ("policy", "policy_max", "features", "features_max")),
         "memory/peak_bytes",
     ),
     *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max"),

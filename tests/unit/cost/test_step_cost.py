@@ -1,6 +1,7 @@
 """The counts of a step against an independent count, against masks, and against what they must be made of."""
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from ebft_mega.apps.benchmark.case import MODELS
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops, LayerWork
 
@@ -116,6 +118,115 @@ def test_nothing_is_below_the_limit(plan, uses_targets, pools_all):
     assert activations.total < cost_of_naive_step(shape).total
     # What is not done again is the same whatever is kept.
     assert activations.policy_backward.flops == checkpoints.policy_backward.flops == off.policy_backward.flops
+
+
+@st.composite
+def forests(draw):
+    """A plan and the tokens of its rollouts, of so few tokens that many begin alike."""
+    plan = draw(plans())
+    tokens = st.tuples(*[st.integers(0, 2)] * plan.generate_length)
+    blocks = st.tuples(*[st.tuples(*[tokens] * plan.num_samples)] * plan.num_blocks)
+    return plan, draw(blocks)
+
+
+def beginnings(plan, rollouts):
+    """Of every level, of every block the different first tokens of its rollouts."""
+    return [[{rollout[: t + 1] for rollout in block} for block in rollouts] for t in range(plan.generate_length)]
+
+
+@given(forests(), st.booleans(), st.booleans())
+def test_rows_and_pairs_of_rollouts_that_begin_alike(forest, uses_targets, pools_all):
+    """Counted one different beginning at a time, from the definition of who sees whom."""
+    plan, rollouts = forest
+    tokens_read = plan.generate_length if pools_all else 1
+    levels = beginnings(plan, rollouts)
+    nodes = RolloutNodes.of_rows([list(map(len, blocks)) for blocks in levels], plan.num_blocks)[0]
+    shape = shape_of(plan, uses_targets=uses_targets, tokens_read=tokens_read, nodes=nodes)
+
+    def sees(of_levels):
+        """Keys that each different beginning sees."""
+        return [
+            anchor + t + 1
+            for t in of_levels
+            for anchor, found in zip(plan.anchors, levels[t], strict=True)
+            for _ in found
+        ]
+
+    fed, whole = sees(range(plan.generate_length - 1)), sees(range(plan.generate_length))
+    document = plan.document_length(uses_targets)
+    policy, features = shape.policy_layer(uses_targets), cost_of_step(shape, "off").features
+    assert (policy.keys, policy.pairs) == (document + len(fed), document * (document + 1) // 2 + sum(fed))
+    row = plan.sequence_length
+    assert (features.rows, features.pairs) == (row + len(whole), row * (row + 1) // 2 + sum(whole))
+    window = range(plan.generate_length - tokens_read, plan.generate_length)
+    read = [anchor + t + 1 for anchor, t in {(a + t, 0) for a in plan.anchors for t in window}] + sees(window)
+    assert (shape.pooled.outputs, shape.pooled.pairs) == (len(read), sum(read))
+    generate = cost_of_step(shape, "off").generate
+    assert generate.head_rows == plan.num_blocks + len(fed)
+
+    bound, plain = least_cost_of_step(shape), least_cost_of_step(shape_of(plan, uses_targets=uses_targets))
+    assert (bound.generate.rows, bound.features.rows) == (policy.keys, features.rows)
+    assert bound.total <= cost_of_step(shape, "activations").total
+    if not pools_all:
+        assert bound.total <= plain.total
+    shares = nodes.shares(plan)
+    assert shares.features == pytest.approx(len(whole) / plan.generated_per_row)
+    if plan.generate_length == 1:
+        assert shares.policy is None and not fed
+    else:
+        assert shares.policy == pytest.approx(len(fed) / (plan.rollouts_per_row * (plan.generate_length - 1)))
+    # The same shares alike in all blocks are as many rows; only pairs are about as many.
+    expected = dataclasses.replace(shape, nodes=RolloutNodes.of_shares(plan, shares))
+    assert abs(expected.fed_rows - len(fed)) <= 1
+    assert abs(expected.feature_rows - shape.feature_rows) <= 1
+
+
+@given(plans(), st.booleans())
+def test_a_share_of_one_is_the_step_without_merging(plan, uses_targets):
+    shares = DistinctShares(1.0 if plan.generate_length > 1 else None, 1.0)
+    shape, plain = (
+        shape_of(plan, uses_targets=uses_targets, nodes=nodes) for nodes in (RolloutNodes.of_shares(plan, shares), None)
+    )
+    for reuse in ("off", "checkpoints", "activations"):
+        assert cost_of_step(shape, reuse) == cost_of_step(plain, reuse)
+    assert least_cost_of_step(shape) == least_cost_of_step(plain)
+
+
+def test_the_last_level_has_what_the_others_leave():
+    """At G = 4 the first three levels have .5 each, so the last one needs .8 for a mean of .575."""
+    plan = BlockPlan(1024, 4, 8, 4, 4)
+    assert DistinctShares(0.5, 0.575).by_level(plan) == pytest.approx((0.5, 0.5, 0.5, 0.8))
+    assert DistinctShares(None, 0.7).by_level(BlockPlan(1024, 1, 8, 1, 4)) == (0.7,)
+    # Rounded to two digits, and the last level would be more than all.
+    assert DistinctShares(0.95, 0.97).by_level(plan) == (0.95, 0.95, 0.95, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "features", "says"),
+    [
+        (0.1, 0.5, "a share of the policy lies between 1 / n = 0.25 and 1, not 0.1"),
+        (0.9, 1.2, "a share of features lies between 1 / n = 0.25 and 1, not 1.2"),
+        (0.9, 0.5, "of features lies between it and 0.925, not 0.5"),
+        (0.4, 0.9, "of features lies between it and 0.55, not 0.9"),
+    ],
+)
+def test_shares_that_no_rollouts_have(policy, features, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        DistinctShares(policy, features).by_level(BlockPlan(1024, 4, 8, 4, 4))
+
+
+def test_costs_of_rows_add_up():
+    few, many = (shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(x, x))) for x in (0.25, 0.75))
+    both = cost_of_step(few, "checkpoints") + cost_of_step(many, "checkpoints")
+    assert both.total == cost_of_step(few, "checkpoints").total + cost_of_step(many, "checkpoints").total
+    assert (
+        both.features.layers == 21
+        and both.generate.rows
+        == 2
+        * cost_of_step(
+            shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(0.5, 0.5))), "checkpoints"
+        ).generate.rows
+    )
 
 
 def test_without_rollouts_there_is_one_plain_forward_and_backward():

@@ -3,13 +3,24 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.attention import flex
 from ebft_mega.config.load import load_config
 from ebft_mega.cost.mfu import model_flops_utilisation
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
+from ebft_mega.forest import Forest
 from ebft_mega.metrics.phase_memory import PhaseMemory
-from ebft_mega.train.step_metrics import memory_metrics, speed_metrics
+from ebft_mega.train import step_metrics as summary
+from ebft_mega.train.step_metrics import (
+    distinct_row_metrics,
+    distinct_shares_in,
+    memory_metrics,
+    speed_metrics,
+    step_metrics,
+)
 
 CONFIG = """
 output_dir: unused
@@ -85,3 +96,75 @@ def test_memory_by_phase_and_of_the_run():
     memory.enter("rollout")
     memory.leave()
     assert memory_metrics(memory) == {"memory/rollout_peak_bytes": 5.0, "memory/peak_bytes": 5.0}
+
+
+def forest_of(*rollouts):
+    """Of one row and one block."""
+    return Forest.of(torch.tensor(rollouts)[None, :, None], merges=True)
+
+
+def result_of(*forests):
+    rollouts = [SimpleNamespace(rollout=SimpleNamespace(forest=forest)) for forest in forests]
+    return SimpleNamespace(experiences=rollouts)
+
+
+# 1, 2 and 3 nodes of 3; 3 of 3 on every level.
+BRANCHING, DIFFERENT = forest_of((5, 6, 7), (5, 6, 8), (5, 9, 8)), forest_of((1, 6, 7), (2, 6, 7), (3, 6, 7))
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        # Means over both replicas, and the larger of the two.
+        (0, {"policy": (0.75 + 0.5) / 2, "policy_max": 0.75, "features": (5 / 6 + 0.75) / 2, "features_max": 5 / 6}),
+        (1, {"policy": (0.75 + 1.0) / 2, "policy_max": 1.0, "features": (5 / 6 + 0.5) / 2, "features_max": 5 / 6}),
+    ],
+)
+def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, rank, expected):
+    """This replica has two micro-batches; the other one is in the other place of the same reduction."""
+    other = {0: [0.0, 0.5, 0.0, 0.75], 1: [1.0, 0.0, 0.5, 0.0]}[rank]
+    groups = SimpleNamespace(data_parallel_rank=rank, data_parallel_size=2, data_parallel=None)
+    sent = []
+
+    def all_reduce(values, group):
+        sent.append(values.clone())
+        values.add_(torch.tensor([0.0, 0.0, *other], dtype=torch.float64))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(summary, "_mask_metrics", lambda trainer, masks: {})
+    terms = SimpleNamespace(terms=SimpleNamespace(rl=torch.tensor(1.0), ce=torch.tensor(2.0)))
+    result = result_of(BRANCHING, DIFFERENT)
+    result.learned, result.update = [terms], SimpleNamespace(grad_norm=0.0)
+    result.masks = SimpleNamespace(num_blocks=0)  # the sums over blocks are left out
+    ebft = SimpleNamespace(rl_coef=1.0, ce_coef=1.0)
+    given = SimpleNamespace(groups=groups, config=SimpleNamespace(ebft=ebft))
+    metrics = step_metrics(given, result, 0.1)
+    found = {key: value for key, value in metrics.items() if key.startswith("perf/")}
+    assert found == {f"perf/distinct_rows_share/{name}": pytest.approx(value) for name, value in expected.items()}
+    assert len(sent) == 1 and len(sent[0]) == 2 + 2 * 2  # one reduction, for losses and shares alike
+    assert distinct_shares_in(metrics) == DistinctShares(
+        metrics["perf/distinct_rows_share/policy"], metrics["perf/distinct_rows_share/features"]
+    )
+
+
+def test_one_token_a_rollout_has_no_rows_in_the_policy(trainer):
+    found = distinct_row_metrics(result_of(forest_of((1,), (1,), (2,))), [2 / 3])
+    assert found == {"perf/distinct_rows_share/features": 2 / 3, "perf/distinct_rows_share/features_max": 2 / 3}
+    assert distinct_shares_in(found) == DistinctShares(None, 2 / 3)
+    assert distinct_row_metrics(SimpleNamespace(experiences=()), []) == {}
+    assert distinct_shares_in({}) is None
+    given = trainer("ebft.generate_max_len=1", "ebft.context_length=3", "ebft.stride=4")
+    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(None, 2 / 3))
+    assert 0 < found["perf/mfu"] < found["perf/mfu_without_merging"]
+
+
+def test_utilisation_counts_distinct_rows_and_beside_it_all(trainer):
+    given = trainer()
+    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(0.5, 0.6))
+    of_all = speed_metrics(given, 2.0, {}, 0.0, 1e9)["perf/mfu"]
+    assert found["perf/mfu_without_merging"] == of_all
+    architectures = given.stage.architecture, given.feature_network.stage.architecture
+    nodes = RolloutNodes.of_shares(given.plan, DistinctShares(0.5, 0.6))
+    assert found["perf/mfu"] == model_flops_utilisation(given.config, *architectures, 2.0, 1, 1e9, nodes) < of_all
+    equal = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(1.0, 1.0))
+    assert equal["perf/mfu"] == equal["perf/mfu_without_merging"] == of_all
