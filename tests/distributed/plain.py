@@ -87,8 +87,8 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
             truth.alignments.append(counted.mean().item() if len(counted) else 0.0)
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)
-        rollouts = rollout.tokens if rollout else None
-        request = ScoreRequest(rows.tokens, rollouts, ebft.ce_coef > 0, ebft.temperature, rows.documents)
+        forest = rollout.forest if rollout else None
+        request = ScoreRequest(rows.tokens, forest, ebft.ce_coef > 0, ebft.temperature, rows.documents)
         logprobs = request.logprobs(score(stage, request, plan))
         terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, counted_targets=learned)
         optimizer.zero_grad()

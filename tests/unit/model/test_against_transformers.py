@@ -96,7 +96,7 @@ def test_import_equals_transformers(config, groups, tmp_path):
 
 def document_layout(stage: Stage, length: int) -> StridedLayout:
     """Plain causal attention over a document, without rollouts."""
-    return StridedLayout((), 1, length, 0, stage.attention)
+    return StridedLayout(1, (), length, (), 0, stage.attention)
 
 
 def cut_after(stage: Stage, depth: int) -> Stage:

@@ -18,6 +18,7 @@ from ebft_mega.evaluation.held_out import EvaluationSettings, evaluate
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.maps.mean_pooling import MeanPooling
+from ebft_mega.forest import Forest
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights
@@ -111,7 +112,7 @@ def step_of(models, batch, reuse):
     policy = PipelinedModel.of(models.stage, runner(models.stage, recording=reuse == "activations"))
     (sampled,) = generate_rollouts(policy, [batch], PLAN, SAMPLING, 0, reuse, with_targets=reuse != "off")
     (gram,) = models.network.grams([batch], [sampled.rollout], PLAN)
-    request = ScoreRequest(batch.tokens, sampled.rollout.tokens, True, 0.8, batch.documents)
+    request = ScoreRequest(batch.tokens, sampled.rollout.forest, True, 0.8, batch.documents)
     of_rollouts, of_targets = score(models.stage, request, PLAN, saved=sampled.saved)
     continues = [anchor - 1 in range(KEPT.start, KEPT.stop) for anchor in PLAN.anchors]
     own = (of_rollouts[0][:, continues], of_targets[0, KEPT.start : KEPT.stop - 1])
@@ -193,7 +194,8 @@ def result_of(batch, blocks):
     ones = torch.ones(shape, dtype=torch.float64)
     rewards = made_rewards(ones, ones, torch.ones(shape)[:, 0], 2.0, 1.0)
     gram = torch.zeros(2, PLAN.num_blocks, 2, 2)
-    experience = Experience(Rollout(torch.zeros(*shape, 2)), gram, rewards, rewards.reward)
+    tokens = torch.zeros(*shape, 2, dtype=torch.int64)
+    experience = Experience(Rollout(tokens, Forest.of(tokens, merges=True)), gram, rewards, rewards.reward)
     if blocks is not None:
         experience = replace(experience, counted_blocks=blocks)
     masks = None if blocks is None else LossMasks((batch.row_indices >= 0,), (blocks,), 2, int(blocks.sum()))

@@ -47,7 +47,7 @@ def sample(s, reuse):
 
 def gradients(s, sampled):
     """Log-probabilities and the gradient of a weighted sum of them, by parameter."""
-    request = ScoreRequest(s.batch.tokens, sampled.rollout.tokens, s.targets, SAMPLING.temperature)
+    request = ScoreRequest(s.batch.tokens, sampled.rollout.forest, s.targets, SAMPLING.temperature)
     scores = score(s.stage, request, PLAN, saved=sampled.saved)
     loss = sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in scores)
     s.stage.zero_grad()

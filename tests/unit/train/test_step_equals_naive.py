@@ -17,6 +17,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
+from ebft_mega.forest import Forest
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
 from ebft_mega.model.weights.weight_sources import SafetensorsWeights
@@ -170,9 +171,10 @@ def naive_rollouts(s) -> Tensor:
             for sample in range(plan.num_samples):
                 for block, anchor in enumerate(plan.anchors):
                     sequence = torch.cat((context_of(s, row, anchor), rollouts[row, sample, block, :t]))
-                    logits = s.hf_policy(sequence[None]).logits[0, -1]
+                    logits = s.hf_policy(sequence[None]).logits[0, -1:]
+                    key = keys[0, sample, block]
                     rollouts[row, sample, block, t] = sample_tokens(
-                        logits, keys[0, sample, block], SAMPLING.temperature, SAMPLING.top_p, s.model.vocabulary
+                        logits, torch.zeros_like(key), key, SAMPLING.temperature, SAMPLING.top_p, s.model.vocabulary
                     )
     return rollouts
 
@@ -255,7 +257,7 @@ def test_every_feature_map_gives_the_naive_products(setting):
             for weights in (None, (0.5, 0.0, 3.0)):
                 s.case = replace(s.case, embed_method=method, feature_norm=norm, layer_weights=weights)
                 recipe = FeatureRecipe(FEATURE_MAPS.entry(method)(), plan.generate_length, norm, weights)
-                (gram,) = replace(s.network, recipe=recipe).grams([s.batch], [Rollout(tokens)], plan)
+                (gram,) = replace(s.network, recipe=recipe).grams([s.batch], [Rollout(tokens, Forest.of(tokens, merges=True))], plan)
                 for row, block in ((0, 0), (1, plan.num_blocks - 1)):
                     anchor = plan.anchors[block]
                     own = (*tokens[row, :, block], s.batch.tokens[row, anchor : anchor + plan.generate_length])
@@ -299,7 +301,7 @@ def test_packed_step_equals_naive_step(setting, reuse):
     assert (advantages - naive_advantages).abs().max() <= 1e-6
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
-    request = ScoreRequest(s.batch.tokens, rollout.tokens, True, SAMPLING.temperature, s.batch.documents)
+    request = ScoreRequest(s.batch.tokens, rollout.forest, True, SAMPLING.temperature, s.batch.documents)
     ours = PolicyLogprobs(*score(s.policy, request, plan, saved=sampled.saved))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
@@ -354,9 +356,9 @@ def test_without_the_first_tokens_of_documents_the_loss_is_of_all_others(setting
 @pytest.mark.parametrize("setting", [CASES["stride=G"], CASES["one-token"]], indirect=True)
 def test_rollouts_alone_and_targets_alone_score_the_same(setting):
     s = setting
-    rollouts = generate_rollouts(s.model, [s.batch], s.plan, SAMPLING, step=0)[0].rollout.tokens
-    both = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, True, 0.8), s.plan)
-    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, rollouts, False, 0.8), s.plan)
+    forest = generate_rollouts(s.model, [s.batch], s.plan, SAMPLING, step=0)[0].rollout.forest
+    both = score(s.policy, ScoreRequest(s.batch.tokens, forest, True, 0.8), s.plan)
+    (alone,) = score(s.policy, ScoreRequest(s.batch.tokens, forest, False, 0.8), s.plan)
     (targets,) = score(s.policy, ScoreRequest(s.batch.tokens, None, True, 0.8), s.plan)
     torch.testing.assert_close(both[0], alone, atol=1e-12, rtol=0)
     torch.testing.assert_close(both[1], targets, atol=1e-12, rtol=0)

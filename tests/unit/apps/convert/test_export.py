@@ -43,7 +43,7 @@ def test_transformers_computes_what_the_trained_model_does(tmp_path, groups, kin
     assert ("lm_head.weight" in index["weight_map"]) == (not tied)
     tokens = torch.arange(40)[None] * 3 % architecture.vocab_size
     with torch.no_grad():
-        layout = StridedLayout((), 1, 40, 0, stage.attention)
+        layout = StridedLayout(1, (), 40, (), 0, stage.attention)
         logits = stage.logits(stage.hidden_states(tokens, torch.arange(40), layout)[:, 0])
         expected = model(tokens).logits[0]
     assert expected.abs().max() > 1.0
