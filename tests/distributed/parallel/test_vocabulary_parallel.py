@@ -77,13 +77,19 @@ def own_columns(logits: Tensor, own_slice: VocabularySlice, garbage: float) -> T
     )
 
 
+def draw(logits: Tensor, keys: Tensor, top_p: float, own_slice: VocabularySlice) -> Tensor:
+    """Tokens of keys [B, n, K] from logits [B, 1 or n, K, width]."""
+    rows = torch.arange(logits.shape[:-1].numel()).view(logits.shape[:-1]).expand(keys.shape)
+    return sample_tokens(logits.flatten(0, 2), rows, keys, TEMPERATURE, top_p, own_slice)
+
+
 def results_of(case: Case, garbage: float, groups) -> dict[str, Any]:
     """Tokens for each top_p, log-probabilities and this rank's gradient."""
     logits, keys, choices, upstream = inputs_of(case)
     own_slice = VocabularySlice.of(case.vocabulary, groups)
     own = own_columns(logits, own_slice, garbage)
-    tokens = {top_p: sample_tokens(own, keys, TEMPERATURE, top_p, own_slice) for top_p in TOP_P}
-    shared = sample_tokens(own[:, :1], keys, TEMPERATURE, 0.9, own_slice)
+    tokens = {top_p: draw(own, keys, top_p, own_slice) for top_p in TOP_P}
+    shared = draw(own[:, :1], keys, 0.9, own_slice)
     nucleus = keep_nucleus(own_slice.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, own_slice)
     rows, tokens_of_rows = own.flatten(0, 2), choices.flatten(0, 2)
     temperature = torch.full((len(rows),), TEMPERATURE, dtype=torch.float64)
@@ -216,9 +222,9 @@ def count_bytes(vocabulary: int, dtype: torch.dtype) -> dict[str, list[tuple[str
     weight = torch.randn(own_slice.width, HIDDEN, dtype=dtype)
     scored = ScoredTokens(choices.flatten(0, 2), torch.full((len(rows),), TEMPERATURE, dtype=torch.float64))
     return {
-        "sample": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 1.0, own_slice)),
-        "nucleus": calls_of(lambda: sample_tokens(own, keys, TEMPERATURE, 0.9, own_slice)),
-        "shared nucleus": calls_of(lambda: sample_tokens(shared, keys, TEMPERATURE, 0.9, own_slice)),
+        "sample": calls_of(lambda: draw(own, keys, 1.0, own_slice)),
+        "nucleus": calls_of(lambda: draw(own, keys, 0.9, own_slice)),
+        "shared nucleus": calls_of(lambda: draw(shared, keys, 0.9, own_slice)),
         "logprobs": calls_of(
             lambda: logprobs_of_rows(rows, weight, scored, own_slice).backward(gradient=upstream.flatten(0, 2))
         ),

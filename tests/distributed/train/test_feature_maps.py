@@ -20,6 +20,7 @@ from ebft_mega.extension.feature_map import FeatureMap
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.forest import Forest
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.model.weights.stage_weights import load_weights
@@ -51,7 +52,8 @@ def inputs(directory: str, groups: ProcessGroups):
     shape = (len(rows.tokens), plan.num_samples, plan.num_blocks, plan.generate_length)
     tokens = torch.randint(0, 131, shape, generator=torch.Generator().manual_seed(9))
     tokens[:, 1, 0] = tokens[:, 0, 0]
-    return config, rows, Rollout(tokens)
+    tokens[0, 2, 1:, :2] = tokens[0, 0, 1:, :2]  # and others begin alike
+    return config, rows, Rollout(tokens, Forest.of(tokens, merges=True))
 
 
 def network_of(config, depths, groups: ProcessGroups) -> FeatureNetwork:
@@ -122,20 +124,22 @@ def hidden_states(config, rows, rollout, depths, groups: ProcessGroups) -> Tenso
     plan, architecture = config.block_plan, Architecture.from_hf(config.model.config, "test")
     stage = Stage(architecture, StageShape.whole(architecture), groups, torch.float32)
     load_weights(stage, RandomWeights(architecture, config.seed))
-    sequence, positions = packed_sequence(rows.tokens, rollout.tokens, plan, None)
+    num_rows, forest = len(rows.tokens), Forest.of(rollout.tokens, merges=False)
+    sequence, positions = packed_sequence(rows.tokens, forest, plan, None)
     layout = StridedLayout.of(
-        plan, stage.attention, document_length=plan.sequence_length, tokens_per_rollout=plan.generate_length
+        plan, stage.attention, num_rows=num_rows, document_length=plan.sequence_length, forest=forest
     )
     hidden, states = stage.embed(sequence), []
     for layer in stage.layers:
         hidden, _ = layer(hidden, layout, rotary_pos_emb=stage.angles(positions))
-        states.append(hidden.transpose(0, 1))
+        states.append(hidden[:, 0])
     states[-1] = stage.final_norm(states[-1])
-    layers = torch.stack([states[depth - 1] for depth in tapped_layers(depths, len(stage.layers))], dim=2)
-    own = layers[:, plan.sequence_length :].unflatten(1, (plan.generate_length, plan.num_blocks, plan.num_samples))
+    layers = torch.stack([states[depth - 1] for depth in tapped_layers(depths, len(stage.layers))], dim=1)
+    documents, own = layers.tensor_split([num_rows * plan.sequence_length])  # [S, L, H]
+    own = own.unflatten(0, (plan.generate_length, num_rows, plan.num_blocks, plan.num_samples))
     windows = torch.tensor([[anchor + t for t in range(plan.generate_length)] for anchor in plan.anchors])
-    targets = layers[:, windows]  # [B, K, G, L, H]
-    return torch.cat((own.permute(0, 2, 3, 1, 4, 5), targets[:, :, None]), dim=2)
+    targets = documents.unflatten(0, (num_rows, -1))[:, windows]  # [B, K, G, L, H]
+    return torch.cat((own.permute(1, 2, 3, 0, 4, 5), targets[:, :, None]), dim=2)
 
 
 @torch.no_grad()

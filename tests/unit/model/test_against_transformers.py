@@ -64,25 +64,25 @@ def test_import_equals_transformers(config, groups, tmp_path):
 
     tokens = torch.randint(0, config["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
     expected = reference(tokens, output_hidden_states=True)
-    layout = document_layout(stage, 40)
-    hidden = stage.hidden_states(tokens, torch.arange(40), layout)
-    logits = stage.logits(hidden.flatten(0, 1)).view(40, 2, -1).transpose(0, 1)
+    layout, positions = document_layout(stage, 40, num_rows=2), torch.arange(40).repeat(2)
+    hidden = stage.hidden_states(tokens.view(1, -1), positions, layout)[:, 0]
+    logits = stage.logits(hidden).view(2, 40, -1)
     assert (logits - expected.logits).abs().max() <= 1e-4
     assert expected.logits.abs().max() > 1.0
 
-    read = ReadRows((3, 17, 39), 0, torch.tensor([3, 17, 39]))
+    read = ReadRows((3, 17, 39), 0, torch.tensor([3, 17, 39, 43, 57, 79]))
     for last in (1, 3, 4):
         with torch.no_grad():
             taps = tuple(depth for depth in (1, 3, 4) if depth <= last)
-            _, rows = cut_after(stage, last).tapped_rows(tokens, torch.arange(40), layout, read, taps)
+            _, rows = cut_after(stage, last).tapped_rows(tokens.view(1, -1), positions, layout, read, taps)
         for depth, tap in zip(taps, rows, strict=True):
             wanted = expected.hidden_states[depth][:, [3, 17, 39]]
-            torch.testing.assert_close(tap.transpose(0, 1), wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(tap.view(2, 3, -1), wanted, atol=1e-4, rtol=1e-4)
 
     weight = torch.randn(expected.logits.shape, generator=torch.Generator().manual_seed(1))
     choices = torch.arange(config["vocab_size"]).expand(80, -1)
     scored = ScoredTokens(choices, torch.ones(80, dtype=torch.float64))
-    logprobs = stage.logprobs(hidden.flatten(0, 1), scored).view(40, 2, -1).transpose(0, 1)
+    logprobs = stage.logprobs(hidden, scored).view(2, 40, -1)
     (logprobs * weight).sum().backward()
     (expected.logits.log_softmax(-1) * weight).sum().backward()
     gradients = {name: parameter.grad for name, parameter in stage.named_parameters()}
@@ -94,9 +94,9 @@ def test_import_equals_transformers(config, groups, tmp_path):
     assert set(compared) == set(hf_shapes(architecture)) == {name for name, _ in reference.named_parameters()}
 
 
-def document_layout(stage: Stage, length: int) -> StridedLayout:
-    """Plain causal attention over a document, without rollouts."""
-    return StridedLayout(1, (), length, (), 0, stage.attention)
+def document_layout(stage: Stage, length: int, num_rows: int = 1) -> StridedLayout:
+    """Plain causal attention over a document of each row, without rollouts."""
+    return StridedLayout(num_rows, (), length, (), 0, stage.attention)
 
 
 def cut_after(stage: Stage, depth: int) -> Stage:

@@ -20,9 +20,8 @@ from ebft_mega.types import TokenBatch
 from tests.conftest import tiny_config
 
 PLAN = BlockPlan(24, 4, 4, 4, 3)
-SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
+SAMPLING = SamplingSettings(seed=7, temperature=0.4, top_p=1.0)  # so low that many begin alike
 ROWS = 2
-PACKED = PLAN.anchors[-1] + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
 
 
 @pytest.fixture(params=[True, False], ids=["with targets", "rollouts alone"])
@@ -43,6 +42,16 @@ def sample(s, reuse):
     policy = PipelinedModel.of(s.stage, runner(s.stage, recording=reuse == "activations"))
     (sampled,) = generate_rollouts(policy, [s.batch], PLAN, SAMPLING, 0, reuse, with_targets=s.targets)
     return sampled
+
+
+def passes_of(s, sampled) -> list[int]:
+    """Positions of each pass: all rows' documents, then what is distinct among the rollouts of each anchor."""
+    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
+    tokens = sampled.rollout.tokens.transpose(1, 2).flatten(0, 1)  # [B * K, n, G]
+    return [ROWS * document] + [
+        sum(len({tuple(own.tolist()) for own in rollouts[:, :length]}) for rollouts in tokens)
+        for length in range(1, PLAN.generate_length)
+    ]
 
 
 def gradients(s, sampled):
@@ -95,11 +104,9 @@ def test_bfloat16_gradients_are_as_far_from_the_true_ones_as_those_of_a_separate
 
 def test_layers_run_once_forward_and_once_more_for_checkpoints_alone(setting):
     s, layers = setting, len(setting.stage.layers)
-    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
-    passes = [document] + [PLAN.rollouts_per_row] * (PLAN.generate_length - 1)
-    decode = [(layer, length) for length in passes for layer in range(layers)]
-
     sampled = sample(s, "activations")
+    passes = passes_of(s, sampled)
+    decode = [(layer, length) for length in passes for layer in range(layers)]
     assert s.calls == decode
     gradients(s, sampled)
     assert s.calls == decode
@@ -114,13 +121,12 @@ def test_what_is_saved_is_one_copy_of_every_layer_s_input_and_is_let_go(setting)
     s = setting
     sampled = sample(s, "checkpoints")
     inputs = sampled.saved.inputs
-    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
-    length = document + PLAN.rollouts_per_row * (PLAN.generate_length - 1)
-    assert inputs.shape() == (length, ROWS, s.stage.architecture.hidden_size)
+    length = sum(passes_of(s, sampled))
+    assert inputs.shape() == (length, 1, s.stage.architecture.hidden_size)
     saved = (tensor for of_layer in inputs._inputs for tensor in of_layer)
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in saved}
     total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    assert total == (len(s.stage.layers) + 1) * length * ROWS * s.stage.architecture.hidden_size * 4
+    assert total == (len(s.stage.layers) + 1) * length * s.stage.architecture.hidden_size * 4
     gradients(s, sampled)
     assert not any(inputs._inputs)
 
@@ -156,6 +162,5 @@ def test_saved_log_probabilities_are_those_of_the_sampled_tokens(setting):
     rows = []
     s.stage.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     sampled = sample(s, "checkpoints")
-    assert sum(rows) == ROWS * (PLAN.num_blocks + PLAN.rollouts_per_row * (PLAN.generate_length - 1))
-    assert sampled.saved.scores[0].logprobs.shape == (ROWS * PLAN.num_blocks, PLAN.num_samples)
-    assert [part.logprobs.shape[1] for part in sampled.saved.scores[1:]] == [1] * (PLAN.generate_length - 1)
+    assert rows == [ROWS * PLAN.num_blocks, *passes_of(s, sampled)[1:]]
+    assert [part.logprobs.shape for part in sampled.saved.scores] == [(length, PLAN.num_samples) for length in rows]

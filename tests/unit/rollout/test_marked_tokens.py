@@ -38,8 +38,10 @@ def test_tokens_of_spoiled_rows_alone_are_marked(groups, drawn, top_p):
     logits, spoiled, finite = drawn
     own_slice = VocabularySlice.of(logits.shape[-1], groups)
     keys = noise_keys(1, 2, torch.arange(ROWS), SAMPLES, BLOCKS, 0)
-    expected = sample_tokens(logits, keys, TEMPERATURE, top_p, own_slice)
-    found = sample_tokens(spoiled, keys, TEMPERATURE, top_p, own_slice)
+    rows = torch.arange(finite.numel()).view(finite.shape).expand(keys.shape)
+    expected, found = (
+        sample_tokens(values.flatten(0, 2), rows, keys, TEMPERATURE, top_p, own_slice) for values in (logits, spoiled)
+    )
     finite = finite.expand(keys.shape)
     assert torch.equal(drawn_from_finite(found), finite) and drawn_from_finite(expected).all()
     assert torch.equal(found[finite], expected[finite]) and torch.equal(without_marks(expected), expected)

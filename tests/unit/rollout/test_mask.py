@@ -5,6 +5,7 @@ import torch
 
 from ebft_mega.attention.two_part import TwoPartAttention
 from ebft_mega.block_plan import BlockPlan
+from ebft_mega.forest import Forest
 from ebft_mega.model.strided_attention import StridedCoreAttention, StridedLayout
 from ebft_mega.rollout.packed_order import packed_sequence
 from tests.unit.rollout.dense_mask import packed_positions, strided_mask
@@ -75,13 +76,14 @@ def test_positions_equal_nested_loops(plan):
     assert packed_positions(plan).tolist() == expected
 
 
+@pytest.mark.parametrize("merges", [True, False])
 @plans
-def test_a_pass_lays_out_tokens_and_positions_like_the_reference(plan):
+def test_a_pass_lays_out_tokens_and_positions_like_the_reference(plan, merges):
     """Each rollout token carries its own coordinates as its id, so that misplacing one shows."""
     shape = (1, plan.num_samples, plan.num_blocks, plan.generate_length)
     rollouts = torch.arange(1000, 1000 + torch.Size(shape).numel()).view(shape)
     row = torch.arange(plan.sequence_length)[None]
-    tokens, positions = packed_sequence(row, rollouts, plan)
+    tokens, positions = packed_sequence(row, Forest.of(rollouts, merges), plan)
     expected = [
         where[1] if where[0] == "row" else rollouts[0, where[2], where[1], where[3]].item()
         for where in packed_coordinates(plan, plan.num_samples, plan.generate_length)
@@ -101,8 +103,9 @@ def test_model_attention_equals_dense_attention_under_the_mask(plan):
     layout = StridedLayout.of(
         plan,
         TwoPartAttention(),
+        num_rows=1,
         document_length=plan.sequence_length,
-        tokens_per_rollout=plan.generate_length,
+        forest=Forest.of(torch.zeros(1, plan.num_samples, plan.num_blocks, plan.generate_length), merges=False),
     )
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / head_dim**0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)

@@ -26,6 +26,11 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
     return noise_keys(seed, 0, torch.arange(count), 1, 1, 0).flatten()
 
 
+def draw(logits: Tensor, keys: Tensor, *settings) -> Tensor:
+    """A token for every key, all from the same logits [V]."""
+    return sample_tokens(logits[None], torch.zeros_like(keys), keys, *settings)
+
+
 def random_logits(vocabulary: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 1.5 * torch.randn(vocabulary, generator=generator, dtype=torch.float64).to(dtype)
@@ -53,20 +58,20 @@ def assert_draws_follow(tokens: Tensor, probabilities: Tensor) -> None:
 @pytest.mark.parametrize("vocabulary", [2, 7, 63, 64, 65, 100, 131, 1000])
 def test_draws_follow_the_softmax(vocabulary, whole):
     logits = random_logits(vocabulary, seed=vocabulary)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS, vocabulary), 0.7, 1.0, whole(vocabulary))
+    tokens = draw(logits, keys_of(NUM_DRAWS, vocabulary), 0.7, 1.0, whole(vocabulary))
     assert_draws_follow(tokens, (logits / 0.7).softmax(dim=-1))
 
 
 def test_a_wrong_temperature_would_be_noticed(whole):
     logits = random_logits(131)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), 0.7, 1.0, whole(131))
+    tokens = draw(logits, keys_of(NUM_DRAWS), 0.7, 1.0, whole(131))
     with pytest.raises(AssertionError):
         assert_draws_follow(tokens, (logits / 0.72).softmax(dim=-1))
 
 
 def test_draws_follow_the_nucleus(whole):
     logits = random_logits(131)
-    tokens = sample_tokens(logits, keys_of(NUM_DRAWS), 0.7, 0.8, whole(131))
+    tokens = draw(logits, keys_of(NUM_DRAWS), 0.7, 0.8, whole(131))
     probabilities = naive_nucleus((logits / 0.7).softmax(dim=-1), 0.8)
     assert (probabilities == 0).any()
     assert_draws_follow(tokens, probabilities)
@@ -76,25 +81,25 @@ def test_samples_of_different_keys_are_independent(whole):
     """Pairs of draws for neighbouring samples, as one variable with 49 values."""
     logits = random_logits(7)
     keys = noise_keys(0, 0, torch.arange(NUM_DRAWS), 2, 1, 0)[..., 0]
-    pairs = sample_tokens(logits, keys, 1.0, 1.0, whole(7))
+    pairs = draw(logits, keys, 1.0, 1.0, whole(7))
     probabilities = logits.double().softmax(dim=-1)
     joint = (probabilities[:, None] * probabilities).flatten()
     assert_draws_follow(pairs[:, 0] * 7 + pairs[:, 1], joint)
 
 
 def test_a_vocabulary_of_one_and_certain_tokens(whole):
-    assert sample_tokens(torch.zeros(1), keys_of(1000), 1.0, 1.0, whole(1)).eq(0).all()
+    assert draw(torch.zeros(1), keys_of(1000), 1.0, 1.0, whole(1)).eq(0).all()
     certain = torch.empty(130)
     for token in (0, 1, 2, 64, 127, 129):
         certain.fill_(-1e30)[token] = -3.0
-        assert sample_tokens(certain, keys_of(1000), 1.0, 1.0, whole(130)).eq(token).all()
+        assert draw(certain, keys_of(1000), 1.0, 1.0, whole(130)).eq(token).all()
 
 
 def test_padding_is_never_drawn(whole):
     """Logits far below zero: padding of 0 instead of minus infinity would win at once."""
     for vocabulary in (3, 65, 129, 190):
         logits = torch.full((vocabulary,), -1e4)
-        tokens = sample_tokens(logits, keys_of(20_000), 1.0, 1.0, whole(vocabulary))
+        tokens = draw(logits, keys_of(20_000), 1.0, 1.0, whole(vocabulary))
         assert tokens.min() >= 0 and tokens.max() < vocabulary
         assert tokens.unique().numel() == vocabulary
 
@@ -135,24 +140,27 @@ def test_top_p_comes_after_the_temperature(whole):
     """At temperature 0.25 the first token alone reaches 0.8; at temperature 1 it does not."""
     logits = torch.tensor([1.0, 0.0, -1.0])
     assert (logits.softmax(-1)[0] < 0.8) and ((logits / 0.25).softmax(-1)[0] > 0.8)
-    assert sample_tokens(logits, keys_of(5000), 0.25, 0.8, whole(3)).eq(0).all()
-    assert sample_tokens(logits, keys_of(5000), 1.0, 0.8, whole(3)).unique().tolist() == [0, 1]
+    assert draw(logits, keys_of(5000), 0.25, 0.8, whole(3)).eq(0).all()
+    assert draw(logits, keys_of(5000), 1.0, 0.8, whole(3)).unique().tolist() == [0, 1]
 
 
 def test_a_block_s_score_needs_only_its_own_logits_and_the_token_only_its_block(whole):
     """What tensor-parallel shards rely on."""
     vocabulary, keys = 64 * 5, keys_of(50)
     logits, others, own_slice = random_logits(vocabulary), random_logits(vocabulary, seed=1), whole(vocabulary)
+    first = torch.zeros_like(keys)
     for block in (0, 17, 63):
         own = slice(block * 5, block * 5 + 5)
         mixed = others.clone()
         mixed[own] = logits[own]
         assert torch.equal(
-            block_scores(mixed, keys, own_slice)[:, block], block_scores(logits, keys, own_slice)[:, block]
+            block_scores(mixed[None], first, keys, own_slice)[:, block],
+            block_scores(logits[None], first, keys, own_slice)[:, block],
         )
         chosen = torch.full_like(keys, block)
         assert torch.equal(
-            token_in_block(mixed, keys, chosen, own_slice), token_in_block(logits, keys, chosen, own_slice)
+            token_in_block(mixed[None], first, keys, chosen, own_slice),
+            token_in_block(logits[None], first, keys, chosen, own_slice),
         )
 
 
@@ -167,14 +175,15 @@ def slices_of(vocabulary: int, ranks: int) -> list[VocabularySlice]:
     st.integers(1, 700), st.sampled_from([2, 4, 8, 16, 64]), st.integers(0, 10**6), st.sampled_from([0.05, 1.0, 9.0])
 )
 def test_slices_score_their_blocks_bit_for_bit_as_the_whole(whole, vocabulary, ranks, seed, scale):
-    """Padding is 1e4 before it is excluded, and the leading dimensions are those of a transposed view."""
+    """Padding is 1e4 before it is excluded, each rank's columns are a view, and rows are taken in another order."""
     generator = torch.Generator().manual_seed(seed)
-    logits = (scale * torch.randn(3, 2, vocabulary, generator=generator)).transpose(0, 1)
+    logits = scale * torch.randn(6, vocabulary, generator=generator)
     keys = noise_keys(seed, 0, torch.arange(2), 3, 1, 0)[..., 0]
-    expected = block_scores(logits, keys, whole(vocabulary))
+    rows = torch.randperm(6, generator=generator).view(2, 3)
+    expected = block_scores(logits, rows, keys, whole(vocabulary))
     padded = torch.nn.functional.pad(logits, (0, padded_vocabulary(vocabulary, ranks) - vocabulary), value=1e4)
     own = [
-        block_scores(own_slice.exclude_padding_(part.clone()), keys, own_slice)
+        block_scores(own_slice.exclude_padding_(part.clone()), rows, keys, own_slice)
         for part, own_slice in zip(padded.chunk(ranks, dim=-1), slices_of(vocabulary, ranks), strict=True)
     ]
     scores = torch.cat(own, dim=-1)
@@ -184,7 +193,7 @@ def test_slices_score_their_blocks_bit_for_bit_as_the_whole(whole, vocabulary, r
 
 
 def test_blocks_without_tokens_are_not_scored(whole):
-    scores = block_scores(random_logits(100), keys_of(3), whole(100))
+    scores = block_scores(random_logits(100)[None], torch.zeros(3, dtype=torch.int64), keys_of(3), whole(100))
     assert scores.shape == (3, 50) and scores.isfinite().all()
 
 
@@ -216,16 +225,16 @@ def test_nucleus_of_many_tokens_that_weigh_little_or_the_same(whole, tail, top_p
     assert keep_nucleus(logits, top_p, whole(len(logits))).isfinite().sum() == expected
 
 
-def test_logits_shared_by_samples_broadcast(whole):
-    logits = torch.randn(2, 1, 3, 131, generator=torch.Generator().manual_seed(0))
-    keys = noise_keys(0, 0, torch.arange(2), 4, 3, 0)
-    own_slice = whole(131)
-    shared = sample_tokens(logits, keys, 0.6, 0.95, own_slice)
+@given(st.lists(st.integers(0, 4), min_size=12, max_size=12), st.sampled_from([1.0, 0.95]))
+def test_keys_that_share_a_row_draw_as_from_copies_of_it(whole, rows, top_p):
+    """Every token depends on its own key and its row's logits alone, whoever else draws from the row."""
+    logits = torch.randn(5, 131, generator=torch.Generator().manual_seed(0))
+    keys = noise_keys(0, 0, torch.arange(3), 4, 1, 0)[..., 0]
+    shared = sample_tokens(logits, torch.tensor(rows).view(3, 4), keys, 0.6, top_p, whole(131))
     assert shared.shape == keys.shape
-    assert torch.equal(shared, sample_tokens(logits.expand(-1, 4, -1, -1), keys, 0.6, 0.95, own_slice))
-    for sample in range(4):
-        assert torch.equal(shared[:, sample], sample_tokens(logits[:, 0], keys[:, sample], 0.6, 0.95, own_slice))
-    assert sample_tokens(logits[1, 0, 2], keys[1, 3, 2], 0.6, 0.95, own_slice) == shared[1, 3, 2]
+    each = torch.arange(12).view(3, 4)
+    assert torch.equal(shared, sample_tokens(logits[rows], each, keys, 0.6, top_p, whole(131)))
+    assert shared[1, 2] == draw(logits[rows[6]], keys[1, 2], 0.6, top_p, whole(131))
 
 
 def test_low_precision_logits_are_cast_before_they_are_divided(whole):
@@ -233,11 +242,11 @@ def test_low_precision_logits_are_cast_before_they_are_divided(whole):
     assert torch.equal(at_temperature(logits, 0.6), logits.float() / 0.6)
     assert at_temperature(logits.double(), 0.6).dtype == torch.float64
     keys = keys_of(2000)
-    tokens = [sample_tokens(same, keys, 0.6, 1.0, whole(1000)) for same in (logits, logits.float())]
+    tokens = [draw(same, keys, 0.6, 1.0, whole(1000)) for same in (logits, logits.float())]
     assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_settings_out_of_range_are_refused(temperature, top_p, whole):
     with pytest.raises(ValueError, match="must"):
-        sample_tokens(torch.zeros(3), keys_of(1), temperature, top_p, whole(3))
+        draw(torch.zeros(3), keys_of(1), temperature, top_p, whole(3))
