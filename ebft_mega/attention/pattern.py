@@ -17,8 +17,8 @@ class AttentionPattern:
     """Which queries see which keys, in one pass over rows that carry a document and the nodes of its rollouts.
 
     A document query at position p sees the document keys 0..p of its row. A node of block k of a row sees the row's
-    document keys 0..anchors[k]-1, the nodes on its path and itself; it sees no other node. Nodes are level by level
-    (`ebft_mega/forest.py`), and the last levels ask.
+    document keys 0..anchors[k]+branch-1, the nodes on its path and itself; it sees no other node. Nodes are level by
+    level (`ebft_mega/forest.py`), and the last levels ask.
     With `document_starts` a row holds several documents, of which none sees another: a query at position p sees no key
     before the start of its document, a node of block k none before that of the document of position anchors[k] - 1.
     Hashable, so that what is derived from a pattern can be cached under it.
@@ -82,11 +82,18 @@ class AttentionPattern:
         counts = [level.counts for level in self.asking_levels]
         return tuple(map(sum, zip(*counts, strict=True))) or (0,) * (self.num_rows * len(self.anchors))
 
+    @property
+    def longest_branch(self) -> int:
+        """Most tokens beyond its anchor that a node may see of the document."""
+        return max((level.index for level in self.levels if len(level.stems)), default=-1) + 1
+
     @cached_property
     def rows_are_alike(self) -> bool:
-        """Whether all rows have equally many asking nodes of each block."""
+        """Whether all rows have equally many asking nodes of each block, which see equally much of the document."""
         blocks, counts = len(self.anchors), self.nodes_per_anchor
-        return all(counts[:blocks] == counts[first : first + blocks] for first in range(0, len(counts), blocks or 1))
+        return not self.longest_branch and all(
+            counts[:blocks] == counts[first : first + blocks] for first in range(0, len(counts), blocks or 1)
+        )
 
     def starts_of(self, row: int) -> tuple[int, ...]:
         """The first position of every document of a row."""
@@ -103,7 +110,10 @@ class AttentionPattern:
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs that are needed, per head, over all rows."""
+        """Query-key pairs that are needed, per head, over all rows.
+
+        Where a node left the document makes no difference: what it sees is anchor + t + 1 keys.
+        """
         first_level = len(self.levels) - self.asking
         pairs = sum((first_level + t + 1) * len(level) for t, level in enumerate(self.asking_levels))
         for row in range(self.num_rows):
@@ -153,8 +163,9 @@ class AttentionPattern:
         blocks = len(self.anchors)
         for level in self.asking_levels:
             own = slice(level.starts[row * blocks], level.starts[(row + 1) * blocks])
-            block = level.anchors[own].to(device) - row * blocks
-            in_prefix = (keys < anchors[block][:, None]) & (keys >= of_blocks[block][:, None])
+            block = level.node_anchors[own].to(device) - row * blocks
+            limits = anchors[block] + level.branch[own].to(device)
+            in_prefix = (keys < limits[:, None]) & (keys >= of_blocks[block][:, None])
             on_path = (level.path[own].to(device)[:, :, None] == nodes).any(dim=1)
             rows.append(torch.cat((in_prefix, on_path), dim=1))
         return torch.cat(rows)

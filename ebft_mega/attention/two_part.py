@@ -138,7 +138,7 @@ def _paths_forward(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tup
     """Attention of nodes over their own paths: averages [heads, Nq, d] and log-normalisers [heads, Nq]."""
     outs, normalizers = [], []
     for own in plan.paths:
-        out, lse = small_forward(*_on_paths(own, query, key, value), None)
+        out, lse = small_forward(*_on_paths(own, query, key, value), own.hidden)
         outs.append(_from_groups(out))
         normalizers.append(_from_groups(lse))
     return torch.cat(outs, dim=1), torch.cat(normalizers, dim=1)
@@ -159,17 +159,16 @@ def _paths_backward(
     for own in plan.paths:
         asking, keys, values = _on_paths(own, query, key, value)
         grads, outs, normalizers = (_by_group(own, tensor, len(key)) for tensor in (grad, out, lse))
-        towards_query, *others = small_backward(grads, asking, keys, values, outs, normalizers, None)
+        towards_query, *others = small_backward(grads, asking, keys, values, outs, normalizers, own.hidden)
         parts.append(_from_groups(towards_query))
         for total, towards in zip(sums, others, strict=True):
-            total.index_add_(1, own.path.flatten(), towards.flatten(1, 2).to(total.dtype))
+            total.index_add_(1, own.keys, towards.flatten(1, 2).to(total.dtype))
     return torch.cat(parts, dim=1)
 
 
 def _on_paths(own: OwnPaths, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A level's queries [groups, N, heads / groups, d], and the keys and values of their paths [groups, N, T, d]."""
-    where = own.path.flatten()
-    gathered = (tensor.index_select(1, where).unflatten(1, own.path.shape) for tensor in (key, value))
+    gathered = (tensor.index_select(1, own.keys).unflatten(1, (-1, own.length)) for tensor in (key, value))
     return (_by_group(own, query, len(key)), *gathered)
 
 

@@ -44,7 +44,9 @@ class OwnPaths:
     """The nodes of one level that ask."""
 
     queries: slice  # among the asking nodes, level by level
-    path: Tensor  # int64 [N, keys of each]
+    keys: Tensor  # int64 [N * T], T nodes on the path of each; any where there is none
+    length: int  # T
+    hidden: Tensor | None  # bool [N, 1, T], true where there is none; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,17 @@ def _make_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> Pl
     if _asks_from_the_start(pattern):
         causal = _causal_documents(pattern)
     elif pattern.document_queries:
-        document = _spans(_document_limits(pattern), edge, device)
+        limits = torch.tensor(pattern.document_limits, dtype=torch.int64, device=device)
+        document = _spans(_document_limits(pattern), limits, edge)
     by_row, to_levels = _orders(pattern.asking_levels)
-    nodes = _spans(_node_limits(pattern), edge, device) if pattern.asking else ()
+    nodes: tuple[Span, ...] = ()
+    if pattern.asking:
+        limits = _limits_of_nodes(pattern, device)
+        limits = limits if by_row is None else limits[by_row]
+        nodes = _spans(_node_limits(pattern), limits, edge, pattern.longest_branch, pattern.document_keys)
     ends = list(accumulate(map(len, pattern.asking_levels), initial=0))
     paths = tuple(
-        OwnPaths(slice(first, end), level.path)
+        _own_paths(slice(first, end), level)
         for level, (first, end) in zip(pattern.asking_levels, pairwise(ends), strict=True)
     )
     return Plan(causal, document, by_row, to_levels, _rows_asking(pattern), nodes, paths)
@@ -101,6 +108,13 @@ def _make_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> Pl
 
 _repeated_plan = lru_cache(maxsize=_PLANS)(_make_plan)
 _passing_plan = lru_cache(maxsize=_PASSING_PLANS)(_make_plan)
+
+
+def _own_paths(queries: slice, level: Level) -> OwnPaths:
+    length = level.path.shape[1]
+    if level.is_separate:
+        return OwnPaths(queries, level.path.flatten(), length, None)
+    return OwnPaths(queries, level.path.clamp(min=0).flatten(), length, (level.path < 0)[:, None])
 
 
 def _asks_from_the_start(pattern: AttentionPattern) -> bool:
@@ -128,6 +142,12 @@ def _causal_documents(pattern: AttentionPattern) -> tuple[CausalDocument, ...]:
         for start, end in pairwise((*pattern.starts_of(row), length))
         if start < length
     )
+
+
+def _limits_of_nodes(pattern: AttentionPattern, device: torch.device) -> Tensor:
+    """How many document keys each asking node sees, level by level, int64 [Nq]."""
+    anchors = torch.tensor(pattern.anchors, dtype=torch.int64, device=device)
+    return torch.cat([anchors[level.node_anchors % len(anchors)] + level.branch for level in pattern.asking_levels])
 
 
 def _document_limits(pattern: AttentionPattern) -> list[_Limits]:
@@ -172,23 +192,22 @@ def _orders(levels: Sequence[Level]) -> tuple[Tensor | None, Tensor | None]:
     """The order of nodes by row, block and level, of nodes that are level by level; and its inverse."""
     if len(levels) < 2:
         return None, None
-    by_row = torch.cat([level.anchors for level in levels]).argsort(stable=True)
+    by_row = torch.cat([level.node_anchors for level in levels]).argsort(stable=True)
     to_levels = torch.empty_like(by_row).scatter_(0, by_row, torch.arange(len(by_row), device=by_row.device))
     return by_row, to_levels
 
 
-def _spans(parts: Sequence[_Limits], edge: int, device: torch.device) -> tuple[Span, ...]:
-    """Cut queries by increasing limits where the ragged edge would exceed `edge` keys."""
+def _spans(
+    parts: Sequence[_Limits], limit_of_query: Tensor, edge: int, beyond: int = 0, last: int | None = None
+) -> tuple[Span, ...]:
+    """Cut queries by increasing limits where the ragged edge would exceed `edge` keys.
+
+    Args:
+        limit_of_query: int64, on the device, how many keys each query sees: its limit, or up to `beyond` more.
+        last: no key is behind that; None: there are as many as the limits say.
+    """
     spans = []
-    # One copy to the device for all spans: each would wait for it.
-    pairs = [
-        (limit, end - first)
-        for part in parts
-        for limit, (first, end) in zip(part.limits, pairwise(part.starts), strict=True)
-    ]
-    numbers = torch.tensor(pairs, dtype=torch.int64)
-    per_query = numbers[:, 0].repeat_interleave(numbers[:, 1]).to(device)
-    before = 0
+    device = limit_of_query.device
     for part in parts:
         limits, start = part.limits, 0
         while start < len(limits):
@@ -196,10 +215,10 @@ def _spans(parts: Sequence[_Limits], edge: int, device: torch.device) -> tuple[S
             while end < len(limits) and limits[end] - limits[start] <= edge:
                 end += 1
             queries = slice(part.starts[start], part.starts[end])
-            own = per_query[before + queries.start - part.starts[0] : before + queries.stop - part.starts[0]]
-            hidden = torch.arange(limits[start], limits[end - 1], device=device) >= own[:, None]
-            keys = slice(part.first_key, limits[end - 1])
-            spans.append(Span(part.asking, queries, part.batch, keys, hidden))
+            most = limits[end - 1] + beyond
+            most = most if last is None else min(most, last)
+            if queries.start < queries.stop:
+                hidden = torch.arange(limits[start], most, device=device) >= limit_of_query[queries, None]
+                spans.append(Span(part.asking, queries, part.batch, slice(part.first_key, most), hidden))
             start = end
-        before += part.starts[-1] - part.starts[0]
     return tuple(spans)

@@ -11,7 +11,6 @@ after the hidden states is float64: whitening tells a duplicate from a near-dupl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -113,10 +112,14 @@ class PooledRows:
         before = rows * plan.sequence_length + forest.up_to(window.start).num_nodes
         nodes = torch.arange(before, before + sum(map(len, levels)), device=device)
         positions = torch.cat((document_rows(document, rows, plan.sequence_length), nodes))
-        firsts = accumulate(map(len, levels), initial=rows * len(document))
-        sampled = forest.by_sample([level.of_rollout + first for level, first in zip(levels, firsts, strict=False)])
-        in_row = torch.arange(rows, device=device)[:, None, None, None] * len(document) + targets[:, None]
-        places = torch.cat((sampled.transpose(1, 2), in_row), dim=2)
+        in_row = torch.arange(rows, device=device)[:, None, None] * len(document) + targets  # [B, K, T]
+        sampled, end = [], rows * len(document)
+        for index, level in enumerate(levels):
+            own = torch.arange(end, end + len(level), device=device)
+            stems = in_row[..., index].flatten()[level.anchors[level.stems]]
+            sampled.append(level.spread(level.joined(own, stems)))
+            end += len(level)
+        places = torch.cat((forest.by_sample(sampled).transpose(1, 2), in_row[:, :, None]), dim=2)
         return cls(ReadRows(_window_positions(plan, window), len(levels), positions), places)
 
 

@@ -79,7 +79,7 @@ class SavedForward:
 
 
 def join_scores(parts: Sequence[RowScores]) -> RowScores | None:
-    """Scores of all tokens: of the anchor rows, then of the nodes of each level that was fed back.
+    """Scores of all tokens: of the anchor rows, then of the prefixes of each level that was fed back.
 
     Returns:
         RowScores with n choices a row, of which one counts that the row's own rollouts chose. None if there are none
@@ -100,7 +100,7 @@ def logprobs_of_rollouts(scores: Sequence[Tensor], forest: Forest) -> Tensor:
     them weigh adds up in the row's gradient.
 
     Args:
-        scores: of each of the G tokens [rows, n]: of the B * K anchor rows, then of the nodes of each level.
+        scores: of each of the G tokens [rows, n]: of the B * K anchor rows, then of the prefixes of each level.
         forest: at least the levels that were fed back.
     Returns:
         float32 [B, n, K, G].

@@ -18,7 +18,7 @@ from ebft_mega.model.strided_attention import KeyValueCache, StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import SavedForward, logprobs_of_rollouts
 from ebft_mega.rollout.noise import noise_keys
-from ebft_mega.rollout.packed_order import anchor_rows, document_positions, node_positions
+from ebft_mega.rollout.packed_order import anchor_rows, continuations, document_positions, node_positions, stem_rows
 from ebft_mega.rollout.sampling import drawn_from_finite, sample_tokens, without_marks
 from ebft_mega.types import Rollout, TokenBatch
 
@@ -138,10 +138,15 @@ class _Decoding:
         self.finite = [
             batch.tokens.new_ones((len(batch.tokens), plan.num_blocks), dtype=torch.bool) for batch in micro_batches
         ]
+        merges = sampling.merge_equal_prefixes
         self.forests = [
-            Forest(len(batch.tokens), plan.num_blocks, plan.num_samples, sampling.merge_equal_prefixes)
+            Forest(
+                *(len(batch.tokens), plan.num_blocks, plan.num_samples, merges),
+                continuations=continuations(batch, plan, self.document_length) if merges else None,
+            )
             for batch in micro_batches
         ]
+        self.document_rows: dict[int, Tensor] = {}  # last stage: of the micro-batches under way, [B * D, H]
         self._drawn: list[list[Tensor]] = [[] for _ in micro_batches]  # [B, n, K] each: what is not in the forest yet
 
     def take_tokens(self, slot: Slot, marked: Tensor) -> None:
@@ -162,6 +167,7 @@ class _Decoding:
         output: Tensor = self.model.run(lambda stage: self._pass(stage, slot, received))
         if slot.pass_index == self.plan.generate_length - 1:
             del self.caches[slot.micro_batch]
+            self.document_rows.pop(slot.micro_batch, None)
             if self.model.groups.is_last_stage:
                 self.last_tokens.append(output)
         return output
@@ -173,7 +179,7 @@ class _Decoding:
             tokens = batch.tokens[:, :document_length].reshape(1, -1)
             positions = document_positions(len(batch.tokens), document_length, tokens.device, batch.documents)
         else:
-            tokens = forest.tokens[-1][None]
+            tokens = forest.node_tokens(-1)[None]
             positions = node_positions(plan, forest.levels[-1], batch.documents)
         layout = StridedLayout.of(
             plan,
@@ -191,7 +197,11 @@ class _Decoding:
         with torch.no_grad():
             rows = stage.whole_sequence(hidden, len(positions))[:, 0]
             if slot.pass_index == 0:
+                self.document_rows[slot.micro_batch] = rows.detach()
                 rows = rows[anchor_rows(plan, len(batch.tokens), document_length, rows.device)]
+            else:
+                level, document = forest.levels[-1], self.document_rows[slot.micro_batch]
+                rows = level.joined(rows, document[stem_rows(plan, level, self.document_length)])
             return self._draw(stage, slot, rows, forest)
 
     def _hidden_states(
@@ -213,8 +223,8 @@ class _Decoding:
         """Sample the next token of every rollout from its row, a few anchors at a time.
 
         Args:
-            rows: [B * K or N, H] before the final norm, of the anchors or of the last level's nodes, the same on every
-                tensor-parallel rank.
+            rows: [B * K or M, H] before the final norm, of the anchors or of the last level's prefixes, the same on
+                every tensor-parallel rank.
         Returns:
             int64 [B, n, K], marked (`sample_tokens`).
         """
@@ -223,7 +233,7 @@ class _Decoding:
         keys = noise_keys(sampling.seed, self.step, row_indices, samples, plan.num_blocks, slot.pass_index)
         by_anchor = keys.transpose(1, 2).reshape(-1, samples)  # [B * K, n]
         level = forest.levels[-1] if forest.levels else None
-        starts = range(len(rows) + 1) if level is None else level.starts
+        starts = range(len(rows) + 1) if level is None else level.prefix_starts
         drawn, scores = [], []
         for first, end in _anchors_at_once(starts):
             own = slice(starts[first], starts[end])  # of the rows

@@ -73,9 +73,34 @@ def node_positions(plan: BlockPlan, level: Level, documents: RowDocuments | None
     """
     anchors = anchor_positions(plan, level.first.device)
     if documents is None:
-        return anchors[level.anchors % plan.num_blocks] + (level.path.shape[1] - 1)
+        return anchors[level.node_anchors % plan.num_blocks] + level.index
     continued = anchors - documents.token_starts[:, anchors - 1]  # [B, K]
-    return continued.flatten()[level.anchors] + (level.path.shape[1] - 1)
+    return continued.flatten()[level.node_anchors] + level.index
+
+
+def stem_rows(plan: BlockPlan, level: Level, document_length: int) -> Tensor:
+    """Places in a pass of the document positions that a level's stems are, int64 [M - N]."""
+    anchors = level.anchors[level.stems]
+    positions = anchor_positions(plan, anchors.device)[anchors % plan.num_blocks] + level.index
+    return anchors // plan.num_blocks * document_length + positions
+
+
+def continuations(rows: TokenBatch, plan: BlockPlan, document_length: int) -> Tensor:
+    """The document's own tokens from each anchor on: what a rollout that equals them need not compute.
+
+    Args:
+        document_length: D, the positions of each row in the policy's pass.
+    Returns:
+        int64 [B * K, G]; -1 where the pass does not hold the position, or where a masked document has begun since the
+        anchor: a rollout goes on with the one before.
+    """
+    anchors = anchor_positions(plan, rows.tokens.device)
+    positions = anchors[:, None] + torch.arange(plan.generate_length, device=rows.tokens.device)  # [K, G]
+    holds = (positions < document_length).expand(len(rows.tokens), -1, -1)
+    if rows.documents is not None:
+        starts = rows.documents.token_starts
+        holds = holds & (starts[:, positions] == starts[:, anchors - 1, None])
+    return torch.where(holds, rows.tokens[:, positions], -1).flatten(0, 1)
 
 
 def packed_sequence(
@@ -91,7 +116,7 @@ def packed_sequence(
         Tokens int64 [1, S] and positions int64 [S]; S is B * D and all nodes.
     """
     levels = () if forest is None else forest.levels
-    nodes = () if forest is None else forest.tokens
+    nodes = [] if forest is None else [forest.node_tokens(level.index) for level in levels]
     positions = [document_positions(len(tokens), tokens.shape[1], tokens.device, documents)]
     positions += [node_positions(plan, level, documents) for level in levels]
     return torch.cat((tokens.flatten(), *nodes))[None], torch.cat(positions)

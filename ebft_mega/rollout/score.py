@@ -13,7 +13,7 @@ from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
 from ebft_mega.rollout.forward import SavedForward, join_scores, logprobs_of_rollouts
-from ebft_mega.rollout.packed_order import anchor_rows, packed_sequence
+from ebft_mega.rollout.packed_order import anchor_rows, packed_sequence, stem_rows
 from ebft_mega.types import PolicyLogprobs, RowDocuments
 
 
@@ -119,13 +119,16 @@ def _scored(
         hidden: [S, H] before the final norm; known: scores of the rollouts' rows.
     """
     tokens, forest, device = request.tokens, request.forest, hidden.device
-    document = len(tokens) * request.document_length(plan)
+    document = end = len(tokens) * request.document_length(plan)
     rows, choices, temperatures = [], [], []
     if forest is not None:
         rows += [anchor_rows(plan, len(tokens), request.document_length(plan), device)]
-        rows += [torch.arange(document, len(hidden), device=device)]
-        choices += [forest.drawn(0)]
-        choices += [forest.drawn(t + 1)[level.anchors] for t, level in enumerate(forest.levels[:-1])]
+        choices += [forest.drawn[0]]
+        for level, following in zip(forest.levels, forest.drawn[1:], strict=False):
+            nodes = torch.arange(end, end + len(level), device=device)
+            rows.append(level.joined(nodes, stem_rows(plan, level, request.document_length(plan))))
+            choices.append(following[level.anchors])
+            end += len(level)
         temperatures += [request.temperature] * len(choices)
     if request.targets:
         rows.append(torch.arange(document, device=device))
