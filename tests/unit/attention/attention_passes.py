@@ -12,40 +12,57 @@ from ebft_mega.forest import Forest
 NAMES = ("document_query", "own_query", "document_key", "document_value", "own_key", "own_value")
 
 
-def forest_of(rows, blocks, samples, length, merges=True, vocabularies=(2,), seed=0):
-    """Random rollouts as a forest; anchor after anchor takes the next of `vocabularies`, 1 makes its rollouts equal."""
+def forest_of(rows, blocks, samples, length, merges=True, vocabularies=(2,), seed=0, held=None):
+    """Random rollouts as a forest; anchor after anchor takes the next of `vocabularies`, 1 makes its rollouts equal.
+
+    Args:
+        held: bool [B, K, G], whether the document has a token there that a rollout may equal: it is 0; None: nowhere.
+    """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(vocabularies).repeat(rows * blocks)[: rows * blocks].view(rows, 1, blocks, 1)
     tokens = (torch.rand(rows, samples, blocks, length, generator=generator) * sizes).long()
-    return Forest.of(tokens, merges)
+    continuations = None if held is None else torch.where(held, 0, -1).flatten(0, 1)
+    return Forest.of(tokens, merges, continuations)
 
 
-@st.composite
-def forests(draw, rows, blocks, samples, length):
-    """From all rollouts of an anchor equal to all of them different, anchor by anchor; or every one by itself."""
-    vocabularies = draw(st.lists(st.sampled_from([1, 2, 3, 1000]), min_size=1, max_size=5))
-    return forest_of(rows, blocks, samples, length, draw(st.booleans()), tuple(vocabularies), draw(st.integers(0, 99)))
+def held_by(anchors, length, document_keys, starts):
+    """Where a pass has a document position that continues an anchor's document, bool [B, K, G].
+
+    Args:
+        starts: of each row the first position of every document.
+    """
+    return torch.tensor(
+        [
+            [[a + t < document_keys and not any(a <= s <= a + t for s in row) for t in range(length)] for a in anchors]
+            for row in starts
+        ]
+    )
 
 
 @st.composite
 def patterns(draw):
     """One pass of a run with random geometry: s < G and s > G, one to three rows, one block, sample, level or several.
 
-    In half of them documents are masked: a row has one document or several, of one token or more, which start
-    anywhere: at anchors, beside them, in targets.
+    From all rollouts of an anchor equal, or equal to the document, to all of them different, anchor by anchor; or
+    nothing merged. In half of them documents are masked: a row has one document or several, of one token or more, which
+    start anywhere: at anchors, beside them, in targets.
     """
     generate_length = draw(st.integers(1, 5))
     stride, context_length = draw(st.integers(1, 9)), draw(st.integers(1, 5))
     rows, blocks, samples = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
     length = context_length + (blocks - 1) * stride + generate_length
     plan = BlockPlan(length, stride, context_length, generate_length, samples)
-    whole = draw(forests(rows, blocks, samples, generate_length))
-    queries, keys, levels, asking = draw(passes(plan, whole))
     starts = None
     if draw(st.booleans()):
-        row = st.sets(st.integers(1, keys), max_size=keys).map(lambda found: (0, *sorted(found)))
+        row = st.sets(st.integers(1, length), max_size=length).map(lambda found: (0, *sorted(found)))
         starts = tuple(draw(row) for _ in range(rows))
-    return AttentionPattern(rows, plan.anchors, queries, keys, levels, asking, starts)
+    held = None
+    if draw(st.booleans()):
+        held = held_by(plan.anchors, generate_length, plan.anchors[-1], starts or ((0,),) * rows)
+    vocabularies = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 1000]), min_size=1, max_size=5)))
+    merges, seed = draw(st.booleans()), draw(st.integers(0, 99))
+    forest = forest_of(rows, blocks, samples, generate_length, merges, vocabularies, seed, held)
+    return AttentionPattern(rows, plan.anchors, *draw(passes(plan, forest)), starts)
 
 
 @st.composite

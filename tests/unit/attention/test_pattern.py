@@ -8,19 +8,26 @@ from tests.unit.attention.attention_passes import forest_of, patterns
 CPU = torch.device("cpu")
 
 
+def prefix_is_stem(level, rollout):
+    """Whether what a rollout has drawn up to a level is what the document holds."""
+    return bool((level.stems == level.of_rollout.flatten()[rollout]).any())
+
+
 def sees(pattern, row, query, key):
     """The rule in words, for a query and a key of a row: ("document", position) or ("node", level, number)."""
-    rollout = None if query[0] == "document" else pattern.levels[query[1]].first[query[2]].item()
-    if key[0] == "node":
-        if rollout is None or key[1] > query[1]:
+    if query[0] == "document":
+        if key[0] == "node":
             return False
-        level = pattern.levels[key[1]]
-        return key[2] == level.of_rollout.flatten()[rollout].item()
-    if rollout is None:
-        end = query[1] + 1
+        anchor, end = query[1] + 1, query[1] + 1
     else:
-        end = pattern.anchors[rollout // pattern.levels[0].num_samples % len(pattern.anchors)]
-    first = max(start for start in pattern.starts_of(row) if start < end)
+        asks = pattern.levels[query[1]]
+        rollout = asks.first[asks.nodes[query[2]]].item()
+        if key[0] == "node":
+            level = pattern.levels[key[1]]
+            return key[1] <= query[1] and level.nodes[key[2]] == level.of_rollout.flatten()[rollout]
+        anchor = pattern.anchors[rollout // asks.num_samples % len(pattern.anchors)]
+        end = anchor + sum(prefix_is_stem(level, rollout) for level in pattern.levels[: query[1]])
+    first = max(start for start in pattern.starts_of(row) if start < anchor)
     return first <= key[1] < end
 
 
@@ -31,7 +38,7 @@ def nodes_of_row(pattern, row, first_level):
         ("node", t, number)
         for t in range(first_level, len(pattern.levels))
         for number in range(len(pattern.levels[t]))
-        if pattern.levels[t].anchors[number] // blocks == row
+        if pattern.levels[t].node_anchors[number] // blocks == row
     ]
 
 
@@ -59,7 +66,12 @@ def test_every_node_is_of_one_row(pattern):
         assert torch.equal(torch.cat(found).sort().values, torch.arange(count))
     per_row = torch.tensor(pattern.nodes_per_anchor).view(pattern.num_rows, -1)
     assert per_row.sum() == pattern.own_queries
-    assert pattern.rows_are_alike == (per_row == per_row[0]).all()
+    leaves_late = any((level.branch > 0).any() for level in pattern.levels)
+    if pattern.rows_are_alike:
+        assert (per_row == per_row[0]).all() and not leaves_late
+    else:
+        assert (per_row != per_row[0]).any() or pattern.longest_branch
+    assert all((level.branch <= pattern.longest_branch).all() for level in pattern.levels)
 
 
 def test_counts_of_the_production_size():
@@ -119,4 +131,3 @@ def test_a_pattern_is_a_cache_key_and_only_those_without_merging_repeat():
     assert not merged.is_shared
     assert not AttentionPattern(2, (4, 8), range(8), 8, document_starts=((0,), (0,))).is_shared
     assert AttentionPattern(2, (4, 8), range(8), 8).is_shared
-    assert AttentionPattern(2, (4,), (), 4, forest_of(2, 1, 1, 3).levels, 1).is_shared, "one sample: nothing to merge"

@@ -21,6 +21,7 @@ from ebft_mega.attention.two_part import TwoPartAttention
 from tests.unit.attention.attention_passes import (
     assert_same,
     forest_of,
+    held_by,
     naive_attend,
     patterns,
     random_tensors,
@@ -72,8 +73,9 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(route, pattern, he
 
 ANCHORS = tuple(range(8, 153, 8))
 SEPARATE = forest_of(2, 19, 4, 8, merges=False).levels
-MERGED = forest_of(2, 19, 4, 8, vocabularies=(1, 2, 2, 1000)).levels  # rows have different numbers of nodes
 STARTS = ((0, 40, 41, 103, 155), (0, 9))
+# Rows have different numbers of nodes; some rollouts are all in the document, some leave it.
+MERGED = forest_of(2, 19, 4, 8, vocabularies=(1, 2, 2, 1000), held=held_by(ANCHORS, 8, 152, STARTS)).levels
 LARGE = {
     "packed": AttentionPattern(2, ANCHORS, range(152), 152, SEPARATE[:7], 7),
     "decode": AttentionPattern(2, ANCHORS, (), 152, SEPARATE[:3], 1),
