@@ -6,6 +6,7 @@ Masked documents are calls of their own on views of their rows and keys, and so 
 numbers of nodes. Of the nodes on a path, which are few, keys and values are gathered, a level at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,12 +228,26 @@ def _prefix_forward(
     kernel: PrefixKernel, spans: tuple[Span, ...], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All spans' outputs [B, heads, queries, d] and log-normalisers [B, heads, queries]."""
+    found = [
+        kernel.forward(
+            query[span.asking, :, span.queries],
+            key[span.batch, :, span.keys],
+            value[span.batch, :, span.keys],
+            span.hidden,
+        )
+        for span in spans
+    ]
+    if _are_all_rows(spans):
+        return torch.cat([out for out, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
     out, lse = _empty_results(query)
-    for span in spans:
-        asking, queries = span.asking, span.queries
-        seen = key[span.batch, :, span.keys], value[span.batch, :, span.keys]
-        out[asking, :, queries], lse[asking, :, queries] = kernel.forward(query[asking, :, queries], *seen, span.hidden)
+    for span, (part, normalizers) in zip(spans, found, strict=True):
+        out[span.asking, :, span.queries], lse[span.asking, :, span.queries] = part, normalizers
     return out, lse
+
+
+def _are_all_rows(spans: Sequence[Span]) -> bool:
+    """Whether the spans, one behind the other, are the queries of all rows of the queries' tensor."""
+    return bool(spans) and all(span.asking == slice(None) for span in spans)
 
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,13 +269,18 @@ def _prefix_backward(
     sums: tuple[Tensor, Tensor],
 ) -> Tensor:
     """The queries' gradient [B, heads, queries, d]; what keys and values get is added to `sums`."""
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    parts = []
     for span in spans:
         asking, queries = span.asking, span.queries
         seen = key[span.batch, :, span.keys], value[span.batch, :, span.keys]
-        parts = out[asking, :, queries], lse[asking, :, queries]
-        grads = kernel.backward(grad[asking, :, queries], query[asking, :, queries], *seen, *parts, span.hidden)
-        grad_query[asking, :, queries] = grads[0]
+        answers = out[asking, :, queries], lse[asking, :, queries]
+        grads = kernel.backward(grad[asking, :, queries], query[asking, :, queries], *seen, *answers, span.hidden)
+        parts.append(grads[0])
         for total, part in zip(sums, grads[1:], strict=True):
             total[span.batch, :, span.keys] += part
+    if _are_all_rows(spans):
+        return torch.cat(parts, dim=2)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for span, part in zip(spans, parts, strict=True):
+        grad_query[span.asking, :, span.queries] = part
     return grad_query
