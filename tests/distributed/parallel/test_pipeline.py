@@ -13,18 +13,37 @@ PASSES = 4
 
 
 def ring(micro_batches: int, stages: int) -> dict[str, object]:
-    """Numbers go round: each stage appends its own digit, the first starts from what came back."""
+    """Numbers go round: each stage appends its own digit, the first starts from what came back.
+
+    What is sent on has as many copies of the number as what came back last says, which every stage has to know.
+    """
     groups = make_process_groups(connect(), 1, stages)
     stage, busy, ticks = groups.pipeline_rank, [], 0
     kept: dict[int, list[int]] = {}
+    returned: dict[int, list[int]] = {index: [] for index in range(micro_batches)}
+
+    def newest(slot: Slot) -> int:
+        """What came back of the pass before; there must be nothing newer yet."""
+        assert len(returned[slot.micro_batch]) == slot.pass_index
+        return returned[slot.micro_batch][-1] if slot.pass_index else slot.micro_batch + 1
+
+    def size(slot: Slot) -> int:
+        return 1 + newest(slot) % 5
 
     def run(slot: Slot, received: Tensor | None) -> Tensor:
         busy.append(slot)
-        start = torch.tensor([slot.micro_batch + 1]) if received is None else received
+        start = torch.tensor([newest(slot)] * size(slot)) if received is None else received
+        assert len(start) == size(slot)
         output = start * 7 % 1000003 + stage
-        if groups.is_last_stage:
-            kept.setdefault(slot.micro_batch, []).append(int(output))
-        return output
+        assert (output == output[0]).all()
+        if not groups.is_last_stage:
+            return output
+        kept.setdefault(slot.micro_batch, []).append(int(output[0]))
+        return output[:1]
+
+    def take_returned(slot: Slot, values: Tensor) -> None:
+        assert len(returned[slot.micro_batch]) == slot.pass_index < PASSES - 1
+        returned[slot.micro_batch].append(int(values))
 
     original = pipeline.hand_over
 
@@ -39,15 +58,16 @@ def ring(micro_batches: int, stages: int) -> dict[str, object]:
             groups,
             micro_batches,
             run,
-            hidden_buffer=lambda slot: torch.empty(1, dtype=torch.int64),
+            hidden_buffer=lambda slot: torch.empty(size(slot), dtype=torch.int64),
             num_passes=PASSES,
             returned_buffer=lambda slot: torch.empty(1, dtype=torch.int64),
+            take_returned=take_returned,
         )
     finally:
         pipeline.hand_over = original
     values = torch.tensor([kept[index] for index in range(micro_batches)]) if groups.is_last_stage else torch.empty(0)
     (shared,) = share_from_last_stage([values], [(micro_batches, PASSES)], torch.int64, groups)
-    return {"values": shared, "order": busy, "ticks": ticks}
+    return {"values": shared, "order": busy, "ticks": ticks, "returned": returned}
 
 
 def expected_values(micro_batches: int, stages: int) -> list[list[int]]:
@@ -67,7 +87,10 @@ def expected_values(micro_batches: int, stages: int) -> list[list[int]]:
 def test_ring_carries_every_micro_batch_through_every_stage_and_back(micro_batches, stages):
     results = run_ranks(stages, ring, micro_batches, stages)
     for result in results:
-        assert result["values"].tolist() == expected_values(micro_batches, stages)
+        expected = expected_values(micro_batches, stages)
+        assert result["values"].tolist() == expected
+        # Of all passes but the last, which nothing follows, every stage learns what came out.
+        assert result["returned"] == {index: row[:-1] for index, row in enumerate(expected)}
         assert result["order"] == [slot for slot in ring_slots(micro_batches, PASSES, stages) if slot is not None]
         if stages > 1:
             # Measured: the ticks in which a stage does nothing are those of the continuous schedule.
