@@ -1,7 +1,7 @@
 """The reference for layout tests: the same steps in one process with plain torch, a whole batch at once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         lr=LEARNING_RATE,
         betas=config.train.betas,
     )
+    # Every rollout by itself: layouts merge what begins alike, and must find the same.
+    sampling = replace(SamplingSettings.of(config), merge_equal_prefixes=False)
     truth = Truth()
     for step in range(NUM_STEPS):
         rows = rows_of_step(step, groups, case)
@@ -78,7 +80,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, *numbers)
         rollout = advantages = None
         if ebft.rl_coef > 0:
-            (sampled,) = generate_rollouts(policy, [rows], plan, SamplingSettings.of(config), step)
+            (sampled,) = generate_rollouts(policy, [rows], plan, sampling, step)
             rollout = sampled.rollout
             (gram,) = network.grams([rows], [rollout], plan)
             experience = make_experience(gram, rollout, Rewarding.of(config), counted, rows.tokens)

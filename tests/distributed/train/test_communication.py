@@ -1,11 +1,13 @@
 """Bytes that cross ranks in one optimizer step equal the formulas of docs/parallelism.md exactly."""
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, split_layers, stage_parameters
@@ -19,19 +21,43 @@ from tests.distributed.traffic import PhaseNames, Traffic
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 B, P, N, K, G = 1, 24, 3, 5, 4  # of the tests' configuration: rows of a micro-batch, tokens, samples, blocks, generated
 H, LAYERS, DEPTH, ANCHOR = 32, 5, 3, 20
-R = K * N
 
 PLAIN = Case("rollouts only", ("ebft.ce_coef=0",))
 MEAN = Case("mean pooling", ("ebft.ce_coef=0", "ebft.embed_method=mean_pooling"))
 PER_LAYER = Case("per layer", ("ebft.ce_coef=0", "ebft.feature_norm=per_layer"))
 SEPARATE = Case("a separate forward pass", ("ebft.ce_coef=0", "learn.reuse_rollout=off"))
+APART = Case("nothing merged", ("ebft.ce_coef=0", "ebft.merge_equal_prefixes=false"))
 ACTIVATIONS = Case(
     "saved activations", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
 
 
-def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict]:
-    """Calls and bytes of the second step (the first has DeepSpeed's start-up in it), on this rank."""
+@dataclass(frozen=True)
+class Nodes:
+    """What is distinct among a micro-batch's rollouts, counted one prefix at a time."""
+
+    by_level: tuple[int, ...]  # of 1, 2, ..., G tokens
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "Nodes":
+        """Of rollouts [B, n, K, G]."""
+        of_anchors = tokens.transpose(1, 2).flatten(0, 1).tolist()
+        return cls(
+            tuple(sum(len({tuple(own[:t]) for own in anchor}) for anchor in of_anchors) for t in range(1, G + 1))
+        )
+
+    @property
+    def fed_back(self) -> int:
+        """All but the last tokens."""
+        return sum(self.by_level[:-1])
+
+    def read(self, tokens: int) -> int:
+        """Rows that features of the last so many tokens of each window are made of; windows do not overlap."""
+        return B * K * tokens + sum(self.by_level[G - tokens :])
+
+
+def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict, list[Nodes]]:
+    """Calls, bytes and nodes of the second step (the first has DeepSpeed's start-up in it), on this rank."""
     device = connect()
     if layout.sequence_parallel:
         torch.cuda.current_device = lambda: device  # as in `steps.run_cases`
@@ -42,12 +68,13 @@ def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict]:
     trainer = replace(build_trainer(config, architecture, architecture, groups), timers=phases)
     train_step(trainer, rows_of_step(0, groups), 0, LEARNING_RATE)
     with Traffic(groups, phases) as traffic:
-        train_step(trainer, rows_of_step(1, groups), 1, LEARNING_RATE)
-    return dict(traffic.calls), dict(traffic.bytes)
+        result = train_step(trainer, rows_of_step(1, groups), 1, LEARNING_RATE)
+    nodes = [Nodes.of(experience.rollout.tokens) for experience in result.experiences]
+    return dict(traffic.calls), dict(traffic.bytes), nodes
 
 
 @cache
-def measured(layout: Layout, case: Case, directory: str) -> list[tuple[dict, dict]]:
+def measured(layout: Layout, case: Case, directory: str) -> list[tuple[dict, dict, list[Nodes]]]:
     return run_ranks(layout.world_size, one_step, layout, case, directory)
 
 
@@ -56,25 +83,32 @@ def directory(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("communication"))
 
 
-def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, str, str], int]:
+def expected_bytes(layout: Layout, case: Case, stage: int, nodes: list[Nodes]) -> dict[tuple[str, str, str], int]:
     """The formulas for one rank of a stage, without the data-parallel group; zeros are left out."""
-    micro_batches = GLOBAL_BATCH // layout.data
+    assert len(nodes) == GLOBAL_BATCH // layout.data
+    total: Counter[tuple[str, str, str]] = Counter()
+    for of_rollouts in nodes:
+        total.update(expected_bytes_of_micro_batch(layout, case, stage, of_rollouts))
+    return {key: value for key, value in total.items() if value}
+
+
+def expected_bytes_of_micro_batch(
+    layout: Layout, case: Case, stage: int, nodes: Nodes
+) -> dict[tuple[str, str, str], int]:
     layers = len(split_layers(LAYERS, layout.pipeline)[stage])
     feature_layers = split_layers(DEPTH, layout.pipeline)[stage]
     first, last = stage == 0, stage == layout.pipeline - 1
     many_slices, many_stages = layout.tensor > 1, layout.pipeline > 1
     is_mean, is_per_layer = "mean_pooling" in str(case.overrides), "per_layer" in str(case.overrides)
     tokens_read = G if is_mean else 1
-    decoded, packed, read = ANCHOR + R * (G - 1), P + R * G, (K + R) * tokens_read
-    head_rows, block_features = K + R * (G - 1), K * (N + 1)
+    decoded, packed, read = B * ANCHOR + nodes.fed_back, B * P + sum(nodes.by_level), nodes.read(tokens_read)
+    head_rows, block_features = B * K + nodes.fed_back, K * (N + 1)
     is_separate, has_graph = case is SEPARATE, case is ACTIVATIONS
-    # Two numbers for each row, and one for each choice: all samples choose their first token from one row. A packed
-    # pass has as many choices for every row.
-    scored = B * (K * (2 + N) + R * (G - 1) * 3)
-    scored_apart = B * head_rows * (2 + N)
+    scored = head_rows * (2 + N)  # two numbers for each row, and one for the choice of each sample of its anchor
+    tokens = INT64 * B * N * K
 
     def hidden(positions: int) -> int:
-        return positions * B * H * FLOAT32
+        return positions * H * FLOAT32
 
     # After the attention of the deepest tapped layer only rows that are read are computed.
     features = 2 * (hidden(packed) * len(feature_layers) - last * (hidden(packed) - hidden(read)))
@@ -85,8 +119,8 @@ def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, st
         * (hidden(decoded) * (2 * layers + first) + last * (not is_separate) * FLOAT32 * scored),
         ("rollout", "tensor_parallel", "all-gather"): many_slices * last * 16 * layout.tensor * B * N * K * G,
         ("rollout", "pipeline_parallel", "send"): many_stages
-        * (INT64 * B * N * K * (G - 1) if last else hidden(decoded)),
-        ("rollout", "pipeline_parallel", "broadcast"): many_stages * INT64 * B * N * K * G,
+        * (tokens * (G - 1) * (layout.pipeline - 1) if last else hidden(decoded)),
+        ("rollout", "pipeline_parallel", "broadcast"): many_stages * tokens,
         ("features", "tensor_parallel", "all-reduce"): many_slices
         * (
             features
@@ -101,31 +135,35 @@ def expected_bytes(layout: Layout, case: Case, stage: int) -> dict[tuple[str, st
         ("learn", "tensor_parallel", "all-reduce"): many_slices
         * (
             hidden(decoded) * (back_and_forth * layers + first * (not has_graph))
-            + last * (hidden(head_rows) + is_separate * FLOAT32 * scored_apart)
+            + last * (hidden(head_rows) + is_separate * FLOAT32 * scored)
         ),
         ("learn", "pipeline_parallel", "send"): many_stages
         * hidden(decoded)
         * ((not last) * is_separate + (not first)),
         ("learn", "pipeline_parallel", "broadcast"): many_stages * FLOAT32 * (B * N * K * G + 3),
     }
-    return {key: value * micro_batches for key, value in found.items() if value}
+    return found
 
 
-def expected_bytes_of_sequence_parallel_layers(layers: int, feature_layers: int, read: int, micro_batches: int) -> dict:
-    """Gathers and reduce-scatters inside the layers of a single stage, instead of all-reduces."""
+def expected_bytes_of_sequence_parallel_layers(
+    layers: int, feature_layers: int, tokens_read: int, nodes: list[Nodes]
+) -> dict:
+    """Gathers and reduce-scatters inside the layers of a single stage, instead of all-reduces; each pass is padded."""
 
     def hidden(positions: int) -> int:
-        return -(-positions // 2) * 2 * B * H * FLOAT32 * micro_batches
+        return -(-positions // 2) * 2 * H * FLOAT32
 
-    decoded, packed = hidden(ANCHOR) + (G - 1) * hidden(R), hidden(P + R * G)
-    sampled = 16 * 2 * B * N * K * G * micro_batches
+    decoded = sum(hidden(B * ANCHOR) + sum(map(hidden, part.by_level[:-1])) for part in nodes)
+    packed = sum(hidden(B * P + sum(part.by_level)) for part in nodes)
+    read = sum(hidden(part.read(tokens_read)) for part in nodes)
+    sampled = 16 * 2 * B * N * K * G * len(nodes)
     return {
         # Two of each per layer; one more where tokens are embedded, and one where the head reads whole sequences.
         ("rollout", "tensor_parallel", "reduce-scatter"): decoded * (2 * layers + 1),
         ("rollout", "tensor_parallel", "all-gather"): decoded * (2 * layers + 1) + sampled,
         # In the deepest tapped layer rows that are read are picked from a gathered sequence; only they are computed.
-        ("features", "tensor_parallel", "reduce-scatter"): packed * (2 * feature_layers - 1) + 2 * hidden(read),
-        ("features", "tensor_parallel", "all-gather"): packed * 2 * feature_layers + hidden(read),
+        ("features", "tensor_parallel", "reduce-scatter"): packed * (2 * feature_layers - 1) + 2 * read,
+        ("features", "tensor_parallel", "all-gather"): packed * 2 * feature_layers + read,
         # Back: what was scattered is gathered and the other way round, and inputs are gathered again for the weights.
         ("learn", "tensor_parallel", "reduce-scatter"): decoded * (4 * layers + 1),
         ("learn", "tensor_parallel", "all-gather"): decoded * (6 * layers + 2),
@@ -135,10 +173,14 @@ def expected_bytes_of_sequence_parallel_layers(layers: int, feature_layers: int,
 LAYOUTS = [Layout(1, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
-@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS, APART], ids=lambda case: case.name)
 @pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(1, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
-    for rank, (_, found) in enumerate(measured(layout, case, directory)):
+    for rank, (_, found, nodes) in enumerate(measured(layout, case, directory)):
+        shares = [sum(part.by_level) / (B * K * N * G) for part in nodes]
+        assert case is APART or (min(shares) < 0.9 and len(set(shares)) > 1)
+        if case is APART:
+            nodes = [Nodes((B * K * N,) * G)] * len(nodes)
         stage = rank // (layout.tensor * layout.data)
         within = {
             key: value
@@ -147,7 +189,7 @@ def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
             and key[2] != "receive"
             and not is_of_the_optimizer(key, value)
         }
-        assert within == expected_bytes(layout, case, stage)
+        assert within == expected_bytes(layout, case, stage, nodes)
 
 
 def is_of_the_optimizer(key: tuple[str, str, str], value: int) -> bool:
@@ -159,16 +201,17 @@ def is_of_the_optimizer(key: tuple[str, str, str], value: int) -> bool:
 @pytest.mark.parametrize("case", [PLAIN, MEAN], ids=lambda case: case.name)
 def test_bytes_of_sequence_parallel_layers_follow_the_formulas(case, directory):
     layout = Layout(1, 2, 1, sequence_parallel=True)
-    by_rank = [found for _, found in measured(layout, case, directory)]
-    read = (K + R) * (G if case is MEAN else 1)
-    expected = expected_bytes_of_sequence_parallel_layers(LAYERS, DEPTH, read, GLOBAL_BATCH)
+    results = measured(layout, case, directory)
+    by_rank, nodes = [found for _, found, _ in results], results[0][2]
+    tokens_read = G if case is MEAN else 1
+    expected = expected_bytes_of_sequence_parallel_layers(LAYERS, DEPTH, tokens_read, nodes)
     for found in by_rank:
         assert {key: found[key] for key in expected} == expected
         gram = FLOAT64 * B * (K * (N + 1) ** 2 + (case is MEAN) * K * (N + 1) * G) * GLOBAL_BATCH
         assert found["features", "model_parallel", "all-reduce"] == gram
     # Rows that are read change from slices of the sequence to slices of the hidden dimension once, for each tap.
     exchanged = sum(found["features", "tensor_parallel", "all-to-all"] for found in by_rank)
-    assert exchanged == DEPTH * read * B * H * FLOAT32 * GLOBAL_BATCH
+    assert exchanged == DEPTH * sum(part.read(tokens_read) for part in nodes) * H * FLOAT32
 
 
 HELD = Case("held for a step", ("ebft.ce_coef=0", "zero.hold_parameters=step"))
@@ -181,7 +224,7 @@ def test_parameters_are_gathered_once_for_the_rollouts(layout, case, directory):
     """Not once per token, and not again for learning if they are held; reduced once per micro-batch."""
     architecture = Architecture.from_hf(model_config(), "test")
     micro_batches = GLOBAL_BATCH // layout.data
-    for rank, (calls, found) in enumerate(measured(layout, case, directory)):
+    for rank, (calls, found, _) in enumerate(measured(layout, case, directory)):
         stage = rank // layout.data
         own = stage_parameters(architecture, StageShape.of_policy(architecture, stage, layout.pipeline), 1) * FLOAT32
         gathered = ("rollout", "data_parallel", "all-gather")
@@ -207,7 +250,7 @@ BFLOAT16 = Case("bfloat16", ("ebft.ce_coef=0", "train.dtype=bfloat16"))
 def test_whole_parameters_are_reduced_in_float32_and_gathered_after_the_update(zero_stage, case, directory):
     layout = Layout(2, 1, 1, zero_stage=zero_stage)
     parameters = Architecture.from_hf(model_config(), "test").num_parameters
-    for _, found in measured(layout, case, directory):
+    for _, found, _ in measured(layout, case, directory):
         assert not any(phase == "rollout" and group == "data_parallel" for phase, group, _ in found)
         reductions = GLOBAL_BATCH // layout.data if zero_stage == 2 else 1
         # Stage 2 reduces while it goes back.

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from ebft_mega.forest import Forest
 from tests.distributed.plain import Truth, plain_steps
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import MASKING, NUM_STEPS, Case, Layout, Outcome, run_cases
@@ -51,19 +52,30 @@ VARIANTS = {
     "checkpointing": Case("checkpointing", ("train.activation_checkpointing=full",), "qwen2"),
     "fewer micro-batches than stages": Case("fewer micro-batches than stages", ("train.micro_batch_size=4",)),
     "cross-entropy only": Case("cross-entropy only", ("ebft.rl_coef=0", "ebft.ce_coef=1")),
-    "rollouts only": Case("rollouts only", ("ebft.ce_coef=0", "train.grad_clip=0", "train.weight_decay=0.1")),
+    # At a low temperature a few tokens' gradients are so large that the others of the embedding are quiet.
+    "rollouts only": Case(
+        "rollouts only", ("ebft.ce_coef=0", "ebft.temperature=0.8", "train.grad_clip=0", "train.weight_decay=0.1")
+    ),
     "parameters held for a step": Case("parameters held for a step", ("zero.hold_parameters=step",)),
     "a separate forward pass": Case("a separate forward pass", ("learn.reuse_rollout=off",)),
     "saved activations": Case(
         "saved activations", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
     ),
     "saved activations, with cross-entropy": ACTIVATIONS,
+    "much merged": Case("much merged", ("ebft.temperature=0.25", "train.micro_batch_size=2")),
+    "nothing merged": Case("nothing merged", ("ebft.merge_equal_prefixes=false",)),
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
     "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
 }
 # What slices and what stages have most to do with; the others are slow.
-OFTEN_TENSOR = ("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy")
-OFTEN_PIPELINE = ("a stage without taps", "fewer micro-batches than stages", "a separate forward pass")
+OFTEN_TENSOR = (
+    *("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy"),
+    "much merged",
+)
+OFTEN_PIPELINE = (
+    *("a stage without taps", "fewer micro-batches than stages", "a separate forward pass"),
+    *("much merged", "nothing merged"),
+)
 L = Layout
 FAST = {
     L(1, 1, 1): (LLAMA,),
@@ -189,3 +201,8 @@ def test_the_comparison_would_see_a_wrong_step(truth_of):
     assert truth.grad_norms[0] > 0.5
     assert not torch.equal(truth.rollouts[0], truth.rollouts[1])
     assert truth.loss_scales[0] > 0.1
+    for case, share in ((LLAMA, 0.95), (VARIANTS["much merged"], 0.9)):
+        rollouts = truth_of(case).rollouts
+        nodes = [[Forest.of(row[None], merges=True).num_nodes for row in step] for step in rollouts]
+        assert sum(map(sum, nodes)) < share * sum(step.numel() for step in rollouts)
+        assert all(len(set(of_rows)) > 1 for of_rows in nodes)  # rows and replicas have different numbers of them
