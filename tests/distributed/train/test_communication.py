@@ -26,7 +26,6 @@ PLAIN = Case("rollouts only", ("ebft.ce_coef=0",))
 MEAN = Case("mean pooling", ("ebft.ce_coef=0", "ebft.embed_method=mean_pooling"))
 PER_LAYER = Case("per layer", ("ebft.ce_coef=0", "ebft.feature_norm=per_layer"))
 SEPARATE = Case("a separate forward pass", ("ebft.ce_coef=0", "learn.reuse_rollout=off"))
-APART = Case("nothing merged", ("ebft.ce_coef=0", "ebft.merge_equal_prefixes=false"))
 ACTIVATIONS = Case(
     "saved activations", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
@@ -173,14 +172,12 @@ def expected_bytes_of_sequence_parallel_layers(
 LAYOUTS = [Layout(1, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
-@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS, APART], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS], ids=lambda case: case.name)
 @pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(1, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
     for rank, (_, found, nodes) in enumerate(measured(layout, case, directory)):
         shares = [sum(part.by_level) / (B * K * N * G) for part in nodes]
-        assert case is APART or (min(shares) < 0.9 and len(set(shares)) > 1)
-        if case is APART:
-            nodes = [Nodes((B * K * N,) * G)] * len(nodes)
+        assert min(shares) < 0.9 and len(set(shares)) > 1
         stage = rank // (layout.tensor * layout.data)
         within = {
             key: value
