@@ -56,7 +56,7 @@ def make_route(
     Args:
         name: `train.attention`.
         device: where the tensors lie.
-        own_capacity: most keys of one rollout in any pass, G.
+        own_capacity: most levels of nodes in any pass, G.
         head_dim: values of a head.
         is_repeatable: only kernels of which torch promises the same bits every time.
     Raises:
