@@ -90,7 +90,7 @@ def _make_plan(pattern: AttentionPattern, edge: int, device: torch.device) -> Pl
     if _asks_from_the_start(pattern):
         causal = _causal_documents(pattern)
     elif pattern.document_queries:
-        limits = torch.tensor(pattern.document_limits, dtype=torch.int64, device=device)
+        limits = _on_device(pattern.document_limits, device)
         document = _spans(_document_limits(pattern), limits, edge)
     by_row, to_levels = _orders(pattern.asking_levels)
     nodes: tuple[Span, ...] = ()
@@ -146,8 +146,13 @@ def _causal_documents(pattern: AttentionPattern) -> tuple[CausalDocument, ...]:
 
 def _limits_of_nodes(pattern: AttentionPattern, device: torch.device) -> Tensor:
     """How many document keys each asking node sees, level by level, int64 [Nq]."""
-    anchors = torch.tensor(pattern.anchors, dtype=torch.int64, device=device)
+    anchors = _on_device(pattern.anchors, device)
     return torch.cat([anchors[level.node_anchors % len(anchors)] + level.branch for level in pattern.asking_levels])
+
+
+@lru_cache(maxsize=16)  # a copy would wait for the device, and these are the same in every step
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _document_limits(pattern: AttentionPattern) -> list[_Limits]:
