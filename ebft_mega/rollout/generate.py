@@ -94,18 +94,8 @@ def generate_rollouts(
         returned_buffer=decoding.tokens_buffer,
         take_returned=decoding.take_tokens,
     )
-    shapes = [(len(batch.tokens), plan.num_samples, plan.num_blocks) for batch in micro_batches]
-    for index, tokens in enumerate(share_from_last_stage(decoding.last_tokens, shapes, torch.int64, model.groups)):
-        decoding.take_tokens(Slot(index, plan.generate_length - 1), tokens)
-    forests = [decoding.forest(index, plan.generate_length) for index in range(len(micro_batches))]
-    logprobs: list[Tensor | None] = [None] * len(micro_batches)
-    if with_logprobs:
-        of_rollouts = [
-            logprobs_of_rollouts([score.logprobs for score in part.scores], forest) if part.scores else torch.empty(0)
-            for part, forest in zip(decoding.saved, forests, strict=True)
-        ]
-        shapes_of_all = [(*shape, plan.generate_length) for shape in shapes]
-        logprobs = [*share_from_last_stage(of_rollouts, shapes_of_all, torch.float32, model.groups)]
+    forests = decoding.whole_forests()
+    logprobs = decoding.logprobs(forests) if with_logprobs else [None] * len(micro_batches)
     saved = [None if reuse == "off" else part for part in decoding.saved]
     return [
         Sampled(Rollout(forest.rollouts(), forest, finite), part, scores)
@@ -159,6 +149,23 @@ class _Decoding:
         while len(self.forests[index].levels) < num_levels:
             self.forests[index] = self.forests[index].extended(self._drawn[index].pop(0))
         return self.forests[index]
+
+    def whole_forests(self) -> list[Forest]:
+        """After the last pass, the rollouts of all micro-batches, on every stage; one broadcast of the last tokens."""
+        count, last = len(self.micro_batches), self.plan.generate_length - 1
+        shapes = [self.tokens_shape(index) for index in range(count)]
+        for index, tokens in enumerate(share_from_last_stage(self.last_tokens, shapes, torch.int64, self.model.groups)):
+            self.take_tokens(Slot(index, last), tokens)
+        return [self.forest(index, last + 1) for index in range(count)]
+
+    def logprobs(self, forests: Sequence[Forest]) -> list[Tensor | None]:
+        """Log-probabilities of the rollouts of all micro-batches, on every stage; one broadcast."""
+        of_rollouts = [
+            logprobs_of_rollouts([score.logprobs for score in part.scores], forest) if part.scores else torch.empty(0)
+            for part, forest in zip(self.saved, forests, strict=True)
+        ]
+        shapes = [(*self.tokens_shape(index), self.plan.generate_length) for index in range(len(forests))]
+        return [*share_from_last_stage(of_rollouts, shapes, torch.float32, self.model.groups)]
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
         """One pass of one micro-batch through this stage."""
@@ -267,8 +274,11 @@ class _Decoding:
 
     def tokens_buffer(self, slot: Slot) -> Tensor:
         """For one token of every rollout."""
-        tokens = self.micro_batches[slot.micro_batch].tokens
-        return tokens.new_empty((len(tokens), self.plan.num_samples, self.plan.num_blocks))
+        return self.micro_batches[slot.micro_batch].tokens.new_empty(self.tokens_shape(slot.micro_batch))
+
+    def tokens_shape(self, index: int) -> tuple[int, int, int]:
+        """B, n, K of a micro-batch."""
+        return len(self.micro_batches[index].tokens), self.plan.num_samples, self.plan.num_blocks
 
 
 def _levels(slot: Slot) -> tuple[int, int]:

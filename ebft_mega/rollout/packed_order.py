@@ -92,7 +92,7 @@ def continuations(rows: TokenBatch, plan: BlockPlan, document_length: int) -> Te
         document_length: D, the positions of each row in the policy's pass.
     Returns:
         int64 [B * K, G]; -1 where the pass does not hold the position, or where a masked document has begun since the
-        anchor: a rollout goes on with the one before.
+        anchor: a rollout continues the one before.
     """
     anchors = anchor_positions(plan, rows.tokens.device)
     positions = anchors[:, None] + torch.arange(plan.generate_length, device=rows.tokens.device)  # [K, G]
