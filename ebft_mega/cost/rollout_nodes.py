@@ -80,6 +80,12 @@ class RolloutNodes:
             for row in range(rows)
         )
 
+    @classmethod
+    def mean(cls, of_rows: "Sequence[RolloutNodes]") -> "RolloutNodes":
+        """The mean over rows, by level and block."""
+        levels = zip(*(nodes.by_level for nodes in of_rows), strict=True)
+        return cls(tuple(tuple(sum(counts) / len(of_rows) for counts in zip(*level, strict=True)) for level in levels))
+
     def rows(self, levels: range) -> int:
         """Nodes of some levels of all blocks."""
         return round(sum(sum(self.by_level[level]) for level in levels))

@@ -21,12 +21,20 @@ NOWHERE = Path("unused")  # a benchmark reads no dataset and writes no run direc
 
 @dataclass(frozen=True)
 class BenchModel:
-    """The model that all sides of a comparison run, with random weights."""
+    """The model that all sides of a comparison run: of a directory, or with random weights."""
 
     sizes: dict[str, Any]  # under Hugging Face's names
     dtype: Literal["bfloat16", "float32"]
     # `train.attention` of this trainer's sides; the baseline's is always dense.
     attention: Literal["auto", "two_part", "flex", "dense"] = "auto"
+    directory: str | None = None  # of the weights; None: they are random
+    data: str | None = None  # directory of the dataset whose rows are taken; None: random tokens
+
+    @classmethod
+    def of_directory(cls, directory: Path, data: Path, dtype: Literal["bfloat16", "float32"]) -> "BenchModel":
+        """A model with its weights, and rows of text for it."""
+        sizes = Architecture.from_directory(directory).hf_config
+        return cls(sizes, dtype, directory=str(directory), data=str(data))
 
     @property
     def architecture(self) -> Architecture:
@@ -83,22 +91,26 @@ class BenchCase:
     context_length: int = 8
     generate_length: int = 8
     runs: int = 5
-    sides: tuple[str, ...] = ("naive", "naive_sdpa", "ours", "ours_activations")
+    sides: tuple[str, ...] = ("naive", "naive_sdpa", "ours", "ours_unmerged", "ours_activations")
+    temperature: float = 0.6
+    rows: int = 1  # of a step; they are one micro-batch
 
     def config(self, model: BenchModel, reuse: Reuse, checkpoints_layers: bool = False) -> RunConfig:
-        """Configuration of a run with one row per step on one process; the benchmark sets its learning rate to 0."""
+        """Configuration of a run on one process; the benchmark sets its learning rate to 0."""
         return RunConfig(
             output_dir=NOWHERE,
-            model=ModelConfig(config=model.sizes),
+            model=ModelConfig(init_from=model.directory) if model.directory else ModelConfig(config=model.sizes),
             data=DataConfig(shards=NOWHERE, sequence_length=self.sequence_length),
             ebft=EbftConfig(
                 stride=self.stride,
                 context_length=self.context_length,
                 generate_max_len=self.generate_length,
                 n_samples_per_prompt=self.samples,
+                temperature=self.temperature,
             ),
             train=TrainConfig(
-                global_batch_size=1,
+                global_batch_size=self.rows,
+                micro_batch_size=self.rows,
                 max_steps=1,
                 dtype=model.dtype,
                 attention=model.attention,

@@ -11,7 +11,9 @@ COLOURS = {
     "naive_checkpointing": "#c2255c",
     "naive_sdpa": "#f59f00",
     "ours": "#1f6feb",
+    "ours_unmerged": "#a5c8ff",
     "ours_activations": "#2b8a3e",
+    "ours_activations_unmerged": "#a3d9ae",
     "ours_off": "#868e96",
 }
 AXES = (("sequence_length", "row length L"), ("samples", "samples n"), ("stride", "stride"))

@@ -12,9 +12,10 @@ import torch
 from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
 from ebft_mega.apps.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.apps.benchmark.peak_memory import peak_bytes_in_child
-from ebft_mega.apps.benchmark.sides import NAIVE_SIDES, Side, build_sides
+from ebft_mega.apps.benchmark.sides import NAIVE_SIDES, OUR_SIDES, Side, StepDone, build_sides, sum_of_rows
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
 from ebft_mega.parallel.groups import ProcessGroups
@@ -61,42 +62,45 @@ def compare(
     """
     architecture = model.architecture
     timings = {name: Timing() for name in sides}
-    norms = {}
+    done: dict[str, StepDone] = {}
     built = build_sides(sides, case, model, groups)
     for name, side in built.items():
         side.warm_up()
-        norms[name] = check_counts(side, architecture)
-        say(f"{case.name} {name}: counts are those of the formulas, gradient norm {norms[name]:.6g}")
+        done[name] = check_counts(side, architecture)
+        say(f"{case.name} {name}: counts are those of the formulas, gradient norm {done[name].grad_norm:.6g}")
     for run in range(case.runs):
         for name, side in built.items():
             time_step(side, run, timings[name])
             say(f"{case.name} {name}: run {run + 1} of {case.runs}, {timings[name].wall[-1]:.2f} s")
-    costs = {name: side.cost for name, side in built.items()}
+    costs = {name: side.cost(done[name]) for name, side in built.items()}
     del built, side
     gc.collect()
     peaks = {}
     for name in sides:
         peaks[name] = peak_bytes_in_child(name, case, model)
         say(f"{case.name} {name}: peak {peaks[name] / 1e6:.0f} MB")
-    found = entry(case, model, costs, timings, peaks, device_peak(model, groups.device))
-    for name, norm in norms.items():
-        found[name]["grad_norm"] = norm
+    nodes = {name: step.nodes for name, step in done.items()}
+    found = entry(case, model, costs, timings, peaks, device_peak(model, groups.device), nodes)
+    for name, step in done.items():
+        found[name]["grad_norm"] = step.grad_norm
     return found
 
 
-def check_counts(side: Side, architecture: Architecture) -> float:
-    """Run one step and compare its matrix products with the side's formulas.
+def check_counts(side: Side, architecture: Architecture) -> StepDone:
+    """Run one step and compare its matrix products with the side's formulas, for the forest that it sampled.
 
-    Returns:
-        The norm of the step's gradient.
+    Where rollouts that begin alike are merged, rows are also compared with those of the bound for this forest: no row
+    of the rollout and of the features is computed that it does not have.
+
     Raises:
         RuntimeError: they differ.
     """
     side.timers.reset()
     with ProductCounter(side.timers) as counter:
-        norm = side.run(0)
+        done = side.run(0)
+    cost, bound = side.cost(done), sum_of_rows(least_cost_of_step, side.shape, done.nodes)
     for phase, parts in PHASES.items():
-        expected = [side.cost.phases[part] for part in parts]
+        expected = [cost.phases[part] for part in parts]
         counted = count_phase(counter.products, phase, architecture)
         flops = sum((part.flops + part.recomputed for part in expected), Flops())
         if (counted.linear_flops, counted.head_flops) != (flops.linear, flops.head):
@@ -104,7 +108,14 @@ def check_counts(side: Side, architecture: Architecture) -> float:
                 f"{side.name} did {counted.linear_flops} FLOPs in linear layers and {counted.head_flops} in the head "
                 f"in the phase {phase}; the formulas say {flops.linear} and {flops.head}"
             )
-    return norm
+        if side.merges and phase in ("rollout", "features"):
+            least = bound.phases[parts[0]]
+            if (counted.layer_rows, counted.head_rows) != (least.rows * least.layers, least.head_rows):
+                raise RuntimeError(
+                    f"{side.name} computed {counted.layer_rows} rows of layers and {counted.head_rows} of the head in "
+                    f"the phase {phase}; the bound with merging has {least.rows * least.layers} and {least.head_rows}"
+                )
+    return done
 
 
 def time_step(side: Side, step: int, timing: Timing) -> None:
@@ -126,31 +137,41 @@ def entry(
     timings: Mapping[str, Timing],
     peaks: Mapping[str, int],
     peak_flops_per_device: float | None = None,
+    nodes: Mapping[str, Sequence[RolloutNodes]] | None = None,
 ) -> dict[str, Any]:
     """Make a case's entry of the bench file.
 
     Args:
         peak_flops_per_device: of the device that was timed; None leaves `mfu` empty.
+        nodes: of each row's rollouts, of the sides that have run.
     """
     architecture = model.architecture
     config = case.config(model, "off")
-    bound = least_cost_of_step(StepShape.of(config, architecture, architecture))
+    plan, shape = config.block_plan, StepShape.of(config, architecture, architecture)
+    different = RolloutNodes.all_different(plan)
+    bound = sum_of_rows(least_cost_of_step, shape, [different] * case.rows)
     of_sides = {name: _side_entry(cost, timings.get(name), peaks.get(name)) for name, cost in costs.items()}
-    for side in of_sides.values():
-        seconds = side["seconds_median"]
-        side["rollout_tokens_per_second"] = config.block_plan.generated_per_row / seconds if seconds else None
-        # The same numerator for all sides: the necessary FLOPs by the counts of this trainer.
-        side["mfu"] = (
-            model_flops_utilisation(config, architecture, architecture, seconds, 1, peak_flops_per_device)
-            if seconds and peak_flops_per_device
-            else None
-        )
+    for name, side in of_sides.items():
+        seconds, counted = side["seconds_median"], (nodes or {}).get(name, [different] * case.rows)
+        side["rollout_tokens_per_second"] = case.rows * plan.generated_per_row / seconds if seconds else None
+        # `mfu` is what the side needs by the counts of this trainer; the other numerator is the same for all sides.
+        known, mean = seconds and peak_flops_per_device, RolloutNodes.mean(counted)
+        sizes = config, architecture, architecture, seconds, 1, peak_flops_per_device
+        side["mfu"] = model_flops_utilisation(*sizes, mean) if known else None
+        side["mfu_without_merging"] = model_flops_utilisation(*sizes) if known else None
+        shares: DistinctShares = mean.shares(plan)
+        side["distinct_shares"] = dataclasses.asdict(shares)
+        if name in OUR_SIDES and OUR_SIDES[name].merges:
+            least = sum_of_rows(least_cost_of_step, shape, counted)
+            side["bound_with_merging"] = {"flops": least.total, "phases": _phase_entries(least)}
     return {
         "name": case.name,
         "sequence_length": case.sequence_length,
         "samples": case.samples,
         "stride": case.stride,
         "generate_max_len": case.generate_length,
+        "temperature": case.temperature,
+        "rows": case.rows,
         **of_sides,
         "bound": {"flops": bound.total, "phases": _phase_entries(bound)},
         "ratios": ratios(of_sides, bound.total),
@@ -163,16 +184,16 @@ def device_peak(model: BenchModel, device: torch.device) -> float | None:
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]], bound_flops: int) -> dict[str, float]:
-    """Medians, peaks and counts of this trainer over the baseline's, and every side's FLOPs over the bound."""
+    """Medians, peaks and counts of this trainer over the baseline's and over its own without merging, and to bounds."""
     found = {f"flops {name} / bound": side["flops"] / bound_flops for name, side in sides.items()}
     for ours, side in sides.items():
-        for naive in set(NAIVE_SIDES) & set(sides):
-            if ours in NAIVE_SIDES:
-                continue
+        if "bound_with_merging" in side:
+            found[f"flops {ours} / bound with merging"] = side["flops"] / side["bound_with_merging"]["flops"]
+        for other in {*NAIVE_SIDES, f"{ours}_unmerged"} & set(sides) if ours in OUR_SIDES else ():
             for what, key in (("seconds", "seconds_median"), ("cpu", "cpu_seconds_median"), ("peak", "peak_bytes")):
-                if side[key] is not None and sides[naive][key] is not None:
-                    found[f"{what} {ours} / {naive}"] = side[key] / sides[naive][key]
-            found[f"flops {ours} / {naive}"] = side["flops"] / sides[naive]["flops"]
+                if side[key] is not None and sides[other][key] is not None:
+                    found[f"{what} {ours} / {other}"] = side[key] / sides[other][key]
+            found[f"flops {ours} / {other}"] = side["flops"] / sides[other]["flops"]
     return dict(sorted(found.items()))
 
 

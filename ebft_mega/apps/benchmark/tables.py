@@ -9,7 +9,9 @@ SIDE_NAMES = {
     "naive_checkpointing": "naive, eager, checkpointing",
     "naive_sdpa": "naive, dense-mask SDPA",
     "ours": "ours, checkpoints",
+    "ours_unmerged": "ours, checkpoints, without merging",
     "ours_activations": "ours, activations",
+    "ours_activations_unmerged": "ours, activations, without merging",
     "ours_off": "ours, reuse off",
 }
 COUNTED_PHASES = ("generate", "features", "policy_forward", "policy_backward")
@@ -52,12 +54,47 @@ def times_table(cases: Iterable[Mapping[str, Any]]) -> str:
     return markdown([*head, "GFLOP", "/ naive", "x bound"], rows)
 
 
+def merging_table(cases: Iterable[Mapping[str, Any]]) -> str:
+    """What merging is worth where a side also ran without it; empty if there is none.
+
+    Shares and FLOPs are those of the step whose matrix products were counted; seconds are of steps with other noise.
+    """
+    rows = []
+    for case in cases:
+        for name in sides_of(case):
+            side, found, without = case[name], case["ratios"], f"{name}_unmerged"
+            if without not in case or "bound_with_merging" not in side:
+                continue
+            shares, bound = side["distinct_shares"], side["bound_with_merging"]
+            rows.append(
+                [
+                    case["name"],
+                    SIDE_NAMES[name],
+                    *(_number(shares[phase]) for phase in ("policy", "features")),
+                    *(_seconds(case[of][key]) for key in ("cpu_seconds_all",) for of in (without, name)),
+                    *(_number(found.get(f"{what} {name} / {without}")) for what in ("cpu", "seconds", "peak", "flops")),
+                    f"{side['flops'] / 1e9:,.2f}",
+                    f"{bound['flops'] / 1e9:,.2f}",
+                    _number(found[f"flops {name} / bound with merging"]),
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["case", "side", "distinct rows, policy", "features", "CPU s without", "CPU s with", "CPU s, with / without"]
+    head += ["s", "peak", "FLOP", "GFLOP with", "bound with merging", "x bound with merging"]
+    return markdown(head, rows)
+
+
 def phases_table(case: Mapping[str, Any]) -> str:
     """Counts of every phase of every side of a case."""
     rows = []
-    for name in (*sides_of(case), "bound"):
+    lines = {name: case[name]["phases"] for name in (*sides_of(case), "bound")}
+    merging = [name for name in sides_of(case) if "bound_with_merging" in case[name]]
+    if merging:
+        lines["bound with merging"] = case[merging[0]]["bound_with_merging"]["phases"]
+    for name, phases in lines.items():
         for phase in COUNTED_PHASES:
-            counted = case[name]["phases"][phase]
+            counted = phases[phase]
             counts = [f"{counted[key]:,}" for key in ("rows", "layers", "head_rows", "pairs")]
             flops = [
                 f"{counted[key] / 1e9:,.2f}"
@@ -78,15 +115,16 @@ def phase_seconds_table(case: Mapping[str, Any]) -> str:
 
 
 def growth_table(cases: Iterable[Mapping[str, Any]]) -> str:
-    """FLOPs of linear layers and attention without recomputation, which are the same for all sides of a kind."""
+    """FLOPs of linear layers and attention without recomputation, the same for all sides that merge nothing."""
     rows = []
     for case in cases:
-        for name in (name for name in ("naive", "ours") if name in case):
-            linear, phases = linear_flops(case[name]), case[name]["phases"].values()
-            attention = sum(phase["attention_flops"] for phase in phases)
+        ours = "ours_unmerged" if "ours_unmerged" in case else "ours"
+        for name in (name for name in ("naive", ours) if name in case):
+            linear, phases = linear_flops(case[name]) / case["rows"], case[name]["phases"].values()
+            attention = sum(phase["attention_flops"] for phase in phases) / case["rows"]
             sizes = [str(case[key]) for key in ("sequence_length", "samples", "stride")]
             per_position = f"{linear / 1e9 / case['sequence_length']:.4f}"
-            rows.append([*sizes, name, f"{linear / 1e9:,.1f}", per_position, f"{attention / 1e9:,.1f}"])
+            rows.append([*sizes, name.split("_")[0], f"{linear / 1e9:,.1f}", per_position, f"{attention / 1e9:,.1f}"])
     return markdown(["L", "n", "stride", "side", "linear and head GFLOP", "per position of the row", "attention"], rows)
 
 
@@ -103,6 +141,8 @@ def large_model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
 def report(bench: Mapping[str, Any]) -> str:
     """All tables of a bench file."""
     parts = ["## Measured and counted", times_table(bench["cases"])]
+    if merged := merging_table(bench["cases"]):
+        parts += ["## With and without merging of rollouts that begin alike", merged]
     for case in bench["cases"]:
         title = f"## {case['name']}: L={case['sequence_length']}, n={case['samples']}, stride={case['stride']}"
         parts += [title, phase_seconds_table(case), phases_table(case)]

@@ -9,7 +9,7 @@ from torch import nn
 from ebft_mega.apps.benchmark.case import BenchCase
 from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter, count_phase
 from ebft_mega.apps.benchmark.measurement import PHASES, check_counts
-from ebft_mega.apps.benchmark.sides import OUR_SIDES, build_sides, random_rows
+from ebft_mega.apps.benchmark.sides import OUR_SIDES, StepDone, build_sides, random_rows, sum_of_rows
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import Flops
@@ -22,11 +22,11 @@ ARCHITECTURE = TINY_MODEL.architecture
 
 
 def products_of(trainer, rows):
-    """Matrix products of one of our steps."""
+    """Matrix products of one of our steps, and the nodes of its rollouts."""
     timers = LabelledTimers()
     with ProductCounter(timers) as counter:
-        train_step(dataclasses.replace(trainer, timers=timers), rows, 0, 0.0)
-    return counter.products
+        result = train_step(dataclasses.replace(trainer, timers=timers), rows, 0, 0.0)
+    return counter.products, StepDone.of(0.0, result.experiences).nodes
 
 
 def assert_counts(products, cost):
@@ -48,11 +48,62 @@ def assert_counts(products, cost):
 def test_every_side_does_what_its_formulas_say(name, case, groups):
     side = build_sides([name], case, TINY_MODEL, groups)[name]
     check_counts(side, ARCHITECTURE)
+
     # A check that cannot fail checks nothing.
-    generate = dataclasses.replace(side.cost.generate, flops=side.cost.generate.flops + Flops(linear=2))
-    wrong = dataclasses.replace(side, cost=dataclasses.replace(side.cost, generate=generate))
+    def wrong(shape):
+        cost = side.cost_of_row(shape)
+        generate = dataclasses.replace(cost.generate, flops=cost.generate.flops + Flops(linear=2))
+        return dataclasses.replace(cost, generate=generate)
+
+    with pytest.raises(RuntimeError, match="the formulas say"):
+        check_counts(dataclasses.replace(side, cost_of_row=wrong), ARCHITECTURE)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.2, 0.6])
+@pytest.mark.parametrize("name", ["ours", "ours_activations", "ours_off"])
+def test_several_rows_whose_rollouts_begin_alike(name, temperature, groups):
+    """From forests in which all rollouts of an anchor are one, to some; rows have different numbers of nodes."""
+    case = dataclasses.replace(TINY_CASES["stride<G"], samples=5, rows=3, temperature=temperature)
+    side = build_sides([name], case, TINY_MODEL, groups)[name]
+    done = check_counts(side, ARCHITECTURE)
+    plan = side.shape.plan
+    shares = [nodes.shares(plan).policy for nodes in done.nodes]
+    assert len(shares) == 3 and all(1 / 5 - 1e-9 <= share < 1 for share in shares)
+    if temperature == 1e-3:
+        assert shares == pytest.approx([1 / 5] * 3)
+    else:
+        assert len(set(shares)) > 1
+    # Nodes of which one is left out are not those that were computed.
+    fewer = dataclasses.replace(done.nodes[0], by_level=((4,) * plan.num_blocks, *done.nodes[0].by_level[1:]))
+    run = dataclasses.replace(done, nodes=(fewer, *done.nodes[1:]))
+    wrong = dataclasses.replace(side, run=lambda step: (side.run(step), run)[1])
     with pytest.raises(RuntimeError, match="the formulas say"):
         check_counts(wrong, ARCHITECTURE)
+
+
+def test_rows_that_the_bound_with_merging_does_not_have_are_found(groups):
+    """A step that merged nothing, and whose formulas say so, though it should have merged."""
+    case = dataclasses.replace(TINY_CASES["stride<G"], temperature=0.2)
+    sides = build_sides(["ours", "ours_unmerged"], case, TINY_MODEL, groups)
+    merged = sides["ours"].run(0).nodes
+    lazy = dataclasses.replace(
+        sides["ours_unmerged"],
+        name="ours",
+        run=lambda step: dataclasses.replace(sides["ours_unmerged"].run(step), nodes=merged),
+        cost_of_row=lambda shape: sides["ours"].cost_of_row(dataclasses.replace(shape, nodes=None)),
+    )
+    with pytest.raises(RuntimeError, match="the bound with merging has"):
+        check_counts(lazy, ARCHITECTURE)
+
+
+def test_one_token_a_rollout(groups):
+    """The policy has no rows of rollouts then, and the feature network one level of them."""
+    case = BenchCase("", 22, samples=3, stride=2, context_length=3, generate_length=1, temperature=0.3, runs=1)
+    for name in ("ours", "ours_unmerged", "ours_off"):
+        side = build_sides([name], case, TINY_MODEL, groups)[name]
+        nodes = check_counts(side, ARCHITECTURE).nodes[0]
+        shares = nodes.shares(side.shape.plan)
+        assert shares.policy is None and (shares.features < 1) == (name != "ours_unmerged")
 
 
 @pytest.mark.parametrize(
@@ -72,8 +123,8 @@ def test_our_steps_do_what_the_formulas_say(reuse, checkpointing, ebft, groups):
     trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
     reuse = reuse if config.uses_rollouts else "off"
     trainer = dataclasses.replace(trainer, reuse=reuse)
-    products = products_of(trainer, random_rows(case, VOCABULARY))
-    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    products, nodes = products_of(trainer, random_rows(case, VOCABULARY))
+    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE, nodes[0] if config.uses_rollouts else None)
     assert_counts(products, cost_of_step(shape, reuse, checkpoints_layers=checkpointing == "full"))
 
 
@@ -81,9 +132,9 @@ def test_eager_attention_of_the_baseline_is_counted_right(groups):
     """Its scores and weighted values are batched products; ours are a kernel's, whose pairs the masks give."""
     side = build_sides(["naive"], TINY_CASES["stride=G"], TINY_MODEL, groups)["naive"]
     with ProductCounter(side.timers) as counter:
-        side.run(0)
+        cost = side.cost(side.run(0))
     for phase, parts in PHASES.items():
-        attention = sum(side.cost.phases[part].flops.attention for part in parts)
+        attention = sum(cost.phases[part].flops.attention for part in parts)
         assert count_phase(counter.products, phase, ARCHITECTURE).batched_flops == attention
 
 
@@ -101,22 +152,26 @@ class RecordingRoute:
         return self.route.attend(pattern, *tensors)
 
 
-@pytest.mark.parametrize("reuse", OUR_SIDES.values())
+@pytest.mark.parametrize("ours", OUR_SIDES.values(), ids=OUR_SIDES.keys())
 @pytest.mark.parametrize("embed_method", ["last_token", "mean_pooling"])
-def test_our_attention_asks_for_the_pairs_that_are_counted(reuse, embed_method, groups):
-    case = TINY_CASES["stride<G"]
+def test_our_attention_asks_for_the_pairs_that_are_counted(ours, embed_method, groups):
+    case, reuse = dataclasses.replace(TINY_CASES["stride<G"], temperature=0.3, rows=2), ours.reuse
     config = case.config(TINY_MODEL, reuse)
     config = config.model_copy(update={"ebft": config.ebft.model_copy(update={"embed_method": embed_method})})
     timers, pairs = LabelledTimers(), {}
     trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
-    trainer = dataclasses.replace(trainer, timers=timers, reuse=reuse)
+    sampling = dataclasses.replace(trainer.sampling, merge_equal_prefixes=ours.merges)
+    trainer = dataclasses.replace(trainer, timers=timers, reuse=reuse, sampling=sampling)
     for stage in (trainer.stage, trainer.feature_network.stage):
         stage.attention = RecordingRoute(stage.attention, timers, pairs)
-    train_step(trainer, random_rows(case, VOCABULARY), 0, 0.0)
-    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
-    policy, whole, pooled = shape.policy_layer(False).pairs, cost_of_step(shape, reuse).features.pairs, shape.pooled
+    result = train_step(trainer, random_rows(case, VOCABULARY), 0, 0.0)
+    nodes, shape = StepDone.of(0.0, result.experiences).nodes, StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    assert (nodes[0].shares(shape.plan).policy < 1) == ours.merges
+    cost = sum_of_rows(lambda of_row: cost_of_step(of_row, reuse), shape, nodes)
+    policy, whole = cost.policy_backward.pairs, cost.features.pairs
+    pooled = sum(dataclasses.replace(shape, nodes=of_row).pooled.pairs for of_row in nodes)
     layers = ARCHITECTURE.num_hidden_layers
-    expected = {"rollout": layers * policy, "features": 2 * whole + pooled.pairs}
+    expected = {"rollout": layers * policy, "features": 2 * whole + pooled}
     # Learning asks again only where something is computed again.
     assert pairs == expected | ({} if reuse == "activations" else {"learn": layers * policy})
 
@@ -144,7 +199,7 @@ def counted_at_production_geometry(name, groups):
 
 
 def test_our_step_has_the_promised_rows(groups):
-    phases, layers = counted_at_production_geometry("ours", groups)
+    phases, layers = counted_at_production_geometry("ours_unmerged", groups)
     assert (phases["rollout"].layer_rows, phases["rollout"].head_rows) == (4_572 * layers, 3_683)
     assert (phases["features"].layer_rows, phases["features"].head_rows) == (5_088 * layers * 3 // 4, 0)
     # Once more for the gradient: the layers' recomputation and the logits of each chunk, but no forward of its own.

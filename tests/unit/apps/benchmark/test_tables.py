@@ -1,5 +1,6 @@
 """A comparison from runs to file, tables and plot; memory is measured by the tool's own test."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -16,6 +17,7 @@ from ebft_mega.apps.benchmark.tables import (
     large_model_table,
     linear_flops,
     markdown,
+    merging_table,
     phases_table,
     report,
     times_table,
@@ -40,31 +42,53 @@ PROMISED = {
 @pytest.fixture
 def compared(groups, monkeypatch):
     """An entry of the bench file, from real steps and made-up memory."""
-    peaks = {"naive": 4_000_000, "ours": 1_000_000}
+    peaks = {"naive": 4_000_000, "ours": 1_000_000, "ours_unmerged": 1_250_000}
     monkeypatch.setattr(comparison, "peak_bytes_in_child", lambda side, case, model: peaks[side])
     said = []
-    case = TINY_CASES["stride=G"]
-    found = compare(case, ("naive", "ours"), TINY_MODEL, groups, said.append)
-    assert len(said) == 2 + 2 * case.runs + 2
+    case = dataclasses.replace(TINY_CASES["stride=G"], temperature=0.3)
+    found = compare(case, ("naive", "ours", "ours_unmerged"), TINY_MODEL, groups, said.append)
+    assert len(said) == 3 + 3 * case.runs + 3
     return found
 
 
 def test_a_compared_case_has_what_the_bench_file_promises(compared):
     assert (compared["sequence_length"], compared["samples"]) == (28, 3)
     assert (compared["stride"], compared["generate_max_len"]) == (4, 4)
-    assert compared["bound"]["flops"] < compared["ours"]["flops"] < compared["naive"]["flops"]
-    for side in ("naive", "ours"):
+    assert compared["bound"]["flops"] < compared["ours_unmerged"]["flops"] < compared["naive"]["flops"]
+    for side in ("naive", "ours", "ours_unmerged"):
         assert set(compared[side]) >= PROMISED
         assert compared[side]["seconds_median"] == statistics.median(compared[side]["seconds_all"]) > 0
         phases = compared[side]["phase_seconds_median"]
         assert 0 < sum(phases.values()) <= compared[side]["seconds_median"]
         assert sum(phase["flops"] for phase in compared[side]["phases"].values()) == compared[side]["flops"]
     # 6 blocks of 3 samples: 24 document positions and 3 of 4 tokens of each rollout.
-    assert compared["ours"]["rows_generate"] == 24 + 18 * 3
+    assert compared["ours_unmerged"]["rows_generate"] == 24 + 18 * 3
     assert compared["naive"]["rows_generate"] == 3 * (4 * 28 + 6 * (0 + 1 + 2 + 3))
     assert compared["ratios"]["peak ours / naive"] == 0.25
     assert compared["ours"]["grad_norm"] == pytest.approx(compared["naive"]["grad_norm"], rel=1e-4)
     json.dumps(compared)
+
+
+def test_what_merging_is_worth(compared):
+    ours, without, bound = compared["ours"], compared["ours_unmerged"], compared["ours"]["bound_with_merging"]
+    shares = ours["distinct_shares"]
+    assert 1 / 3 < shares["policy"] < shares["features"] < 1
+    assert without["distinct_shares"] == compared["naive"]["distinct_shares"] == {"policy": 1.0, "features": 1.0}
+    # 18 rollouts: 3 tokens of each are fed back to the policy, 4 are read by the feature network.
+    assert ours["rows_generate"] == bound["phases"]["generate"]["rows"] == 24 + round(18 * 3 * shares["policy"])
+    assert ours["rows_features"] == bound["phases"]["features"]["rows"] == 28 + round(18 * 4 * shares["features"])
+    assert bound["flops"] < compared["bound"]["flops"] and "bound_with_merging" not in without
+    found = compared["ratios"]
+    assert found["flops ours / ours_unmerged"] == ours["flops"] / without["flops"] < 1
+    assert found["cpu ours / ours_unmerged"] == ours["cpu_seconds_median"] / without["cpu_seconds_median"]
+    assert found["peak ours / ours_unmerged"] == 0.8
+    assert found["flops ours / bound with merging"] == ours["flops"] / bound["flops"] > 1
+    # The same gradient, computed with fewer rows.
+    assert ours["grad_norm"] == pytest.approx(without["grad_norm"], rel=1e-4)
+    lines = merging_table([compared]).splitlines()
+    assert len(lines) == 3 and "ours, checkpoints" in lines[2] and f"| {shares['policy']:.3f} |" in lines[2]
+    assert merging_table([made_up(TINY_CASES["stride=G"], {"ours": [1.0]})]) == ""
+    assert "## With and without merging" in report({"cases": [compared], "large_model": large_model_costs()})
 
 
 def made_up(case, seconds):
@@ -87,7 +111,7 @@ def test_ratios_are_those_of_medians():
 
 def test_a_side_alone_has_no_ratio_but_that_to_the_bound():
     ours = made_up(TINY_CASES["stride=G"], {"ours": [1.0]})["ours"]
-    assert set(ratios({"ours": ours}, 1)) == {"flops ours / bound"}
+    assert set(ratios({"ours": ours}, 1)) == {"flops ours / bound", "flops ours / bound with merging"}
 
 
 def test_tables_say_what_was_not_run():
@@ -95,7 +119,7 @@ def test_tables_say_what_was_not_run():
     table = times_table([case])
     assert "2.00 (1.00-2.50)" in table and "not run" in table
     lines = phases_table(case).splitlines()
-    assert len(lines) == 2 + 3 * 4  # naive, ours and the bound, four phases each
+    assert len(lines) == 2 + 4 * 4  # naive, ours, the bound and that with merging, four phases each
     assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
