@@ -82,8 +82,8 @@ class StepShape:
 
     @property
     def rollout_head_rows(self) -> int:
-        """Rows that rollout tokens are drawn from: one per anchor for all samples, then one per fed row."""
-        return self.plan.num_blocks + self.fed_rows if self.uses_rollouts else 0
+        """Rows that rollout tokens are drawn from: one per anchor for all samples, then one per prefix that is fed."""
+        return self.plan.num_blocks + self.rollout_nodes.head_rows(self.fed_levels) if self.uses_rollouts else 0
 
     @property
     def target_head_rows(self) -> int:
@@ -154,25 +154,26 @@ def least_cost_of_step(shape: StepShape) -> StepCost:
     """Count the least work that the algorithm needs: what is read is computed once, everything else not at all.
 
     The generated tokens' activations and logits are saved. In a last layer, queries, attention and MLP are computed
-    only for the rows that are read; the other rows need keys and values only. The same logits of a row before an anchor
-    are sampled from and predict a target. With `nodes` this is the bound with merging, without them no two rollouts are
-    taken to begin alike.
+    only for the rows that are read; the other rows need keys and values only. The same logits of a document's row are
+    sampled from, for all anchors whose rollouts hold it, and predict a target. With `nodes` this is the bound with
+    merging, without them no two rollouts are taken to begin alike.
     """
     plan, num_layers = shape.plan, shape.architecture.num_hidden_layers
     full = shape.policy_layer(shape.uses_targets)
+    read, pairs = shape.rollout_nodes.document_rows(plan, shape.fed_levels)
+    drawn = read + shape.fed_rows  # rows that rollout tokens are drawn from
     if shape.uses_targets:
         head_rows = shape.target_head_rows + shape.fed_rows
         last = full
     else:
-        head_rows = shape.rollout_head_rows
-        pairs = sum(plan.anchors) + shape.rollout_nodes.pairs(plan, shape.fed_levels)
-        last = LayerWork(full.keys, head_rows, head_rows, pairs)
+        head_rows = drawn
+        last = LayerWork(full.keys, head_rows, head_rows, pairs + shape.rollout_nodes.pairs(plan, shape.fed_levels))
     policy = [full] * (num_layers - 1) + [last]
     generate = features = PhaseCost()
     if shape.uses_rollouts:
-        generate = _forward(shape.architecture, policy, shape.rollout_head_rows)
+        generate = _forward(shape.architecture, policy, drawn)
         features = _forward(shape.feature_architecture, [*_whole_feature_layers(shape), shape.pooled], 0)
-        policy_forward = _forward(shape.architecture, [], head_rows - shape.rollout_head_rows)
+        policy_forward = _forward(shape.architecture, [], head_rows - drawn)
     else:
         policy_forward = _forward(shape.architecture, policy, head_rows)
     once = forward_flops(shape.architecture, policy, head_rows)

@@ -35,7 +35,7 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         may be skipped, `data/skipped_rows` of this step. Means over blocks are left out of a step in which none counts.
         What is the mean of something that is not finite is NaN or infinite itself, never 0. `perf/distinct_rows_share/`
         of rollouts, by phase (`distinct_row_metrics`).
-    Communication: one all-reduce over the data-parallel group, of a dozen float64 and two of each replica.
+    Communication: one all-reduce over the data-parallel group, of a dozen float64 and three of each replica.
     """
     groups, ebft = trainer.groups, trainer.config.ebft
     sums: dict[str, Tensor] = {
@@ -88,20 +88,18 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
 
 
 def _distinct_shares(result: StepResult) -> dict[str, float]:
-    """Nodes of this replica's rollouts by phase, as shares of what they would be if no two began alike.
+    """Rows of this replica's rollouts, as shares of what they would be if nothing were merged.
 
-    The policy computes no row for the last token, so with one token a rollout it has no share. Communication: none; the
-    host knows all counts.
+    Of the policy's layers, of its head and of the feature network. The last token has no row in the policy, so with one
+    token a rollout only features have a share. Communication: none; the host knows all counts.
     """
     forests = [experience.rollout.forest for experience in result.experiences]
-    if not forests:
-        return {}
-    passes = {"policy": [forest.up_to(len(forest.levels) - 1) for forest in forests], "features": forests}
-    sizes = {
-        phase: (sum(part.num_nodes for part in parts), sum(part.num_rollout_tokens for part in parts))
-        for phase, parts in passes.items()
-    }
-    return {phase: nodes / tokens for phase, (nodes, tokens) in sizes.items() if tokens}
+    fed_back = [forest.up_to(len(forest.levels) - 1) for forest in forests]
+    prefixes = [len(level.first) for forest in fed_back for level in forest.levels]
+    fed, tokens = (sum(part.num_rollout_tokens for part in parts) for parts in (fed_back, forests))
+    nodes, of_features = (sum(part.num_nodes for part in parts) for parts in (fed_back, forests))
+    sizes = {"policy": (nodes, fed), "head": (sum(prefixes), fed), "features": (of_features, tokens)}
+    return {phase: rows / most for phase, (rows, most) in sizes.items() if most}
 
 
 def _in_own_place(value: float, groups: ProcessGroups) -> list[float]:
@@ -113,7 +111,7 @@ def distinct_row_metrics(result: StepResult, of_replicas: Sequence[float]) -> di
     """The mean share of each phase, and the largest: the replica that has it is the last to finish.
 
     Args:
-        of_replicas: shares of all replicas in the first phase, then in the second.
+        of_replicas: shares of all replicas in the first phase, then in the second, and so on.
     """
     metrics = {}
     phases = _distinct_shares(result)
@@ -192,8 +190,8 @@ def speed_metrics(
 
 def distinct_shares_in(metrics: Mapping[str, float]) -> DistinctShares | None:
     """The shares that `step_metrics` has found; None: there are no rollouts."""
-    features = metrics.get(f"{DISTINCT_ROWS}/features")
-    return None if features is None else DistinctShares(metrics.get(f"{DISTINCT_ROWS}/policy"), features)
+    features, policy, head = (metrics.get(f"{DISTINCT_ROWS}/{name}") for name in ("features", "policy", "head"))
+    return None if features is None else DistinctShares(features, policy, head)
 
 
 def memory_metrics(memory: PhaseMemory) -> dict[str, float]:

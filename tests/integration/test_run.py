@@ -22,6 +22,7 @@ from tests.integration.conftest import REPOSITORY, launch, settings
 
 CONFIG = ["--config", "configs/tiny_cpu.yaml"]
 PHASES = ("data", "rollout", "features", "reward", "learn", "update")
+SHARES = [f"{name}{end}" for name in ("policy", "head", "features") for end in ("", "_max")]
 TRAIN_KEYS = {
     *(
         "ebft/alignment",
@@ -42,7 +43,7 @@ TRAIN_KEYS = {
         "perf/documents_per_second",
         "perf/tokens_per_second",
         "perf/rollout_tokens_per_second",
-        *(f"perf/distinct_rows_share/{name}" for name in ("policy", "policy_max", "features", "features_max")),
+        *(f"perf/distinct_rows_share/{name}" for name in SHARES),
         "memory/peak_bytes",
     ),
     *("train/skipped_steps", "perf/step_seconds_min", "perf/step_seconds_max"),

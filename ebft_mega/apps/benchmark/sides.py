@@ -72,8 +72,8 @@ class StepDone:
     def of(cls, grad_norm: float, experiences: Sequence[Experience]) -> "StepDone":
         """Count the nodes of the forests that were sampled."""
         forests = [experience.rollout.forest for experience in experiences]
-        counts = [([level.counts for level in forest.levels], forest.num_blocks) for forest in forests]
-        return cls(grad_norm, tuple(nodes for each in counts for nodes in RolloutNodes.of_rows(*each)))
+        rows = [RolloutNodes.of_forest(forest.levels, forest.num_blocks) for forest in forests]
+        return cls(grad_norm, tuple(nodes for of_forest in rows for nodes in of_forest))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -122,25 +123,36 @@ def test_nothing_is_below_the_limit(plan, uses_targets, pools_all):
 
 @st.composite
 def forests(draw):
-    """A plan and the tokens of its rollouts, of so few tokens that many begin alike."""
+    """A plan, the tokens of its rollouts, of so few tokens that many begin alike, and the row's own."""
     plan = draw(plans())
     tokens = st.tuples(*[st.integers(0, 2)] * plan.generate_length)
     blocks = st.tuples(*[st.tuples(*[tokens] * plan.num_samples)] * plan.num_blocks)
-    return plan, draw(blocks)
+    row = draw(st.lists(st.integers(0, 3), min_size=plan.sequence_length, max_size=plan.sequence_length))
+    return plan, draw(blocks), tuple(row)
 
 
-def beginnings(plan, rollouts):
-    """Of every level, of every block the different first tokens of its rollouts."""
-    return [[{rollout[: t + 1] for rollout in block} for block in rollouts] for t in range(plan.generate_length)]
+def beginnings(plan, rollouts, row):
+    """Of every level, of every block the different first tokens of its rollouts, and which the row goes on with."""
+    prefixes = [[{rollout[: t + 1] for rollout in block} for block in rollouts] for t in range(plan.generate_length)]
+    stems = [
+        [{row[anchor : anchor + t + 1]} & found for anchor, found in zip(plan.anchors, blocks, strict=True)]
+        for t, blocks in enumerate(prefixes)
+    ]
+    return prefixes, stems
 
 
 @given(forests(), st.booleans(), st.booleans())
 def test_rows_and_pairs_of_rollouts_that_begin_alike(forest, uses_targets, pools_all):
     """Counted one different beginning at a time, from the definition of who sees whom."""
-    plan, rollouts = forest
+    plan, rollouts, text = forest
     tokens_read = plan.generate_length if pools_all else 1
-    levels = beginnings(plan, rollouts)
-    nodes = RolloutNodes.of_rows([list(map(len, blocks)) for blocks in levels], plan.num_blocks)[0]
+    prefixes, stems = beginnings(plan, rollouts, text)
+    levels = [[a - b for a, b in zip(*blocks, strict=True)] for blocks in zip(prefixes, stems, strict=True)]
+    counts = [
+        SimpleNamespace(counts=tuple(map(len, nodes)), prefix_counts=tuple(map(len, found)))
+        for nodes, found in zip(levels, prefixes, strict=True)
+    ]
+    (nodes,) = RolloutNodes.of_forest(counts, plan.num_blocks)
     shape = shape_of(plan, uses_targets=uses_targets, tokens_read=tokens_read, nodes=nodes)
 
     def sees(of_levels):
@@ -162,28 +174,36 @@ def test_rows_and_pairs_of_rollouts_that_begin_alike(forest, uses_targets, pools
     read = [anchor + t + 1 for anchor, t in {(a + t, 0) for a in plan.anchors for t in window}] + sees(window)
     assert (shape.pooled.outputs, shape.pooled.pairs) == (len(read), sum(read))
     generate = cost_of_step(shape, "off").generate
-    assert generate.head_rows == plan.num_blocks + len(fed)
+    drawn = sum(len(found) for blocks in prefixes[:-1] for found in blocks)
+    assert generate.head_rows == plan.num_blocks + drawn
+    last_read = {anchor - 1 for anchor in plan.anchors}
+    for t, blocks in enumerate(stems[:-1]):
+        last_read |= {anchor + t for anchor, found in zip(plan.anchors, blocks, strict=True) if found}
+    assert nodes.document_rows(plan, shape.fed_levels) == (len(last_read), sum(p + 1 for p in last_read))
 
     bound, plain = least_cost_of_step(shape), least_cost_of_step(shape_of(plan, uses_targets=uses_targets))
     assert (bound.generate.rows, bound.features.rows) == (policy.keys, features.rows)
     assert bound.total <= cost_of_step(shape, "activations").total
     if not pools_all:
         assert bound.total <= plain.total
+    assert bound.generate.head_rows == len(last_read) + len(fed)
     shares = nodes.shares(plan)
     assert shares.features == pytest.approx(len(whole) / plan.generated_per_row)
     if plan.generate_length == 1:
-        assert shares.policy is None and not fed
+        assert (shares.policy, shares.head) == (None, None) and not fed
     else:
-        assert shares.policy == pytest.approx(len(fed) / (plan.rollouts_per_row * (plan.generate_length - 1)))
+        most = plan.rollouts_per_row * (plan.generate_length - 1)
+        assert (shares.policy, shares.head) == (pytest.approx(len(fed) / most), pytest.approx(drawn / most))
     # The same shares alike in all blocks are as many rows; only pairs are about as many.
     expected = dataclasses.replace(shape, nodes=RolloutNodes.of_shares(plan, shares))
     assert abs(expected.fed_rows - len(fed)) <= 1
     assert abs(expected.feature_rows - shape.feature_rows) <= 1
+    assert abs(expected.rollout_head_rows - shape.rollout_head_rows) <= 1
 
 
 @given(plans(), st.booleans())
 def test_a_share_of_one_is_the_step_without_merging(plan, uses_targets):
-    shares = DistinctShares(1.0 if plan.generate_length > 1 else None, 1.0)
+    shares = DistinctShares(1.0, 1.0 if plan.generate_length > 1 else None)
     shape, plain = (
         shape_of(plan, uses_targets=uses_targets, nodes=nodes) for nodes in (RolloutNodes.of_shares(plan, shares), None)
     )
@@ -195,28 +215,31 @@ def test_a_share_of_one_is_the_step_without_merging(plan, uses_targets):
 def test_the_last_level_has_what_the_others_leave():
     """At G = 4 the first three levels have .5 each, so the last one needs .8 for a mean of .575."""
     plan = BlockPlan(1024, 4, 8, 4, 4)
-    assert DistinctShares(0.5, 0.575).by_level(plan) == pytest.approx((0.5, 0.5, 0.5, 0.8))
-    assert DistinctShares(None, 0.7).by_level(BlockPlan(1024, 1, 8, 1, 4)) == (0.7,)
+    assert DistinctShares(0.575, 0.5).by_level(plan) == pytest.approx((0.5, 0.5, 0.5, 0.8))
+    assert DistinctShares(0.7).by_level(plan) == pytest.approx((0.7,) * 4)
+    assert DistinctShares(0.7).by_level(BlockPlan(1024, 1, 8, 1, 4)) == (0.7,)
     # Rounded to two digits, and the last level would be more than all.
-    assert DistinctShares(0.95, 0.97).by_level(plan) == (0.95, 0.95, 0.95, 1.0)
+    assert DistinctShares(0.97, 0.95).by_level(plan) == (0.95, 0.95, 0.95, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("policy", "features", "says"),
+    ("shares", "says"),
     [
-        (0.1, 0.5, "a share of the policy lies between 1 / n = 0.25 and 1, not 0.1"),
-        (0.9, 1.2, "a share of features lies between 1 / n = 0.25 and 1, not 1.2"),
-        (0.9, 0.5, "of features lies between it and 0.925, not 0.5"),
-        (0.4, 0.9, "of features lies between it and 0.55, not 0.9"),
+        (DistinctShares(0.5, -0.1), "a share of the policy lies between 0 and 1, not -0.1"),
+        (DistinctShares(1.2, 0.9), "a share of features lies between 0 and 1, not 1.2"),
+        (DistinctShares(0.6, 0.5, 1.2), "a share of the head lies between 0 and 1, not 1.2"),
+        (DistinctShares(0.5, 0.9), "of features lies between it and 0.925, not 0.5"),
+        (DistinctShares(0.9, 0.4), "of features lies between it and 0.55, not 0.9"),
+        (DistinctShares(0.6, 0.5, 0.4), "a share of the head is not below that of the policy, 0.5: not 0.4"),
     ],
 )
-def test_shares_that_no_rollouts_have(policy, features, says):
+def test_shares_that_no_rollouts_have(shares, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        DistinctShares(policy, features).by_level(BlockPlan(1024, 4, 8, 4, 4))
+        shares.by_level(BlockPlan(1024, 4, 8, 4, 4))
 
 
 def test_costs_of_rows_add_up():
-    few, many = (shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(x, x))) for x in (0.25, 0.75))
+    few, many = (shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(x))) for x in (0.25, 0.75))
     both = cost_of_step(few, "checkpoints") + cost_of_step(many, "checkpoints")
     assert both.total == cost_of_step(few, "checkpoints").total + cost_of_step(many, "checkpoints").total
     assert (
@@ -224,7 +247,7 @@ def test_costs_of_rows_add_up():
         and both.generate.rows
         == 2
         * cost_of_step(
-            shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(0.5, 0.5))), "checkpoints"
+            shape_of(nodes=RolloutNodes.of_shares(DEFAULT, DistinctShares(0.5))), "checkpoints"
         ).generate.rows
     )
 

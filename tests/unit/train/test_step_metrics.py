@@ -98,9 +98,10 @@ def test_memory_by_phase_and_of_the_run():
     assert memory_metrics(memory) == {"memory/rollout_peak_bytes": 5.0, "memory/peak_bytes": 5.0}
 
 
-def forest_of(*rollouts):
-    """Of one row and one block."""
-    return Forest.of(torch.tensor(rollouts)[None, :, None], merges=True)
+def forest_of(*rollouts, document=None):
+    """Of one row and one block, whose document goes on with those tokens."""
+    own = None if document is None else torch.tensor([document])
+    return Forest.of(torch.tensor(rollouts)[None, :, None], merges=True, continuations=own)
 
 
 def result_of(*forests):
@@ -108,21 +109,16 @@ def result_of(*forests):
     return SimpleNamespace(experiences=rollouts)
 
 
-# 1, 2 and 3 nodes of 3; 3 of 3 on every level.
-BRANCHING, DIFFERENT = forest_of((5, 6, 7), (5, 6, 8), (5, 9, 8)), forest_of((1, 6, 7), (2, 6, 7), (3, 6, 7))
+# 1, 2 and 3 nodes of 3; 2, 2 and 3 of 3, since the document has (1, 6) itself.
+BRANCHING = forest_of((5, 6, 7), (5, 6, 8), (5, 9, 8))
+DIFFERENT = forest_of((1, 6, 7), (2, 6, 7), (3, 6, 7), document=(1, 6, 8))
+OWN = {"policy": 7 / 12, "head": 9 / 12, "features": 13 / 18}
 
 
-@pytest.mark.parametrize(
-    ("rank", "expected"),
-    [
-        # Means over both replicas, and the larger of the two.
-        (0, {"policy": (0.75 + 0.5) / 2, "policy_max": 0.75, "features": (5 / 6 + 0.75) / 2, "features_max": 5 / 6}),
-        (1, {"policy": (0.75 + 1.0) / 2, "policy_max": 1.0, "features": (5 / 6 + 0.5) / 2, "features_max": 5 / 6}),
-    ],
-)
-def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, rank, expected):
+@pytest.mark.parametrize(("rank", "others"), [(0, (0.5, 0.6, 0.9)), (1, (1.0, 1.0, 0.5))])
+def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, rank, others):
     """This replica has two micro-batches; the other one is in the other place of the same reduction."""
-    other = {0: [0.0, 0.5, 0.0, 0.75], 1: [1.0, 0.0, 0.5, 0.0]}[rank]
+    other = [value for share in others for value in ((0.0, share) if rank == 0 else (share, 0.0))]
     groups = SimpleNamespace(data_parallel_rank=rank, data_parallel_size=2, data_parallel=None)
     sent = []
 
@@ -140,31 +136,33 @@ def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, ra
     given = SimpleNamespace(groups=groups, config=SimpleNamespace(ebft=ebft))
     metrics = step_metrics(given, result, 0.1)
     found = {key: value for key, value in metrics.items() if key.startswith("perf/")}
-    assert found == {f"perf/distinct_rows_share/{name}": pytest.approx(value) for name, value in expected.items()}
-    assert len(sent) == 1 and len(sent[0]) == 2 + 2 * 2  # one reduction, for losses and shares alike
-    assert distinct_shares_in(metrics) == DistinctShares(
-        metrics["perf/distinct_rows_share/policy"], metrics["perf/distinct_rows_share/features"]
-    )
+    expected = {}
+    for (phase, own), share in zip(OWN.items(), others, strict=True):
+        expected |= {phase: pytest.approx((own + share) / 2), f"{phase}_max": pytest.approx(max(own, share))}
+    assert found == {f"perf/distinct_rows_share/{name}": value for name, value in expected.items()}
+    assert len(sent) == 1 and len(sent[0]) == 2 + 2 * 3  # one reduction, for losses and shares alike
+    shares = distinct_shares_in(metrics)
+    assert (shares.policy, shares.head, shares.features) == tuple(expected[phase] for phase in OWN)
 
 
 def test_one_token_a_rollout_has_no_rows_in_the_policy(trainer):
     found = distinct_row_metrics(result_of(forest_of((1,), (1,), (2,))), [2 / 3])
     assert found == {"perf/distinct_rows_share/features": 2 / 3, "perf/distinct_rows_share/features_max": 2 / 3}
-    assert distinct_shares_in(found) == DistinctShares(None, 2 / 3)
+    assert distinct_shares_in(found) == DistinctShares(2 / 3)
     assert distinct_row_metrics(SimpleNamespace(experiences=()), []) == {}
     assert distinct_shares_in({}) is None
     given = trainer("ebft.generate_max_len=1", "ebft.context_length=3", "ebft.stride=4")
-    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(None, 2 / 3))
+    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(2 / 3))
     assert 0 < found["perf/mfu"] < found["perf/mfu_without_merging"]
 
 
 def test_utilisation_counts_distinct_rows_and_beside_it_all(trainer):
     given = trainer()
-    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(0.5, 0.6))
+    found = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(0.6, 0.5))
     of_all = speed_metrics(given, 2.0, {}, 0.0, 1e9)["perf/mfu"]
     assert found["perf/mfu_without_merging"] == of_all
     architectures = given.stage.architecture, given.feature_network.stage.architecture
-    nodes = RolloutNodes.of_shares(given.plan, DistinctShares(0.5, 0.6))
+    nodes = RolloutNodes.of_shares(given.plan, DistinctShares(0.6, 0.5))
     assert found["perf/mfu"] == model_flops_utilisation(given.config, *architectures, 2.0, 1, 1e9, nodes) < of_all
-    equal = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(1.0, 1.0))
+    equal = speed_metrics(given, 2.0, {}, 0.0, 1e9, DistinctShares(1.0))
     assert equal["perf/mfu"] == equal["perf/mfu_without_merging"] == of_all

@@ -11,7 +11,7 @@ from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter, co
 from ebft_mega.apps.benchmark.measurement import PHASES, check_counts
 from ebft_mega.apps.benchmark.sides import OUR_SIDES, StepDone, build_sides, random_rows, sum_of_rows
 from ebft_mega.attention.routes import AttentionRoute
-from ebft_mega.cost.step_cost import StepShape, cost_of_step
+from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.train.step import train_step
@@ -74,11 +74,41 @@ def test_several_rows_whose_rollouts_begin_alike(name, temperature, groups):
     else:
         assert len(set(shares)) > 1
     # Nodes of which one is left out are not those that were computed.
-    fewer = dataclasses.replace(done.nodes[0], by_level=((4,) * plan.num_blocks, *done.nodes[0].by_level[1:]))
+    fewer = dataclasses.replace(done.nodes[0], nodes=((0,) * plan.num_blocks, *done.nodes[0].nodes[1:]))
     run = dataclasses.replace(done, nodes=(fewer, *done.nodes[1:]))
     wrong = dataclasses.replace(side, run=lambda step: (side.run(step), run)[1])
     with pytest.raises(RuntimeError, match="the formulas say"):
         check_counts(wrong, ARCHITECTURE)
+
+
+def greedy_rows(trainer, rows):
+    """Rows in which every block goes on as the policy does, block by block."""
+    sampling = dataclasses.replace(trainer.sampling, temperature=1e-3)
+    greedy = dataclasses.replace(trainer, sampling=sampling)
+    for block, anchor in enumerate(trainer.plan.anchors):
+        rollouts = train_step(greedy, rows, 0, 0.0).experiences[0].rollout.tokens
+        rows.tokens[:, anchor : anchor + trainer.plan.generate_length] = rollouts[:, 0, block]
+    return rows
+
+
+@pytest.mark.parametrize("reuse", ["checkpoints", "off"])
+@pytest.mark.parametrize("ebft", [{}, {"ce_coef": 0.3}], ids=["rl", "rl+ce"])
+@pytest.mark.parametrize("name", ["stride=G", "stride<G"])
+def test_rollouts_that_go_on_as_the_document_does(name, reuse, ebft, groups):
+    case = dataclasses.replace(TINY_CASES[name], rows=2, temperature=0.3)
+    config = case.config(TINY_MODEL, reuse)
+    config = config.model_copy(update={"ebft": config.ebft.model_copy(update=ebft)})
+    trainer = build_trainer(config, ARCHITECTURE, ARCHITECTURE, groups)
+    trainer = dataclasses.replace(trainer, reuse=reuse)
+    products, nodes = products_of(trainer, greedy_rows(trainer, random_rows(case, VOCABULARY)))
+    shape = StepShape.of(config, ARCHITECTURE, ARCHITECTURE)
+    assert_counts(products, sum_of_rows(lambda of_row: cost_of_step(of_row, reuse), shape, nodes))
+    bound = sum_of_rows(least_cost_of_step, shape, nodes)
+    # The document holds what rollouts begin with: layers do not compute it again, and the head draws from its rows.
+    shares = [of_row.shares(config.block_plan) for of_row in nodes]
+    assert all(found.policy < found.head < 1 for found in shares)
+    repeated = count_phase(products, "rollout", ARCHITECTURE).head_rows - bound.generate.head_rows
+    assert repeated == 0 if name == "stride=G" else repeated > 0
 
 
 def test_rows_that_the_bound_with_merging_does_not_have_are_found(groups):
