@@ -21,6 +21,7 @@ from pathlib import Path  # noqa: E402
 
 from ebft_mega.config.load import load_config  # noqa: E402
 from ebft_mega.config.schema import RunConfig  # noqa: E402
+from ebft_mega.cost.rollout_nodes import DistinctShares  # noqa: E402
 from ebft_mega.data.store.model_copies import with_local_models  # noqa: E402
 from ebft_mega.errors import (  # noqa: E402
     EXIT_DONE,
@@ -87,6 +88,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="GB",
         help="with --dry-run: memory of an accelerator in 1e9 bytes, for which `auto` is resolved",
     )
+    option(
+        "--distinct-shares",
+        type=real_number(0, 1),
+        nargs="+",
+        metavar="SHARE",
+        help="with --dry-run: shares of distinct rows of rollouts in features, the policy and its head (as "
+        "`tools/evaluate.py --distinct-shares` prints them, or one for all), for which the work of a step is counted",
+    )
     option("--trace-step", type=output_directory, metavar="DIR", help="run one optimizer step and write its trace")
     option("--fresh", action="store_true", help="set what is in output_dir aside (in previous/) and begin anew")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
@@ -95,10 +104,13 @@ def parse_arguments() -> argparse.Namespace:
         "--world-size": arguments.world_size is not None,
         "--without-data": arguments.without_data,
         "--gpu-memory": arguments.gpu_memory is not None,
+        "--distinct-shares": arguments.distinct_shares is not None,
     }
     for name, is_given in of_plans.items():
         if is_given and not arguments.dry_run:
             parser.error(f"{name} goes with --dry-run")
+    if len(arguments.distinct_shares or []) > 3:
+        parser.error(f"--distinct-shares: found {len(arguments.distinct_shares)} numbers; expected at most 3")
     if arguments.fresh and arguments.trace_step is not None:
         parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments
@@ -120,17 +132,20 @@ def has_nothing_to_do(config: RunConfig, plan: RunPlan, announcer: Announcer) ->
     return standing is not None and standing.action is Action.NOTHING
 
 
-def print_plan(config: RunConfig, plan: RunPlan, fresh: Fresh, gpu_memory: float | None) -> None:
+def print_plan(
+    config: RunConfig, plan: RunPlan, fresh: Fresh, gpu_memory: float | None, shares: DistinctShares | None
+) -> None:
     """Print the plan and what a start would do, on the first rank.
 
     Args:
         gpu_memory: of an accelerator, in 1e9 bytes; None: not known.
+        shares: of distinct rows of rollouts; None: not known.
     Raises:
         ConfigError: a start would be refused.
     """
     if is_first_rank():
         memory_bytes = None if gpu_memory is None else round(gpu_memory * GIGABYTE)
-        print(describe_run(config, plan, memory_bytes), flush=True)
+        print(describe_run(config, plan, memory_bytes, shares), flush=True)
     standing = planned_standing(config, plan, fresh)
     if is_first_rank():
         for line in ("", *standing.notes, standing.words):
@@ -187,7 +202,8 @@ def run(signals: Signals, started: float) -> int:
         with announcer.phase("checking the model's and the datasets' small files, and sizes"):
             plan = check_run(config, world_size, without_data=arguments.without_data)
         if arguments.dry_run:
-            print_plan(config, plan, fresh, arguments.gpu_memory)
+            shares = DistinctShares(*arguments.distinct_shares) if arguments.distinct_shares else None
+            print_plan(config, plan, fresh, arguments.gpu_memory, shares)
             return EXIT_DONE
         if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan, announcer):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE

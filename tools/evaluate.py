@@ -1,4 +1,8 @@
-"""Evaluate a model on held-out rows: cross-entropy, alignment, cosine, feature matching, duplicates."""
+"""Evaluate a model on held-out rows: cross-entropy, alignment, cosine, feature matching, duplicates.
+
+With --distinct-shares nothing is evaluated: it counts how many rows of rollouts are left to compute when rollouts that
+begin alike are merged, at several n, G and temperatures.
+"""
 
 import signal
 
@@ -20,7 +24,7 @@ from ebft_mega.config.input_keys import DataConfig, ModelConfig
 from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import EbftConfig, RunConfig, TrainConfig
 from ebft_mega.data.store.model_copies import with_local_models
-from ebft_mega.io.arguments import ToolParser, output_directory, path_argument, whole_number
+from ebft_mega.io.arguments import ToolParser, output_directory, path_argument, real_number, whole_number
 from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
 from ebft_mega.io.standard_streams import print_line
 
@@ -47,10 +51,20 @@ def parse_arguments() -> argparse.Namespace:
         "without them --model)",
     )
     parser.add_argument("--rows", type=whole_number(), help="held-out rows (default: evaluation.rows, 64)")
+    parser.add_argument(
+        "--distinct-shares", action="store_true", help="print the shares of rows of rollouts that are distinct instead"
+    )
+    lists = parser.add_argument_group("with --distinct-shares (default: n, G and temperature of the configuration)")
+    lists.add_argument("--samples", type=whole_number(), nargs="+", metavar="N", help="n, rollouts of an anchor")
+    lists.add_argument("--lengths", type=whole_number(), nargs="+", metavar="G", help="tokens of a rollout")
+    lists.add_argument("--temperatures", type=real_number(above=True), nargs="+", metavar="T", help="of the sampling")
     parser.add_argument("--skip-rows", type=whole_number(0), default=0, help="rows at the start that are left out")
     arguments = parser.parse_args()
     if arguments.overrides and arguments.config is None:
         parser.error("--set overrides keys of --config, which is not given")
+    for name in ("samples", "lengths", "temperatures"):
+        if getattr(arguments, name) is not None and not arguments.distinct_shares:
+            parser.error(f"--{name} goes with --distinct-shares")
     return arguments
 
 
@@ -104,6 +118,12 @@ def main() -> None:
         rows=arguments.rows or config.evaluation.rows,
         skip_rows=arguments.skip_rows,
     )
+    if arguments.distinct_shares:
+        from ebft_mega.apps.distinct_rows import Choices, measure_distinct_rows
+
+        choices = Choices.of(config, arguments.samples, arguments.lengths, arguments.temperatures)
+        print_line(str(measure_distinct_rows(request, choices, config, arguments.output)), sys.stdout)
+        return
     path = evaluate_directory(request, config, arguments.output)
     for line in (*figure_lines(read_json(path)), str(path), str(plot_evaluation(path))):
         print_line(line, sys.stdout)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ebft_mega.apps.written_evaluation import write_evaluation
-from ebft_mega.architecture.hf_config import tapped_layers
+from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
@@ -62,30 +62,12 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     models, notes = check_inputs(request, config)
     for note in notes:
         print_line(f"note: {note}", sys.stdout)
-    architecture = models[0].architecture
-    dataset = open_dataset(request.data)
-    route = make_route(
-        config.train.attention,
-        groups.device,
-        own_capacity=config.ebft.generate_max_len,
-        head_dim=architecture.head_dim,
-    )
-    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype, attention=route)
-    load_weights(policy, open_weights(request.model, architecture))
-    policy.to(groups.device).requires_grad_(False).eval()
+    policy = open_policy(request.model, models[0].architecture, config, groups)
     model = PipelinedModel.of(policy)
-    network = _feature_network(models[1], config, groups, dtype, route)
+    network = _feature_network(models[1], config, groups, dtype, policy.attention)
     settings = EvaluationSettings.of(config)
 
-    length = config.data.sequence_length
-    everything = fixed_rows(dataset, length, request.skip_rows + request.rows)
-    rows = TokenBatch(
-        everything.tokens[request.skip_rows :],
-        everything.document_ids[request.skip_rows :],
-        everything.row_indices[request.skip_rows :],
-    )
-    if config.data.document_masking:
-        rows = rows.with_document_masking()
+    rows = held_out_rows(request, config)
     batches = rows.to(groups.device).split(settings.micro_batch_size)
     parts: list[Evaluation] = [
         evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
@@ -95,7 +77,7 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "model": str(request.model),
         "feature_model": str(request.feature_model),
         "data": str(request.data),
-        "sequence_length": length,
+        "sequence_length": config.data.sequence_length,
         "rows": request.rows,
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
@@ -105,6 +87,32 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "row_groups": main_documents(rows),
     }
     return write_evaluation(output / "evaluation.json", content)
+
+
+def open_policy(directory: Path, architecture: Architecture, config: RunConfig, groups: ProcessGroups) -> Stage:
+    """A model of a directory, whole and without gradients, on this process's device."""
+    route = make_route(
+        config.train.attention,
+        groups.device,
+        own_capacity=config.ebft.generate_max_len,
+        head_dim=architecture.head_dim,
+    )
+    dtype = DTYPES[config.train.dtype]
+    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype, attention=route)
+    load_weights(policy, open_weights(directory, architecture))
+    return policy.to(groups.device).requires_grad_(False).eval()
+
+
+def held_out_rows(request: EvaluationRequest, config: RunConfig) -> TokenBatch:
+    """The rows that are evaluated, with document masking if the configuration says so."""
+    dataset = open_dataset(request.data)
+    everything = fixed_rows(dataset, config.data.sequence_length, request.skip_rows + request.rows)
+    rows = TokenBatch(
+        everything.tokens[request.skip_rows :],
+        everything.document_ids[request.skip_rows :],
+        everything.row_indices[request.skip_rows :],
+    )
+    return rows.with_document_masking() if config.data.document_masking else rows
 
 
 def main_documents(rows: TokenBatch) -> list[str]:

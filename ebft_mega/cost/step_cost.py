@@ -51,6 +51,10 @@ class StepShape:
             nodes=nodes,
         )
 
+    def with_nodes(self, nodes: RolloutNodes) -> "StepShape":
+        """The shape of steps whose rows have these nodes."""
+        return dataclasses.replace(self, nodes=nodes)
+
     @property
     def rollout_nodes(self) -> RolloutNodes:
         """Nodes of the row's rollouts."""

@@ -9,6 +9,8 @@ from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.load import resolved_yaml
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.cost.cost_table import work_text
+from ebft_mega.cost.rollout_nodes import DistinctShares
 from ebft_mega.cost.step_cost import StepShape
 from ebft_mega.planning.absent_inputs import listed_keys
 from ebft_mega.planning.activation_memory import learn_tokens_per_row, scored_rows
@@ -26,11 +28,16 @@ GIGABYTE = 1e9
 MOST_WAYS = 4  # to make a run fit that are named
 
 
-def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = None) -> str:
+def describe_run(
+    config: RunConfig, plan: RunPlan, memory_bytes: int | None = None, shares: DistinctShares | None = None
+) -> str:
     """Compose everything that `--dry-run` prints.
 
     Args:
         memory_bytes: of an accelerator, for which `auto` is resolved; None: not known.
+        shares: of distinct rows of rollouts, for which the work of a step is counted; None: not known.
+    Raises:
+        InputError: no rollouts have such shares.
     """
     parts = [
         _title("Resolved configuration") + resolved_yaml(config).rstrip(),
@@ -42,6 +49,7 @@ def describe_run(config: RunConfig, plan: RunPlan, memory_bytes: int | None = No
         _title("Checkpoints") + _checkpoint_text(config, plan),
         _title("Layout") + _layout_text(config, plan),
         _title("Each rank's part") + _parts_text(config, plan),
+        _title("Work of a step (TFLOP, counted)") + _work_text(config, plan, memory_bytes, shares),
         _title("Memory per rank (GiB, worked out, not measured)") + _memory_text(config, plan, memory_bytes),
     ]
     if config.uses_rollouts:
@@ -292,6 +300,11 @@ def _columns(rows: list[list[str]], numbers: tuple[int, ...]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _work_text(config: RunConfig, plan: RunPlan, memory_bytes: int | None, shares: DistinctShares | None) -> str:
+    shape = StepShape.of(config, plan.architecture, plan.feature_architecture)
+    return work_text(config, shape, choices(config, plan, memory_bytes).reuse_rollout, shares)
 
 
 def _memory_text(config: RunConfig, plan: RunPlan, memory_bytes: int | None) -> str:

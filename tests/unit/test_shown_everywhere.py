@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a program prints beside `print_line` and formatted numbers, each harmless by itself: lines that `shown` has made,
 # JSON in ASCII, numbers and tables of them, or a document, whose newlines are meant.
 PRINTED = {
-    "launcher/train.py": {"describe_run(config, plan, memory_bytes)", "error"},
+    "launcher/train.py": {"describe_run(config, plan, memory_bytes, shares)", "error"},
     "tools/inspect_shards.py": {
         *(
             "number",

@@ -99,7 +99,7 @@ class BenchCase:
         """Configuration of a run on one process; the benchmark sets its learning rate to 0."""
         return RunConfig(
             output_dir=NOWHERE,
-            model=ModelConfig(init_from=model.directory) if model.directory else ModelConfig(config=model.sizes),
+            model=ModelConfig(init_from=Path(model.directory)) if model.directory else ModelConfig(config=model.sizes),
             data=DataConfig(shards=NOWHERE, sequence_length=self.sequence_length),
             ebft=EbftConfig(
                 stride=self.stride,

@@ -157,10 +157,12 @@ def entry(
         seconds, counted = side["seconds_median"], (nodes or {}).get(name, [different] * case.rows)
         side["rollout_tokens_per_second"] = case.rows * plan.generated_per_row / seconds if seconds else None
         # `mfu` is what the side needs by the counts of this trainer; the other numerator is the same for all sides.
-        known, mean = seconds and peak_flops_per_device, RolloutNodes.mean(counted)
-        sizes = config, architecture, architecture, seconds, 1, peak_flops_per_device
-        side["mfu"] = model_flops_utilisation(*sizes, mean) if known else None
-        side["mfu_without_merging"] = model_flops_utilisation(*sizes) if known else None
+        mean, side["mfu"], side["mfu_without_merging"] = RolloutNodes.mean(counted), None, None
+        if seconds and peak_flops_per_device:
+            sizes = config, architecture, architecture, seconds, 1, peak_flops_per_device
+            side["mfu"], side["mfu_without_merging"] = (
+                model_flops_utilisation(*sizes, numerator) for numerator in (mean, None)
+            )
         shares: DistinctShares = mean.shares(plan)
         side["distinct_shares"] = dataclasses.asdict(shares)
         if name in OUR_SIDES and OUR_SIDES[name].merges:

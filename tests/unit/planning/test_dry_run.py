@@ -7,6 +7,8 @@ import torch
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
+from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.parallel import optimizer
 from ebft_mega.parallel.deepspeed_adapter import deepspeed_setup, partitioned_parameters
 from ebft_mega.parallel.pipeline import ring_slots
@@ -347,6 +349,17 @@ def test_text(inputs):
         "rows of a replica per step 4: replica r has rows 4 * r to 4 * r + 3",
     ):
         assert expected in lines, expected
+
+
+def test_text_of_the_work_of_a_step(inputs):
+    """Of all rows, with what learning computes again; merging leaves half of the rollouts' rows."""
+    config, plan = plan_of(inputs)
+    shape, reuse = StepShape.of(config, plan.architecture, plan.architecture), choices(config, plan, None).reuse_rollout
+    nodes = RolloutNodes.of_shares(plan.block_plan, DistinctShares(0.5))
+    totals = [8 * cost_of_step(each, reuse).total for each in (shape, shape.with_nodes(nodes))]
+    lines = lines_of(planner.describe_run(config, plan, None, DistinctShares(0.5)))
+    assert f"total {totals[0] / 1e12:.4g} {totals[1] / 1e12:.4g} {totals[1] / totals[0]:.3f}" in lines
+    assert f"total {totals[0] / 1e12:.4g}" in lines_of(planner.describe_run(config, plan))
 
 
 def test_text_of_a_map_that_reads_more(inputs):

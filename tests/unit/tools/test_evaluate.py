@@ -22,6 +22,28 @@ def requests(monkeypatch, tmp_path):
     return made
 
 
+def test_distinct_shares_are_counted_instead(inputs, run_tool, requests, monkeypatch, tmp_path):
+    from ebft_mega.apps import distinct_rows
+
+    asked = []
+
+    def measure(request, choices, config, output):
+        asked.append((request.model, choices, output))
+        return tmp_path / "distinct_rows.json"
+
+    monkeypatch.setattr(distinct_rows, "measure_distinct_rows", measure)
+    model = inputs.root / "model"
+    places = ("--model", model, "--data", inputs.root / "held_out", "--output", tmp_path / "out")
+    lists = ("--samples", 4, 2, "--temperatures", 0.6, 1)
+    code, out, _ = run_tool("evaluate.py", "--distinct-shares", *places, "--config", inputs.write(), *lists)
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "distinct_rows.json")
+    assert asked == [(model, distinct_rows.Choices((2, 4), (8,), (0.6, 1.0)), tmp_path / "out")] and not requests
+    code, _, err = run_tool("evaluate.py", *places, *lists)
+    assert code == 2 and "--samples goes with --distinct-shares" in err
+    code, _, err = run_tool("evaluate.py", "--distinct-shares", *places, "--temperatures", 0)
+    assert code == 2 and "expected a number above 0" in err
+
+
 def test_a_trained_model_is_evaluated_with_the_features_of_its_run(inputs, run_tool, requests, tmp_path):
     places = ("--data", inputs.root / "held_out", "--output", tmp_path / "out")
     trained, initial = inputs.root / "run" / "hf", inputs.root / "model"
