@@ -5,12 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ebft_mega.apps.written_evaluation import write_evaluation
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
-from ebft_mega.attention.routes import AttentionRoute, make_route
+from ebft_mega.attention.routes import make_route
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
@@ -58,13 +56,12 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
     """
     check_pooling(config)
     groups = make_process_groups(connect())
-    dtype = DTYPES[config.train.dtype]
     models, notes = check_inputs(request, config)
     for note in notes:
         print_line(f"note: {note}", sys.stdout)
     policy = open_policy(request.model, models[0].architecture, config, groups)
     model = PipelinedModel.of(policy)
-    network = _feature_network(models[1], config, groups, dtype, policy.attention)
+    network = _feature_network(models[1], config, policy)
     settings = EvaluationSettings.of(config)
 
     rows = held_out_rows(request, config)
@@ -156,12 +153,11 @@ def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[C
     return (checked[0].model, checked[-1].model), [*notes, *model_data.data_notes(checked, data)]
 
 
-def _feature_network(
-    model: CheckedModel, config: RunConfig, groups: ProcessGroups, dtype: torch.dtype, route: AttentionRoute
-) -> FeatureNetwork:
+def _feature_network(model: CheckedModel, config: RunConfig, policy: Stage) -> FeatureNetwork:
+    """The frozen network, which attends as the policy does."""
     architecture, directory, fractions = model.architecture, model.directory, tapped_fractions(config)
     assert directory is not None, "check_inputs has opened it"
     deepest = tapped_layers(fractions, architecture.num_hidden_layers)[-1]
-    source = open_weights(directory, architecture, deepest)
-    settings = factory.FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=route)
-    return factory.build_feature_network(architecture, source, settings, groups)
+    source, dtype = open_weights(directory, architecture, deepest), DTYPES[config.train.dtype]
+    settings = factory.FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=policy.attention)
+    return factory.build_feature_network(architecture, source, settings, policy.groups)

@@ -1,9 +1,9 @@
 """How many rows rollouts are: what rollouts of an anchor begin with alike is one row (`ebft_mega/forest.py`).
 
 A *prefix* is the first t + 1 tokens of one or more rollouts of an anchor; all prefixes of one t are a level. A prefix
-that goes on as the document does is a *stem*, whose row is the document's own; the others are *nodes*, rows that passes
-compute. Levels 0 to G - 2 go through the policy, all G through the feature network; the head draws from every prefix of
-levels 0 to G - 2.
+that continues as the document does is a *stem*, whose row is the document's own; the others are *nodes*, rows that
+passes compute. Levels 0 to G - 2 go through the policy, all G through the feature network; the head draws from every
+prefix of levels 0 to G - 2.
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def policy(inputs, groups):
 
 @pytest.mark.parametrize("masking", [False, True])
 def test_fewer_samples_and_tokens_are_those_of_a_sampling_of_their_own(config, policy, masking):
-    """Rows whose own tokens come back, so that some rollouts go on as their documents do."""
+    """Rows whose own tokens come back, so that some rollouts continue as their documents do."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"document_masking": masking})})
     tokens = torch.tensor([[3, 5], [7, 7]]).repeat(1, 16)
     rows = TokenBatch(tokens, (torch.arange(32) // 11).expand(2, -1), torch.arange(2))

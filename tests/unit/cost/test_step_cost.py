@@ -132,7 +132,7 @@ def forests(draw):
 
 
 def beginnings(plan, rollouts, row):
-    """Of every level, of every block the different first tokens of its rollouts, and which the row goes on with."""
+    """Of every level, of every block the different first tokens of its rollouts, and which the row has itself."""
     prefixes = [[{rollout[: t + 1] for rollout in block} for block in rollouts] for t in range(plan.generate_length)]
     stems = [
         [{row[anchor : anchor + t + 1]} & found for anchor, found in zip(plan.anchors, blocks, strict=True)]

@@ -99,7 +99,7 @@ def test_memory_by_phase_and_of_the_run():
 
 
 def forest_of(*rollouts, document=None):
-    """Of one row and one block, whose document goes on with those tokens."""
+    """Of one row and one block, whose document continues with those tokens."""
     own = None if document is None else torch.tensor([document])
     return Forest.of(torch.tensor(rollouts)[None, :, None], merges=True, continuations=own)
 

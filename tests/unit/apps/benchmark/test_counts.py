@@ -82,7 +82,7 @@ def test_several_rows_whose_rollouts_begin_alike(name, temperature, groups):
 
 
 def greedy_rows(trainer, rows):
-    """Rows in which every block goes on as the policy does, block by block."""
+    """Rows in which every block continues as the policy does, block by block."""
     sampling = dataclasses.replace(trainer.sampling, temperature=1e-3)
     greedy = dataclasses.replace(trainer, sampling=sampling)
     for block, anchor in enumerate(trainer.plan.anchors):
@@ -94,7 +94,7 @@ def greedy_rows(trainer, rows):
 @pytest.mark.parametrize("reuse", ["checkpoints", "off"])
 @pytest.mark.parametrize("ebft", [{}, {"ce_coef": 0.3}], ids=["rl", "rl+ce"])
 @pytest.mark.parametrize("name", ["stride=G", "stride<G"])
-def test_rollouts_that_go_on_as_the_document_does(name, reuse, ebft, groups):
+def test_rollouts_that_continue_as_the_document_does(name, reuse, ebft, groups):
     case = dataclasses.replace(TINY_CASES[name], rows=2, temperature=0.3)
     config = case.config(TINY_MODEL, reuse)
     config = config.model_copy(update={"ebft": config.ebft.model_copy(update=ebft)})
