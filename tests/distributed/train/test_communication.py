@@ -11,9 +11,12 @@ from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, split_layers, stage_parameters
+from ebft_mega.block_plan import BlockPlan
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.train.step import train_step
+from ebft_mega.types import TokenBatch
+from tests.distinct_prefixes import prefixes_by_level
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import GLOBAL_BATCH, LEARNING_RATE, TEXT, Case, Layout, config_of, rows_of_step
 from tests.distributed.traffic import PhaseNames, Traffic
@@ -33,17 +36,17 @@ ACTIVATIONS = Case(
 
 @dataclass(frozen=True)
 class Nodes:
-    """What is distinct among a micro-batch's rollouts, counted one prefix at a time."""
+    """How much is distinct among a micro-batch's rollouts."""
 
-    by_level: tuple[int, ...]  # of 1, 2, ..., G tokens
+    by_level: tuple[int, ...]  # nodes of 1, 2, ..., G tokens
+    predicting: int  # prefixes of 1, 2, ..., G - 1 tokens, those too that the document holds
 
     @classmethod
-    def of(cls, tokens: Tensor) -> "Nodes":
-        """Of rollouts [B, n, K, G]."""
-        of_anchors = tokens.transpose(1, 2).flatten(0, 1).tolist()
-        return cls(
-            tuple(sum(len({tuple(own[:t]) for own in anchor}) for anchor in of_anchors) for t in range(1, G + 1))
-        )
+    def of(cls, rollouts: Tensor, batch: TokenBatch) -> "Nodes":
+        """Of rollouts [B, n, K, G], counted one prefix at a time."""
+        levels = prefixes_by_level(rollouts, batch, BlockPlan(P, 4, 4, G, N), ANCHOR)
+        predicting = sum(len(level.prefixes) for level in levels[:-1])
+        return cls(tuple(len(level.nodes) for level in levels), predicting)
 
     @property
     def fed_back(self) -> int:
@@ -68,7 +71,10 @@ def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict, li
     train_step(trainer, rows_of_step(0, groups), 0, LEARNING_RATE)
     with Traffic(groups, phases) as traffic:
         result = train_step(trainer, rows_of_step(1, groups), 1, LEARNING_RATE)
-    nodes = [Nodes.of(experience.rollout.tokens) for experience in result.experiences]
+    nodes = [
+        Nodes.of(experience.rollout.tokens, batch)
+        for experience, batch in zip(result.experiences, result.micro_batches, strict=True)
+    ]
     return dict(traffic.calls), dict(traffic.bytes), nodes
 
 
@@ -101,7 +107,7 @@ def expected_bytes_of_micro_batch(
     is_mean, is_per_layer = "mean_pooling" in str(case.overrides), "per_layer" in str(case.overrides)
     tokens_read = G if is_mean else 1
     decoded, packed, read = B * ANCHOR + nodes.fed_back, B * P + sum(nodes.by_level), nodes.read(tokens_read)
-    head_rows, block_features = B * K + nodes.fed_back, K * (N + 1)
+    head_rows, block_features = B * K + nodes.predicting, K * (N + 1)
     is_separate, has_graph = case is SEPARATE, case is ACTIVATIONS
     scored = head_rows * (2 + N)  # two numbers for each row, and one for the choice of each sample of its anchor
     tokens = INT64 * B * N * K

@@ -80,7 +80,9 @@ def test_metrics_are_means_over_the_global_batch(case, one_rank, two_ranks):
     for alone, together in zip(one_rank[case.name].metrics, two_ranks[0][case.name].metrics, strict=True):
         assert set(alone) == set(together)
         for key, value in alone.items():
-            if key != "memory/peak_bytes":
+            if key.startswith("perf/distinct_rows_share/") and key.endswith("_max"):
+                assert value - 1e-6 <= together[key] <= 1.0, key  # the larger share of the two halves
+            elif key != "memory/peak_bytes":
                 assert together[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 

@@ -68,7 +68,9 @@ def test_every_layout_gives_entries_the_same(tmp_path):
     for key in ("surprise", "reward", "advantage", "logprobs"):
         torch.testing.assert_close(others[key], tensors[key], rtol=1e-4, atol=1e-5)
     for key, value in metrics.items():
-        assert other_metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+        # How much of a row the policy's pass holds depends on the way of reuse, and so does what need not be computed.
+        tolerance = 0.05 if key.startswith("perf/distinct_rows_share/") else 1e-5
+        assert other_metrics[key] == pytest.approx(value, rel=1e-3, abs=tolerance), key
 
 
 def check_step(tensors: dict, metrics: dict) -> None:

@@ -73,10 +73,10 @@ def spoil_logits(monkeypatch, value, places):
 
     def spoiled(stage, hidden):
         logits = original(stage, hidden)
-        if len(hidden) == PLAN.num_blocks * 2:  # the document's pass of a micro-batch, [K, B]
+        if len(hidden) == PLAN.num_blocks * 2:  # the document's pass of a micro-batch, [B, K]
             for row, block in places:
                 if row // 2 == len(calls):
-                    logits[block * 2 + row % 2, 100] = value
+                    logits[row % 2 * PLAN.num_blocks + block, 100] = value
             calls.append(None)
         return logits
 

@@ -18,6 +18,7 @@ from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import TokenBatch
 from tests.conftest import tiny_config
+from tests.distinct_prefixes import prefixes_by_level
 
 PLAN = BlockPlan(24, 4, 4, 4, 3)
 SAMPLING = SamplingSettings(seed=7, temperature=0.4, top_p=1.0)  # so low that many begin alike
@@ -47,11 +48,8 @@ def sample(s, reuse):
 def passes_of(s, sampled) -> list[int]:
     """Positions of each pass: all rows' documents, then what is distinct among the rollouts of each anchor."""
     document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
-    tokens = sampled.rollout.tokens.transpose(1, 2).flatten(0, 1)  # [B * K, n, G]
-    return [ROWS * document] + [
-        sum(len({tuple(own.tolist()) for own in rollouts[:, :length]}) for rollouts in tokens)
-        for length in range(1, PLAN.generate_length)
-    ]
+    levels = prefixes_by_level(sampled.rollout.tokens[..., :-1], s.batch, PLAN, document)
+    return [ROWS * document, *(len(level.nodes) for level in levels)]
 
 
 def gradients(s, sampled):
@@ -162,5 +160,7 @@ def test_saved_log_probabilities_are_those_of_the_sampled_tokens(setting):
     rows = []
     s.stage.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     sampled = sample(s, "checkpoints")
-    assert rows == [ROWS * PLAN.num_blocks, *passes_of(s, sampled)[1:]]
+    document = PLAN.sequence_length - 1 if s.targets else PLAN.anchors[-1]
+    levels = prefixes_by_level(sampled.rollout.tokens[..., :-1], s.batch, PLAN, document)
+    assert rows == [ROWS * PLAN.num_blocks, *(len(level.prefixes) for level in levels)]
     assert [part.logprobs.shape for part in sampled.saved.scores] == [(length, PLAN.num_samples) for length in rows]

@@ -47,6 +47,7 @@ class Case:
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
     taps: tuple[int, ...] = (1, 2, 3)  # of four layers
     starts: tuple[tuple[int, ...], ...] | None = None  # of both rows' documents, masked from each other
+    own_text: bool = False  # whether the rows' text is what the policy finds most probable
 
 
 def setting_of(
@@ -76,6 +77,8 @@ def setting_of(
     tokens = torch.randint(
         0, case.vocab_size, (NUM_ROWS, case.plan.sequence_length), generator=torch.Generator().manual_seed(1)
     )
+    for position in range(1, case.plan.sequence_length) if case.own_text else ():
+        tokens[:, position] = models[0](tokens[:, :position]).logits[:, -1].argmax(dim=-1)
     batch = TokenBatch(tokens, torch.zeros_like(tokens), torch.tensor([5, 9]))
     if case.starts is not None:
         documents = [

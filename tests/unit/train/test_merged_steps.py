@@ -16,6 +16,7 @@ from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.types import PolicyLogprobs
+from tests.distinct_prefixes import prefixes_by_level
 from tests.unit.train.naive_blocks import (
     CE_COEF,
     NUM_ROWS,
@@ -50,6 +51,10 @@ FORESTS = {
     "all different": Forested(Case(BlockPlan(16, 4, 4, 4, 3)), 2.0, 0.99, 1.0),
     "one rollout": Forested(Case(BlockPlan(16, 4, 4, 4, 1), whitening="none"), 0.02, 1.0, 1.0),
     "one block": Forested(Case(BlockPlan(8, 4, 4, 4, 4), vocab_size=7), 0.3, 0.25, 0.8),
+    # Rollouts that continue as the document does are its rows; of each level one is computed all the same.
+    "the document's own": Forested(Case(BlockPlan(16, 4, 4, 4, 4), vocab_size=7, own_text=True), 0.005, 0.25, 0.25),
+    "from the document": Forested(Case(BlockPlan(17, 2, 4, 3, 4), vocab_size=7, own_text=True), 0.5, 0.3, 0.9),
+    "from masked documents": Forested(replace(MASKED, own_text=True), 0.5, 0.3, 0.9),
     "one token": Forested(Case(BlockPlan(10, 3, 3, 1, 4), vocab_size=7), 0.3, 0.25, 0.8),
 }
 
@@ -62,8 +67,10 @@ def test_merged_and_unmerged_steps_equal_the_naive_step(forested, groups, tmp_pa
     with torch.no_grad():
         rollouts = naive_rollouts(s)
         grams = naive_grams(s, rollouts)
-    share = sum(nodes_of(rollouts)) / rollouts.numel()
+    levels = prefixes_by_level(rollouts, s.batch, s.plan, s.plan.sequence_length - 1)
+    share = sum(len(level.prefixes) for level in levels) / rollouts.numel()
     assert forested.least <= share <= forested.most, share
+    assert not s.case.own_text or any(level.nodes != level.prefixes for level in levels)
     counted = counted_blocks(s.batch, s.plan)
     # Advantages of tokens, as an estimator may give them: what rollouts of one node weigh has to add up.
     advantages = torch.randn(rollouts.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -84,15 +91,7 @@ def test_merged_and_unmerged_steps_equal_the_naive_step(forested, groups, tmp_pa
         scale = max(gradient.abs().max() for gradient in expected.gradients.values())
         for name, gradient in expected.gradients.items():
             assert (found.gradients[name] - gradient).abs().max() <= 1e-9 * scale, (name, merges, reuse)
-        levels = nodes_of(rollouts) if merges else [rollouts[..., 0].numel()] * rollouts.shape[-1]
-        assert rows == expected_rows(s, levels, reuse), (merges, reuse)
-
-
-def nodes_of(rollouts: Tensor) -> list[int]:
-    """Distinct prefixes of each length of the rollouts [B, n, K, G] of one anchor, over all anchors."""
-    anchors = rollouts.transpose(1, 2).flatten(0, 1).tolist()
-    lengths = range(1, rollouts.shape[-1] + 1)
-    return [sum(len({tuple(own[:length]) for own in anchor}) for anchor in anchors) for length in lengths]
+        assert rows == expected_rows(s, rollouts, merges, reuse), (merges, reuse)
 
 
 def naive_grams(s, rollouts: Tensor) -> Tensor:
@@ -148,10 +147,17 @@ def count_rows(s) -> dict[str, list[int]]:
     return rows
 
 
-def expected_rows(s, levels: list[int], reuse: str) -> dict[str, list[int]]:
-    """From the nodes of each level alone."""
+def expected_rows(s, rollouts: Tensor, merges: bool, reuse: str) -> dict[str, list[int]]:
+    """From what is distinct alone; the head sees the rows of prefixes that the document holds, too."""
     plan = s.plan
-    document = NUM_ROWS * (plan.anchors[-1] if reuse == "off" else plan.sequence_length - 1)
+    per_row = plan.anchors[-1] if reuse == "off" else plan.sequence_length - 1
+    levels, prefixes = [rollouts[..., 0].numel()] * plan.generate_length, rollouts[..., 1:].numel()
+    by_pass = levels[:-1]
+    if merges:
+        distinct = prefixes_by_level(rollouts, s.batch, plan, per_row)
+        levels, by_pass = [len(level.nodes) for level in distinct], [len(level.prefixes) for level in distinct[:-1]]
+        prefixes = sum(by_pass)
+    document = NUM_ROWS * per_row
     anchors, targets = NUM_ROWS * plan.num_blocks, NUM_ROWS * (plan.sequence_length - 1)
     fed_back, decode = sum(levels[:-1]), [document, *levels[:-1]]
     learning = {"off": [targets + fed_back], "checkpoints": [document + fed_back], "activations": []}[reuse]
@@ -162,5 +168,5 @@ def expected_rows(s, levels: list[int], reuse: str) -> dict[str, list[int]]:
     rows = {f"policy {index}": decode + learning for index in range(len(s.policy.layers))}
     last = len(s.network.stage.layers) - 1
     rows |= {f"features {index}": [read if index == last else whole] for index in range(last + 1)}
-    scored = [anchors + fed_back + targets]  # each row for all that it predicts, in one call
-    return rows | {"head": [anchors, *levels[:-1], *scored]}
+    scored = [anchors + prefixes + targets]  # each row for all that it predicts, in one call
+    return rows | {"head": [anchors, *by_pass, *scored]}
