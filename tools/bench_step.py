@@ -45,10 +45,14 @@ def parse_arguments() -> tuple[argparse.Namespace, tuple[BenchCase, ...]]:
         type=_model,
         default="toy",
         metavar="SIZE|DIRECTORY",
-        help=f"its size ({', '.join(MODELS)}; default: toy; others need a GPU), or a Hugging Face directory",
+        help=f"its size ({', '.join(MODELS)}; default: toy; from 1.5b on for a GPU), or a Hugging Face directory",
     )
     parser.add_argument("--data", type=path_argument, help="dataset directory whose rows a model directory is run on")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of a model directory")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: float32 for the toy, 0.2b and a model directory, else bfloat16",
+    )
     parser.add_argument(
         "--attention",
         choices=("auto", "two_part", "flex", "dense"),
@@ -115,10 +119,10 @@ def main() -> int:
         from ebft_mega.apps.benchmark.benchmark_inputs import check_directory
 
         check_directory(options.model, options.data, cases)
-        chosen = BenchModel.of_directory(options.model, options.data, options.dtype)
+        chosen = BenchModel.of_directory(options.model, options.data, options.dtype or "float32")
     else:
         chosen = MODELS[options.model]
-    model = dataclasses.replace(chosen, attention=options.attention)
+    model = dataclasses.replace(chosen, attention=options.attention, dtype=options.dtype or chosen.dtype)
     bench = run_suite(cases, model, lambda words: print(words, file=sys.stderr, flush=True))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")

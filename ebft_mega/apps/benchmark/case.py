@@ -72,7 +72,9 @@ MODELS = {
         },
         "float32",
     ),
-    # The sizes of Qwen2.5, for GPUs.
+    # Between the toy and what people train: for a CPU, too, in float32.
+    "0.2b": BenchModel(_qwen2(896, 3584, 14, 14, 2, 32000, tied=True), "float32"),
+    # The sizes of Qwen2.5, for GPUs; the smallest runs on a CPU in float32 as well.
     "0.5b": BenchModel(_qwen2(896, 4864, 24, 14, 2, 151936, tied=True), "bfloat16"),
     "1.5b": BenchModel(_qwen2(1536, 8960, 28, 12, 2, 151936, tied=True), "bfloat16"),
     # Counted, never run here.

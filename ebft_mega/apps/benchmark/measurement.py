@@ -12,6 +12,7 @@ import torch
 from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
 from ebft_mega.apps.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.apps.benchmark.peak_memory import peak_bytes_in_child
+from ebft_mega.apps.benchmark.product_speed import product_flops_per_second
 from ebft_mega.apps.benchmark.sides import NAIVE_SIDES, OUR_SIDES, Side, StepDone, build_sides, sum_of_rows
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
@@ -19,6 +20,7 @@ from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, least_cost_of_step
 from ebft_mega.cost.work import Flops, PhaseCost, StepCost
 from ebft_mega.parallel.groups import ProcessGroups
+from ebft_mega.types import DTYPES
 
 # Timed phases, and the phases of `StepCost` that run in each.
 PHASES: dict[str, tuple[str, ...]] = {
@@ -49,7 +51,8 @@ def compare(
     """Count, time and measure the sides of one case.
 
     Every side first runs one step whose matrix products are counted. Then they run in turns, so that other load on the
-    machine affects all of them alike. Memory is measured afterwards, each side in its own process.
+    machine affects all of them alike; before and after, the machine multiplies matrices of the model's sizes. Memory is
+    measured afterwards, each side in its own process.
 
     Args:
         sides: names of `sides.NAIVE_SIDES` and `sides.OUR_SIDES`.
@@ -68,10 +71,12 @@ def compare(
         side.warm_up()
         done[name] = check_counts(side, architecture)
         say(f"{case.name} {name}: counts are those of the formulas, gradient norm {done[name].grad_norm:.6g}")
+    speeds = [product_flops_per_second(architecture, DTYPES[model.dtype], groups.device)]
     for run in range(case.runs):
         for name, side in built.items():
             time_step(side, run, timings[name])
             say(f"{case.name} {name}: run {run + 1} of {case.runs}, {timings[name].wall[-1]:.2f} s")
+    speeds.append(product_flops_per_second(architecture, DTYPES[model.dtype], groups.device))
     costs = {name: side.cost(done[name]) for name, side in built.items()}
     del built, side
     gc.collect()
@@ -83,6 +88,11 @@ def compare(
     found = entry(case, model, costs, timings, peaks, device_peak(model, groups.device), nodes)
     for name, step in done.items():
         found[name]["grad_norm"] = step.grad_norm
+    speed = statistics.mean(speeds)
+    for name in sides:
+        seconds = found[name]["seconds_median" if groups.device.type == "cuda" else "cpu_seconds_median"]
+        found[name]["share_of_product_speed"] = found[name]["flops"] / seconds / speed if seconds else None
+    found["product_flops_per_second"] = speeds
     return found
 
 

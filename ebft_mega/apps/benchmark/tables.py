@@ -48,10 +48,11 @@ def times_table(cases: Iterable[Mapping[str, Any]]) -> str:
                     f"{side['flops'] / 1e9:,.1f}",
                     _number(found.get(f"flops {name} / naive")),
                     _number(found[f"flops {name} / bound"]),
+                    _number(side.get("share_of_product_speed")),
                 ]
             )
     head = ["case", "side", "s, median (min-max)", "/ naive", "/ SDPA", "CPU s / naive", "peak MB", "/ naive"]
-    return markdown([*head, "GFLOP", "/ naive", "x bound"], rows)
+    return markdown([*head, "GFLOP", "/ naive", "x bound", "share of product speed"], rows)
 
 
 def merging_table(cases: Iterable[Mapping[str, Any]]) -> str:

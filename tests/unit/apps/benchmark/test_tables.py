@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebft_mega.apps.benchmark import measurement as comparison
+from ebft_mega.apps.benchmark import product_speed
 from ebft_mega.apps.benchmark.case import MODELS, BenchCase
 from ebft_mega.apps.benchmark.cost_plots import draw_costs
 from ebft_mega.apps.benchmark.measurement import Timing, compare, entry, ratios
@@ -44,6 +45,7 @@ def compared(groups, monkeypatch):
     """An entry of the bench file, from real steps and made-up memory."""
     peaks = {"naive": 4_000_000, "ours": 1_000_000, "ours_unmerged": 1_250_000}
     monkeypatch.setattr(comparison, "peak_bytes_in_child", lambda side, case, model: peaks[side])
+    monkeypatch.setattr(product_speed, "MEASURED_SECONDS", 0.01)
     said = []
     case = dataclasses.replace(TINY_CASES["stride=G"], temperature=0.3)
     found = compare(case, ("naive", "ours", "ours_unmerged"), TINY_MODEL, groups, said.append)
@@ -66,6 +68,10 @@ def test_a_compared_case_has_what_the_bench_file_promises(compared):
     assert compared["naive"]["rows_generate"] == 3 * (4 * 28 + 6 * (0 + 1 + 2 + 3))
     assert compared["ratios"]["peak ours / naive"] == 0.25
     assert compared["ours"]["grad_norm"] == pytest.approx(compared["naive"]["grad_norm"], rel=1e-4)
+    before, after = compared["product_flops_per_second"]
+    share = compared["ours"]["flops"] / compared["ours"]["cpu_seconds_median"] / statistics.mean((before, after))
+    assert compared["ours"]["share_of_product_speed"] == pytest.approx(share) > 0
+    assert f"| {share:.3f} |" in times_table([compared])
     json.dumps(compared)
 
 
