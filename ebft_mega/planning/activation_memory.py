@@ -2,7 +2,9 @@
 
 Symbols as in `memory.py`: b bytes a value, t tensor-parallel ranks; widths with a prime are those of one slice.
 The counts are those of the modules as they are (megatron-core's layer in plain torch), measured in
-`tests/unit/planning/test_memory_measured.py`.
+`tests/unit/planning/test_memory_measured.py`. Rollouts are counted as if no two began alike: what merging them saves
+depends on the model and the data, and a step may be without any. Not counted are the index tensors of a forest
+(`ebft_mega/forest.py`), about 40 + 8 * (t + 1) bytes for token t of a rollout, a hundredth of its hidden states.
 """
 
 from dataclasses import dataclass
@@ -84,9 +86,9 @@ def feature_pass(config: RunConfig) -> Pass:
 
 
 def positions_between_layers(config: RunConfig, packed: Pass) -> int:
-    """Count a rank's positions of a pass between layers: all, or with sequence parallelism ceil(S / t) a row."""
+    """Count a rank's positions of a pass between layers: all, or with sequence parallelism ceil(B * S / t)."""
     shards = config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
-    return packed.rows * -(-packed.tokens // shards)
+    return -(-packed.positions // shards)
 
 
 def hidden_bytes(architecture: Architecture, config: RunConfig, packed: Pass) -> int:
@@ -103,7 +105,7 @@ def layer_saved_bytes(architecture: Architecture, config: RunConfig, packed: Pas
     projection, queries and keys after the rotary embedding, the attention's result in the layout of its kernels and in
     that of the next projection; gate, up, and their product.
     With q/k norms 2*Q' + KV' more. Also one float32 per token and head for the attention's normaliser, and
-    4 * head_dim values a position for rotary angles, which rows of a micro-batch share without document masking.
+    4 * head_dim values a position for rotary angles: rows of a micro-batch share one sequence.
     """
     tensor, width = config.parallel.tensor_parallel_size, element_bytes(config.train.dtype)
     query, key_value = query_width(architecture, tensor), key_value_width(architecture, tensor)
@@ -111,7 +113,7 @@ def layer_saved_bytes(architecture: Architecture, config: RunConfig, packed: Pas
     if architecture.qk_norm:
         inside += 2 * query + key_value
     values = positions_between_layers(config, packed) * 6 * architecture.hidden_size + packed.positions * inside
-    angles = (packed.positions if config.data.document_masking else packed.tokens) * 4 * architecture.head_dim
+    angles = packed.positions * 4 * architecture.head_dim
     normalisers = packed.positions * architecture.num_attention_heads // tensor * FLOAT32_BYTES
     return (values + angles) * width + normalisers
 
@@ -133,12 +135,12 @@ def layer_backward_bytes(architecture: Architecture, config: RunConfig, packed: 
     """Bytes that the backward pass of one layer allocates besides what the layer has saved.
 
     Per position between layers 2*H. Per token the larger of 3*I', while the MLP's activation is differentiated, and
-    8*Q' + 5*KV' - 3*I', while the attention is: the MLP's saved values are freed by then. And the gradient of the
+    7*Q' + 5*KV' - 3*I', while the attention is: the MLP's saved values are freed by then. And the gradient of the
     largest weight, 2*I' * H values.
     """
     tensor, hidden = config.parallel.tensor_parallel_size, architecture.hidden_size
     inner = architecture.intermediate_size // tensor
-    in_attention = 8 * query_width(architecture, tensor) + 5 * key_value_width(architecture, tensor) - 3 * inner
+    in_attention = 7 * query_width(architecture, tensor) + 5 * key_value_width(architecture, tensor) - 3 * inner
     between = positions_between_layers(config, packed) * 2 * hidden
     values = between + packed.positions * max(3 * inner, in_attention) + 2 * inner * hidden
     return values * element_bytes(config.train.dtype)

@@ -5,7 +5,8 @@ In all of them b is the size of a value in `train.dtype`, t the tensor-parallel,
 data-parallel size, B the rows of a micro-batch and m the micro-batches of a step; widths with a prime are those of
 one tensor-parallel slice: heads' = heads / t, Q' = Q / t, I' = I / t, V' = padded vocabulary / t,
 KV' = max(1, key-value heads / t) * head_dim (a shared head is whole where it is computed with). H is never divided,
-except that under sequence parallelism the positions between layers are.
+except that under sequence parallelism the positions between layers are. No two rollouts are taken to begin alike
+(`ebft.merge_equal_prefixes` saves what it saves): the plan holds for every model and all data.
 """
 
 from dataclasses import dataclass
@@ -192,19 +193,23 @@ def peak_bytes(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
 def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
     """Decoding: the cache, what is saved of the passes, and one layer's pass or a chunk of logits.
 
-    The largest of two moments: the end of the last micro-batches' documents, and their last tokens.
+    The largest of two moments: the end of the last micro-batches' documents, and their last tokens. The last stage
+    draws from rows of the document also where rollouts agree with it.
     """
     blocks, rows = plan.block_plan, config.train.micro_batch_size
     document = blocks.anchors[-1] if reuse == "off" else document_length(config)
     later, decoding = blocks.generate_length - 1, micro_batches_decoding(plan)
-    before = plan.num_micro_batches - decoding
+    before, documents = plan.num_micro_batches - decoding, Pass(rows, document)
 
     def at(tokens: int, temporaries: Needs) -> Needs:
         begun, whole = (saved_bytes(config, plan, stage, reuse, document, read) for read in (tokens, later))
         # Saved activations contain what the cache holds.
         cached = 0 if reuse == "activations" else cache_bytes(config, plan, stage, document, tokens)
         saved = before * whole + decoding * begun
-        return {f"saved {reuse} of the rollouts": saved, "keys and values": cached} | temporaries
+        needs = {f"saved {reuse} of the rollouts": saved, "keys and values": cached}
+        if reuse == "off" and policy_stage(plan, stage).has_head:  # otherwise they are saved anyway
+            needs["hidden states of the documents"] = decoding * hidden_bytes(plan.architecture, config, documents)
+        return needs | temporaries
 
     def layer(tokens: int) -> Needs:
         return {"one layer": layer_forward_bytes(plan.architecture, config, Pass(rows, tokens))}

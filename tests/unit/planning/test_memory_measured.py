@@ -28,6 +28,7 @@ model:
            num_attention_heads: 8, num_key_value_heads: 2, head_dim: 16, tie_word_embeddings: false}
 data: {shards: unused, sequence_length: 128}
 train: {global_batch_size: 4, micro_batch_size: 2, max_steps: 2, dtype: float32}
+ebft: {merge_equal_prefixes: false}
 zero: {stage: 0}
 """
 PHASES = ("rollout", "features", "learn", "update")
@@ -147,13 +148,24 @@ CASES = [
 ]
 
 
-def test_rows_with_masked_documents_have_rotary_angles_of_their_own(tmp_path):
-    packed = Pass(rows=8, tokens=100)
-    planned_bytes = []
-    for masking in ("false", "true"):
-        config, plan = planned(tmp_path, (f"data.document_masking={masking}",))
-        planned_bytes.append(layer_saved_bytes(plan.architecture, config, packed))
-    assert planned_bytes[1] - planned_bytes[0] == 7 * 100 * 4 * plan.architecture.head_dim * 4  # float32
+def test_rows_share_one_sequence(tmp_path):
+    """As many positions in one row or in eight: each has rotary angles, and nothing is padded row by row."""
+    for overrides in ((), ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")):
+        config, plan = planned(tmp_path, overrides)
+        of_rows = [Pass(rows=8, tokens=101), Pass(rows=1, tokens=808)]
+        first, second = (layer_saved_bytes(plan.architecture, config, packed) for packed in of_rows)
+        assert first == second
+
+
+@pytest.mark.parametrize("reuse", ["activations", *(pytest.param(name, marks=pytest.mark.slow) for name in REUSES[:2])])
+def test_a_step_that_merges_needs_no_more_than_the_plan(groups, tmp_path, reuse):
+    """The plan is of rollouts no two of which begin alike. A tenth: what no formula counts."""
+    merging = ("ebft.merge_equal_prefixes=true", "ebft.temperature=0.001")
+    predicted, found = predicted_and_measured(tmp_path, groups, reuse, merging)
+    _, unmerged = predicted_and_measured(tmp_path, groups, reuse, ())
+    for phase in ("rollout", "features", "learn"):
+        assert found[phase] <= min(1.1 * predicted[phase], unmerged[phase]), phase
+    assert found["learn"] < 0.8 * unmerged["learn"]
 
 
 @pytest.mark.parametrize(("reuse", "overrides"), CASES)
