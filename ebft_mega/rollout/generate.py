@@ -1,6 +1,5 @@
 """Sample rollouts from all anchors at once: one pass over the document, then one token of every node per pass."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -242,7 +241,7 @@ class _Decoding:
         level = forest.levels[-1] if forest.levels else None
         starts = range(len(rows) + 1) if level is None else level.prefix_starts
         drawn, scores = [], []
-        for first, end in _anchors_at_once(starts):
+        for first, end in _anchors_at_once(len(by_anchor), 1 if level is None else samples):
             own = slice(starts[first], starts[end])  # of the rows
             if level is None:
                 anchors = torch.arange(end - first, device=rows.device)
@@ -286,14 +285,13 @@ def _levels(slot: Slot) -> tuple[int, int]:
     return slot.micro_batch, slot.pass_index
 
 
-def _anchors_at_once(starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _anchors_at_once(num_anchors: int, rows_each: int) -> Iterator[tuple[int, int]]:
     """Cut anchors into runs of at most `HEAD_ROWS` rows, or of one anchor.
 
     Args:
-        starts: of every anchor its first row, and the number of rows.
+        rows_each: most rows that an anchor can have. Runs do not depend on how many it has: each is one call of the
+            head, and with partitioned parameters all replicas must make equally many.
     """
-    first = 0
-    while first < len(starts) - 1:
-        end = max(first + 1, bisect_right(starts, starts[first] + HEAD_ROWS) - 1)
-        yield first, end
-        first = end
+    together = max(1, HEAD_ROWS // rows_each)
+    for first in range(0, num_anchors, together):
+        yield first, min(first + together, num_anchors)

@@ -164,3 +164,21 @@ def test_saved_log_probabilities_are_those_of_the_sampled_tokens(setting):
     levels = prefixes_by_level(sampled.rollout.tokens[..., :-1], s.batch, PLAN, document)
     assert rows == [ROWS * PLAN.num_blocks, *(len(level.prefixes) for level in levels)]
     assert [part.logprobs.shape for part in sampled.saved.scores] == [(length, PLAN.num_samples) for length in rows]
+
+
+def test_the_head_is_called_equally_often_whatever_is_merged(setting, monkeypatch):
+    """With parameters that are gathered for each call, replicas with other rollouts must not wait for each other."""
+    monkeypatch.setattr(generate, "HEAD_ROWS", 8)
+    calls = []
+    setting.stage.head.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[0]))
+
+    def calls_at(temperature, merges) -> list[int]:
+        calls.clear()
+        policy = PipelinedModel.of(setting.stage, runner(setting.stage))
+        sampling = replace(SAMPLING, temperature=temperature, merge_equal_prefixes=merges)
+        generate_rollouts(policy, [setting.batch], PLAN, sampling, 0)
+        return list(calls)
+
+    few, some, all_different = calls_at(0.01, True), calls_at(0.4, True), calls_at(1.0, False)
+    assert sum(few) < sum(some) < sum(all_different)
+    assert len(few) == len(some) == len(all_different)
