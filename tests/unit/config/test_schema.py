@@ -39,6 +39,7 @@ INTERFACE_DEFAULTS = {
     "ebft.n_samples_per_prompt": 4,
     "ebft.temperature": 0.6,
     "ebft.top_p": 1.0,
+    "ebft.merge_equal_prefixes": True,
     "ebft.feature_layers": (0.25, 0.5, 0.75),
     "ebft.embed_method": "last_token",
     "ebft.layer_weights": None,

@@ -59,7 +59,7 @@ def test_what_does_not_go_together(inputs, bench, asked):
         (("--data", model), "--data with a model directory"),
         (("--cases", "n2", "--samples", 3), "--cases and --quick go without"),
         (("--sequence-length", 27), "is not divisible by the stride 8"),
-        (("--model", inputs.root / "nothing", "--data", model), "no config.json"),
+        (("--model", inputs.root / "nothing", "--data", model), "found no such file; expected the config.json"),
         (("--model", model, "--data", inputs.root / "nothing", "--sequence-length", 32), "nothing"),
     ):
         code, _, err = bench(*options)
