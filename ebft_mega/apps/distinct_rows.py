@@ -160,7 +160,7 @@ def _figures(shape: StepShape, nodes: Sequence[RolloutNodes]) -> dict[str, float
 
 def table_lines(found: Sequence[dict[str, Any]]) -> list[str]:
     """A line for every temperature, G and n, and what to give the dry run."""
-    head = ("T", "G", "n", "policy", "head", "features", "GFLOP/row", "/ nothing merged", OPTION)
+    head = ("T", "G", "n", "features", "policy", "head", "GFLOP/row", "/ nothing merged", OPTION)
     rows: list[tuple[str, ...]] = [head]
     for line in found:
         shares = [line[name] for name in ("features", "policy", "head") if line[name] is not None]
@@ -170,7 +170,7 @@ def table_lines(found: Sequence[dict[str, Any]]) -> list[str]:
                 f"{line['temperature']:g}",
                 str(line["G"]),
                 str(line["n"]),
-                *("" if line[name] is None else f"{line[name]:.3f}" for name in ("policy", "head", "features")),
+                *("" if line[name] is None else f"{line[name]:.3f}" for name in ("features", "policy", "head")),
                 f"{with_merging / 1e9:,.4g}",
                 f"{with_merging / without:.3f}",
                 " ".join(f"{share:.4f}" for share in shares),

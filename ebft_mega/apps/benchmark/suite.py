@@ -1,12 +1,15 @@
 """The list of benchmark cases, and running all of them into one bench file."""
 
 import dataclasses
+import itertools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ebft_mega.apps.benchmark.case import MODELS, BenchCase, BenchModel
+from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.naive_cost import cost_of_naive_step
+from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import StepCost
 
@@ -24,6 +27,9 @@ CASES = (
 )
 QUICK_CASES = (BenchCase("L64", 64, runs=1, sides=("naive", "ours")),)
 LARGE_LENGTHS = (1024, 4096)
+# By n: those of a 260k-parameter model pretrained on TinyStories at G = 8 and temperature 0.6
+# (docs/choosing-samples.md). What a large model's are is to be measured.
+GIVEN_SHARES = {4: DistinctShares(0.722, 0.691, 0.749), 8: DistinctShares(0.653, 0.617, 0.650)}
 
 
 def run_suite(cases: Sequence[BenchCase], model: BenchModel, say: Callable[[str], None]) -> dict[str, Any]:
@@ -77,6 +83,27 @@ def large_model_costs() -> dict[str, dict[str, Any]]:
             }
             for name, cost in costs.items()
         }
+    return found
+
+
+def merged_costs(models: Mapping[str, Architecture]) -> list[dict[str, Any]]:
+    """FLOPs of a row of the recipes' geometry with and without merging, for `GIVEN_SHARES`; nothing is run."""
+    found = []
+    for (name, architecture), samples in itertools.product(models.items(), GIVEN_SHARES):
+        plan = BenchCase("", LARGE_LENGTHS[0], samples).config(MODELS["7b"], "off").block_plan
+        shape = StepShape(architecture, architecture, plan, uses_targets=True)
+        merged = shape.with_nodes(RolloutNodes.of_shares(plan, GIVEN_SHARES[samples]))
+        for reuse in ("checkpoints", "activations"):
+            found.append(
+                {
+                    "model": name,
+                    "samples": samples,
+                    "reuse": reuse,
+                    "flops": cost_of_step(shape, reuse).total,
+                    "flops_merged": cost_of_step(merged, reuse).total,
+                    "bound_merged": least_cost_of_step(merged).total,
+                }
+            )
     return found
 
 

@@ -71,7 +71,7 @@ def merging_table(cases: Iterable[Mapping[str, Any]]) -> str:
                 [
                     case["name"],
                     SIDE_NAMES[name],
-                    *(_number(shares[phase]) for phase in ("policy", "features")),
+                    *(_number(shares[phase]) for phase in ("features", "policy", "head")),
                     *(_seconds(case[of][key]) for key in ("cpu_seconds_all",) for of in (without, name)),
                     *(_number(found.get(f"{what} {name} / {without}")) for what in ("cpu", "seconds", "peak", "flops")),
                     f"{side['flops'] / 1e9:,.2f}",
@@ -81,7 +81,16 @@ def merging_table(cases: Iterable[Mapping[str, Any]]) -> str:
             )
     if not rows:
         return ""
-    head = ["case", "side", "distinct rows, policy", "features", "CPU s without", "CPU s with", "CPU s, with / without"]
+    head = [
+        "case",
+        "side",
+        "distinct rows, features",
+        "policy",
+        "head",
+        "CPU s without",
+        "CPU s with",
+        "CPU s, with / without",
+    ]
     head += ["s", "peak", "FLOP", "GFLOP with", "bound with merging", "x bound with merging"]
     return markdown(head, rows)
 
@@ -137,6 +146,22 @@ def large_model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
             flops = [f"{side['phases'][phase] / 1e12:,.1f}" for phase in COUNTED_PHASES]
             rows.append([length, name, *flops, f"{side['flops'] / 1e12:,.1f}", _number(side["times_bound"])])
     return markdown(["L", "side", *(phase.replace("_", " ") for phase in COUNTED_PHASES), "total", "x bound"], rows)
+
+
+def merged_table(costs: Iterable[Mapping[str, Any]]) -> str:
+    """Counts of models that are never run with given shares of distinct rows, in TFLOP per row."""
+    rows = []
+    for line in costs:
+        plain, merged, bound = line["flops"], line["flops_merged"], line["bound_merged"]
+        flops = [f"{value / 1e12:,.1f}" for value in (plain, merged)]
+        rows.append(
+            [
+                *(line["model"], str(line["samples"]), line["reuse"], *flops),
+                *(_number(merged / plain), f"{bound / 1e12:,.1f}", _number(merged / bound)),
+            ]
+        )
+    head = ["model", "n", "learning reuses", "nothing merged", "with the shares", "ratio"]
+    return markdown([*head, "bound with merging", "x bound with merging"], rows)
 
 
 def report(bench: Mapping[str, Any]) -> str:
