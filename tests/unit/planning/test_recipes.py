@@ -139,7 +139,7 @@ def test_memory_of_the_7b_recipe_recomputed(stand_ins):
         "keys and values": positions * 28 * (2 * 512) * 2,
         "a chunk of logits": 512 * 152064 * 12,
     }
-    keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 3 * 18944) + positions // 2 * 4 * 128
+    keeps = positions * (6 * 3584 + 4 * 3584 + 3 * 512 + 3 * 18944) + positions * 4 * 128
     assert memory.phases["learn"] == {
         "saved checkpoints of the rollouts": kept,
         "gathered parameters": gathered,
