@@ -65,3 +65,12 @@ def test_chi2_of_normal_differences_is_one_with_few_rows_too():
 def test_a_resample_without_a_signal_reaches_to_infinity():
     figure = interval(3.0, np.array([1.0, 2.0, np.nan, np.inf]))
     assert (figure.low, figure.high) == (1.0, np.inf)
+
+
+def test_bounds_are_wider_where_directions_are_alike():
+    """Equal directions are one: its squared t value lies beyond 4 in a twentieth of all cases."""
+    generator = np.random.default_rng(4)
+    one = generator.normal(size=(2, ROWS, REPLICATES, 1))
+    alike = NoiseBootstrap(np.tile(one, DIRECTIONS), num_resamples=300).mean_test(1, 0)
+    others = NoiseBootstrap(generator.normal(size=(2, ROWS, REPLICATES, DIRECTIONS)), num_resamples=300)
+    assert others.mean_test(1, 0).high < 2.5 < 3.5 < alike.high
