@@ -26,6 +26,7 @@ from ebft_mega.registry.kinds import (
     SCHEDULES,
 )
 from ebft_mega.registry.registry import Registry
+from ebft_mega.reward.terms.alignment import Alignment
 
 E = TypeVar("E", bound=Entry)
 
@@ -167,8 +168,9 @@ def optimizer(config: RunConfig) -> Optimizer:
 def reward_terms(config: RunConfig) -> tuple[tuple[RewardTerm, float], ...]:
     """The terms of the reward with their coefficients: alignment, diversity (a penalty), then `ebft.reward_terms`."""
     ebft = config.ebft
-    coefficients = {"alignment": ebft.alignment_coef, "diversity": -ebft.diversity_coef} | ebft.reward_terms
-    return tuple((entry_of(config, REWARD_TERMS, name), value) for name, value in coefficients.items())
+    alignment = (Alignment(kind=ebft.alignment), ebft.alignment_coef)
+    others = {"diversity": -ebft.diversity_coef} | ebft.reward_terms
+    return (alignment, *((entry_of(config, REWARD_TERMS, name), value) for name, value in others.items()))
 
 
 def keys_that_need(config: RunConfig, need: Need) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from ebft_mega.extension.options import Section, key
 from ebft_mega.io.output_directory import Permissions
 from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, OPTIMIZERS, REWARD_TERMS, SCHEDULES
 from ebft_mega.registry.plugins import Plugin
+from ebft_mega.reward.terms.alignment import AlignmentKind
 
 
 class EbftConfig(Section):
@@ -86,6 +87,11 @@ class EbftConfig(Section):
     )
     whitening: Literal["sample", "feature"] = key(
         "sample", "(ours) `sample`: as the EBFT authors' code; `feature`: as the paper and axolotl."
+    )
+    alignment: AlignmentKind = key(
+        "cosine",
+        "(ours) The alignment reward: `cosine`: 2 cos(x, y), as the EBFT authors' code; `inner_product`: 2 x . y, with "
+        "which unwhitened rewards follow feature matching itself.",
     )
     alignment_coef: float = key(1.0, "Weight of the alignment reward.", ge=0)
     diversity_coef: float = key(

@@ -56,7 +56,7 @@ def _meaningless(names: str, words: str) -> ForeignKey:
 _EBFT = (
     "mode stride context_length generate_max_len n_samples_per_prompt temperature top_p feature_layers embed_method "
     "use_whitening alignment_coef diversity_coef rl_coef ce_coef advantage_estimator "
-    "feature_norm whitening feature_model"
+    "feature_norm whitening alignment feature_model"
 ).split()
 STRUCTURED = "belongs to axolotl's structured mode (prompt and completion); this trainer reads raw, unlabeled rows"
 LORA = "LoRA is not yet supported here: all parameters are trained"

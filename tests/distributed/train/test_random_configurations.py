@@ -52,6 +52,7 @@ def random_case(generator: random.Random, name: str, layout: Layout) -> Case:
     overrides["learn.reuse_rollout"] = choose(("off", "checkpoints", "activations")[: 2 + can_keep_activations])
     overrides["data.document_masking"] = choose(("true", "false"))
     overrides["data.train_on_first_token"] = choose(("true", "false"))
+    overrides["ebft.alignment"] = choose(("cosine", "inner_product"))
     texts = tuple(f"{key}={value}" for key, value in overrides.items())
     return Case(name, texts, choose(("llama", "qwen2", "qwen3")), choose((True, False)), choose((5, 16, 512)))
 

@@ -65,6 +65,7 @@ def test_nothing_has_changed(saved: SavedRun, output: Path) -> None:
         ({"ebft__feature_layers": [0.5]}, "ebft.feature_layers", "[0.25, 0.5, 0.75]", "[0.5]"),
         ({"ebft__rl_coef": 0.0}, "ebft.rl_coef", "1.0", "0.0"),
         ({"ebft__whitening": "feature"}, "ebft.whitening", "sample", "feature"),
+        ({"ebft__alignment": "inner_product"}, "ebft.alignment", "cosine", "inner_product"),
     ],
 )
 def test_another_run_is_refused_with_the_old_and_the_new_value(

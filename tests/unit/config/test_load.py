@@ -112,8 +112,8 @@ def test_unknown_key_text(problems):
     assert problems(BASE + "ebft:\n  strde: 8\n") == [
         "c.yaml:6: ebft.strde: found an unknown key (value 8); expected one of the keys of ebft: mode, "
         "stride, context_length, generate_max_len, n_samples_per_prompt, temperature, top_p, "
-        "merge_equal_prefixes, feature_layers, "
-        "embed_method, layer_weights, feature_norm, use_whitening, whitening, alignment_coef, diversity_coef, "
+        "merge_equal_prefixes, feature_layers, embed_method, layer_weights, feature_norm, use_whitening, whitening, "
+        "alignment, alignment_coef, diversity_coef, "
         "reward_terms, rl_coef, ce_coef, advantage_estimator, feature_model. Did you mean 'ebft.stride'?"
     ]
 

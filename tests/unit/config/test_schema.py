@@ -46,6 +46,7 @@ INTERFACE_DEFAULTS = {
     "ebft.feature_norm": "joint",
     "ebft.use_whitening": True,
     "ebft.whitening": "sample",
+    "ebft.alignment": "cosine",
     "ebft.alignment_coef": 1.0,
     "ebft.diversity_coef": 1.0,
     "ebft.reward_terms": {},

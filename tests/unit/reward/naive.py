@@ -64,11 +64,14 @@ def whitened(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor]:
     return x @ w, targets @ w
 
 
-def naive_rewards(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor]:
+def naive_rewards(x: Tensor, y: Tensor, whitening: str, kind: str = "cosine") -> tuple[Tensor, Tensor, Tensor]:
     """Alignment [n] and diversity [n] with their factor 2, and CFM []."""
     rollouts, targets = whitened(x, y, whitening)
     n = len(x)
-    alignment = 2 * F.cosine_similarity(rollouts, targets, dim=1, eps=1e-8)
+    if kind == "cosine":
+        alignment = 2 * F.cosine_similarity(rollouts, targets, dim=1, eps=1e-8)
+    else:
+        alignment = torch.stack([2 * (x @ y) for x, y in zip(rollouts, targets, strict=True)])
     diversity = torch.zeros(n, dtype=x.dtype)
     for j in range(n):
         for k in range(n):

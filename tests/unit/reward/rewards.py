@@ -17,10 +17,12 @@ def plan_of(num_samples: int, num_blocks: int, generate_length: int = 2) -> Bloc
     return BlockPlan(num_blocks + generate_length, 1, 1, generate_length, num_samples)
 
 
-def rewards_of(gram: Tensor, whitening: str, alignment_coef: float, diversity_coef: float) -> BlockRewards:
-    """Alignment and diversity with these coefficients."""
+def rewards_of(
+    gram: Tensor, whitening: str, alignment_coef: float, diversity_coef: float, kind: str = "cosine"
+) -> BlockRewards:
+    """Alignment of this kind and diversity with these coefficients."""
     inputs = BlockInputs.of(gram, whitening, plan_of(gram.shape[-1] - 1, gram.shape[1]))
-    return block_rewards(inputs, [(Alignment(), alignment_coef), (Diversity(), -diversity_coef)])
+    return block_rewards(inputs, [(Alignment(kind=kind), alignment_coef), (Diversity(), -diversity_coef)])
 
 
 def made_rewards(

@@ -13,15 +13,17 @@ from tests.unit.reward.rewards import advantages_of, rewards_of
 
 WHITENINGS = ("none", "sample", "feature")
 whitenings = pytest.mark.parametrize("whitening", WHITENINGS)
+kinds = pytest.mark.parametrize("kind", ["cosine", "inner_product"])
 
 
+@kinds
 @whitenings
 @pytest.mark.parametrize("num_samples", [1, 2, 4, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_explicit_matrices(case, num_samples, whitening):
+def test_equals_explicit_matrices(case, num_samples, whitening, kind):
     x, y = features(case, num_samples)
-    alignment, diversity, cfm = naive_rewards(x, y, whitening)
-    rewards = rewards_of(gram_of(x, y), whitening, 0.8, 0.3)
+    alignment, diversity, cfm = naive_rewards(x, y, whitening, kind)
+    rewards = rewards_of(gram_of(x, y), whitening, 0.8, 0.3, kind)
     assert (
         rewards.terms["alignment"].values.shape
         == rewards.terms["diversity"].values.shape
@@ -50,19 +52,21 @@ def test_blocks_of_a_batch_do_not_mix(whitening):
         torch.testing.assert_close(together.cfm[row, block], alone.cfm[0, 0])
 
 
+@kinds
 @whitenings
-def test_features_of_length_sqrt_3(whitening):
+def test_features_of_length_sqrt_3(whitening, kind):
     """Per-layer normalisation: the cosine takes the length out, the plain inner product keeps it."""
     x, y = features("correlated", 4)
     long = [3**0.5 * value for value in (x, y)]
-    alignment, diversity, cfm = naive_rewards(*long, whitening)
-    rewards = rewards_of(gram_of(*long), whitening, 1.0, 1.0)
+    alignment, diversity, cfm = naive_rewards(*long, whitening, kind)
+    rewards = rewards_of(gram_of(*long), whitening, 1.0, 1.0, kind)
     torch.testing.assert_close(rewards.terms["alignment"].values[0, :, 0], alignment, atol=1e-9, rtol=0)
     torch.testing.assert_close(rewards.terms["diversity"].values[0, :, 0], diversity, atol=1e-9, rtol=0)
     torch.testing.assert_close(rewards.cfm[0, 0], cfm, atol=1e-9, rtol=0)
     if whitening == "none":
-        short = rewards_of(gram_of(x, y), whitening, 1.0, 1.0)
-        torch.testing.assert_close(rewards.terms["alignment"].values, short.terms["alignment"].values)
+        short = rewards_of(gram_of(x, y), whitening, 1.0, 1.0, kind)
+        factor = 1 if kind == "cosine" else 3
+        torch.testing.assert_close(rewards.terms["alignment"].values, factor * short.terms["alignment"].values)
         torch.testing.assert_close(rewards.terms["diversity"].values, 3 * short.terms["diversity"].values)
 
 

@@ -42,6 +42,7 @@ class Case:
     feature_norm: str = "joint"
     layer_weights: tuple[float, ...] | None = None
     whitening: str = "sample"
+    alignment: str = "cosine"
     model_type: str = "llama"
     vocab_size: int = 131
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -175,7 +176,7 @@ def naive_features(s, sequence: Tensor) -> Tensor:
     return explicit_feature(layers, s.case.embed_method, s.case.feature_norm, s.case.layer_weights)
 
 
-def naive_block(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor, Tensor]:
+def naive_block(x: Tensor, y: Tensor, whitening: str, kind: str = "cosine") -> tuple[Tensor, Tensor, Tensor]:
     """Alignment [n], diversity [n] (factor 2) and CFM [] of one block from explicit features [n, D], [D]."""
     n = len(x)
     if whitening == "none":
@@ -189,7 +190,9 @@ def naive_block(x: Tensor, y: Tensor, whitening: str) -> tuple[Tensor, Tensor, T
         else:
             w = vt.T @ inverse.diag() @ vt
             wx, wy = x @ w, (y @ w).expand(n, -1)
-    alignment = 2 * torch.nn.functional.cosine_similarity(wx, wy, dim=1, eps=1e-8)
+    alignment = 2 * (wx * wy).sum(1)
+    if kind == "cosine":
+        alignment = 2 * torch.nn.functional.cosine_similarity(wx, wy, dim=1, eps=1e-8)
     if n == 1:
         diversity = torch.zeros(1, dtype=x.dtype)
     else:

@@ -49,6 +49,9 @@ CASES = {
     "n=1": Case(BlockPlan(20, 4, 4, 4, 1), whitening="none"),
     "n=2": Case(BlockPlan(20, 4, 4, 4, 2), embed_method="mean_pooling"),
     "n=5": Case(BlockPlan(20, 4, 4, 4, 5), embed_method="mean_pooling", feature_norm="per_layer", whitening="none"),
+    "inner-product": Case(
+        BlockPlan(20, 4, 4, 4, 3), embed_method="mean_pooling", whitening="none", alignment="inner_product"
+    ),
     # Two fractions may name one depth, which then counts twice.
     "repeated": Case(BlockPlan(20, 4, 4, 4, 3), feature_layers=(0.25, 0.3, 0.75, 0.8), taps=(1, 1, 3, 3)),
     "all-layers": Case(BlockPlan(20, 4, 4, 4, 3), feature_layers=(0.5, 1.0), taps=(2, 4)),
@@ -108,7 +111,7 @@ def test_packed_step_equals_naive_step(setting, reuse):
 
     # Features and rewards. Equal rollouts have equal features on the naive side, too: the same sequence is forwarded.
     (gram,) = s.network.grams([s.batch], [rollout], plan)
-    rewards = rewards_of(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF)
+    rewards = rewards_of(gram, s.case.whitening, ALIGNMENT_COEF, DIVERSITY_COEF, s.case.alignment)
     counted = counted_blocks(s.batch, plan)
     advantages = advantages_of(rewards, "rloo").masked_fill(~counted[:, None], 0.0)
     naive_advantages = torch.zeros_like(advantages)
@@ -124,7 +127,7 @@ def test_packed_step_equals_naive_step(setting, reuse):
                 y = naive_features(s, torch.cat((prefix, target)))
                 everything = torch.cat((x, y[None]))
                 assert (gram[row, block] - everything @ everything.T).abs().max() <= 1e-9
-                alignment, diversity, cfm = naive_block(x, y, s.case.whitening)
+                alignment, diversity, cfm = naive_block(x, y, s.case.whitening, s.case.alignment)
                 assert (rewards.terms["alignment"].values[row, :, block] - alignment).abs().max() <= 1e-7
                 assert (rewards.terms["diversity"].values[row, :, block] - diversity).abs().max() <= 1e-7
                 assert (rewards.cfm[row, block] - cfm).abs() <= 1e-7 * max(1.0, cfm)
