@@ -75,6 +75,13 @@ class Level:
         """What every rollout takes from its prefix: [M, ...] -> [B * K, n, ...]."""
         return values[self.of_rollout]
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over the rollouts of each prefix: [B * K, n, X] -> [M, X], in the same order in every run."""
+        if self.is_separate:
+            return values.flatten(0, 1)
+        together = self.of_rollout[:, :, None] == self.of_rollout[:, None, :]
+        return (together.to(values.dtype) @ values).flatten(0, 1)[self.first]
+
     def joined(self, of_nodes: Tensor, of_stems: Tensor) -> Tensor:
         """Values of all prefixes, [M, ...], from those of nodes [N, ...] and of stems [M - N, ...]."""
         return of_nodes if self.is_separate else torch.cat((of_nodes, of_stems))[self._places]

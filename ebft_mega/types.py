@@ -119,6 +119,18 @@ class BlockRewards:
 
 
 @dataclass(frozen=True)
+class CriticValues:
+    """The token critic's part of an estimate: what it takes off the advantages, and adds as its exact expectation.
+
+    The value of drawing token v is z(v) . q, z the token's vector and q the direction; `ebft_mega/critic/`.
+    """
+
+    advantages: Tensor  # float64 [B, n, K, G], less the critic's value of the token that was drawn
+    directions: Tensor  # float64 [B, n, K, G, r], q; 0 where a block does not count
+    expected: Tensor  # float64 [B, n, K, G], the sum over v of pi(v) z(v) . q; 0 where a block does not count
+
+
+@dataclass(frozen=True)
 class Experience:
     """Rollouts of a micro-batch with their rewards and advantages."""
 
@@ -127,12 +139,20 @@ class Experience:
     rewards: BlockRewards
     advantages: Tensor  # float64 [B, n, K], or [B, n, K, G] one for each token; 0 where a block does not count
     counted_blocks: Tensor | None = None  # bool [B, K], which blocks count; None: all
+    critic: CriticValues | None = None  # None: the estimator reads none
 
     @property
     def counted_reward(self) -> Tensor:
         """Rewards float64 [B, n, K], 0 where a block does not count."""
         reward = self.rewards.reward
         return reward if self.counted_blocks is None else reward.masked_fill(~self.counted_blocks[:, None], 0.0)
+
+    @property
+    def loss_inputs(self) -> tuple[Tensor, ...]:
+        """What the loss is made from beside log-probabilities, 0 where a block does not count."""
+        if self.critic is None:
+            return (self.counted_reward,)
+        return (self.counted_reward, self.advantages, self.critic.directions)
 
 
 @dataclass(frozen=True)
@@ -141,6 +161,8 @@ class PolicyLogprobs:
 
     rollout: Tensor | None  # float32 [B, n, K, G] at the sampling temperature; None when rl_coef is 0
     target: Tensor | None  # float32 [B, P - 1] of tokens[:, 1:] at temperature 1; None when ce_coef is 0
+    # float32 [], the sum over all generated tokens of the critic's expected value before each; None: there is no critic
+    expected_values: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from ebft_mega.extension.critic_settings import CriticSettings
 from ebft_mega.extension.entry import Entry
 from ebft_mega.extension.sampled_inputs import Need, SampledInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ebft_mega.types import BlockRewards
+    from ebft_mega.types import BlockRewards, CriticValues
 
 
 class EstimatorInputs(SampledInputs, Protocol):
@@ -17,6 +18,10 @@ class EstimatorInputs(SampledInputs, Protocol):
     @property
     def rewards(self) -> "BlockRewards":
         """The terms and their weighted sum, float64 [B, n, K] each; always there. NaN in a block that is not finite."""
+
+    @property
+    def critic(self) -> "CriticValues | None":
+        """What the token critic makes of alignment and diversity; needs `critic`. None: it is not fitted yet."""
 
 
 class AdvantageEstimator(Entry):
@@ -28,6 +33,13 @@ class AdvantageEstimator(Entry):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def critic_settings(self) -> CriticSettings:
+        """How the token critic is fitted and used, for an estimator that needs `critic`.
+
+        Its advantages contain `critic.advantages`: the loss adds the expectation that belongs to those.
+        """
+        return CriticSettings()
 
     def advantages(self, inputs: EstimatorInputs) -> "Tensor":
         """Compute the advantages of a micro-batch; no gradient flows into them.

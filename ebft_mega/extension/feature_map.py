@@ -22,6 +22,9 @@ class FeatureMap(Entry):
 
     # Where `ebft.feature_norm` scales to length one: each token before pooling, or the pooled vector.
     normalises: ClassVar[Literal["tokens", "pooled"]] = "pooled"
+    # Whether `pool` is the mean of all G rows, scaled before: what tokens add to the feature is known one by one then,
+    # and an estimator with a token critic credits each with what it and those after it add.
+    is_mean_of_tokens: ClassVar[bool] = False
 
     def layers(self, fractions: tuple[float, ...]) -> tuple[float, ...]:
         """Choose the depths at which the network is read; by default all that are named.

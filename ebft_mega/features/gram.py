@@ -23,6 +23,7 @@ from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import Problem
 from ebft_mega.extension.entry_fault import EntryFaultError, answer_of, require_tensor
 from ebft_mega.extension.feature_map import FeatureMap
+from ebft_mega.features.own_features import LayerFeatures, OwnFeatures
 from ebft_mega.forest import Forest
 from ebft_mega.model.strided_attention import ReadRows
 from ebft_mega.parallel.groups import ProcessGroups
@@ -144,14 +145,13 @@ def inner_products(features: Tensor) -> Tensor:
     return (gram + gram.transpose(-1, -2)) / 2
 
 
-def unit_diagonal(gram: Tensor, squares: Tensor | None = None) -> Tensor:
+def unit_diagonal(gram: Tensor, squares: Tensor) -> Tensor:
     """The Gram matrix of the same features scaled to length one; a zero feature stays zero.
 
     Args:
-        squares: squared lengths to divide by instead of the diagonal, [..., n + 1].
+        squares: squared lengths to divide by, [..., n + 1]; without weights of layers the diagonal.
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares
-    norms = lengths.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    norms = squares.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     return gram / (norms[..., :, None] * norms[..., None, :])
 
 
@@ -179,6 +179,7 @@ def block_grams(
     device: torch.device,
     weights: Sequence[float] | None = None,
     faults: list[EntryFaultError] | None = None,
+    own: list[OwnFeatures] | None = None,
 ) -> Tensor:
     """Gram matrix of every block of a micro-batch from what this rank has of the tapped layers.
 
@@ -189,6 +190,7 @@ def block_grams(
         weights: those of `recipe.layer_weights` that belong to these taps; None: there are none.
         faults: takes what the map does against its contract; vectors are 0 then. Other ranks, which may have no tapped
             layer, wait in the collectives. None: it is raised.
+        own: takes this rank's part of the features; None: it is not wanted.
     Returns:
         float64 [B, K, n + 1, n + 1], the same on every rank of the replica.
     Communication: over the replica's ranks one all-reduce of B * K * (n + 1)^2 float64; with a joint norm of tokens
@@ -204,29 +206,44 @@ def block_grams(
     else:
         features = _features_of_joint_norm(rows, shape, recipe, groups, device, faults)
     scales_sums = recipe.norm == "joint" and not recipe.scales_tokens
-    none = torch.zeros((*shape[:-1], shape[-2]), dtype=torch.float64, device=device)
-    if weights is None:
-        gram = summed(sum(map(inner_products, features), none), groups.model_parallel)
-        return unit_diagonal(gram) if scales_sums else gram
-    gram, squares = none, torch.zeros(shape[:-1], dtype=torch.float64, device=device)
-    for products, weight in zip(map(inner_products, features), weights, strict=True):
-        gram = gram + weight * products
-        squares = squares + products.diagonal(dim1=-2, dim2=-1)
+    gram = torch.zeros((*shape[:-1], shape[-2]), dtype=torch.float64, device=device)
+    squares = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
+    layers: list[LayerFeatures] = []
+    for index, layer in enumerate(features):
+        products, weight = inner_products(layer.vectors), 1.0 if weights is None else weights[index]
+        gram = gram + (products if weights is None else weight * products)
+        if weights is not None:
+            squares = squares + products.diagonal(dim1=-2, dim2=-1)
+        if own is not None:
+            layers.append(layer.times(weight**0.5))
     if not scales_sums:
-        return summed(gram, groups.model_parallel)
-    together = summed(torch.cat((gram, squares[..., None]), dim=-1), groups.model_parallel)
-    return unit_diagonal(together[..., :-1], together[..., -1])
+        gram = summed(gram, groups.model_parallel)
+    elif weights is None:
+        gram = summed(gram, groups.model_parallel)
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+    else:
+        together = summed(torch.cat((gram, squares[..., None]), dim=-1), groups.model_parallel)
+        gram, squares = together[..., :-1], together[..., -1]
+    if own is not None:
+        if scales_sums:
+            layers = [LayerFeatures(scaled(layer.vectors, squares)) for layer in layers]
+        is_mean, length = recipe.map.is_mean_of_tokens, recipe.generate_length
+        own.append(OwnFeatures.of(layers, shape[:-1], length, is_mean, device))
+    return unit_diagonal(gram, squares) if scales_sums else gram
 
 
 def _features_per_layer(
     rows: Sequence[Tensor], recipe: FeatureRecipe, groups: ProcessGroups, faults: list[EntryFaultError] | None
-) -> Iterator[Tensor]:
-    """Each layer's vectors, pooled and scaled by themselves: what this rank has of them, [B, K, n + 1, X]."""
+) -> Iterator[LayerFeatures]:
+    """Each layer's vectors, pooled and scaled by themselves."""
     for layer in rows:
         vectors = layer if recipe.scales_tokens else _pooled(layer, recipe, faults)
         unit = scaled(vectors, summed(vectors.square().sum(dim=-1), groups.tensor_parallel))
-        # Contiguous, as a mean is: the order of sums in a product follows strides.
-        yield _pooled(unit, recipe, faults) if recipe.scales_tokens else unit.contiguous()
+        if recipe.scales_tokens:
+            yield LayerFeatures(_pooled(unit, recipe, faults), unit)
+        else:
+            # Contiguous, as a mean is: the order of sums in a product follows strides.
+            yield LayerFeatures(unit.contiguous())
 
 
 def _features_of_joint_norm(
@@ -236,15 +253,18 @@ def _features_of_joint_norm(
     groups: ProcessGroups,
     device: torch.device,
     faults: list[EntryFaultError] | None,
-) -> Iterator[Tensor]:
+) -> Iterator[LayerFeatures]:
     """Each layer's pooled vectors; of a map that normalises pooled vectors not scaled yet."""
     if not recipe.scales_tokens:
-        yield from (_pooled(layer, recipe, faults) for layer in rows)
+        for layer in rows:
+            yield LayerFeatures(_pooled(layer, recipe, faults))
         return
     # Pooling comes after normalisation, so a token's length over all layers has to be known before.
     none = torch.zeros(shape, dtype=torch.float64, device=device)
     norms = summed(sum((layer.square().sum(dim=-1) for layer in rows), none), groups.model_parallel)
-    yield from (_pooled(scaled(layer, norms), recipe, faults) for layer in rows)
+    for layer in rows:
+        unit = scaled(layer, norms)
+        yield LayerFeatures(_pooled(unit, recipe, faults), unit)
 
 
 def _pooled(rows: Tensor, recipe: FeatureRecipe, faults: list[EntryFaultError] | None) -> Tensor:

@@ -15,6 +15,7 @@ from ebft_mega.block_plan import BlockPlan
 from ebft_mega.errors import EntryError
 from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.features.gram import FeatureRecipe, PooledRows, block_grams
+from ebft_mega.features.own_features import OwnFeatures
 from ebft_mega.forest import Forest
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.strided_attention import StridedLayout
@@ -50,7 +51,13 @@ class FeatureNetwork:
         return tuple(w for tap, w in zip(self.taps, self.recipe.layer_weights, strict=True) if tap in own)
 
     @torch.no_grad()
-    def grams(self, micro_batches: Sequence[TokenBatch], rollouts: Sequence[Rollout], plan: BlockPlan) -> list[Tensor]:
+    def grams(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        rollouts: Sequence[Rollout],
+        plan: BlockPlan,
+        take: Callable[[int, OwnFeatures], None] | None = None,
+    ) -> list[Tensor]:
         """Inner products of each block's rollout features and target feature, per micro-batch.
 
         One packed pass per micro-batch: the document once, all nodes of rollouts beside it; the target's feature is
@@ -58,6 +65,8 @@ class FeatureNetwork:
         attention. Features stay on the ranks that computed them. Rollouts with equal tokens get equal inner products,
         whatever a kernel rounds where they are not merged.
 
+        Args:
+            take: given the number of each micro-batch and this rank's part of its features, once they are measured.
         Returns:
             float64 [B, K, n + 1, n + 1] each, the same on every rank of the replica; the last row is the target. NaN
             throughout for a marked block: a feature, or a logit that its tokens were drawn from, was not finite.
@@ -86,10 +95,12 @@ class FeatureNetwork:
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
         faults: list[EntryFaultError] = []
-        grams = [
-            copy_duplicate_rows(self._gram(rows, read, faults), rollout.tokens)
-            for rows, rollout, read in zip(tapped, rollouts, pooled, strict=True)
-        ]
+        grams = []
+        for index, (rollout, read) in enumerate(zip(rollouts, pooled, strict=True)):
+            own: list[OwnFeatures] | None = None if take is None else []
+            grams.append(copy_duplicate_rows(self._gram(tapped[index], read, faults, own), rollout.tokens))
+            if take is not None and own:
+                take(index, own[0])
         self._require_faultless(faults)
         return [
             gram if rollout.finite_blocks is None else mark_blocks(gram, rollout.finite_blocks)
@@ -131,8 +142,14 @@ class FeatureNetwork:
         hidden, rows_of_taps = stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
         return hidden, [rows[:, 0][pooled.places] for rows in rows_of_taps]
 
-    def _gram(self, rows: Sequence[Tensor], pooled: PooledRows, faults: list[EntryFaultError]) -> Tensor:
+    def _gram(
+        self,
+        rows: Sequence[Tensor],
+        pooled: PooledRows,
+        faults: list[EntryFaultError],
+        own: list[OwnFeatures] | None,
+    ) -> Tensor:
         """Gram matrices of a micro-batch."""
         groups = self.stage.groups
         shape = tuple(pooled.places.shape)
-        return block_grams(rows, shape, self.recipe, groups, groups.device, self._stage_weights, faults)
+        return block_grams(rows, shape, self.recipe, groups, groups.device, self._stage_weights, faults, own)

@@ -1,5 +1,6 @@
 """The language-model head: logits of selected rows, and log-probabilities computed in chunks of rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,25 @@ class RowScores:
 
     logprobs: Tensor  # float32 [N, m] (float64 for float64 logits), m choices from each row of logits
     normalizers: Tensor  # [N], log of the sum of exponentials at the rows' temperature, in the same dtype
+    means: Tensor | None = None  # [N, r], mean vector of the next token, in the same dtype; None: not asked for
+
+    @classmethod
+    def joined(cls, parts: "Sequence[RowScores]") -> "RowScores":
+        """Scores of rows behind one another."""
+        means = [part.means for part in parts if part.means is not None]
+        return cls(
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.normalizers for part in parts]),
+            torch.cat(means) if means else None,
+        )
+
+
+@dataclass(frozen=True)
+class LinearValues:
+    """Values of next tokens that are linear in a vector of each token: z(v) . q for the first rows."""
+
+    table: Tensor  # [width, r], vectors z of this rank's tokens; 0 for padding
+    directions: Tensor  # [M, r], q of the first M rows, the same on all tensor-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -27,19 +47,27 @@ class ScoredTokens:
     tokens: Tensor  # int64 [N, m], ids in [0, V), the same on all tensor-parallel ranks
     temperature: Tensor  # float64 [N], > 0
     known: RowScores | None = None  # of the first rows, from the pass that sampled them
+    values: LinearValues | None = None  # whose expectations under the rows' softmax are wanted, too
 
 
-def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, own_slice: VocabularySlice) -> RowScores:
+def score_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: Tensor,
+    own_slice: VocabularySlice,
+    table: Tensor | None = None,
+) -> RowScores:
     """Log-probability of chosen tokens under the softmax at a temperature.
 
     Args:
         logits: [N, width], this rank's columns, any float dtype, without gradient.
         tokens: int64 [N, m], the same on all ranks. Tokens that a nucleus left out are scored by the full softmax, too.
         temperature: float64 [N]; that of the sampling for rollouts, 1 for targets.
+        table: [width, r], a vector of each of this rank's tokens, 0 for padding; None: no means are wanted.
     Returns:
         RowScores, the same on all ranks; NaN for a row with a logit that is not finite on any of them.
-    Communication: with several tensor-parallel ranks two all-reduces, of 4 and of 4 * (1 + m) bytes per row (8 and
-        8 * (1 + m) for float64); none for one rank.
+    Communication: with several tensor-parallel ranks two all-reduces, of 4 and of 4 * (1 + m) bytes per row, with a
+        table 4 * (1 + m + r) (8 bytes a number for float64); none for one rank.
     Source: EBFT paper (arXiv 2603.12248); the authors' code scores at the sampling temperature, in float32.
     """
     assert logits.shape[-1] == own_slice.width, "logits of another vocabulary"
@@ -50,10 +78,12 @@ def score_rows(logits: Tensor, tokens: Tensor, temperature: Tensor, own_slice: V
     column, is_own = _own_column(tokens, own_slice)
     # A token has a finite logit on one rank; the others add 0 and leave its bits alone.
     chosen = scaled.gather(-1, column).masked_fill(~is_own, 0.0)
-    mass = scaled.exp_().sum(dim=-1, keepdim=True).masked_fill(marked[:, None], torch.nan)
-    parts = torch.cat((mass, chosen), dim=-1)
-    mass, chosen = own_slice.sum(parts).split((1, tokens.shape[-1]), dim=-1)
-    return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0])
+    exponentials = scaled.exp_()
+    mass = exponentials.sum(dim=-1, keepdim=True).masked_fill(marked[:, None], torch.nan)
+    parts = [mass, chosen] if table is None else [mass, chosen, exponentials @ table.to(scaled.dtype)]
+    mass, chosen, *weighted = own_slice.sum(torch.cat(parts, dim=-1)).split([part.shape[-1] for part in parts], dim=-1)
+    means = weighted[0] / mass if weighted else None
+    return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0], means)
 
 
 def gradient_of_logits(
@@ -63,19 +93,23 @@ def gradient_of_logits(
     normalizers: Tensor,
     gradient: Tensor,
     own_slice: VocabularySlice,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of logits from that of log-probabilities.
+    """Gradient of logits from that of log-probabilities and of expectations.
 
     Args:
         logits, tokens, temperature: as for `score_rows`, which gave the `normalizers` [N].
         gradient: [N, m], the whole one on every rank.
+        slopes: [N, width], of each row's expectation of a value under the softmax: the expectation's own gradient times
+            (value - expectation); None: there are none.
     Returns:
         [N, width] in the logits' dtype, exactly 0 for padding.
     Communication: none.
     """
     column, is_own = _own_column(tokens, own_slice)
     result = _scaled(logits, temperature, own_slice).sub_(normalizers[:, None]).exp_()  # the softmax
-    result *= -gradient.sum(dim=-1, keepdim=True)
+    weights = -gradient.sum(dim=-1, keepdim=True)
+    result *= weights if slopes is None else slopes.add_(weights)
     result.scatter_add_(-1, column, gradient.masked_fill(~is_own, 0.0))
     return result.div_(temperature.to(result.dtype)[:, None]).to(logits.dtype)
 
@@ -104,8 +138,9 @@ class VocabularyHead(nn.Module):
             scored: the tokens to score; None: logits are wanted.
         Returns:
             Logits [N, width] of this rank's slice in the dtype of the weight, without gradient; or log-probabilities
-            float32 [N, m], the same on all ranks, with gradient. Every rank computes the same loss from them, so each
-            rank's own upstream gradient is the whole one.
+            float32 [N, m], the same on all ranks, with gradient; with `ScoredTokens.values` one more column, each row's
+            expectation. Every rank computes the same loss from them, so each rank's own upstream gradient is the whole
+            one.
         Communication: for logits none. For log-probabilities that of `score_rows` for the rows that are not known,
             and one all-reduce of the rows' gradient in the backward pass.
         """
@@ -123,18 +158,15 @@ def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, own_sli
     Args:
         rows: [N, H]; weight: [width, H].
     Returns:
-        float32 [N, m] (float64 for float64 weights). Rows that are known are not computed in the forward pass.
+        float32 [N, m] (float64 for float64 weights). With `ScoredTokens.values` [N, m + 1]: behind them the expectation
+        of z(v) . q under each row's softmax, 0 for rows without a direction. Rows that are known are not computed in
+        the forward pass.
     Communication: see `VocabularyHead.forward`.
-    Memory: logits of at most `HEAD_ROWS` rows, in the dtype of the weight and in float32; a normaliser per row for the
-        backward pass, which makes the logits again; there also one buffer of the weight's size.
+    Memory: logits of at most `HEAD_ROWS` rows, in the dtype of the weight and in float32 (with values once more for the
+        backward pass); a normaliser per row for the backward pass, which makes the logits again; there also one buffer
+        of the weight's size.
     """
-    known = scored.known or RowScores(
-        logprobs=torch.empty((0, scored.tokens.shape[1]), device=rows.device),
-        normalizers=torch.empty(0, device=rows.device),
-    )
-    logprobs: Tensor = _ChunkedLogprobs.apply(
-        rows, weight, scored.tokens, scored.temperature, known.logprobs, known.normalizers, own_slice
-    )
+    logprobs: Tensor = _ChunkedLogprobs.apply(rows, weight, scored, own_slice)
     return logprobs
 
 
@@ -142,43 +174,61 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """Gradient in closed form instead of recorded: each chunk's logits are freed before the next chunk's are made."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        temperature: Tensor,
-        known_logprobs: Tensor,
-        known_normalizers: Tensor,
-        own_slice: VocabularySlice,
-    ) -> Tensor:
-        logprobs, normalizers = [known_logprobs], [known_normalizers]
-        for chunk in _chunks(len(known_normalizers), len(rows)):
-            scores = score_rows(F.linear(rows[chunk], weight), tokens[chunk], temperature[chunk], own_slice)
-            logprobs.append(scores.logprobs)
-            normalizers.append(scores.normalizers)
-        ctx.save_for_backward(rows, weight, tokens, temperature, torch.cat(normalizers))
-        ctx.own_slice = own_slice
-        return torch.cat(logprobs)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, scored: ScoredTokens, own_slice: VocabularySlice) -> Tensor:
+        known, values = scored.known, scored.values
+        first, valued = 0 if known is None else len(known.normalizers), 0 if values is None else len(values.directions)
+        parts = [] if known is None else [known]
+        for chunk in (*_chunks(first, valued), *_chunks(max(first, valued), len(rows))):
+            table = values.table if values is not None and chunk.start < valued else None
+            logits = F.linear(rows[chunk], weight)
+            parts.append(score_rows(logits, scored.tokens[chunk], scored.temperature[chunk], own_slice, table))
+        scores = RowScores.joined(parts)
+        ctx.save_for_backward(rows, weight, scores.normalizers)
+        ctx.scored, ctx.own_slice, ctx.expectations = scored, own_slice, None
+        if values is None:
+            return scores.logprobs
+        assert scores.means is not None, "rows with a direction have a mean"
+        expectations = (scores.means[:valued] * values.directions.to(scores.means.dtype)).sum(dim=-1)
+        ctx.expectations = expectations
+        return torch.cat((scores.logprobs, F.pad(expectations, (0, len(rows) - valued))[:, None]), dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, tokens, temperature, normalizers = ctx.saved_tensors
+        rows, weight, normalizers = ctx.saved_tensors
+        scored: ScoredTokens = ctx.scored
         row_gradient = torch.empty_like(rows)
         # In the weight's own dtype: a matrix product rounds its sum once anyway, this rounds it once per chunk. The
         # error grows with the root of their number (`test_head.py`); a float32 buffer would move thrice the bytes.
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(0, len(rows)):
+        num_choices = scored.tokens.shape[1]
+        valued = 0 if scored.values is None else len(scored.values.directions)
+        for chunk in (*_chunks(0, valued), *_chunks(valued, len(rows))):
             logits = F.linear(rows[chunk], weight)
+            slopes = None
+            if scored.values is not None and chunk.start < valued:
+                slopes = _slopes(scored.values, chunk, ctx.expectations[chunk], gradient[chunk, num_choices])
             towards_logits = gradient_of_logits(
-                logits, tokens[chunk], temperature[chunk], normalizers[chunk], gradient[chunk], ctx.own_slice
+                logits,
+                scored.tokens[chunk],
+                scored.temperature[chunk],
+                normalizers[chunk],
+                gradient[chunk, :num_choices],
+                ctx.own_slice,
+                slopes,
             )
             row_gradient[chunk] = towards_logits @ weight
             if weight_gradient is not None:
                 weight_gradient.addmm_(towards_logits.T, rows[chunk])
-            del logits, towards_logits  # before the next chunk's are made
-        return ctx.own_slice.sum(row_gradient), weight_gradient, None, None, None, None, None
+            del logits, slopes, towards_logits  # before the next chunk's are made
+        return ctx.own_slice.sum(row_gradient), weight_gradient, None, None
+
+
+def _slopes(values: LinearValues, chunk: slice, expectations: Tensor, gradient: Tensor) -> Tensor:
+    """Of a chunk of rows, the gradient of each expectation times (value - expectation): [N, width]."""
+    dtype = expectations.dtype
+    own = values.directions[chunk].to(dtype) @ values.table.to(dtype).T
+    return own.sub_(expectations[:, None]).mul_(gradient[:, None].to(dtype))
 
 
 def _chunks(first: int, end: int) -> list[slice]:

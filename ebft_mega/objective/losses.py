@@ -50,7 +50,8 @@ def loss_terms(
     """A micro-batch's share of the step's losses.
 
     rl = mean over generated tokens of -advantage * logprob; its gradient is that of REINFORCE (one update per
-    rollout, so the policy ratio of the authors' code is 1 and only its gradient matters).
+    rollout, so the policy ratio of the authors' code is 1 and only its gradient matters). With a token critic the mean
+    of -(advantage * logprob + expected value).
     ce = mean over next-token positions of -logprob.
 
     Args:
@@ -81,7 +82,10 @@ def loss_terms(
             weights = weights[..., None]
         if counted_blocks is not None:
             rollout = rollout.masked_fill(~counted_blocks[:, None, :, None], 0.0)
-        rl = -(weights * rollout).sum() / max(counts.rollout_tokens, 1)
+        gained = (weights * rollout).sum()
+        if logprobs.expected_values is not None:
+            gained = gained + logprobs.expected_values
+        rl = -gained / max(counts.rollout_tokens, 1)
         shares.append(rl_coef * rl)
     if logprobs.target is not None:
         target = logprobs.target

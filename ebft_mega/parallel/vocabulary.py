@@ -55,6 +55,11 @@ class VocabularySlice:
         """Index of this rank's first block among all."""
         return self.first // self.block_width
 
+    def own_rows(self, table: Tensor) -> Tensor:
+        """This rank's rows of a table with a row for each token of the vocabulary: [width, ...], 0 for padding."""
+        own = table[self.first : self.first + self.num_tokens]
+        return own if len(own) == self.width else torch.cat((own, own.new_zeros(self.width - len(own), *own.shape[1:])))
+
     def exclude_padding_(self, logits: Tensor) -> Tensor:
         """Set the padding columns of [..., width] to minus infinity, in place."""
         logits[..., self.num_tokens :] = -torch.inf

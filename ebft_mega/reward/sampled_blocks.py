@@ -11,6 +11,7 @@ from ebft_mega.extension.advantage_estimator import AdvantageEstimator
 from ebft_mega.extension.entry_fault import EntryFaultError
 from ebft_mega.extension.reward_term import RewardTerm
 from ebft_mega.extension.sampled_inputs import Need
+from ebft_mega.types import CriticValues
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -24,6 +25,7 @@ class SampledBlocks:
     row_tokens: Tensor  # int64 [B, P]
     logprobs: Tensor | None = None  # float32 [B, n, K, G]; None: nothing declares them
     decode: Decode | None = None  # token ids to text; None: nothing declares texts
+    critic: CriticValues | None = None  # None: nothing declares the critic, or it is not fitted yet
 
     @cached_property
     def target_tokens(self) -> Tensor:
@@ -81,11 +83,18 @@ class DeclaredInputs:
         """By row and block; needs `texts`."""
         return self._declared("target_texts", "texts").target_texts
 
+    @property
+    def critic(self) -> CriticValues | None:
+        """Of alignment and diversity; needs `critic`. None: it is not fitted yet."""
+        return self._declared("critic", "critic").critic
+
     def tensors(self) -> list[Tensor]:
         """Everything that an entry may read, declared or not."""
         if self._sampled is None:
             return []
-        given = (self._sampled.rollout_tokens, self._sampled.row_tokens, self._sampled.logprobs)
+        critic = self._sampled.critic
+        given = [self._sampled.rollout_tokens, self._sampled.row_tokens, self._sampled.logprobs]
+        given += [] if critic is None else [critic.advantages, critic.directions, critic.expected]
         return [tensor for tensor in given if tensor is not None]
 
     def _declared(self, name: str, need: Need) -> SampledBlocks:

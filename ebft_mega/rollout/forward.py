@@ -85,12 +85,7 @@ def join_scores(parts: Sequence[RowScores]) -> RowScores | None:
         RowScores with n choices a row, of which one counts that the row's own rollouts chose. None if there are none
         (on all but the last stage).
     """
-    if not parts:
-        return None
-    return RowScores(
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.normalizers for part in parts]),
-    )
+    return RowScores.joined(parts) if parts else None
 
 
 def logprobs_of_rollouts(scores: Sequence[Tensor], forest: Forest) -> Tensor:

@@ -45,6 +45,9 @@ class Sampled:
     rollout: Rollout
     saved: SavedForward | None  # None: nothing was saved
     logprobs: Tensor | None = None  # float32 [B, n, K, G] at the sampling temperature; None: not asked for
+    # Of each token the mean vector of what could have been drawn, float32 [rows, r] of the B * K anchors, then of the
+    # prefixes of each level that was fed back; None: not asked for.
+    means: tuple[Tensor, ...] | None = None
 
 
 def generate_rollouts(
@@ -56,6 +59,7 @@ def generate_rollouts(
     reuse: Reuse = "off",
     with_targets: bool = False,
     with_logprobs: bool = False,
+    table: Tensor | None = None,
 ) -> list[Sampled]:
     """Sample n continuations of G tokens from every anchor of every row.
 
@@ -72,18 +76,20 @@ def generate_rollouts(
         with_targets: the gradient pass will also score the row's own tokens: the document pass reads on to P - 1.
         with_logprobs: the log-probabilities of what is drawn are wanted. Where a forward pass is saved they are noted
             anyway; otherwise they take one normaliser of each row of logits more.
+        table: float32 [V, r], a vector of each token, whose means under the distributions that are sampled from are
+            wanted (`Sampled.means`); None: none are.
     Returns:
         Per micro-batch the rollout, the same on every rank of the replica, and what this stage saved; tokens are a
         pure function of (weights, row, seed, step, row index, sample, block, token index). Logits that are not finite
         give tokens, too, and a mark of their block.
     Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved or
         log-probabilities are wanted; along the pipeline hidden states, the tokens of each pass from the last stage to
-        all others, which grow the same forest of them, and one broadcast of the last tokens, with another one of all
-        log-probabilities if they are wanted. The host waits for the device once per pass (`forest.read_counts`).
+        all others, which grow the same forest of them, and one broadcast of the last tokens, with another one each of
+        all log-probabilities and of all means (r numbers a row) if they are wanted. The host waits for the device once per pass (`forest.read_counts`).
     Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
-    decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets, with_logprobs)
+    decoding = _Decoding(model, micro_batches, plan, sampling, step, reuse, with_targets, with_logprobs, table)
     run_ring(
         model.groups,
         len(micro_batches),
@@ -95,10 +101,11 @@ def generate_rollouts(
     )
     forests = decoding.whole_forests()
     logprobs = decoding.logprobs(forests) if with_logprobs else [None] * len(micro_batches)
+    means = [None] * len(micro_batches) if table is None else decoding.means(forests, table.shape[1])
     saved = [None if reuse == "off" else part for part in decoding.saved]
     return [
-        Sampled(Rollout(forest.rollouts(), forest, finite), part, scores)
-        for forest, finite, part, scores in zip(forests, decoding.finite, saved, logprobs, strict=True)
+        Sampled(Rollout(forest.rollouts(), forest, finite), part, *rest)
+        for forest, finite, part, *rest in zip(forests, decoding.finite, saved, logprobs, means, strict=True)
     ]
 
 
@@ -115,10 +122,12 @@ class _Decoding:
         reuse: Reuse,
         with_targets: bool,
         with_logprobs: bool,
+        table: Tensor | None,
     ):
         self.model, self.micro_batches, self.plan = model, micro_batches, plan
         self.sampling, self.step, self.reuse = sampling, step, reuse
-        self.scores_drawn = reuse != "off" or with_logprobs
+        self.scores_drawn = reuse != "off" or with_logprobs or table is not None
+        self.table = None if table is None else model.vocabulary.own_rows(table)
         # The last block's context, or all that predicts a token of the row; nothing beyond it is read.
         self.document_length = plan.document_length(with_targets)
         self.caches: dict[int, KeyValueCache] = {}  # of the micro-batches that are under way
@@ -165,6 +174,19 @@ class _Decoding:
         ]
         shapes = [(*self.tokens_shape(index), self.plan.generate_length) for index in range(len(forests))]
         return [*share_from_last_stage(of_rollouts, shapes, torch.float32, self.model.groups)]
+
+    def means(self, forests: Sequence[Forest], size: int) -> list[tuple[Tensor, ...] | None]:
+        """Mean vectors of all rows that tokens were drawn from, on every stage; one broadcast.
+
+        Args:
+            size: r.
+        """
+        own = [score.means for part in self.saved for score in part.scores if score.means is not None]
+        rows = [[forest.num_anchors, *(len(level.first) for level in forest.levels[:-1])] for forest in forests]
+        shapes = [(count, size) for counts in rows for count in counts]
+        dtype = torch.promote_types(self.model.hidden.dtype, torch.float32)
+        shared = iter(share_from_last_stage(own, shapes, dtype, self.model.groups))
+        return [tuple(next(shared) for _ in counts) for counts in rows]
 
     def run(self, slot: Slot, received: Tensor | None) -> Tensor:
         """One pass of one micro-batch through this stage."""
@@ -255,13 +277,9 @@ class _Decoding:
             drawn.append(tokens)
             if self.scores_drawn:
                 temperature = torch.full((len(logits),), sampling.temperature, dtype=torch.float64, device=rows.device)
-                scores.append(score_rows(logits, without_marks(tokens)[anchors], temperature, own_slice))
+                scores.append(score_rows(logits, without_marks(tokens)[anchors], temperature, own_slice, self.table))
         if scores:
-            self.saved[slot.micro_batch].scores.append(
-                RowScores(
-                    torch.cat([score.logprobs for score in scores]), torch.cat([score.normalizers for score in scores])
-                )
-            )
+            self.saved[slot.micro_batch].scores.append(RowScores.joined(scores))
         return torch.cat(drawn).unflatten(0, (len(row_indices), -1)).transpose(1, 2)
 
     def hidden_buffer(self, slot: Slot) -> Tensor:

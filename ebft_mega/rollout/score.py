@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.forest import Forest
-from ebft_mega.model.head import RowScores, ScoredTokens
+from ebft_mega.model.head import LinearValues, RowScores, ScoredTokens
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.strided_attention import StridedLayout
 from ebft_mega.parallel.pipeline import Slot, run_ring, share_from_last_stage
@@ -26,21 +26,27 @@ class ScoreRequest:
     targets: bool  # whether the log-probabilities of the row's own tokens are wanted
     temperature: float  # of the rollouts' log-probabilities
     documents: RowDocuments | None = None  # with document masking
+    # Values of the rollouts' next tokens whose expectations are to be added up: a direction for each row that tokens
+    # are drawn from, as in `Sampled.means`, those of the rollouts that share it added up; None: none.
+    values: LinearValues | None = None
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the log-probabilities, rollouts before targets."""
+        """Shapes of the log-probabilities, rollouts before targets, and of the sum of expectations behind them."""
         rows, length = self.tokens.shape
         shapes: list[tuple[int, ...]] = []
         if self.forest is not None:
             shapes.append((rows, self.forest.num_samples, self.forest.num_blocks, len(self.forest.levels)))
-        return [*shapes, (rows, length - 1)] if self.targets else shapes
+        if self.targets:
+            shapes.append((rows, length - 1))
+        return shapes if self.values is None else [*shapes, ()]
 
     def logprobs(self, values: Sequence[Tensor]) -> PolicyLogprobs:
-        """Log-probabilities of those shapes by their names."""
+        """What has those shapes by its names."""
         remaining = list(values)
         return PolicyLogprobs(
             rollout=remaining.pop(0) if self.forest is not None else None,
             target=remaining.pop(0) if self.targets else None,
+            expected_values=remaining.pop(0) if self.values is not None else None,
         )
 
     def document_length(self, plan: BlockPlan) -> int:
@@ -74,9 +80,10 @@ def score(
         received: hidden states of the stage before; None on the first, and with `saved`.
         saved: the forward pass that the rollout was; None computes it.
     Returns:
-        On the last stage: rollout log-probabilities float32 [B, n, K, G] if `request.rollouts`, then target
-        log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`. Before: the hidden states
-        alone. A tuple of tensors, as an engine's forward needs it.
+        On the last stage: rollout log-probabilities float32 [B, n, K, G] if `request.forest`, then target
+        log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`, then the sum of all expectations
+        float32 [] if `request.values`. Before: the hidden states alone. A tuple of tensors, as an engine's forward
+        needs it.
     Communication: that of the layers (of `SavedForward.hidden_states`) and of `VocabularyHead.forward`.
     Source: EBFT paper (arXiv 2603.12248), strided mode; label pairing of the authors' `prepare_logprobs`.
     """
@@ -142,14 +149,19 @@ def _scored(
             for size, value in zip(sizes, temperatures, strict=True)
         ]
     )
-    scored = ScoredTokens(torch.cat(choices), temperature, known)
-    parts = list(stage.logprobs(hidden[torch.cat(rows)], scored).split(sizes))  # [rows, choices] each
+    scored = ScoredTokens(torch.cat(choices), temperature, known, request.values)
+    found = stage.logprobs(hidden[torch.cat(rows)], scored)
+    expectations = []
+    if request.values is not None:
+        expectations = [found[:, -1].sum()]
+        found = found[:, :-1]
+    parts = list(found.split(sizes))  # [rows, choices] each
     scores = []
     if forest is not None:
         scores.append(logprobs_of_rollouts(parts[: len(forest.levels)], forest))
     if request.targets:
         scores.append(parts[-1][:, 0].unflatten(0, (len(tokens), -1)))
-    return tuple(scores)
+    return (*scores, *expectations)
 
 
 @torch.no_grad()

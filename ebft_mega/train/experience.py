@@ -24,7 +24,7 @@ from ebft_mega.reward.sampled_blocks import Decode, SampledBlocks
 from ebft_mega.reward.whitening import Whitening
 from ebft_mega.rollout.generate import Sampled
 from ebft_mega.runtime.agreement import first_problem
-from ebft_mega.types import Experience, Rollout, TokenBatch
+from ebft_mega.types import CriticValues, Experience, Rollout, TokenBatch
 
 T = TypeVar("T")
 
@@ -78,23 +78,26 @@ def make_experiences(
     grams: Sequence[Tensor],
     counted_blocks: Sequence[Tensor] | None,
     device: torch.device,
+    critic: Sequence[CriticValues | None] | None = None,
 ) -> list[Experience]:
     """Rewards and advantages of a step's rollouts, by micro-batch; see `make_experience`.
 
     Args:
         counted_blocks: bool [B, K] each, blocks that count; None: all.
         device: of this rank's collectives.
+        critic: what the token critic makes of each; None: the estimator reads none.
     Raises:
         EntryError: on every rank, where an entry did not hold its contract on one of them.
     Communication: what `without_faults` says.
     """
     counted: Sequence[Tensor | None] = [None] * len(grams) if counted_blocks is None else counted_blocks
+    values: Sequence[CriticValues | None] = [None] * len(grams) if critic is None else critic
     return without_faults(
         rewarding,
         device,
         lambda: [
-            make_experience(gram, item.rollout, rewarding, blocks, rows.tokens, item.logprobs)
-            for gram, item, blocks, rows in zip(grams, sampled, counted, micro_batches, strict=True)
+            make_experience(gram, item.rollout, rewarding, blocks, rows.tokens, item.logprobs, value)
+            for gram, item, blocks, rows, value in zip(grams, sampled, counted, micro_batches, values, strict=True)
         ],
     )
 
@@ -106,6 +109,7 @@ def make_experience(
     counted_blocks: Tensor | None,
     tokens: Tensor,
     logprobs: Tensor | None = None,
+    critic: CriticValues | None = None,
 ) -> Experience:
     """Rewards and advantages of a micro-batch's rollouts.
 
@@ -114,18 +118,19 @@ def make_experience(
         counted_blocks: bool [B, K], blocks that count; None: all.
         tokens: of the rows, int64 [B, P].
         logprobs: of the rollouts, float32 [B, n, K, G]; None: no entry declares them.
+        critic: of the rollouts; None: the estimator does not declare it, or it is not fitted yet.
     Raises:
         EntryFaultError: an entry does not hold its contract.
     Communication: none; every rank of a replica has the same of all of these.
     """
-    sampled = SampledBlocks(rewarding.plan, rollout.tokens, tokens, logprobs, rewarding.decode)
+    sampled = SampledBlocks(rewarding.plan, rollout.tokens, tokens, logprobs, rewarding.decode, critic)
     inputs = BlockInputs.of(gram, rewarding.whitening, rewarding.plan, sampled)
     rewards = block_rewards(inputs, rewarding.terms)
     advantages = block_advantages(rewarding.estimator, rewards, rewarding.plan, sampled)
     if counted_blocks is not None:
         counted = counted_blocks[:, None]
         advantages = advantages.masked_fill(~(counted if advantages.dim() == 3 else counted[..., None]), 0.0)
-    return Experience(rollout, gram, rewards, advantages, counted_blocks)
+    return Experience(rollout, gram, rewards, advantages, counted_blocks, critic)
 
 
 def without_faults(rewarding: Rewarding, device: torch.device, compute: Callable[[], T]) -> T:

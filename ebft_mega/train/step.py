@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.critic.fitted_critic import CriticStep, FittedCritic, row_directions
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
+from ebft_mega.model.head import LinearValues
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.objective.guard import guarded
 from ebft_mega.objective.losses import count_tokens, loss_terms
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
+from ebft_mega.parallel.vocabulary import VocabularySlice
 from ebft_mega.parallel.zero import Update, ZeroEngine
 from ebft_mega.reward.sampled_blocks import Decode
 from ebft_mega.rollout.forward import SavedForward
@@ -52,27 +55,73 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
 
     sampled: list[Sampled] = []
     experiences: list[Experience] = []
+    judged: CriticStep | None = None
     if trainer.feature_network is not None:
         reuse = trainer.reuse
         with_targets = reuse != "off" and config.ebft.ce_coef > 0
         with timers.phase("rollout"), trainer.policy(recording=reuse == "activations") as policy:
             with_logprobs = "logprobs" in trainer.rewarding.needs
+            table = None if trainer.critic is None else trainer.critic.table
             sampled = generate_rollouts(
-                policy, micro_batches, plan, trainer.sampling, step, reuse, with_targets, with_logprobs
+                policy, micro_batches, plan, trainer.sampling, step, reuse, with_targets, with_logprobs, table
             )
-        rollouts = [item.rollout for item in sampled]
+        counted_blocks = None if masks is None else masks.blocks
         with timers.phase("features"):
-            grams = trainer.feature_network.grams(micro_batches, rollouts, plan)
+            grams, judged = measure(trainer, micro_batches, sampled, counted_blocks)
         with timers.phase("reward"):
-            counted_blocks = None if masks is None else masks.blocks
+            values = None if judged is None else judged.values
             experiences = make_experiences(
-                trainer.rewarding, micro_batches, sampled, grams, counted_blocks, trainer.groups.device
+                trainer.rewarding, micro_batches, sampled, grams, counted_blocks, trainer.groups.device, values
             )
     with timers.phase("learn"):
         learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate)
+        if trainer.critic is not None and judged is not None and update.applied:
+            trainer.critic.learn(judged)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update, masks)
+
+
+def measure(
+    trainer: "Trainer",
+    micro_batches: Sequence[TokenBatch],
+    sampled: Sequence[Sampled],
+    counted_blocks: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], CriticStep | None]:
+    """Inner products of features, and what the token critic makes of features before they are forgotten.
+
+    Args:
+        counted_blocks: bool [B, K] each, blocks that count; None: all.
+    Returns:
+        Gram matrices float64 [B, K, n + 1, n + 1] by micro-batch; None where the estimator reads no critic.
+    Communication: that of `FeatureNetwork.grams` and, for each micro-batch, of `CriticStep.take`.
+    """
+    assert trainer.feature_network is not None, "there are rollouts"
+    rollouts = [item.rollout for item in sampled]
+    if trainer.critic is None:
+        return trainer.feature_network.grams(micro_batches, rollouts, trainer.plan), None
+    judged = trainer.critic.of_step(micro_batches, sampled, counted_blocks)
+    return trainer.feature_network.grams(micro_batches, rollouts, trainer.plan, judged.take), judged
+
+
+def observe_step(trainer: "Trainer", batch: TokenBatch, step: int) -> None:
+    """Let the token critic learn from a batch as a step would, without a gradient and without an update.
+
+    Args:
+        batch, step: as for `train_step`.
+    Communication: that of `train_step`'s rollouts and features, and of `FittedCritic.learn`. None without a critic.
+    """
+    if trainer.critic is None:
+        return
+    micro_batches = batch.split(trainer.config.train.micro_batch_size)
+    masks = loss_masks(micro_batches, trainer.plan, trainer.config, trainer.groups)
+    with trainer.policy() as policy:
+        sampled = generate_rollouts(
+            policy, micro_batches, trainer.plan, trainer.sampling, step, table=trainer.critic.table
+        )
+    _, judged = measure(trainer, micro_batches, sampled, None if masks is None else masks.blocks)
+    assert judged is not None, "there is a critic"
+    trainer.critic.learn(judged)
 
 
 def learn(
@@ -124,6 +173,7 @@ class _GradientPass:
                 targets=ebft.ce_coef > 0,
                 temperature=ebft.temperature,
                 documents=rows.documents,
+                values=self._values(experiences[index]) if experiences else None,
             )
             for index, rows in enumerate(micro_batches)
         ]
@@ -134,6 +184,14 @@ class _GradientPass:
             trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks, num_targets
         )
         self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
+
+    def _values(self, experience: Experience) -> LinearValues | None:
+        """Values of next tokens, whose expectation the loss adds; None: there are none."""
+        critic = self.trainer.critic
+        if critic is None or experience.critic is None:
+            return None
+        table = self.trainer.vocabulary.own_rows(critic.table)
+        return LinearValues(table, row_directions(experience.critic, experience.rollout.forest))
 
     def forward(self, index: int, received: Tensor | None = None) -> Tensor:
         """Hidden states for the next stage, or on the last one the loss to descend."""
@@ -147,7 +205,7 @@ class _GradientPass:
         logprobs = request.logprobs(scores)
         terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, *masks)
         self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
-        return guarded(terms.total, [self.experiences[index].counted_reward] if self.experiences else [])
+        return guarded(terms.total, self.experiences[index].loss_inputs if self.experiences else ())
 
     def backward(self, output: Tensor, gradient: Tensor | None) -> None:
         """Accumulate the gradient of what `forward` returned."""
@@ -204,6 +262,7 @@ class Trainer:
     timers: PhaseTimers
     reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
     decode: Decode | None = None  # token ids to text; None: no entry declares texts
+    critic: FittedCritic | None = None  # None: the estimator reads none
 
     @cached_property
     def rewarding(self) -> Rewarding:
@@ -214,6 +273,11 @@ class Trainer:
     def stage(self) -> Stage:
         """This rank's part of the policy: its modules and sizes; the parameters may be partitioned."""
         return self.engine.module
+
+    @property
+    def vocabulary(self) -> VocabularySlice:
+        """The tokens whose logits this rank computes."""
+        return VocabularySlice.of(self.stage.architecture.vocab_size, self.groups)
 
     @contextmanager
     def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:

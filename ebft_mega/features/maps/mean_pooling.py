@@ -13,6 +13,7 @@ class MeanPooling(FeatureMap):
 
     name = "mean_pooling"
     normalises = "tokens"
+    is_mean_of_tokens = True
 
     def positions(self, generate_length: int) -> range:
         """All G."""

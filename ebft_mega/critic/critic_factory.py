@@ -1,0 +1,68 @@
+"""Build the token critic of a run: its vectors of tokens, and nothing learned yet."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.block_plan import BlockPlan
+from ebft_mega.config.entries import advantage_estimator
+from ebft_mega.config.schema import RunConfig
+from ebft_mega.critic.critic_terms import Objective
+from ebft_mega.critic.fitted_critic import FittedCritic
+from ebft_mega.critic.token_table import token_table
+from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.model.weights.weight_sources import WeightSource
+from ebft_mega.parallel.groups import ProcessGroups
+
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+def uses_critic(config: RunConfig) -> bool:
+    """Whether the run's estimator reads a token critic."""
+    return config.uses_rollouts and "critic" in advantage_estimator(config).needs
+
+
+def build_critic(
+    config: RunConfig,
+    architecture: Architecture,
+    initial: WeightSource,
+    features: FeatureNetwork,
+    groups: ProcessGroups,
+) -> FittedCritic:
+    """Make the critic of a run that uses one.
+
+    Args:
+        architecture, initial: of the policy at the beginning of the run.
+        features: whose channels it predicts.
+    Communication: one broadcast of 4 bytes for each number of each token's vector over the world; its first rank reads
+        the embeddings.
+    """
+    settings = advantage_estimator(config).critic_settings()
+    is_mean = features.recipe.map.is_mean_of_tokens
+    share = settings.leave_one_out_share
+    if share is None:
+        share = 0.5 if is_mean else 0.0
+    table = _shared_table(architecture, initial, settings.rank, groups)
+    objective = Objective(config.ebft.alignment_coef, config.ebft.diversity_coef, share)
+    return FittedCritic(table, num_channels(features), settings, objective, config.block_plan, groups)
+
+
+def num_channels(features: FeatureNetwork) -> int:
+    """D', channels of a feature that this rank has: its layers, and its slice of each."""
+    stage = features.stage
+    own = stage.shape.taps_within(features.taps)
+    layers = sum(tap in own for tap in features.taps)  # a depth that two fractions name counts twice
+    width = stage.architecture.hidden_size // stage.groups.tensor_parallel_size
+    return layers * features.recipe.map.vectors(features.recipe.generate_length) * width
+
+
+def _shared_table(architecture: Architecture, initial: WeightSource, rank: int, groups: ProcessGroups) -> Tensor:
+    """Vectors of tokens, made by the world's first rank."""
+    size = (architecture.vocab_size, min(rank, architecture.hidden_size))
+    table = torch.empty(size, dtype=torch.float32, device=groups.device)
+    if groups.is_world_first:
+        box = (slice(0, architecture.vocab_size), slice(0, architecture.hidden_size))
+        table.copy_(token_table(initial.part(EMBEDDINGS, box), rank))
+    dist.broadcast(table, 0)
+    return table

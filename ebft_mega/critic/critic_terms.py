@@ -1,0 +1,72 @@
+"""Advantages and directions of the token critic, from what each rank has of the features.
+
+Per block, with y the feature of the true continuation, for rollout j and its token t (0 .. G - 1):
+
+    F_jt    feature still to come (features/gram.py)       P_jt = W_t^T u_jt, from the prefix alone
+    phi~_j = phi_j - sum_t M_t^T zeta_jt                   F~_jt = F_jt - sum over t' >= t of M_t'^T zeta_jt'
+    w_j  = 2 (alpha y - delta * mean over k != j of phi~_k)
+    A_jt = w_j . (F_jt - P_jt - lambda * mean over k != j of (F~_kt - P_kt) - M_t^T zeta_jt)
+    q_jt = M_t w_j
+
+The gradient of the loss -(1/N) sum_jt (A_jt log pi(x_jt) + sum_v pi(v) z(v) . q_jt) has the mean of grad J / G with
+J = delta |E phi|^2 - 2 alpha y . E phi, whatever W and M are, if they are functions of earlier batches: given the
+prefix, grad log pi(x_jt) has mean zero and is independent of the other rollouts, w_j and the third term are functions
+of those alone, P of the prefix, the features that are left out of F of earlier tokens, and what M takes off A the
+second term gives back exactly (tests/unit/objective). All of it is linear in slices of the features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebft_mega.critic.regressors import TokenRegressors
+from ebft_mega.critic.ridge import CriticWeights
+from ebft_mega.features.own_features import OwnFeatures
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective delta |E phi|^2 - 2 alpha y . E phi, and the baseline."""
+
+    alignment: float  # alpha
+    diversity: float  # delta
+    leave_one_out_share: float  # lambda
+
+
+def critic_terms(
+    features: OwnFeatures, regressors: Sequence[TokenRegressors], weights: CriticWeights, objective: Objective
+) -> Tensor:
+    """This rank's share of A and q; the shares of all ranks of a replica add up to them.
+
+    Args:
+        features: of the micro-batch's blocks, n >= 2 rollouts each.
+    Returns:
+        float64 [B * K, n, G, 1 + r]: A, then q.
+    Communication: none.
+    """
+    vectors = features.vectors.flatten(0, 1)  # [B * K, n + 1, D']
+    rollouts, target = vectors[:, :-1], vectors[:, -1:]
+    others = rollouts.shape[1] - 1
+    by_token = [item.token @ of_token for item, of_token in zip(regressors, weights.token, strict=True)]  # [M, D']
+    corrected = rollouts
+    for item, part in zip(regressors, by_token, strict=True):
+        corrected = corrected - item.level.spread(part)
+    mean_of_others = (corrected.sum(dim=1, keepdim=True) - corrected) / others
+    towards = 2 * (objective.alignment * target - objective.diversity * mean_of_others)  # w, [B * K, n, D']
+    directions = (towards @ weights.token.flatten(0, 1).T).unflatten(-1, weights.token.shape[:2])  # q [B * K, n, G, r]
+    advantages: list[Tensor] = []
+    removed = torch.zeros_like(towards)  # sum over t' >= t of M_t'^T zeta_jt'
+    later = torch.zeros_like(towards[..., 0])  # of t' > t, along the rollout's own w
+    steps = list(zip(regressors, by_token, weights.prefix, strict=True))
+    for index, to_come in zip(reversed(range(len(steps))), features.to_come(), strict=True):
+        item, part, of_prefix = steps[index]
+        removed = removed + item.level.spread(part)
+        rest = to_come - removed - (item.prefix @ of_prefix)[item.prefix_of_rollout]
+        along = towards @ rest.transpose(-1, -2)  # w_j . (F~_kt - P_kt), [B * K, j, k]
+        own = along.diagonal(dim1=-2, dim2=-1)
+        share = objective.leave_one_out_share / others
+        advantages.append(own + later - share * (along.sum(dim=-1) - own))
+        later = later + (directions[:, :, index] * item.level.spread(item.token)).sum(dim=-1)
+    return torch.cat((torch.stack(advantages[::-1], dim=-1)[..., None], directions), dim=-1)

@@ -1,0 +1,100 @@
+"""Ridge regressions of features still to come, one for each generated token: statistics and solution, in float64."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebft_mega.critic.regressors import TokenRegressors
+from ebft_mega.features.gram import summed
+from ebft_mega.features.own_features import OwnFeatures
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over rollouts of what the regressions need: q + r regressors, D' feature channels of this rank."""
+
+    squares: Tensor  # float64 [G, q + r, q + r], sum of x x^T
+    products: Tensor  # float64 [G, q + r, D'], sum of x F^T
+
+    @classmethod
+    def zeros(cls, num_tokens: int, num_regressors: int, num_channels: int, device: torch.device) -> "Statistics":
+        """Of no rollouts."""
+        shapes = (num_tokens, num_regressors, num_regressors), (num_tokens, num_regressors, num_channels)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def plus(self, other: "Statistics", decay: float = 1.0) -> "Statistics":
+        """These, decayed, and others."""
+        return Statistics(decay * self.squares + other.squares, decay * self.products + other.products)
+
+    def over_replicas(self, group: dist.ProcessGroup) -> "Statistics":
+        """The sums over a data-parallel group, the same bits on all of its ranks; these are used up.
+
+        Communication: one all-reduce of G * (q + r) * (q + r + D') float64.
+        """
+        flat = summed(torch.cat((self.squares, self.products), dim=-1), group)
+        return Statistics(*flat.split((self.squares.shape[-1], self.products.shape[-1]), dim=-1))
+
+
+@dataclass(frozen=True)
+class CriticWeights:
+    """The regressions' solution, of this rank's feature channels."""
+
+    prefix: Tensor  # W, float64 [G, q, D']
+    token: Tensor  # M, float64 [G, r, D']
+
+
+def step_statistics(
+    regressors: Sequence[TokenRegressors], features: OwnFeatures, counted_blocks: Tensor | None
+) -> Statistics:
+    """The sums over a micro-batch's rollouts.
+
+    Rollouts that begin alike have equal regressors, so features are added up by prefix first.
+
+    Args:
+        counted_blocks: bool [B, K], blocks whose rollouts count; None: all.
+    Communication: none.
+    """
+    counted = regressors[0].level.of_rollout.new_ones(regressors[0].level.of_rollout.shape[0], dtype=torch.bool)
+    if counted_blocks is not None:
+        counted = counted_blocks.flatten()
+    squares, products = [], []
+    for item, to_come in zip(reversed(regressors), features.to_come(), strict=True):
+        ones = counted[:, None, None].expand(-1, to_come.shape[1], 1).to(torch.float64)
+        spread = item.level.spread(item.token)
+        if counted_blocks is not None:  # what does not count may be anything
+            to_come = to_come.masked_fill(~counted[:, None, None], 0.0)
+            spread = spread.masked_fill(~counted[:, None, None], 0.0)
+        count_before, count = item.summed_before(ones), item.level.summed(ones)
+        prefix, token = item.prefix, item.token
+        if counted_blocks is not None:
+            prefix, token = prefix.masked_fill(count_before == 0, 0.0), token.masked_fill(count == 0, 0.0)
+        crossed = prefix.T @ item.summed_before(spread)
+        top = torch.cat((prefix.T @ (count_before * prefix), crossed), dim=1)
+        bottom = torch.cat((crossed.T, token.T @ (count * token)), dim=1)
+        squares.append(torch.cat((top, bottom)))
+        products.append(torch.cat((prefix.T @ item.summed_before(to_come), token.T @ item.level.summed(to_come))))
+    return Statistics(torch.stack(squares[::-1]), torch.stack(products[::-1]))
+
+
+def solved(statistics: Statistics, rank: int, prefix_ridge: float, token_ridge: float) -> CriticWeights:
+    """Solve the normal equations (S + R) B = C of every token.
+
+    R is diagonal: on each of the two blocks of regressors its ridge times the mean of the block's squares.
+
+    Args:
+        rank: r, regressors of the token, behind those of the prefix.
+    Raises:
+        torch.linalg.LinAlgError: the statistics are not finite.
+    Communication: none.
+    """
+    diagonal = statistics.squares.diagonal(dim1=-2, dim2=-1)
+    width = diagonal.shape[-1] - rank
+    blocks = (diagonal[:, :width], prefix_ridge), (diagonal[:, width:], token_ridge)
+    smallest = torch.finfo(torch.float64).tiny  # a block that is zero throughout keeps its equations solvable
+    ridge = torch.cat([(ridge * part.mean(dim=-1, keepdim=True)).clamp(min=smallest).expand_as(part) for part, ridge in blocks], dim=-1)
+    factor = torch.linalg.cholesky(statistics.squares + torch.diag_embed(ridge))
+    weights = torch.cholesky_solve(statistics.products, factor)
+    return CriticWeights(weights[:, :width].contiguous(), weights[:, width:].contiguous())
