@@ -21,8 +21,9 @@ from ebft_mega.config.entries import learning_rates
 from ebft_mega.config.load import load_config
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.train.step import Trainer, train_step
+from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
 
 CURVE = Path(__file__).with_name("golden_curve.json")

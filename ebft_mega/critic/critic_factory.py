@@ -5,7 +5,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.entries import advantage_estimator
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.critic.critic_terms import Objective

@@ -182,4 +182,6 @@ def row_directions(values: CriticValues, forest: Forest) -> Tensor:
     Communication: none.
     """
     first, *later = values.directions.transpose(1, 2).flatten(0, 1).unbind(dim=2)  # [B * K, n, r] each
-    return torch.cat([first.sum(dim=1), *(level.summed(each) for level, each in zip(forest.levels, later, strict=False))])
+    return torch.cat(
+        [first.sum(dim=1), *(level.summed(each) for level, each in zip(forest.levels, later, strict=False))]
+    )

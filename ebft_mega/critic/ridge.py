@@ -94,7 +94,10 @@ def solved(statistics: Statistics, rank: int, prefix_ridge: float, token_ridge: 
     width = diagonal.shape[-1] - rank
     blocks = (diagonal[:, :width], prefix_ridge), (diagonal[:, width:], token_ridge)
     smallest = torch.finfo(torch.float64).tiny  # a block that is zero throughout keeps its equations solvable
-    ridge = torch.cat([(ridge * part.mean(dim=-1, keepdim=True)).clamp(min=smallest).expand_as(part) for part, ridge in blocks], dim=-1)
+    ridge = torch.cat(
+        [(ridge * part.mean(dim=-1, keepdim=True)).clamp(min=smallest).expand_as(part) for part, ridge in blocks],
+        dim=-1,
+    )
     factor = torch.linalg.cholesky(statistics.squares + torch.diag_embed(ridge))
     weights = torch.cholesky_solve(statistics.products, factor)
     return CriticWeights(weights[:, :width].contiguous(), weights[:, width:].contiguous())

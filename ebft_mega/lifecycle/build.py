@@ -27,7 +27,7 @@ from ebft_mega.planning.auto import choices, default_choices, needs_of_phases
 from ebft_mega.planning.memory import Choices
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.rollout.generate import SamplingSettings
-from ebft_mega.train.step import Trainer
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.repeatability import describe_numerics
 from ebft_mega.runtime.run_files import MODEL_FOLDER, REPORT_NAME, RESOLVED_CONFIG_NAME, write_environment
 from ebft_mega.train.observer import Observer, open_observer
-from ebft_mega.train.step import Trainer
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import DTYPES
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from ebft_mega.train.hooks import StepHooks, step_hooks
 from ebft_mega.train.loop import train
 from ebft_mega.train.observer import Observer, announcer_of
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.train.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = F.linear(rows[chunk], weight)
             parts.append(score_rows(logits, scored.tokens[chunk], scored.temperature[chunk], own_slice, table))
         scores = RowScores.joined(parts)
-        ctx.save_for_backward(rows, weight, scores.normalizers)
-        ctx.scored, ctx.own_slice, ctx.expectations = scored, own_slice, None
+        ctx.save_for_backward(rows, weight, scored.tokens, scored.temperature, scores.normalizers)
+        ctx.own_slice, ctx.values, ctx.expectations = own_slice, values, None
         if values is None:
             return scores.logprobs
         assert scores.means is not None, "rows with a direction have a mean"
@@ -195,23 +195,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, normalizers = ctx.saved_tensors
-        scored: ScoredTokens = ctx.scored
+        rows, weight, tokens, temperature, normalizers = ctx.saved_tensors
+        values: LinearValues | None = ctx.values
         row_gradient = torch.empty_like(rows)
         # In the weight's own dtype: a matrix product rounds its sum once anyway, this rounds it once per chunk. The
         # error grows with the root of their number (`test_head.py`); a float32 buffer would move thrice the bytes.
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        num_choices = scored.tokens.shape[1]
-        valued = 0 if scored.values is None else len(scored.values.directions)
+        num_choices = tokens.shape[1]
+        valued = 0 if values is None else len(values.directions)
         for chunk in (*_chunks(0, valued), *_chunks(valued, len(rows))):
             logits = F.linear(rows[chunk], weight)
             slopes = None
-            if scored.values is not None and chunk.start < valued:
-                slopes = _slopes(scored.values, chunk, ctx.expectations[chunk], gradient[chunk, num_choices])
+            if values is not None and chunk.start < valued:
+                slopes = _slopes(values, chunk, ctx.expectations[chunk], gradient[chunk, num_choices])
             towards_logits = gradient_of_logits(
                 logits,
-                scored.tokens[chunk],
-                scored.temperature[chunk],
+                tokens[chunk],
+                temperature[chunk],
                 normalizers[chunk],
                 gradient[chunk, :num_choices],
                 ctx.own_slice,

@@ -77,15 +77,8 @@ def loss_terms(
     if logprobs.rollout is not None:
         if advantages is None:
             raise ValueError("log-probabilities of rollouts need the rollouts' advantages")
-        weights, rollout = advantages.detach().to(logprobs.rollout.dtype), logprobs.rollout
-        if weights.dim() == 3:
-            weights = weights[..., None]
-        if counted_blocks is not None:
-            rollout = rollout.masked_fill(~counted_blocks[:, None, :, None], 0.0)
-        gained = (weights * rollout).sum()
-        if logprobs.expected_values is not None:
-            gained = gained + logprobs.expected_values
-        rl = -gained / max(counts.rollout_tokens, 1)
+        rl = -_gained(logprobs.rollout, advantages, logprobs.expected_values, counted_blocks)
+        rl = rl / max(counts.rollout_tokens, 1)
         shares.append(rl_coef * rl)
     if logprobs.target is not None:
         target = logprobs.target
@@ -100,3 +93,14 @@ def loss_terms(
     total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
     zero = total.detach().new_zeros(())
     return LossTerms(rl=zero if rl is None else rl.detach(), ce=zero if ce is None else ce.detach(), total=total)
+
+
+def _gained(rollout: Tensor, advantages: Tensor, expected: Tensor | None, counted_blocks: Tensor | None) -> Tensor:
+    """The sum over counted blocks of advantage * log-probability, and of the critic's expected values."""
+    weights = advantages.detach().to(rollout.dtype)
+    if weights.dim() == 3:
+        weights = weights[..., None]
+    if counted_blocks is not None:
+        rollout = rollout.masked_fill(~counted_blocks[:, None, :, None], 0.0)
+    gained = (weights * rollout).sum()
+    return gained if expected is None else gained + expected

@@ -85,7 +85,8 @@ def generate_rollouts(
     Communication: that of the layers and of `sample_tokens`, and of `score_rows` if something is saved or
         log-probabilities are wanted; along the pipeline hidden states, the tokens of each pass from the last stage to
         all others, which grow the same forest of them, and one broadcast of the last tokens, with another one each of
-        all log-probabilities and of all means (r numbers a row) if they are wanted. The host waits for the device once per pass (`forest.read_counts`).
+        all log-probabilities and of all means (r numbers a row) if they are wanted.
+        The host waits for the device once per pass (`forest.read_counts`).
     Memory: keys and values of the micro-batches under way, logits of `HEAD_ROWS` rows, and what is saved of all.
     Source: EBFT paper (arXiv 2603.12248), strided mode.
     """
@@ -104,8 +105,8 @@ def generate_rollouts(
     means = [None] * len(micro_batches) if table is None else decoding.means(forests, table.shape[1])
     saved = [None if reuse == "off" else part for part in decoding.saved]
     return [
-        Sampled(Rollout(forest.rollouts(), forest, finite), part, *rest)
-        for forest, finite, part, *rest in zip(forests, decoding.finite, saved, logprobs, means, strict=True)
+        Sampled(Rollout(forest.rollouts(), forest, finite), part, scores, mean)
+        for forest, finite, part, scores, mean in zip(forests, decoding.finite, saved, logprobs, means, strict=True)
     ]
 
 

@@ -25,8 +25,8 @@ from ebft_mega.runtime.stop_requests import StopReason
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.observer import Observer, announcer_of
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.step import Trainer
 from ebft_mega.train.step_boundary import Boundary
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from ebft_mega.train.hooks import StepHooks
 from ebft_mega.train.non_finite import DUMP_DIRECTORY, dump_step
 from ebft_mega.train.progress import Progress
 from ebft_mega.train.skipped_rows import account_for, read_alike
-from ebft_mega.train.step import StepResult, Trainer, train_step
+from ebft_mega.train.step import StepResult, train_step
 from ebft_mega.train.step_metrics import distinct_shares_in, memory_metrics, speed_metrics, step_metrics
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
 
 logger = logging.getLogger(__name__)

@@ -5,37 +5,22 @@ REINFORCE on the rollouts (plus cross-entropy on the text) -> AdamW. Strictly on
 Rows and blocks that do not count (filler rows, blocks across masked documents) are computed with weight 0.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from ebft_mega.block_plan import BlockPlan
-from ebft_mega.config.schema import Reuse, RunConfig
-from ebft_mega.critic.fitted_critic import CriticStep, FittedCritic, row_directions
-from ebft_mega.features.network import FeatureNetwork
-from ebft_mega.metrics.timers import PhaseTimers
-from ebft_mega.model.head import LinearValues
-from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.objective.guard import guarded
-from ebft_mega.objective.losses import count_tokens, loss_terms
-from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.pipeline import one_forward_one_backward, replayed_backward, share_from_last_stage
-from ebft_mega.parallel.vocabulary import VocabularySlice
-from ebft_mega.parallel.zero import Update, ZeroEngine
-from ebft_mega.reward.sampled_blocks import Decode
-from ebft_mega.rollout.forward import SavedForward
-from ebft_mega.rollout.generate import Sampled, SamplingSettings, generate_rollouts
-from ebft_mega.rollout.score import ScoreRequest, score
-from ebft_mega.train.experience import Rewarding, make_experiences
+from ebft_mega.critic.fitted_critic import CriticStep
+from ebft_mega.parallel.zero import Update
+from ebft_mega.rollout.generate import Sampled, generate_rollouts
+from ebft_mega.train.experience import make_experiences
+from ebft_mega.train.gradient_pass import learn
 from ebft_mega.train.loss_masks import LossMasks, loss_masks
-from ebft_mega.types import Experience, Learned, LossTerms, TokenBatch, TokenCounts
+from ebft_mega.train.trainer import Trainer
+from ebft_mega.types import Experience, Learned, TokenBatch
 
 
-def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: float) -> "StepResult":
+def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: float) -> "StepResult":
     """Sample rollouts, reward them, add up the gradient, update the policy.
 
     Args:
@@ -83,7 +68,7 @@ def train_step(trainer: "Trainer", batch: TokenBatch, step: int, learning_rate: 
 
 
 def measure(
-    trainer: "Trainer",
+    trainer: Trainer,
     micro_batches: Sequence[TokenBatch],
     sampled: Sequence[Sampled],
     counted_blocks: Sequence[Tensor] | None,
@@ -104,7 +89,7 @@ def measure(
     return trainer.feature_network.grams(micro_batches, rollouts, trainer.plan, judged.take), judged
 
 
-def observe_step(trainer: "Trainer", batch: TokenBatch, step: int) -> None:
+def observe_step(trainer: Trainer, batch: TokenBatch, step: int) -> None:
     """Let the token critic learn from a batch as a step would, without a gradient and without an update.
 
     Args:
@@ -124,120 +109,6 @@ def observe_step(trainer: "Trainer", batch: TokenBatch, step: int) -> None:
     trainer.critic.learn(judged)
 
 
-def learn(
-    trainer: "Trainer",
-    micro_batches: Sequence[TokenBatch],
-    experiences: Sequence[Experience],
-    saved: Sequence[SavedForward | None],
-    masks: LossMasks | None = None,
-) -> list[Learned]:
-    """Add up the gradient of all micro-batches: the policy's forward pass with gradient, the loss, the backward pass.
-
-    Args:
-        experiences: per micro-batch; none when only the text is learned from.
-        saved: per micro-batch the forward pass that its rollout was; if there is none, it is computed here.
-        masks: which rows and blocks count; None: all.
-    Returns:
-        Log-probabilities and loss shares per micro-batch, the same on every rank of the replica.
-    Communication: the engine's layer-by-layer parameter gathers; along the pipeline the gradients of hidden states
-        (and, for a forward pass computed here, those); one broadcast of all log-probabilities and loss shares from
-        its last stage.
-    """
-    groups, count = trainer.groups, len(micro_batches)
-    forwards = {index: forward for index, forward in enumerate(saved) if forward is not None}
-    work = _GradientPass(trainer, micro_batches, experiences, forwards, masks)
-    if forwards:
-        replayed_backward(groups, count, work.forward, work.backward, work.entering_gradient, work.release)
-    else:
-        one_forward_one_backward(groups, count, work.forward, work.backward, work.hidden_buffer)
-    return work.learned()
-
-
-class _GradientPass:
-    """What this stage does with each micro-batch when the pipeline's schedule says so."""
-
-    def __init__(
-        self,
-        trainer: "Trainer",
-        micro_batches: Sequence[TokenBatch],
-        experiences: Sequence[Experience],
-        saved: dict[int, SavedForward],
-        masks: LossMasks | None,
-    ):
-        self.trainer, self.experiences, self.saved, self.masks = trainer, experiences, saved, masks
-        ebft = trainer.config.ebft
-        self.requests = [
-            ScoreRequest(
-                tokens=rows.tokens,
-                forest=experiences[index].rollout.forest if experiences else None,
-                targets=ebft.ce_coef > 0,
-                temperature=ebft.temperature,
-                documents=rows.documents,
-                values=self._values(experiences[index]) if experiences else None,
-            )
-            for index, rows in enumerate(micro_batches)
-        ]
-        num_rows, num_blocks, num_targets = trainer.config.train.global_batch_size, None, None
-        if masks is not None:
-            num_rows, num_blocks, num_targets = masks.num_rows, masks.num_blocks, masks.num_targets
-        self.counts: TokenCounts = count_tokens(
-            trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks, num_targets
-        )
-        self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
-
-    def _values(self, experience: Experience) -> LinearValues | None:
-        """Values of next tokens, whose expectation the loss adds; None: there are none."""
-        critic = self.trainer.critic
-        if critic is None or experience.critic is None:
-            return None
-        table = self.trainer.vocabulary.own_rows(critic.table)
-        return LinearValues(table, row_directions(experience.critic, experience.rollout.forest))
-
-    def forward(self, index: int, received: Tensor | None = None) -> Tensor:
-        """Hidden states for the next stage, or on the last one the loss to descend."""
-        trainer, request, ebft = self.trainer, self.requests[index], self.trainer.config.ebft
-        saved = self.saved.get(index)
-        scores = trainer.engine.forward(lambda stage: score(stage, request, trainer.plan, received, saved))
-        if not trainer.groups.is_last_stage:
-            return scores[0]
-        advantages = self.experiences[index].advantages if self.experiences else None
-        masks = () if self.masks is None else self.masks.of(index)
-        logprobs = request.logprobs(scores)
-        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, *masks)
-        self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
-        return guarded(terms.total, self.experiences[index].loss_inputs if self.experiences else ())
-
-    def backward(self, output: Tensor, gradient: Tensor | None) -> None:
-        """Accumulate the gradient of what `forward` returned."""
-        if gradient is None:
-            self.trainer.engine.backward(output)
-        else:
-            self.trainer.engine.backward_from(output, gradient)
-
-    def hidden_buffer(self, index: int) -> Tensor:
-        """For the hidden states that the stage before sends."""
-        request = self.requests[index]
-        return self.trainer.stage.hidden.empty(request.num_positions(self.trainer.plan))
-
-    def entering_gradient(self, index: int) -> Tensor:
-        """Gradient of the hidden states that entered the stage in a saved forward pass."""
-        return self.saved[index].entering_gradient()
-
-    def release(self, index: int) -> None:
-        """Free a saved forward pass."""
-        self.saved[index].release()
-
-    def learned(self) -> list[Learned]:
-        """Log-probabilities and loss shares of all micro-batches, on every stage; one broadcast."""
-        shapes = [shape for request in self.requests for shape in (*request.shapes(), (), (), ())]
-        shared = iter(share_from_last_stage(self.values, shapes, torch.float32, self.trainer.groups))
-        learned = []
-        for request in self.requests:
-            logprobs = request.logprobs([next(shared) for _ in request.shapes()])
-            learned.append(Learned(logprobs, LossTerms(rl=next(shared), ce=next(shared), total=next(shared))))
-        return learned
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What happened in a step, per micro-batch of this replica; the same on all of its ranks."""
@@ -247,43 +118,3 @@ class StepResult:
     learned: tuple[Learned, ...]
     update: Update
     masks: LossMasks | None = None  # None: all rows and blocks count
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """Everything that a step needs and that does not change from step to step."""
-
-    config: RunConfig
-    plan: BlockPlan
-    sampling: SamplingSettings
-    groups: ProcessGroups
-    engine: ZeroEngine[Stage]
-    feature_network: FeatureNetwork | None  # None: rl_coef is 0
-    timers: PhaseTimers
-    reuse: Reuse = "off"  # what the gradient pass reuses of the rollout's forward pass
-    decode: Decode | None = None  # token ids to text; None: no entry declares texts
-    critic: FittedCritic | None = None  # None: the estimator reads none
-
-    @cached_property
-    def rewarding(self) -> Rewarding:
-        """The terms of the reward and the estimator of advantages that the configuration names."""
-        return Rewarding.of(self.config, self.decode)
-
-    @property
-    def stage(self) -> Stage:
-        """This rank's part of the policy: its modules and sizes; the parameters may be partitioned."""
-        return self.engine.module
-
-    @property
-    def vocabulary(self) -> VocabularySlice:
-        """The tokens whose logits this rank computes."""
-        return VocabularySlice.of(self.stage.architecture.vocab_size, self.groups)
-
-    @contextmanager
-    def policy(self, recording: bool = False) -> Iterator[PipelinedModel]:
-        """The policy with whole parameters, for passes without gradient or, if `recording`, with it.
-
-        Communication: over the data-parallel group one gather of all parameters, unless they are held.
-        """
-        with self.engine.whole_parameters(recording) as run:
-            yield PipelinedModel.of(self.stage, run)

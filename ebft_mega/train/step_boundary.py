@@ -16,7 +16,7 @@ from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.runtime.run_lock import LOCK_NAME, Loss
 from ebft_mega.runtime.stop_requests import StopReason, StopRequests
 from ebft_mega.train.progress import Progress
-from ebft_mega.train.step import Trainer
+from ebft_mega.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

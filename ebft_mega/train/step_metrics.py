@@ -21,7 +21,8 @@ from ebft_mega.metrics.phase_memory import PhaseMemory
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.reward.duplicates import duplicate_share, has_duplicates
 from ebft_mega.train.loss_masks import LossMasks
-from ebft_mega.train.step import StepResult, Trainer
+from ebft_mega.train.step import StepResult
+from ebft_mega.train.trainer import Trainer
 
 DISTINCT_ROWS = "perf/distinct_rows_share"
 

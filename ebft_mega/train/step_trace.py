@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.train.step import StepResult, Trainer, train_step
+from ebft_mega.train.step import StepResult, train_step
 from ebft_mega.train.step_metrics import step_metrics
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
 
 

@@ -34,7 +34,7 @@ ROOMS = (
     *("architecture", "config", "runtime", "metrics"),
     *("data.selection", "data.tokenizers", "data.store", "data.builder", "data.rows"),
     *("parallel", "attention", "model"),
-    *("reward", "rollout", "features", "objective"),
+    *("reward", "rollout", "features", "critic", "objective"),
     *("checkpoint", "cost", "planning", "evaluation", "train", "lifecycle", "apps"),
 )
 HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "transformers", "sentencepiece", "matplotlib")

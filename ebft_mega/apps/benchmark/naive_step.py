@@ -29,7 +29,7 @@ from ebft_mega.reward.duplicates import copy_duplicate_rows
 from ebft_mega.rollout.noise import noise_keys
 from ebft_mega.rollout.sampling import sample_tokens
 from ebft_mega.train.experience import make_experience
-from ebft_mega.train.step import Trainer
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import Experience, PolicyLogprobs, Rollout, TokenBatch
 
 

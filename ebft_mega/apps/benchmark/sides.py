@@ -26,7 +26,8 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.train.step import Trainer, train_step
+from ebft_mega.train.step import train_step
+from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import DTYPES, Experience, TokenBatch
 
 

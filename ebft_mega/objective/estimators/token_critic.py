@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from ebft_mega.extension.advantage_estimator import AdvantageEstimator, EstimatorInputs
 from ebft_mega.extension.critic_settings import CriticSettings
 from ebft_mega.extension.options import Section, key
-from ebft_mega.objective.above_baseline import above_baseline
-from ebft_mega.objective.estimators.rloo import Rloo
+from ebft_mega.objective.estimators.rloo import Rloo, above_baseline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +28,10 @@ class TokenCritic(AdvantageEstimator):
         rank: int = key(64, "Numbers of a token's vector; at most the hidden size is used.", ge=1, le=4096)
         decay: float = key(0.95, "Share of the critic's statistics that is left after another step.", ge=0, le=1)
         prefix_ridge: float = key(
-            0.1, "Ridge of the regression on the tokens so far, times the mean of the regressors' squares.", gt=0, le=1e6
+            0.1,
+            "Ridge of the regression on the tokens so far, times the mean of the regressors' squares.",
+            gt=0,
+            le=1e6,
         )
         token_ridge: float = key(0.02, "The same of the regression on the drawn token.", gt=0, le=1e6)
         leave_one_out_share: float | None = key(

@@ -29,8 +29,9 @@ from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngin
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.parallel.optimizers.adamw import AdamW
 from ebft_mega.parallel.zero import OptimizerSettings, ZeroEngine, make_engine
-from ebft_mega.train.step import Trainer, train_step
+from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
+from ebft_mega.train.trainer import Trainer
 from tests.conftest import tiny_config
 from tests.distributed.parallel.test_engine_state import computed_with, same, same_state, state_of
 from tests.distributed.parallel.test_zero_traps import replaced
