@@ -11,6 +11,7 @@ from ebft_mega.critic.critic_terms import Objective
 from ebft_mega.critic.fitted_critic import FittedCritic
 from ebft_mega.critic.token_table import token_table
 from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.metrics.announcer import SILENT, Announcer
 from ebft_mega.model.weights.weight_sources import WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
 
@@ -26,23 +27,28 @@ def build_critic(
     config: RunConfig,
     architecture: Architecture,
     initial: WeightSource,
-    features: FeatureNetwork,
+    features: FeatureNetwork | None,
     groups: ProcessGroups,
-) -> FittedCritic:
-    """Make the critic of a run that uses one.
+    announcer: Announcer = SILENT,
+) -> FittedCritic | None:
+    """Make the critic of a run that uses one; None for any other run.
 
     Args:
         architecture, initial: of the policy at the beginning of the run.
-        features: whose channels it predicts.
+        features: whose channels it predicts; None: there are no rollouts.
+        announcer: says what is built.
     Communication: one broadcast of 4 bytes for each number of each token's vector over the world; its first rank reads
         the embeddings.
     """
+    if features is None or not uses_critic(config):
+        return None
     settings = advantage_estimator(config).critic_settings()
     is_mean = features.recipe.map.is_mean_of_tokens
     share = settings.leave_one_out_share
     if share is None:
         share = 0.5 if is_mean else 0.0
-    table = _shared_table(architecture, initial, settings.rank, groups)
+    with announcer.phase("making the token critic's vectors of tokens"):
+        table = _shared_table(architecture, initial, settings.rank, groups)
     objective = Objective(config.ebft.alignment_coef, config.ebft.diversity_coef, share)
     return FittedCritic(table, num_channels(features), settings, objective, config.block_plan, groups)
 

@@ -12,7 +12,7 @@ from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
 from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.critic.critic_factory import build_critic, uses_critic
+from ebft_mega.critic.critic_factory import build_critic
 from ebft_mega.errors import ConfigError, Problem
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.metrics.announcer import SILENT, Announcer
@@ -99,10 +99,6 @@ def build_trainer(
     words = f"building the policy, {architecture.num_parameters:,} parameters, and its optimizer, ZeRO stage"
     with announcer.phase(f"{words} {config.zero.stage}"):
         engine = build_engine(config, architecture, policy_weights or initial, attention, groups, announcer)
-    critic = None
-    if features is not None and uses_critic(config):
-        with announcer.phase("the token critic's vectors of tokens"):
-            critic = build_critic(config, architecture, initial, features, groups)
     synchronize = torch.cuda.synchronize if groups.device.type == "cuda" else None
     return Trainer(
         config=config,
@@ -113,7 +109,7 @@ def build_trainer(
         feature_network=features,
         timers=PhaseTimers(synchronize, memory=PhaseMemory.of_device(groups.device)),
         reuse=chosen.reuse_rollout,
-        critic=critic,
+        critic=build_critic(config, architecture, initial, features, groups, announcer),
     )
 
 
