@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl.axolotl_keys import LORA, STRUCTURED
+from ebft_mega.config.critic_rules import CRITIC, critic_keeps_its_mean
 from ebft_mega.config.entries import idle_options
 from ebft_mega.config.entry_rules import (
     FEATURES,
@@ -268,6 +269,7 @@ RULES = (
     Rule((*RATES, *_LENGTH), schedule_keeps_its_contract),
     Rule(FEATURES, feature_map_keeps_its_contract),
     Rule(("train.optimizer",), optimizer_keeps_its_contract),
+    Rule(CRITIC, critic_keeps_its_mean),
     Rule(("train.lr", "train.weight_decay"), _weights_do_not_grow_by_decay),
     Rule(("deterministic", "train.attention"), _kernels_repeat_their_bits),
     Rule(("checkpoint.resume",), _resume_is_a_path),
