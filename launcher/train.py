@@ -46,7 +46,7 @@ from ebft_mega.lifecycle.standing import Action, conclude_early, early_standing 
 from ebft_mega.metrics.announcer import Announcer  # noqa: E402
 from ebft_mega.planning.dry_run import GIGABYTE, describe_run  # noqa: E402
 from ebft_mega.planning.run_plan import RunPlan, check_run  # noqa: E402
-from ebft_mega.planning.short_plan import short_plan  # noqa: E402
+from ebft_mega.planning.short_plan import TraceRequest, short_plan  # noqa: E402
 from ebft_mega.registry.registry_listing import listed_entries  # noqa: E402
 from ebft_mega.runtime.launch_environment import MAX_PROCESSES, enter_launch, speaks_for_machine  # noqa: E402
 from ebft_mega.runtime.repeatability import require_repeatable_workspace  # noqa: E402
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --dry-run: shares of distinct rows of rollouts in features, the policy and its head (as "
         "`tools/evaluate.py --distinct-shares` prints them, or one for all), for which the work of a step is counted",
     )
-    option("--trace-step", type=output_directory, metavar="DIR", help="run one optimizer step and write its trace")
+    add_trace_options(parser)
     option("--fresh", action="store_true", help="set what is in output_dir aside (in previous/) and begin anew")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by launchers
     arguments = parser.parse_args()
@@ -111,9 +111,40 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{name} goes with --dry-run")
     if len(arguments.distinct_shares or []) > 3:
         parser.error(f"--distinct-shares: found {len(arguments.distinct_shares)} numbers; expected at most 3")
+    of_traces = {"--trace-warmup": arguments.trace_warmup, "--trace-noise": arguments.trace_noise}
+    for name, value in of_traces.items():
+        if value is not None and arguments.trace_step is None:
+            parser.error(f"{name} goes with --trace-step")
     if arguments.fresh and arguments.trace_step is not None:
         parser.error("--fresh goes with a run; --trace-step neither reads nor writes its output_dir")
     return arguments
+
+
+def add_trace_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a trace."""
+    option = parser.add_argument
+    option("--trace-step", type=output_directory, metavar="DIR", help="run one optimizer step and write its trace")
+    option(
+        "--trace-warmup",
+        type=whole_number(0),
+        metavar="M",
+        help="with --trace-step: let estimators that learn do so on the first M global batches, with unchanged "
+        "weights, and trace the batch after them as step M (default 0)",
+    )
+    option(
+        "--trace-noise",
+        type=whole_number(0),
+        metavar="N",
+        help="with --trace-step: add N to the seed of the traced step's sampling noise, not to the warm-up's; rows "
+        "stay (default 0)",
+    )
+
+
+def trace_request(arguments: argparse.Namespace) -> TraceRequest | None:
+    """The trace that the command line asks for; None: a run."""
+    if arguments.trace_step is None:
+        return None
+    return TraceRequest(arguments.trace_step, arguments.trace_warmup or 0, arguments.trace_noise or 0)
 
 
 def is_first_rank() -> bool:
@@ -205,14 +236,15 @@ def run(signals: Signals, started: float) -> int:
             shares = DistinctShares(*arguments.distinct_shares) if arguments.distinct_shares else None
             print_plan(config, plan, fresh, arguments.gpu_memory, shares)
             return EXIT_DONE
-        if not arguments.trace_step and not fresh.acts and has_nothing_to_do(config, plan, announcer):
+        trace = trace_request(arguments)
+        if trace is None and not fresh.acts and has_nothing_to_do(config, plan, announcer):
             return conclude_early(config, plan, write_report) if is_first_rank() else EXIT_DONE
-        for line in short_plan(config, plan, arguments.trace_step):
+        for line in short_plan(config, plan, trace):
             announcer.note(line)
         with announcer.phase("loading torch, megatron-core and DeepSpeed"):
             from ebft_mega.lifecycle.run import run_training
 
-        return run_training(config, plan, arguments.trace_step, signals, started, write_report, fresh, announcer)
+        return run_training(config, plan, trace, signals, started, write_report, fresh, announcer)
     except EbftError as error:
         signals.fail_undisturbed()
         speaks = (

@@ -47,13 +47,15 @@ NUMBERS = (
     "parameter_checksum_after",
     "update_norm",
 )
+PROJECTIONS = "gradient_projections"
 
 
 def compare(first: Path, second: Path, tolerance: float) -> list[str]:
     """List the differences between two traces, in the order of the step.
 
     Args:
-        tolerance: absolute for tensors, relative to the larger magnitude for the numbers; token ids must be equal.
+        tolerance: absolute for tensors, relative to the larger magnitude for the numbers and to the gradient's norm for
+            its projections; token ids must be equal.
     Returns:
         One line per tensor or number that differs.
     """
@@ -61,12 +63,15 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
 
     tensors = []
     numbers: list[dict[str, Any]] = []
+    projections: list[Any] = []
     for path in (first, second):
         with reading(path / "step.safetensors", "step.safetensors", "the tensors of a trace"):
             tensors.append(load_file(path / "step.safetensors"))
         with reading(path / "step.json", "step.json", "the numbers of a trace"):
             found = json.loads((path / "step.json").read_text(encoding="utf-8"))
             numbers.append({name: None if found[name] is None else float(found[name]) for name in NUMBERS})
+            values = found.get(PROJECTIONS, ())  # older traces have none
+            projections.append(None if values is None else [float(value) for value in values])
     lines = []
     found = {name for trace in tensors for name in trace}
     terms_end = ORDER.index("reward")
@@ -96,7 +101,36 @@ def compare(first: Path, second: Path, tolerance: float) -> list[str]:
                 lines.append(f"{name}: {one} against {other}")
         elif not abs(one - other) <= tolerance * max(1.0, abs(one), abs(other)):
             lines.append(f"{name}: {one} against {other}")
-    return lines
+    scale = min(numbers[0]["grad_norm"], numbers[1]["grad_norm"])
+    return lines + different_projections(projections[0], projections[1], tolerance * scale, (first, second))
+
+
+def different_projections(
+    left: list[float] | None, right: list[float] | None, allowed: float, places: tuple[Path, Path]
+) -> list[str]:
+    """Say where the projections of two gradients differ, in at most one line.
+
+    Args:
+        left, right: empty where a trace has none; None: its step was skipped.
+        allowed: the difference of two of them.
+        places: of the traces.
+    """
+    if left == right:
+        return []
+    if left is None or right is None:
+        return [f"{PROJECTIONS}: {left} against {right}"]
+    if not left or not right:
+        return [f"{PROJECTIONS}: only in {places[0] if left else places[1]}"]
+    if len(left) != len(right):
+        return [f"{PROJECTIONS}: {len(left)} against {len(right)}"]
+    pairs = list(zip(left, right, strict=True))
+    wrong = [index for index, (one, other) in enumerate(pairs) if not abs(one - other) <= allowed]
+    if not wrong:
+        return []
+    one, other = pairs[wrong[0]]
+    largest = max(abs(one - other) for one, other in pairs)
+    counted = f"{len(wrong)} of {len(pairs)} differ, at most by {largest:.3g}"
+    return [f"{PROJECTIONS}[{wrong[0]}]: {one} against {other}; {counted}"]
 
 
 def main() -> int:

@@ -21,10 +21,11 @@ from ebft_mega.lifecycle.run_directory import make_run_directory
 from ebft_mega.lifecycle.setting_aside import Fresh, take_directory
 from ebft_mega.lifecycle.standing import Action, Standing, conclude
 from ebft_mega.lifecycle.start import find_start
-from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_first_step
+from ebft_mega.lifecycle.tracing import timeout_of_steps, trace_one_step
 from ebft_mega.lifecycle.training import Run, train_and_export
 from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.planning.short_plan import TraceRequest
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.repeatability import use_deterministic_kernels
 from ebft_mega.runtime.run_files import STATUS_NAME, setup_rank_log
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 def run_training(
     config: RunConfig,
     plan: RunPlan,
-    trace_directory: Path | None,
+    trace: TraceRequest | None,
     signals: Signals,
     started_monotonic: float,
     write_report: Callable[[Path], Path],
@@ -50,7 +51,7 @@ def run_training(
 
     Args:
         plan: what `check_run` made of the configuration for this world size.
-        trace_directory: write the trace of step 0 there and do nothing else.
+        trace: write that and do nothing else; None: train.
         signals: those that this process gets.
         started_monotonic: `time.monotonic()` when the process started.
         write_report: writes the report page of a finished run directory and returns its path.
@@ -68,11 +69,11 @@ def run_training(
         with announcer.phase(connecting.connecting_words(config, plan)):
             groups = connecting.connect_ranks(config)
         with announcer.phase("opening the datasets, and comparing them and the configuration over all ranks"):
-            loader = make_loader(config, groups, is_trace=trace_directory is not None)
+            loader = make_loader(config, groups, is_trace=trace is not None)
             connecting.require_same_inputs(config, plan, loader)
         require_whole_models(config, announcer)
-    if trace_directory is not None:
-        return trace_first_step(config, plan, groups, loader, trace_directory, announcer)
+    if trace is not None:
+        return trace_one_step(config, plan, groups, loader, trace, announcer)
     with ExitStack() as held_to_the_end:
         with announcer.phase(f"taking the run directory {config.output_dir}, and looking at what is in it"):
             make_run_directory(config)

@@ -1,9 +1,8 @@
-"""Trace one optimizer step, without a run directory."""
+"""Trace one optimizer step, after a warm-up of estimators if one is asked for, without a run directory."""
 
 import datetime
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -16,36 +15,49 @@ from ebft_mega.lifecycle.run_directory import make_writable_directory
 from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.run_plan import RunPlan
+from ebft_mega.planning.short_plan import TraceRequest
 from ebft_mega.runtime.agreement import from_first_rank
 from ebft_mega.runtime.watchdog import Watchdog
 from ebft_mega.train.loop import rows_of_step
+from ebft_mega.train.step import observe_step
 from ebft_mega.train.step_trace import trace_step
 
 
-def trace_first_step(
+def trace_one_step(
     config: RunConfig,
     plan: RunPlan,
     groups: ProcessGroups,
     loader: BatchLoader,
-    directory: Path,
+    request: TraceRequest,
     announcer: Announcer,
 ) -> int:
-    """Write the trace of optimizer step 0, without a run directory; returns the exit code.
+    """Write the trace of the first optimizer step, or of one after a warm-up, without a run directory.
+
+    In the warm-up weights stay as they are: what a step's estimator learns of its batch it learns there, too.
 
     Args:
-        directory: takes the trace.
+        request: where the trace goes, and which step it is of.
         announcer: says what is done and how far it has come.
+    Returns:
+        The exit code.
     Raises:
         ConfigError: the directory cannot be written to; before the step.
     Communication: collective over the world.
     """
-    from_first_rank(lambda: make_writable_directory(directory, "--trace-step", "DIR"))
+    from_first_rank(lambda: make_writable_directory(request.directory, "--trace-step", "DIR"))
     watchdog = Watchdog(timeout_of_steps(config), log_path=None, record=lambda: EXIT_HANG)
     with watchdog, closing(iter(loader)) as batches:
         decode = text_decoder(config, loader)
         trainer = replace(build_chosen_trainer(config, plan, groups, announcer=announcer), decode=decode)
-        with announcer.phase(f"one optimizer step, traced into {directory}"):
-            trace_step(trainer, rows_of_step(next(batches).rows, config, groups.device), directory)
+        if request.warmup:
+            with announcer.phase("letting estimators learn", request.warmup, "batches") as count:
+                for step in range(request.warmup):
+                    observe_step(trainer, rows_of_step(next(batches).rows, config, groups.device), step)
+                    watchdog.beat(f"batch {step} of the warm-up")
+                    count(1)
+        with announcer.phase(f"one optimizer step, traced into {request.directory}"):
+            rows = rows_of_step(next(batches).rows, config, groups.device)
+            trace_step(trainer, rows, request.directory, request.warmup, request.noise)
         dist.barrier()
     return EXIT_DONE
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ebft_mega.errors import EntryError, Problem
 from ebft_mega.extension.entry import place_of_entry
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import Fault, OptimizerSettings, SharedGradients, SlicedOptimizer, Update
+from ebft_mega.parallel.optimizer import (
+    Fault,
+    LookAtGradient,
+    OptimizerSettings,
+    SharedGradients,
+    SlicedOptimizer,
+    Update,
+)
 from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, StateReader, share_out
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import StageRunner, StageT
@@ -28,7 +35,7 @@ class ZeroEngine(ABC, Generic[StageT]):
 
     `parallel.zero.make_engine` builds the one for a ZeRO stage.
 
-    Communication: every method is collective over the data-parallel group, `step` over the world.
+    Communication: every method is collective over the data-parallel group, `step` and `drop_gradient` over the world.
     """
 
     module: StageT  # at ZeRO stage 3 its parameters are empty outside of passes
@@ -74,13 +81,23 @@ class ZeroEngine(ABC, Generic[StageT]):
         """
 
     @abstractmethod
-    def step(self, learning_rate: float) -> Update:
+    def step(self, learning_rate: float, look: LookAtGradient | None = None) -> Update:
         """Clip by the global norm and update; a gradient that is not finite anywhere skips the step everywhere.
 
+        Args:
+            look: called once on every rank, with the reduced gradient before clipping; also in a step that is skipped.
         Returns:
             The same on every rank of the world.
         Raises:
             EntryError: on every rank, that of a plugin's optimizer on one of them.
+        """
+
+    @abstractmethod
+    def drop_gradient(self, look: LookAtGradient) -> None:
+        """Reduce and show the gradient as `step` does, then forget it: weights and the optimizer's state stay.
+
+        Args:
+            look: see `step`.
         """
 
     @abstractmethod

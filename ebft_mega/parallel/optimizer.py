@@ -1,7 +1,7 @@
 """The optimizer as both engines use it: settings, slices, result of a step, shared gradients, weight-decay groups."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from ebft_mega.config.entries import optimizer
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.extension.entry_fault import line_within
 from ebft_mega.extension.update_rule import Optimizer, UpdateSettings, UpdateSlice
+from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer_state import COUNT, WEIGHTS, StateKind, prepare_moments
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.registry.kinds import OPTIMIZERS
@@ -200,6 +201,26 @@ class SharedGradients:
             tied=tuple(parameter for parameter, role in named if role.tied),
             uncounted=tuple(parameter for parameter, role in named if not role.is_counted(tensor_parallel_rank)),
         )
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """Elements of a parameter's gradient, of those that one rank shows."""
+
+    parameter: str  # name in `named_parameters()`
+    start: int  # of the first one, in the whole flattened parameter of this tensor-parallel rank
+    values: Tensor  # float32 [elements], to read: the engine's own storage
+
+
+# What an engine shows the reduced gradient to, before it is clipped: every element on one data-parallel rank.
+LookAtGradient = Callable[[Iterable[GradientPart]], None]
+
+
+def share_of(whole: Tensor, groups: ProcessGroups) -> tuple[int, Tensor]:
+    """What a data-parallel rank shows of a tensor that all of them hold: where it begins, and its elements (a view)."""
+    size = -(-whole.numel() // groups.data_parallel_size)
+    start = min(groups.data_parallel_rank * size, whole.numel())
+    return start, whole.view(-1)[start : start + size]
 
 
 def has_finite_squares(gradient: Tensor) -> Tensor:

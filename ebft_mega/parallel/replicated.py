@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
+    GradientPart,
+    LookAtGradient,
     OptimizerSettings,
     SlicedOptimizer,
     Update,
     has_finite_squares,
     parameter_groups,
+    share_of,
     sum_over,
 )
 from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, applied_updates, prepare_moments
@@ -66,17 +69,16 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         output.backward(gradient)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Update:
+    def step(self, learning_rate: float, look: LookAtGradient | None = None) -> Update:
         """Sum gradients over the ranks that share a parameter, clip, and update the master weights.
 
         Communication: one all-reduce of all float32 gradients over the data-parallel group, one of the partial ones
             over the tensor-parallel group, one of the tied ones over both ends of the pipeline, one of 8 bytes over
             the replica; that of `_require_faultless`.
         """
-        groups = self._groups
-        dist.all_reduce(self._flat_gradient, group=groups.data_parallel)
-        sum_over(groups.tensor_parallel, [self._gradients[parameter] for parameter in self._shared.partial])
-        sum_over(groups.embedding, [self._gradients[parameter] for parameter in self._shared.tied])
+        self._reduce()
+        if look is not None:
+            look(self._shown())
         norm = self._global_norm()
         applied = bool(norm.isfinite())
         if applied:
@@ -90,6 +92,16 @@ class ReplicatedEngine(ZeroEngine[StageT]):
                 parameter.copy_(master)
         self._flat_gradient.zero_()
         return Update(norm.item() if applied else float("inf"), applied)
+
+    @torch.no_grad()
+    def drop_gradient(self, look: LookAtGradient) -> None:
+        """Sum gradients as `step` does, show them, and zero their buffer.
+
+        Communication: the first three of `step`.
+        """
+        self._reduce()
+        look(self._shown())
+        self._flat_gradient.zero_()
 
     @contextmanager
     def whole_parameters(self, recording: bool = False) -> Iterator[StageRunner]:
@@ -126,6 +138,16 @@ class ReplicatedEngine(ZeroEngine[StageT]):
         assert parameter.grad is not None, "the hook runs when there is a gradient"
         self._gradients[parameter].add_(parameter.grad)
         parameter.grad = None
+
+    def _reduce(self) -> None:
+        groups = self._groups
+        dist.all_reduce(self._flat_gradient, group=groups.data_parallel)
+        sum_over(groups.tensor_parallel, [self._gradients[parameter] for parameter in self._shared.partial])
+        sum_over(groups.embedding, [self._gradients[parameter] for parameter in self._shared.tied])
+
+    def _shown(self) -> Iterator[GradientPart]:
+        for name, parameter in self.module.named_parameters():
+            yield GradientPart(name, *share_of(self._gradients[parameter], self._groups))
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all ranks of the replica.

@@ -6,12 +6,22 @@ from ebft_mega.parallel.deepspeed_adapter.deepspeed_engine import DeepSpeedEngin
 from ebft_mega.parallel.deepspeed_adapter.sharded_stage import ShardedStage
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, Update
+from ebft_mega.parallel.optimizer import GradientPart, LookAtGradient, OptimizerSettings, Update
 from ebft_mega.parallel.replicated import ReplicatedEngine
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.parallel.stage_module import Loader, StageRunner, StageT
 
-__all__ = ["Loader", "OptimizerSettings", "ShardedStage", "StageRunner", "Update", "ZeroEngine", "make_engine"]
+__all__ = [
+    "GradientPart",
+    "Loader",
+    "LookAtGradient",
+    "OptimizerSettings",
+    "ShardedStage",
+    "StageRunner",
+    "Update",
+    "ZeroEngine",
+    "make_engine",
+]
 
 
 def make_engine(

@@ -1,5 +1,6 @@
 """Say in a few lines what a start is about to do, before anything heavy is loaded. No torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_mega.architecture.hf_config import Architecture
@@ -12,18 +13,28 @@ from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
 
-def short_plan(config: RunConfig, plan: RunPlan, trace_directory: Path | None = None) -> list[str]:
+@dataclass(frozen=True)
+class TraceRequest:
+    """The trace of one optimizer step that `--trace-step` and the options beside it ask for."""
+
+    directory: Path  # takes the trace
+    warmup: int = 0  # global batches from the first on that estimators learn from; the one after them is traced
+    noise: int = 0  # added to the seed of the traced step's sampling noise
+
+
+def short_plan(config: RunConfig, plan: RunPlan, trace: TraceRequest | None = None) -> list[str]:
     """Describe a run as lines: model, layout, data, tokens, steps, place, checkpoints.
 
     Args:
         plan: of a run whose inputs are all there.
-        trace_directory: where the trace of a single step is written; None: a run.
+        trace: asked for instead of a run; None: a run.
     """
     facts = plan_facts(config, plan)
     rows: list[tuple[str, str]] = [(name, facts[name]) for name in ("model", "layout", "data")]
-    if trace_directory is not None:
-        rows.append(("steps", f"one, of {config.tokens_per_step:,} tokens; it is traced, and nothing else is written"))
-        rows.append(("place", str(trace_directory)))
+    if trace is not None:
+        before = f", after {trace.warmup:,} that estimators learn from and the weights do not" if trace.warmup else ""
+        steps = f"one, of {config.tokens_per_step:,} tokens{before}; it is traced, and nothing else is written"
+        rows += [("steps", steps), ("place", str(trace.directory))]
     else:
         rows.append(("tokens", facts["tokens"]))
         rows.append(("steps", f"{plan.total_steps:,}, of {config.tokens_per_step:,} tokens each"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ebft_mega.critic.fitted_critic import CriticStep
-from ebft_mega.parallel.zero import Update
+from ebft_mega.parallel.zero import LookAtGradient, Update
 from ebft_mega.rollout.generate import Sampled, generate_rollouts
 from ebft_mega.train.experience import make_experiences
 from ebft_mega.train.gradient_pass import learn
@@ -20,12 +20,15 @@ from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import Experience, Learned, TokenBatch
 
 
-def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: float) -> "StepResult":
+def train_step(
+    trainer: Trainer, batch: TokenBatch, step: int, learning_rate: float, look: LookAtGradient | None = None
+) -> "StepResult":
     """Sample rollouts, reward them, add up the gradient, update the policy.
 
     Args:
         batch: this rank's rows of the global batch.
         step: 0-based optimizer step; part of the sampling noise.
+        look: see `ZeroEngine.step`.
     Returns:
         StepResult of this rank's replica; `train.step_metrics.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
@@ -61,7 +64,7 @@ def train_step(trainer: Trainer, batch: TokenBatch, step: int, learning_rate: fl
     with timers.phase("learn"):
         learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)
     with timers.phase("update"):
-        update = trainer.engine.step(learning_rate)
+        update = trainer.engine.step(learning_rate, look)
         if trainer.critic is not None and judged is not None and update.applied:
             trainer.critic.learn(judged)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update, masks)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ebft_mega.model.weights.gradient_projections import GradientProjections
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.train.step import StepResult, train_step
 from ebft_mega.train.step_metrics import step_metrics
@@ -17,18 +19,24 @@ from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
 
 
-def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
-    """Run optimizer step 0 at the full learning rate and write `step.safetensors` and `step.json`.
+def trace_step(trainer: Trainer, batch: TokenBatch, output: Path, step: int = 0, noise: int = 0) -> None:
+    """Run an optimizer step at the full learning rate and write `step.safetensors` and `step.json`.
 
     Args:
-        batch: this rank's rows of the first global batch.
+        batch: this rank's rows of the step's global batch.
         output: directory for the two files; made if needed.
+        step: its number, part of the sampling noise.
+        noise: added to the seed of that noise, which is taken modulo 2^64.
     Communication: collective over the world; every float32 master weight is gathered twice.
     """
     before = [parameter.double().cpu() for _, parameter in trainer.engine.local_parameters()]
-    result = train_step(trainer, batch, step=0, learning_rate=trainer.config.train.lr)
+    sampling = replace(trainer.sampling, seed=trainer.sampling.seed + noise)
+    trainer = replace(trainer, sampling=sampling)
+    projections = GradientProjections(trainer.stage)
+    result = train_step(trainer, batch, step, trainer.config.train.lr, projections.look)
     checksums = _parameter_change(trainer, before)
     metrics = step_metrics(trainer, result, trainer.config.train.lr)
+    projected = projections.total()
     tensors = _gather_rows(_local_tensors(result), trainer.groups)
     if not trainer.groups.is_world_first:
         return
@@ -43,8 +51,11 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path) -> None:
         **checksums,
     }
     numbers = {
+        "step": step,
+        "noise": noise,
         # Words for what JSON has no numbers for.
         **{name: value if value is None or math.isfinite(value) else str(value) for name, value in figures.items()},
+        "gradient_projections": projected if result.update.applied else None,
         "layout": {
             "data_parallel": trainer.groups.data_parallel_size,
             "tensor_parallel": trainer.groups.tensor_parallel_size,

@@ -1,8 +1,10 @@
 """The reference for layout tests: the same steps in one process with plain torch, a whole batch at once."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class Truth:
     losses: list[float] = field(default_factory=list)
     loss_scales: list[float] = field(default_factory=list)  # mean |advantage * logprob|, of which the RL loss cancels
     grad_norms: list[float] = field(default_factory=list)
+    projections: list[list[float]] = field(default_factory=list)  # of the gradient before clipping
     rollouts: list[Tensor] = field(default_factory=list)
     grams: list[Tensor] = field(default_factory=list)
     alignments: list[float] = field(default_factory=list)  # mean over the blocks that count
@@ -95,6 +98,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, counted_targets=learned)
         optimizer.zero_grad()
         terms.total.backward()
+        truth.projections.append(projections_of(stage))
         limit = config.train.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), limit)
         for name, gradient in hf_tensors(((n, p.grad.clone()) for n, p in stage.named_parameters()), stage):
@@ -111,6 +115,24 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         truth.grad_norms.append(norm.item())
     truth.parameters = whole_parameters(stage)
     return truth
+
+
+def projections_of(stage: Stage) -> list[float]:
+    """Inner products of the gradient with the signs of a step trace, written out."""
+    gradients = dict(hf_tensors(((name, each.grad.clone()) for name, each in stage.named_parameters()), stage))
+    projections = []
+    for direction in range(16):
+        signs = {name: naive_signs(direction, name, gradient.shape) for name, gradient in gradients.items()}
+        projections.append(sum((gradient.double() * signs[name]).sum().item() for name, gradient in gradients.items()))
+    return projections
+
+
+def naive_signs(direction: int, name: str, shape: torch.Size) -> Tensor:
+    """Those of a whole Hugging Face tensor, float64."""
+    key = int.from_bytes(hashlib.sha256(f"{direction}:{name}".encode()).digest()[:8], "little")
+    words = np.random.Philox(key=key).random_raw(-(-shape.numel() // 64)).astype("<u8")
+    bits = np.unpackbits(words.view("u1"), bitorder="little")[: shape.numel()]
+    return torch.from_numpy(2.0 * bits - 1).view(shape)
 
 
 def quiet_elements(gradient: Tensor) -> Tensor:

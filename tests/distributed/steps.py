@@ -13,6 +13,7 @@ from ebft_mega.config.load import load_config
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model import head
+from ebft_mega.model.weights.gradient_projections import GradientProjections
 from ebft_mega.model.weights.stage_weights import hf_tensors
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
 from ebft_mega.rollout import generate
@@ -89,6 +90,7 @@ class Outcome:
     """What a case left behind on one rank."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
+    projections: list[list[float]] = field(default_factory=list)  # of the gradient, by step
     rollouts: list[Tensor] = field(default_factory=list)  # this replica's, per step
     grams: list[Tensor] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)  # whole, under their Hugging Face names
@@ -145,7 +147,9 @@ def run_case(layout: Layout, case: Case, directory: str, groups: ProcessGroups, 
     trainer = build_trainer(config, architecture, architecture, groups)
     outcome = Outcome()
     for step in range(NUM_STEPS):
-        result = train_step(trainer, rows_of_step(step, groups, case), step, LEARNING_RATE)
+        projections = GradientProjections(trainer.stage)
+        result = train_step(trainer, rows_of_step(step, groups, case), step, LEARNING_RATE, projections.look)
+        outcome.projections.append(projections.total())
         outcome.metrics.append(step_metrics(trainer, result, LEARNING_RATE))
         if result.experiences:
             outcome.rollouts.append(torch.cat([item.rollout.tokens for item in result.experiences]))

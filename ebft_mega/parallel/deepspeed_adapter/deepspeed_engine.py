@@ -30,6 +30,8 @@ from ebft_mega.parallel.deepspeed_adapter.replica_ranks import (
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
+    GradientPart,
+    LookAtGradient,
     OptimizerSettings,
     SlicedOptimizer,
     Update,
@@ -80,6 +82,8 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         self._reduced_step = self._engine.optimizer.step
         # The moment between the reduction of gradients and their norm is inside the engine's step.
         self._engine.optimizer.step = self._step_of_reduced_gradients
+        self._look: LookAtGradient | None = None  # of the step that is under way
+        self._updates = True  # whether it does
         self._clips_squares = settings.clips_squares
         self._hold_parameters = settings.hold_parameters if settings.zero_stage == 3 else "anyway"
         self._view = view_of(module, build_stage) if settings.zero_stage == 3 else module
@@ -101,15 +105,24 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         self._begin_backward()
         output.backward(gradient)
 
-    def step(self, learning_rate: float) -> Update:
+    def step(self, learning_rate: float, look: LookAtGradient | None = None) -> Update:
         """Run DeepSpeed's step, with sums over the replica between its reduction of gradients and its norm."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._look = look
         self._engine.step()
         self._require_faultless(self._optimizer)
         self._storage.forget_gradients()
         applied = bool(self._engine.was_step_applied())
         return Update(float(self._engine.get_global_grad_norm()) if applied else float("inf"), applied)
+
+    def drop_gradient(self, look: LookAtGradient) -> None:
+        """Run a step of DeepSpeed's that skips the update, as it skips one with a gradient that is not finite."""
+        self._look, self._updates = look, False
+        self._engine.step()
+        self._updates = True
+        self._storage.forget_gradients()
+        assert not self._engine.was_step_applied(), "a gradient of NaN is never applied"
 
     @contextmanager
     def whole_parameters(self, recording: bool = False) -> Iterator[StageRunner]:
@@ -177,6 +190,11 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
     def _step_of_reduced_gradients(self) -> None:
         self._sum_partial_gradients()
         self._sum_tied_gradients()
+        if self._look is not None:
+            look, self._look = self._look, None
+            look(self._shown())
+        if not self._updates:
+            self._spoil_gradients()
         self._spread_non_finite()
         self._reduced_step()
 
@@ -215,8 +233,17 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         dist.all_reduce(bad, group=self._groups.data_parallel)
         dist.all_reduce(bad, group=self._groups.model_parallel)
         if bad > 0:
-            for gradient in self._gradients(self._storage.parameters):
-                gradient.fill_(torch.nan)
+            self._spoil_gradients()
+
+    def _spoil_gradients(self) -> None:
+        """Make this rank's part of the gradient one with which a step is skipped."""
+        for gradient in self._gradients(self._storage.parameters):
+            gradient.fill_(torch.nan)
+
+    def _shown(self) -> Iterator[GradientPart]:
+        for name, parameter in self.module.named_parameters():
+            if (shown := self._storage.shown_gradient(parameter)) is not None:
+                yield GradientPart(name, *shown)
 
     def _gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """This rank's partitions of reduced gradients, the optimizer's own storage; none for what it has no part of."""

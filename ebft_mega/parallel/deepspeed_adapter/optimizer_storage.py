@@ -1,6 +1,7 @@
 """Where DeepSpeed's ZeRO optimizers store gradients, master weights and moments, as tensors to read and to write."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.deepspeed_adapter.partitioned_parameters import whole_shape
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings
+from ebft_mega.parallel.optimizer import OptimizerSettings, share_of
 from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, applied_updates, prepare_moments
 
 
@@ -69,6 +70,23 @@ class OptimizerStorage:
         else:
             return None
         return gradient
+
+    def shown_gradient(self, parameter: Any) -> tuple[int, Tensor] | None:
+        """What this data-parallel rank shows of a reduced gradient: where in the parameter it begins, and its elements.
+
+        Returns:
+            The optimizer's own storage, without padding; all ranks' together are the gradient, each element once. None:
+            this rank shows none of it.
+        """
+        gradient = self.gradient(parameter)
+        if gradient is None:
+            return None
+        if self._whole_gradients:
+            return share_of(gradient, self._groups)
+        if self._zero_stage < 3:
+            return parameter._hp_mapping.lp_fragment_address.start, gradient
+        start = self._groups.data_parallel_rank * gradient.numel()
+        return start, gradient[: max(0, math.prod(whole_shape(parameter)) - start)]
 
     def forget_gradients(self) -> None:
         """Zero the buffer of gradient partitions, which stages 1 and 2 do by themselves.

@@ -4,6 +4,7 @@ What each workaround is for is in `test_zero_traps.py`.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_group
 from ebft_mega.parallel.zero import ZeroEngine
 from tests.distributed.parallel.zero_stages import (
     LEARNING_RATE,
+    Projection,
     Truth,
     accumulate,
     farthest,
@@ -30,20 +32,40 @@ LAYOUTS = {"data": (2, 1, 1), "tensor": (2, 2, 1), "pipeline": (2, 1, 2)}  # ran
 MANY = {"three stages": (3, 1, 3), "tensor x pipeline": (4, 2, 2), "data x tensor x pipeline": (8, 2, 2)}
 
 
-def take_steps(groups: ProcessGroups, **options) -> tuple[list[float], float]:
-    """Gradient norms of some steps, and how far the master weights are from plain torch's."""
+DROPPED_STEP = 1  # its gradient is once shown and forgotten before it is computed again and used
+
+
+@dataclass
+class Found:
+    """What the steps of an engine came to."""
+
+    norms: list[float]
+    projections: list[float]  # of the gradients that the engine shows
+    dropped: float  # of that of `DROPPED_STEP`, when no update follows
+    distance: float  # of the master weights from plain torch's
+
+
+def take_steps(groups: ProcessGroups, **options) -> Found:
     options = settings(**options)
     engine = tiny_engine(groups, options)
-    norms = []
+    found = Found([], [], 0.0, 0.0)
     for step in range(NUM_STEPS):
+        if step == DROPPED_STEP:
+            accumulate(engine, groups, step)
+            dropped = Projection(engine, groups)
+            engine.drop_gradient(dropped.look)
+            found.dropped = dropped.total()
         accumulate(engine, groups, step)
-        update = engine.step(LEARNING_RATE)
+        projection = Projection(engine, groups)
+        update = engine.step(LEARNING_RATE, projection.look)
         assert update.applied
-        norms.append(update.grad_norm)
-    return norms, farthest(engine, groups, plain_steps(groups, NUM_STEPS, options.grad_clip))
+        found.norms.append(update.grad_norm)
+        found.projections.append(projection.total())
+    found.distance = farthest(engine, groups, plain_steps(groups, NUM_STEPS, options.grad_clip))
+    return found
 
 
-def take_all_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[float], float]]:
+def take_all_steps(tensor: int, pipeline: int) -> dict[str, Found]:
     groups = make_process_groups(connect(), tensor, pipeline)
     found = {f"zero {stage}": take_steps(groups, zero_stage=stage, grad_clip=CLIP) for stage in STAGES}
     found |= {
@@ -57,7 +79,7 @@ def take_all_steps(tensor: int, pipeline: int) -> dict[str, tuple[list[float], f
 
 
 @cache
-def steps_of(layout: str) -> list[dict[str, tuple[list[float], float]]]:
+def steps_of(layout: str) -> list[dict[str, Found]]:
     return run_ranks((LAYOUTS | MANY)[layout][0], take_all_steps, *(LAYOUTS | MANY)[layout][1:])
 
 
@@ -82,23 +104,30 @@ def test_steps_are_those_of_plain_torch(layout):
     name = "blocks.0.up.weight"
     assert (clipped.parameters[name] - free.parameters[name]).abs().max() > 1e-4  # so a wrong clipping is seen
     for rank, found in enumerate(steps_of(layout)):
-        for name, (norms, distance) in found.items():
+        for name, outcome in found.items():
             if name.startswith("bf16"):
                 continue
-            expected = (free if name.startswith("no clipping") else clipped).norms
-            assert norms == pytest.approx(expected, rel=1e-5), (rank, name)
-            assert distance < 2e-6, (rank, name)
+            expected = free if name.startswith("no clipping") else clipped
+            assert outcome.norms == pytest.approx(expected.norms, rel=1e-5), (rank, name)
+            assert outcome.distance < 2e-6, (rank, name)
+            # Their own rounding is that of the norm, which they may be far below.
+            shown = [*outcome.projections, outcome.dropped]
+            truths = [*expected.projections, expected.projections[DROPPED_STEP]]
+            assert shown == pytest.approx(truths, rel=0, abs=1e-5 * min(expected.norms)), (rank, name)
 
 
 @every_layout
 def test_bfloat16_gradients_are_added_up_in_float32_at_every_stage(layout):
-    expected = steps_of(layout)[0]["bf16 0"][0]
-    assert expected == pytest.approx(truth(CLIP).norms, rel=2e-2)
+    first = steps_of(layout)[0]["bf16 0"]
+    assert first.norms == pytest.approx(truth(CLIP).norms, rel=2e-2)
+    assert first.projections == pytest.approx(truth(CLIP).projections, rel=0, abs=2e-2 * max(first.norms))
     for rank, found in enumerate(steps_of(layout)):
         for stage in STAGES:
-            norms, distance = found[f"bf16 {stage}"]
-            assert norms == pytest.approx(expected, rel=1e-6), (rank, stage)
-            assert distance < NUM_STEPS * 2 * LEARNING_RATE, (rank, stage)
+            outcome = found[f"bf16 {stage}"]
+            assert outcome.norms == pytest.approx(first.norms, rel=1e-6), (rank, stage)
+            assert outcome.projections == pytest.approx(first.projections, rel=0, abs=1e-6), (rank, stage)
+            assert outcome.dropped == pytest.approx(first.projections[DROPPED_STEP], rel=0, abs=1e-6), (rank, stage)
+            assert outcome.distance < NUM_STEPS * 2 * LEARNING_RATE, (rank, stage)
 
 
 POISONED = {1: "out_bias", 3: "down.weight", 5: "embedding.weight"}  # parameter by step; every other step is healthy

@@ -154,6 +154,35 @@ def fill(stage, gathered, is_reader):
                 parameter.data.copy_(local_slice(name, initial(name), stage.groups))
 
 
+def direction(name: str) -> Tensor:
+    """Of a whole parameter, for the inner product with its gradient; the copy has none."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + 1)
+    return torch.randn(whole_shape(name), generator=generator, dtype=torch.float64)
+
+
+class Projection:
+    """The inner product of the gradient that an engine shows, over the world."""
+
+    def __init__(self, engine: ZeroEngine, groups: ProcessGroups):
+        self.engine, self.groups, self.sum = engine, groups, torch.zeros((), dtype=torch.float64)
+        self.num_looks = 0
+
+    def look(self, parts) -> None:
+        roles, rank = self.engine.module.roles(), self.groups.tensor_parallel_rank
+        for part in parts:
+            assert part.values.dtype == torch.float32
+            if roles.get(part.parameter, ParameterRole()).is_counted(rank):
+                whole = local_slice(part.parameter, direction(part.parameter), self.groups).flatten()
+                values = part.values.flatten().double()
+                self.sum += (values * whole[part.start : part.start + len(values)]).sum()
+        self.num_looks += 1
+
+    def total(self) -> float:
+        assert self.num_looks == 1
+        dist.all_reduce(self.sum)
+        return self.sum.item()
+
+
 def rows(step: int) -> Tensor:
     return torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
 
@@ -210,6 +239,7 @@ def accumulate(engine: ZeroEngine, groups: ProcessGroups, step: int, poison=lamb
 @dataclass
 class Truth:
     norms: list[float] = field(default_factory=list)
+    projections: list[float] = field(default_factory=list)  # of the gradients before clipping
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -240,8 +270,11 @@ def plain_steps(
         optimizer.zero_grad()
         tokens = rows(step)
         loss_share(stage.logits(stage.hidden(tokens)), tokens).backward()
+        gradients = {name: parameter.grad.double() for name, parameter in stage.named_parameters()}
+        projection = sum((gradient * direction(name)).sum().item() for name, gradient in gradients.items())
         norm = nn.utils.clip_grad_norm_(stage.parameters(), grad_clip or float("inf"))
         truth.norms.append(norm.item())
+        truth.projections.append(projection)
         optimizer.step()
     truth.parameters = {name: parameter.detach() for name, parameter in stage.named_parameters()}
     return truth

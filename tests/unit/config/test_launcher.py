@@ -131,6 +131,12 @@ def test_text_that_a_stream_does_not_have_is_escaped(inputs):
         ("--config", "x", "--gpu-memory", "80"),
         ("--config", "x", "--distinct-shares", "0.5"),
         *(("--config", "x", "--dry-run", "--distinct-shares", *values) for values in (["1.1"], ["-1"], ["1"] * 4)),
+        *(("--config", "x", option, "1") for option in ("--trace-warmup", "--trace-noise")),
+        *(
+            ("--config", "x", "--trace-step", "y", option, value)
+            for option in ("--trace-warmup", "--trace-noise")
+            for value in ("-1", "1.5", "one")
+        ),
         *(("--config", "x", "--dry-run", "--gpu-memory", value) for value in ("0", "-1", "nan", "80GB", "1e300")),
     ],
 )

@@ -12,6 +12,7 @@ from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.model.weights import stage_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights
 from ebft_mega.planning.run_plan import check_run
+from ebft_mega.planning.short_plan import TraceRequest
 from ebft_mega.runtime.stop_requests import Signals
 from ebft_mega.train import hooks, loop
 from tests.distributed.runs import TEXT, make_datasets
@@ -60,7 +61,11 @@ WORKS = {
         (loop, "train_step", "start: step 2: the first one of this start also compiles kernels"),
         *ENDING,
     ),
-    "traced": (*CONNECTING, *BUILDING, (tracing, "trace_step", "start: one optimizer step, traced into ")),
+    "traced": (
+        *(*CONNECTING, *BUILDING),
+        (tracing, "observe_step", "start: letting estimators learn"),
+        (tracing, "trace_step", "start: one optimizer step, traced into "),
+    ),
 }
 
 
@@ -71,7 +76,7 @@ def configuration(directory, steps):
     return load_config(directory / "run.yaml", [*places, "zero.stage=0", f"train.max_steps={steps}"])
 
 
-def begin(config, announcer, trace_directory=None):
+def begin(config, announcer, trace=None):
     """Run what a configuration says, with a page that says that it is drawn."""
 
     def write_report(output):
@@ -79,7 +84,7 @@ def begin(config, announcer, trace_directory=None):
         return output / "report.html"
 
     plan = check_run(config, 1)
-    run_training(config, plan, trace_directory, Signals(), time.monotonic(), write_report, announcer=announcer)
+    run_training(config, plan, trace, Signals(), time.monotonic(), write_report, announcer=announcer)
 
 
 def watch(monkeypatch, works, said):
@@ -116,7 +121,11 @@ def test_each_phase_is_announced_before_its_work_begins(directory, kind, steps, 
     if kind == "resumed" and not (directory / "out").exists():  # this case was chosen alone
         begin(configuration(directory, 1), Announcer())
     begun = watch(monkeypatch, WORKS[kind], said)
-    begin(configuration(directory, steps), announcer, directory / "trace" if kind == "traced" else None)
+    begin(
+        configuration(directory, steps),
+        announcer,
+        TraceRequest(directory / "trace", warmup=1) if kind == "traced" else None,
+    )
     order = list(dict.fromkeys(begun))  # work within a phase may be called again
     assert [name for name, _ in order] == [name for _, name, _ in WORKS[kind]]
     for (name, line), (_, _, beginning) in zip(order, WORKS[kind], strict=True):

@@ -12,6 +12,7 @@ from ebft_mega.lifecycle.findings import OWN_FILES, OWN_FOLDERS, last_logged_ste
 from ebft_mega.lifecycle.run_directory import make_run_directory
 from ebft_mega.metrics.announcer import Announcer
 from ebft_mega.planning.input_places import output_notes
+from ebft_mega.planning.short_plan import TraceRequest
 from ebft_mega.runtime.run_lock import LOCK_NAME, RunLock
 
 
@@ -94,4 +95,4 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_step(tmp_path, mon
     (tmp_path / "file").touch()
     monkeypatch.setattr(tracing, "from_first_rank", lambda compute: compute())
     with pytest.raises(ConfigError, match="--trace-step: DIR: found .*, which cannot be written"):
-        tracing.trace_first_step(None, None, None, None, tmp_path / place, Announcer())
+        tracing.trace_one_step(None, None, None, None, TraceRequest(tmp_path / place), Announcer())

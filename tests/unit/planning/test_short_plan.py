@@ -4,12 +4,12 @@ from pathlib import Path
 
 from ebft_mega.config.load import load_config
 from ebft_mega.planning.run_plan import check_run
-from ebft_mega.planning.short_plan import short_plan
+from ebft_mega.planning.short_plan import TraceRequest, short_plan
 
 
-def lines_of(inputs, world_size=1, trace_directory=None, **changes):
+def lines_of(inputs, world_size=1, trace=None, **changes):
     config = load_config(inputs.write(**changes))
-    lines = short_plan(config, check_run(config, world_size), trace_directory)
+    lines = short_plan(config, check_run(config, world_size), trace)
     return [" ".join(line.split()).replace(f"{inputs.root}/", "") for line in lines]
 
 
@@ -41,12 +41,14 @@ def test_random_weights_and_a_feature_model(inputs):
 
 
 def test_a_trace(inputs):
-    lines = lines_of(inputs, trace_directory=Path("/somewhere/trace"))
+    lines = lines_of(inputs, trace=TraceRequest(Path("/somewhere/trace")))
     assert lines[-2:] == [
         "steps one, of 256 tokens; it is traced, and nothing else is written",
         "place /somewhere/trace",
     ]
     assert not any(line.startswith(("tokens", "checkpoints")) for line in lines)
+    lines = lines_of(inputs, trace=TraceRequest(Path("/somewhere/trace"), warmup=20))
+    assert lines[-2].startswith("steps one, of 256 tokens, after 20 that estimators learn from and the weights do not;")
 
 
 def test_no_line_is_taken_for_one_of_those_that_scripts_read(inputs):

@@ -1,6 +1,7 @@
 """Traces that agree, and the first place where they do not."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tools.compare_traces import different_projections
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NUMBERS = (
@@ -25,7 +28,7 @@ def write_trace(directory: Path, **changes) -> Path:
         "logprobs": torch.full((2, 1, 2, 2), -1.0),
     }
     tensors |= {name: value for name, value in changes.items() if isinstance(value, torch.Tensor)}
-    numbers = dict.fromkeys(NUMBERS, 1.5) | {"ce_loss": None}
+    numbers = dict.fromkeys(NUMBERS, 1.5) | {"ce_loss": None, "gradient_projections": [0.5, -1.0]}
     numbers |= {name: value for name, value in changes.items() if name in numbers}
     directory.mkdir()
     save_file(tensors, directory / "step.safetensors")
@@ -53,6 +56,10 @@ def test_equal_traces_agree(tmp_path):
         ({"grad_norm": 1.6}, "grad_norm: 1.5 against 1.6"),
         ({"grad_norm": "nan"}, "grad_norm: 1.5 against nan"),
         ({"ce_loss": 0.5}, "ce_loss: None against 0.5"),
+        (
+            {"gradient_projections": [0.5, -1.0002]},
+            "gradient_projections[1]: -1.0 against -1.0002; 1 of 2 differ, at most by 0.0002",
+        ),
     ],
 )
 def test_the_first_difference_is_named(tmp_path, change, first_line):
@@ -68,6 +75,35 @@ def test_tolerance_is_for_numbers_not_for_tokens(tmp_path):
     assert compare(first, near).returncode == 1
     assert compare(first, near, "--tolerance", "0.01").returncode == 0
     assert compare(first, tokens, "--tolerance", "10").returncode == 1
+
+
+def test_projections_are_compared_with_the_norm_of_the_gradient(tmp_path):
+    """What small gradients differ by is small."""
+    first, second = (
+        write_trace(tmp_path / name, grad_norm=0.01, gradient_projections=[0.5 + change, -1.0])
+        for name, change in (("a", 0.0), ("b", 5e-6))
+    )
+    result = compare(first, second)
+    assert (result.returncode, len(result.stdout.splitlines())) == (1, 1)
+    assert compare(first, second, "--tolerance", "1e-3").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "words"),
+    [
+        ([1.0, 2.0], [1.0, 2.09], None),
+        ([1.0, 2.0], [1.2, 2.3], "[0]: 1.0 against 1.2; 2 of 2 differ, at most by 0.3"),
+        ([1.0, 2.0], [1.0, math.nan], "[1]: 2.0 against nan; 1 of 2 differ"),
+        ([1.0, 2.0], [1.0], ": 2 against 1"),
+        ([1.0], [], ": only in a"),
+        ([], None, ": [] against None"),
+        (None, None, None),
+    ],
+)
+def test_projections_that_differ(left, right, words):
+    lines = different_projections(left, right, 0.1, (Path("a"), Path("b")))
+    assert len(lines) == (words is not None)
+    assert all(line.startswith(f"gradient_projections{words}") for line in lines), lines
 
 
 def test_a_missing_trace_is_bad_input(tmp_path):
