@@ -15,7 +15,7 @@ from ebft_mega.lifecycle.run import run_training
 from ebft_mega.planning.run_plan import check_run
 from ebft_mega.planning.short_plan import TraceRequest
 from ebft_mega.runtime.stop_requests import Signals
-from ebft_mega.train import step, step_trace
+from ebft_mega.train import gradient_pass, step_trace
 from tests.distributed.runs import TEXT, make_datasets
 
 SEED = 11  # of the text
@@ -29,18 +29,17 @@ def directory(tmp_path_factory, groups):
     return directory
 
 
-def configuration(directory):
+def configuration(directory, *overrides):
     names = {"output_dir": "out", "data.shards": "train", "evaluation.shards": "held_out", "data.cache": "cache"}
-    return load_config(
-        directory / "run.yaml", [*(f"{key}={directory / name}" for key, name in names.items()), "zero.stage=0"]
-    )
+    places = [f"{key}={directory / name}" for key, name in names.items()]
+    return load_config(directory / "run.yaml", [*places, "zero.stage=0", *overrides])
 
 
 @pytest.fixture
 def trace(directory, tmp_path):
-    def written(**asked):
+    def written(*overrides, **asked):
         """Tensors and numbers of a trace."""
-        config, place = configuration(directory), tmp_path / "-".join(["trace", *map(str, asked.values())])
+        config, place = configuration(directory, *overrides), tmp_path / "-".join(["trace", *map(str, asked.values())])
         request = TraceRequest(place, **asked)
         code = run_training(config, check_run(config, 1), request, Signals(), time.monotonic(), lambda output: output)
         assert code == 0 and not config.output_dir.exists()
@@ -83,11 +82,22 @@ def test_projections_are_written_unless_the_step_is_skipped(trace, monkeypatch):
     numbers = trace()[1]
     squares = [value**2 / numbers["grad_norm"] ** 2 for value in numbers["gradient_projections"]]
     assert len(squares) == 16 and 0.2 < sum(squares) / 16 < 3  # their expectation is 1
-    original = step.loss_terms
+    original = gradient_pass.loss_terms
 
     def spoiled(*arguments, **named):
         terms = original(*arguments, **named)
         return replace(terms, total=terms.total * torch.nan)
 
-    monkeypatch.setattr(step, "loss_terms", spoiled)
+    monkeypatch.setattr(gradient_pass, "loss_terms", spoiled)
     assert trace(noise=0)[1]["gradient_projections"] is None
+
+
+def test_a_critic_learns_in_the_warm_up_and_the_weights_do_not(trace):
+    overrides = ("ebft.advantage_estimator=token_critic", "ebft.alignment=inner_product", "ebft.use_whitening=false")
+    numbers = []
+    for warmup, is_warm in ((3, False), (4, True)):  # four batches are held first
+        tensors, found = trace(*overrides, warmup=warmup)
+        advantage = tensors["advantage"]
+        assert (advantage.ndim == 4 and bool((advantage != advantage[..., :1]).any())) == is_warm
+        numbers.append(found["parameter_checksum_before"])
+    assert numbers[0] == numbers[1] == trace()[1]["parameter_checksum_before"]
