@@ -3,7 +3,7 @@
 There is one DeepSpeed engine over the data-parallel ranks that hold the same slice of the same stage.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,6 @@ from ebft_mega.parallel.deepspeed_adapter.replica_ranks import (
 from ebft_mega.parallel.engine import ZeroEngine
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer import (
-    GradientPart,
     LookAtGradient,
     OptimizerSettings,
     SlicedOptimizer,
@@ -192,7 +191,7 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         self._sum_tied_gradients()
         if self._look is not None:
             look, self._look = self._look, None
-            look(self._shown())
+            look(self._storage.shown_gradients(self.module))
         if not self._updates:
             self._spoil_gradients()
         self._spread_non_finite()
@@ -203,14 +202,14 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
 
         Without it each rank would step with its own share, and the replicas drift apart.
         """
-        sum_over(self._groups.tensor_parallel, self._gradients(self._shared.partial))
+        sum_over(self._groups.tensor_parallel, self._storage.gradients(self._shared.partial))
 
     def _sum_tied_gradients(self) -> None:
         """Add up the gradients of a weight that is on both ends of the pipeline."""
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
         if self._storage.has_aligned_gradients:
-            sum_over(self._groups.embedding, self._gradients(self._shared.tied))
+            sum_over(self._groups.embedding, self._storage.gradients(self._shared.tied))
             return
         # Stages 1 and 2 cut a stage's parameters end to end, so both ends of the pipeline cut this one differently.
         for parameter in self._shared.tied:
@@ -226,9 +225,9 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
         if self._clips_squares and dist.get_world_size(self._groups.model_parallel) == 1:
             return
         bad = torch.zeros((), device=self._groups.device)
-        for gradient in self._gradients(self._shared.uncounted):
+        for gradient in self._storage.gradients(self._shared.uncounted):
             bad += ~gradient.isfinite().all()
-        for gradient in self._gradients(() if self._clips_squares else self._storage.parameters):
+        for gradient in self._storage.gradients(() if self._clips_squares else self._storage.parameters):
             bad += ~has_finite_squares(gradient)
         dist.all_reduce(bad, group=self._groups.data_parallel)
         dist.all_reduce(bad, group=self._groups.model_parallel)
@@ -237,15 +236,5 @@ class DeepSpeedEngine(ZeroEngine[StageT]):
 
     def _spoil_gradients(self) -> None:
         """Make this rank's part of the gradient one with which a step is skipped."""
-        for gradient in self._gradients(self._storage.parameters):
+        for gradient in self._storage.gradients(self._storage.parameters):
             gradient.fill_(torch.nan)
-
-    def _shown(self) -> Iterator[GradientPart]:
-        for name, parameter in self.module.named_parameters():
-            if (shown := self._storage.shown_gradient(parameter)) is not None:
-                yield GradientPart(name, *shown)
-
-    def _gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """This rank's partitions of reduced gradients, the optimizer's own storage; none for what it has no part of."""
-        found = (self._storage.gradient(parameter) for parameter in parameters)
-        return [gradient for gradient in found if gradient is not None]

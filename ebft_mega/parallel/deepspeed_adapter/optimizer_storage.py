@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ebft_mega.parallel.deepspeed_adapter.partitioned_parameters import whole_shape
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.parallel.optimizer import OptimizerSettings, share_of
+from ebft_mega.parallel.optimizer import GradientPart, OptimizerSettings, share_of
 from ebft_mega.parallel.optimizer_state import WEIGHTS, StateKind, applied_updates, prepare_moments
 
 
@@ -71,13 +71,23 @@ class OptimizerStorage:
             return None
         return gradient
 
-    def shown_gradient(self, parameter: Any) -> tuple[int, Tensor] | None:
-        """What this data-parallel rank shows of a reduced gradient: where in the parameter it begins, and its elements.
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """This rank's partitions of reduced gradients, the optimizer's own storage; none for what it has no part of."""
+        found = (self.gradient(parameter) for parameter in parameters)
+        return [gradient for gradient in found if gradient is not None]
+
+    def shown_gradients(self, module: nn.Module) -> Iterator[GradientPart]:
+        """What this data-parallel rank shows of the reduced gradient of a stage.
 
         Returns:
-            The optimizer's own storage, without padding; all ranks' together are the gradient, each element once. None:
-            this rank shows none of it.
+            The optimizer's own storage, without padding; all ranks' together are the gradient, each element once.
         """
+        for name, parameter in module.named_parameters():
+            if (shown := self._shown(parameter)) is not None:
+                yield GradientPart(name, *shown)
+
+    def _shown(self, parameter: Any) -> tuple[int, Tensor] | None:
+        """Where in the parameter what this rank shows begins, and its elements; None: it shows none of it."""
         gradient = self.gradient(parameter)
         if gradient is None:
             return None
