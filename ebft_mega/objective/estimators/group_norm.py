@@ -14,6 +14,9 @@ class GroupNorm(AdvantageEstimator):
     """(reward - mean) / (standard deviation + 1e-8), both over the n rollouts of a block (axolotl).
 
     Over the blocks of a sample it would compare continuations of different texts. With one rollout: the reward.
+
+    Follows no objective: what it divides by depends on the rollout itself, so that its mean is not the gradient of any
+    function (docs/numerics.md).
     """
 
     name = "group_norm"

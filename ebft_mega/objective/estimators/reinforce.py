@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 class Reinforce(AdvantageEstimator):
-    """The reward itself, without a baseline."""
+    """The reward itself, without a baseline.
+
+    Follows delta |E phi|^2 - alpha E a as `rloo` does (there the legend is), with more noise.
+    """
 
     name = "reinforce"
 

@@ -17,6 +17,11 @@ class Rloo(AdvantageEstimator):
     the others, so the others' own diversity contains their similarity to this rollout; the baseline leaves those pairs
     out, or it would depend on what it is the baseline of (and shrink the diversity's advantage to (n - 2) / (n - 1)).
 
+    Follows delta |E phi|^2 - alpha E a, of which the mean gradient is the gradient divided by G: phi is a rollout's
+    feature, a its alignment term, delta and alpha the coefficients, E over the policy at the sampling temperature. With
+    `ebft.alignment: inner_product` and coefficients of 1 that is feature matching, |E phi - y|^2 but for a constant.
+    Whitened rewards follow no objective, and neither do rollouts of a nucleus (docs/numerics.md).
+
     With one rollout there is nothing to compare with and the advantage is the reward; with two, no pair is left to make
     a diversity baseline of, and that term has none.
     """

@@ -15,8 +15,8 @@ class TokenCritic(AdvantageEstimator):
     """Per token: the feature still to come along the objective's gradient, less predictions of it from the tokens so
     far and from the drawn token, whose exact expectation over the vocabulary the loss adds.
 
-    The gradient has the mean of `rloo` with inner products, that of delta |E phi|^2 - 2 alpha y . E phi, and less of
-    its noise (docs/tuning.md). Until enough batches are held it is `rloo`.
+    Follows delta |E phi|^2 - alpha E a as `rloo` does (there the legend is), a the inner product, with less noise
+    (docs/tuning.md). Until enough batches are held it is `rloo`.
     """
 
     name = "token_critic"
