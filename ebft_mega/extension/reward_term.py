@@ -17,6 +17,7 @@ Baseline = Literal["leave_one_out", "pairs", "none"]
 RESERVED_NAMES = (
     *("rl_loss", "ce_loss", "mean_reward", "cfm_loss", "advantages_std", "duplicate_share"),
     *("tokens", "kept", "rollouts", "gram", "reward", "advantage", "logprobs", "target_logprobs"),
+    *("critic_value", "critic_direction", "token_table", "prefix_weights", "token_weights"),
 )
 
 

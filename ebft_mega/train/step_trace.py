@@ -11,6 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ebft_mega.critic.critic_trace import traced_values, traced_weights
+from ebft_mega.critic.fitted_critic import FittedCritic
 from ebft_mega.model.weights.gradient_projections import GradientProjections
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.train.step import StepResult, train_step
@@ -33,11 +35,12 @@ def trace_step(trainer: Trainer, batch: TokenBatch, output: Path, step: int = 0,
     sampling = replace(trainer.sampling, seed=trainer.sampling.seed + noise)
     trainer = replace(trainer, sampling=sampling)
     projections = GradientProjections(trainer.stage)
+    learned = _learned_by_estimator(trainer)  # before the step, which adds to it
     result = train_step(trainer, batch, step, trainer.config.train.lr, projections.look)
     checksums = _parameter_change(trainer, before)
     metrics = step_metrics(trainer, result, trainer.config.train.lr)
     projected = projections.total()
-    tensors = _gather_rows(_local_tensors(result), trainer.groups)
+    tensors = _gather_rows(_local_tensors(result, trainer.critic), trainer.groups) | learned
     if not trainer.groups.is_world_first:
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,14 @@ def _parameter_change(trainer: Trainer, before: Sequence[Tensor]) -> dict[str, f
     }
 
 
-def _local_tensors(result: StepResult) -> dict[str, Tensor]:
+def _learned_by_estimator(trainer: Trainer) -> dict[str, Tensor]:
+    """What the token critic knows; nothing where there is none. Communication: that of `traced_weights`."""
+    if trainer.critic is None or trainer.feature_network is None:
+        return {}
+    return traced_weights(trainer.critic, trainer.critic.state.weights, trainer.feature_network)
+
+
+def _local_tensors(result: StepResult, critic: FittedCritic | None) -> dict[str, Tensor]:
     """This replica's rows of every traced tensor."""
     traced: dict[str, list[Tensor]] = {"tokens": [rows.tokens for rows in result.micro_batches]}
     for experience in result.experiences:
@@ -99,6 +109,10 @@ def _local_tensors(result: StepResult) -> dict[str, Tensor]:
             traced.setdefault(name, []).append(term.values)
         traced.setdefault("reward", []).append(experience.rewards.reward)
         traced.setdefault("advantage", []).append(experience.advantages)
+        if critic is not None:
+            shape, device = tuple(experience.rollout.tokens.shape), experience.advantages.device
+            for name, values in traced_values(experience.critic, shape, critic.rank, device).items():
+                traced.setdefault(name, []).append(values)
     for rows, experience in zip(result.micro_batches, result.experiences, strict=False):
         if rows.documents is not None and experience.counted_blocks is not None:
             traced.setdefault("kept", []).append(experience.counted_blocks.to(torch.uint8))
