@@ -57,6 +57,7 @@ LIGHT_MODULES = (
     *("checkpoint.resume_candidates", "checkpoint.saved_run"),
     *("checkpoint.retention", "checkpoint.run_state", "checkpoint.tensor_index"),
     "evaluation.bootstrap",
+    *("apps.noise.estimator_specs", "apps.noise.noise_request"),
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
 )
 MAX_FILES = 15
