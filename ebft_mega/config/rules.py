@@ -141,6 +141,14 @@ def _micro_batches_fill_the_batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem("", "train.global_batch_size", str(rows), f"a multiple of train.micro_batch_size {micro}")
 
 
+def _noise_is_the_difference_of_micro_batches(config: RunConfig) -> Iterator[Problem]:
+    interval, rows, micro = config.ebft.noise_interval, config.train.global_batch_size, config.train.micro_batch_size
+    if interval is not None and rows < 2 * micro:
+        found = f"{interval}, with one micro-batch of {micro} rows in a step"
+        expected = "at least two micro-batches: train.micro_batch_size at most half of train.global_batch_size"
+        yield Problem("", "ebft.noise_interval", found, expected)
+
+
 def _sequence_parallel_needs_ranks(config: RunConfig) -> Iterator[Problem]:
     if config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1:
         found = "true, with parallel.tensor_parallel_size 1"
@@ -259,6 +267,10 @@ RULES = (
     Rule(_GEOMETRY, _blocks_fit),
     Rule(("data.skip_rows",), _skipped_rows_are_in_order),
     Rule(("train.global_batch_size", "train.micro_batch_size"), _micro_batches_fill_the_batch),
+    Rule(
+        ("ebft.noise_interval", "train.global_batch_size", "train.micro_batch_size"),
+        _noise_is_the_difference_of_micro_batches,
+    ),
     Rule(("parallel.sequence_parallel", "parallel.tensor_parallel_size"), _sequence_parallel_needs_ranks),
     Rule(_COEFFICIENTS, _something_to_learn),
     Rule(("ebft.reward_terms", "ebft.alignment_coef", "ebft.diversity_coef"), terms_have_names_of_their_own),

@@ -1,8 +1,9 @@
 """Every configuration key: its default, what it accepts and what it means. No torch, no file access.
 
 One frozen class per section, in the order and with the names of the YAML file; those of what a run reads stand in
-`input_keys.py`. `make docs-tables` writes the tables of `docs/configuration.md` from both. Rules that concern several
-keys are in `rules.py`; rules that need files or the number of processes are in `ebft_mega/planning/run_plan.py`.
+`input_keys.py`, those of what happens around its steps in `step_keys.py`. `make docs-tables` writes the tables of
+`docs/configuration.md` from all of them. Rules that concern several keys are in `rules.py`; rules that need files or
+the number of processes are in `ebft_mega/planning/run_plan.py`.
 """
 
 import math
@@ -19,7 +20,6 @@ from ebft_mega.config.fields import (
     PATH,
     LocalPath,
     ModelPlace,
-    WordOrPath,
     as_integer,
     as_tuple,
     one_of,
@@ -27,6 +27,7 @@ from ebft_mega.config.fields import (
 )
 from ebft_mega.config.input_keys import STEPS, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from ebft_mega.config.paths import PathKind
+from ebft_mega.config.step_keys import CheckpointConfig, ProfileConfig
 from ebft_mega.extension.options import Section, key
 from ebft_mega.io.output_directory import Permissions
 from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, OPTIMIZERS, REWARD_TERMS, SCHEDULES
@@ -113,6 +114,14 @@ class EbftConfig(Section):
     )
     feature_model: ModelPlace | None = key(
         None, "(ours) Frozen feature network, as `model.init_from`; not set: the initial model.", allowed=DATASET_PLACE
+    )
+
+    noise_interval: int | None = key(
+        None,
+        "(ours) Steps between two measurements of the gradient's noise: `ebft/gradient_signal_to_noise` and "
+        "`ebft/critical_batch_rows`. Needs two micro-batches in a step. Not set: none.",
+        unit=STEPS,
+        ge=1,
     )
 
     @property
@@ -226,44 +235,6 @@ class LearnConfig(Section):
         "What the gradient pass takes over from the rollout phase, so that the policy is not run again: each layer's "
         "input (`checkpoints`; the rest is recomputed) or everything (`activations`); `auto`: the most that fits.",
     )
-
-
-class CheckpointConfig(Section):
-    """Complete checkpoints during the run."""
-
-    interval: int | None = key(
-        None, "Steps between checkpoints; not set: none between the first step and the last.", unit=STEPS, ge=1
-    )
-    final: bool = key(
-        True, "(ours) A checkpoint after the last step, whatever `interval` says; `false`: only where it is due there."
-    )
-    keep_last: int | None = key(None, "How many of the newest checkpoints are kept; not set: all.", ge=1)
-    keep_every: int | None = key(
-        None, "With `keep_last`: checkpoints at multiples of this are never deleted.", unit=STEPS, ge=1
-    )
-    resume: WordOrPath = key(
-        "auto",
-        "`auto`: resume from the newest complete checkpoint in `output_dir`, if there is one. A path (of a checkpoint "
-        "or of a run): start from there, and once the run has a checkpoint of its own, resume from that.",
-        allowed="auto, never or the path of a checkpoint",
-    )
-    on_error: Literal["continue", "stop"] = key(
-        "continue", "(ours) Whether a run continues when a checkpoint cannot be written."
-    )
-
-
-class ProfileConfig(Section):
-    """A profiler trace of some steps; both keys or neither."""
-
-    start: int | None = key(None, "Optimizer steps of the run before the first traced one.", unit=STEPS, ge=0)
-    steps: int | None = key(None, "How many steps to trace.", unit=STEPS, ge=1)
-
-    @property
-    def traced_steps(self) -> range:
-        """The steps to trace, counted from 0; empty if none are."""
-        if self.start is None or self.steps is None:
-            return range(0)
-        return range(self.start, self.start + self.steps)
 
 
 class RunConfig(Section):

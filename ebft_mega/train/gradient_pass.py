@@ -102,6 +102,8 @@ class _GradientPass:
 
     def backward(self, output: Tensor, gradient: Tensor | None) -> None:
         """Accumulate the gradient of what `forward` returned."""
+        if self.trainer.noise is not None:
+            self.trainer.noise.begin_micro_batch()
         if gradient is None:
             self.trainer.engine.backward(output)
         else:

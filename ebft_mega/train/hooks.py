@@ -121,6 +121,25 @@ class FirstStepHook(StepHook):
             yield
 
 
+class NoiseHook(StepHook):
+    """Measure the noise of the gradient in the steps that `ebft.noise_interval` names.
+
+    Communication: that of `NoiseProbe.around_step`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        """Use the probe of the trainer, if it has one."""
+        self._probe = trainer.noise
+
+    def around_step(self, step: int) -> AbstractContextManager[None]:
+        """Look at the step's gradient, if it is one of those."""
+        return nullcontext() if self._probe is None else self._probe.around_step(step)
+
+    def metrics(self) -> dict[str, float]:
+        """What was found, in the metrics of that step alone."""
+        return {} if self._probe is None else self._probe.metrics()
+
+
 class EvaluationHook(StepHook):
     """Evaluate the policy on held-out rows when it is due.
 
@@ -284,6 +303,7 @@ def step_hooks(
         (
             ProfileHook(trainer, announce),
             FirstStepHook(announcer_of(observer)),
+            NoiseHook(trainer),
             EvaluationHook(trainer, held_out, total_steps, boundary, observer, watchdog),
             ReportHook(observer),
             CheckpointHook(boundary, checkpoint.interval, checkpoint.final, total_steps),

@@ -11,6 +11,7 @@ from ebft_mega.critic.fitted_critic import FittedCritic
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import PipelinedModel, Stage
+from ebft_mega.objective.noise_probe import NoiseProbe
 from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.vocabulary import VocabularySlice
 from ebft_mega.parallel.zero import ZeroEngine
@@ -21,7 +22,7 @@ from ebft_mega.train.experience import Rewarding
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a step is made with; only the engine and the critic hold what a step changes."""
+    """What a step is made with; only the engine, the critic and the probe hold what a step changes."""
 
     config: RunConfig
     plan: BlockPlan
@@ -38,6 +39,11 @@ class Trainer:
     def rewarding(self) -> Rewarding:
         """The terms of the reward and the estimator of advantages that the configuration names."""
         return Rewarding.of(self.config, self.decode)
+
+    @cached_property
+    def noise(self) -> NoiseProbe | None:
+        """What measures the gradient's noise; None: `ebft.noise_interval` is not set."""
+        return NoiseProbe.of(self.config, self.stage)
 
     @property
     def stage(self) -> Stage:
