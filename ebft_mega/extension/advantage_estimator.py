@@ -33,6 +33,9 @@ class AdvantageEstimator(Entry):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    # Whether the mean gradient is that of the rewards themselves: nothing that is subtracted or multiplied with depends
+    # on the rollout, where features are not whitened. It is said in words only (`config/objective_text.py`).
+    leaves_the_mean: ClassVar[bool] = False
 
     def critic_settings(self) -> CriticSettings:
         """How the token critic is fitted and used, for an estimator that needs `critic`.

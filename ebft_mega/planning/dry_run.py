@@ -8,6 +8,7 @@ from ebft_mega.architecture.partition import StageShape
 from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.load import resolved_yaml
+from ebft_mega.config.objective_text import followed_objective, objective_notes
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.cost_table import work_text
 from ebft_mega.cost.rollout_nodes import DistinctShares
@@ -58,7 +59,7 @@ def describe_run(
     if memory_bytes is not None:
         size = f"{memory_bytes / GIGABYTE:,.10g} GB"
         parts.append(_title(f"On accelerators of {size}") + _fit_text(config, plan, memory_bytes))
-    if notes := [*plan.notes, *_objective_notes(config), *slow_imports(config.loaded_plugins)]:
+    if notes := [*plan.notes, *objective_notes(config), *slow_imports(config.loaded_plugins)]:
         parts.append(_title("Notes") + "\n".join(shown(note, LONGEST_NOTE) for note in notes))
     if plan.to_be_supplied:
         rows: list[tuple[str, object]] = [(entry.key, entry.words) for entry in plan.to_be_supplied]
@@ -108,6 +109,7 @@ def _block_text(config: RunConfig, plan: RunPlan) -> str:
             ("feature rows per row", features),
             ("feature layers", f"{tapped_layers(tapped_fractions(config), depth)} of {depth}"),
             *_feature_map_rows(config, plan),
+            ("objective (docs/numerics.md)", followed_objective(config)),
         ]
     )
 
@@ -383,15 +385,3 @@ def _ways_out(config: RunConfig, plan: RunPlan, memory_bytes: int) -> list[tuple
     if not any(name == "it fits with" for name, _ in rows):
         rows.append(("else", "more or larger accelerators, shorter rows, fewer samples, or a smaller model"))
     return rows
-
-
-def _objective_notes(config: RunConfig) -> list[str]:
-    """What a term of the reward is worth under whitening."""
-    ebft = config.ebft
-    if not (config.uses_rollouts and ebft.use_whitening and ebft.diversity_coef and ebft.n_samples_per_prompt > 1):
-        return []
-    return [
-        f"ebft.use_whitening: the diversity term is 0 for a rollout that no other one of its block equals, whatever "
-        f"ebft.whitening is; of m equal ones among {ebft.n_samples_per_prompt} each has "
-        f"2 (m - 1) / (m * {ebft.n_samples_per_prompt - 1})."
-    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from ebft_mega.apps.study.commands import find_program, free_port, tool_command
 from ebft_mega.apps.study.phases import PhaseRunner, remove_directory, source_fingerprint
 from ebft_mega.config.load import load_config
+from ebft_mega.config.objective_text import followed_objective
 from ebft_mega.config.overrides import replace_overrides
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import ConfigError, Problem
@@ -264,7 +265,7 @@ class Experiment:
         config = self.config(arm)
         facts = {
             "config": str(CONFIGS[arm]),
-            "objective": f"{config.ebft.rl_coef:g} RL + {config.ebft.ce_coef:g} CE",
+            "objective": followed_objective(config),
             "optimizer steps": str(config.total_steps),
             "tokens of text": f"{config.total_steps * config.tokens_per_step:,}",
             "learning rate": f"{config.train.lr:g} {config.train.lr_scheduler}",

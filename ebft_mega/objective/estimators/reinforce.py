@@ -15,6 +15,7 @@ class Reinforce(AdvantageEstimator):
     """
 
     name = "reinforce"
+    leaves_the_mean = True
 
     def advantages(self, inputs: EstimatorInputs) -> "Tensor":
         """The rewards, float64 [B, n, K]."""

@@ -27,6 +27,7 @@ class Rloo(AdvantageEstimator):
     """
 
     name = "rloo"
+    leaves_the_mean = True
 
     def advantages(self, inputs: EstimatorInputs) -> "Tensor":
         """Float64 [B, n, K]; exactly 0 for equal rewards of all n >= 3 rollouts of a block."""

@@ -20,6 +20,7 @@ class TokenCritic(AdvantageEstimator):
     """
 
     name = "token_critic"
+    leaves_the_mean = True
     needs = frozenset({"critic"})
 
     class Options(Section):

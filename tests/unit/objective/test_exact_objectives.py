@@ -82,6 +82,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS.own_names())
 def test_each_estimator_names_its_objective(name):
     assert FOLLOWS[name] in " ".join(ADVANTAGE_ESTIMATORS.entry(name).__doc__.split())
+    assert ADVANTAGE_ESTIMATORS.entry(name).leaves_the_mean == (FOLLOWS[name] == OBJECTIVE)
     assert REWARD_TERMS.own_names() == ("alignment", "diversity"), "name the objective of a further term"
 
 

@@ -454,6 +454,7 @@ def test_checkpoints_of_the_plan(inputs):
 def test_what_diversity_is_worth_under_whitening(inputs, whitening):
     """The note's figures are those of the rewards; without whitening, or with no weight, there is none."""
     config, plan = plan_of(inputs, ebft__whitening=whitening)
+    assert re.search(r"objective .* no function .whitened rewards.", planner.describe_run(config, plan))
     (note,) = [line for line in planner.describe_run(config, plan).splitlines() if "diversity term" in line]
     assert "is 0 for a rollout that no other one of its block equals" in note
     assert note.endswith("of m equal ones among 4 each has 2 (m - 1) / (m * 3).")
