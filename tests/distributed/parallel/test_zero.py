@@ -29,7 +29,12 @@ NUM_STEPS = 3
 STAGES = (0, 1, 2, 3)
 CLIP = 2.1  # clips two of the steps: Adam would not notice a factor that is the same in all
 LAYOUTS = {"data": (2, 1, 1), "tensor": (2, 2, 1), "pipeline": (2, 1, 2)}  # ranks, tensor, pipeline
-MANY = {"three stages": (3, 1, 3), "tensor x pipeline": (4, 2, 2), "data x tensor x pipeline": (8, 2, 2)}
+MANY = {
+    "padded data": (4, 1, 1),  # the smallest parameter has two elements
+    "three stages": (3, 1, 3),
+    "tensor x pipeline": (4, 2, 2),
+    "data x tensor x pipeline": (8, 2, 2),
+}
 
 
 DROPPED_STEP = 1  # its gradient is once shown and forgotten before it is computed again and used
