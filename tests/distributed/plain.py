@@ -11,8 +11,11 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.config.entries import tapped_fractions
+from ebft_mega.critic.critic_factory import build_critic
+from ebft_mega.critic.fitted_critic import row_directions
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
+from ebft_mega.model.head import LinearValues
 from ebft_mega.model.stage import PipelinedModel, Stage
 from ebft_mega.model.weights.stage_weights import hf_tensors, load_weights
 from ebft_mega.model.weights.weight_layout import Box
@@ -22,6 +25,7 @@ from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.experience import Rewarding, make_experience
+from ebft_mega.types import CriticValues
 from tests.distributed.steps import LEARNING_RATE, NUM_STEPS, Case, config_of, rows_of_step
 
 QUIET = 1e-4
@@ -70,6 +74,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         lr=LEARNING_RATE,
         betas=config.train.betas,
     )
+    critic = build_critic(config, architecture, source, network, groups)
     # Every rollout by itself: layouts merge what begins alike, and must find the same.
     sampling = replace(SamplingSettings.of(config), merge_equal_prefixes=False)
     truth = Truth()
@@ -81,19 +86,22 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
             learned &= rows.document_ids.diff(dim=1) == 0
         numbers = (int(counted.sum()), int(learned.sum()))
         counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, *numbers)
-        rollout = advantages = None
+        rollout = advantages = values = None
         if ebft.rl_coef > 0:
-            (sampled,) = generate_rollouts(policy, [rows], plan, sampling, step)
+            table = None if critic is None else critic.table
+            (sampled,) = generate_rollouts(policy, [rows], plan, sampling, step, table=table)
             rollout = sampled.rollout
-            (gram,) = network.grams([rows], [rollout], plan)
-            experience = make_experience(gram, rollout, Rewarding.of(config), counted, rows.tokens)
+            gram, judgement = measured(network, critic, plan, rows, sampled, counted)
+            experience = make_experience(gram, rollout, Rewarding.of(config), counted, rows.tokens, critic=judgement)
             advantages = experience.advantages
+            if judgement is not None:
+                values = LinearValues(table, row_directions(judgement, rollout.forest))
             counted = experience.rewards.terms["alignment"].values.transpose(1, 2)[counted]
             truth.alignments.append(counted.mean().item() if len(counted) else 0.0)
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)
         forest = rollout.forest if rollout else None
-        request = ScoreRequest(rows.tokens, forest, ebft.ce_coef > 0, ebft.temperature, rows.documents)
+        request = ScoreRequest(rows.tokens, forest, ebft.ce_coef > 0, ebft.temperature, rows.documents, values)
         logprobs = request.logprobs(score(stage, request, plan))
         terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, counted_targets=learned)
         optimizer.zero_grad()
@@ -110,11 +118,22 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         truth.losses.append(terms.total.item())
         scale = 1.0
         if advantages is not None and logprobs.rollout is not None:
-            scale = (advantages[..., None] * logprobs.rollout).abs().mean().item()
+            by_token = advantages[..., None] if advantages.dim() == 3 else advantages
+            scale = (by_token * logprobs.rollout).abs().mean().item()
         truth.loss_scales.append(scale or 1.0)  # 0 where nothing counts
         truth.grad_norms.append(norm.item())
     truth.parameters = whole_parameters(stage)
     return truth
+
+
+def measured(network, critic, plan, rows, sampled, counted) -> tuple[Tensor, CriticValues | None]:
+    """Inner products of features, and what the critic makes of them as the steps before have fitted it."""
+    if critic is None:
+        return network.grams([rows], [sampled.rollout], plan)[0], None
+    judged = critic.of_step([rows], [sampled], [counted])
+    (gram,) = network.grams([rows], [sampled.rollout], plan, judged.take)
+    critic.learn(judged)
+    return gram, judged.values[0]
 
 
 def projections_of(stage: Stage) -> list[float]:

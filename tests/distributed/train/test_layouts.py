@@ -16,6 +16,11 @@ QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
 ACTIVATIONS = Case(
     "saved activations, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
+# Used from the second step on, as the step before has fitted it.
+FITTED = ("ebft.advantage_estimator=token_critic", "ebft.use_whitening=false", "options.token_critic.warmup_batches=1")
+CRITIC = Case(
+    "token critic", (*FITTED, "ebft.alignment=inner_product", "ebft.embed_method=mean_pooling", "ebft.temperature=0.6")
+)
 MASKED = (
     Case("masked documents", (MASKING, "train.micro_batch_size=2"), "qwen3"),
     Case(
@@ -36,6 +41,11 @@ MASKED = (
     # All rows of one of two replicas.
     Case("filler", ("data.on_error=skip",), filler=(2, 3)),
     Case("masked documents, with filler", (MASKING, "data.on_error=skip"), filler=(0,)),
+    Case(
+        "token critic, masked documents, with filler",
+        (*FITTED, MASKING, "data.on_error=skip", "learn.reuse_rollout=off", "options.token_critic.rank=7"),
+        filler=(3,),
+    ),
     Case("filler only", ("data.on_error=skip", "train.weight_decay=0.1"), filler=(0, 1, 2, 3)),
 )
 VARIANTS = {
@@ -65,16 +75,23 @@ VARIANTS = {
     "much merged": Case("much merged", ("ebft.temperature=0.25", "train.micro_batch_size=2")),
     "nothing merged": Case("nothing merged", ("ebft.merge_equal_prefixes=false",)),
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
+    "token critic": CRITIC,
+    "token critic, weights of layers": Case(
+        "token critic, weights of layers",
+        (*CRITIC.overrides, "ebft.layer_weights=[1, 0, 3]", "ebft.feature_norm=per_layer", "learn.reuse_rollout=off"),
+        "qwen3",
+        tied=False,
+    ),
     "sharded feature network": Case("sharded feature network", ("zero.feature_network=sharded",)),
 }
 # What slices and what stages have most to do with; the others are slow.
 OFTEN_TENSOR = (
     *("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy"),
-    "much merged",
+    *("much merged", "token critic"),
 )
 OFTEN_PIPELINE = (
     *("a stage without taps", "fewer micro-batches than stages", "a separate forward pass"),
-    *("much merged", "nothing merged"),
+    *("much merged", "nothing merged", "token critic"),
 )
 L = Layout
 FAST = {
