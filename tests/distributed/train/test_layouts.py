@@ -43,7 +43,11 @@ MASKED = (
     Case("masked documents, with filler", (MASKING, "data.on_error=skip"), filler=(0,)),
     Case(
         "token critic, masked documents, with filler",
-        (*FITTED, MASKING, "data.on_error=skip", "learn.reuse_rollout=off", "options.token_critic.rank=7"),
+        (
+            *FITTED,
+            *(MASKING, "data.on_error=skip", "learn.reuse_rollout=off", "options.token_critic.rank=7"),
+            "ebft.temperature=0.8",
+        ),
         filler=(3,),
     ),
     Case("filler only", ("data.on_error=skip", "train.weight_decay=0.1"), filler=(0, 1, 2, 3)),
