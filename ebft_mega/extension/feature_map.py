@@ -85,6 +85,11 @@ def check_reading(method: FeatureMap, fractions: tuple[float, ...], generate_len
     vectors = answer_of(method, lambda: method.vectors(generate_length), expected)
     if not (isinstance(vectors, int) and not isinstance(vectors, bool) and vectors >= 1):
         raise EntryFaultError(method, f"vectors: {vectors!r}", expected)
+    if method.is_mean_of_tokens:
+        reads = f"normalises {method.normalises}, {len(positions)} of {generate_length} positions, {vectors} vectors"
+        if (method.normalises, len(positions), vectors) != ("tokens", generate_length, 1):
+            expected = "is_mean_of_tokens: normalises tokens, all positions, 1 vector; or is_mean_of_tokens False"
+            raise EntryFaultError(method, reads, expected)
 
 
 def _is_share(value: object) -> bool:

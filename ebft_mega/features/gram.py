@@ -77,6 +77,8 @@ class FeatureRecipe:
         require_tensor(self.map, vectors, {"[B, K, n + 1, vectors * H]": shape}, rows)
         if not self.map.is_built_in():
             self._require_finite(vectors, rows)
+            if self.map.is_mean_of_tokens and not torch.allclose(vectors, rows.mean(dim=-2), equal_nan=True):
+                raise EntryFaultError(self.map, "another vector", "the mean of all rows, as is_mean_of_tokens says")
         return vectors
 
     def problem_of(self, fault: EntryFaultError) -> Problem:

@@ -78,3 +78,15 @@ def test_what_keeps_the_contract_passes(configuration, monkeypatch):
 def test_the_package_s_own_maps_would_pass(configuration, monkeypatch, method):
     monkeypatch.setitem(FEATURE_MAPS.added, "own", type("Own", (FEATURE_MAPS.entry(method),), {"__module__": "mine"}))
     check_pooling(configuration())
+
+
+def test_a_map_that_says_it_is_a_mean_of_tokens_is_one(configuration, monkeypatch):
+    monkeypatch.setattr(Own, "is_mean_of_tokens", True)
+    with pytest.raises(ConfigError, match="is_mean_of_tokens: normalises tokens, all positions, 1 vector"):
+        configuration()
+    monkeypatch.setattr(Own, "positions", lambda self, generate_length: range(generate_length))
+    monkeypatch.setattr(Own, "normalises", "tokens")
+    check_pooling(configuration())
+    monkeypatch.setattr(Own, "then", staticmethod(lambda vectors: 2 * vectors))
+    with pytest.raises(ConfigError, match="found another vector; expected the mean of all rows"):
+        check_pooling(configuration())
