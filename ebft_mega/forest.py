@@ -73,14 +73,16 @@ class Level:
 
     def spread(self, values: Tensor) -> Tensor:
         """What every rollout takes from its prefix: [M, ...] -> [B * K, n, ...]."""
-        return values[self.of_rollout]
+        if values.requires_grad:  # whose gradient is added up in the same order in every run
+            return values[self.of_rollout]
+        return values.index_select(0, self.of_rollout.flatten()).unflatten(0, self.of_rollout.shape)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over the rollouts of each prefix: [B * K, n, X] -> [M, X], in the same order in every run."""
         if self.is_separate:
             return values.flatten(0, 1)
         together = self.of_rollout[:, :, None] == self.of_rollout[:, None, :]
-        return (together.to(values.dtype) @ values).flatten(0, 1)[self.first]
+        return (together.to(values.dtype) @ values).flatten(0, 1).index_select(0, self.first)
 
     def joined(self, of_nodes: Tensor, of_stems: Tensor) -> Tensor:
         """Values of all prefixes, [M, ...], from those of nodes [N, ...] and of stems [M - N, ...]."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebft_mega.critic.regressors import TokenRegressors
 from ebft_mega.critic.ridge import CriticWeights
-from ebft_mega.features.own_features import OwnFeatures
+from ebft_mega.features.own_features import OwnFeatures, from_each_on
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,19 @@ def critic_terms(
     vectors = features.vectors.flatten(0, 1)  # [B * K, n + 1, D']
     rollouts, target = vectors[:, :-1], vectors[:, -1:]
     others = rollouts.shape[1] - 1
-    by_token = [item.token @ of_token for item, of_token in zip(regressors, weights.token, strict=True)]  # [M, D']
-    corrected = rollouts
-    for item, part in zip(regressors, by_token, strict=True):
-        corrected = corrected - item.level.spread(part)
-    mean_of_others = (corrected.sum(dim=1, keepdim=True) - corrected) / others
-    towards = 2 * (objective.alignment * target - objective.diversity * mean_of_others)  # w, [B * K, n, D']
-    directions = (towards @ weights.token.flatten(0, 1).T).unflatten(-1, weights.token.shape[:2])  # q [B * K, n, G, r]
-    advantages: list[Tensor] = []
-    removed = torch.zeros_like(towards)  # sum over t' >= t of M_t'^T zeta_jt'
-    later = torch.zeros_like(towards[..., 0])  # of t' > t, along the rollout's own w
-    steps = list(zip(regressors, by_token, weights.prefix, strict=True))
-    for index, to_come in zip(reversed(range(len(steps))), features.to_come(), strict=True):
-        item, part, of_prefix = steps[index]
-        removed = removed + item.level.spread(part)
-        rest = to_come - removed - (item.prefix @ of_prefix)[item.prefix_of_rollout]
-        along = towards @ rest.transpose(-1, -2)  # w_j . (F~_kt - P_kt), [B * K, j, k]
-        own = along.diagonal(dim1=-2, dim2=-1)
-        share = objective.leave_one_out_share / others
-        advantages.append(own + later - share * (along.sum(dim=-1) - own))
-        later = later + (directions[:, :, index] * item.level.spread(item.token)).sum(dim=-1)
-    return torch.cat((torch.stack(advantages[::-1], dim=-1)[..., None], directions), dim=-1)
+    drawn = torch.stack([item.level.spread(item.token) for item in regressors], dim=2)  # zeta, [B * K, n, G, r]
+    of_tokens = weights.token.flatten(0, 1)  # [G * r, D']
+    corrected = rollouts - drawn.flatten(2) @ of_tokens
+    towards = corrected.sum(dim=1, keepdim=True) - corrected  # w, [B * K, n, D']
+    towards.mul_(-2 * objective.diversity / others).add_(target, alpha=2 * objective.alignment)
+    directions = (towards @ of_tokens.T).unflatten(-1, weights.token.shape[:2])  # q, [B * K, n, G, r]
+
+    along = features.along_to_come(towards)  # w_j . F_kt, [B * K, j, k, G]
+    for index, (item, of_prefix) in enumerate(zip(regressors, weights.prefix, strict=True)):
+        along[..., index] -= towards @ item.spread_before(item.prefix @ of_prefix).transpose(-1, -2)
+    own = along.diagonal(dim1=1, dim2=2).transpose(-1, -2)  # [B * K, n, G]
+    of_drawn = (directions * drawn).sum(dim=-1)  # w_j . M_t^T zeta_jt
+    of_others = (directions * drawn.sum(dim=1, keepdim=True)).sum(dim=-1) - of_drawn
+    baseline = along.sum(dim=2) - own - from_each_on(of_others)  # w_j . (F~_kt - P_kt), k != j added up
+    advantages = own - of_drawn - objective.leave_one_out_share / others * baseline
+    return torch.cat((advantages[..., None], directions), dim=-1)

@@ -162,7 +162,7 @@ def _critic_values(
     """
     if counted is not None:
         terms = terms.masked_fill(~counted.flatten()[:, None, None, None], 0.0)
-    of_rollouts = [mean.to(torch.float64)[item.prefix_of_rollout] for mean, item in zip(means, regressors, strict=True)]
+    of_rollouts = [item.spread_before(mean.to(torch.float64)) for mean, item in zip(means, regressors, strict=True)]
     expected = (torch.stack(of_rollouts, dim=2) * terms[..., 1:]).sum(dim=-1)
     if counted is not None:
         expected = expected.masked_fill(~counted.flatten()[:, None, None], 0.0)

@@ -27,13 +27,14 @@ class TokenRegressors:
     prefix: Tensor  # u, float64 [B * K or M before, q], of the prefixes before
     token: Tensor  # zeta, float64 [M, r], z(token) less its mean under what it was drawn from
 
-    @property
-    def prefix_of_rollout(self) -> Tensor:
-        """Of every rollout the prefix before the token, int64 [B * K, n]."""
-        if self.before is not None:
-            return self.before.of_rollout
-        anchors = torch.arange(len(self.level.of_rollout), device=self.token.device)
-        return anchors[:, None].expand_as(self.level.of_rollout)
+    def spread_before(self, values: Tensor) -> Tensor:
+        """What every rollout takes from its prefix before the token: [B * K or M before, X] -> [B * K, n, X].
+
+        Of the first token's a view.
+        """
+        if self.before is None:
+            return values[:, None].expand(-1, self.level.num_samples, -1)
+        return self.before.spread(values)
 
     def summed_before(self, values: Tensor) -> Tensor:
         """The sum over the rollouts of each prefix before the token: [B * K, n, X] -> [B * K or M before, X]."""

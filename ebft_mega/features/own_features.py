@@ -67,5 +67,20 @@ class OwnFeatures:
         rollouts = self.tokens[:, :, :-1].flatten(0, 1)
         so_far = torch.zeros_like(rollouts[..., 0, :])
         for index in reversed(range(self.generate_length)):
-            so_far = so_far + rollouts[..., index, :] / self.generate_length
+            so_far = torch.add(so_far, rollouts[..., index, :], alpha=1 / self.generate_length)
             yield so_far
+
+    def along_to_come(self, directions: Tensor) -> Tensor:
+        """Inner products with the features still to come, as `to_come` has them: [B * K, m, D'] -> [B * K, m, n, G]."""
+        if self.tokens is None:
+            whole = directions @ self.vectors[:, :, :-1].flatten(0, 1).transpose(-1, -2)
+            return whole[..., None].repeat(1, 1, 1, self.generate_length)
+        rollouts = self.tokens[:, :, :-1].flatten(0, 1)  # [B * K, n, G, D']
+        products = directions @ rollouts.flatten(1, 2).transpose(-1, -2)
+        return from_each_on(products.unflatten(-1, rollouts.shape[1:3])) / self.generate_length
+
+
+def from_each_on(values: Tensor) -> Tensor:
+    """Of each token the sum of its value and of those of later ones: [..., G]. The same bits in every run."""
+    length = values.shape[-1]
+    return values @ torch.ones(length, length, dtype=values.dtype, device=values.device).tril()
