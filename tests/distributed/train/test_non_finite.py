@@ -20,9 +20,8 @@ from ebft_mega.errors import NonFiniteStepError
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.parallel.groups import connect, make_process_groups
 from ebft_mega.runtime.stop_requests import StopReason
-from ebft_mega.train import loop
+from ebft_mega.train import gradient_pass, loop
 from ebft_mega.train import non_finite as faults
-from ebft_mega.train import step as step_module
 from ebft_mega.train.hooks import step_hooks
 from ebft_mega.train.observer import Observer
 from ebft_mega.train.progress import Progress
@@ -49,18 +48,18 @@ def build(directory, tensor, pipeline, *overrides):
 @contextmanager
 def nan_loss():
     """The loss is NaN on one rank."""
-    original = step_module.loss_terms
+    original = gradient_pass.loss_terms
 
     def spoiled(*arguments):
         terms = original(*arguments)
         return dataclasses.replace(terms, total=terms.total * torch.nan)
 
     if dist.get_rank() == POISONED_RANK:
-        step_module.loss_terms = spoiled
+        gradient_pass.loss_terms = spoiled
     try:
         yield
     finally:
-        step_module.loss_terms = original
+        gradient_pass.loss_terms = original
 
 
 def weights_of(trainer):

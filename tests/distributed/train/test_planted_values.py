@@ -18,7 +18,7 @@ from ebft_mega.model import head as head_module
 from ebft_mega.model.stage import Stage
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.train import experience as experience_module
-from ebft_mega.train import step as step_module
+from ebft_mega.train import gradient_pass
 from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.distributed.ranks import run_ranks
@@ -132,10 +132,10 @@ PLANTS = {
     "feature": (network_module, "block_grams", feature, LAST_RANK),
     "sampled logit": (Stage, "logits", sampled_logit, LAST_RANK),
     "scored logit": (head_module, "score_rows", scored_logit, LAST_RANK),
-    "logprob": (step_module, "score", logprob, LAST_RANK),
-    "cross-entropy term": (step_module, "score", target_logprob, LAST_RANK),
-    "loss": (step_module, "loss_terms", loss, LAST_RANK),
-    "gradient": (step_module, "loss_terms", gradient, LAST_RANK),
+    "logprob": (gradient_pass, "score", logprob, LAST_RANK),
+    "cross-entropy term": (gradient_pass, "score", target_logprob, LAST_RANK),
+    "loss": (gradient_pass, "loss_terms", loss, LAST_RANK),
+    "gradient": (gradient_pass, "loss_terms", gradient, LAST_RANK),
     "hidden state": (Stage, "embed", hidden_state, 0),
 }
 # By default every place that is not a gradient once; all values, and the others, in the slow variants.
@@ -224,7 +224,7 @@ def take_steps_with_spoiled_filler(directory, tensor, pipeline):
     found, spoiled = [], []
     for spoils in (False, True):
         trainer = build(directory, tensor, pipeline, *DEFAULTS, MASKING, "data.on_error=skip")
-        for owner, name in ((FeatureNetwork, "grams"), (step_module, "loss_terms")) if spoils else ():
+        for owner, name in ((FeatureNetwork, "grams"), (gradient_pass, "loss_terms")) if spoils else ():
             setattr(owner, name, spoil_what_does_not_count(getattr(owner, name), owner, spoiled))
         for number in range(2):
             rows = rows_of_step(number, trainer.groups, UNCOUNTED)

@@ -8,7 +8,7 @@ import torch
 
 from ebft_mega.errors import SurroundingsError
 from ebft_mega.runtime.repeatability import REPEATABLE_WORKSPACES, WORKSPACE, use_deterministic_kernels
-from ebft_mega.train import step as step_module
+from ebft_mega.train import gradient_pass
 from tests.golden import CURVE, KEYS, STEPS, curve, make_trainer
 
 pytestmark = pytest.mark.usefixtures("job_of_one")
@@ -46,13 +46,13 @@ def test_an_operation_that_does_not_repeat_its_bits_ends_the_step(groups, repeat
     assert os.environ[WORKSPACE] in REPEATABLE_WORKSPACES
     trainer = make_trainer(groups)
     assert curve(trainer, 1)["train/grad_norm"][0] > 0
-    original = step_module.loss_terms
+    original = gradient_pass.loss_terms
 
     def disordered(logprobs, *rest):
         logprobs.target.detach().put_(torch.zeros(2, dtype=torch.long), torch.zeros(2))
         return original(logprobs, *rest)
 
-    monkeypatch.setattr(step_module, "loss_terms", disordered)
+    monkeypatch.setattr(gradient_pass, "loss_terms", disordered)
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
         curve(trainer, 1)
 
