@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from ebft_mega.extension.entry import Entry
-from ebft_mega.extension.sampled_inputs import Need, SampledInputs
+from ebft_mega.extension.sampled_inputs import SampledInputs, TermNeed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class RewardTerm(Entry):
     anything random. What does not hold this contract ends the run on all ranks, with the place of the entry.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: ClassVar[frozenset[TermNeed]] = frozenset()
     baseline: ClassVar[Baseline] = "leave_one_out"
 
     def values(self, inputs: RewardInputs) -> "Tensor":

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 # What costs something to supply, so that an entry declares it. `tokens`: nothing but the declaration. `logprobs`: the
 # sampling notes them anyway where `learn.reuse_rollout` saves its forward pass, and one normaliser for each sampled
 # token more where it is `off`; no pass of the policy more; stages of a pipeline exchange 4 bytes for each token.
-# `texts`: tokens are copied to the host, which waits for the device, and decoded there. `critic`: the token critic is
-# fitted and used; only an estimator may declare it (docs/tuning.md says what it costs).
-Need = Literal["tokens", "logprobs", "texts", "critic"]
+# `texts`: tokens are copied to the host, which waits for the device, and decoded there.
+TermNeed = Literal["tokens", "logprobs", "texts"]
+# An estimator may also declare `critic`: the token critic is fitted and used (docs/tuning.md says what it costs).
+Need = Literal[TermNeed, "critic"]
 
 
 class SampledInputs(Protocol):
