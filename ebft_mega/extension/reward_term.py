@@ -16,6 +16,7 @@ Baseline = Literal["leave_one_out", "pairs", "none"]
 # What else a step's metrics (`ebft/NAME`) and its trace are called: a term has another name.
 RESERVED_NAMES = (
     *("rl_loss", "ce_loss", "mean_reward", "cfm_loss", "advantages_std", "duplicate_share"),
+    *("gradient_signal_to_noise", "critical_batch_rows"),
     *("tokens", "kept", "rollouts", "gram", "reward", "advantage", "logprobs", "target_logprobs"),
     *("critic_value", "critic_direction", "token_table", "prefix_weights", "token_weights"),
 )

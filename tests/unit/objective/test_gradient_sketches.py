@@ -10,6 +10,7 @@ from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError
 from ebft_mega.lifecycle.build import build_trainer
+from ebft_mega.metrics.metric_keys import terms_among
 from ebft_mega.objective.noise_probe import BUCKETS, ELEMENTS_AT_ONCE, GradientNoise, add_sketch, sketch_seed
 from ebft_mega.parallel.roles import ParameterRole
 from ebft_mega.train.step import train_step
@@ -45,6 +46,10 @@ def test_what_is_logged():
     assert GradientNoise(-1.0, 64.0).metrics(16) == {"ebft/gradient_signal_to_noise": -0.25}
     assert GradientNoise(1.0, 0.0).metrics(16) == {}
     assert GradientNoise(1.0, 10.0).plus(GradientNoise(2.0, 20.0)) == GradientNoise(2.9, 29.0)
+
+
+def test_no_term_of_the_reward_is_taken_for_it():
+    assert terms_among(GradientNoise(2.0, 64.0).metrics(rows=16)) == ()
 
 
 def test_a_sketch_is_linear_and_has_the_norm_of_its_gradient():
