@@ -160,8 +160,8 @@ def _ebft(inputs: Inputs) -> str:
         "  n_samples_per_prompt: 4  # rollouts of an anchor\n"
         "  temperature: 0.6\n"
         "  feature_layers: [0.25, 0.5, 0.75]  # depths at which the frozen initial model is read\n"
-        "  # Rewards are the authors', cosines after whitening. Feature matching itself (docs/numerics.md, Objectives) is\n"
-        "  # use_whitening: false with alignment: inner_product.\n"
+        "  # Rewards are the authors', cosines after whitening. use_whitening: false with alignment: inner_product is\n"
+        "  # feature matching itself (docs/numerics.md, Objectives).\n"
         f"  ce_coef: {cross_entropy}  # {reason}\n"
     )
 
