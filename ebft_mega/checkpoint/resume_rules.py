@@ -9,15 +9,17 @@ from typing import Any
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ebft_mega.architecture.hf_config import Architecture
+from ebft_mega.checkpoint.run_state import STATE_NAME
 from ebft_mega.checkpoint.saved_run import SavedRun
-from ebft_mega.config.entries import entries_in_use, learning_rates
+from ebft_mega.config.entries import advantage_estimator, entries_in_use, learning_rates
 from ebft_mega.config.fields import path_kind
 from ebft_mega.config.paths import written_path
 from ebft_mega.config.rules import yaml_text
 from ebft_mega.config.schema import EbftConfig, RunConfig, all_keys
 from ebft_mega.config.section_values import OPTIONS
+from ebft_mega.critic.critic_record import CriticRecord
 from ebft_mega.errors import Problem
-from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, FEATURE_MAPS, REWARD_TERMS
+from ebft_mega.registry.kinds import FEATURE_MAPS, REWARD_TERMS
 
 
 class Rule(Enum):
@@ -31,17 +33,20 @@ class Rule(Enum):
     FREE = auto()  # how and where the same run is done
 
 
+# How the same objective is estimated, and the weights of its two terms.
+_ESTIMATE = ("advantage_estimator", "alignment_coef", "diversity_coef")
 REFUSED = (
     "seed",
     "data.document_masking",
     "data.train_on_first_token",
     "train.optimizer",
-    *(f"ebft.{name}" for name in EbftConfig.model_fields if name != "feature_model"),
+    *(f"ebft.{name}" for name in EbftConfig.model_fields if name not in ("feature_model", *_ESTIMATE)),
 )
 # Keys that may change, with what follows from it.
 _OTHER_STEPS = "the steps from here on are not those of an uninterrupted run"
 _OTHER_ROWS = "held-out figures from here on may be of other rows than those before"
 NOTED = {
+    **{f"ebft.{name}": _OTHER_STEPS for name in _ESTIMATE},
     "train.global_batch_size": "a step reads another number of rows from here on",
     "train.lr": _OTHER_STEPS,
     "train.lr_scheduler": _OTHER_STEPS,
@@ -71,7 +76,7 @@ BY_CONTENTS = (
 )
 BY_ENTRY = (OPTIONS,)
 # Kinds whose options, as the keys that name their entries, make another run.
-_REFUSED_KINDS = (FEATURE_MAPS, REWARD_TERMS, ADVANTAGE_ESTIMATORS)
+_REFUSED_KINDS = (FEATURE_MAPS, REWARD_TERMS)
 FREE = (
     "output_dir",
     "plugins",  # their code is compared, and noted
@@ -110,7 +115,9 @@ def rule_of(key: str) -> Rule:
     return rules[0]
 
 
-def refused_changes(saved: SavedRun, config: RunConfig, architecture: Architecture) -> list[Problem]:
+def refused_changes(
+    saved: SavedRun, config: RunConfig, architecture: Architecture, critic: CriticRecord | None = None
+) -> list[Problem]:
     """List the changes that prevent resuming from a checkpoint, each with its old and new value.
 
     Data and feature network are not compared here: the data by their state (`rows.stream_state.check_resumable`), the
@@ -119,23 +126,79 @@ def refused_changes(saved: SavedRun, config: RunConfig, architecture: Architectu
     Args:
         config: of the run that is about to resume.
         architecture: of its model.
+        critic: its token critic; None: it has none.
     """
-    advice = f"in {saved.directory}; a new run from its weights is `model.init_from: {saved.directory}`"
+    advice = f"in {saved.directory}; {_advice(saved)}"
     problems = []
     for key, rule, old, new in changed_values(values_by_key(saved.config), config):
         if rule is Rule.REFUSED:
             problems.append(Problem(config.place(key), key, shown(new), f"{shown(old)}, as {advice}"))
-    model_key = "model.init_from" if config.model.config is None else "model.config"
+    model_key = _model_key(config)
     then, now = sizes(saved.architecture), sizes(architecture)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             old, new = shown(then.get(name)), shown(now.get(name))
             problems.append(Problem(config.place(model_key), f"{model_key}: {name}", new, f"{old}, as {advice}"))
+    named = {problem.key for problem in problems}
+    return problems + [problem for problem in other_critic(saved, config, critic) if problem.key not in named]
+
+
+def other_critic(saved: SavedRun, config: RunConfig, critic: CriticRecord | None) -> list[Problem]:
+    """List why a run cannot take over what the token critic of a checkpoint has learned.
+
+    Args:
+        critic: the run's; None: it has none, and takes nothing over.
+    """
+    then = saved.state.critic
+    if critic is None or then is None:
+        return []
+    estimator = config.ebft.advantage_estimator
+    has_rank = "rank" in advantage_estimator(config).Options.model_fields
+    keys = {
+        **{"feature_map": "ebft.embed_method", "feature_norm": "ebft.feature_norm", "layers": "ebft.feature_layers"},
+        **{"layer_weights": "ebft.layer_weights", "generate_length": "ebft.generate_max_len"},
+        "rank": f"{OPTIONS}.{estimator}.rank" if has_rank else "ebft.advantage_estimator",
+        "vocabulary": f"{_model_key(config)}: vocab_size",
+    }
+    words = {"layers": "features of the layers ", "rank": "" if has_rank else "rank "}
+    problems = []
+    for field, key in keys.items():
+        found, old = (words.get(field, "") + shown(_listed(getattr(each, field))) for each in (critic, then))
+        if found != old:
+            expected = f"{old}, as the token critic in {saved.directory / STATE_NAME} has it; {_advice(saved)}"
+            problems.append(Problem(config.place(key.split(":")[0]), key, found, expected))
     return problems
 
 
-def noted_changes(saved: SavedRun, config: RunConfig) -> list[str]:
-    """List the allowed changes after which the run differs from one that never stopped."""
+def _critic_notes(saved: SavedRun, config: RunConfig, critic: CriticRecord | None) -> list[str]:
+    """Say where a token critic begins anew, or is left out."""
+    then, estimator = saved.state.critic, config.ebft.advantage_estimator
+    if critic is not None and then is None:
+        return [f"{saved.directory} has no token critic: that of {estimator} begins with nothing learned"]
+    if critic is None and then is not None:
+        learned = f"the token critic in {saved.directory}, which has learned from {then.batches} batches"
+        return [f"{learned}, is left out: ebft.advantage_estimator is {estimator}"]
+    return []
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _model_key(config: RunConfig) -> str:
+    return "model.init_from" if config.model.config is None else "model.config"
+
+
+def _advice(saved: SavedRun) -> str:
+    return f"a new run from its weights is `model.init_from: {saved.directory}`"
+
+
+def noted_changes(saved: SavedRun, config: RunConfig, critic: CriticRecord | None = None) -> list[str]:
+    """List the allowed changes after which the run differs from one that never stopped.
+
+    Args:
+        critic: the token critic of the run that is about to resume; None: it has none.
+    """
     notes = [
         f"{key} was {shown(old)} and is {shown(new)} now: {NOTED.get(key, _OTHER_STEPS)}"
         for key, rule, old, new in changed_values(values_by_key(saved.config), config)
@@ -145,7 +208,7 @@ def noted_changes(saved: SavedRun, config: RunConfig) -> list[str]:
     if old_steps is not None and rates_depend_on_length(config, old_steps):
         names = " or ".join(LENGTH)
         notes.append(f"the run had {old_steps} steps and has {config.total_steps} now ({names}): {_OTHER_STEPS}")
-    return notes
+    return notes + _critic_notes(saved, config, critic)
 
 
 def rates_depend_on_length(config: RunConfig, old_steps: int) -> bool:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from ebft_mega.critic.critic_record import CriticRecord
 from ebft_mega.data.rows.stream_state import StreamState
 from ebft_mega.io.records import Count, Record, Sha256, parse_record
 
@@ -64,6 +65,7 @@ class RunState(Record):
     feature_source: str  # where they came from, in words
     # Its sizes and rotary settings by name; None: a checkpoint of before they were recorded, or no rollouts.
     feature_architecture: dict[str, str | bool | int | float | None] | None = None
+    critic: CriticRecord | None = None  # None: the estimator reads none
     layout: Layout
     evaluations: tuple[EvaluationRecord, ...]
     # Metrics of the last step that are not logged yet, because its evaluation was still to come; None: all is logged.

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,12 +97,22 @@ class CheckpointSaver:
         if self._in_flight is not None and self._in_flight.thread is not None:
             self._in_flight.thread.join(seconds)
 
-    def begin(self, step: int, engine: ZeroEngine, stage: Stage, small_files: Mapping[str, bytes]) -> Outcome | None:
+    def begin(
+        self,
+        step: int,
+        engine: ZeroEngine,
+        stage: Stage,
+        small_files: Mapping[str, bytes],
+        others: Sequence[StateShard] = (),
+        others_bytes: int = 0,
+    ) -> Outcome | None:
         """Copy everything to host memory and let a thread write it.
 
         Args:
             step: optimizer steps done.
             small_files: contents by name of the files beside the tensors, written by the first rank.
+            others: this rank's shards of state that is neither the stage's nor its optimizer's.
+            others_bytes: size of those of all ranks.
         Returns:
             The failure, if there is no room for the checkpoint on the disk; else None.
         Communication: that of `take_snapshot`, and one broadcast of a text. A checkpoint in flight must have been
@@ -110,12 +120,12 @@ class CheckpointSaver:
         """
         assert self._in_flight is None, "the next checkpoint waits for the last one"
         needed = stage.architecture.num_parameters * STATE_BYTES * len(engine.state_kinds) + SMALL_FILES_BYTES
-        needed += sum(map(len, small_files.values()))
+        needed += sum(map(len, small_files.values())) + others_bytes
         flying = _InFlight(step, temporary_folder(self._root, step), time.monotonic())
         obstacle = broadcast_value(self._obstacle(flying.folder, needed) if self._groups.is_world_first else None)
         if obstacle is not None:
             return Outcome(step, obstacle)
-        shards = take_snapshot(engine, stage)
+        shards = (*take_snapshot(engine, stage), *others)
         flying.thread = threading.Thread(
             target=self._write, args=(flying, shards, small_files), name=f"checkpoint-{step}", daemon=True
         )

@@ -1,4 +1,7 @@
-"""The state of the policy and its optimizer as shards of Hugging Face tensors: copied to host memory, then written."""
+"""The state of policy, optimizer and token critic as shards of whole tensors: copied to host memory, then written.
+
+The policy's and its optimizer's are shards of Hugging Face tensors.
+"""
 
 import json
 import math
@@ -12,23 +15,27 @@ from torch import Tensor
 from ebft_mega.architecture.tensor_shapes import hf_shapes
 from ebft_mega.checkpoint.manifest import FileRecord
 from ebft_mega.checkpoint.tensor_index import IndexedTensor, TensorIndex, TensorShard
+from ebft_mega.critic.critic_record import CRITIC_STATE, SQUARES, TABLE, products_name
+from ebft_mega.critic.fitted_critic import CriticState
+from ebft_mega.critic.own_channels import OwnChannels
 from ebft_mega.io.durable import sync_directory
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.tensor_file import TensorFileWriter, TensorSpec
 from ebft_mega.model.weights.weight_layout import packing_of
+from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.parallel.optimizer_state import StateKind, share_out
 from ebft_mega.parallel.zero import ZeroEngine
 
 
 @dataclass(frozen=True)
 class StateShard:
-    """A box of one Hugging Face tensor: weights, or one of the optimizer's moments."""
+    """A box of one tensor: weights or one of the optimizer's moments of a Hugging Face tensor, or a critic's."""
 
-    kind: StateKind
+    kind: StateKind  # or `CRITIC_STATE`
     name: str
     offsets: tuple[int, ...]  # where the box begins in each dimension
     shape: tuple[int, ...]  # of the whole tensor
-    tensor: Tensor  # float32, on the CPU, a copy
+    tensor: Tensor  # float32, of a critic float64; on the CPU, unchanged by later steps
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,34 @@ def _shards_of(
             yield StateShard(kind, source, tuple(side.start for side in box), shapes[source], copy)
 
 
+def critic_shards(state: CriticState, channels: OwnChannels, groups: ProcessGroups) -> tuple[StateShard, ...]:
+    """This rank's shards of what a token critic has learned; its weights follow from them.
+
+    Over all ranks every number is in one shard. What all ranks have is saved by the first of the world; the
+    data-parallel ranks divide the layers of their stage.
+
+    Args:
+        channels: those that this rank has.
+    Memory: what is saved, in float64, where it does not lie on the CPU already.
+    Communication: none.
+    """
+
+    def shard(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None, start: int = 0) -> StateShard:
+        whole = tuple(tensor.shape) if shape is None else shape
+        offsets = (*(0 for _ in whole[1:]), start)
+        return StateShard(CRITIC_STATE, name, offsets, whole, tensor.to("cpu", torch.float64))
+
+    shards = []
+    if groups.is_world_first:
+        shards += [shard(TABLE, state.table), shard(SQUARES, state.statistics.squares)]
+    products = state.statistics.products.unflatten(-1, (len(channels.layers), channels.vectors, channels.width))
+    for place, index in enumerate(channels.layers):
+        if place % groups.data_parallel_size == groups.data_parallel_rank:
+            shape = (*products.shape[:2], channels.vectors, channels.hidden_size)
+            shards.append(shard(products_name(index), products[:, :, place], shape, channels.hidden.start))
+    return tuple(shards)
+
+
 def write_state_shards(
     directory: Path, rank: int, shards: Sequence[StateShard], progress: Callable[[int], None] | None = None
 ) -> Written:
@@ -121,7 +156,7 @@ def write_state_shards(
 
 
 def _write_file(path: Path, shards: Sequence[StateShard], progress: Callable[[int], None]) -> FileRecord:
-    specs = {shard.name: TensorSpec(torch.float32, tuple(shard.tensor.shape)) for shard in shards}
+    specs = {shard.name: TensorSpec(shard.tensor.dtype, tuple(shard.tensor.shape)) for shard in shards}
     assert len(specs) == len(shards), f"{path} has two shards of a tensor"
     # The names are torch's: its distributed checkpoints can be read from these files too.
     places = {shard.name: {"saved_offsets": list(shard.offsets)} for shard in shards}

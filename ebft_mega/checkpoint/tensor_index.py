@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from ebft_mega.critic.critic_record import CRITIC_STATE
 from ebft_mega.errors import Problem
 from ebft_mega.io.records import MAX_PROBLEMS, Count, InnerPath, Record, parse_record
 
 INDEX_NAME = "tensors.json"
-STATE_BYTES = 4  # of an element of each kind of state: float32
+STATE_BYTES = 4  # of an element of each kind of a model's state: float32
 
 
 class TensorShard(Record):
@@ -80,15 +81,17 @@ def coverage_problems(index: TensorIndex, where: str = INDEX_NAME) -> list[Probl
     """Check that the shards of every tensor fill it exactly once; return at most `MAX_PROBLEMS` problems.
 
     The shards of a tensor lie inside its shape and fill it without overlap, no two of them in one file; a file holds
-    one kind of state, whose name its folder has; all kinds have the same tensors.
+    one kind of state, whose name its folder has; all kinds have the same tensors, but for that of a token critic, which
+    has its own.
 
     Args:
         where: the file that the index comes from, for messages.
     """
     problems = []
-    shapes = {name: tensor.shape for tensors in index.kinds.values() for name, tensor in tensors.items()}
+    of_model = [tensors for kind, tensors in index.kinds.items() if kind != CRITIC_STATE]
+    shapes = {name: tensor.shape for tensors in of_model for name, tensor in tensors.items()}
     for kind, tensors in index.kinds.items():
-        for name, shape in shapes.items():
+        for name, shape in shapes.items() if kind != CRITIC_STATE else ():
             found = "no such tensor" if name not in tensors else str(tensors[name].shape)
             if found != str(shape):
                 problems.append(Problem(where, f"{kind}: {name}", found, f"shape {shape}, as the other kinds have"))

@@ -7,8 +7,10 @@ from torch import Tensor
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.entries import advantage_estimator
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.critic.critic_record import uses_critic
 from ebft_mega.critic.critic_terms import Objective
 from ebft_mega.critic.fitted_critic import FittedCritic
+from ebft_mega.critic.own_channels import OwnChannels
 from ebft_mega.critic.token_table import token_table
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.announcer import SILENT, Announcer
@@ -18,11 +20,6 @@ from ebft_mega.parallel.groups import ProcessGroups
 EMBEDDINGS = "model.embed_tokens.weight"
 
 
-def uses_critic(config: RunConfig) -> bool:
-    """Whether the run's estimator reads a token critic."""
-    return config.uses_rollouts and "critic" in advantage_estimator(config).needs
-
-
 def build_critic(
     config: RunConfig,
     architecture: Architecture,
@@ -30,6 +27,7 @@ def build_critic(
     features: FeatureNetwork | None,
     groups: ProcessGroups,
     announcer: Announcer = SILENT,
+    saved_table: Tensor | None = None,
 ) -> FittedCritic | None:
     """Make the critic of a run that uses one; None for any other run.
 
@@ -37,8 +35,9 @@ def build_critic(
         architecture, initial: of the policy at the beginning of the run.
         features: whose channels it predicts; None: there are no rollouts.
         announcer: says what is built.
-    Communication: one broadcast of 4 bytes for each number of each token's vector over the world; its first rank reads
-        the embeddings.
+        saved_table: the vectors of tokens of a checkpoint; None: they are made of the initial policy.
+    Communication: without saved vectors one broadcast of 4 bytes for each number of each token's vector over the world;
+        its first rank reads the embeddings.
     """
     if features is None or not uses_critic(config):
         return None
@@ -47,19 +46,12 @@ def build_critic(
     share = settings.leave_one_out_share
     if share is None:
         share = 0.5 if is_mean else 0.0
-    with announcer.phase("making the token critic's vectors of tokens"):
-        table = _shared_table(architecture, initial, settings.rank, groups)
+    table = saved_table
+    if table is None:
+        with announcer.phase("making the token critic's vectors of tokens"):
+            table = _shared_table(architecture, initial, settings.rank, groups)
     objective = Objective(config.ebft.alignment_coef, config.ebft.diversity_coef, share)
-    return FittedCritic(table, num_channels(features), settings, objective, config.block_plan, groups)
-
-
-def num_channels(features: FeatureNetwork) -> int:
-    """D', channels of a feature that this rank has: its layers, and its slice of each."""
-    stage = features.stage
-    own = stage.shape.taps_within(features.taps)
-    layers = sum(tap in own for tap in features.taps)  # a depth that two fractions name counts twice
-    width = stage.architecture.hidden_size // stage.groups.tensor_parallel_size
-    return layers * features.recipe.map.vectors(features.recipe.generate_length) * width
+    return FittedCritic(table, OwnChannels.of(features).count, settings, objective, config.block_plan, groups)
 
 
 def _shared_table(architecture: Architecture, initial: WeightSource, rank: int, groups: ProcessGroups) -> Tensor:

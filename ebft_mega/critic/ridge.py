@@ -32,10 +32,11 @@ class Statistics:
     def over_replicas(self, group: dist.ProcessGroup) -> "Statistics":
         """The sums over a data-parallel group, the same bits on all of its ranks; these are used up.
 
-        Communication: one all-reduce of G * (q + r) * (q + r + D') float64.
+        Communication: two all-reduces, of G * (q + r)^2 and of G * (q + r) * D' float64. (The order of a sum may follow
+            the length of what is summed, which is not the same on all stages; squares are the same bits on all.)
         """
-        flat = summed(torch.cat((self.squares, self.products), dim=-1), group)
-        return Statistics(*flat.split((self.squares.shape[-1], self.products.shape[-1]), dim=-1))
+        products = summed(self.products, group) if self.products.numel() else self.products
+        return Statistics(summed(self.squares, group), products)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ class FeatureMap(Entry):
             rows: float64 [B, K, n + 1, T, H or a slice of it], T positions as `positions` says, the n rollouts of a
                 block first, its target last; not to be changed. With `normalises` `tokens` they have been scaled.
         Returns:
-            float64 [B, K, n + 1, X], X `vectors` times the last dimension of `rows`, on the same device. Windows must
-            not depend on each other: a layout may give any rows of the batch, and equal windows must get equal bits.
+            float64 [B, K, n + 1, X], X `vectors` times the last dimension of `rows`, one vector after another, on the
+            same device. Windows must not depend on each other: a layout may give any rows of the batch, and equal
+            windows must get equal bits.
         Communication: none.
         """
         raise NotImplementedError

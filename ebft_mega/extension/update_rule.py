@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Moments are folders of a checkpoint, beside that of the weights, and lie beside a count of steps.
 MOMENT_NAME = "[a-z][a-z0-9_]*"
-RESERVED_MOMENTS = ("weights", "step")
+RESERVED_MOMENTS = ("weights", "step", "critic")
 
 
 @dataclass(frozen=True)

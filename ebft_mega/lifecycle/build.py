@@ -9,7 +9,7 @@ from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.attention.routes import AttentionRoute, make_route
 from ebft_mega.checkpoint.initial_model import open_weights
-from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, restore_engine
+from ebft_mega.checkpoint.tensors import SavedState, restore_critic, restore_engine
 from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.critic.critic_factory import build_critic
@@ -37,14 +37,13 @@ def build_chosen_trainer(
     config: RunConfig,
     plan: RunPlan,
     groups: ProcessGroups,
-    saved: tuple[CheckpointTensors, int] | None = None,
+    saved: SavedState | None = None,
     announcer: Announcer = SILENT,
 ) -> Trainer:
     """Build a run's trainer: what is `auto` in the configuration is chosen by the memory of the accelerators.
 
     Args:
-        saved: weights and optimizer state to resume from, and the number of updates that have been applied; None: the
-            initial model.
+        saved: what to resume from; None: the initial model.
         announcer: says what is built and how far it has come.
     Communication: collective over the world.
     """
@@ -52,13 +51,16 @@ def build_chosen_trainer(
     logger.info("chosen for this memory: %s", chosen)
     if saved is None:
         return build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, announcer=announcer)
-    tensors, updates = saved
-    weights = CheckpointWeights(tensors)
-    trainer = build_trainer(config, plan.architecture, plan.feature_architecture, groups, chosen, weights, announcer)
+    architectures, table = (plan.architecture, plan.feature_architecture), saved.token_table()
+    trainer = build_trainer(config, *architectures, groups, chosen, saved.weights, announcer, table)
     total = len(trainer.engine.state_kinds) * len(trainer.engine.parameter_shapes())
-    words = f"restoring master weights and moments from {tensors.directory}, {total} tensors"
+    words = f"restoring master weights and moments from {saved.tensors.directory}, {total} tensors"
     with announcer.phase(words, total, "tensors") as count:
-        restore_engine(trainer.engine, trainer.stage, tensors, updates, count)
+        restore_engine(trainer.engine, trainer.stage, saved.tensors, saved.applied_updates, count)
+    if saved.critic is not None:
+        assert trainer.critic is not None, "the run takes the critic over"
+        with announcer.phase(f"restoring what the token critic has learned from {saved.critic.batches} batches"):
+            restore_critic(trainer.critic, trainer.own_channels, saved)
     return trainer
 
 
@@ -70,6 +72,7 @@ def build_trainer(
     chosen: Choices | None = None,
     policy_weights: WeightSource | None = None,
     announcer: Announcer = SILENT,
+    token_table: torch.Tensor | None = None,
 ) -> Trainer:
     """Build the policy with its optimizer, and the feature network.
 
@@ -79,6 +82,7 @@ def build_trainer(
         policy_weights: the policy's weights in a checkpoint; None: the initial model. The feature network is always
             made of the initial model.
         announcer: says what is built and how far it has come.
+        token_table: the token critic's vectors of a checkpoint; None: they are made, where there is a critic.
     Raises:
         ConfigError: `train.attention` names a route that this device does not have.
     Communication: collective over the world (weights are read by the first rank of each data-parallel group).
@@ -109,7 +113,7 @@ def build_trainer(
         feature_network=features,
         timers=PhaseTimers(synchronize, memory=PhaseMemory.of_device(groups.device)),
         reuse=chosen.reuse_rollout,
-        critic=build_critic(config, architecture, initial, features, groups, announcer),
+        critic=build_critic(config, architecture, initial, features, groups, announcer, token_table),
     )
 
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from ebft_mega.checkpoint.commit import CHECKPOINTS, newest, step_of
 from ebft_mega.checkpoint.manifest import MANIFEST_NAME
 from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, named_origin
+from ebft_mega.checkpoint.resume_rules import other_critic
+from ebft_mega.checkpoint.saved_run import read_run
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.errors import EXIT_DONE, ConfigError, Problem
+from ebft_mega.critic.critic_record import critic_record
+from ebft_mega.errors import EXIT_DONE, ConfigError, InputProblems, Problem
 from ebft_mega.io.output_directory import discard_hidden_siblings
 from ebft_mega.io.standard_streams import print_line
 from ebft_mega.lifecycle.findings import PREVIOUS, Findings, is_settled, look, status_says_done, strange_entries
@@ -87,9 +90,12 @@ def standing_of(config: RunConfig, plan: RunPlan) -> Standing:
     chosen = candidates(config)
     _require_a_manifest(config, chosen)
     if not found.has_results:
+        _require_its_critic(config, plan, chosen)
         return _first_start(chosen)
     now = RunRecord.of(config, plan, named_origin(config, chosen))
     standing = decide(config, found, chosen, now)
+    if standing.action is Action.RESUME:
+        _require_its_critic(config, plan, chosen)
     return replace(standing, logged_step=found.logged_step, model_step=found.model_step)
 
 
@@ -254,6 +260,25 @@ def _require_a_manifest(config: RunConfig, chosen: Candidates) -> None:
         found = f"{', '.join(map(str, chosen.paths))}, without {MANIFEST_NAME}: written only in part"
         expected = "a whole checkpoint; `checkpoint.resume: never` begins anew"
         raise ConfigError([Problem(config.place(key), key, found, expected)])
+
+
+def _require_its_critic(config: RunConfig, plan: RunPlan, chosen: Candidates) -> None:
+    """Refuse a start whose token critic cannot take over what that of the checkpoint has learned.
+
+    Raises:
+        ConfigError: they predict other features, or by other vectors of tokens.
+    """
+    critic = critic_record(config, plan.architecture, plan.feature_architecture)
+    if critic is None:
+        return
+    for path in chosen.paths:
+        try:
+            saved = read_run(path)
+        except InputProblems:
+            continue  # the start passes over it, too, or says what is wrong
+        if problems := other_critic(saved, config, critic):
+            raise ConfigError(problems)
+        return
 
 
 def _first_start(chosen: Candidates) -> Standing:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import (
     CHECKPOINTS,
     point_latest,
@@ -17,14 +16,14 @@ from ebft_mega.checkpoint.commit import (
     step_of,
 )
 from ebft_mega.checkpoint.manifest import unlisted_files
-from ebft_mega.checkpoint.model_folder import open_model_folder
 from ebft_mega.checkpoint.resume_candidates import Candidates, candidates, origin
 from ebft_mega.checkpoint.resume_rules import noted_changes, refused_changes
 from ebft_mega.checkpoint.run_state import StartedFrom
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
 from ebft_mega.checkpoint.tensor_index import TensorIndex
-from ebft_mega.checkpoint.tensors import CheckpointTensors, check_state
+from ebft_mega.checkpoint.tensors import CheckpointTensors, SavedState, open_index
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.critic.critic_record import critic_record
 from ebft_mega.data.rows.loader import BatchLoader
 from ebft_mega.errors import BrokenCheckpointError, ConfigError, Problem
 from ebft_mega.lifecycle.model_identity import damaged_files, other_software
@@ -48,13 +47,15 @@ class Start:
     notes: tuple[str, ...]
     abandoned: tuple[int, ...]  # steps of checkpoints that the run does not descend from
     broken: tuple[Path, ...]  # checkpoints that were passed over
+    keeps_critic: bool = False  # a token critic is taken over from the checkpoint
 
     @property
-    def saved_state(self) -> tuple[CheckpointTensors, int] | None:
-        """The weights and the optimizer's state to resume from, and the updates applied so far."""
+    def saved_state(self) -> SavedState | None:
+        """What of the checkpoint's tensors is taken over."""
         if self.saved is None or self.index is None:
             return None
-        return CheckpointTensors(self.saved.directory, self.index), self.saved.state.optimizer_updates
+        state, tensors = self.saved.state, CheckpointTensors(self.saved.directory, self.index)
+        return SavedState(tensors, state.optimizer_updates, state.critic if self.keeps_critic else None)
 
     def is_in(self, output_dir: Path) -> bool:
         """Whether the checkpoint to resume from lies in the run's own directory."""
@@ -82,19 +83,21 @@ def find_start(config: RunConfig, plan: RunPlan, loader: BatchLoader, announcer:
     notes += found.notes
     saved, broken = _newest_whole(found, notes, announcer)
     if saved is not None:
-        refused = from_first_rank(lambda: refused_changes(saved, config, plan.architecture))
+        critic = critic_record(config, plan.architecture, plan.feature_architecture)
+        refused = from_first_rank(lambda: refused_changes(saved, config, plan.architecture, critic))
         if refused:
             raise ConfigError(refused)
-        notes += noted_changes(saved, config)
+        notes += noted_changes(saved, config, critic)
         notes += from_first_rank(lambda: other_software(saved, config))
         notes += loader.resume(saved.state.data, allow_changed=config.data.allow_changed)
         problems = list(_rest_does_not_fit(config, plan, saved, loader))
         if problems:
             raise ConfigError(problems)
         notes.append(f"going on after step {saved.state.step} from {saved.directory}")
-        index = from_first_rank(lambda: _tensor_index(saved, config, plan.architecture), TensorIndex)
+        keeps_critic = critic is not None and saved.state.critic is not None
+        index = from_first_rank(lambda: open_index(saved, config, plan.architecture, keeps_critic), TensorIndex)
         progress, started_from = Progress.of(saved.state), origin(saved, found)
-        return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken))
+        return Start(progress, saved, index, started_from, tuple(notes), found.abandoned, tuple(broken), keeps_critic)
     if beyond := list(skipped_rows_problems(config, rows_of_run(config))):
         raise ConfigError(beyond)
     set_aside_before = from_first_rank(lambda: sorted(path.name for path in root.glob("step-*.abandoned*")))
@@ -166,13 +169,6 @@ def _try(directory: Path) -> tuple[SavedRun | None, Sequence[Problem]]:
 def _foreign_files(saved: SavedRun) -> list[str]:
     names = unlisted_files(saved.directory, saved.manifest)
     return [f"{saved.directory}: not read, because its manifest does not name them: {', '.join(names)}"] * bool(names)
-
-
-def _tensor_index(saved: SavedRun, config: RunConfig, architecture: Architecture) -> TensorIndex:
-    """Where the tensors of a checkpoint lie: all of them, whole."""
-    index = open_model_folder(saved.directory, hash_weights=False).index
-    check_state(CheckpointTensors(saved.directory, index), config, architecture)
-    return index
 
 
 def tidy(root: Path, start: Start) -> tuple[str, ...]:

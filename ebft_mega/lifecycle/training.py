@@ -81,6 +81,7 @@ def train_and_export(run: Run, start: Start, watchdog: Watchdog) -> StopReason:
 
     def small_files(progress: Progress) -> dict[str, bytes]:
         state = identity.state(progress, run.loader, trainer.engine.applied_updates)
+        state = state.model_copy(update={"critic": trainer.critic_record})
         return {**for_checkpoints, STATE_NAME: state.to_json().encode()}
 
     # Nothing refuses the start from here on; until now everything in the run directory was left as it was.

@@ -20,7 +20,7 @@ from ebft_mega.planning.data_budget import allowed_skipped_rows, rows_of_run, sk
 from ebft_mega.planning.memory import Choices, peak_bytes, plan_memory, worst_stage
 from ebft_mega.planning.rank_layout import RankPart, rank_parts
 from ebft_mega.planning.run_plan import RunPlan
-from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times, optimization_rows
+from ebft_mega.planning.short_plan import checkpoint_bytes, checkpoint_times, critic_bytes, optimization_rows
 from ebft_mega.registry.plugin_records import plugin_rows, slow_imports
 from ebft_mega.shown_text import LONGEST_NOTE, shown
 
@@ -196,9 +196,10 @@ def _not_known(plan: RunPlan) -> str:
 def _checkpoint_text(config: RunConfig, plan: RunPlan) -> str:
     """When there are checkpoints, and what they take."""
     checkpoint, sizes = config.checkpoint, plan.parallel
-    size_bytes = checkpoint_bytes(config, plan.architecture.num_parameters)
+    of_critic = critic_bytes(config, plan)  # divided over the ranks on whose stages layers are tapped
+    size_bytes = checkpoint_bytes(config, plan.architecture.num_parameters) + of_critic
     largest_part = max(part.parameters for part in rank_parts(config, plan))
-    held_bytes = checkpoint_bytes(config, largest_part) / sizes.data_parallel
+    held_bytes = checkpoint_bytes(config, largest_part) / sizes.data_parallel + of_critic
     kept = "all"
     if checkpoint.keep_last is not None:
         kept = f"the last {checkpoint.keep_last}"

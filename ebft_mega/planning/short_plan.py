@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.commit import CHECKPOINTS
 from ebft_mega.checkpoint.tensor_index import STATE_BYTES
 from ebft_mega.config.entries import learning_rates, optimizer
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.critic.critic_record import critic_record
 from ebft_mega.planning.data_budget import rows_of_run
 from ebft_mega.planning.run_plan import RunPlan
 from ebft_mega.shown_text import LONGEST_NOTE, shown
@@ -39,7 +39,7 @@ def short_plan(config: RunConfig, plan: RunPlan, trace: TraceRequest | None = No
         rows.append(("tokens", facts["tokens"]))
         rows.append(("steps", f"{plan.total_steps:,}, of {config.tokens_per_step:,} tokens each"))
         rows.append(("place", str(config.output_dir.absolute())))
-        rows.append(("checkpoints", checkpoint_words(config, plan.architecture)))
+        rows.append(("checkpoints", checkpoint_words(config, plan)))
     width = max(len(name) for name, _ in rows)
     return ["The run in short:", *(f"  {name:<{width}}  {shown(words, LONGEST_NOTE)}" for name, words in rows)]
 
@@ -86,9 +86,9 @@ def _token_words(config: RunConfig, plan: RunPlan) -> str:
     return f"{tokens}: {', '.join(epochs)}"
 
 
-def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
+def checkpoint_words(config: RunConfig, plan: RunPlan) -> str:
     """Say in one line when and where a run takes checkpoints and how large one is."""
-    num_bytes = checkpoint_bytes(config, architecture.num_parameters)
+    num_bytes = checkpoint_bytes(config, plan.architecture.num_parameters) + critic_bytes(config, plan)
     size = f"{num_bytes / 1e9:.3f} GB each, in {config.output_dir / CHECKPOINTS}"
     return f"{checkpoint_times(config)}; {size}"
 
@@ -96,6 +96,12 @@ def checkpoint_words(config: RunConfig, architecture: Architecture) -> str:
 def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
     """Size of the tensors in a checkpoint of so many parameters: weights and moments, in float32."""
     return STATE_BYTES * (1 + len(optimizer(config).moments)) * num_parameters
+
+
+def critic_bytes(config: RunConfig, plan: RunPlan) -> int:
+    """Size of what a checkpoint has of the token critic; 0 without one."""
+    critic = critic_record(config, plan.architecture, plan.feature_architecture)
+    return 0 if critic is None else critic.num_bytes
 
 
 def checkpoint_times(config: RunConfig) -> str:

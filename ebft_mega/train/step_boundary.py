@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ebft_mega.checkpoint.saver import CheckpointSaver, Outcome
+from ebft_mega.checkpoint.snapshot import StateShard, critic_shards
 from ebft_mega.checkpoint.tensor_index import STATE_BYTES
 from ebft_mega.errors import CheckpointError, DirectoryLostError, LockLostError
 from ebft_mega.io.progress_bar import BYTES
@@ -153,8 +154,12 @@ class Boundary:
         self._saved = _key(progress)
         words = f"copying the state to host memory for a checkpoint, {self._size_words}"
         with self._announcer.of_part(f"step {progress.step}").phase(words, is_announced=False):
+            trainer, small_files = self._trainer, self._small_files(progress)
+            others: tuple[StateShard, ...] = ()
+            if trainer.critic is not None:
+                others = critic_shards(trainer.critic.state, trainer.own_channels, trainer.groups)
             failure = self._saver.begin(
-                progress.step, self._trainer.engine, self._trainer.stage, self._small_files(progress)
+                progress.step, trainer.engine, trainer.stage, small_files, others, self._critic_bytes
             )
         if failure is not None:
             self._report(failure)
@@ -163,7 +168,12 @@ class Boundary:
     def _size_bytes(self) -> int:
         """Size of a checkpoint's tensors."""
         kinds = len(self._trainer.engine.state_kinds)
-        return self._trainer.stage.architecture.num_parameters * STATE_BYTES * kinds
+        return self._trainer.stage.architecture.num_parameters * STATE_BYTES * kinds + self._critic_bytes
+
+    @property
+    def _critic_bytes(self) -> int:
+        record = self._trainer.critic_record
+        return 0 if record is None else record.num_bytes
 
     @property
     def _size_words(self) -> str:

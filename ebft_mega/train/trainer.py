@@ -7,7 +7,9 @@ from functools import cached_property
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.critic.critic_record import CriticRecord, critic_record
 from ebft_mega.critic.fitted_critic import FittedCritic
+from ebft_mega.critic.own_channels import OwnChannels
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.metrics.timers import PhaseTimers
 from ebft_mega.model.stage import PipelinedModel, Stage
@@ -49,6 +51,20 @@ class Trainer:
     def stage(self) -> Stage:
         """This rank's part of the policy: its modules and sizes; the parameters may be partitioned."""
         return self.engine.module
+
+    @property
+    def own_channels(self) -> OwnChannels:
+        """The channels of features that this rank has, in a run with rollouts."""
+        assert self.feature_network is not None, "there are rollouts"
+        return OwnChannels.of(self.feature_network)
+
+    @property
+    def critic_record(self) -> CriticRecord | None:
+        """What a checkpoint says of the critic beside its tensors; None: there is none."""
+        if self.critic is None or self.feature_network is None:
+            return None
+        policy, frozen = self.stage.architecture, self.feature_network.stage.architecture
+        return critic_record(self.config, policy, frozen, self.critic.state.batches)
 
     @property
     def vocabulary(self) -> VocabularySlice:

@@ -24,6 +24,11 @@ from tests.overrides import last_of_each
 
 GLOBAL_BATCH = 4
 MASKING = "data.document_masking=true"
+# A token critic that is used from the second step on.
+CRITIC = (
+    *("ebft.advantage_estimator=token_critic", "ebft.use_whitening=false", "ebft.alignment=inner_product"),
+    *("ebft.embed_method=mean_pooling", "options.token_critic.warmup_batches=1", "options.token_critic.rank=8"),
+)
 NUM_STEPS = 3
 LEARNING_RATE = 1e-3
 

@@ -14,15 +14,18 @@ from ebft_mega.checkpoint.resume_rules import (
     NOTED,
     REFUSED,
     noted_changes,
+    other_critic,
     refused_changes,
     rule_of,
 )
 from ebft_mega.checkpoint.saved_run import SavedRun, read_run
-from ebft_mega.config.schema import all_keys
+from ebft_mega.config.schema import RunConfig, all_keys
+from ebft_mega.critic.critic_record import CriticRecord, critic_record
 from ebft_mega.extension import options as declare
 from ebft_mega.extension.advantage_estimator import AdvantageEstimator
+from ebft_mega.extension.reward_term import RewardTerm
 from ebft_mega.io.expanded_paths import REPOSITORY
-from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, OPTIMIZERS
+from ebft_mega.registry.kinds import ADVANTAGE_ESTIMATORS, OPTIMIZERS, REWARD_TERMS
 from tests.other_optimizers import Sgd
 from tests.unit.checkpoint.folder_stand_ins import MODEL, fill, relist, run_config, run_state, write_checkpoint
 
@@ -121,6 +124,9 @@ def test_all_refused_changes_come_at_once(saved: SavedRun, output: Path) -> None
     ("changes", "note"),
     [
         ({"train__lr": 2e-6}, "train.lr was 1e-06 and is 2e-06 now"),
+        ({"ebft__diversity_coef": 0.9}, "ebft.diversity_coef was 1.0 and is 0.9 now"),
+        ({"ebft__alignment_coef": 0.9}, "ebft.alignment_coef was 1.0 and is 0.9 now"),
+        ({"ebft__advantage_estimator": "group_norm"}, "ebft.advantage_estimator was rloo and is group_norm now"),
         ({"train__betas": [0.8, 0.95]}, "train.betas was [0.9, 0.95] and is [0.8, 0.95] now"),
         ({"train__dtype": "float32"}, "train.dtype was bfloat16 and is float32 now"),
         ({"train__global_batch_size": 16}, "train.global_batch_size was 8 and is 16 now"),
@@ -200,19 +206,32 @@ def test_a_path_as_an_earlier_version_wrote_it_has_not_changed(root: Path, outpu
     assert noted_changes(saved, run_config(output, evaluation__shards="data/other"))
 
 
-class _Scaled(AdvantageEstimator):
-    """An estimator with options."""
+class _Options(declare.Section):
+    """Of a plugin whose second version has one option more."""
+
+    scale: float = declare.key(1.0, "Scale.")
+    added: int = declare.key(3, "Not in the first version.")
+
+
+class _Scaled(RewardTerm):
+    """A term with options."""
 
     name = "scaled"
-
-    class Options(declare.Section):
-        """Of a plugin whose second version has one option more."""
-
-        scale: float = declare.key(1.0, "Scale.")
-        added: int = declare.key(3, "Not in the first version.")
+    Options = _Options
 
 
-SCALED = {"ebft__advantage_estimator": "scaled", "train__lr_scheduler": "warmup_stable_decay"}
+class _Judging(AdvantageEstimator):
+    """An estimator with options."""
+
+    name = "judging"
+    Options = _Options
+
+
+WITH_OPTIONS = {
+    "ebft__reward_terms": {"scaled": 0.5},
+    "ebft__advantage_estimator": "judging",
+    "train__lr_scheduler": "warmup_stable_decay",
+}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +241,8 @@ SCALED = {"ebft__advantage_estimator": "scaled", "train__lr_scheduler": "warmup_
         ({"scaled": {"scale": 1.0, "added": 3}}, [], []),
         ({"scaled": {"scale": 2.0, "added": 3}}, ["options.scaled.scale: found 2.0; expected 1.0"], []),
         ({"scaled": {"scale": 1.0, "added": 4}}, ["options.scaled.added: found 4; expected 3"], []),
+        ({"judging": {"scale": 2.0, "added": 3}}, [], ["options.judging.scale was 1.0 and is 2.0"]),
+        ({"judging": {"scale": 1.0, "added": 4}}, [], ["options.judging.added was 3 and is 4"]),
         ({"warmup_stable_decay": {"decay_share": 0.5}}, [], ["options.warmup_stable_decay.decay_share was 0.2 and is"]),
         ({"linear": {"of": "nothing in use"}}, [], []),
     ],
@@ -230,13 +251,124 @@ def test_options_follow_the_kind_of_their_entry(
     root: Path, output: Path, monkeypatch: pytest.MonkeyPatch, options: dict, refused: list, notes: list
 ) -> None:
     """What an entry did not have at the checkpoint was its default there."""
-    monkeypatch.setitem(ADVANTAGE_ESTIMATORS.added, "scaled", _Scaled)
-    before = {"scaled": {"scale": 1.0}, "warmup_stable_decay": {"decay_share": 0.2}}
+    monkeypatch.setitem(REWARD_TERMS.added, "scaled", _Scaled)
+    monkeypatch.setitem(ADVANTAGE_ESTIMATORS.added, "judging", _Judging)
+    before = {"scaled": {"scale": 1.0}, "judging": {"scale": 1.0}, "warmup_stable_decay": {"decay_share": 0.2}}
     temporary = temporary_folder(root, 20)
-    fill(temporary, 20, run_config(output, **SCALED, options=before), run_state(20))
+    fill(temporary, 20, run_config(output, **WITH_OPTIONS, options=before), run_state(20))
     saved = read_run(publish(temporary, root))
-    config = run_config(output, **SCALED, options=options)
+    config = run_config(output, **WITH_OPTIONS, options=options)
     problems = refused_changes(saved, config, saved.architecture)
     assert [str(each).split(", as in ")[0].removeprefix("configuration: ") for each in problems] == refused
     found = noted_changes(saved, config)
     assert len(found) == len(notes) and all(map(str.startswith, found, notes))
+
+
+CRITIC = {
+    "ebft__advantage_estimator": "token_critic",
+    "ebft__alignment": "inner_product",
+    "ebft__use_whitening": False,
+    "options": {"token_critic": {"rank": 8}},
+}
+ARCHITECTURE = Architecture.from_hf(MODEL, "here")
+
+
+CHANGED = (
+    "ebft.diversity_coef",
+    *(f"options.token_critic.{name}" for name in ("decay", "prefix_ridge", "warmup_batches")),
+)
+
+
+def record_of(config: RunConfig) -> CriticRecord | None:
+    return critic_record(config, ARCHITECTURE, ARCHITECTURE, batches=20)
+
+
+def saved_with(root: Path, config: RunConfig, critic: CriticRecord | None) -> SavedRun:
+    """A checkpoint of a run that has learned a critic."""
+    temporary = temporary_folder(root, 20)
+    fill(temporary, 20, config, run_state(20, critic=critic))
+    return read_run(publish(temporary, root))
+
+
+def test_a_critic_of_the_same_features_is_taken_over_with_other_settings(root: Path, output: Path) -> None:
+    config = run_config(output, **CRITIC)
+    saved = saved_with(root, config, record_of(config))
+    assert saved.state.critic == record_of(config) and saved.state.critic.batches == 20
+    options = {"token_critic": {"rank": 8, "decay": 0.5, "prefix_ridge": 1.0, "warmup_batches": 9}}
+    for changes in ({}, {"options": options, "ebft__diversity_coef": 0.5}):
+        config = run_config(output, **CRITIC | changes)
+        assert refused_changes(saved, config, ARCHITECTURE, record_of(config)) == []
+        assert all(note.split(" was ")[0] in CHANGED for note in noted_changes(saved, config, record_of(config)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "old", "new"),
+    [
+        ({"options": {"token_critic": {"rank": 7}}}, "options.token_critic.rank", "8", "7"),
+        ({"options": {}}, "options.token_critic.rank", "8", "16"),  # 64, and the hidden size is 16
+        ({"ebft__embed_method": "mean_pooling"}, "ebft.embed_method", "last_token", "mean_pooling"),
+        ({"ebft__feature_norm": "per_layer"}, "ebft.feature_norm", "joint", "per_layer"),
+        ({"ebft__generate_max_len": 4}, "ebft.generate_max_len", "8", "4"),
+        ({"ebft__layer_weights": [1.0, 2.0, 1.0]}, "ebft.layer_weights", "null", "[1.0, 2.0, 1.0]"),
+        (
+            {"ebft__feature_layers": [0.5]},
+            "ebft.feature_layers",
+            "features of the layers [1, 2, 3]",
+            "features of the layers [2]",
+        ),
+    ],
+)
+def test_a_critic_of_other_features_is_refused(
+    root: Path, output: Path, changes: dict, key: str, old: str, new: str
+) -> None:
+    config = run_config(output, **CRITIC)
+    saved = saved_with(root, config, record_of(config))
+    config = run_config(output, **CRITIC | changes).with_places({key: "run.yaml:7"})
+    (problem,) = other_critic(saved, config, record_of(config))
+    assert (problem.where, problem.key, problem.found) == ("run.yaml:7", key, new)
+    assert problem.expected.startswith(f"{old}, as the token critic in {saved.directory / 'state.json'} has it; ")
+    # What the rules refuse already is not named twice.
+    assert [each.key for each in refused_changes(saved, config, ARCHITECTURE, record_of(config))] == [key]
+
+
+def test_a_critic_of_another_vocabulary_is_refused(root: Path, output: Path) -> None:
+    config = run_config(output, **CRITIC)
+    saved = saved_with(root, config, record_of(config))
+    other = Architecture.from_hf(MODEL | {"vocab_size": 101}, "here")
+    (problem,) = other_critic(saved, config, critic_record(config, other, other))
+    assert (problem.key, problem.found) == ("model.config: vocab_size", "101")
+
+
+class _Critical(AdvantageEstimator):
+    """An estimator that chooses the rank by itself."""
+
+    name = "critical"
+    needs = frozenset({"critic"})
+
+
+def test_a_plugin_without_an_option_for_the_rank_is_named(root: Path, output: Path, monkeypatch) -> None:
+    monkeypatch.setitem(ADVANTAGE_ESTIMATORS.added, "critical", _Critical)
+    config = run_config(output, **CRITIC)
+    saved = saved_with(root, config, record_of(config))
+    config = run_config(output, **CRITIC | {"ebft__advantage_estimator": "critical"})
+    (problem,) = other_critic(saved, config, record_of(config))
+    assert (problem.key, problem.found) == ("ebft.advantage_estimator", "rank 16")
+    assert problem.expected.startswith("rank 8, as the token critic in ")
+
+
+def test_a_critic_that_begins_anew_or_is_left_out_is_noted(root: Path, output: Path) -> None:
+    with_critic, without = (
+        run_config(output, **CRITIC),
+        run_config(output, **CRITIC | {"ebft__advantage_estimator": "rloo"}),
+    )
+    assert record_of(without) is None
+    saved = saved_with(root, without, None)
+    *_, note = noted_changes(saved, with_critic, record_of(with_critic))
+    assert note == f"{saved.directory} has no token critic: that of token_critic begins with nothing learned"
+    assert refused_changes(saved, with_critic, ARCHITECTURE, record_of(with_critic)) == []
+    assert noted_changes(saved, without) == []
+    saved = saved_with(root, with_critic, record_of(with_critic))
+    *_, note = noted_changes(saved, without)
+    assert note.startswith(f"the token critic in {saved.directory}, which has learned from 20 batches, is left out: ")
+    assert note.endswith("ebft.advantage_estimator is rloo")
+    assert refused_changes(saved, without, ARCHITECTURE) == []

@@ -447,7 +447,7 @@ def test_checkpoints_of_the_plan(inputs):
     ):
         config, plan = plan_of(inputs, checkpoint=checkpoint)
         assert re.search(rf"taken +{words}\n", planner.describe_run(config, plan))
-        assert checkpoint_words(config, plan.architecture) == f"{words}; {size}"
+        assert checkpoint_words(config, plan) == f"{words}; {size}"
 
 
 @pytest.mark.parametrize("whitening", ["sample", "feature"])
