@@ -32,6 +32,16 @@ SEPARATE = Case("a separate forward pass", ("ebft.ce_coef=0", "learn.reuse_rollo
 ACTIVATIONS = Case(
     "saved activations", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
 )
+RANK = 7  # numbers of a token's vector
+# Used in the second step, as the first one has fitted it.
+CRITIC = Case(
+    "token critic",
+    (
+        *("ebft.ce_coef=0", "ebft.advantage_estimator=token_critic", "ebft.use_whitening=false"),
+        *("ebft.embed_method=mean_pooling", "ebft.alignment=inner_product"),
+        *("options.token_critic.warmup_batches=1", f"options.token_critic.rank={RANK}"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,9 @@ def expected_bytes_of_micro_batch(
     tokens_read = G if is_mean else 1
     decoded, packed, read = B * ANCHOR + nodes.fed_back, B * P + sum(nodes.by_level), nodes.read(tokens_read)
     head_rows, block_features = B * K + nodes.predicting, K * (N + 1)
-    is_separate, has_graph = case is SEPARATE, case is ACTIVATIONS
-    scored = head_rows * (2 + N)  # two numbers for each row, and one for the choice of each sample of its anchor
+    is_separate, has_graph, vector = case is SEPARATE, case is ACTIVATIONS, RANK * (case is CRITIC)
+    # Two numbers for each row, and one for the choice of each sample of its anchor; with a critic a mean vector.
+    scored = head_rows * (2 + N + vector)
     tokens = INT64 * B * N * K
 
     def hidden(positions: int) -> int:
@@ -125,7 +136,7 @@ def expected_bytes_of_micro_batch(
         ("rollout", "tensor_parallel", "all-gather"): many_slices * last * 16 * layout.tensor * B * N * K * G,
         ("rollout", "pipeline_parallel", "send"): many_stages
         * (tokens * (G - 1) * (layout.pipeline - 1) if last else hidden(decoded)),
-        ("rollout", "pipeline_parallel", "broadcast"): many_stages * tokens,
+        ("rollout", "pipeline_parallel", "broadcast"): many_stages * (tokens + FLOAT32 * head_rows * vector),
         ("features", "tensor_parallel", "all-reduce"): many_slices
         * (
             features
@@ -136,7 +147,7 @@ def expected_bytes_of_micro_batch(
         ("features", "model_parallel", "all-reduce"): (many_slices or many_stages)
         * FLOAT64
         * B
-        * (K * (N + 1) ** 2 + is_mean * block_features * G),
+        * (K * (N + 1) ** 2 + is_mean * block_features * G + bool(vector) * N * K * G * (1 + vector)),
         ("learn", "tensor_parallel", "all-reduce"): many_slices
         * (
             hidden(decoded) * (back_and_forth * layers + first * (not has_graph))
@@ -145,7 +156,7 @@ def expected_bytes_of_micro_batch(
         ("learn", "pipeline_parallel", "send"): many_stages
         * hidden(decoded)
         * ((not last) * is_separate + (not first)),
-        ("learn", "pipeline_parallel", "broadcast"): many_stages * FLOAT32 * (B * N * K * G + 3),
+        ("learn", "pipeline_parallel", "broadcast"): many_stages * FLOAT32 * (B * N * K * G + 3 + bool(vector)),
     }
     return found
 
@@ -178,7 +189,7 @@ def expected_bytes_of_sequence_parallel_layers(
 LAYOUTS = [Layout(1, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
-@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN, MEAN, PER_LAYER, SEPARATE, ACTIVATIONS, CRITIC], ids=lambda case: case.name)
 @pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param(Layout(1, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
     for rank, (_, found, nodes) in enumerate(measured(layout, case, directory)):
@@ -193,6 +204,17 @@ def test_bytes_within_a_replica_follow_the_formulas(layout, case, directory):
             and not is_of_the_optimizer(key, value)
         }
         assert within == expected_bytes(layout, case, stage, nodes)
+
+
+def test_statistics_of_the_critic_are_summed_over_replicas_once(directory):
+    """Of regressors and of the rank's feature channels, for every token: once a step, not once a micro-batch."""
+    plain, fitted = (
+        [found["update", "data_parallel", "all-reduce"] for _, found, _ in measured(Layout(2, 1, 1), case, directory)]
+        for case in (PLAIN, CRITIC)
+    )
+    regressors = 4 * RANK + 1
+    expected = FLOAT64 * G * regressors * (regressors + DEPTH * H)
+    assert [more - before for more, before in zip(fitted, plain, strict=True)] == [expected, expected]
 
 
 def is_of_the_optimizer(key: tuple[str, str, str], value: int) -> bool:
