@@ -4,7 +4,7 @@ Estimators that draw from the same distributions share rollouts, and those that 
 they differ in is what they make of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,21 +14,19 @@ from torch import Tensor
 from ebft_mega.apps.noise.adam_scale import adam_scale
 from ebft_mega.apps.noise.estimator_specs import OPTIMAL_TOKEN_BASELINE, OTHERS
 from ebft_mega.apps.noise.noise_request import NoisePlan, NoiseRequest
-from ebft_mega.apps.noise.noise_trainers import MeasuredEstimator, build_estimators, by_distribution, rows_to_measure
+from ebft_mega.apps.noise.noise_trainers import build_estimators, rows_to_measure
 from ebft_mega.apps.noise.other_baselines import (
     advantages_over,
     optimal_token_weights,
     prefix_weights,
     squared_probabilities,
 )
+from ebft_mega.apps.noise.shared_features import MeasuredEstimator, SharedFeatures, by_distribution
 from ebft_mega.apps.noise.sign_projector import SignProjector
 from ebft_mega.apps.noise.variance_parts import Array
 from ebft_mega.cost.rollout_nodes import RolloutNodes
-from ebft_mega.critic.fitted_critic import CriticStep
-from ebft_mega.features.own_features import OwnFeatures
 from ebft_mega.io.progress_bar import track
 from ebft_mega.parallel.groups import connect, make_process_groups
-from ebft_mega.rollout.generate import Sampled, generate_rollouts
 from ebft_mega.rollout.score import ScoreRequest
 from ebft_mega.train.experience import make_experiences
 from ebft_mega.train.gradient_pass import learn
@@ -94,35 +92,13 @@ class SharedRollouts:
         self._row, trainer = row, sharing[0].trainer
         self._masks: LossMasks | None = loss_masks([row], trainer.plan, trainer.config, trainer.groups)
         self._blocks = None if self._masks is None else self._masks.blocks
-        tables = [own.trainer.critic.table for own in sharing if own.trainer.critic is not None]
         sampling = replace(trainer.sampling, seed=trainer.sampling.seed + replicate)
-        with trainer.policy() as policy:
-            self._sampled: list[Sampled] = generate_rollouts(
-                policy,
-                [row],
-                trainer.plan,
-                sampling,
-                step,
-                with_logprobs=any(own.needs_logprobs for own in sharing),
-                table=tables[0] if tables else None,
-            )
-        self._grams: dict[int, list[Tensor]] = {}  # by the identity of the feature network
-        self._judged: dict[str, CriticStep] = {}  # by the label of the estimator
-        for network in {id(own.trainer.feature_network): own.trainer.feature_network for own in sharing}.values():
-            assert network is not None, "there are rollouts"
-            steps = {
-                own.spec.label: own.trainer.critic.of_step([row], self._sampled, self._blocks)
-                for own in sharing
-                if own.trainer.critic is not None and own.trainer.feature_network is network
-            }
-            rollouts = [item.rollout for item in self._sampled]
-            self._grams[id(network)] = network.grams([row], rollouts, trainer.plan, _taken_by(list(steps.values())))
-            self._judged |= steps
+        self._shared = SharedFeatures.of(sharing, [row], self._masks, sampling, step)
 
     @property
     def nodes(self) -> tuple[RolloutNodes, ...]:
         """Of the row."""
-        forest = self._sampled[0].rollout.forest
+        forest = self._shared.sampled[0].rollout.forest
         return RolloutNodes.of_forest(forest.levels, forest.num_blocks)
 
     def gradients(self, own: MeasuredEstimator, by_token: bool, projector: SignProjector) -> dict[str, Tensor]:
@@ -142,11 +118,11 @@ class SharedRollouts:
 
     def _experience(self, own: MeasuredEstimator) -> Experience:
         """Rewards and advantages, by the estimator of the configuration or by one of others."""
-        trainer, judged = own.trainer, self._judged.get(own.spec.label)
-        grams = self._grams[id(trainer.feature_network)]
+        trainer, judged = own.trainer, self._shared.judged.get(own.spec.label)
+        grams = self._shared.grams[id(trainer.feature_network)]
         values = None if judged is None else judged.values
         (experience,) = make_experiences(
-            trainer.rewarding, [self._row], self._sampled, grams, self._blocks, trainer.groups.device, values
+            trainer.rewarding, [self._row], self._shared.sampled, grams, self._blocks, trainer.groups.device, values
         )
         if own.spec.name not in OTHERS:
             return experience
@@ -158,7 +134,7 @@ class SharedRollouts:
         return replace(experience, advantages=advantages)
 
     def _other_weights(self, own: MeasuredEstimator) -> Tensor:
-        (sampled,), trainer = self._sampled, own.trainer
+        (sampled,), trainer = self._shared.sampled, own.trainer
         if own.spec.name != OPTIMAL_TOKEN_BASELINE:
             return prefix_weights(sampled.rollout.tokens)
         assert sampled.logprobs is not None, "the estimator needs them"
@@ -182,13 +158,3 @@ def of_token(experience: Experience, token: int) -> Experience:
             expected=critic.expected.where(chosen, 0.0),
         )
     return replace(experience, advantages=advantages.where(chosen, 0.0), critic=critic)
-
-
-def _taken_by(steps: Sequence[CriticStep]) -> Callable[[int, OwnFeatures], None] | None:
-    """What hands features to several critics; None: there are none."""
-
-    def take(index: int, features: OwnFeatures) -> None:
-        for step in steps:
-            step.take(index, features)
-
-    return take if steps else None

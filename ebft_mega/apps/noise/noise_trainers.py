@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ebft_mega.apps.noise.estimator_specs import OPTIMAL_TOKEN_BASELINE, EstimatorSpec
 from ebft_mega.apps.noise.noise_request import NoisePlan, NoiseRequest
+from ebft_mega.apps.noise.shared_features import MeasuredEstimator, SharedFeatures, by_distribution
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.checkpoint.initial_model import open_weights
 from ebft_mega.config.entries import tapped_fractions
@@ -22,27 +22,9 @@ from ebft_mega.parallel.groups import ProcessGroups
 from ebft_mega.planning.datasets import open_training_rows
 from ebft_mega.rollout.generate import SamplingSettings
 from ebft_mega.train.loop import rows_of_step
-from ebft_mega.train.step import observe_step
+from ebft_mega.train.loss_masks import loss_masks
 from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import TokenBatch
-
-
-@dataclass(frozen=True)
-class MeasuredEstimator:
-    """An estimator and the trainer that computes its gradients, of steps of one row."""
-
-    spec: EstimatorSpec
-    trainer: Trainer
-
-    @property
-    def needs_logprobs(self) -> bool:
-        """Whether it reads log-probabilities of what is drawn."""
-        return self.spec.name == OPTIMAL_TOKEN_BASELINE or "logprobs" in self.trainer.rewarding.needs
-
-    @property
-    def critic_rank(self) -> int | None:
-        """Numbers of a token's vector, whose means the sampling notes; None: the estimator reads no critic."""
-        return None if self.trainer.critic is None else self.trainer.critic.rank
 
 
 def build_estimators(request: NoiseRequest, plan: NoisePlan, groups: ProcessGroups) -> list[MeasuredEstimator]:
@@ -75,39 +57,32 @@ def build_estimators(request: NoiseRequest, plan: NoisePlan, groups: ProcessGrou
             critic=build_critic(config, plan.architecture, initial, network, groups),
             decode=text_decoder(config, _loader(config, 0, config.train.global_batch_size)),
         )
-        fit_critic(trainer, request.warmup_batches, spec.label)
-        found.append(MeasuredEstimator(spec, replace(trainer, config=request.of_one_row(spec))))
-    return found
+        found.append(MeasuredEstimator(spec, trainer))
+    fit_critics([own for own in found if own.trainer.critic is not None], request.warmup_batches)
+    return [replace(own, trainer=replace(own.trainer, config=request.of_one_row(own.spec))) for own in found]
 
 
-def fit_critic(trainer: Trainer, batches: int, label: str) -> None:
-    """Let a trainer's critic learn from the first batches of its run, with unchanged weights; none without a critic.
+def fit_critics(estimators: Sequence[MeasuredEstimator], batches: int) -> None:
+    """Let critics learn from the first batches of their run, as `observe_step` does, with unchanged weights.
 
-    Communication: that of `observe_step`.
+    Those that draw alike share the rollouts.
+
+    Communication: none, in one process.
     """
-    if trainer.critic is None:
-        return
-    loader = _loader(trainer.config, 0, trainer.config.train.global_batch_size)
-    with closing(iter(loader)) as loaded:
-        for step in track(range(batches), batches, f"fitting the critic of {label}"):
-            observe_step(trainer, rows_of_step(next(loaded).rows, trainer.config, trainer.groups.device), step)
-
-
-def by_distribution(estimators: Sequence[MeasuredEstimator]) -> list[list[MeasuredEstimator]]:
-    """Group those that can share rollouts: what these are drawn from is the same, and so are the vectors of tokens."""
-    groups: dict[object, list[MeasuredEstimator]] = {}
-    ranks: dict[object, list[int]] = {}
-    for own in estimators:
-        sampling = (own.trainer.plan, own.trainer.sampling)
-        known = ranks.setdefault(sampling, [])
-        if own.critic_rank is not None and own.critic_rank not in known:
-            known.append(own.critic_rank)
-    for own in estimators:
-        sampling = (own.trainer.plan, own.trainer.sampling)
-        known = ranks[sampling]
-        place = 0 if own.critic_rank is None else known.index(own.critic_rank)
-        groups.setdefault((*sampling, place), []).append(own)
-    return list(groups.values())
+    for sharing in by_distribution(estimators):
+        trainer = sharing[0].trainer
+        config, device = trainer.config, trainer.groups.device
+        loader = _loader(config, 0, config.train.global_batch_size)
+        words = f"fitting critics, n {trainer.plan.num_samples}, G {trainer.plan.generate_length}"
+        with closing(iter(loader)) as loaded:
+            for step in track(range(batches), batches, words):
+                batch = rows_of_step(next(loaded).rows, config, device)
+                micro_batches = batch.split(config.train.micro_batch_size)
+                masks = loss_masks(micro_batches, trainer.plan, config, trainer.groups)
+                shared = SharedFeatures.of(sharing, micro_batches, masks, trainer.sampling, step)
+                for own in sharing:
+                    assert own.trainer.critic is not None, "only those with a critic are fitted"
+                    own.trainer.critic.learn(shared.judged[own.spec.label])
 
 
 def rows_to_measure(request: NoiseRequest, trainer: Trainer) -> Sequence[TokenBatch]:
