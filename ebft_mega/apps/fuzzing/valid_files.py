@@ -197,6 +197,10 @@ def checkpoint_files() -> Files:
         **{"seed": 3, "data": {**data, "sources": [{**source, "max_epochs": None}]}},
         **{"feature_network": "c" * 64, "feature_source": "the initial model"},
         "feature_architecture": {"hidden_size": 8, "rope_theta": 1e4, "rope_type": None},
+        "critic": {
+            **{"feature_map": "concat", "feature_norm": "joint", "layers": [1, 2], "layer_weights": [1.0, 0.5]},
+            **{"vectors": 4, "hidden_size": 8, "generate_length": 4, "rank": 8, "vocabulary": 64, "batches": 2},
+        },
         "layout": {**dict.fromkeys(sizes, 1), "sequence_parallel": False, "zero_stage": 3},
         "evaluations": [{"step": 0, "metrics": {"eval/ce_loss": 4.5, "eval/alignment": "nan"}}],
         **{"pending_metrics": {"loss/total": 1.5}, "started_from": {"path": "run", "manifest_sha256": "d" * 64}},
@@ -205,7 +209,11 @@ def checkpoint_files() -> Files:
         TensorShard(file="weights/rank-00000.safetensors", offsets=(0, 0), sizes=(4, 8)),
         TensorShard(file="weights/rank-00001.safetensors", offsets=(4, 0), sizes=(60, 8)),
     )
-    kinds = {"weights": {EMBEDDING_NAME: IndexedTensor(shape=(64, 8), shards=shards)}}
+    table = TensorShard(file="critic/rank-00000.safetensors", offsets=(0, 0), sizes=(64, 8))
+    kinds = {
+        "weights": {EMBEDDING_NAME: IndexedTensor(shape=(64, 8), shards=shards)},
+        "critic": {"table": IndexedTensor(shape=(64, 8), shards=(table,))},
+    }
     files = {
         "state.json": plain_json(state),
         "config.resolved.yaml": CONFIGURATION.encode(),

@@ -18,9 +18,18 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape, stage_parameters
 from ebft_mega.architecture.tensor_shapes import hf_shapes
-from ebft_mega.checkpoint.snapshot import StateShard, take_snapshot, write_state_shards
+from ebft_mega.checkpoint.snapshot import StateShard, critic_shards, take_snapshot, write_state_shards
 from ebft_mega.checkpoint.tensor_index import TensorIndex, coverage_problems, merge_indices
-from ebft_mega.checkpoint.tensors import CheckpointTensors, CheckpointWeights, check_tensors, restore_engine
+from ebft_mega.checkpoint.tensors import (
+    CheckpointTensors,
+    CheckpointWeights,
+    SavedState,
+    check_state,
+    check_tensors,
+    restore_critic,
+    restore_engine,
+)
+from ebft_mega.critic.critic_record import CRITIC_STATE
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import load_weights
@@ -36,7 +45,7 @@ from tests.conftest import tiny_config
 from tests.distributed.parallel.test_engine_state import computed_with, same, same_state, state_of
 from tests.distributed.parallel.test_zero_traps import replaced
 from tests.distributed.ranks import run_ranks
-from tests.distributed.steps import LEARNING_RATE, Case, Layout, config_of, rows_of_step
+from tests.distributed.steps import CRITIC, LEARNING_RATE, Case, Layout, config_of, rows_of_step
 from tests.distributed.traffic import PhaseNames, Traffic
 from tests.memory import peak_tensor_bytes
 
@@ -166,6 +175,86 @@ def test_resuming_from_a_checkpoint_is_not_having_stopped(name, tmp_path):
     for found in run_ranks(goings[0][0].world_size, run_all, goings, str(tmp_path), num_steps):
         for case, checks in found.items():
             assert all(checks.values()), (case, [check for check, passed in checks.items() if not passed])
+
+
+# --- a token critic beside the policy
+
+# Three vectors of each layer; used from the second step on.
+WITH_CRITIC = Case("token-critic", (*CRITIC, "train.micro_batch_size=2", "ebft.embed_method=concat"))
+
+
+def learned(trainer: Trainer) -> dict[str, Tensor]:
+    """Numbers of this rank's critic."""
+    state = trainer.critic.state
+    return {
+        **{"table": state.table, "squares": state.statistics.squares, "products": state.statistics.products},
+        **{"prefix": state.weights.prefix, "token": state.weights.token, "batches": torch.tensor(state.batches)},
+    }
+
+
+def resumed(layout: Layout, saved: SavedState, directory: str) -> Trainer:
+    """A trainer of a checkpoint at a layout."""
+    groups = make_process_groups(connect(), layout.tensor, layout.pipeline)
+    config = config_of(WITH_CRITIC, directory, layout.overrides)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    check_state(saved.tensors, config, architecture, saved.critic)
+    trainer = build_trainer(
+        config, architecture, architecture, groups, policy_weights=saved.weights, token_table=saved.token_table()
+    )
+    restore_engine(trainer.engine, trainer.stage, saved.tensors, saved.applied_updates)
+    restore_critic(trainer.critic, trainer.own_channels, saved)
+    return trainer
+
+
+def stop_and_resume_critic(layout: Layout, others: tuple[Layout, ...], directory: str) -> dict[str, bool]:
+    groups = make_process_groups(connect(), layout.tensor, layout.pipeline)
+    config = config_of(WITH_CRITIC, directory, layout.overrides)
+    architecture = Architecture.from_hf(config.model.config, "test")
+    trainer = build_trainer(config, architecture, architecture, groups)
+    take(trainer, WITH_CRITIC, range(2))
+
+    def snapshot(found: Trainer) -> tuple[StateShard, ...]:
+        shards = critic_shards(found.critic.state, found.own_channels, found.groups)
+        return (*take_snapshot(found.engine, found.stage), *shards)
+
+    folder = Path(directory) / "first"
+    shards = snapshot(trainer)
+    copies = [shard.tensor.clone() for shard in shards]
+    saved = SavedState(CheckpointTensors(folder, written_by_all(folder, shards)), 2, trainer.critic_record)
+    twin = resumed(layout, saved, directory)
+    checks = {"same critic": same(learned(twin), learned(trainer)), "it was used": saved.critic.batches == 2}
+    more = range(2, 4)
+    checks["same metrics"] = take(twin, WITH_CRITIC, more) == take(trainer, WITH_CRITIC, more)
+    checks["same critic after more steps"] = same(learned(twin), learned(trainer))
+    checks["same parameters after more steps"] = same(computed_with(twin.engine), computed_with(trainer.engine))
+    unchanged = all(torch.equal(copy, shard.tensor) for copy, shard in zip(copies, shards, strict=True))
+    checks["shards stay as they are"] = unchanged and trainer.critic.state.batches == 4
+    for number, other in enumerate(others):
+        again = Path(directory) / f"again-{number}"
+        index = written_by_all(again, snapshot(resumed(other, saved, directory)))
+        checks[f"same tensors at {other}"] = index.kinds[CRITIC_STATE].keys() == saved.critic.shapes.keys() and all(
+            torch.equal(saved.tensors.whole(kind, name), CheckpointTensors(again, index).whole(kind, name))
+            for kind, tensors in index.kinds.items()
+            for name in tensors
+        )
+    return checks
+
+
+@pytest.mark.parametrize(
+    ("layout", "others"),
+    [
+        (Layout(1, 1, 2), (Layout(1, 2, 1),)),
+        pytest.param(Layout(1, 2, 1), (Layout(1, 1, 2),), marks=pytest.mark.slow),
+        pytest.param(Layout(2, 1, 1, zero_stage=1), (Layout(1, 1, 2), Layout(1, 2, 1)), marks=pytest.mark.slow),
+        # Three layers are read: the last of four stages has none of them.
+        pytest.param(Layout(2, 2, 1), (Layout(1, 1, 4), Layout(4, 1, 1)), marks=pytest.mark.slow),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Layout) else "then " + " and ".join(map(str, value)),
+)
+def test_a_critic_is_what_it_was_and_the_same_at_another_layout(layout, others, tmp_path):
+    """Statistics, weights, losses and parameters bit for bit; whole statistics at another layout, too."""
+    for checks in run_ranks(layout.world_size, stop_and_resume_critic, layout, others, str(tmp_path)):
+        assert all(checks.values()), [check for check, passed in checks.items() if not passed]
 
 
 # --- from one layout to another

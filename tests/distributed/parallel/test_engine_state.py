@@ -43,7 +43,7 @@ def state_of(engine: ZeroEngine) -> State:
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Bit for bit: also the sign of a zero."""
-    integers = {2: torch.int16, 4: torch.int32}
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return left.keys() == right.keys() and all(
         torch.equal(value.view(integers[value.element_size()]), right[name].view(integers[value.element_size()]))
         for name, value in left.items()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ebft_mega.critic import fitted_critic
 from ebft_mega.features import network as network_module
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model import head as head_module
@@ -22,7 +23,7 @@ from ebft_mega.train import gradient_pass
 from ebft_mega.train.step import train_step
 from ebft_mega.train.step_metrics import step_metrics
 from tests.distributed.ranks import run_ranks
-from tests.distributed.steps import LEARNING_RATE, MASKING, Case, rows_of_step
+from tests.distributed.steps import CRITIC, LEARNING_RATE, MASKING, Case, rows_of_step
 from tests.distributed.train.test_non_finite import build
 
 LAST_RANK = 1  # of two: the second replica, the second slice, or the last stage
@@ -82,8 +83,9 @@ def logprob(original, value, which=0):
     def score(*arguments):
         found = list(original(*arguments))
         if arguments[0].shape.has_head:
-            first = torch.arange(found[which].numel()).view_as(found[which]) == 0
-            found[which] = torch.where(first, value, found[which])
+            place = which if isinstance(which, int) else [each.shape for each in found].index(())
+            first = torch.arange(found[place].numel()).view_as(found[place]) == 0
+            found[place] = torch.where(first, value, found[place])
         return tuple(found)
 
     return score
@@ -92,6 +94,22 @@ def logprob(original, value, which=0):
 def target_logprob(original, value):
     """One term of the cross-entropy, the last of those that are scored."""
     return logprob(original, value, -1)
+
+
+def expected_value(original, value):
+    """The sum of what a token critic expects, the only scalar that is scored."""
+    return logprob(original, value, "scalar")
+
+
+def direction(original, value):
+    """One number of the directions that a token critic gives to the loss, in each rank of the replica."""
+
+    def critic_values(*arguments):
+        found = original(*arguments)
+        found.directions[0, 0, 0, 0, 0] = value
+        return found
+
+    return critic_values
 
 
 def loss(original, value):
@@ -134,6 +152,8 @@ PLANTS = {
     "scored logit": (head_module, "score_rows", scored_logit, LAST_RANK),
     "logprob": (gradient_pass, "score", logprob, LAST_RANK),
     "cross-entropy term": (gradient_pass, "score", target_logprob, LAST_RANK),
+    "expected value": (gradient_pass, "score", expected_value, LAST_RANK),
+    "direction": (fitted_critic, "_critic_values", direction, LAST_RANK),
     "loss": (gradient_pass, "loss_terms", loss, LAST_RANK),
     "gradient": (gradient_pass, "loss_terms", gradient, LAST_RANK),
     "hidden state": (Stage, "embed", hidden_state, 0),
@@ -146,6 +166,10 @@ FEW = {
 MORE = {
     **{"feature": (math.inf,), "sampled logit": (math.nan, math.inf), "scored logit": (-math.inf, math.inf)},
     **{"gradient": (math.nan,), "hidden state": (math.nan, math.inf)},
+}
+OF_CRITIC = {
+    **{name: FEW[name] for name in ("feature", "sampled logit", "scored logit", "logprob", "loss")},
+    **{"gradient": (math.nan,), "expected value": (math.nan,), "direction": (math.inf,)},
 }
 WITHOUT_ROLLOUTS = {name: FEW[name] for name in FEW if name not in ("reward", "feature", "sampled logit", "logprob")}
 
@@ -163,11 +187,16 @@ def planted(owner, name, spoil, rank, value):
 
 
 def state_of(trainer):
-    """All of this rank's weights and moments, and how often they were updated."""
-    engine = trainer.engine
+    """All of this rank's weights and moments, how often they were updated, and what a token critic has learned."""
+    engine, critic = trainer.engine, trainer.critic
     tensors = [
         value.detach().flatten().clone() for kind in engine.state_kinds for _, value in engine.state_tensors(kind)
     ]
+    if critic is not None:
+        statistics, weights = critic.state.statistics, critic.state.weights
+        learned = [statistics.squares, statistics.products, *([weights.prefix, weights.token] if weights else [])]
+        tensors += [value.flatten().clone() for value in learned]
+        tensors.append(torch.tensor([float(critic.state.batches)]))
     return torch.cat([*tensors, torch.tensor([float(engine.applied_updates)])])
 
 
@@ -198,8 +227,8 @@ def take_planted_steps(directory, tensor, pipeline, overrides, values):
 def spoil_what_does_not_count(function, owner, spoiled):
     """Make features, or log-probabilities, NaN where they have no weight; notes of how many blocks."""
 
-    def grams(network, batches, rollouts, plan):
-        found = function(network, batches, rollouts, plan)
+    def grams(network, batches, rollouts, plan, take=None):
+        found = function(network, batches, rollouts, plan, take)
         counted = [counted_blocks(rows, plan) for rows in batches]
         spoiled.extend((~blocks).sum().item() for blocks in counted)
         pairs = zip(found, counted, strict=True)
@@ -272,6 +301,8 @@ VARIANTS = {
         FEW,
     ),
     "nucleus, bfloat16": ((*DEFAULTS, "ebft.top_p=0.8", "train.dtype=bfloat16"), FEW),
+    "token critic": ((*DEFAULTS, *CRITIC), OF_CRITIC),
+    "token critic, activations": (("learn.reuse_rollout=activations", "zero.hold_parameters=step", *CRITIC), OF_CRITIC),
     "cross-entropy alone": (("ebft.rl_coef=0", "ebft.ce_coef=1"), WITHOUT_ROLLOUTS),
     **{f"ZeRO {stage}": ((*DEFAULTS, f"zero.stage={stage}"), FEW) for stage in (0, 1, 2)},
     **{

@@ -11,6 +11,7 @@ from ebft_mega.checkpoint.commit import CHECKPOINTS, publish, temporary_folder
 from ebft_mega.checkpoint.manifest import Manifest, write_file, write_manifest
 from ebft_mega.config.load import load_config, resolved_yaml
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.critic.critic_record import critic_record
 from ebft_mega.lifecycle.run_record import RunRecord
 from ebft_mega.lifecycle.standing import Standing, standing_of
 from ebft_mega.planning.run_plan import RunPlan, check_run
@@ -54,7 +55,8 @@ class Site:
         """A checkpoint."""
         config, plan = self.planned(*overrides)
         temporary = temporary_folder(self.output / CHECKPOINTS, step)
-        state = run_state(step, seed=config.seed, data=plan.train_rows.state)
+        critic = critic_record(config, plan.architecture, plan.feature_architecture, batches=step)
+        state = run_state(step, seed=config.seed, data=plan.train_rows.state, critic=critic)
         contents = {
             "state.json": state.to_json().encode(),
             "config.resolved.yaml": resolved_yaml(config).encode(),

@@ -248,6 +248,30 @@ def test_not_finished_checkpoints_same_run(site, is_recorded):
     assert site.standing(MORE).action is Action.RESUME and site.standing("train.lr=0.5").action is Action.RESUME
 
 
+CRITIC = ("ebft.advantage_estimator=token_critic", "ebft.use_whitening=false", "ebft.alignment=inner_product")
+RANK = "options.token_critic.rank="
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["own", "named"])
+def test_a_critic_of_another_rank_is_refused_before_the_start(site, is_named):
+    """By the dry run, too. The hidden size of 16 bounds the rank."""
+    site.begin(*CRITIC, f"{RANK}9", logged=6)
+    site.save(4, *CRITIC, f"{RANK}9")
+    saved = site.output / "checkpoints" / "step-00000004"
+    where = (f"output_dir={site.inputs.root / 'next'}", f"checkpoint.resume={saved}") if is_named else ()
+    for rank, found in ((8, 8), (64, 16)):
+        with pytest.raises(ConfigError) as caught:
+            planned_standing(*site.planned(*CRITIC, f"{RANK}{rank}", *where), Fresh())
+        expected = f"9, as the token critic in {saved / 'state.json'} has it"
+        assert f"options.token_critic.rank: found {found}; expected {expected}" in str(caught.value)
+    for settings in ((), ("options.token_critic.decay=0.5", "ebft.diversity_coef=0.5")):
+        assert site.standing(*CRITIC, f"{RANK}9", *where, *settings).action is Action.RESUME
+    # Another estimator has no use for it, and what is not whole is passed over by the start.
+    assert site.standing(*CRITIC[1:], *where).action is Action.RESUME
+    (saved / "state.json").write_text("{}")
+    assert site.standing(*CRITIC, f"{RANK}8", *where).action is Action.RESUME
+
+
 def test_behind_the_model_only_with_a_note(site):
     site.finish(checkpoint=False)
     site.save(4)
