@@ -26,6 +26,7 @@ from ebft_mega.apps.benchmark.tables import SIDE_NAMES, report
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.io.arguments import ToolParser, output_file, path_argument, real_number, whole_number
 from ebft_mega.io.command import run_command
+from ebft_mega.registry.kinds import FEATURE_MAPS
 
 # Of a model with its weights: what the baseline takes is known of the toy.
 SIDES_OF_DIRECTORIES = ("ours_unmerged", "ours")
@@ -81,6 +82,8 @@ def _add_geometry(parser: argparse.ArgumentParser) -> None:
         geometry.add_argument(f"--{name}", type=whole_number(), metavar="N", help=what)
     geometry.add_argument("--samples", type=whole_number(), nargs="+", metavar="N", help="n, rollouts of each anchor")
     geometry.add_argument("--temperature", type=real_number(above=True), metavar="T", help="sampling temperature")
+    geometry.add_argument("--embed-method", choices=FEATURE_MAPS.names(), help="how token features become one vector")
+    geometry.add_argument("--ce-coef", type=real_number(), metavar="X", help="weight of the cross-entropy on the row")
     geometry.add_argument("--sides", nargs="+", choices=list(SIDE_NAMES), help="what is compared")
 
 
@@ -90,7 +93,8 @@ def _model(text: str) -> str | Path:
 
 def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[BenchCase, ...]:
     """The cases that are asked for."""
-    names = ("sequence_length", "stride", "context_length", "generate_length", "rows", "runs", "temperature", "sides")
+    geometry = ("sequence_length", "stride", "context_length", "generate_length", "rows", "runs", "temperature")
+    names = (*geometry, "embed_method", "ce_coef", "sides")
     own = {name: value for name in names if (value := getattr(options, name)) is not None}
     of_directory = isinstance(options.model, Path)
     if not (own or options.samples or of_directory):

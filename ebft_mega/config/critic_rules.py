@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ebft_mega.config.entries import advantage_estimator, feature_map
+from ebft_mega.config.entries import feature_map, uses_critic
 from ebft_mega.config.fields import yaml_text
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.errors import Problem
@@ -22,7 +22,7 @@ CRITIC = (
 def critic_keeps_its_mean(config: RunConfig) -> Iterator[Problem]:
     """Settings with which the token critic's gradient would be that of another objective, or of none."""
     ebft = config.ebft
-    if not config.uses_rollouts or "critic" not in advantage_estimator(config).needs:
+    if not uses_critic(config):
         return
     beside = f"with ebft.advantage_estimator {ebft.advantage_estimator}"
     if ebft.use_whitening:

@@ -131,6 +131,11 @@ def advantage_estimator(config: RunConfig) -> AdvantageEstimator:
     return entry_of(config, ADVANTAGE_ESTIMATORS, config.ebft.advantage_estimator)
 
 
+def uses_critic(config: RunConfig) -> bool:
+    """Whether the run's estimator reads a token critic."""
+    return config.uses_rollouts and "critic" in advantage_estimator(config).needs
+
+
 def feature_map(config: RunConfig) -> FeatureMap:
     """The entry of `ebft.embed_method`."""
     return entry_of(config, FEATURE_MAPS, config.ebft.embed_method)

@@ -12,7 +12,7 @@ OPTION = "--distinct-shares"
 
 
 def work_text(config: RunConfig, shape: StepShape, reuse: Reuse, shares: DistinctShares | None) -> str:
-    """TFLOP of the matrix products of a step, of all replicas together, by phase.
+    """TFLOP of the matrix products of a step, of all replicas together, by phase; what the token critic solves, once.
 
     Args:
         shape: of the run's steps; reuse: what learning takes over from the rollouts.
@@ -31,11 +31,17 @@ def work_text(config: RunConfig, shape: StepShape, reuse: Reuse, shares: Distinc
     rows = [["", "nothing merged", "with the shares", "ratio"][: 2 if shares is None else 4]]
     count = config.train.global_batch_size
     for phase in costs[0].phases:
+        if phase == "update" and shape.critic is None:
+            continue  # it has no matrix products
         rows.append([phase.replace("_", " "), *_figures([cost.phases[phase].total * count for cost in costs])])
     rows.append(["total", *_figures([cost.total * count for cost in costs])])
+    if shape.critic is not None:
+        rows.append(["of it the token critic", *_figures([cost.critic * count for cost in costs])])
     twice = [sum(phase.recomputed.total for phase in cost.phases.values()) * count for cost in costs]
     rows.append(["of it done a second time", *_figures(twice)])
     lines = aligned(rows)
+    if shape.critic is not None:
+        lines.append(f"The token critic is {costs[-1].critic / costs[-1].total:.1%} of the total, once it is used.")
     if config.uses_rollouts and not config.ebft.merge_equal_prefixes:
         lines.append("This run merges nothing: ebft.merge_equal_prefixes is false.")
     elif config.uses_rollouts and shares is None:

@@ -44,10 +44,10 @@ def model_flops_utilisation(
     """Divide the necessary FLOPs of a step by what the devices could have computed in its time.
 
     Counted are the rollouts, the feature network, and the policy's backward pass (with `rl_coef: 0` its forward pass,
-    too), each matrix product once, whatever `learn.reuse_rollout` and `train.activation_checkpointing` say:
-    recomputation adds seconds, not utilisation. With `nodes` that is the work of distinct rows: what the devices did.
-    Without, it is what they would have had to do if no two rollouts had begun alike: over the same seconds it may be
-    more than 1, and it compares runs with merging and without.
+    too), but no token critic; each matrix product once, whatever `learn.reuse_rollout` and
+    `train.activation_checkpointing` say: recomputation adds seconds, not utilisation. With `nodes` that is the work of
+    distinct rows: what the devices did. Without, it is what they would have had to do if no two rollouts had begun
+    alike: over the same seconds it may be more than 1, and it compares runs with merging and without.
 
     Args:
         architecture, feature_architecture: of the policy and of the frozen network (ignored with `rl_coef: 0`).
@@ -59,7 +59,7 @@ def model_flops_utilisation(
     """
     shape = StepShape.of(config, architecture, feature_architecture, nodes)
     phases = cost_of_step(shape, "activations" if shape.uses_rollouts else "off").phases.values()
-    per_row = sum(phase.flops.total for phase in phases)
+    per_row = sum(phase.flops.of_models for phase in phases)
     return per_row * config.train.global_batch_size / (seconds * world_size * peak_flops_per_device)
 
 

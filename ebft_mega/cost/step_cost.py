@@ -14,6 +14,7 @@ from ebft_mega.architecture.hf_config import Architecture, tapped_layers
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.entries import feature_map, tapped_fractions
 from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.cost.critic_cost import CriticShape
 from ebft_mega.cost.rollout_nodes import RolloutNodes
 from ebft_mega.cost.work import Flops, LayerWork, PhaseCost, StepCost, causal_pairs, forward_flops
 
@@ -30,6 +31,7 @@ class StepShape:
     tokens_read: int = 1  # the last ones of each window, of which a feature is made
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
     nodes: RolloutNodes | None = None  # of the row's rollouts; None: no two begin alike
+    critic: CriticShape | None = None  # the token critic; None: the estimator reads none
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class StepShape:
             tokens_read=len(feature_map(config).positions(config.ebft.generate_max_len)),
             feature_layers=tapped_fractions(config),
             nodes=nodes,
+            critic=CriticShape.of(config, architecture, feature_architecture),
         )
 
     def with_nodes(self, nodes: RolloutNodes) -> "StepShape":
@@ -151,7 +154,33 @@ def cost_of_step(shape: StepShape, reuse: Reuse, checkpoints_layers: bool = Fals
     if recomputes_layers:
         again += Flops(linear=once.linear, attention=once.attention)
     backward = PhaseCost(policy[0].keys, num_layers, head_rows, policy[0].pairs, once.times(2), again)
-    return StepCost(generate, features, policy_forward, backward)
+    return with_critic(StepCost(generate, features, policy_forward, backward), shape, scores_again=not reuses)
+
+
+def with_critic(cost: StepCost, shape: StepShape, scores_again: bool = False) -> StepCost:
+    """Add what the token critic does in each phase, once it is used; every row and block is taken to count.
+
+    Sampling takes the mean vectors of the rows that tokens are drawn from, the features' phase statistics and terms,
+    the backward pass the values of all tokens for the same rows, the update solves.
+
+    Args:
+        scores_again: learning has a forward pass of its own, which takes the mean vectors again.
+    """
+    critic, plan, nodes = shape.critic, shape.plan, shape.rollout_nodes
+    if critic is None:
+        return cost
+    of_rows = critic.vocabulary_flops(shape.architecture.vocab_size, shape.rollout_head_rows)
+    return StepCost(
+        _adding(cost.generate, of_rows),
+        _adding(cost.features, critic.statistics_flops(plan, nodes) + critic.terms_flops(plan, nodes)),
+        _adding(cost.policy_forward, of_rows if scores_again else 0),
+        _adding(cost.policy_backward, of_rows + critic.rows_of_directions_flops(plan)),
+        _adding(cost.update, critic.solving_flops(plan)),
+    )
+
+
+def _adding(phase: PhaseCost, critic: int) -> PhaseCost:
+    return dataclasses.replace(phase, flops=phase.flops + Flops(critic=critic))
 
 
 def least_cost_of_step(shape: StepShape) -> StepCost:
@@ -182,7 +211,7 @@ def least_cost_of_step(shape: StepShape) -> StepCost:
         policy_forward = _forward(shape.architecture, policy, head_rows)
     once = forward_flops(shape.architecture, policy, head_rows)
     backward = PhaseCost(full.keys, num_layers, head_rows, full.pairs, once.times(2))
-    return StepCost(generate, features, policy_forward, backward)
+    return with_critic(StepCost(generate, features, policy_forward, backward), shape)
 
 
 def _forward(architecture: Architecture, layers: Sequence[LayerWork], head_rows: int) -> PhaseCost:

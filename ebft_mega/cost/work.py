@@ -13,18 +13,29 @@ class Flops:
     linear: int = 0  # the layers' projections and MLPs
     head: int = 0  # the language-model head
     attention: int = 0  # scores and weighted values
+    critic: int = 0  # the token critic, in float64 and in the head's dtype
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.linear + other.linear, self.head + other.head, self.attention + other.attention)
+        return Flops(
+            self.linear + other.linear,
+            self.head + other.head,
+            self.attention + other.attention,
+            self.critic + other.critic,
+        )
 
     def times(self, factor: int) -> "Flops":
         """The same work done `factor` times."""
-        return Flops(self.linear * factor, self.head * factor, self.attention * factor)
+        return Flops(self.linear * factor, self.head * factor, self.attention * factor, self.critic * factor)
+
+    @property
+    def of_models(self) -> int:
+        """Those of the policy and of the feature network."""
+        return self.linear + self.head + self.attention
 
     @property
     def total(self) -> int:
-        """Sum of all three."""
-        return self.linear + self.head + self.attention
+        """Sum of all four."""
+        return self.of_models + self.critic
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class StepCost:
     features: PhaseCost
     policy_forward: PhaseCost
     policy_backward: PhaseCost
+    update: PhaseCost = PhaseCost()  # no matrix products but those of the token critic
 
     def __add__(self, other: "StepCost") -> "StepCost":
         """Of the rows of both."""
@@ -103,12 +115,18 @@ class StepCost:
             "features": self.features,
             "policy_forward": self.policy_forward,
             "policy_backward": self.policy_backward,
+            "update": self.update,
         }
 
     @property
     def total(self) -> int:
         """All floating-point operations, recomputation included."""
         return sum(phase.total for phase in self.phases.values())
+
+    @property
+    def critic(self) -> int:
+        """Those of the token critic among them."""
+        return sum(phase.flops.critic + phase.recomputed.critic for phase in self.phases.values())
 
 
 def forward_flops(architecture: Architecture, layers: Sequence[LayerWork], head_rows: int) -> Flops:

@@ -5,9 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebft_mega.architecture.hf_config import Architecture
-from ebft_mega.config.entries import advantage_estimator
+from ebft_mega.config.entries import advantage_estimator, uses_critic
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.critic.critic_record import uses_critic
 from ebft_mega.critic.critic_terms import Objective
 from ebft_mega.critic.fitted_critic import FittedCritic
 from ebft_mega.critic.own_channels import OwnChannels

@@ -3,7 +3,7 @@
 import math
 
 from ebft_mega.architecture.hf_config import Architecture, tapped_layers
-from ebft_mega.config.entries import advantage_estimator, feature_map, tapped_fractions
+from ebft_mega.config.entries import advantage_estimator, feature_map, tapped_fractions, uses_critic
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.io.records import Count, Record
 
@@ -47,11 +47,6 @@ def products_name(index: int) -> str:
         index: of the layer in `CriticRecord.layers`.
     """
     return f"products.{index}"
-
-
-def uses_critic(config: RunConfig) -> bool:
-    """Whether the run's estimator reads a token critic."""
-    return config.uses_rollouts and "critic" in advantage_estimator(config).needs
 
 
 def critic_record(

@@ -96,9 +96,25 @@ class BenchCase:
     sides: tuple[str, ...] = ("naive", "naive_sdpa", "ours", "ours_unmerged", "ours_activations")
     temperature: float = 0.6
     rows: int = 1  # of a step; they are one micro-batch
+    embed_method: str = "last_token"
+    ce_coef: float = 0.0
 
-    def config(self, model: BenchModel, reuse: Reuse, checkpoints_layers: bool = False) -> RunConfig:
-        """Configuration of a run on one process; the benchmark sets its learning rate to 0."""
+    def config(
+        self,
+        model: BenchModel,
+        reuse: Reuse,
+        checkpoints_layers: bool = False,
+        estimator: str | None = None,
+        merges: bool = True,
+    ) -> RunConfig:
+        """Configuration of a run on one process; the benchmark sets its learning rate to 0.
+
+        Args:
+            estimator: of advantages, with inner products of features as they are; None: `rloo` with whitened rewards.
+        """
+        objective: dict[str, Any] = {}
+        if estimator is not None:
+            objective = {"advantage_estimator": estimator, "alignment": "inner_product", "use_whitening": False}
         return RunConfig(
             output_dir=NOWHERE,
             model=ModelConfig(init_from=Path(model.directory)) if model.directory else ModelConfig(config=model.sizes),
@@ -109,7 +125,12 @@ class BenchCase:
                 generate_max_len=self.generate_length,
                 n_samples_per_prompt=self.samples,
                 temperature=self.temperature,
+                embed_method=self.embed_method,
+                ce_coef=self.ce_coef,
+                merge_equal_prefixes=merges,
+                **objective,
             ),
+            options={"token_critic": {"warmup_batches": 1}} if estimator == "token_critic" else {},
             train=TrainConfig(
                 global_batch_size=self.rows,
                 micro_batch_size=self.rows,

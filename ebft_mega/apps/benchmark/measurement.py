@@ -13,7 +13,15 @@ from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
 from ebft_mega.apps.benchmark.counting import ProductCounter, count_phase
 from ebft_mega.apps.benchmark.peak_memory import peak_bytes_in_child
 from ebft_mega.apps.benchmark.product_speed import product_flops_per_second
-from ebft_mega.apps.benchmark.sides import NAIVE_SIDES, OUR_SIDES, Side, StepDone, build_sides, sum_of_rows
+from ebft_mega.apps.benchmark.sides import (
+    COUNTERPARTS,
+    NAIVE_SIDES,
+    OUR_SIDES,
+    Side,
+    StepDone,
+    build_sides,
+    sum_of_rows,
+)
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.cost.mfu import model_flops_utilisation, peak_flops
 from ebft_mega.cost.rollout_nodes import DistinctShares, RolloutNodes
@@ -28,7 +36,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "features": ("features",),
     "reward": (),
     "learn": ("policy_forward", "policy_backward"),
-    "update": (),
+    "update": ("update",),
 }
 
 
@@ -107,22 +115,29 @@ def check_counts(side: Side, architecture: Architecture) -> StepDone:
         RuntimeError: they differ.
     """
     side.timers.reset()
-    with ProductCounter(side.timers) as counter:
+    with ProductCounter(side.timers, side.table) as counter:
         done = side.run(0)
     cost, bound = side.cost(done), sum_of_rows(least_cost_of_step, side.shape, done.nodes)
     for phase, parts in PHASES.items():
         expected = [cost.phases[part] for part in parts]
-        counted = count_phase(counter.products, phase, architecture)
+        samples = side.shape.plan.num_samples if side.shape.critic else None
+        counted = count_phase(counter.products, phase, architecture, samples)
         flops = sum((part.flops + part.recomputed for part in expected), Flops())
         if (counted.linear_flops, counted.head_flops) != (flops.linear, flops.head):
             raise RuntimeError(
                 f"{side.name} did {counted.linear_flops} FLOPs in linear layers and {counted.head_flops} in the head "
                 f"in the phase {phase}; the formulas say {flops.linear} and {flops.head}"
             )
+        rounding = len(done.nodes) if phase == "update" else 0  # of each row's share of what a step solves
+        if not 0 <= counted.critic_flops - flops.critic <= rounding:
+            raise RuntimeError(
+                f"{side.name} did {counted.critic_flops} FLOPs for the token critic in the phase {phase}; the formulas "
+                f"say {flops.critic}"
+            )
         if side.merges and phase in ("rollout", "features"):
             least, plan = bound.phases[parts[0]], side.shape.plan
             repeats = plan.stride < plan.generate_length and counted.head_rows > least.head_rows
-            if counted.layer_rows != least.rows * least.layers or counted.head_rows != least.head_rows and not repeats:
+            if counted.layer_rows > least.rows * least.layers or counted.head_rows != least.head_rows and not repeats:
                 raise RuntimeError(
                     f"{side.name} computed {counted.layer_rows} rows of layers and {counted.head_rows} of the head in "
                     f"the phase {phase}; the bound with merging has {least.rows * least.layers} and {least.head_rows}"
@@ -176,7 +191,8 @@ def entry(
         shares: DistinctShares = mean.shares(plan)
         side["distinct_shares"] = dataclasses.asdict(shares)
         if name in OUR_SIDES and OUR_SIDES[name].merges:
-            least = sum_of_rows(least_cost_of_step, shape, counted)
+            of_side = case.config(model, "off", estimator=OUR_SIDES[name].estimator)
+            least = sum_of_rows(least_cost_of_step, StepShape.of(of_side, architecture, architecture), counted)
             side["bound_with_merging"] = {"flops": least.total, "phases": _phase_entries(least)}
     return {
         "name": case.name,
@@ -198,12 +214,14 @@ def device_peak(model: BenchModel, device: torch.device) -> float | None:
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]], bound_flops: int) -> dict[str, float]:
-    """Medians, peaks and counts of this trainer over the baseline's and over its own without merging, and to bounds."""
+    """Medians, peaks and counts of this trainer over the baseline's and over its own without merging (without the token
+    critic), and to bounds.
+    """
     found = {f"flops {name} / bound": side["flops"] / bound_flops for name, side in sides.items()}
     for ours, side in sides.items():
         if "bound_with_merging" in side:
             found[f"flops {ours} / bound with merging"] = side["flops"] / side["bound_with_merging"]["flops"]
-        for other in {*NAIVE_SIDES, f"{ours}_unmerged"} & set(sides) if ours in OUR_SIDES else ():
+        for other in {*NAIVE_SIDES, COUNTERPARTS[ours]} & set(sides) if ours in OUR_SIDES else ():
             for what, key in (("seconds", "seconds_median"), ("cpu", "cpu_seconds_median"), ("peak", "peak_bytes")):
                 if side[key] is not None and sides[other][key] is not None:
                     found[f"{what} {ours} / {other}"] = side[key] / sides[other][key]
@@ -220,6 +238,7 @@ def _side_entry(cost: StepCost, timing: Timing | None, peak_bytes: int | None) -
         "feature_layers_run": cost.features.layers,
         "rows_policy_forward": cost.policy_forward.rows,
         "flops": cost.total,
+        "critic_flops": cost.critic,
         "seconds_median": _median(timed.wall),
         "seconds_all": timed.wall,
         "cpu_seconds_median": _median(timed.processor),
@@ -249,5 +268,6 @@ def _phase_entry(phase: PhaseCost) -> dict[str, Any]:
         "linear_flops": phase.flops.linear,
         "head_flops": phase.flops.head,
         "attention_flops": phase.flops.attention,
+        "critic_flops": phase.flops.critic,
         "recomputed_flops": phase.recomputed.total,
     }

@@ -14,11 +14,13 @@ from ebft_mega.apps.benchmark.naive_step import NaiveTrainer, naive_step
 from ebft_mega.apps.benchmark.step_major import DenseKernel
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.checkpoint.initial_model import open_weights
-from ebft_mega.config.schema import Reuse
+from ebft_mega.config.schema import Reuse, RunConfig
 from ebft_mega.cost.naive_cost import cost_of_naive_step
 from ebft_mega.cost.rollout_nodes import RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.cost.work import StepCost
+from ebft_mega.critic.critic_factory import build_critic
+from ebft_mega.critic.fitted_critic import FittedCritic
 from ebft_mega.data.rows.loader import fixed_rows
 from ebft_mega.data.store.opening import open_dataset
 from ebft_mega.lifecycle.build import build_trainer
@@ -26,7 +28,8 @@ from ebft_mega.model.stage import Stage
 from ebft_mega.model.weights.stage_weights import load_weights
 from ebft_mega.model.weights.weight_sources import RandomWeights, WeightSource
 from ebft_mega.parallel.groups import ProcessGroups
-from ebft_mega.train.step import train_step
+from ebft_mega.rollout.generate import SamplingSettings
+from ebft_mega.train.step import observe_step, train_step
 from ebft_mega.train.trainer import Trainer
 from ebft_mega.types import DTYPES, Experience, TokenBatch
 
@@ -45,6 +48,7 @@ class Ours:
 
     reuse: Reuse  # `learn.reuse_rollout`
     merges: bool = True  # `ebft.merge_equal_prefixes`
+    estimator: str | None = None  # `ebft.advantage_estimator`, see `BenchCase.config`
 
 
 # Names of sides: those of the baseline, and those of this trainer.
@@ -59,7 +63,11 @@ OUR_SIDES = {
     "ours_activations": Ours("activations"),
     "ours_activations_unmerged": Ours("activations", merges=False),
     "ours_off": Ours("off"),
+    "ours_inner_products": Ours("checkpoints", estimator="rloo"),
+    "ours_critic": Ours("checkpoints", estimator="token_critic"),
 }
+# What a side is compared with beside the baseline, in the same run.
+COUNTERPARTS = {name: f"{name}_unmerged" for name in OUR_SIDES} | {"ours_critic": "ours_inner_products"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Side:
     timers: LabelledTimers
     shape: StepShape  # of its steps, as if no two rollouts began alike
     cost_of_row: Callable[[StepShape], StepCost]
+    table: torch.Tensor | None = None  # of the token critic, vectors of tokens; None: it has none
 
     def cost(self, done: StepDone) -> StepCost:
         """The work of a step that has run, by the formulas."""
@@ -130,19 +139,28 @@ class _Builder:
         timers = LabelledTimers(torch.cuda.synchronize if self._groups.device.type == "cuda" else None)
         checkpoints_layers = baseline is not None and baseline.checkpoints_layers
         trainer = self._trainer(checkpoints_layers)
-        sampling = dataclasses.replace(trainer.sampling, merge_equal_prefixes=ours.merges)
-        trainer = dataclasses.replace(trainer, timers=timers, reuse=ours.reuse, sampling=sampling)
+        config = self._case.config(self._model, ours.reuse, checkpoints_layers, ours.estimator, ours.merges)
+        sampling, critic = SamplingSettings.of(config), self._critic(config)
+        trainer = dataclasses.replace(
+            trainer, config=config, timers=timers, reuse=ours.reuse, sampling=sampling, critic=critic
+        )
         shape = StepShape.of(trainer.config, self._architecture, self._architecture)
         cost: Callable[[StepShape], StepCost] = functools.partial(cost_of_step, reuse=ours.reuse)
         if baseline is not None:
             keeps_weights, again = baseline.kernel == "eager", baseline.checkpoints_layers
             cost = functools.partial(cost_of_naive_step, checkpoints_layers=again, keeps_weights=keeps_weights)
         short_case = self._case.of_two_blocks()
-        short_config = short_case.config(self._model, ours.reuse, checkpoints_layers)
-        short_trainer = dataclasses.replace(trainer, config=short_config, plan=short_config.block_plan)
+        short_config = short_case.config(self._model, ours.reuse, checkpoints_layers, ours.estimator, ours.merges)
+        short_trainer = dataclasses.replace(
+            trainer, config=short_config, plan=short_config.block_plan, critic=self._critic(short_config)
+        )
         short_rows = random_rows(short_case, self._architecture.vocab_size)
+        if trainer.critic is not None and short_trainer.critic is not None:  # a critic is used once it is fitted
+            observe_step(short_trainer, short_rows.to(self._groups.device), 0)
+            trainer.critic.restore(short_trainer.critic.state)
         warm_up = functools.partial(self._steps(short_rows, short_trainer, baseline), 0)
-        return Side(name, self._steps(self._rows, trainer, baseline), warm_up, timers, shape, cost)
+        table = None if trainer.critic is None else trainer.critic.table
+        return Side(name, self._steps(self._rows, trainer, baseline), warm_up, timers, shape, cost, table)
 
     def _steps(self, rows: TokenBatch, trainer: Trainer, baseline: Baseline | None) -> Callable[[int], StepDone]:
         rows = rows.to(self._groups.device)
@@ -179,6 +197,10 @@ class _Builder:
             trainer = build_trainer(config, self._architecture, self._architecture, self._groups)
             self._trainers[checkpoints_layers] = trainer
         return self._trainers[checkpoints_layers]
+
+    def _critic(self, config: RunConfig) -> FittedCritic | None:
+        features = self._trainer(False).feature_network
+        return build_critic(config, self._architecture, self._weights(config.seed), features, self._groups)
 
     @functools.cached_property
     def _whole_network(self) -> Stage:

@@ -13,8 +13,11 @@ SIDE_NAMES = {
     "ours_activations": "ours, activations",
     "ours_activations_unmerged": "ours, activations, without merging",
     "ours_off": "ours, reuse off",
+    "ours_inner_products": "ours, inner products",
+    "ours_critic": "ours, token critic",
 }
 COUNTED_PHASES = ("generate", "features", "policy_forward", "policy_backward")
+CRITIC_PHASES = ("generate", "features", "policy_backward", "update")
 TIMED_PHASES = ("rollout", "features", "reward", "learn", "update")
 
 
@@ -95,6 +98,32 @@ def merging_table(cases: Iterable[Mapping[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def critic_table(cases: Iterable[Mapping[str, Any]]) -> str:
+    """What the token critic costs where the step also ran without it; empty if it did not.
+
+    Shares are of the step with the critic.
+    """
+    rows = []
+    for case in cases:
+        if "ours_critic" not in case or "ours_inner_products" not in case:
+            continue
+        side, found = case["ours_critic"], case["ratios"]
+        ratios = [found.get(f"{what} ours_critic / ours_inner_products") for what in ("cpu", "seconds")]
+        rows.append(
+            [
+                case["name"],
+                *(_seconds(case[name]["cpu_seconds_all"]) for name in ("ours_inner_products", "ours_critic")),
+                *(_number(None if ratio is None else 1 - 1 / ratio) for ratio in ratios),
+                *(f"{side['flops'] / 1e9:,.2f}", _number(side["critic_flops"] / side["flops"])),
+                *(f"{side['phases'][phase]['critic_flops'] / 1e9:,.3f}" for phase in CRITIC_PHASES),
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["case", "CPU s without", "CPU s with", "critic's share of CPU s", "of seconds", "GFLOP", "share of FLOP"]
+    return markdown([*head, *(f"critic's GFLOP, {phase.replace('_', ' ')}" for phase in CRITIC_PHASES)], rows)
+
+
 def phases_table(case: Mapping[str, Any]) -> str:
     """Counts of every phase of every side of a case."""
     rows = []
@@ -169,6 +198,8 @@ def report(bench: Mapping[str, Any]) -> str:
     parts = ["## Measured and counted", times_table(bench["cases"])]
     if merged := merging_table(bench["cases"]):
         parts += ["## With and without merging of rollouts that begin alike", merged]
+    if critic := critic_table(bench["cases"]):
+        parts += ["## With and without the token critic", critic]
     for case in bench["cases"]:
         title = f"## {case['name']}: L={case['sequence_length']}, n={case['samples']}, stride={case['stride']}"
         parts += [title, phase_seconds_table(case), phases_table(case)]

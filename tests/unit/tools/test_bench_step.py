@@ -46,7 +46,16 @@ def test_sizes_and_cases_by_name(bench, asked):
     assert bench("--cases", "n2", "n8")[0] == 0
     assert bench("--model", "0.5b", "--samples", 8, "--sides", "ours", "ours_unmerged")[0] == 0
     assert bench("--quick")[0] == 0
-    (by_name, _), (own, model), (quick, toy) = asked
+    critic = ("--embed-method", "mean_pooling", "--ce-coef", 0.3, "--sides", "ours_inner_products", "ours_critic")
+    assert bench(*critic)[0] == 0
+    (by_name, _), (own, model), (quick, toy), ((judged,), _) = asked
+    config = judged.config(toy, "off", estimator="token_critic")
+    assert (config.ebft.embed_method, config.ebft.ce_coef, config.ebft.alignment) == (
+        "mean_pooling",
+        0.3,
+        "inner_product",
+    )
+    assert not config.ebft.use_whitening and config.ebft.advantage_estimator == "token_critic"
     assert [case.name for case in by_name] == ["n2", "n8"]
     assert [(case.samples, case.sides) for case in own] == [(8, ("ours", "ours_unmerged"))]
     assert model.sizes == MODELS["0.5b"].sizes and toy == MODELS["toy"] and quick == suite.QUICK_CASES

@@ -9,7 +9,7 @@ from torch import nn
 from ebft_mega.apps.benchmark.case import BenchCase
 from ebft_mega.apps.benchmark.counting import LabelledTimers, ProductCounter, count_phase
 from ebft_mega.apps.benchmark.measurement import PHASES, check_counts
-from ebft_mega.apps.benchmark.sides import OUR_SIDES, StepDone, build_sides, random_rows, sum_of_rows
+from ebft_mega.apps.benchmark.sides import OUR_SIDES, Ours, StepDone, build_sides, random_rows, sum_of_rows
 from ebft_mega.attention.routes import AttentionRoute
 from ebft_mega.cost.step_cost import StepShape, cost_of_step, least_cost_of_step
 from ebft_mega.cost.work import Flops
@@ -79,6 +79,38 @@ def test_several_rows_whose_rollouts_begin_alike(name, temperature, groups):
     wrong = dataclasses.replace(side, run=lambda step: (side.run(step), run)[1])
     with pytest.raises(RuntimeError, match="the formulas say"):
         check_counts(wrong, ARCHITECTURE)
+
+
+CRITIC_CASES = {
+    "a mean of tokens": (Ours("checkpoints", estimator="token_critic"), {"embed_method": "mean_pooling", "rows": 3}),
+    "the last token, a forward pass of its own": (Ours("off", estimator="token_critic"), {"rows": 2}),
+    "concat, saved activations": (Ours("activations", estimator="token_critic"), {"embed_method": "concat"}),
+    "nothing merged": (Ours("checkpoints", False, "token_critic"), {"embed_method": "mean_pooling", "rows": 2}),
+    "cross-entropy, two samples": (Ours("off", estimator="token_critic"), {"ce_coef": 0.3, "samples": 2}),
+    "one token": (
+        Ours("checkpoints", estimator="token_critic"),
+        {"embed_method": "mean_pooling", "generate_length": 1, "sequence_length": 20, "rows": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("ours", "changes"), CRITIC_CASES.values(), ids=CRITIC_CASES.keys())
+def test_the_token_critic_does_what_its_formulas_say(ours, changes, groups, monkeypatch):
+    """Also with rows that have different numbers of prefixes, and for every way of reuse."""
+    monkeypatch.setitem(OUR_SIDES, "judged", ours)
+    case = dataclasses.replace(TINY_CASES["stride<G"], samples=3, temperature=0.4)
+    side = build_sides(["judged"], dataclasses.replace(case, **changes), TINY_MODEL, groups)["judged"]
+    done = check_counts(side, ARCHITECTURE)
+    prefixes = {nodes.head_rows(side.shape.all_levels) for nodes in done.nodes}
+    assert len(prefixes) == (len(done.nodes) if ours.merges else 1)
+    cost = side.cost(done)
+    assert 0 < cost.critic < cost.total
+    for change in ({"rank": 31}, {"channels": 95}, {"merges": not ours.merges}, {"rows_of_step": 7}):
+        if "merges" in change and side.shape.plan.generate_length == 1:
+            continue  # nothing to add up by prefix but what the first tokens have
+        wrong = dataclasses.replace(side.shape, critic=dataclasses.replace(side.shape.critic, **change))
+        with pytest.raises(RuntimeError, match="for the token critic"):
+            check_counts(dataclasses.replace(side, shape=wrong), ARCHITECTURE)
 
 
 def greedy_rows(trainer, rows):
@@ -214,9 +246,22 @@ def test_the_counter_knows_every_kind_of_product():
         torch.zeros(7, 5).addmm_(rows.detach(), torch.randn(3, 5))
         torch.randn(2, 7, 3) @ torch.randn(2, 3, 5)
         torch.randn(7, 3, dtype=torch.float64) @ torch.randn(3, 5, dtype=torch.float64)
-    assert [p.phase for p in counter.products] == ["learn"] * 5
-    assert [p.flops for p in counter.products] == [210, 210, 210, 210, 420]
-    assert [p.batch for p in counter.products] == [None] * 4 + [2]
+    assert [p.phase for p in counter.products] == ["learn"] * 6
+    assert [p.flops for p in counter.products] == [210, 210, 210, 210, 420, 210]
+    assert [p.batch for p in counter.products] == [None] * 4 + [2, None]
+    assert [p.is_double for p in counter.products] == [False] * 5 + [True]
+    assert not any(p.reads_table for p in counter.products)
+
+
+def test_the_counter_knows_what_solves_and_what_reads_the_table():
+    timers, table = LabelledTimers(), torch.randn(5, 3)
+    squares = torch.eye(7, dtype=torch.float64).expand(2, -1, -1)
+    with ProductCounter(timers, table) as counter, timers.phase("learn"):
+        torch.randn(4, 5) @ table
+        torch.randn(4, 3) @ table[1:4].T
+        torch.cholesky_solve(squares[..., :3], torch.linalg.cholesky(squares))
+    assert [p.reads_table for p in counter.products] == [True, True, False, False]
+    assert [p.flops for p in counter.products] == [120, 72, 2 * (7**3 // 3), 2 * 2 * 7 * 7 * 3]
 
 
 def counted_at_production_geometry(name, groups):

@@ -14,6 +14,7 @@ from ebft_mega.apps.benchmark.cost_plots import draw_costs
 from ebft_mega.apps.benchmark.measurement import Timing, compare, entry, ratios
 from ebft_mega.apps.benchmark.suite import CASES, large_model_costs, merged_costs
 from ebft_mega.apps.benchmark.tables import (
+    critic_table,
     growth_table,
     large_model_table,
     linear_flops,
@@ -106,6 +107,11 @@ def made_up(case, seconds):
     architecture = TINY_MODEL.architecture
     shape = StepShape.of(config, architecture, architecture)
     costs = {"naive": cost_of_naive_step(shape), "ours": cost_of_step(shape, "checkpoints")}
+    if "ours_critic" in seconds:
+        costs = {}
+        for name, estimator in (("ours_inner_products", "rloo"), ("ours_critic", "token_critic")):
+            own = StepShape.of(case.config(TINY_MODEL, "off", estimator=estimator), architecture, architecture)
+            costs[name] = cost_of_step(own, "checkpoints")
     timings = {name: Timing(wall=list(values), processor=list(values)) for name, values in seconds.items()}
     return entry(case, TINY_MODEL, costs, timings, {"ours": 7_000_000})
 
@@ -121,6 +127,21 @@ def test_ratios_are_those_of_medians():
 def test_a_side_alone_has_no_ratio_but_that_to_the_bound():
     ours = made_up(TINY_CASES["stride=G"], {"ours": [1.0]})["ours"]
     assert set(ratios({"ours": ours}, 1)) == {"flops ours / bound", "flops ours / bound with merging"}
+
+
+def test_what_the_token_critic_costs():
+    case = dataclasses.replace(TINY_CASES["stride=G"], embed_method="mean_pooling")
+    found = made_up(case, {"ours_inner_products": [1.0, 2.0, 9.0], "ours_critic": [2.4, 2.5, 2.6]})
+    assert found["ratios"]["cpu ours_critic / ours_inner_products"] == 1.25
+    assert found["ratios"]["flops ours_critic / ours_inner_products"] > 1
+    side = found["ours_critic"]
+    assert side["flops"] - found["ours_inner_products"]["flops"] == side["critic_flops"] > 0
+    assert sum(phase["critic_flops"] for phase in side["phases"].values()) == side["critic_flops"]
+    assert side["bound_with_merging"]["flops"] > found["ours_inner_products"]["bound_with_merging"]["flops"]
+    (*_, line) = critic_table([found]).splitlines()
+    assert "| 0.200 | 0.200 |" in line and f"| {side['critic_flops'] / side['flops']:.3f} |" in line
+    assert critic_table([made_up(case, {"ours": [1.0]})]) == ""
+    assert "## With and without the token critic" in report({"cases": [found], "large_model": large_model_costs()})
 
 
 def test_tables_say_what_was_not_run():
