@@ -14,8 +14,10 @@ from ebft_mega.apps.noise.noise_measurement import Measured
 from ebft_mega.apps.noise.noise_request import NoisePlan, NoiseRequest
 from ebft_mega.apps.noise.variance_parts import Array, VarianceParts
 from ebft_mega.cost.cost_table import aligned
+from ebft_mega.cost.rollout_nodes import RolloutNodes
 from ebft_mega.cost.step_cost import StepShape, cost_of_step
 from ebft_mega.io.durable import write_json
+from ebft_mega.planning.auto import default_choices
 
 FILE_NAME, PROJECTIONS_NAME = "noise.json", "projections.npz"
 FIGURES: dict[str, Callable[[VarianceParts], Array]] = {
@@ -36,7 +38,7 @@ def noise_report(request: NoiseRequest, plan: NoisePlan, measured: Measured, see
         seed: of the resampling.
     """
     specs, reference = request.specs, references(request.specs)
-    flops = [row_flops(spec, request, plan, measured, index) for index, spec in enumerate(specs)]
+    flops = [row_flops(spec, plan, nodes) for spec, nodes in zip(specs, measured.nodes, strict=True)]
     metrics = {EUCLIDEAN: NoiseBootstrap(measured.projections, seed)}
     if measured.scaled is not None:
         metrics[ADAM] = NoiseBootstrap(measured.scaled, seed)
@@ -70,13 +72,14 @@ def noise_report(request: NoiseRequest, plan: NoisePlan, measured: Measured, see
     }
 
 
-def row_flops(spec: EstimatorSpec, request: NoiseRequest, plan: NoisePlan, measured: Measured, index: int) -> float:
-    """The matrix products that a step needs for a row, each once, with the rollouts that were measured.
+def row_flops(spec: EstimatorSpec, plan: NoisePlan, nodes: RolloutNodes) -> int:
+    """Floating-point operations of a run's step for one row, as this trainer computes it, with the measured rollouts.
 
-    What an estimator adds to the step, such as a critic, is part of the step's shape.
+    Recomputation counts, with what `learn.reuse_rollout` chooses where the memory is not known; so does a token critic.
     """
-    shape = StepShape.of(request.fitting(spec), plan.architecture, plan.feature_architecture, measured.nodes[index])
-    return float(sum(phase.flops.total for phase in cost_of_step(shape, "activations").phases.values()))
+    shape = StepShape.of(spec.config, plan.architecture, plan.feature_architecture, nodes)
+    reuse = default_choices(spec.config).reuse_rollout
+    return cost_of_step(shape, reuse, spec.config.train.activation_checkpointing == "full").total
 
 
 def _figures(bootstrap: NoiseBootstrap, index: int, reference: int, compute: float) -> dict[str, Any]:
