@@ -138,14 +138,19 @@ class CriticStep:
             counted = self.counted_blocks[index]
         forest = sampled.rollout.forest
         regressors = token_regressors(forest, sampled.means, tokens, critic.table, critic.plan)
-        new = step_statistics(regressors, features, counted)
-        self._statistics = new if self._statistics is None else self._statistics.plus(new)
+        self._add(step_statistics(regressors, features, counted))
         weights = critic.state.weights
         if weights is None:
             self.values.append(None)
             return
         terms = summed(critic_terms(features, regressors, weights, critic.objective), critic.groups.model_parallel)
         self.values.append(_critic_values(terms, regressors, sampled.means, forest, counted))
+
+    def _add(self, new: Statistics) -> None:
+        if self._statistics is None:
+            self._statistics = new
+        else:
+            self._statistics.take_in(new)
 
 
 def _critic_values(

@@ -25,9 +25,15 @@ class Statistics:
         shapes = (num_tokens, num_regressors, num_regressors), (num_tokens, num_regressors, num_channels)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def plus(self, other: "Statistics", decay: float = 1.0) -> "Statistics":
+    def plus(self, other: "Statistics", decay: float) -> "Statistics":
         """These, decayed, and others."""
-        return Statistics(decay * self.squares + other.squares, decay * self.products + other.products)
+        sums = ((other.squares, self.squares), (other.products, self.products))
+        return Statistics(*(torch.add(new, old, alpha=decay) for new, old in sums))
+
+    def take_in(self, other: "Statistics") -> None:
+        """Add others, in place."""
+        self.squares.add_(other.squares)
+        self.products.add_(other.products)
 
     def over_replicas(self, group: dist.ProcessGroup) -> "Statistics":
         """The sums over a data-parallel group, the same bits on all of its ranks; these are used up.
@@ -61,8 +67,11 @@ def step_statistics(
     counted = regressors[0].level.of_rollout.new_ones(regressors[0].level.of_rollout.shape[0], dtype=torch.bool)
     if counted_blocks is not None:
         counted = counted_blocks.flatten()
-    squares, products = [], []
-    for item, to_come in zip(reversed(regressors), features.to_come(), strict=True):
+    first, channels = regressors[0], features.vectors.shape[-1]
+    width = first.prefix.shape[1]
+    found = Statistics.zeros(len(regressors), width + first.token.shape[1], channels, first.token.device)
+    steps = list(zip(regressors, found.squares, found.products, strict=True))
+    for (item, squares, products), to_come in zip(reversed(steps), features.to_come(), strict=True):
         ones = counted[:, None, None].expand(-1, to_come.shape[1], 1).to(torch.float64)
         spread = item.level.spread(item.token)
         if counted_blocks is not None:  # what does not count may be anything
@@ -73,11 +82,12 @@ def step_statistics(
         if counted_blocks is not None:
             prefix, token = prefix.masked_fill(count_before == 0, 0.0), token.masked_fill(count == 0, 0.0)
         crossed = prefix.T @ item.summed_before(spread)
-        top = torch.cat((prefix.T @ (count_before * prefix), crossed), dim=1)
-        bottom = torch.cat((crossed.T, token.T @ (count * token)), dim=1)
-        squares.append(torch.cat((top, bottom)))
-        products.append(torch.cat((prefix.T @ item.summed_before(to_come), token.T @ item.level.summed(to_come))))
-    return Statistics(torch.stack(squares[::-1]), torch.stack(products[::-1]))
+        squares[:width, :width] = prefix.T @ (count_before * prefix)
+        squares[:width, width:], squares[width:, :width] = crossed, crossed.T
+        squares[width:, width:] = token.T @ (count * token)
+        products[:width] = prefix.T @ item.summed_before(to_come)
+        products[width:] = token.T @ item.level.summed(to_come)
+    return found
 
 
 def solved(statistics: Statistics, rank: int, prefix_ridge: float, token_ridge: float) -> CriticWeights:

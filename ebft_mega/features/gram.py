@@ -235,38 +235,43 @@ def block_grams(
 
 
 def _features_per_layer(
-    rows: Sequence[Tensor], recipe: FeatureRecipe, groups: ProcessGroups, faults: list[EntryFaultError] | None
+    rows: list[Tensor], recipe: FeatureRecipe, groups: ProcessGroups, faults: list[EntryFaultError] | None
 ) -> Iterator[LayerFeatures]:
-    """Each layer's vectors, pooled and scaled by themselves."""
-    for layer in rows:
+    """Each layer's vectors, pooled and scaled by themselves; the rows are used up."""
+    while rows:
+        layer = rows.pop(0)
         vectors = layer if recipe.scales_tokens else _pooled(layer, recipe, faults)
         unit = scaled(vectors, summed(vectors.square().sum(dim=-1), groups.tensor_parallel))
         if recipe.scales_tokens:
-            yield LayerFeatures(_pooled(unit, recipe, faults), unit)
+            yield _features_of(unit, recipe, faults)
         else:
             # Contiguous, as a mean is: the order of sums in a product follows strides.
             yield LayerFeatures(unit.contiguous())
 
 
 def _features_of_joint_norm(
-    rows: Sequence[Tensor],
+    rows: list[Tensor],
     shape: tuple[int, ...],
     recipe: FeatureRecipe,
     groups: ProcessGroups,
     device: torch.device,
     faults: list[EntryFaultError] | None,
 ) -> Iterator[LayerFeatures]:
-    """Each layer's pooled vectors; of a map that normalises pooled vectors not scaled yet."""
+    """Each layer's pooled vectors; of a map that normalises pooled vectors not scaled yet. The rows are used up."""
     if not recipe.scales_tokens:
-        for layer in rows:
-            yield LayerFeatures(_pooled(layer, recipe, faults))
+        while rows:
+            yield LayerFeatures(_pooled(rows.pop(0), recipe, faults))
         return
     # Pooling comes after normalisation, so a token's length over all layers has to be known before.
     none = torch.zeros(shape, dtype=torch.float64, device=device)
     norms = summed(sum((layer.square().sum(dim=-1) for layer in rows), none), groups.model_parallel)
-    for layer in rows:
-        unit = scaled(layer, norms)
-        yield LayerFeatures(_pooled(unit, recipe, faults), unit)
+    while rows:
+        yield _features_of(scaled(rows.pop(0), norms), recipe, faults)
+
+
+def _features_of(unit: Tensor, recipe: FeatureRecipe, faults: list[EntryFaultError] | None) -> LayerFeatures:
+    """Of a layer's scaled rows; what tokens add to a mean is known one by one."""
+    return LayerFeatures(_pooled(unit, recipe, faults), unit if recipe.map.is_mean_of_tokens else None)
 
 
 def _pooled(rows: Tensor, recipe: FeatureRecipe, faults: list[EntryFaultError] | None) -> Tensor:

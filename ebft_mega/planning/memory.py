@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from ebft_mega.architecture.hf_config import tapped_layers
 from ebft_mega.architecture.partition import stage_parameters
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
-from ebft_mega.config.entries import feature_map, optimizer, tapped_fractions
+from ebft_mega.config.entries import advantage_estimator, feature_map, optimizer, tapped_fractions, uses_critic
 from ebft_mega.config.schema import Reuse, RunConfig
+from ebft_mega.critic.critic_memory import CriticMemory
 from ebft_mega.planning.activation_memory import (
     FLOAT32_BYTES,
     Pass,
@@ -163,6 +164,8 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
         frozen = stage_parameters(plan.feature_architecture, feature_stage(config, plan, stage), tensor) * width
         is_sharded = choices.feature_network_is_sharded
         states["frozen feature network"] = -(-frozen // sizes.data_parallel) if is_sharded else frozen
+        if critic := critic_memory(config, plan, stage):
+            states["token critic"] = critic.state_bytes
         phases["rollout"] = _rollout_needs(config, plan, stage, choices.reuse_rollout)
         phases["features"] = _feature_needs(config, plan, stage, choices.reuse_rollout)
         if is_sharded:
@@ -171,7 +174,7 @@ def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int =
     for phase in phases:
         if gathered[phase]:
             phases[phase]["gathered parameters"] = gathered[phase]
-    phases["update"] = update_needs(config, plan, stage, num_parameters)
+    phases["update"] = _update_needs(config, plan, stage, num_parameters)
     if config.zero.stage == 2:
         # They are made by a step's first backward pass and freed by its update.
         for phase in ("learn", "update"):
@@ -190,13 +193,39 @@ def peak_bytes(config: RunConfig, plan: RunPlan, choices: Choices) -> int:
     return plan_memory(config, plan, choices, worst_stage(config, plan, choices)).peak_bytes
 
 
+def critic_memory(config: RunConfig, plan: RunPlan, stage: int) -> CriticMemory | None:
+    """Sizes of the token critic on a stage's ranks; None: the run has none."""
+    if not uses_critic(config):
+        return None
+    blocks, vocabulary, tensor = plan.block_plan, plan.architecture.vocab_size, plan.parallel.tensor_parallel
+    taps = feature_stage(config, plan, stage).taps_within(_taps(config, plan))
+    width = plan.feature_architecture.hidden_size // tensor
+    columns = vocabulary_columns(plan.architecture, tensor)
+    has_padding = policy_stage(plan, stage).has_head and columns * tensor > vocabulary
+    return CriticMemory(
+        vocabulary,
+        min(advantage_estimator(config).critic_settings().rank, plan.architecture.hidden_size),
+        len(taps) * feature_map(config).vectors(blocks.generate_length) * width,
+        blocks.generate_length,
+        blocks.num_samples,
+        config.train.micro_batch_size * blocks.num_blocks,
+        plan.num_micro_batches,
+        feature_map(config).is_mean_of_tokens,
+        columns if has_padding else 0,
+    )
+
+
+def _taps(config: RunConfig, plan: RunPlan) -> tuple[int, ...]:
+    return tapped_layers(tapped_fractions(config), plan.feature_architecture.num_hidden_layers)
+
+
 def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
     """Decoding: the cache, what is saved of the passes, and one layer's pass or a chunk of logits.
 
     The largest of two moments: the end of the last micro-batches' documents, and their last tokens. The last stage
     draws from rows of the document also where rollouts agree with it.
     """
-    blocks, rows = plan.block_plan, config.train.micro_batch_size
+    blocks, rows, critic = plan.block_plan, config.train.micro_batch_size, critic_memory(config, plan, stage)
     document = blocks.anchors[-1] if reuse == "off" else document_length(config)
     later, decoding = blocks.generate_length - 1, micro_batches_decoding(plan)
     before, documents = plan.num_micro_batches - decoding, Pass(rows, document)
@@ -207,6 +236,8 @@ def _rollout_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
         cached = 0 if reuse == "activations" else cache_bytes(config, plan, stage, document, tokens)
         saved = before * whole + decoding * begun
         needs = {f"saved {reuse} of the rollouts": saved, "keys and values": cached}
+        if critic is not None:
+            needs["mean vectors of the token critic"] = critic.means_bytes + critic.table_bytes
         if reuse == "off" and policy_stage(plan, stage).has_head:  # otherwise they are saved anyway
             needs["hidden states of the documents"] = decoding * hidden_bytes(plan.architecture, config, documents)
         return needs | temporaries
@@ -231,12 +262,12 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
     The deepest tapped layer counts as a whole one, though only rows that are read go through its MLP. K*(n + 1)*T rows
     of H / t values (T positions of a window, which the feature map chooses) are stored of every tap of the stage and of
     every micro-batch in `train.dtype`. Gram matrices are made of them in float64, one micro-batch at a time and, for
-    their squares, their scaled copies and what is pooled of these, one tap at a time.
+    their squares, their scaled copies and what is pooled of these, one tap at a time. For a token critic the features
+    of a micro-batch are put side by side, rows too where it credits tokens one by one (`critic/critic_memory.py`).
     """
     blocks, architecture = plan.block_plan, plan.feature_architecture
     packed, method = feature_pass(config), feature_map(config)
-    all_taps = tapped_layers(tapped_fractions(config), architecture.num_hidden_layers)
-    taps = len(feature_stage(config, plan, stage).taps_within(all_taps))
+    taps = len(feature_stage(config, plan, stage).taps_within(_taps(config, plan)))
     read = len(method.positions(blocks.generate_length))
     hidden = architecture.hidden_size // plan.parallel.tensor_parallel
     of_one = packed.rows * blocks.num_blocks * (blocks.num_samples + 1) * hidden
@@ -247,12 +278,18 @@ def _feature_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -
         f"saved {reuse} of the rollouts": plan.num_micro_batches * saved,
         "rows of the tapped layers": plan.num_micro_batches * taps * values * element_bytes(config.train.dtype),
     }
-    return largest_moment(
-        [
-            needs | {"one layer": layer_forward_bytes(architecture, config, packed)},
-            needs | {"Gram matrices (float64)": ((taps + 1) * values + pooled) * FLOAT64_BYTES},
-        ]
-    )
+    grams = needs | {"Gram matrices (float64)": ((taps + 1) * values + pooled) * FLOAT64_BYTES}
+    critic, moments = critic_memory(config, plan, stage), [grams]
+    if critic is not None:
+        name = "token critic"
+        kept = of_one * method.vectors(blocks.generate_length) + values * method.is_mean_of_tokens
+        before = critic.held_bytes(plan.num_micro_batches - 1)
+        beside = {"features side by side (float64)": taps * kept * FLOAT64_BYTES}
+        twice = {key: 2 * size for key, size in beside.items()}
+        moments = [grams | {name: before}, needs | twice | {name: before}]
+        moments.append(needs | beside | {name: before + critic.taking_bytes})
+        needs = needs | {"mean vectors of the token critic": critic.means_bytes}
+    return largest_moment([needs | {"one layer": layer_forward_bytes(architecture, config, packed)}, *moments])
 
 
 def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> Needs:
@@ -285,7 +322,7 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
             "gradient of the head's matrix": tied,
         }
     ]
-    reduced = reduction_bytes(config, plan, stage)
+    reduced, critic = reduction_bytes(config, plan, stage), critic_memory(config, plan, stage)
     if config.zero.stage == 1:
         # Each as it comes; the largest is the embedding's, which comes last, or the head's.
         moments.append({name: (held - 1) * of_each, "gradients being reduced": reduced})
@@ -296,12 +333,26 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
     if shape.has_head:
         rows = packed.rows * scored_rows(config)
         row_bytes = architecture.hidden_size * element_bytes(config.train.dtype)
-        moments.append(
-            {
-                name: held * of_each,
-                "scored rows and their gradient": 4 * rows * row_bytes,
-                "a chunk of logits": columns * head_chunk_bytes(rows, config.train.dtype),
-                "gradient of the head's matrix": matrix,
-            }
-        )
+        head: Needs = {
+            name: held * of_each,
+            "scored rows and their gradient": 4 * rows * row_bytes,
+            "a chunk of logits": columns * head_chunk_bytes(rows, config.train.dtype),
+            "gradient of the head's matrix": matrix,
+        }
+        if critic is not None:
+            head["values of a chunk's tokens"] = min(rows, HEAD_ROWS) * columns * FLOAT32_BYTES
+            head["mean vectors of scored rows"] = critic.means_bytes // plan.num_micro_batches
+        moments.append(head)
+    if critic is not None:
+        held_by_critic = critic.held_bytes(plan.num_micro_batches) + critic.directions_bytes + critic.table_bytes
+        moments = [moment | {"token critic": held_by_critic} for moment in moments]
     return largest_moment(moments)
+
+
+def _update_needs(config: RunConfig, plan: RunPlan, stage: int, num_parameters: int) -> Needs:
+    """Temporaries of the optimizer's update, then of the token critic's, beside what it has of the step."""
+    needs, critic = update_needs(config, plan, stage, num_parameters), critic_memory(config, plan, stage)
+    if critic is None:
+        return needs
+    held = critic.held_bytes(plan.num_micro_batches)
+    return largest_moment([needs | {"token critic": held}, {"token critic": held + critic.learning_bytes}])

@@ -58,7 +58,8 @@ class _GradientPass:
         masks: LossMasks | None,
     ):
         self.trainer, self.experiences, self.saved, self.masks = trainer, experiences, saved, masks
-        ebft = trainer.config.ebft
+        ebft, critic = trainer.config.ebft, trainer.critic
+        self.table = None if critic is None else trainer.vocabulary.own_rows(critic.table)
         self.requests = [
             ScoreRequest(
                 tokens=rows.tokens,
@@ -80,11 +81,9 @@ class _GradientPass:
 
     def _values(self, experience: Experience) -> LinearValues | None:
         """Values of next tokens, whose expectation the loss adds; None: there are none."""
-        critic = self.trainer.critic
-        if critic is None or experience.critic is None:
+        if self.table is None or experience.critic is None:
             return None
-        table = self.trainer.vocabulary.own_rows(critic.table)
-        return LinearValues(table, row_directions(experience.critic, experience.rollout.forest))
+        return LinearValues(self.table, row_directions(experience.critic, experience.rollout.forest))
 
     def forward(self, index: int, received: Tensor | None = None) -> Tensor:
         """Hidden states for the next stage, or on the last one the loss to descend."""

@@ -4,6 +4,8 @@ A GPU holds less where its kernels are fused (a norm keeps 2 values a position i
 take memory of their own; neither is measured here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,7 +15,7 @@ from ebft_mega.config.load import load_config
 from ebft_mega.lifecycle.build import build_trainer
 from ebft_mega.planning.activation_memory import Pass, layer_saved_bytes
 from ebft_mega.planning.data_budget import TrainingSupply
-from ebft_mega.planning.memory import Choices, plan_memory
+from ebft_mega.planning.memory import Choices, critic_memory, plan_memory
 from ebft_mega.planning.run_plan import ParallelSizes, RunPlan
 from ebft_mega.train.step import train_step
 from ebft_mega.types import TokenBatch
@@ -128,6 +130,11 @@ def started(config, plan, groups, reuse):
     return trainer
 
 
+CRITIC = (
+    *("ebft.advantage_estimator=token_critic", "ebft.use_whitening=false", "ebft.alignment=inner_product"),
+    "options.token_critic.warmup_batches=1",
+)
+MEAN_CRITIC = (*CRITIC, "ebft.embed_method=mean_pooling")
 SETTINGS = {
     "full-checkpointing": ("off", ("train.activation_checkpointing=full",)),
     "tied-nucleus": ("checkpoints", ("model.config.tie_word_embeddings=true", "ebft.top_p=0.9")),
@@ -137,12 +144,17 @@ SETTINGS = {
     "concat": ("off", ("ebft.embed_method=concat", MANY_LAYERS, "ebft.stride=4")),
     "completion-mean": ("off", ("ebft.embed_method=completion_mean", MANY_LAYERS, WEIGHTS, "ebft.stride=4")),
     "wide-heads": ("checkpoints", ("model.config.head_dim=32", "model.config.intermediate_size=128")),
+    "critic-many-layers": ("off", (*MEAN_CRITIC, MANY_LAYERS, "ebft.stride=4")),
+    "critic-activations": ("activations", (*CRITIC, *ONE_ROW)),
+    "critic-concat": ("checkpoints", (*CRITIC, "ebft.embed_method=concat", "ebft.generate_max_len=4", "ebft.stride=4")),
+    "critic-many-samples": ("off", (*MEAN_CRITIC, "ebft.n_samples_per_prompt=12")),
     "layers-not-head": ("checkpoints", ("model.config.vocab_size=64",)),
 }
 CASES = [
     *(pytest.param(reuse, (), id=f"{reuse}-two-rows") for reuse in REUSES),
     *(pytest.param(reuse, ONE_ROW, id=f"{reuse}-one-row-cross-entropy") for reuse in REUSES),
     pytest.param("checkpoints", MANY_LOGITS, id="checkpoints-many-logits"),
+    pytest.param("checkpoints", MEAN_CRITIC, id="checkpoints-critic"),
     pytest.param("activations", ("data.document_masking=true",), id="activations-masked-documents"),
     *(pytest.param(*setting, id=name, marks=pytest.mark.slow) for name, setting in SETTINGS.items()),
 ]
@@ -185,8 +197,25 @@ def test_phases_need_what_the_formulas_say(groups, tmp_path, reuse, overrides):
         assert off.phase_bytes("learn") > 1.5 * found["learn"]
 
 
-def test_states_need_what_the_formulas_say(groups, tmp_path):
-    config, plan = planned(tmp_path, ())
+def test_each_rank_has_the_critic_of_its_own_channels(tmp_path):
+    """Layers 1 and 2 of 4 lie on the first stage, layer 3 on the second; the table is whole on all ranks."""
+    config, plan = planned(tmp_path, MEAN_CRITIC)
+    layouts = {ParallelSizes(1, 1, 1): [384], ParallelSizes(2, 1, 1): [192], ParallelSizes(1, 2, 1): [256, 128]}
+    for sizes, channels in layouts.items():
+        found = [critic_memory(config, replace(plan, parallel=sizes), stage) for stage in range(len(channels))]
+        assert [critic.channels for critic in found] == channels
+        assert {critic.state_bytes - critic.statistics_bytes - critic.weights_bytes for critic in found} == {
+            2048 * 64 * 4
+        }
+    assert critic_memory(*planned(tmp_path, ()), 0) is None
+    padded = planned(tmp_path, (*MEAN_CRITIC, "model.config.vocab_size=2047"))
+    of_slices = critic_memory(padded[0], replace(padded[1], parallel=ParallelSizes(2, 1, 1)), 0)
+    assert (of_slices.own_rows, critic_memory(*padded, 0).own_rows) == (1024, 0)
+
+
+@pytest.mark.parametrize("overrides", [(), MEAN_CRITIC], ids=["plain", "critic"])
+def test_states_need_what_the_formulas_say(groups, tmp_path, overrides):
+    config, plan = planned(tmp_path, overrides)
     trainer, state_bytes, _ = measured(lambda: started(config, plan, groups, "off"))
     assert trainer.feature_network is not None
     assert plan_memory(config, plan, chosen("off")).state_bytes == pytest.approx(state_bytes, rel=0.01)
