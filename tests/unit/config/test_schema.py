@@ -47,6 +47,7 @@ INTERFACE_DEFAULTS = {
     "ebft.use_whitening": True,
     "ebft.whitening": "sample",
     "ebft.alignment": "cosine",
+    "ebft.noise_interval": None,
     "ebft.alignment_coef": 1.0,
     "ebft.diversity_coef": 1.0,
     "ebft.reward_terms": {},

@@ -223,9 +223,9 @@ def result_of(batch, blocks):
 def test_a_trace_names_the_counted_blocks_of_masked_documents_alone():
     batch = batch_of(STARTS, PLAN.sequence_length)
     counted = counted_blocks(batch, PLAN)
-    assert torch.equal(_local_tensors(result_of(batch, counted))["kept"], counted.to(torch.uint8))
-    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), counted))
-    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), None))
+    assert torch.equal(_local_tensors(result_of(batch, counted), None)["kept"], counted.to(torch.uint8))
+    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), counted), None)
+    assert "kept" not in _local_tensors(result_of(replace(batch, documents=None), None), None)
 
 
 def test_means_over_blocks_are_left_out_of_a_step_in_which_none_counts(tmp_path, groups):

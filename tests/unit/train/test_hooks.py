@@ -182,7 +182,7 @@ def test_the_order_of_a_run(tmp_path, monkeypatch):
         output_dir=tmp_path,
         checkpoint=SimpleNamespace(interval=None, final=True),
     )
-    trainer = SimpleNamespace(config=config, groups=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    trainer = SimpleNamespace(config=config, groups=SimpleNamespace(device=SimpleNamespace(type="cpu")), noise=None)
     found = step_hooks(trainer, None, TOTAL_STEPS, Events(), None, Events())
     names = [type(hook).__name__ for hook in found._hooks]
     assert names == ["ProfileHook", "FirstStepHook", "EvaluationHook", "ReportHook", "CheckpointHook"]
