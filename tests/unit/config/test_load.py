@@ -114,7 +114,8 @@ def test_unknown_key_text(problems):
         "stride, context_length, generate_max_len, n_samples_per_prompt, temperature, top_p, "
         "merge_equal_prefixes, feature_layers, embed_method, layer_weights, feature_norm, use_whitening, whitening, "
         "alignment, alignment_coef, diversity_coef, "
-        "reward_terms, rl_coef, ce_coef, advantage_estimator, feature_model, noise_interval. Did you mean 'ebft.stride'?"
+        "reward_terms, rl_coef, ce_coef, advantage_estimator, feature_model, noise_interval. "
+        "Did you mean 'ebft.stride'?"
     ]
 
 

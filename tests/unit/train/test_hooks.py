@@ -185,7 +185,7 @@ def test_the_order_of_a_run(tmp_path, monkeypatch):
     trainer = SimpleNamespace(config=config, groups=SimpleNamespace(device=SimpleNamespace(type="cpu")), noise=None)
     found = step_hooks(trainer, None, TOTAL_STEPS, Events(), None, Events())
     names = [type(hook).__name__ for hook in found._hooks]
-    assert names == ["ProfileHook", "FirstStepHook", "EvaluationHook", "ReportHook", "CheckpointHook"]
+    assert names == ["ProfileHook", "FirstStepHook", "NoiseHook", "EvaluationHook", "ReportHook", "CheckpointHook"]
 
 
 @pytest.mark.parametrize(("step", "interval", "due"), [(0, 4, True), (3, 4, False), (8, 4, True), (10, None, True)])
