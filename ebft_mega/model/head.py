@@ -182,7 +182,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             table = values.table if values is not None and chunk.start < valued else None
             logits = F.linear(rows[chunk], weight)
             parts.append(score_rows(logits, scored.tokens[chunk], scored.temperature[chunk], own_slice, table))
-        scores = RowScores.joined(parts)
+        scores = RowScores.joined(parts or [_no_scores(scored)])
         ctx.save_for_backward(rows, weight, scored.tokens, scored.temperature, scores.normalizers)
         ctx.own_slice, ctx.values, ctx.expectations = own_slice, values, None
         if values is None:
@@ -222,6 +222,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 weight_gradient.addmm_(towards_logits.T, rows[chunk])
             del logits, slopes, towards_logits  # before the next chunk's are made
         return ctx.own_slice.sum(row_gradient), weight_gradient, None, None
+
+
+def _no_scores(scored: ScoredTokens) -> RowScores:
+    """Of no rows."""
+    none = scored.temperature.new_empty(0, dtype=torch.float32)
+    return RowScores(none.view(0, 1).expand(0, scored.tokens.shape[1]), none)
 
 
 def _slopes(values: LinearValues, chunk: slice, expectations: Tensor, gradient: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _learned_by_estimator(trainer: Trainer) -> dict[str, Tensor]:
     return traced_weights(trainer.critic, trainer.critic.state.weights, trainer.feature_network)
 
 
-def _local_tensors(result: StepResult, critic: FittedCritic | None) -> dict[str, Tensor]:
+def _local_tensors(result: StepResult, critic: FittedCritic | None = None) -> dict[str, Tensor]:
     """This replica's rows of every traced tensor."""
     traced: dict[str, list[Tensor]] = {"tokens": [rows.tokens for rows in result.micro_batches]}
     for experience in result.experiences:
