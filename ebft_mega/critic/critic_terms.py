@@ -2,7 +2,7 @@
 
 Per block, with y the feature of the true continuation, for rollout j and its token t (0 .. G - 1):
 
-    F_jt    feature still to come (features/gram.py)       P_jt = W_t^T u_jt, from the prefix alone
+    F_jt    feature still to come (own_features.py)       P_jt = W_t^T u_jt, from the prefix alone
     phi~_j = phi_j - sum_t M_t^T zeta_jt                   F~_jt = F_jt - sum over t' >= t of M_t'^T zeta_jt'
     w_j  = 2 (alpha y - delta * mean over k != j of phi~_k)
     A_jt = w_j . (F_jt - P_jt - lambda * mean over k != j of (F~_kt - P_kt) - M_t^T zeta_jt)

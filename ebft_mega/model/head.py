@@ -22,7 +22,7 @@ class RowScores:
     means: Tensor | None = None  # [N, r], mean vector of the next token, in the same dtype; None: not asked for
 
     @classmethod
-    def joined(cls, parts: "Sequence[RowScores]") -> "RowScores":
+    def joined(cls, parts: Sequence["RowScores"]) -> "RowScores":
         """Scores of rows behind one another."""
         means = [part.means for part in parts if part.means is not None]
         return cls(
