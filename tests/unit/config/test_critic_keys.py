@@ -2,7 +2,6 @@
 
 import pytest
 
-from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError
 
 BASE = """\
@@ -12,13 +11,6 @@ data: {shards: data/train, sequence_length: 128}
 ebft: {advantage_estimator: token_critic, use_whitening: false, alignment: inner_product}
 train: {max_steps: 100}
 """
-
-
-@pytest.fixture
-def load(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text(BASE)
-    return lambda *overrides: load_config(path, overrides)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,6 @@ train: {max_steps: 100}
 """
 
 
-@pytest.fixture
-def load(tmp_path):
-    """Load the base with overrides."""
-    path = tmp_path / "a.yaml"
-    path.write_text(BASE)
-    return lambda *overrides: load_config(path, overrides)
-
-
 class Own(FeatureMap):
     name = "own"
     answers = {}

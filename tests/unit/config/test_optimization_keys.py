@@ -5,7 +5,6 @@ import math
 import pytest
 
 from ebft_mega.config.entries import learning_rates
-from ebft_mega.config.load import load_config
 from ebft_mega.errors import ConfigError
 from ebft_mega.extension.learning_rate_schedule import LearningRateSchedule
 from ebft_mega.extension.update_rule import Optimizer
@@ -17,14 +16,6 @@ model: {init_from: runs/init}
 data: {shards: data/train, sequence_length: 128}
 train: {max_steps: 100, lr: 0.5}
 """
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Load the base with overrides."""
-    path = tmp_path / "a.yaml"
-    path.write_text(BASE)
-    return lambda *overrides: load_config(path, overrides)
 
 
 @pytest.mark.parametrize(
