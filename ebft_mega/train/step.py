@@ -32,8 +32,8 @@ def train_step(
     Returns:
         StepResult of this rank's replica; `train.step_metrics.step_metrics` reduces it over replicas.
     Communication: collective over the world. Over the data-parallel group parameters are gathered and gradients
-        reduced, and what `loss_masks` says; within a replica see `generate_rollouts`, `FeatureNetwork.grams` and
-        `learn`; over the world what `make_experiences` says, and one norm.
+        reduced, and what `loss_masks` says; within a replica see `generate_rollouts`, `measure` and `learn`; over the
+        world what `make_experiences` says, and one norm; with a token critic what `FittedCritic.learn` says.
     Raises:
         EntryError: on all ranks alike, for an entry that does not hold its contract.
     """
@@ -65,8 +65,8 @@ def train_step(
         learned = learn(trainer, micro_batches, experiences, [item.saved for item in sampled], masks)
     with timers.phase("update"):
         update = trainer.engine.step(learning_rate, look)
-        if trainer.critic is not None and judged is not None and update.applied:
-            trainer.critic.learn(judged)
+        if judged is not None and update.applied:
+            judged.critic.learn(judged)
     return StepResult(micro_batches, tuple(experiences), tuple(learned), update, masks)
 
 
