@@ -1,10 +1,14 @@
 """What all entries of the registries have in common."""
 
 import inspect
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ebft_mega.extension.options import NoOptions, Section
+
+# Two threads that parse source at once end with SystemError in Python 3.11, and `inspect` parses it to find a class.
+_ONE_PARSES = threading.Lock()
 
 
 class Entry:
@@ -37,7 +41,8 @@ class Entry:
 
 
 def place_of_entry(entry: type[Entry]) -> str:
-    """File and line of an entry's class, `file:line`."""
+    """File and line of an entry's class, `file:line`; from any thread."""
     file = inspect.getsourcefile(entry)
-    _, line = inspect.getsourcelines(entry)
+    with _ONE_PARSES:
+        _, line = inspect.getsourcelines(entry)
     return f"{Path(file or '')}:{line}"
