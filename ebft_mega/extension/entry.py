@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ebft_mega.extension.options import NoOptions, Section
 
-# Two threads that parse source at once end with SystemError in Python 3.11, and `inspect` parses it to find a class.
+# Two threads that parse source at once may end in SystemError in Python 3.11, and `inspect` parses it to find a class.
 _ONE_PARSES = threading.Lock()
 
 
