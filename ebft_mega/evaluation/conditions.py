@@ -28,6 +28,7 @@ class Condition:
 
 # What a file of an evaluation holds beside what it held before:
 #
+# "completion_length": tokens of the configuration's completions, beside the old "temperature"
 # "conditions": a list of objects, each with
 #     "temperature", "completion_length", "features": of a `Condition`
 #     "means":   {metric key: mean over the rows that have it}
