@@ -56,7 +56,8 @@ LIGHT_MODULES = (
     *("checkpoint.commit", "checkpoint.manifest", "checkpoint.model_folder", "checkpoint.resume_rules"),
     *("checkpoint.resume_candidates", "checkpoint.saved_run"),
     *("checkpoint.retention", "checkpoint.run_state", "checkpoint.tensor_index"),
-    "evaluation.bootstrap",
+    *("evaluation.bootstrap", "evaluation.conditions", "evaluation.crossed_interval"),
+    *("evaluation.multiple_comparisons", "evaluation.student_t"),
     *("apps.noise.estimator_specs", "apps.noise.noise_request"),
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
 )
