@@ -27,7 +27,7 @@ from ebft_mega.data.selection.choice_options import (
     check_text_options,
 )
 from ebft_mega.data.selection.format_options import add_format_options, format_options, plugins_of
-from ebft_mega.data.selection.held_out_split import HELD_OUT, TRAIN, SplitOptions, read_share
+from ebft_mega.data.selection.held_out_split import TRAIN, SplitOptions, read_shares
 from ebft_mega.data.selection.text_formats import archive_words, shown_reasons
 from ebft_mega.data.store.format import Manifest
 from ebft_mega.data.text.listing import in_words
@@ -143,7 +143,8 @@ def add_split(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=share,
         metavar="SHARE",
-        help="a share of the bytes of text, such as 1%% or 0.01: write OUTPUT/train and OUTPUT/held-out",
+        help="a share of the bytes of text, such as 1%% or 0.01: write OUTPUT/train and OUTPUT/held-out; or several "
+        "with names, such as tuning=5%%,report=10%%: write OUTPUT/train, OUTPUT/tuning and OUTPUT/report",
     )
     parser.add_argument(
         "--split-by",
@@ -158,11 +159,13 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def share(text: str) -> str:
-    """The type of an option that is a share of the text."""
+    """The type of an option that is a share of the text, or several with names."""
     try:
-        read_share(text)
-    except ValueError:
+        read_shares(text)
+    except ValueError as error:
         expected = "a share between 0 and 100 %, such as 1% or 0.01"
+        if "=" in text:
+            expected = f"shares with names, such as tuning=5%,report=10% ({error})"
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {expected}") from None
     return text.strip()
 
@@ -211,10 +214,10 @@ def main() -> None:
         processes=arguments.processes,
         overwrite=arguments.overwrite,
     )
-    print_result(arguments.output, result)
+    print_result(arguments.output, result, options.split)
 
 
-def print_result(output: Path, result: BuildResult) -> None:
+def print_result(output: Path, result: BuildResult, split: SplitOptions | None) -> None:
     """Print what was made, and what can be done next."""
     record = result.record
     skipped = f", {record.skipped} that cannot be used ({in_words(record.skipped_by_reason)})" if record.skipped else ""
@@ -227,15 +230,15 @@ def print_result(output: Path, result: BuildResult) -> None:
     skipped += f", {in_words(others)}" if others else ""
     near = f", {record.near_duplicates} near-duplicates" if record.near_duplicates else ""
     left_out = f"left out: {record.empty} empty documents, {record.duplicates} duplicates{near}{skipped}"
-    if result.held_out is None:
+    if split is None:
         print_line(described(output, result.manifest, f"{left_out}; "), sys.stdout)
+        datasets = f"--data {shlex.quote(str(output))}"
     else:
-        print_line(described(output / TRAIN, result.manifest), sys.stdout)
-        print_line(described(output / HELD_OUT, result.held_out), sys.stdout)
+        names = (TRAIN, *split.shares)
+        for name, manifest in zip(names, (result.manifest, *result.held_out), strict=True):
+            print_line(described(output / name, manifest), sys.stdout)
         print_line(left_out, sys.stdout)
-    datasets = f"--data {shlex.quote(str(output))}"
-    if result.held_out is not None:
-        train, held_out = (shlex.quote(str(output / name)) for name in (TRAIN, HELD_OUT))
+        train, held_out = (shlex.quote(str(output / name)) for name in names[:2])
         datasets = f"--data {train} --held-out {held_out}"
     print_line(f"next: python tools/new_config.py --model MODEL {datasets} --output CONFIG.yaml", sys.stdout)
 

@@ -51,7 +51,7 @@ class BuildOptions:
     shard_bytes: int = DEFAULT_SHARD_BYTES  # after so many bytes a shard is closed
     # Leave out documents that are nearly the same as an earlier one that stays: the least Jaccard index for that.
     near_deduplicate: float | None = None
-    split: SplitOptions | None = None  # hold a share of the documents out, and write two datasets
+    split: SplitOptions | None = None  # hold shares of the documents out, and write several datasets
     # Input bytes of a work unit. None: 1/64 of all inputs, at least 4 MiB and at most 1 GiB.
     work_unit_bytes: int | None = None
     format: str | None = None  # that all files have; None: the one that each is recognised as

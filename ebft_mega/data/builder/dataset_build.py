@@ -36,7 +36,7 @@ class BuildResult:
 
     manifest: Manifest  # of the dataset for training, where documents are held out
     record: BuildRecord  # of the whole build
-    held_out: Manifest | None = None
+    held_out: tuple[Manifest, ...] = ()  # of each held-out dataset
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def build_dataset(
 
     The result depends neither on the number of processes nor on stops in between: work units are cut by the inputs
     alone, and numbers of documents and duplicates are decided over all work units before any is tokenized. The
-    directory appears only when it is complete. With `options.split` it holds two datasets, `train` and `held-out`,
-    which appear together. A build that was stopped (not one that found bad input) is resumed when it is called again
-    with the same inputs and options; until then what is done stays in `.NAME.partial` beside the output.
+    directory appears only when it is complete. With `options.split` it holds `train` and `held-out`, or other names of
+    the latter, which appear together. A build that was stopped (not one that found bad input) is resumed when it is
+    called again with the same inputs and options; until then what is done stays in `.NAME.partial` beside the output.
 
     Memory: about 700 bytes per input file and 110 bytes per document here, and in each worker 32 bytes per document
     of a work unit, 2 kB per document of a shard, and one document (for one of 10 MB, sentencepiece takes 430 MB). No
@@ -110,7 +110,7 @@ def build_dataset(
         notes += [*choice.notes, *late]
         record = write_records(plan, scans, choice, tokenized, tokenizer, notes, directory, result)
         _flush(result)
-    return BuildResult(manifests[0], record, *manifests[1:])
+    return BuildResult(manifests[0], record, tuple(manifests[1:]))
 
 
 def _flush(result: Path) -> None:

@@ -16,14 +16,13 @@ from ebft_mega.data.selection.deduplication import first_with_text
 from ebft_mega.data.selection.held_out_split import (
     ARCHIVE,
     DOCUMENT,
-    HELD_OUT,
     REPOSITORY,
     REPOSITORY_FOLDER,
     TOP_FOLDER,
     TRAIN,
     Division,
     SplitOptions,
-    divide,
+    divide_among,
     usual_groups,
 )
 from ebft_mega.data.selection.near_duplicates import ACROSS_THRESHOLD, PLACES, near_across, near_duplicates
@@ -81,7 +80,7 @@ def choose_documents(
         split: see `split_of`.
 
     Raises:
-        InputError: one side of the split would have no document.
+        InputError: a side of the split would have no document.
     """
     total = sum(scan.documents for scan in scans)
     if not options.deduplicate and not split:
@@ -115,41 +114,69 @@ def _divided(
     near: np.ndarray,
     signatures: np.ndarray,
 ) -> DocumentChoice:
-    """Two sides of the documents that stay, and what is said about them."""
+    """The sides of the documents that stay, and what is said about them."""
     documents = np.concatenate([load_groups(directory, number) for number in range(len(scans))])
-    division = divide(documents, keep, split.fraction)
-    held_out = division.held_out
-    _require_both(division, split, scans)
-    if options.deduplicate:  # the earliest stays, wherever it is
-        equal = int((held_out != held_out[first]).sum())
-    else:  # nothing that is held out is trained on
-        is_held_out = np.zeros(len(first), bool)  # of a text, by the number of the first document that has it
-        is_held_out[first[keep & held_out]] = True
-        out = keep & ~held_out & is_held_out[first]
-        keep = keep & ~out
-        equal = int(out.sum())
-    if not (keep & ~held_out).any():
-        found = "for training only texts that are held out, too"
-        raise bad_input("--held-out", split.share, found, "documents for both sides")
+    folders = [TRAIN, *split.shares]
+    divisions = divide_among(documents, keep, list(split.shares.values()))
+    _require_all(divisions, split, scans)
+    side = np.zeros(len(keep), np.int16)  # of each document: its number in `folders`
+    for number, division in enumerate(divisions, 1):
+        side[division.held_out] = number
+    keep, equal = _on_one_side(first, keep, side, options.deduplicate)
+    if not all((keep & (side == number)).any() for number in range(len(folders))):
+        found = "for training only texts that are held out, too" if len(folders) == 2 else "texts for too few datasets"
+        raise bad_input("--held-out", split.share, found, f"documents for {_in_all(folders)}")
     sizes = documents["bytes"]
-    division = replace(division, bytes=int(sizes[keep].sum()), held_out_bytes=int(sizes[keep & held_out].sum()))
+    divisions = [
+        replace(each, bytes=int(sizes[keep].sum()), held_out_bytes=int(sizes[keep & each.held_out].sum()))
+        for each in divisions
+    ]
     candidates = keep & signatures.any(axis=1)
-    across = int(near_across(signatures, candidates, held_out, ACROSS_THRESHOLD).sum())
+    across = sum(
+        int(near_across(signatures, candidates & (side <= number), side == number, ACROSS_THRESHOLD).sum())
+        for number in range(1, len(folders))
+    )
     chosen = "" if options.split and options.split.by else ", as nothing else was said"
-    notes = [*_split_notes(division, split, chosen, scans), *_across_notes(equal, across)]
+    notes = [
+        *(_share_note(*each, split, chosen, scans) for each in zip(folders[1:], divisions, strict=True)),
+        *_kinds_notes(split, scans),
+        *_across_notes(equal, across, len(folders)),
+    ]
+    held_out_bytes = sum(each.held_out_bytes for each in divisions)
     record = {
         "asked": split.share,
         "by": split.by,
         "equal_across": equal,
-        "groups": division.groups,
-        "held_out_groups": division.held_out_groups,
+        "groups": divisions[0].groups,
+        "held_out_groups": sum(each.held_out_groups for each in divisions),
         "named_by": total_counts(scan.group_kinds for scan in scans),
         "near_across": across,
         "seed": split.seed,
-        "share": round(division.share, 6),
+        "share": round(held_out_bytes / max(1, divisions[0].bytes), 6),
     }
-    sides = (_side(TRAIN, ~held_out, keep, near, scans), _side(HELD_OUT, held_out, keep, near, scans))
+    sides = tuple(_side(folder, side == number, keep, near, scans) for number, folder in enumerate(folders))
     return DocumentChoice(sides, tuple(notes), record)
+
+
+def _on_one_side(first: np.ndarray, keep: np.ndarray, side: np.ndarray, deduplicate: bool) -> tuple[np.ndarray, int]:
+    """Leave no text on two sides.
+
+    Args:
+        first: int64 [documents], of each the first that has its text.
+        keep: bool [documents], those that stay so far.
+        side: int16 [documents], their sides.
+        deduplicate: whether `keep` has left out all but the first already.
+
+    Returns:
+        Those that stay, bool [documents], and how many are left out because another side has their text.
+    """
+    if deduplicate:  # the earliest stays, wherever it is
+        return keep, int((side != side[first]).sum())
+    # Nothing that is held out is trained on, nor in an earlier one of several held-out datasets.
+    last = np.zeros(len(first), np.int16)  # side of a text, by the number of the first document that has it
+    np.maximum.at(last, first[keep], side[keep])
+    out = keep & (side < last[first])
+    return keep & ~out, int(out.sum())
 
 
 def _side(folder: str, members: np.ndarray, keep: np.ndarray, near: np.ndarray, scans: Sequence[Scan]) -> Side:
@@ -176,7 +203,11 @@ def _signatures(directory: Path, scans: Sequence[Scan], wanted: bool) -> Iterato
         path.unlink()
 
 
-def _require_both(division: Division, split: SplitOptions, scans: Sequence[Scan]) -> None:
+def _in_all(folders: Sequence[str]) -> str:
+    return "both sides" if len(folders) == 2 else f"{', '.join(folders[:-1])} and {folders[-1]}"
+
+
+def _require_all(divisions: Sequence[Division], split: SplitOptions, scans: Sequence[Scan]) -> None:
     """Check that there is a group for each side, and something that the groups are named by.
 
     Raises:
@@ -186,43 +217,55 @@ def _require_both(division: Division, split: SplitOptions, scans: Sequence[Scan]
     if split.by == REPOSITORY and not kinds.keys() - {TOP_FOLDER}:
         found = f"no folder with {REPOSITORY_FOLDER}, and no record that names a repository"
         raise bad_input("--split-by", REPOSITORY, found, "repositories, or --split-by top-folder, document or a key")
-    if division.groups < 2:
-        name = _name_of(division.largest_group, scans)
+    groups, held_out = divisions[0].groups, [each.held_out_groups for each in divisions]
+    if groups < 2 or not all(held_out) or sum(held_out) == groups:
+        name = _name_of(divisions[0].largest_group, scans)
         advice = "" if split.by == DOCUMENT else "; --split-by document makes each document one"
         if kinds.keys() == {ARCHIVE}:
             advice += ", top-folder the folders of an archive"
-        found = f"a single group{f', {name}' if name else ''} (--split-by {split.by})"
-        raise bad_input("--held-out", split.share, found, f"at least two, one for each side{advice}")
+        if groups < 2:
+            found = f"a single group{f', {name}' if name else ''} (--split-by {split.by})"
+        else:
+            found = f"{groups} groups (--split-by {split.by}), which leave a dataset without any"
+        expected = "at least two, one for each side" if len(divisions) == 1 else "several for each dataset"
+        raise bad_input("--held-out", split.share, found, f"{expected}{advice}")
 
 
 def _name_of(number: int, scans: Sequence[Scan]) -> str | None:
     return next((name for scan in scans if (name := scan.group_names.get(str(number)))), None)
 
 
-def _split_notes(division: Division, split: SplitOptions, chosen: str, scans: Sequence[Scan]) -> Iterator[str]:
-    """What the split has come to, one sentence each."""
-    asked = float(split.fraction)
+def _share_note(folder: str, division: Division, split: SplitOptions, chosen: str, scans: Sequence[Scan]) -> str:
+    """What a held-out dataset has come to, in a sentence."""
+    asked = float(split.shares[folder])
     line = (
-        f"held out: {division.held_out_groups} of {division.groups} groups (--split-by {split.by}{chosen}), "
+        f"{folder.replace('held-out', 'held out')}: {division.held_out_groups} of {division.groups} groups "
+        f"(--split-by {split.by}{chosen}), "
         f"{100 * division.share:.3g} % of the bytes of text where {100 * asked:.3g} % were asked for"
     )
     if abs(division.share - asked) > _FAR * asked:
         name = _name_of(division.largest_group, scans)
         largest = 100 * division.largest_bytes / division.bytes
         line += f"; no group is divided, and the largest{f', {name},' if name else ''} has {largest:.3g} %"
-    yield line
+    return line
+
+
+def _kinds_notes(split: SplitOptions, scans: Sequence[Scan]) -> Iterator[str]:
+    """What the groups are named by, where that is not one thing."""
     kinds = total_counts(scan.group_kinds for scan in scans)
     if len(kinds) > 1 or split.by == REPOSITORY:
         counts = ", ".join(f"{kind} of {count} documents" for kind, count in sorted(kinds.items()))
         yield f"what names the groups: {counts}"
 
 
-def _across_notes(equal: int, near: int) -> Iterator[str]:
-    """What the two sides have in common."""
+def _across_notes(equal: int, near: int, sides: int) -> Iterator[str]:
+    """What the sides have in common."""
     if equal:
-        yield f"{equal} documents are left out because the other dataset has their text"
+        other = "the other" if sides == 2 else "another"
+        yield f"{equal} documents are left out because {other} dataset has their text"
     if near:
+        other = "for training" if sides == 2 else "for training or in a held-out dataset before theirs"
         yield (
-            f"{near} documents that are held out are nearly the same as one for training (Jaccard index from "
+            f"{near} documents that are held out are nearly the same as one {other} (Jaccard index from "
             f"{ACROSS_THRESHOLD}); --near-deduplicate {ACROSS_THRESHOLD} leaves near-duplicates out"
         )

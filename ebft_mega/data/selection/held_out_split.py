@@ -1,12 +1,13 @@
-"""Hold out a share of the documents, whole groups of them: documents of one group lie on one side.
+"""Hold out shares of the documents, whole groups of them: documents of one group lie on one side.
 
 Documents of one folder or repository quote and repeat each other, so a model that has seen some of them is not tested
 by the others.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from ebft_mega.data.text.source_archives import member_path
 from ebft_mega.data.text.text_files import TextDocument
 
 TRAIN, HELD_OUT = "train", "held-out"  # folders of the output
+_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 _MOST_SHARE = 20  # characters, and places after the point
 GROUP_DTYPE = np.dtype([("group", "<u8"), ("bytes", "<u8")])  # of a document: its group's number, the text's size
 ARCHIVE, ARCHIVE_FOLDER = "archive", "folder of the archive"  # what names a group, beside folders and members
@@ -29,15 +31,17 @@ REPOSITORY_FOLDER = ".git"  # a folder, or a file in a submodule
 class SplitOptions:
     """What is held out, and what is a group."""
 
-    share: str  # of the bytes of text: a percentage, such as 1%, or a fraction, such as 0.01
+    # Of the bytes of text: a percentage, such as 1%, or a fraction, such as 0.01; or several with the names of their
+    # datasets, such as tuning=5%,report=10%.
+    share: str
     # `top-folder`, `repo`, `document`, or a member of the documents' records. None: see `usual_groups`.
     by: str | None = None
     seed: int = 0  # of the choice of groups
 
     @property
-    def fraction(self) -> Fraction:
-        """The share as a number."""
-        return read_share(self.share)
+    def shares(self) -> dict[str, Fraction]:
+        """The share of each held-out dataset, by its folder in the output."""
+        return read_shares(self.share)
 
     @property
     def key(self) -> str | None:
@@ -70,6 +74,26 @@ def read_share(text: str) -> Fraction:
     if not 0 < share < 1:
         raise ValueError("not between 0 and 100 %")
     return share
+
+
+def read_shares(text: str) -> dict[str, Fraction]:
+    """A share of the one held-out dataset, or NAME=SHARE,NAME=SHARE for several: shares by folder of the output.
+
+    Raises:
+        ValueError: it is neither, a share is none (see `read_share`), a name is wrong or given twice, or nothing would
+            be left to train on; the message says it.
+    """
+    if "=" not in text:
+        return {HELD_OUT: read_share(text)}
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        name, has_share, share = (word.strip() for word in part.partition("="))
+        if not has_share or not _PART_NAME.fullmatch(name) or name.lower() == TRAIN or name in shares:
+            raise ValueError(f"{part.strip()!r} is no NAME=SHARE with a name of its own")
+        shares[name] = read_share(share)
+    if sum(shares.values()) >= 1:
+        raise ValueError("nothing is left to train on")
+    return shares
 
 
 def usual_groups(files: Sequence[tuple[str, bool]]) -> str:
@@ -259,3 +283,33 @@ def divide(documents: np.ndarray, keep: np.ndarray, share: Fraction) -> Division
         largest_group=int(numbers[largest]) if len(numbers) else 0,
         largest_bytes=int(sizes[largest]) if len(sizes) else 0,
     )
+
+
+def divide_among(documents: np.ndarray, keep: np.ndarray, shares: Sequence[Fraction]) -> list[Division]:
+    """Choose the groups of several held-out datasets: of the first, then of the second from what is left, and so on.
+
+    Args:
+        documents, keep: see `divide`.
+        shares: of each dataset, of the bytes of all documents that stay.
+
+    Returns:
+        The division of each: no document is held out for two. `groups`, `bytes` and the largest group are those of all
+        documents that stay.
+    """
+    first = divide(documents, keep, shares[0])
+    divisions, taken = [first], first.held_out
+    for share in shares[1:]:
+        left = keep & ~taken
+        remaining = int(documents["bytes"][left].sum())
+        division = divide(documents, left, min(Fraction(1), share * first.bytes / max(1, remaining)))
+        held_out = division.held_out & ~taken
+        divisions.append(
+            replace(
+                first,
+                held_out=held_out,
+                held_out_groups=division.held_out_groups,
+                held_out_bytes=division.held_out_bytes,
+            )
+        )
+        taken = taken | held_out
+    return divisions

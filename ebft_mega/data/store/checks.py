@@ -45,8 +45,12 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     if not path.exists() and (directory / TRAIN / MANIFEST_NAME).is_file():
-        both = f"a directory of two datasets, {TRAIN} and {HELD_OUT}, of which each has its {MANIFEST_NAME}"
-        raise bad_input(directory, "dataset", both, f"{directory / TRAIN} or {directory / HELD_OUT}")
+        others = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST_NAME}") if path.parent.name != TRAIN)
+        names = [TRAIN, *(others or [HELD_OUT])]
+        count = "two" if len(names) == 2 else str(len(names))
+        several = f"a directory of {count} datasets, {', '.join(names[:-1])} and {names[-1]}"
+        expected = " or ".join(str(directory / name) for name in names)
+        raise bad_input(directory, "dataset", f"{several}, of which each has its {MANIFEST_NAME}", expected)
     content = read_contained(directory, MANIFEST_NAME, MANIFEST_LIMIT_BYTES, _MANIFEST)
     if found := lfs_pointer(content):
         raise bad_input(path, MANIFEST_NAME, found, _MANIFEST)

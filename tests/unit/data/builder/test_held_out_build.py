@@ -70,8 +70,8 @@ def test_the_two_sides_divide_the_documents_by_folders_whatever_the_processes(
     assert not {p.partition("/")[0] for p in train} & {p.partition("/")[0] for p in held_out}
     build_dataset(source, tokenizer, tmp_path / "whole")
     assert sorted([*train, *held_out]) == paths_of(tmp_path / "whole") and len(held_out) == 4
-    assert result.held_out is not None
-    assert (result.manifest.documents, result.held_out.documents, result.record.documents) == (44, 4, 48)
+    (held_out_manifest,) = result.held_out
+    assert (result.manifest.documents, held_out_manifest.documents, result.record.documents) == (44, 4, 48)
     for side in ("train", "held-out"):
         dataset = open_dataset(tmp_path / "out" / side)
         assert not [problem for report in verify_dataset(dataset) for problem in report.problems]
@@ -304,6 +304,43 @@ def test_an_output_of_either_kind_replaces_the_other_when_asked(tmp_path: Path, 
         open_dataset(output)
 
 
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_several_held_out_datasets_share_no_group_and_no_text(
+    tmp_path: Path, tokenizer: Tokenizer, deduplicate: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = {f"p{f:02d}/m{n}.py": f"# {f} {n}\n" * 5 for f in range(20) for n in range(2)}
+    for folder in range(20):
+        contents[f"p{folder:02d}/copy.py"] = f"# {(folder + 3) % 20} 0\n" * 5
+    source = write(tmp_path / "source", contents)
+    options = split("tuning=15%,report=30%", "top-folder", deduplicate=deduplicate)
+    result = build_dataset(source, tokenizer, tmp_path / "out", options)
+    names = ("train", "tuning", "report")
+    groups = [{path.partition("/")[0] for path in paths_of(tmp_path / "out" / name)} for name in names]
+    assert [len(each) for each in groups] == [11, 3, 6] and len(set.union(*groups)) == 20
+    texts = []
+    for name in names:
+        dataset = open_dataset(tmp_path / "out" / name)
+        texts.append({str(read_metadata(dataset, n)["sha256"]) for n in range(dataset.manifest.documents)})
+    assert len(set.union(*texts)) == sum(map(len, texts)) == 40
+    assert [manifest.documents for manifest in result.held_out][0] == len(paths_of(tmp_path / "out" / "tuning"))
+    printed = capsys.readouterr().err
+    assert "tuning: 3 of 20 groups (--split-by top-folder), " in printed and "report: 6 of 20 groups" in printed
+    assert result.record.split["asked"] == "tuning=15%,report=30%" and result.record.split["held_out_groups"] == 9
+    equal = result.record.split["equal_across"]
+    assert equal and f"{equal} documents are left out because another dataset has their text" in printed
+    if not deduplicate:  # the last dataset stays whole
+        assert len(paths_of(tmp_path / "out" / "report")) == 18
+    with pytest.raises(InputError, match=r"3 datasets, train, report and tuning.*/out/train or .*/report or .*/tuning"):
+        open_dataset(tmp_path / "out")
+
+
+def test_too_few_groups_for_several_datasets_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = write(tmp_path / "source", {"p/a.py": "# a\n" * 9, "q/a.py": "# b\n" * 9})
+    with pytest.raises(InputError, match=r"--held-out: .* 2 groups .* which leave a dataset without any; expected sev"):
+        build_dataset(source, tokenizer, tmp_path / "out", split("tuning=10%,report=30%"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -312,13 +349,19 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
     base = ["tools/build_shards.py", "--input", folders(tmp_path / "source"), "--tokenizer", tokenizer_directory]
     output = tmp_path / "out"
-    done = run(*base, "--output", output, "--processes", 1, "--held-out", "10%", "--split-by", "top-folder")
+    tail = ("--processes", 1, "--split-by", "top-folder", "--held-out")
+    done = run(*base, "--output", output, *tail, "10%")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
         f"next: python tools/new_config.py --model MODEL --data {output}/train --held-out {output}/held-out "
         "--output CONFIG.yaml"
     )
     assert f"{output}/held-out: 4 documents" in done.stdout
+    done = run(*base, "--output", tmp_path / "named", *tail, "tuning=10%,report=20%")
+    assert done.returncode == 0, done.stderr
+    counts = {"train": 36, "tuning": 4, "report": 8}
+    assert all(f"{tmp_path}/named/{name}: {count} documents" in done.stdout for name, count in counts.items())
+    assert f"--data {tmp_path}/named/train --held-out {tmp_path}/named/tuning " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -328,6 +371,14 @@ def test_options_of_the_tool(tmp_path: Path, tokenizer_directory: Path) -> None:
         (["--held-out", "100%"], "found '100%'; expected a share"),
         (["--held-out", "2"], "found '2'; expected a share"),
         (["--held-out", "abc"], "found 'abc'; expected a share"),
+        (
+            ["--held-out", "a=2%,a=1%"],
+            "expected shares with names, such as tuning=5%,report=10% ('a=1%' is no NAME=SHARE",
+        ),
+        (["--held-out", "train=2%"], "'train=2%' is no NAME=SHARE"),
+        (["--held-out", "a=50%,b=50%"], "nothing is left to train on"),
+        (["--held-out", "../a=5%"], "'../a=5%' is no NAME=SHARE"),
+        (["--held-out", "a=5%,1%"], "'1%' is no NAME=SHARE"),
         (["--split-by", "repo"], "--split-by: found without --held-out"),
         (["--split-seed", "3"], "--split-seed: found without --held-out"),
         (["--held-out", "1%", "--split-by", ""], "--split-by: found an empty text; expected a name"),

@@ -11,8 +11,10 @@ from ebft_mega.data.selection.held_out_split import (
     GROUP_DTYPE,
     SplitOptions,
     divide,
+    divide_among,
     group_number,
     read_share,
+    read_shares,
     repository_folder,
     usual_groups,
 )
@@ -50,6 +52,20 @@ def test_what_is_no_share(text: str) -> None:
         read_share(text)
 
 
+def test_shares_of_several_datasets_have_names() -> None:
+    assert read_shares("1%") == {"held-out": Fraction(1, 100)}
+    assert list(read_shares("tuning=5%, report = 0.1").items()) == [
+        ("tuning", Fraction(1, 20)),
+        ("report", Fraction(1, 10)),
+    ]
+
+
+@pytest.mark.parametrize("text", ["a=", "=1%", "a=1%,", "a=1%,2%", "a=1%,a=1%", "train=1%", "a/b=1%", "a=60%,b=0.4"])
+def test_what_is_no_share_with_a_name(text: str) -> None:
+    with pytest.raises(ValueError):
+        read_shares(text)
+
+
 def documents_of(names: list[str], sizes: list[int], seed: int = 0) -> np.ndarray:
     return np.array([(group_number(name, seed), size) for name, size in zip(names, sizes, strict=True)], GROUP_DTYPE)
 
@@ -77,6 +93,22 @@ def test_no_group_is_divided_and_the_order_of_the_documents_does_not_matter(docu
     random.shuffle(order)
     again = divide(documents_of([names[i] for i in order], [sizes[i] for i in order]), keep[order], share)
     assert (again.held_out == division.held_out[order]).all()
+
+
+def test_several_datasets_meet_their_shares_of_all_documents_and_the_first_is_that_of_one_share() -> None:
+    random = np.random.default_rng(4)
+    names = [f"group{number % 400}" for number in range(4000)]
+    documents = documents_of(names, random.integers(1, 10_000, len(names)).tolist())
+    keep = random.random(len(names)) < 0.9
+    shares = (Fraction(1, 10), Fraction(1, 4), Fraction(1, 2))
+    divisions = divide_among(documents, keep, shares)
+    assert all(abs(each.share - share) < 0.003 for each, share in zip(divisions, shares, strict=True))
+    assert sum(each.held_out.astype(int) for each in divisions).max() == 1
+    for division in divisions:
+        assert division.held_out_bytes == documents["bytes"][keep & division.held_out].sum()
+        groups = set(documents["group"][division.held_out])
+        assert not groups & set(documents["group"][~division.held_out])
+    assert (divisions[0].held_out == divide(documents, keep, shares[0]).held_out).all()
 
 
 def test_a_share_of_many_groups_is_met_and_the_seed_chooses_others() -> None:
