@@ -60,6 +60,7 @@ LIGHT_MODULES = (
     *("evaluation.multiple_comparisons", "evaluation.student_t"),
     *("apps.noise.estimator_specs", "apps.noise.noise_request"),
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
+    *("apps.experiment.arm_values", "apps.experiment.choosing", "apps.report.condition_evaluations"),
 )
 MAX_FILES = 15
 MAX_FILE_LINES = 400

@@ -91,15 +91,14 @@ def read_evaluations(arms: Mapping[str, Path]) -> dict[str, Evaluation]:
     problems: list[Problem] = []
     evaluations: dict[str, Evaluation] = {}
     for name, given in arms.items():
-        path = given / "evaluation.json" if given.is_dir() else given
         try:
-            evaluations[name] = _read_one(path)
+            evaluations[name] = read_evaluation(given)
         except InputError as error:
             problems.extend(error.problems)
     if evaluations:
         first_name, first = next(iter(evaluations.items()))
         for evaluation in evaluations.values():
-            problems.extend(_unlike(evaluation, first, first_name))
+            problems.extend(pairing_problems(evaluation, first, first_name))
     if problems:
         raise InputError(problems)
     return evaluations
@@ -141,7 +140,13 @@ def _by_group(
     return paired_bootstrap(difference, num_resamples, seed, groups=groups)
 
 
-def _read_one(path: Path) -> Evaluation:
+def read_evaluation(given: Path) -> Evaluation:
+    """Read one `evaluation.json`, or that of a directory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = given / "evaluation.json" if given.is_dir() else given
     content = read_json(path)
     with reading(path, "(contents)", "what tools/evaluate.py has written"):
         return _evaluation(path, content)
@@ -234,9 +239,16 @@ def _shared(evaluation: Evaluation, field: str) -> Any:
     return evaluation.content.get(field, EARLIER_VALUES.get(field))
 
 
-def _unlike(evaluation: Evaluation, first: Evaluation, first_name: str) -> list[Problem]:
+def pairing_problems(
+    evaluation: Evaluation, first: Evaluation, first_name: str, fields: Mapping[str, str] = SHARED_FIELDS
+) -> list[Problem]:
+    """Name the fields in which an evaluation differs from the first one, so that their rows are not paired.
+
+    Args:
+        fields: to compare, each with what makes two evaluations agree in it.
+    """
     problems = []
-    for field, advice in SHARED_FIELDS.items():
+    for field, advice in fields.items():
         values = [_shared(each, field) for each in (evaluation, first)]
         if field in PLACES:
             values = [os.path.abspath(value) if isinstance(value, str) else value for value in values]

@@ -55,3 +55,25 @@ EVALUATION_METRICS = (
         "Share of blocks in which two or more rollouts are equal: how sharp the policy is.",
     ),
 )
+
+# Of next-token distributions at a temperature; not in every evaluation.
+CALIBRATION_METRICS = (
+    EvaluationMetric(
+        "eval/brier",
+        "Brier score",
+        "lower",
+        "Squared distance between the next-token distribution and the token that came, mean over tokens.",
+    ),
+    EvaluationMetric(
+        "eval/calibration_error",
+        "calibration error",
+        "lower",
+        "Mean distance between how sure the likeliest token is and how often it is right, over 15 equal parts of "
+        "[0, 1] weighted by their tokens.",
+    ),
+)
+
+
+def metric_named(name: str) -> EvaluationMetric:
+    """The metric with the name that an experiment's file uses, such as `ce_loss`."""
+    return next(each for each in (*EVALUATION_METRICS, *CALIBRATION_METRICS) if each.key == f"eval/{name}")
