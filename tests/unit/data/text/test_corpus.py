@@ -1,13 +1,25 @@
 import hashlib
 import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebft_mega.data.text.corpus import SPLIT_SHARES, assign_splits, build_corpus, package_of, standard_library
+from ebft_mega.data.text.corpus import (
+    SPLIT_SHARES,
+    CorpusKind,
+    assign_splits,
+    build_corpus,
+    installed_folder,
+    installed_name,
+    package_of,
+    standard_library,
+)
 from ebft_mega.errors import InputError
 
 
@@ -134,3 +146,81 @@ def test_many_small_packages_fill_the_shares(sizes: dict[str, int], seed: int) -
     for name, share in SPLIT_SHARES.items():
         filled = sum(size for package, size in sizes.items() if splits[package] == name)
         assert abs(filled - share * sum(sizes.values())) <= 200
+
+
+def other_code(directory: Path) -> Path:
+    same = "".join(f"int same_{line}();\n" for line in range(60))
+    for number in range(8):
+        folder = directory / "a" / f"p{number}" / "deep"
+        folder.mkdir(parents=True)
+        (folder / "code.h").write_text(f"int value_{number}();\n" * 30)
+        (folder.parent / "near.h").write_text(same + f"// {number}\n")
+        (folder / "notes.py").write_text("x = 1\n" * 30)
+    (directory / "io.h").write_text("int top;\n" * 30)
+    (directory / "a" / "old").mkdir()
+    (directory / "a" / "old" / "code.h").write_text("int old;\n" * 30)
+    return directory
+
+
+def test_other_code_is_divided_by_folders_and_near_copies_are_left_out_before(tmp_path: Path) -> None:
+    def near_copies(texts: Sequence[bytes]) -> list[bool]:
+        return [b"same_" in text and any(b"same_" in other for other in texts[:n]) for n, text in enumerate(texts)]
+
+    kind = CorpusKind("*.h", ("old",), "MIT", 2, families=False, source="other", near_copies=near_copies)
+    manifest = build_corpus(other_code(tmp_path / "code"), tmp_path / "out", kind=kind)
+    packages = {file["path"]: file["package"] for file in manifest["files"]}
+    assert packages == {
+        **{f"a/p{number}/deep/code.h": f"a/p{number}" for number in range(8)},
+        **{"a/p0/near.h": "a/p0", "io.h": "io"},
+    }
+    assert manifest["left_out_files"]["near_copies"] == 7 and manifest["left_out_files"]["left_out_by_name"] == 1
+    assert (manifest["licence"], manifest["source"], manifest["licence_file"]) == ("MIT", "other", None)
+    split_of = {file["package"]: file["split"] for file in manifest["files"]}
+    assert all(split_of[file["package"]] == file["split"] for file in manifest["files"])
+    assert all((tmp_path / "out" / file["split"] / file["path"]).is_file() for file in manifest["files"])
+
+
+def test_a_folder_of_an_installed_package_is_found_and_nothing_else() -> None:
+    assert (installed_folder("numpy/lib") / "__init__.py").is_file()
+    assert installed_name("numpy/lib") == f"numpy {np.__version__}, numpy/lib"
+    for path in ("no_such_package", "../..", "/"):
+        with pytest.raises(InputError, match="--installed: .*no such folder of an installed package"):
+            installed_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exclude", "old"], "--exclude: found without --pattern"),
+        (["--installed", "numpy"], "--installed: found without --pattern"),
+        (["--installed", "numpy", "--source", "x", "--pattern", "*.h"], "--installed: found with --source"),
+        (["--package-folders", "0"], "--package-folders: found '0'; expected a whole number from 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(
+    tmp_path: Path, arguments: list[str], message: str, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool("--output", tmp_path / "out", *arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_tool_builds_from_other_code(
+    tmp_path: Path, tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--pattern", "*.h", "--package-folders", 2, "--exclude", "old", "--near-deduplicate", 0.8)
+    tool("--source", other_code(tmp_path / "code"), *arguments, "--output", tmp_path / "out")
+    assert "7 near_copies; licence unknown" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the tool in this process."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[4] / "tools"))
+    from build_corpus import main
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["build_corpus.py", *map(str, arguments)])
+        main()
+
+    return run
