@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs, held_out_rows, open_policy
+from ebft_mega.apps.evaluated_networks import open_policy
+from ebft_mega.apps.evaluation_inputs import EvaluationRequest, check_inputs, held_out_rows
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.cost.cost_table import OPTION, aligned

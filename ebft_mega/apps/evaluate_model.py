@@ -1,76 +1,94 @@
-"""Evaluate a Hugging Face model directory on held-out rows, in one process and without an optimizer."""
+"""Evaluate Hugging Face model directories and checkpoint folders on held-out rows, without an optimizer.
 
+On several ranks a model is cut as `parallel.*` says, and replicas have other rows; one process holds it whole.
+"""
+
+import os
 import sys
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ebft_mega.apps.evaluated_networks import open_policy, viewed_features
+from ebft_mega.apps.evaluation_content import evaluation_content
+from ebft_mega.apps.evaluation_inputs import (
+    EvaluationRequest,
+    check_models,
+    held_out_rows,
+    main_documents,
+    networks,
+)
+from ebft_mega.apps.evaluation_request import EvaluationGrid, anchor_notes
 from ebft_mega.apps.written_evaluation import write_evaluation
-from ebft_mega.architecture.hf_config import Architecture, tapped_layers
-from ebft_mega.architecture.partition import StageShape
-from ebft_mega.attention.routes import make_route
-from ebft_mega.checkpoint.initial_model import open_weights
-from ebft_mega.config.entries import tapped_fractions
 from ebft_mega.config.schema import RunConfig
-from ebft_mega.data.rows.loader import fixed_rows
-from ebft_mega.data.store.opening import open_dataset
-from ebft_mega.errors import InputError, InputProblems, Problem
-from ebft_mega.evaluation.held_out import Evaluation, EvaluationSettings, evaluate, merge
-from ebft_mega.features import factory
-from ebft_mega.features.gram import FeatureRecipe
-from ebft_mega.features.network import FeatureNetwork
+from ebft_mega.evaluation.condition_grid import (
+    GridFigures,
+    GridSettings,
+    ViewedFeatures,
+    evaluate_grid,
+    gather_grid,
+    merge_grid,
+)
 from ebft_mega.features.pool_check import check_pooling
 from ebft_mega.io.progress_bar import track
 from ebft_mega.io.standard_streams import print_line
-from ebft_mega.model.stage import PipelinedModel, Stage
-from ebft_mega.model.weights.stage_weights import load_weights
+from ebft_mega.model.stage import PipelinedModel
 from ebft_mega.parallel.groups import ProcessGroups, connect, make_process_groups
-from ebft_mega.planning import model_data
-from ebft_mega.planning.data_fit import vocabulary_problems
-from ebft_mega.planning.model_files import CheckedModel, check_model
-from ebft_mega.types import DTYPES, TokenBatch
+from ebft_mega.planning.model_files import CheckedModel
+from ebft_mega.planning.run_plan import check_world
+from ebft_mega.rollout.generate import SamplingSettings
+from ebft_mega.types import TokenBatch
+
+BATCHES_PER_STAGE = 4  # micro-batches under way at a time in a pipeline, for each of its stages
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """The model to evaluate, the feature network, and the held-out rows."""
+def evaluate_models(
+    requests: Mapping[str, EvaluationRequest], grid: EvaluationGrid, output: Path
+) -> dict[str, Path] | None:
+    """Evaluate models one after another on the same rows with the same noise, and write `evaluation.json` of each.
 
-    model: Path
-    feature_model: Path  # the frozen feature network; the same for all models that are compared
-    data: Path
-    rows: int
-    skip_rows: int  # rows at the start of the dataset that are left out
-    feature_key: str = "--feature-model"  # the option or key that names the feature network
-
-
-def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Path) -> Path:
-    """Evaluate a model and write `evaluation.json`: the `eval/*` means, and values per row for paired comparisons.
-
-    Where something is not finite, the file says null and how many blocks and rows were left out.
+    It holds the `eval/*` means and values per row of the configuration's own condition, and everything that
+    `evaluation/conditions.py` lists. Where something is not finite, the file says null and how much was left out.
 
     Args:
-        config: geometry, sampling and feature settings, as in training.
-        output: directory for the file; made if needed.
+        requests: by the model's name; they differ in the model alone. The files of one without a name lie in `output`
+            itself, those of others in a directory of that name.
+        output: directory for the files; made if needed.
+    Returns:
+        Files by name, on the first rank; None on the others, which write and print nothing.
     Raises:
-        InputError: files are missing or do not fit together.
+        InputError: files are missing or do not fit together; all problems at once.
+        ConfigError: the layout does not fit the models.
+    Communication: on several ranks that of `evaluate_grid`, and one gathering of the figures of every row and model.
     """
-    check_pooling(config)
-    groups = make_process_groups(connect())
-    models, notes = check_inputs(request, config)
-    for note in notes:
+    for choice in grid.maps:
+        check_pooling(choice.config)
+    request, world_size = next(iter(requests.values())), int(os.environ.get("WORLD_SIZE", "1"))
+    checked, notes = check_models(requests, grid)
+    # One process holds a model whole, whatever layout the configuration is for.
+    config = grid.config if world_size > 1 else _whole(grid.config)
+    _check_layout(config, world_size, requests, checked)
+    parallel = config.parallel
+    groups = make_process_groups(connect(), parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    for note in [*notes, *anchor_notes(grid)] * groups.is_world_first:
         print_line(f"note: {note}", sys.stdout)
-    policy = open_policy(request.model, models[0].architecture, config, groups)
-    model = PipelinedModel.of(policy)
-    network = _feature_network(models[1], config, policy)
-    settings = EvaluationSettings.of(config)
-
+    features = [viewed_features(directory, checked, request, grid, groups) for directory in networks(request, grid)]
     rows = held_out_rows(request, config)
-    batches = rows.to(groups.device).split(settings.micro_batch_size)
-    parts: list[Evaluation] = [
-        evaluate(model, network, batch, settings) for batch in track(batches, len(batches), "evaluation")
-    ]
-    evaluation = merge(parts)
-    content = {
+    paths: dict[str, Path] = {}
+    for name, each in requests.items():
+        policy = open_policy(each.model, checked[each.model].architecture, config, groups, grid.lengths[-1])
+        figures = _evaluated(PipelinedModel.of(policy), features, rows, grid, name)
+        del policy
+        if figures is not None and groups.is_world_first:
+            content = evaluation_content(about(each, grid), grid, figures, main_documents(rows))
+            paths[name] = write_evaluation(output / name / "evaluation.json", content)
+    return paths if groups.is_world_first else None
+
+
+def about(request: EvaluationRequest, grid: EvaluationGrid) -> dict[str, Any]:
+    """What an evaluation is of, for its file."""
+    config = grid.config
+    return {
         "model": str(request.model),
         "feature_model": str(request.feature_model),
         "data": str(request.data),
@@ -78,86 +96,60 @@ def evaluate_directory(request: EvaluationRequest, config: RunConfig, output: Pa
         "rows": request.rows,
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
+        "samples": config.ebft.n_samples_per_prompt,
+        "longest_completion": grid.lengths[-1],
         "document_masking": config.data.document_masking,
-        **evaluation.means,
-        "per_row": evaluation.per_row,
-        "row_groups": main_documents(rows),
     }
-    return write_evaluation(output / "evaluation.json", content)
 
 
-def open_policy(directory: Path, architecture: Architecture, config: RunConfig, groups: ProcessGroups) -> Stage:
-    """A model of a directory, whole and without gradients, on this process's device."""
-    route = make_route(
-        config.train.attention,
-        groups.device,
-        own_capacity=config.ebft.generate_max_len,
-        head_dim=architecture.head_dim,
+def _evaluated(
+    model: PipelinedModel, features: Sequence[ViewedFeatures], rows: TokenBatch, grid: EvaluationGrid, name: str
+) -> GridFigures | None:
+    """Figures of all rows on the first rank of each data-parallel group, None on the others."""
+    config, groups = grid.config, model.groups
+    settings = GridSettings(
+        plan=grid.plan,
+        text=config.block_plan,
+        sampling=SamplingSettings.of(config),
+        temperatures=grid.temperatures,
+        calibration_temperatures=grid.temperatures,
+        whitening=config.ebft.reward_whitening,
     )
-    dtype = DTYPES[config.train.dtype]
-    policy = Stage(architecture, StageShape.whole(architecture), groups, dtype, attention=route)
-    load_weights(policy, open_weights(directory, architecture))
-    return policy.to(groups.device).requires_grad_(False).eval()
+    own = _own_rows(rows, groups).to(groups.device)
+    stages, batches = groups.pipeline_size, own.split(config.train.micro_batch_size)
+    together = 1 if stages == 1 else BATCHES_PER_STAGE * stages
+    chunks = [batches[first : first + together] for first in range(0, len(batches), together)]
+    shown = track(chunks, len(chunks), f"evaluation of {name}" if name else "evaluation")
+    parts = [evaluate_grid(model, features, chunk, settings) for chunk in (shown if groups.is_world_first else chunks)]
+    return gather_grid(merge_grid(parts), groups.data_parallel)
 
 
-def held_out_rows(request: EvaluationRequest, config: RunConfig) -> TokenBatch:
-    """The rows that are evaluated, with document masking if the configuration says so."""
-    dataset = open_dataset(request.data)
-    everything = fixed_rows(dataset, config.data.sequence_length, request.skip_rows + request.rows)
-    rows = TokenBatch(
-        everything.tokens[request.skip_rows :],
-        everything.document_ids[request.skip_rows :],
-        everything.row_indices[request.skip_rows :],
-    )
-    return rows.with_document_masking() if config.data.document_masking else rows
+def _own_rows(rows: TokenBatch, groups: ProcessGroups) -> TokenBatch:
+    """This replica's rows, equally many on all replicas: some have filler at their end."""
+    each = -(-len(rows.tokens) // groups.data_parallel_size)
+    return rows.filled_up(each * groups.data_parallel_size).split(each)[groups.data_parallel_rank]
 
 
-def main_documents(rows: TokenBatch) -> list[str]:
-    """The document with the most tokens in each row, as the row's group: rows of one document are not independent."""
-    return [str(Counter(ids.tolist()).most_common(1)[0][0]) for ids in rows.document_ids]
+def _whole(config: RunConfig) -> RunConfig:
+    """The configuration of a model in one process."""
+    alone = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
 
 
-def check_inputs(request: EvaluationRequest, config: RunConfig) -> tuple[tuple[CheckedModel, CheckedModel], list[str]]:
-    """Check the model, the feature network and the data as the inputs of a training run.
+def _check_layout(
+    config: RunConfig,
+    world_size: int,
+    requests: Mapping[str, EvaluationRequest],
+    checked: Mapping[Path, CheckedModel],
+) -> None:
+    """Check that processes and models can be divided; any number of rows can.
 
-    Returns:
-        The model and the feature network, and notes on them.
     Raises:
-        InputError: everything that is wrong with them, at once.
+        ConfigError: they cannot.
     """
-    problems: list[Problem] = []
-    checked: list[model_data.NamedModel] = []
-    options: list[tuple[str, Path, tuple[float, ...] | None]] = [("--model", request.model, None)]
-    if request.feature_model != request.model:
-        options.append((request.feature_key, request.feature_model, tapped_fractions(config)))
-    for option, directory, layers in options:
-        try:
-            checked.append(model_data.NamedModel(option, "", check_model(directory, layers)))
-        except InputProblems as error:
-            problems += [problem.within(option) for problem in error.problems]
-    data: list[model_data.NamedData] = []
-    try:
-        dataset = open_dataset(request.data)
-        dataset.close()
-        data.append(model_data.NamedData("--data", "", dataset.manifest, dataset.tokenizer_directory))
-    except InputProblems as error:
-        problems += error.problems
-    problems += model_data.window_problems(checked, "data.sequence_length", "", config.data.sequence_length)
-    problems += model_data.data_problems(checked, data)
-    for named in checked if data else ():
-        size, where = named.model.architecture.vocab_size, str(request.data)
-        problems += vocabulary_problems("--data", where, data[0].manifest, size, named.key)
-    if problems:
-        raise InputError(problems)
-    notes = [f"{named.key}: {note}" for named in checked for note in named.model.notes]
-    return (checked[0].model, checked[-1].model), [*notes, *model_data.data_notes(checked, data)]
-
-
-def _feature_network(model: CheckedModel, config: RunConfig, policy: Stage) -> FeatureNetwork:
-    """The frozen network, which attends as the policy does."""
-    architecture, directory, fractions = model.architecture, model.directory, tapped_fractions(config)
-    assert directory is not None, "check_inputs has opened it"
-    deepest = tapped_layers(fractions, architecture.num_hidden_layers)[-1]
-    source, dtype = open_weights(directory, architecture, deepest), DTYPES[config.train.dtype]
-    settings = factory.FeatureSettings(fractions, FeatureRecipe.of(config), dtype, attention=policy.attention)
-    return factory.build_feature_network(architecture, source, settings, policy.groups)
+    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size * world_size})
+    config = config.model_copy(update={"train": train})
+    policies = dict.fromkeys(each.model for each in requests.values())
+    for policy in policies:
+        others = (directory for directory in checked if directory not in policies)
+        check_world(config, world_size, [checked[directory].architecture for directory in (policy, *others)])

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
     if blocks or rows:
         print(f"note: something was not finite: {blocks} blocks are left out, and the cross-entropy of {rows} rows")
     content = {key: None if _is_not_finite(value) else value for key, value in content.items()}
-    text = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    lines = ",\n".join(_lines(content))
+    text = f"{{\n{lines}\n}}\n".encode()
     earlier = path.read_bytes() if path.is_file() else text
     write_bytes(path, text)
     if earlier == text:
@@ -36,6 +38,16 @@ def write_evaluation(path: Path, content: dict[str, Any]) -> Path:
         model = "an unknown model"
     print_line(f"note: {path}: the earlier evaluation there, of {model}, is replaced", sys.stdout)
     return path
+
+
+def _lines(content: dict[str, Any]) -> Iterator[str]:
+    """A line for every key, and for every element of a list of objects."""
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            elements = ",\n  ".join(json.dumps(element, allow_nan=False) for element in value)
+            yield f" {json.dumps(key)}: [\n  {elements}\n ]"
+        else:
+            yield f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
 
 
 def _is_not_finite(value: Any) -> bool:

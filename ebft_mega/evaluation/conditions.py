@@ -46,3 +46,12 @@ class Condition:
 #       tokens of the row's targets whose likeliest token has a probability within the bin, the sum of those
 #       probabilities, and how many of them were right
 # "ce_per_position": [R][POSITION_BINS], mean cross-entropy of the targets in each part of the row
+
+
+def part_of(place: int, count: int) -> int:
+    """Which of `POSITION_BINS` equal parts a place of a row belongs to.
+
+    Args:
+        place: from 0 to `count` - 1, of an anchor among a row's, or of a target among a row's.
+    """
+    return place * POSITION_BINS // count

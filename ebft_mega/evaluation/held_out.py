@@ -18,14 +18,10 @@ from torch import Tensor
 
 from ebft_mega.block_plan import BlockPlan
 from ebft_mega.config.schema import RunConfig
+from ebft_mega.evaluation.rollout_figures import block_alignment, block_figures, row_means
 from ebft_mega.features.network import FeatureNetwork
 from ebft_mega.model.stage import PipelinedModel
-from ebft_mega.reward.block_inputs import BlockInputs
-from ebft_mega.reward.block_rewards import block_rewards
-from ebft_mega.reward.duplicates import has_duplicates
-from ebft_mega.reward.feature_matching import raw_cosine, unbiased_feature_matching
 from ebft_mega.reward.marked_blocks import finite_blocks
-from ebft_mega.reward.terms.alignment import Alignment
 from ebft_mega.reward.whitening import Whitening
 from ebft_mega.rollout.generate import SamplingSettings, generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
@@ -35,9 +31,6 @@ from ebft_mega.types import Rollout, TokenBatch
 
 # Step number that the sampling noise of evaluations depends on; no training step has it.
 EVALUATION_STEP = -1
-# `eval/alignment` is always taken after sample whitening (the authors' definition), whatever `ebft.reward_whitening`
-# says, so that models trained with different rewards are compared by the same metric.
-ALIGNMENT_WHITENING: Whitening = "sample"
 SHOWN_BLOCKS = 3
 CROSS_ENTROPY = "eval/ce_loss"
 BATCHES_PER_STAGE = 4  # micro-batches evaluated at a time, for each pipeline stage
@@ -203,39 +196,15 @@ def _rollout_figures(
 
     NaN for a row without any.
     """
-    figures = {
-        "eval/alignment": _alignment(gram, settings.plan),
-        "eval/raw_cosine": raw_cosine(gram),
-        "eval/cfm_loss": BlockInputs.of(gram, settings.whitening, settings.plan).cfm,
-        "eval/duplicate_share": has_duplicates(rollout.tokens).to(torch.float64),
-    }
-    if settings.plan.num_samples > 1:
-        figures["eval/feature_matching_loss"] = unbiased_feature_matching(gram)
+    figures = block_figures(gram, rollout.tokens, settings.whitening, settings.plan)
     finite = finite_blocks(gram)
-    return {name: _row_means(values, finite, counted) for name, values in figures.items()}
-
-
-def _alignment(gram: Tensor, plan: BlockPlan) -> Tensor:
-    """`eval/alignment` of every rollout, float64 [B, n, K]; NaN in a marked block."""
-    inputs = BlockInputs.of(gram, ALIGNMENT_WHITENING, plan)
-    return block_rewards(inputs, [(Alignment(), 1.0)]).terms[Alignment.name].values
-
-
-def _row_means(values: Tensor, finite: Tensor, counted: Tensor | None) -> Tensor:
-    """Means [B] of values [B, K] or [B, n, K] over finite blocks, bool [B, K], of all or of counted ones."""
-    used = finite if counted is None else finite & counted
-    by_block = values if values.dim() == 2 else values.mean(dim=1)
-    means = by_block.masked_fill(~used, 0.0).sum(dim=1) / used.sum(dim=1)
-    if counted is not None:
-        return means
-    # The mean of everything rounds differently; a row that is finite keeps its own bits beside one that is not.
-    return torch.where(finite.all(dim=1), values.mean(dim=tuple(range(1, values.dim()))), means)
+    return {name: row_means(values, finite, counted) for name, values in figures.items()}
 
 
 def _shown_blocks(batch: TokenBatch, rollout: Rollout, gram: Tensor, plan: BlockPlan) -> tuple[ShownBlock, ...]:
     """A few of the finite and counted blocks of a batch's first row; a filler row has none."""
     counted = (counted_blocks(batch, plan) & finite_blocks(gram))[0].nonzero()[:, 0].tolist()
-    alignment = _alignment(gram[:1], plan)[0]
+    alignment = block_alignment(gram[:1], plan)[0]
     blocks = counted[:: max(1, len(counted) // SHOWN_BLOCKS)]
     starts = [0] * plan.sequence_length if batch.documents is None else batch.documents.token_starts[0].tolist()
     return tuple(

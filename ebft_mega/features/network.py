@@ -75,8 +75,29 @@ class FeatureNetwork:
         Communication: that of the layers; hidden states from stage to stage; what `block_grams` says; for a map that is
             not one of the package's own what `first_problem` says, so all replicas must call it equally often.
         """
-        tapped: list[list[Tensor]] = []  # per micro-batch, [B, K, n + 1, T, H / ranks] per tap on this stage
         pooled = [PooledRows.of(plan, self.recipe.window, rollout.forest) for rollout in rollouts]
+        tapped = self.tapped_rows(micro_batches, rollouts, plan, pooled, spread=True)
+        return self.grams_of_rows(tapped, pooled, rollouts, take)
+
+    @torch.no_grad()
+    def tapped_rows(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        rollouts: Sequence[Rollout],
+        plan: BlockPlan,
+        pooled: Sequence[PooledRows],
+        spread: bool,
+    ) -> list[list[Tensor]]:
+        """Run the packed passes and keep the rows that are read of the layers that are tapped on this stage.
+
+        Args:
+            pooled: of each micro-batch; spread: give each feature its rows; else each row is kept once.
+        Returns:
+            Per micro-batch a tensor per tap, [B, K, n + 1, T, H / ranks] as `PooledRows.places` says, or [N, H / ranks]
+            as `PooledRows.read` says.
+        Communication: that of the layers; hidden states from stage to stage.
+        """
+        tapped: list[list[Tensor]] = []
 
         def hidden_buffer(slot: Slot) -> Tensor:
             length = micro_batches[slot.micro_batch].tokens.numel() + rollouts[slot.micro_batch].forest.num_nodes
@@ -90,10 +111,26 @@ class FeatureNetwork:
                 index = slot.micro_batch
                 batch, forest, read = micro_batches[index], rollouts[index].forest, pooled[index]
                 hidden, rows = whole(lambda stage: self._packed_pass(stage, batch, forest, plan, read, received))
-                tapped.append(rows)
+                tapped.append([each[:, 0][read.places] if spread else each[:, 0] for each in rows])
                 return hidden
 
             run_ring(self.stage.groups, len(micro_batches), run, hidden_buffer)
+        return tapped
+
+    def grams_of_rows(
+        self,
+        tapped: Sequence[Sequence[Tensor]],
+        pooled: Sequence[PooledRows],
+        rollouts: Sequence[Rollout],
+        take: Callable[[int, OwnFeatures], None] | None = None,
+    ) -> list[Tensor]:
+        """Inner products of features, from the rows of the layers that are tapped on this stage; see `grams`.
+
+        Args:
+            tapped: per micro-batch [B, K, n + 1, T, H / ranks] for each of this network's taps on this stage.
+            rollouts: of this network's G.
+        Communication: what `grams` says, without that of the layers.
+        """
         faults: list[EntryFaultError] = []
         grams = []
         for index, (rollout, read) in enumerate(zip(rollouts, pooled, strict=True)):
@@ -126,7 +163,7 @@ class FeatureNetwork:
         pooled: PooledRows,
         received: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states for the next stage, and the rows of this stage's taps that this rank is to multiply."""
+        """Hidden states for the next stage, and of this stage's taps the rows [N, 1, H / ranks] that are read."""
         sequence, positions = packed_sequence(batch.tokens, forest, plan, batch.documents)
         layout = StridedLayout.of(
             plan,
@@ -139,8 +176,7 @@ class FeatureNetwork:
         entering = sequence if received is None else received
         if not stage.shape.num_layers and received is not None:
             return received, []
-        hidden, rows_of_taps = stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
-        return hidden, [rows[:, 0][pooled.places] for rows in rows_of_taps]
+        return stage.tapped_rows(entering, positions, layout, pooled.read, self.taps)
 
     def _gram(
         self,

@@ -75,7 +75,7 @@ def score_rows(
     marked = own_slice.has_nan_or_minus_infinity(scaled)
     largest = own_slice.maximum(scaled.amax(dim=-1, keepdim=True))
     scaled -= largest
-    column, is_own = _own_column(tokens, own_slice)
+    column, is_own = own_columns(tokens, own_slice)
     # A token has a finite logit on one rank; the others add 0 and leave its bits alone.
     chosen = scaled.gather(-1, column).masked_fill(~is_own, 0.0)
     exponentials = scaled.exp_()
@@ -106,7 +106,7 @@ def gradient_of_logits(
         [N, width] in the logits' dtype, exactly 0 for padding.
     Communication: none.
     """
-    column, is_own = _own_column(tokens, own_slice)
+    column, is_own = own_columns(tokens, own_slice)
     result = _scaled(logits, temperature, own_slice).sub_(normalizers[:, None]).exp_()  # the softmax
     weights = -gradient.sum(dim=-1, keepdim=True)
     result *= weights if slopes is None else slopes.add_(weights)
@@ -249,8 +249,15 @@ def _scaled(logits: Tensor, temperature: Tensor, own_slice: VocabularySlice) -> 
     return own_slice.exclude_padding_(logits.to(dtype) / temperature.to(dtype)[:, None])
 
 
-def _own_column(tokens: Tensor, own_slice: VocabularySlice) -> tuple[Tensor, Tensor]:
-    """Each token's column on this rank (any column if it is another rank's), and whether it is this rank's."""
+def own_columns(tokens: Tensor, own_slice: VocabularySlice) -> tuple[Tensor, Tensor]:
+    """Each token's column on this rank (any column if it is another rank's), and whether it is this rank's.
+
+    Args:
+        tokens: int64 [N, m], ids in [0, V).
+    Returns:
+        int64 [N, m] and bool [N, m].
+    Communication: none.
+    """
     column = tokens - own_slice.first
     is_own = (column >= 0) & (column < own_slice.num_tokens)
     return column.clamp(0, own_slice.width - 1), is_own

@@ -89,7 +89,7 @@ def score(
     """
     document = request.tokens[:, : request.document_length(plan)]
     if saved is None:
-        hidden = _hidden_states(stage, document, request, plan, received)
+        hidden = hidden_states_of(stage, document, request, plan, received)
         pass_lengths, known = [request.num_positions(plan)], None
     else:
         assert request.fed_back is not None, "what was saved is a rollout"
@@ -101,10 +101,17 @@ def score(
     return _scored(stage, hidden[:, 0], request, plan, known)
 
 
-def _hidden_states(
+def hidden_states_of(
     stage: Stage, document: Tensor, request: ScoreRequest, plan: BlockPlan, received: Tensor | None
 ) -> Tensor:
-    """One packed pass through the stage."""
+    """One packed pass through the stage.
+
+    Args:
+        document: int64 [B, D], the document positions of the pass; received: hidden states of the stage before.
+    Returns:
+        As `Stage.hidden_states`.
+    Communication: that of the layers.
+    """
     sequence, positions = packed_sequence(document, request.fed_back, plan, request.documents)
     layout = StridedLayout.of(
         plan,

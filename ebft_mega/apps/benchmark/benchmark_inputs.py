@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebft_mega.apps.benchmark.case import BenchCase, BenchModel
-from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.apps.evaluation_inputs import EvaluationRequest, check_inputs
 
 
 def check_directory(directory: Path, data: Path, cases: Sequence[BenchCase]) -> None:

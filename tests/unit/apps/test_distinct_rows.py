@@ -7,7 +7,7 @@ import torch
 
 from ebft_mega.apps import distinct_rows
 from ebft_mega.apps.distinct_rows import Choices, measure_distinct_rows, table_lines, with_geometry
-from ebft_mega.apps.evaluate_model import EvaluationRequest
+from ebft_mega.apps.evaluation_inputs import EvaluationRequest
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.architecture.partition import StageShape
 from ebft_mega.config.load import load_config

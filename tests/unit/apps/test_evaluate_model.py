@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from ebft_mega.apps.evaluate_model import EvaluationRequest, check_inputs
+from ebft_mega.apps.evaluation_inputs import EvaluationRequest, check_inputs
 from ebft_mega.apps.feature_choice import choose_feature_network
 from ebft_mega.apps.written_evaluation import write_evaluation
 from ebft_mega.config.load import load_config

@@ -11,13 +11,13 @@ def requests(monkeypatch, tmp_path):
     """The requests that the tool makes."""
     made = []
 
-    def evaluate(request, config, output):
-        made.append(request)
+    def evaluate(requests, grid, output):
+        made.extend(requests.values())
         path = tmp_path / "evaluation.json"
         path.write_text('{"rows": 2, "eval/cfm_loss": 0.123456789, "eval/alignment": null, "per_row": {}}')
-        return path
+        return dict.fromkeys(requests, path)
 
-    monkeypatch.setattr(evaluate_model, "evaluate_directory", evaluate)
+    monkeypatch.setattr(evaluate_model, "evaluate_models", evaluate)
     monkeypatch.setattr(evaluation_plot, "plot_evaluation", lambda path: path)
     return made
 
@@ -39,7 +39,7 @@ def test_distinct_shares_are_counted_instead(inputs, run_tool, requests, monkeyp
     assert code == 0 and out.splitlines()[-1] == str(tmp_path / "distinct_rows.json")
     assert asked == [(model, distinct_rows.Choices((2, 4), (8,), (0.6, 1.0)), tmp_path / "out")] and not requests
     code, _, err = run_tool("evaluate.py", *places, *lists)
-    assert code == 2 and "--samples goes with --distinct-shares" in err
+    assert code == 2 and "--samples: found 4 2; expected one number; several go with --distinct-shares" in err
     code, _, err = run_tool("evaluate.py", "--distinct-shares", *places, "--temperatures", 0)
     assert code == 2 and "expected a number above 0" in err
 
