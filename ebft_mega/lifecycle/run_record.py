@@ -133,7 +133,9 @@ def _initial_model(config: RunConfig, plan: RunPlan) -> str | None:
     if plan.lacks("model.init_from"):
         return None
     directory = config.model.init_from
-    return _fingerprint(directory) if directory else f"random {_hash_of(to_jsonable_python(config.model.config))}"
+    return (
+        weights_fingerprint(directory) if directory else f"random {_hash_of(to_jsonable_python(config.model.config))}"
+    )
 
 
 def _feature_model(config: RunConfig, plan: RunPlan) -> str | None:
@@ -142,7 +144,8 @@ def _feature_model(config: RunConfig, plan: RunPlan) -> str | None:
     if config.ebft.feature_model is None:
         return "the initial model"
     # Other sizes or rotary settings make another network of the same weights.
-    return f"{_fingerprint(config.ebft.feature_model)}, settings {_hash_of(_plain(sizes(plan.feature_architecture)))}"
+    settings = _hash_of(_plain(sizes(plan.feature_architecture)))
+    return f"{weights_fingerprint(config.ebft.feature_model)}, settings {settings}"
 
 
 def refused_differences(then: RunRecord, now: RunRecord, config: RunConfig, where: Path) -> list[Problem]:
@@ -218,7 +221,7 @@ def _is_same_place(old: Any, new: Any) -> bool:
     return isinstance(old, str) and isinstance(new, str) and os.path.realpath(old) == os.path.realpath(new)
 
 
-def _fingerprint(directory: Path) -> str:
+def weights_fingerprint(directory: Path) -> str:
     """Name a model by its weights, without reading all of them.
 
     Of a checkpoint the hash of its manifest, which names all others.

@@ -83,5 +83,5 @@ def test_every_tool_runs_where_its_output_is_private(name):
 WITH_OPTION = {
     *("build_corpus.py", "build_shards.py", "train_tokenizer.py"),
     *("convert_hf.py", "evaluate.py", "compare_arms.py", "new_config.py", "import_axolotl.py"),
-    "gradient_noise.py",
+    *("gradient_noise.py", "experiment.py"),
 }

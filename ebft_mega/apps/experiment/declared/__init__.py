@@ -1,0 +1,1 @@
+"""What an experiment's file declares: read, and everything that is wrong with it."""

@@ -1,0 +1,80 @@
+"""Run the stages of an experiment; each resumes where it stopped. No torch."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ebft_mega.apps.experiment.running.gathered_results import gather
+from ebft_mega.apps.experiment.running.job_pool import JobPool
+from ebft_mega.apps.experiment.running.preparing import prepare
+from ebft_mega.apps.experiment.running.results_file import write_results
+from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
+from ebft_mega.apps.experiment.runs.stages import Stage
+from ebft_mega.apps.experiment.runs.trial_runs import trial_text
+from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.errors import InputError, Problem
+
+
+@dataclass
+class ExperimentRunner:
+    """Run the stages of an experiment.
+
+    Args:
+        pool: runs jobs; phases: runs the commands of the preparation.
+        notes: for the report, by name.
+    """
+
+    experiment: DeclaredExperiment
+    pool: JobPool
+    phases: PhaseRunner
+    say: Callable[[str], None]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, stage: Stage) -> None:
+        """Run what is not done yet of a stage.
+
+        Raises:
+            JobFailed, PhaseFailed: a command failed.
+            InputError: what an earlier stage should have made is not there.
+        """
+        if stage.kind == "prepare":
+            prepare(self.experiment.setup.spec.prepare, self.phases)
+        elif stage.kind == "report":
+            self.report()
+        else:
+            chains = self.experiment.chains(stage)
+            self.say(f"== {stage.name}: {len(chains)} " + ("run" if len(chains) == 1 else "runs"))
+            self.pool.run(chains)
+            self.show_choices(stage)
+
+    def show_choices(self, stage: Stage) -> None:
+        """Say what was chosen in a stage of tuning."""
+        chosen = self.experiment.chosen()
+        for name in stage.arms if stage.kind == "tune" else ():
+            values = " ".join(f"{key}={value}" for key, value in chosen[name])
+            self.say(f"chosen for {name} on the tuning split: {values}")
+
+    def report(self) -> None:
+        """Write `results.json` and the report.
+
+        Raises:
+            InputError: an arm is not evaluated yet.
+        """
+        setup = self.experiment.setup
+        results = gather(self.experiment)
+        results = replace(results, facts={**results.facts, **self.notes})
+        lacking = [
+            Problem("report", trial_text(each.trial), "no evaluation on the report split", "the stage evaluate")
+            for each in results.trials
+            if each.trial.purpose == "main" and setup.plans[each.trial.arm].reported and each.report is None
+        ]
+        if lacking and self.experiment.only:
+            self.say("not all arms are evaluated on the report split: there is no report yet")
+            return
+        if lacking:
+            raise InputError(lacking)
+        path = write_results(setup.output, results)
+        self.say(f"results: {path}")
+        # Draws plots, which --help should not wait for.
+        report = importlib.import_module("ebft_mega.apps.experiment.experiment_report")
+        self.say(f"report: {report.write_report(setup.spec, results, setup.output)}")

@@ -1,0 +1,54 @@
+"""Make an experiment's inputs by its commands, each once. No torch."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from ebft_mega.apps.experiment.declared.spec_file import place_of
+from ebft_mega.apps.experiment.spec import Preparation
+from ebft_mega.apps.study.arms import DATA_CODE
+from ebft_mega.apps.study.phases import PhaseRunner, source_fingerprint
+from ebft_mega.io.expanded_paths import REPOSITORY
+from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
+
+MOST_HASHED_BYTES = 2**26  # of a file that a command names
+
+
+def prepare(preparations: Sequence[Preparation], runner: PhaseRunner) -> None:
+    """Run the commands that make inputs, in order; what was made from the same is reused.
+
+    What stands in the place of a result, and was made by something else, is renamed.
+
+    Raises:
+        PhaseFailed: a command failed.
+    """
+    code = source_fingerprint(REPOSITORY / "ebft_mega" / name for name in DATA_CODE)
+    made: dict[str, str] = {}
+    for each in preparations:
+        output = place_of(each.makes)
+        inputs = {
+            "python": sys.version,
+            "code": code,
+            "command": list(each.run),
+            "tool": source_fingerprint([REPOSITORY / each.run[0]]),
+            "files": _files(each.run),
+            "prepared": {name: mark for name, mark in made.items() if any(name in word for word in each.run)},
+        }
+        stamp = output.parent / f".{output.name}.inputs.json"
+        if output.exists() and not stamp.exists():
+            aside = output.with_name(f"{output.name}.{datetime.now(UTC):{DATE_FORMAT}}")
+            runner.say(f"{output} was made by something else: it is renamed to {aside}")
+            output.rename(aside)
+        command = [sys.executable, *each.run]
+        made[each.makes] = runner.run_once(f"prepare {each.makes}", command, output, inputs)
+
+
+def _files(words: Sequence[str]) -> dict[str, str]:
+    """sha256 of the files that a command names, so that another text in their place is noticed."""
+    found = {}
+    for word in words[1:]:
+        path = REPOSITORY / word
+        if len(word) < 256 and path.is_file() and path.stat().st_size <= MOST_HASHED_BYTES:
+            found[word] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
