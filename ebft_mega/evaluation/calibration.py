@@ -45,6 +45,7 @@ def token_calibration(
     bests, tokens = own_slice.gather(best).unbind(dim=-1)  # [ranks, N]
     winner = bests.argmax(dim=0, keepdim=True)
     largest = bests.gather(0, winner)[0, :, None].to(values.dtype)
+    marked = marked | ~largest[:, 0].isfinite()
     is_right = (tokens.gather(0, winner)[0] == targets).to(values.dtype)
     values -= largest
     column, is_own = own_columns(targets[:, None], own_slice)

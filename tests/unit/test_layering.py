@@ -59,6 +59,7 @@ LIGHT_MODULES = (
     *("evaluation.bootstrap", "evaluation.conditions", "evaluation.crossed_interval"),
     *("evaluation.multiple_comparisons", "evaluation.student_t"),
     *("apps.noise.estimator_specs", "apps.noise.noise_request"),
+    "apps.evaluation_request",
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
     *("apps.experiment.arm_values", "apps.experiment.choosing", "apps.report.condition_evaluations"),
 )

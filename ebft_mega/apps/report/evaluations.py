@@ -24,7 +24,11 @@ SHARED_FIELDS = {
     "temperature": "give --config, and --set ebft.temperature=..., to both",
     "document_masking": "give --config, and --set data.document_masking=..., to both",
     "feature_model": "give --feature-model to both",
+    "samples": "give the same --samples to both",
+    "longest_completion": "give the same --completion-lengths to both",  # whose anchors are used
 }
+# Those that files of an earlier version do not have: where one of two lacks them, they are not compared.
+NEW_FIELDS = ("samples", "longest_completion")
 # Those that name places; an earlier version wrote them as they had been given.
 PLACES = ("data", "feature_model")
 # Values of files that were written before the field existed.
@@ -250,6 +254,8 @@ def pairing_problems(
     problems = []
     for field, advice in fields.items():
         values = [_shared(each, field) for each in (evaluation, first)]
+        if field in NEW_FIELDS and None in values:
+            continue
         if field in PLACES:
             values = [os.path.abspath(value) if isinstance(value, str) else value for value in values]
         found, wanted = ("nothing" if value is None else repr(value) for value in values)

@@ -182,13 +182,16 @@ def test_unlike_files_are_all_named(tmp_path, arms):
         ("temperature", 1.0, "--config, and --set ebft.temperature=...,"),
         ("document_masking", True, "--config, and --set data.document_masking=...,"),
         ("feature_model", "other", "--feature-model"),
+        ("samples", 8, "the same --samples"),
+        ("longest_completion", 8, "the same --completion-lengths"),
         ("feature_model", None, "--feature-model"),
     ],
 )
 def test_what_makes_two_evaluations_comparable_is_said(tmp_path, arms, field, value, advice):
     """Another value, and none at all, as with arms that were evaluated with their own feature models."""
     for name, path in arms.items():
-        content = json.loads((path / "evaluation.json").read_text()) | {"feature_model": "runs/warm/hf"}
+        given = {"feature_model": "runs/warm/hf", "samples": 4, "longest_completion": 4}
+        content = json.loads((path / "evaluation.json").read_text()) | given
         (path / "evaluation.json").write_text(json.dumps(content | ({field: value} if name == "EBFT" else {})))
     with pytest.raises(InputError) as caught:
         write_comparison(arms, tmp_path / "out")
@@ -199,6 +202,12 @@ def test_what_makes_two_evaluations_comparable_is_said(tmp_path, arms, field, va
         in line
     )
     assert line.endswith(" to both")
+
+
+def test_files_of_an_earlier_version_say_nothing_of_samples_and_lengths(tmp_path, arms):
+    path = arms["EBFT"] / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"samples": 4, "longest_completion": 4}))
+    assert write_comparison(arms, tmp_path / "out").exists()
 
 
 def test_places_are_compared_whatever_way_they_are_written(tmp_path, arms, monkeypatch):
