@@ -96,6 +96,7 @@ def about(request: EvaluationRequest, grid: EvaluationGrid) -> dict[str, Any]:
         "rows": request.rows,
         "skipped_rows": request.skip_rows,
         "temperature": config.ebft.temperature,
+        "completion_length": config.ebft.generate_max_len,
         "samples": config.ebft.n_samples_per_prompt,
         "longest_completion": grid.lengths[-1],
         "document_masking": config.data.document_masking,

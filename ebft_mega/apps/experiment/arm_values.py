@@ -105,7 +105,7 @@ def read_main_arms(
     """
     wanted = [each for each in results if each.trial.purpose == "main" and is_wanted(each.trial.arm)]
     paths = {_name(each): path for each in wanted if (path := _directory(each, split)) is not None}
-    found = read_condition_evaluations(paths)
+    found = read_condition_evaluations(paths, _of_one_seed(wanted))
     problems: list[Problem] = []
     arms: dict[str, dict[int | None, ConditionEvaluation]] = defaultdict(dict)
     for each in wanted:
@@ -122,6 +122,12 @@ def missing_conditions(evaluation: ConditionEvaluation, temperatures: Sequence[f
     """The temperatures that an evaluation lacks, at the configuration's own completion length and features."""
     asked = [Condition(temperature, evaluation.completion_length) for temperature in temperatures]
     return [evaluation.lacks(condition) for condition in asked if condition not in evaluation.conditions]
+
+
+def _of_one_seed(results: Sequence[TrialResult]) -> list[list[str]]:
+    """Names of the runs of each seed, with the models that have none."""
+    seeds = dict.fromkeys(each.trial.seed for each in results if each.trial.seed is not None)
+    return [[_name(each) for each in results if each.trial.seed in (seed, None)] for seed in seeds or (None,)]
 
 
 def _name(result: TrialResult) -> str:

@@ -60,12 +60,13 @@ def tuning_means(spec: ExperimentSpec, results: ExperimentResults) -> dict[str, 
     if direction not in ("lower", "higher"):
         expected = "a metric of which lower or higher is better"
         raise InputError([Problem("tuning", "metric", metric, expected)])
+    evaluated = [each for each in results.trials if each.trial.purpose == "tuning" and each.tuning is not None]
     found = read_condition_evaluations(
-        {
-            _name(each.trial): each.tuning
-            for each in results.trials
-            if each.trial.purpose == "tuning" and each.tuning is not None
-        }
+        {_name(each.trial): each.tuning for each in evaluated if each.tuning is not None},
+        [
+            [_name(each.trial) for each in evaluated if each.trial.seed == seed]
+            for seed in dict.fromkeys(each.trial.seed for each in evaluated)
+        ],
     )
     temperatures = _sorted_temperatures(spec)
     if problems := [problem for each in found.values() for problem in missing_conditions(each, temperatures)]:

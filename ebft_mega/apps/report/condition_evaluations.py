@@ -1,6 +1,6 @@
 """Read `evaluation.json` files with conditions (`evaluation/conditions.py`), and check that their rows are pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,19 @@ from ebft_mega.io.parse_boundary import reading
 
 Numbers = NDArray[np.float64]
 WRITTEN_BY = "what tools/evaluate.py has written"
-# Of `SHARED_FIELDS` all but the temperature: each condition has its own.
-PAIRED_FIELDS = {field: advice for field, advice in SHARED_FIELDS.items() if field != "temperature"} | {
+# Of all evaluations that are compared: of `SHARED_FIELDS` all but the temperature, as each condition has its own, and
+# the feature network.
+PAIRED_FIELDS = {
+    key: advice for key, advice in SHARED_FIELDS.items() if key not in ("temperature", "feature_model")
+} | {
     "sequence_length": "give the same --config to both",
-    "feature_maps": "give the same feature maps to both",
+    "samples": "give the same --samples to both",
+    "longest_completion": "give the same --completion-lengths to both",
+}
+# Of evaluations of the same seed: where seeds have warm starts of their own, these give the features.
+FEATURE_FIELDS = {
+    "feature_model": SHARED_FIELDS["feature_model"],
+    "feature_maps": "give the same --config and feature maps to both",
 }
 BINS = {"tokens": "eval/bin_tokens", "confidence": "eval/bin_confidence", "correct": "eval/bin_correct"}
 
@@ -93,11 +102,15 @@ class ConditionEvaluation:
         return Problem(str(self.whole.path), "conditions", there, f"{asked.label}: evaluate again (tools/evaluate.py)")
 
 
-def read_condition_evaluations(given: Mapping[str, Path]) -> dict[str, ConditionEvaluation]:
+def read_condition_evaluations(
+    given: Mapping[str, Path], of_one_seed: Sequence[Sequence[str]] | None = None
+) -> dict[str, ConditionEvaluation]:
     """Read several evaluations with conditions and check that their rows are pairs.
 
     Args:
         given: name and `evaluation.json`, or the directory that holds one.
+        of_one_seed: groups of names that are compared with each other, and so have the same features; None is one of
+            all names.
     Raises:
         InputError: all files that are missing, damaged or of other rows than the first one, at once.
     """
@@ -112,9 +125,20 @@ def read_condition_evaluations(given: Mapping[str, Path]) -> dict[str, Condition
         first_name, first = next(iter(found.items()))
         for evaluation in found.values():
             problems += pairing_problems(evaluation.whole, first.whole, first_name, PAIRED_FIELDS)
+        for names in [list(given)] if of_one_seed is None else of_one_seed:
+            problems += _features_differ([(name, found[name]) for name in names if name in found])
     if problems:
-        raise InputError(problems)
+        raise InputError(list(dict.fromkeys(problems)))
     return found
+
+
+def _features_differ(named: Sequence[tuple[str, ConditionEvaluation]]) -> list[Problem]:
+    problems: list[Problem] = []
+    for _, evaluation in named[1:]:
+        problems += pairing_problems(
+            evaluation.whole, named[0][1].whole, named[0][0], FEATURE_FIELDS, with_groups=False
+        )
+    return problems
 
 
 def _read_one(given: Path) -> ConditionEvaluation:

@@ -244,12 +244,17 @@ def _shared(evaluation: Evaluation, field: str) -> Any:
 
 
 def pairing_problems(
-    evaluation: Evaluation, first: Evaluation, first_name: str, fields: Mapping[str, str] = SHARED_FIELDS
+    evaluation: Evaluation,
+    first: Evaluation,
+    first_name: str,
+    fields: Mapping[str, str] = SHARED_FIELDS,
+    with_groups: bool = True,
 ) -> list[Problem]:
     """Name the fields in which an evaluation differs from the first one, so that their rows are not paired.
 
     Args:
         fields: to compare, each with what makes two evaluations agree in it.
+        with_groups: whether to compare the rows' documents, too.
     """
     problems = []
     for field, advice in fields.items():
@@ -264,7 +269,7 @@ def pairing_problems(
                 f"{wanted}, as for {first_name!r}: rows are compared in pairs; evaluate again (tools/evaluate.py)"
             )
             problems.append(Problem(str(evaluation.path), field, found, f"{expected}, and {advice}"))
-    if evaluation.row_groups != first.row_groups and not problems:
+    if with_groups and evaluation.row_groups != first.row_groups and not problems:
         expected = f"the groups of {first_name!r}: evaluate both (tools/evaluate.py) on the same build of the dataset"
         problems.append(Problem(str(evaluation.path), "row_groups", "other groups", expected))
     return problems

@@ -61,17 +61,33 @@ def test_rows_that_are_no_pairs_and_files_that_lack_conditions_are_named_at_once
         "other data": written(tmp_path / "o", content(data="e")),
         "other maps": written(tmp_path / "m", content(feature_maps={"trained": "last_token"})),
         "other temperature": written(tmp_path / "t", content(temperature=0.6)),
+        "other anchors": written(tmp_path / "g", content(longest_completion=64)),
         "old": written(tmp_path / "old", {"rows": ROWS, "data": "d", "feature_model": "f"}),
         "none": tmp_path / "none",
     }
     with pytest.raises(InputError) as caught:
         read_condition_evaluations(given)
     lines = [str(problem) for problem in caught.value.problems]
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert f"{tmp_path}/old/evaluation.json: conditions: found nothing; expected" in lines[0]
     assert f"{tmp_path}/none" in lines[1]
     assert f"{tmp_path}/o/evaluation.json: data" in lines[2]
-    assert f"{tmp_path}/m/evaluation.json: feature_maps" in lines[3]
+    assert f"{tmp_path}/g/evaluation.json: longest_completion" in lines[3]
+    assert f"{tmp_path}/m/evaluation.json: feature_maps" in lines[4]
+
+
+def test_features_are_those_of_a_seed(tmp_path):
+    """Where each seed has a warm start of its own, that one gives the features of the seed's evaluations."""
+    given = {
+        name: written(tmp_path / name.replace(" ", ""), content(feature_model=model))
+        for name, model in (("a 0", "f0"), ("b 0", "f0"), ("a 1", "f1"), ("b 1", "f1"))
+    }
+    assert list(read_condition_evaluations(given, [["a 0", "b 0"], ["a 1", "b 1"]])) == list(given)
+    with pytest.raises(InputError, match="b1/evaluation.json: feature_model") as caught:
+        read_condition_evaluations(given, [["a 0", "b 0", "b 1"], ["a 1"]])
+    assert len(caught.value.problems) == 1
+    with pytest.raises(InputError, match="a1/evaluation.json: feature_model"):
+        read_condition_evaluations(given)
 
 
 @pytest.mark.parametrize(
