@@ -62,6 +62,7 @@ LIGHT_MODULES = (
     "apps.evaluation_request",
     *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
     *("apps.experiment.arm_values", "apps.experiment.choosing", "apps.report.condition_evaluations"),
+    *("apps.experiment.experiment_findings", "apps.experiment.experiment_report", "apps.report.experiment_plots"),
 )
 MAX_FILES = 15
 MAX_FILE_LINES = 400

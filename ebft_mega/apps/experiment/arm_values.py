@@ -49,6 +49,15 @@ class ArmValues:
         """[R], document of each row."""
         return next(iter(self.by_seed.values())).whole.row_groups
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split that were evaluated."""
+        return int(next(iter(self.by_seed.values())).whole.content["rows"])
+
+    def of_seed(self, seed: int | None) -> ConditionEvaluation:
+        """The evaluation of a seed; that of a model without seeds is the same for all."""
+        return self.by_seed[None if None in self.by_seed else seed]
+
     def values(self, measure: Measure, seeds: Sequence[int]) -> Numbers:
         """Values [S, R] of these seeds, NaN where a row has none; one without seeds is the same for all of them.
 

@@ -44,7 +44,7 @@ def draw_chart(chart: Chart, curves: Mapping[str, Curve], path: Path) -> bool:
     present = [(key, label) for key, label in chart.series if key in curves]
     if not present:
         return False
-    figure, axes = _axes(chart.title)
+    figure, axes = labelled_axes(chart.title)
     for colour, (key, label) in zip(COLOURS, present, strict=False):
         steps, values = curves[key]
         if len(steps) > SMOOTHED_FROM:
@@ -57,7 +57,7 @@ def draw_chart(chart: Chart, curves: Mapping[str, Curve], path: Path) -> bool:
         axes.set_yscale("log")
     if len(present) > 1:
         axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -84,14 +84,14 @@ def draw_phases(curves: Mapping[str, Curve], phases: Sequence[tuple[str, str]], 
     explained = np.sum(layers, axis=0) if layers else np.zeros(len(steps))
     layers.append(np.maximum(np.asarray(totals) - explained, 0.0))
     labels.append("other")
-    figure, axes = _axes("Seconds per step, by phase")
+    figure, axes = labelled_axes("Seconds per step, by phase")
     axes.stackplot(steps, layers, labels=labels, colors=COLOURS, alpha=0.85)
     # The first step compiles and allocates; if the axis included it, all others would look flat.
     top = float(np.quantile(totals, 0.98)) if len(totals) > 20 else max(totals)
     axes.set_ylim(0, top * 1.35 or 1.0)
     steps_on_x(axes, steps)
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -122,7 +122,7 @@ def draw_intervals(panels: Mapping[str, Mapping[str, Interval]], path: Path) -> 
         axes.set_yticks(range(len(intervals)), labels=labels or [""] * len(intervals), fontsize=8)
         axes.set_ylim(len(intervals) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=4)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -142,7 +142,8 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _axes(title: str) -> tuple[Any, Any]:
+def labelled_axes(title: str) -> tuple[Any, Any]:
+    """Return a figure of the pages' size and its axes, with a title."""
     # The object interface keeps no global state and picks the Agg canvas, so no display is needed.
     from matplotlib.figure import Figure
 
@@ -176,7 +177,8 @@ def _decorate(axes: Any, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG of the pages' resolution; its directory is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_figure(path, figure, DOTS_PER_INCH)
 

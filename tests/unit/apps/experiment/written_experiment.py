@@ -40,7 +40,14 @@ def spec_of(**keys):
         "arms": {"a": {}, "b": {}},
         "evaluation": {"temperatures": TEMPERATURES},
     }
-    return ExperimentSpec.model_validate({**base, **keys})
+    return ExperimentSpec.model_validate(_with_tuples({**base, **keys}))
+
+
+def _with_tuples(value):
+    """Lists as tuples, which the sections ask for."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def rng_of(*parts):
