@@ -22,6 +22,7 @@ from ebft_mega.apps.experiment.fronts import FrontPoint, MatchedDifference, fron
 from ebft_mega.apps.experiment.spec import At, Comparison, ExperimentSpec
 from ebft_mega.apps.experiment.trials import ExperimentResults
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.evaluation.conditions import POSITION_BINS, TRAINED_FEATURES
 from ebft_mega.evaluation.crossed_interval import CrossedInterval, crossed_interval
 
@@ -46,6 +47,10 @@ class ArmSummary:
     temperatures: Mapping[str, float]  # best one for each metric that was measured
     values: Mapping[str, CrossedInterval]  # of each metric at its best temperature
     curve: Mapping[float, CrossedInterval]  # feature-matching loss by temperature
+    # The same and the cross-entropy, each mean with the interval of its difference from the first arm at its best
+    # temperature: what all arms share, the difficulty of rows and documents, is not in it.
+    curve_beside_first: Mapping[float, Interval]
+    ce_beside_first: Interval | None
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,24 @@ def _summary(splits: _Splits, name: str) -> ArmSummary:
         {metric: measure.temperature for metric, measure in measures.items()},
         {metric: interval for metric, interval in values.items() if interval is not None},
         {temperature: interval for temperature, interval in curve.items() if interval is not None},
+        {
+            temperature: _beside_first(splits, interval, Measure(MAIN_METRIC, temperature), name)
+            for temperature, interval in curve.items()
+            if interval is not None
+        },
+        _beside_first(splits, ce, measures[CROSS_ENTROPY], name) if (ce := values.get(CROSS_ENTROPY)) else None,
     )
+
+
+def _beside_first(splits: _Splits, own: CrossedInterval, measure: Measure, name: str) -> Interval:
+    """An arm's mean with the interval of its difference from the first arm; without one where they have no seed."""
+    first = next(iter(splits.report))
+    of_first = splits.measure(first, measure.metric, "best_temperature")
+    found = compare(splits.report[name], splits.report[first], (measure, of_first), "best_temperature")
+    if found is None:
+        return Interval(own.mean, own.mean, own.mean)
+    quoted = found.evidence.quoted
+    return Interval(own.mean, own.mean + quoted.low - quoted.mean, own.mean + quoted.high - quoted.mean)
 
 
 def _own_interval(arm: ArmValues, measure: Measure) -> CrossedInterval | None:

@@ -1,7 +1,7 @@
 """Write an experiment's report: a page, its numbers for programs, and its tables for documents."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from ebft_mega.apps.experiment.experiment_findings import Findings, find
 from ebft_mega.apps.experiment.experiment_sentences import (
     RULE,
     arm_sentences,
-    declared_sentence,
     experiment_extent,
     limit_sentences,
+    secondary_sentence,
     verdict_sentences,
 )
 from ebft_mega.apps.experiment.experiment_tables import all_tables
@@ -27,6 +27,7 @@ from ebft_mega.apps.report.page import Figure, write_page
 from ebft_mega.apps.report.plots import draw_intervals
 from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.io.durable import write_bytes, write_json
+from ebft_mega.shown_text import shown
 
 LOSS = metric_named(MAIN_METRIC).label
 
@@ -48,14 +49,15 @@ def write_report(spec: ExperimentSpec, results: ExperimentResults, output: Path)
     choices = chosen_values(results)
     tables = all_tables(spec, findings, choices)
     verdicts = verdict_sentences(findings.primary, len(findings.primary))
-    secondary = [f"{each.finding.verdict}: {declared_sentence(each)}" for each in findings.secondary]
+    secondary = [secondary_sentence(each) for each in findings.secondary]
     limits = limit_sentences(spec, findings)
+    splits = {"report split": spec.splits.report, "tuning split": spec.splits.tuning}
     output.mkdir(parents=True, exist_ok=True)
     path = output / "report.html"
     write_page(
         path,
         "experiment.html",
-        facts=[("report split", spec.splits.report), ("tuning split", spec.splits.tuning), *results.facts.items()],
+        facts=list({**splits, **results.facts}.items()),
         title=spec.question,
         subtitle=experiment_extent(findings),
         verdicts=verdicts,
@@ -77,7 +79,7 @@ def write_report(spec: ExperimentSpec, results: ExperimentResults, output: Path)
         **_plain(findings),
     }
     write_json(output / "findings.json", numbers)
-    head = [f"# {spec.question}", "", experiment_extent(findings) + ".", ""]
+    head = [f"# {shown(spec.question)}", "", experiment_extent(findings) + ".", ""]
     text = "\n".join([*head, *(table.markdown() for table in tables.values())])
     write_bytes(output / "tables.md", text.encode())
     return path
@@ -96,29 +98,35 @@ def _figures(findings: Findings, output: Path) -> dict[str, list[Figure]]:
         if is_drawn:
             figures[place].append(Figure.of(output / name, caption))
 
-    curves = {arm.arm: {temperature: each.combined for temperature, each in arm.curve.items()} for arm in findings.arms}
+    curves = {arm.arm: arm.curve_beside_first for arm in findings.arms}
     drawn = draw_bands(f"{LOSS}, by temperature", ("temperature", LOSS), curves, output / "temperature.png")
-    words = "Means over seeds; bands: 95 % over seeds and documents, most of which all arms share."
-    add("temperature", "temperature.png", words, drawn)
+    first = findings.arms[0].arm
+    bands = f"95 % intervals of the difference from {first} at its best temperature, on the same rows"
+    add("temperature", "temperature.png", f"Means over seeds; bands: {bands}.", drawn)
 
     for name in findings.fronts or ("all arms",):
         image = f"plane-{list(findings.fronts).index(name) if findings.fronts else 0}.png"
         line = [(each.ce.mean, each.fm.mean) for each in findings.fronts.get(name, ())]
         points = {
-            arm.arm: Point(arm.values[CROSS_ENTROPY].combined, arm.values[MAIN_METRIC].combined)
+            arm.arm: Point(arm.ce_beside_first, arm.curve_beside_first[arm.temperatures[MAIN_METRIC]])
             for arm in findings.arms
-            if {CROSS_ENTROPY, MAIN_METRIC} <= arm.values.keys()
+            if arm.ce_beside_first is not None and MAIN_METRIC in arm.temperatures
         }
         axes = (metric_named(CROSS_ENTROPY).label, LOSS)
         lines = {name: line} if line else {}
         drawn = draw_plane(f"Cross-entropy and feature matching: {name}", axes, points, lines, output / image)
-        add("plane", image, "Each arm at its best temperature; lower and further left is better.", drawn)
+        add(
+            "plane",
+            image,
+            f"Each arm at its best temperature; lower and further left is better. Lines: {bands}.",
+            drawn,
+        )
 
     _draw_declared(findings, output, add)
     drawn = draw_bands(
         f"{LOSS}: difference by completion length",
         ("tokens of a completion", "difference"),
-        _curves(findings.by_length, lambda each: float(each.measures[0].length or 0)),
+        _curves(_named(findings.by_length, findings), lambda each: float(each.measures[0].length or 0)),
         output / "length.png",
         at_zero=True,
     )
@@ -131,12 +139,18 @@ def _figures(findings: Findings, output: Path) -> dict[str, list[Figure]]:
         drawn = draw_bands(
             title,
             ("part of the row", "difference"),
-            _curves(found, lambda each: float((each.measures[0].position or 0) + 1)),
+            _curves(_named(found, findings), lambda each: float((each.measures[0].position or 0) + 1)),
             output / image,
             at_zero=True,
         )
         add("controls", image, "Arm minus other arm; bands: the widest 95 % interval.", drawn)
     return figures
+
+
+def _named(found: Sequence[Finding], findings: Findings) -> list[Finding]:
+    """Those of the pairs that the spec compares, which a plot has room for; all where it names none."""
+    pairs = {(each.finding.arm, each.finding.against) for each in (*findings.primary, *findings.secondary)}
+    return [each for each in found if not pairs or (each.arm, each.against) in pairs]
 
 
 def _draw_declared(findings: Findings, output: Path, add: Any) -> None:
@@ -154,7 +168,7 @@ def _draw_declared(findings: Findings, output: Path, add: Any) -> None:
         add("controls", image, words, True)
 
 
-def _curves(found: tuple[Finding, ...], place: Any) -> dict[str, dict[float, Interval]]:
+def _curves(found: Sequence[Finding], place: Any) -> dict[str, dict[float, Interval]]:
     curves: dict[str, dict[float, Interval]] = {}
     for each in found:
         curves.setdefault(f"{each.arm} - {each.against}", {})[place(each)] = each.evidence.quoted

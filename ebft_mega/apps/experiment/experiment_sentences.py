@@ -55,6 +55,12 @@ def declared_sentence(declared: Declared, number: int = 0) -> str:
     return text
 
 
+def secondary_sentence(declared: Declared) -> str:
+    """What a secondary comparison says; nothing corrects it for the number of them."""
+    by_itself = {"shown": "Shown by its own intervals", "suggested": "Suggested", "not shown": "Not shown"}
+    return f"{by_itself[declared.finding.verdict]}: {declared_sentence(declared)}"
+
+
 def arm_sentences(spec: ExperimentSpec, findings: Findings, choices: Mapping[str, Choice]) -> list[str]:
     """What each arm is, in the spec's words, with what was chosen for it."""
     sentences = []

@@ -16,7 +16,6 @@ from ebft_mega.evaluation.conditions import POSITION_BINS
 from ebft_mega.shown_text import shown
 
 NOTHING = "-"
-AT = {"best_temperature": "each at its best", "equal_temperature": "equal"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ def declared_table(declared: Sequence[Declared], findings: Findings, title: str)
     header = ["difference", "metric", "better", "temperatures", "shown", "mean, widest interval", "rows", "documents"]
     header += ["seeds", "seeds and documents", "p"]
     header += ["p corrected", "simultaneous"] if is_primary else []
-    header += ["at the other temperatures", "seeds used"]
+    header += ["at the other temperatures", "FLOPs", "CPU s", "seeds used"]
+    costs = {each.arm: each for each in findings.costs}
     rows = []
     for each in declared:
         finding = each.finding
@@ -97,12 +97,14 @@ def declared_table(declared: Sequence[Declared], findings: Findings, title: str)
         other = each.counterpart
         row += [
             NOTHING if other is None else f"{_temperatures(other)}: {interval_text(other.evidence.quoted)}",
+            *_cost_ratios(costs[finding.arm], costs[finding.against]),
             seeds_text(finding.evidence.seeds),
         ]
         rows.append(row)
     number = len(declared)
     words = f"p corrected for {number} comparisons (Holm), simultaneous intervals (Bonferroni). " if is_primary else ""
-    set_up = f"Arm minus other arm on {extent(findings)}, 95 % intervals. {words}".strip()
+    set_up = f"Arm minus other arm on {extent(findings)}, 95 % intervals. {words}"
+    set_up += "FLOPs and CPU s: the arm's runs over those of the other."
     return TitledTable(title, set_up, Table(header, rows, num_text_columns=5))
 
 
@@ -198,13 +200,21 @@ def fronts_table(findings: Findings) -> TitledTable:
 
 def matched_table(findings: Findings) -> TitledTable:
     """Feature matching at matched cross-entropy."""
-    header = ["arm", "line", "shown", "cross-entropy", "line from … to", "feature-matching loss", "of the line there"]
+    header = [
+        "arm",
+        "line",
+        "leaves out zero",
+        "cross-entropy",
+        "line from … to",
+        "feature-matching loss",
+        "of the line there",
+    ]
     header += ["difference, widest interval", "seeds"]
     rows = []
     for each in findings.matched:
         row = [each.arm, each.front, "outside of the line's range" if each.is_outside else NOTHING]
         if each.evidence is not None:
-            row[-1] = each.evidence.verdict()
+            row[-1] = _told(each.evidence)[1]
         row += [f"{each.ce:.4f}", f"{each.ends[0]:.4f} … {each.ends[1]:.4f}", f"{each.fm:.4f}"]
         row.append(NOTHING if each.on_line is None else f"{each.on_line:.4f}")
         row.append(NOTHING if each.evidence is None else interval_text(each.evidence.quoted))
@@ -287,6 +297,10 @@ def _column(measure: Measure, kind: str) -> str:
 
 def _plain(interval: Interval) -> str:
     return f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _cost_ratios(ours: ArmCost, theirs: ArmCost) -> tuple[str, str]:
+    return _ratio(ours.flops, theirs.flops), _ratio(ours.cpu_seconds, theirs.cpu_seconds)
 
 
 def _ratio(value: float | None, of: float | None) -> str:

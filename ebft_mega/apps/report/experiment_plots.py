@@ -10,7 +10,7 @@ from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.shown_text import shown_label
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # change after all colours are used
-MOST_LABELS = 8  # within the axes; a longer legend stands beside them
+MOST_LABELS = 4  # within the axes; a longer legend stands beside them
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _finish(figure: Any, drawn: Any, axes: tuple[str, str], path: Path, number: 
     drawn.set_xlabel(shown_label(axes[0]), fontsize=9)
     drawn.set_ylabel(shown_label(axes[1]), fontsize=9)
     if number > MOST_LABELS:
-        figure.set_size_inches(7.2, 3.6)
-        drawn.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.set_size_inches(7.2, max(3.1, 0.18 * number + 0.5))
+        figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     else:
         drawn.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

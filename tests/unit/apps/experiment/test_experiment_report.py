@@ -76,6 +76,7 @@ def test_the_correction_is_over_the_primary_comparisons_alone(written):
     smallest = min(range(4), key=lambda place: p_values[place])
     assert findings[smallest]["corrected_p"] == pytest.approx(min(1, 4 * p_values[smallest]))
     assert all(each["corrected_p"] is None for each in found["table"])
+    assert found["secondary"][0]["finding"]["corrected_p"] is None
     for each in findings:
         own, wide = each["evidence"]["interval"]["combined"], each["simultaneous"]
         assert wide["low"] <= own["low"] <= own["high"] <= wide["high"]
@@ -141,6 +142,23 @@ def test_costs_lines_and_matched_cross_entropy(written):
     assert matched["start"]["on_line"] is None, "no arm of the line has so high a cross-entropy"
     assert matched["single"]["on_line"] == pytest.approx(0.2, abs=0.02)
     assert matched["single"]["evidence"]["quoted"]["high"] < 0
+
+
+def test_secondary_comparisons_speak_for_themselves_alone(written):
+    page, found = written
+    text = PageReader(page.read_text()).text
+    assert "Shown by its own intervals: ebft has a higher cross-entropy than ce, which is worse: +0.2" in text
+    assert "Secondary comparisons and tables are not corrected" in text
+
+
+def test_bands_are_of_the_difference_from_the_first_arm(written):
+    """What rows share is not in them: the first arm's own band at its best temperature has no width."""
+    _, found = written
+    start, ce = found["arms"][0], found["arms"][1]
+    low, high = start["curve_beside_first"]["1.0"]["low"], start["curve_beside_first"]["1.0"]["high"]
+    assert low == pytest.approx(high) and start["curve"]["1.0"]["combined"]["high"] - low > 0.01
+    band, own = ce["curve_beside_first"]["0.8"], ce["curve"]["0.8"]["combined"]
+    assert band["mean"] == own["mean"] and band["high"] - band["low"] < 0.2 * (own["high"] - own["low"])
 
 
 def test_an_experiment_without_anything_to_compare_has_a_report(tmp_path):

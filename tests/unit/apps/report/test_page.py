@@ -2,11 +2,13 @@
 
 import json
 import os
+from dataclasses import replace
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
 
+from ebft_mega.apps.experiment.experiment_report import write_report
 from ebft_mega.apps.report import page, plots
 from ebft_mega.apps.report.arm_comparison import write_comparison
 from ebft_mega.apps.report.evaluation_plot import plot_evaluation
@@ -14,6 +16,7 @@ from ebft_mega.apps.report.run_report import write_run_report
 from ebft_mega.apps.report.seeds import write_study
 from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.shown_text import escaped
+from tests.unit.apps.experiment.written_experiment import TEMPERATURES, Truth, spec_of, write_results
 from tests.unit.apps.report.page_reader import PageReader
 from tests.unit.hostile import dangers
 
@@ -64,12 +67,36 @@ def hostile_study(directory):
     return write_study({0: arms, 1: arms}, directory / f"study {HOSTILE}", HOSTILE, [HOSTILE])
 
 
+def hostile_experiment(directory):
+    """Write the report of an experiment whose file and evaluations are hostile."""
+    other = f"other {TEXT}"
+    truths = {TEXT: Truth(seeds=(0, 1)), other: Truth(seeds=(0, 1), ce=2.1), "c": Truth(seeds=(0,), ce=2.05)}
+    results = write_results(directory, truths, chosen={TEXT: ((TEXT, TEXT),)}, maps=(TEXT,))
+    pair = {"arm": other, "against": TEXT}
+    spec = spec_of(
+        question=TEXT,
+        arms={name: {"about": TEXT, "set": {TEXT: TEXT}, "start": TEXT} for name in truths},
+        primary=[pair],
+        secondary=[{**pair, "metric": "ce_loss"}],
+        fronts={TEXT: [TEXT, other]},
+        evaluation={"temperatures": TEMPERATURES, "feature_maps": {TEXT: {}}},
+        limits=[TEXT],
+    )
+    results = replace(results, facts={HOSTILE: HOSTILE})
+    return write_report(spec, results, directory / f"experiment {HOSTILE}")
+
+
 def place(address):
     """The path that a relative address leads to."""
     return os.fsdecode(unquote_to_bytes(address))
 
 
-PAGES = {"run": (hostile_run, 11), "comparison": (hostile_comparison, 16), "study": (hostile_study, 5)}
+PAGES = {
+    "run": (hostile_run, 11),
+    "comparison": (hostile_comparison, 16),
+    "study": (hostile_study, 5),
+    "experiment": (hostile_experiment, 40),
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
