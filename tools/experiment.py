@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ebft_mega.apps.experiment.running.program import ExperimentOptions, run_experiment
-from ebft_mega.io.arguments import ToolParser, path_argument, whole_number
+from ebft_mega.io.arguments import ToolParser, output_directory, path_argument, whole_number
 from ebft_mega.io.command import add_overrides_option, add_permissions_option, run_command
 
 
@@ -21,12 +21,14 @@ def parse_arguments() -> ExperimentOptions:
     parser = ToolParser(description=__doc__)
     option = parser.add_argument
     option("spec", type=path_argument, metavar="SPEC.yaml", help="the experiment; docs/experiments.md lists its keys")
+    option("--output", type=output_directory, help="directory of all results (default: output_dir of the file)")
     option("--jobs", type=whole_number(), help="runs at a time (default: as many as the cores have room for)")
     option("--ranks", type=whole_number(), default=1, help="processes of each run (default %(default)s)")
     option("--until", metavar="STAGE", help="stop after a stage; --plan lists them")
     option("--only", nargs="+", default=[], metavar="ARM", help="run these arms, and what they start from")
     option("--plan", action="store_true", help="print the stages, the runs, their steps and FLOPs, and stop")
     option("--fresh", action="store_true", help="set the results that are there aside (in previous/) and begin anew")
+    option("--fresh-evaluations", action="store_true", help="set the evaluations aside alone, and evaluate anew")
     option(
         "--reuse-report-split",
         action="store_true",
@@ -37,12 +39,14 @@ def parse_arguments() -> ExperimentOptions:
     arguments = parser.parse_args()
     return ExperimentOptions(
         spec=arguments.spec,
+        output=arguments.output,
         jobs=arguments.jobs,
         num_ranks=arguments.ranks,
         until=arguments.until,
         only=tuple(arguments.only),
         is_plan=arguments.plan,
         is_fresh=arguments.fresh,
+        has_fresh_evaluations=arguments.fresh_evaluations,
         may_reuse_report_split=arguments.reuse_report_split,
         overrides=tuple(arguments.overrides),
     )

@@ -1,6 +1,5 @@
 """Run the stages of an experiment; each resumes where it stopped. No torch."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -76,5 +75,6 @@ class ExperimentRunner:
         path = write_results(setup.output, results)
         self.say(f"results: {path}")
         # Draws plots, which --help should not wait for.
-        report = importlib.import_module("ebft_mega.apps.experiment.experiment_report")
-        self.say(f"report: {report.write_report(setup.spec, results, setup.output)}")
+        from ebft_mega.apps.experiment.experiment_report import write_report
+
+        self.say(f"report: {write_report(setup.spec, results, setup.output)}")

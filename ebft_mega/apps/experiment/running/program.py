@@ -3,33 +3,32 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from ebft_mega.apps.experiment.declared.spec_file import read_spec
+from ebft_mega.apps.experiment.declared.spec_file import SpecFile, read_spec
 from ebft_mega.apps.experiment.declared.spec_rules import names_in, spec_problems
+from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, record_uses
+from ebft_mega.apps.experiment.running.experiment_directory import EVALUATIONS, experiment_lock, set_aside
 from ebft_mega.apps.experiment.running.experiment_runner import ExperimentRunner
 from ebft_mega.apps.experiment.running.job_pool import JobPool
-from ebft_mega.apps.experiment.runs.arm_plans import combinations, main_trials
+from ebft_mega.apps.experiment.running.start_checks import (
+    configuration_problems,
+    require_own_splits,
+    require_unchanged,
+    seed_notes,
+)
 from ebft_mega.apps.experiment.runs.command_lines import CommandLines, ToolCommands
 from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
+from ebft_mega.apps.experiment.runs.split_roles import uses_of
 from ebft_mega.apps.experiment.runs.stages import Stage
-from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup, evaluation_config, trial_config
-from ebft_mega.apps.experiment.trials import Choice, Trial
+from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup
 from ebft_mega.apps.study.commands import thread_environment
 from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.config.paths import written_path
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.io.standard_streams import print_line
-from ebft_mega.lifecycle.findings import PREVIOUS
-from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
-
-LOCK_NAME = ".experiment.lock"
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,14 @@ class ExperimentOptions:
     """What the command line asks for."""
 
     spec: Path
+    output: Path | None = None
     jobs: int | None = None
     num_ranks: int = 1
     until: str | None = None
     only: tuple[str, ...] = ()
     is_plan: bool = False
     is_fresh: bool = False
+    has_fresh_evaluations: bool = False
     may_reuse_report_split: bool = False
     overrides: tuple[str, ...] = ()
 
@@ -61,121 +62,68 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
         InputProblems: something is wrong; nothing was started.
         JobFailed, PhaseFailed: a command failed.
     """
+    setup = read_setup(options)
+    experiment = DeclaredExperiment(setup, commands or ToolCommands(), options.only)
+    wanted = stages_until(experiment, options.until)
+    with experiment_lock(setup.output):
+        notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=False)
+        if options.is_fresh:
+            set_aside(setup.output, say)
+        elif options.has_fresh_evaluations:
+            set_aside(setup.output, say, [EVALUATIONS])
+        require_unchanged(experiment)
+        for note in seed_notes(setup):
+            say(note)
+        runner = make_runner(experiment, options)
+        runner.notes = notes
+        for stage in wanted:
+            runner.run(stage)
+            if stage.kind == "prepare":
+                require_unchanged(experiment)
+                runner.notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=True)
+            record_next_uses(setup, wanted, stage)
+
+
+def record_next_uses(setup: ExperimentSetup, wanted: list[Stage], done: Stage) -> None:
+    """Record what the stage after one uses splits for, before it begins."""
+    for following in wanted[wanted.index(done) + 1 :][:1]:
+        record_uses(ledger_path(setup.output), uses_of(setup, following.kind))
+
+
+def read_setup(options: ExperimentOptions) -> ExperimentSetup:
+    """Read and check the file and the configurations of all runs.
+
+    Raises:
+        InputProblems: everything that is wrong.
+    """
     file = read_spec(options.spec, spec_problems)
+    if options.output is not None:
+        spec = file.spec.model_copy(update={"output_dir": written_path(options.output)})
+        file = SpecFile(file.path, spec, file.lines)
     setup = ExperimentSetup(file, options.overrides, options.num_ranks)
     problems = [*names_in(options.only, setup.spec), *configuration_problems(setup)]
     if problems:
         raise ConfigError(problems)
-    runner = make_runner(setup, options, commands or ToolCommands())
-    wanted = stages_until(runner, options.until)
-    with experiment_lock(setup.output):
-        if options.is_fresh:
-            set_aside(setup.output)
-        require_unchanged(runner)
-        for stage in wanted:
-            runner.run(stage)
-            if stage.kind == "prepare":
-                require_unchanged(runner)
+    return setup
 
 
-def make_runner(setup: ExperimentSetup, options: ExperimentOptions, commands: CommandLines) -> ExperimentRunner:
-    """The runner that the options ask for."""
-    environment = thread_environment(os.cpu_count() or 1)
-    jobs = options.jobs or max(1, (os.cpu_count() or 1) // options.num_ranks)
+def make_runner(experiment: DeclaredExperiment, options: ExperimentOptions) -> ExperimentRunner:
+    """The runner that the options ask for: on a CPU each process has one thread, and the runs share the cores."""
+    cores = os.cpu_count() or 1
+    jobs, environment = options.jobs or max(1, cores // options.num_ranks), {"OMP_NUM_THREADS": "1"}
     if shutil.which("nvidia-smi"):
         jobs, environment = options.jobs or 1, thread_environment(options.num_ranks)
     pool = JobPool(jobs, say, environment)
-    experiment = DeclaredExperiment(setup, commands, options.only)
     return ExperimentRunner(experiment, pool, PhaseRunner(REPOSITORY, say), say)
 
 
-def stages_until(runner: ExperimentRunner, name: str | None) -> list[Stage]:
+def stages_until(experiment: DeclaredExperiment, name: str | None) -> list[Stage]:
     """The stages up to one.
 
     Raises:
         InputError: there is no such stage.
     """
-    stages = runner.experiment.stages
-    names = [stage.name for stage in stages]
+    names = [stage.name for stage in experiment.stages]
     if name is not None and name not in names:
         raise InputError([Problem("--until", "STAGE", name, f"a stage: {', '.join(names)}")])
-    return stages if name is None else stages[: names.index(name) + 1]
-
-
-def configuration_problems(setup: ExperimentSetup) -> Iterator[Problem]:
-    """What the run configurations of all trials refuse, before anything starts."""
-    seen: set[str] = set()
-    try:
-        evaluation_config(setup)
-    except ConfigError as error:
-        yield from (each for each in error.problems if not (str(each) in seen or seen.add(str(each))))  # type: ignore[func-returns-value]
-    stand_ins: Mapping[str, Choice] = {
-        name: combinations(plan.tune)[0] for name, plan in setup.plans.items() if plan.tune
-    }
-    for name, plan in setup.plans.items():
-        if plan.model is not None:
-            continue
-        for choice in combinations(plan.tune):
-            (trial, *_) = main_trials(plan, setup.spec, {**stand_ins, name: choice})
-            try:
-                trial_config(setup, trial, stand_ins)
-            except ConfigError as error:
-                for problem in error.problems:
-                    if str(problem) not in seen:
-                        seen.add(str(problem))
-                        yield _placed(setup, trial, problem)
-
-
-def _placed(setup: ExperimentSetup, trial: Trial, problem: Problem) -> Problem:
-    """A problem of a configuration, with the line of the experiment that sets its key."""
-    for holder in ("set", "tune"):
-        key = f"arms.{trial.arm}.{holder}.{problem.key}"
-        if key in setup.file.lines:
-            return replace(problem, where=setup.file.place(key))
-    return problem.within(setup.file.place(f"arms.{trial.arm}"))
-
-
-def require_unchanged(runner: ExperimentRunner) -> None:
-    """Refuse a grid of which some runs were made from something else.
-
-    Raises:
-        InputError: which runs, and what has changed.
-    """
-    problems, setup = runner.experiment.changes(), runner.experiment.setup
-    if problems:
-        output = setup.output
-        expected = f"what they were made from, or --fresh, which sets {output} aside in {output / PREVIOUS}"
-        ways = Problem(str(setup.file.path), "output_dir", f"{output} with runs of something else", expected)
-        raise InputError([*problems, ways])
-
-
-@contextmanager
-def experiment_lock(output: Path) -> Iterator[None]:
-    """Hold the experiment's directory; the system releases it however the process ends.
-
-    Raises:
-        InputError: another process runs the experiment.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK_NAME, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        found = "another process that runs this experiment"
-        raise InputError([Problem(str(output), "output_dir", found, "one process at a time")]) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def set_aside(output: Path) -> None:
-    """Move everything in an experiment's directory into a folder of `previous/`; nothing is deleted."""
-    found = [item for item in output.iterdir() if item.name not in (PREVIOUS, LOCK_NAME)]
-    if not found:
-        return
-    aside = output / PREVIOUS / f"{datetime.now(UTC):{DATE_FORMAT}}"
-    aside.mkdir(parents=True)
-    for item in found:
-        item.rename(aside / item.name)
-    say(f"what was in {output} is set aside in {aside}")
+    return experiment.stages if name is None else experiment.stages[: names.index(name) + 1]

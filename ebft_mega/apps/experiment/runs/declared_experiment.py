@@ -8,6 +8,7 @@ from pathlib import Path
 from ebft_mega.apps.experiment.choosing import choose
 from ebft_mega.apps.experiment.runs.arm_plans import main_trials, tuning_trials
 from ebft_mega.apps.experiment.runs.command_lines import CommandLines
+from ebft_mega.apps.experiment.runs.job_inputs import FOLLOWING
 from ebft_mega.apps.experiment.runs.jobs import Chain, Job, evaluation_job, training_job
 from ebft_mega.apps.experiment.runs.stages import Stage, stages_of
 from ebft_mega.apps.experiment.runs.stamps import differences, read_stamp
@@ -96,7 +97,7 @@ class DeclaredExperiment:
                 continue
 
     def changes(self) -> list[Problem]:
-        """What runs and evaluations that are there were not made from, and would be now."""
+        """What results that are there were not made from, and would be now; only where it begins, not what follows."""
         problems: list[Problem] = []
         chosen = self.chosen()
         seen: set[Path] = set()
@@ -106,7 +107,8 @@ class DeclaredExperiment:
                     if job.output not in seen:
                         seen.add(job.output)
                         problems += _changes(job)
-        return problems
+        roots = [problem for problem in problems if problem.key not in FOLLOWING]
+        return roots or problems
 
     def _jobs_of(self, stage: Stage, trial: Trial, chosen: Mapping[str, Choice]) -> Iterator[Job]:
         make = partial(evaluation_job, self.setup, trial, chosen=chosen, commands=self.commands)

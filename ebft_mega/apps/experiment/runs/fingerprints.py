@@ -36,8 +36,17 @@ def data_fingerprint(place: Path | str) -> str | None:
     Raises:
         InputError: there is one, and its manifest is damaged.
     """
-    path = Path(place)
-    return read_manifest(path).fingerprint if (path / MANIFEST_NAME).is_file() else None
+    try:
+        found = (Path(place) / MANIFEST_NAME).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _of_manifest(Path(place), found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+@cache
+def _of_manifest(place: Path, *state: int) -> str:
+    """Read the fingerprint of a manifest, once for each state of the file."""
+    return str(read_manifest(place).fingerprint)
 
 
 def training_data(config: RunConfig) -> dict[str, str | None]:

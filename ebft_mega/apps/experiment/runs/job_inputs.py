@@ -26,6 +26,8 @@ from ebft_mega.apps.experiment.trials import Choice, Trial
 from ebft_mega.checkpoint.resume_rules import values_by_key
 from ebft_mega.config.schema import RunConfig
 
+# Inputs that are results of other runs, which are compared themselves.
+FOLLOWING = ("start", "model", "feature network")
 # Keys of a run configuration that say where a run lies and how it is watched, not what it is.
 _OF_THE_PLACE = ("output_dir", "permissions")
 _NOT_OF_EVALUATIONS = ("train.", "checkpoint.", "profile.", "evaluation.", "zero.", "parallel.", "learn.")

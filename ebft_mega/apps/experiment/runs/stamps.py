@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from ebft_mega.io.durable import write_bytes
 from ebft_mega.io.records import Record, parse_record
 
 _LONGEST_VALUE = 200
+_HASH = re.compile("[0-9a-f]{64}")
 SETTINGS = "settings"  # of the inputs: values by dotted key
 
 
@@ -96,4 +98,6 @@ def differences(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> I
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
+    if _HASH.fullmatch(text):
+        return f"{text[:12]}..."
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ class ExperimentSetup:
     file: SpecFile
     overrides: tuple[str, ...] = ()  # `key=value` texts for every run and evaluation
     num_ranks: int = 1  # processes of a run
+    _loaded: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def spec(self) -> ExperimentSpec:
@@ -45,6 +46,17 @@ class ExperimentSetup:
     def output(self) -> Path:
         """Directory of the experiment."""
         return place_of(self.spec.output_dir)
+
+    def load(self, config: Path, overrides: Sequence[str]) -> RunConfig:
+        """Read a run configuration, once for the same overrides.
+
+        Raises:
+            ConfigError: it is refused.
+        """
+        key = (str(config), *overrides)
+        if key not in self._loaded:
+            self._loaded[key] = load_config(config, overrides)
+        return self._loaded[key]
 
 
 def slug(text: str) -> str:
@@ -141,7 +153,7 @@ def trial_config(setup: ExperimentSetup, trial: Trial, chosen: Mapping[str, Choi
     Raises:
         ConfigError: it is refused.
     """
-    return load_config(place_of(setup.plans[trial.arm].config), trial_overrides(setup, trial, chosen))
+    return setup.load(place_of(setup.plans[trial.arm].config), trial_overrides(setup, trial, chosen))
 
 
 def evaluation_config(setup: ExperimentSetup) -> RunConfig:
@@ -150,7 +162,7 @@ def evaluation_config(setup: ExperimentSetup) -> RunConfig:
     Raises:
         ConfigError: it is refused.
     """
-    return load_config(place_of(setup.spec.config), setup.overrides)
+    return setup.load(place_of(setup.spec.config), setup.overrides)
 
 
 def feature_model(setup: ExperimentSetup, trial: Trial, chosen: Mapping[str, Choice]) -> Path | None:
@@ -163,5 +175,6 @@ def feature_model(setup: ExperimentSetup, trial: Trial, chosen: Mapping[str, Cho
     return None if name is None else named_model(setup, name, trial.seed, chosen)
 
 
+@cache
 def _path_value(path: Path) -> str:
     return write_value(written_path(path))
