@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ebft_mega.apps.experiment.arm_values import (
     CALIBRATION_ERROR,
@@ -120,7 +121,8 @@ def compare(
     interval = crossed_interval(ours - theirs, groups, num_resamples=num_resamples)
     bootstrap = None
     if measures[0].metric == CALIBRATION_ERROR:
-        bootstrap = _calibration_bootstrap((arm, against), measures, seeds)
+        number = min(num_resamples, STATISTIC_RESAMPLES)
+        bootstrap = _calibration_bootstrap((arm, against), measures, seeds, number)
     evidence = Evidence(interval, bootstrap, seeds)
     means = float(ours.mean()), float(theirs.mean())
     return Finding(arm.arm, against.arm, measures[0].metric, at, measures, means, evidence)
@@ -143,7 +145,7 @@ def corrected(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _calibration_bootstrap(
-    arms: tuple[ArmValues, ArmValues], measures: tuple[Measure, Measure], seeds: Sequence[int]
+    arms: tuple[ArmValues, ArmValues], measures: tuple[Measure, Measure], seeds: Sequence[int], num_resamples: int
 ) -> Interval:
     """Interval of the difference of two calibration errors, each of all drawn rows together, mean over seeds."""
     gaps, tokens = [], []
@@ -152,13 +154,12 @@ def _calibration_bootstrap(
         gaps.append(np.stack([each.confidence - each.correct for each in found]))
         tokens.append(np.stack([each.tokens.sum(axis=1) for each in found]))
 
-    def difference(drawn: np.ndarray, times: np.ndarray) -> float:
+    def difference(drawn: NDArray[np.int64], times: NDArray[np.float64]) -> float:
         ours, theirs = (
-            float((abs(times @ gap[drawn]).sum(axis=-1) / (number[drawn] @ times)).mean())
-            for gap, number in zip(gaps, tokens, strict=True)
+            abs(times @ gap).sum(axis=-1) / (number @ times) for gap, number in zip(gaps, tokens, strict=True)
         )
-        return ours - theirs
+        return float((ours - theirs)[drawn].mean())
 
     groups = arms[0].groups
     num_seeds, num_rows = tokens[0].shape
-    return crossed_bootstrap(difference, num_seeds, num_rows, groups, num_resamples=STATISTIC_RESAMPLES)
+    return crossed_bootstrap(difference, num_seeds, num_rows, groups, num_resamples=num_resamples)

@@ -1,5 +1,6 @@
 """Read `evaluation.json` files with conditions (`evaluation/conditions.py`), and check that their rows are pairs."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,6 @@ PAIRED_FIELDS = {
     key: advice for key, advice in SHARED_FIELDS.items() if key not in ("temperature", "feature_model")
 } | {
     "sequence_length": "give the same --config to both",
-    "samples": "give the same --samples to both",
-    "longest_completion": "give the same --completion-lengths to both",
 }
 # Of evaluations of the same seed: where seeds have warm starts of their own, these give the features.
 FEATURE_FIELDS = {
@@ -198,8 +197,8 @@ class _Reader:
     def rows(self, values: Any, key: str, width: int | None = None) -> Numbers:
         """[R] or, with a width, [R, width]; null becomes NaN."""
         shape = (self.whole.content["rows"],) if width is None else (self.whole.content["rows"], width)
-        flat = values if width is None else [value for row in values for value in row]
-        if not all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in flat):
+        flat = list(values if width is None else itertools.chain.from_iterable(values))
+        if not set(map(type, flat)) <= {int, float, type(None)}:
             self.problems.append(Problem(str(self.whole.path), key, "values of other kinds", "numbers or null"))
             return np.full(shape, np.nan)
         found = np.array([np.nan if value is None else float(value) for value in flat], dtype=np.float64)
@@ -208,7 +207,7 @@ class _Reader:
             expected = " x ".join(map(str, shape))
             self.problems.append(Problem(str(self.whole.path), key, f"{len(values)} rows of values", expected))
             return np.full(shape, np.nan)
-        if not all(value is None or np.isfinite(value) for value in flat):
+        if np.isinf(found).any() or np.isnan(found).sum() != flat.count(None):
             self.problems.append(Problem(str(self.whole.path), key, "a value that is not finite", "finite numbers"))
         return found.reshape(shape)
 

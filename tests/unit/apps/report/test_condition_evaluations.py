@@ -30,6 +30,7 @@ def content(**fields):
         "rows": ROWS,
         "feature_model": "f",
         "completion_length": 4,
+        "longest_completion": 8,
         "conditions": [condition, condition | {"completion_length": 8}],
         "calibration": [{"temperature": 1.0, "means": {}, "per_row": per_row}],
         "per_row": {"eval/ce_loss": [1.0, 2.0, 3.0]},
