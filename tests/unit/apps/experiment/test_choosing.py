@@ -114,8 +114,11 @@ def test_what_is_chosen_at_an_edge_is_noted():
     assert edge_notes(spec, {"a": RATES[1]}, {"a": 0.8, "b": 0.8}) == []
 
 
-def test_a_temperature_that_was_not_evaluated_is_named(tmp_path):
-    results = write_results(tmp_path, {"a": Truth(seeds=(0,))})
+def test_temperatures_that_were_not_evaluated_are_named_for_all_files(tmp_path):
+    results = write_results(tmp_path, {"a": Truth(seeds=(0, 1))})
     spec = spec_of(evaluation={"temperatures": [0.6, 1.2]})
-    with pytest.raises(InputError, match=r"a-0-tuning/evaluation.json: conditions: found .*expected T=1.2 G=4 trained"):
+    with pytest.raises(InputError) as caught:
         best_temperatures(spec, results)
+    for seed, problem in zip((0, 1), caught.value.problems, strict=True):
+        assert problem.where == f"{tmp_path}/a-{seed}-tuning/evaluation.json" and problem.key == "conditions"
+        assert problem.expected.startswith("T=1.2 G=4 trained")
