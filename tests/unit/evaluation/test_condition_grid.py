@@ -21,6 +21,7 @@ from ebft_mega.evaluation.condition_grid import (
 from ebft_mega.evaluation.conditions import POSITION_BINS, Condition, part_of
 from ebft_mega.evaluation.held_out import CROSS_ENTROPY, EvaluationSettings, evaluate
 from ebft_mega.evaluation.rollout_figures import part_means
+from ebft_mega.features import network
 from ebft_mega.features.factory import FeatureSettings, build_feature_network
 from ebft_mega.features.gram import FeatureRecipe
 from ebft_mega.features.maps.concat import Concat
@@ -99,7 +100,7 @@ def test_every_condition_equals_an_evaluation_of_it_alone(models, groups, masked
     }
     assert together == merge_grid([evaluated(models, [batch]) for batch in batches])
     for name in MAPS:
-        network = feature_network(groups, [name])
+        alone_network = feature_network(groups, [name])
         for length in LENGTHS:
             plan = plan_of_length(PLAN, length)
             assert plan.anchors == PLAN.anchors
@@ -110,7 +111,7 @@ def test_every_condition_equals_an_evaluation_of_it_alone(models, groups, masked
                 whole.row_indices,
             )
             cut = cut.with_document_masking() if masked else cut
-            own = replace(network, recipe=recipe(name, length))
+            own = replace(alone_network, recipe=recipe(name, length))
             for temperature in TEMPERATURES[: 2 if name == "last" else 1]:
                 settings = EvaluationSettings(plan, replace(SAMPLING, temperature=temperature), "sample", 2)
                 alone = evaluate(models.policy, own, cut, settings)
@@ -120,6 +121,16 @@ def test_every_condition_equals_an_evaluation_of_it_alone(models, groups, masked
                     assert values == pytest.approx(alone.per_row[metric], abs=1e-6), (name, length, metric)
                 figures = [row[0] for row in zip(*found.per_row.values(), strict=True)]
                 assert len(figures) == 3 and len(set(figures)) == 3
+
+
+def test_equal_completions_are_those_whose_own_tokens_are_equal(models, monkeypatch):
+    """Of short completions, whatever comes after them in the longest."""
+    seen, original = set(), network.copy_duplicate_rows
+    monkeypatch.setattr(
+        network, "copy_duplicate_rows", lambda gram, tokens: seen.add(tokens.shape) or original(gram, tokens)
+    )
+    evaluated(models, [held_out()], temperatures=(0.8,))
+    assert seen == {(4, PLAN.num_samples, PLAN.num_blocks, length) for length in LENGTHS}
 
 
 def test_text_is_scored_as_in_training_to_the_last_bit(models, groups):
