@@ -146,7 +146,8 @@ def edge_notes(
                 end = "smallest" if value == min(numbers) else "largest"
                 notes.append(f"{arm}: {key} = {value} is at the edge of what was tried, the {end} of {_list(numbers)}.")
     tried_temperatures = _sorted_temperatures(spec)
-    if metric != CROSS_ENTROPY and len(tried_temperatures) > 1:
+    has_own = metric != CROSS_ENTROPY and metric_named(metric).direction in ("lower", "higher")
+    if has_own and len(tried_temperatures) > 1:
         for arm, temperature in best.items():
             if temperature in (tried_temperatures[0], tried_temperatures[-1]):
                 label, there = metric_named(metric).label, _list(tried_temperatures)

@@ -347,8 +347,10 @@ def _cost(arm: str, results: ExperimentResults) -> ArmCost:
 
 def _notes(splits: _Splits, results: ExperimentResults) -> Iterator[str]:
     """What a reader has to know of single arms."""
-    best = {name: _fm_temperature(splits, name) for name in splits.report}
-    yield from edge_notes(splits.spec, results.chosen, best)
+    named = [each.metric for each in (*splits.spec.primary, *splits.spec.secondary) if each.at == "best_temperature"]
+    for metric in dict.fromkeys([MAIN_METRIC, *named]):
+        best = {name: splits.temperature(name, metric, "best_temperature") for name in splits.report}
+        yield from edge_notes(splits.spec, results.chosen if metric == MAIN_METRIC else {}, best, metric)
     for name, arm in splits.report.items():
         if len(arm.seeds) == 1:
             yield f"{name}: one seed ({arm.seeds[0]}); nothing about it is shown, because training was not repeated."

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from ebft_mega.apps.experiment.arm_values import CROSS_ENTROPY
 from ebft_mega.apps.experiment.comparing import LEVEL, Finding, Verdict
 from ebft_mega.apps.experiment.experiment_findings import Declared, Findings
 from ebft_mega.apps.experiment.experiment_tables import choice_text, extent, interval_text, p_text, seeds_text
@@ -102,7 +103,9 @@ def _claim(finding: Finding) -> str:
 
 def _at(finding: Finding) -> str:
     ours, theirs = (measure.temperature for measure in finding.measures)
-    if finding.at == "equal_temperature" or finding.metric == "ce_loss":
+    if finding.metric == CROSS_ENTROPY:
+        return f"temperature {ours:g}"
+    if finding.at == "equal_temperature":
         return f"equal temperature {ours:g}"
     return f"each arm's best temperature ({ours:g} and {theirs:g})"
 

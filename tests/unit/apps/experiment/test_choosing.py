@@ -112,6 +112,9 @@ def test_what_is_chosen_at_an_edge_is_noted():
         "a: its best temperature for feature-matching loss, 0.6, is at the edge of what was tried: 0.6, 0.8, 1.",
     ]
     assert edge_notes(spec, {"a": RATES[1]}, {"a": 0.8, "b": 0.8}) == []
+    assert "alignment, 1, is at the edge" in edge_notes(spec, {}, {"a": 1.0}, "alignment")[0]
+    for metric in ("ce_loss", "duplicate_share"):  # whose temperature is not their own
+        assert edge_notes(spec, {}, {"a": 1.0}, metric) == []
 
 
 def test_temperatures_that_were_not_evaluated_are_named_for_all_files(tmp_path):
