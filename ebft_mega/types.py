@@ -160,9 +160,13 @@ class PolicyLogprobs:
     """Log-probabilities under the policy being trained, with gradient."""
 
     rollout: Tensor | None  # float32 [B, n, K, G] at the sampling temperature; None when rl_coef is 0
-    target: Tensor | None  # float32 [B, P - 1] of tokens[:, 1:] at temperature 1; None when ce_coef is 0
+    target: (
+        Tensor | None
+    )  # float32 [B, P - 1] of tokens[:, 1:] at temperature 1; None when ce_coef and entropy_coef are 0
     # float32 [], the sum over all generated tokens of the critic's expected value before each; None: there is no critic
     expected_values: Tensor | None = None
+    # float32 [B, P - 1], in nats, of the distributions that predict tokens[:, 1:]; None when entropy_coef is 0
+    entropies: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ class LossTerms:
 
     rl: Tensor  # float32 [], value of -advantage * logprob
     ce: Tensor  # float32 []
-    total: Tensor  # float32 [], rl_coef * rl + ce_coef * ce, with gradient
+    total: Tensor  # float32 [], rl_coef * rl + ce_coef * ce - entropy_coef * entropy, with gradient
+    entropy: Tensor | None = None  # float32 []; None when entropy_coef is 0
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _count(
     plan: BlockPlan = widest.block_plan
     sampling = SamplingSettings(widest.seed, temperature, widest.ebft.top_p)
     (sampled,) = generate_rollouts(policy, [batch], plan, sampling, EVALUATION_STEP)
-    held = continuations(batch, plan, plan.document_length(widest.ebft.ce_coef > 0))
+    held = continuations(batch, plan, plan.document_length(widest.uses_targets))
     for samples in choices.samples:
         tokens = sampled.rollout.tokens[:, :samples]
         forest = Forest.of(tokens, merges=True, continuations=held)

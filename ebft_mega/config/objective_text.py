@@ -14,7 +14,8 @@ def followed_objective(config: RunConfig) -> str:
     parts = [("cross-entropy", ebft.ce_coef)]
     if config.uses_rollouts:
         parts.insert(0, (_of_rollouts(config), ebft.rl_coef))
-    return " + ".join(text if weight == 1 else f"{weight:g} ({text})" for text, weight in parts if weight)
+    words = " + ".join(text if weight == 1 else f"{weight:g} ({text})" for text, weight in parts if weight)
+    return f"{words} - {ebft.entropy_coef:g} (entropy of the next token)" if ebft.entropy_coef else words
 
 
 def objective_notes(config: RunConfig) -> list[str]:

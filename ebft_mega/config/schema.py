@@ -109,6 +109,12 @@ class EbftConfig(Section):
     )
     rl_coef: float = key(1.0, "Weight of the policy-gradient loss. 0 disables rollouts and the feature network.", ge=0)
     ce_coef: float = key(0.0, "Weight of the next-token cross-entropy on the row.", ge=0)
+    entropy_coef: float = key(
+        0.0,
+        "(ours) Weight of an entropy bonus: this times the mean entropy of the next token at temperature 1, in nats, "
+        "over the positions that the cross-entropy counts, is subtracted from the loss.",
+        ge=0,
+    )
     advantage_estimator: Annotated[str, *one_of(ADVANTAGE_ESTIMATORS)] = key(
         "rloo", "How rewards become advantages. `rloo`: leave-one-out baseline, unbiased for the diversity term."
     )
@@ -341,6 +347,11 @@ class RunConfig(Section):
     def uses_rollouts(self) -> bool:
         """Whether training samples and scores rollouts; plain continued pretraining does not."""
         return self.ebft.rl_coef > 0
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether training scores the rows' own tokens, for their cross-entropy or for entropies."""
+        return self.ebft.ce_coef > 0 or self.ebft.entropy_coef > 0
 
 
 SECTIONS: dict[str, type[Section]] = {

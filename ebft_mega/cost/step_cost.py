@@ -27,7 +27,7 @@ class StepShape:
     feature_architecture: Architecture
     plan: BlockPlan
     uses_rollouts: bool = True  # rl_coef > 0
-    uses_targets: bool = False  # ce_coef > 0
+    uses_targets: bool = False  # ce_coef > 0 or entropy_coef > 0
     tokens_read: int = 1  # the last ones of each window, of which a feature is made
     feature_layers: tuple[float, ...] = (0.25, 0.5, 0.75)
     nodes: RolloutNodes | None = None  # of the row's rollouts; None: no two begin alike
@@ -47,7 +47,7 @@ class StepShape:
             feature_architecture,
             config.block_plan,
             uses_rollouts=config.uses_rollouts,
-            uses_targets=config.ebft.ce_coef > 0,
+            uses_targets=config.uses_targets,
             tokens_read=len(feature_map(config).positions(config.ebft.generate_max_len)),
             feature_layers=tapped_fractions(config),
             nodes=nodes,

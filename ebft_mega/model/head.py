@@ -1,7 +1,8 @@
-"""The language-model head: logits of selected rows, and log-probabilities computed in chunks of rows."""
+"""The language-model head: logits of selected rows, and log-probabilities and entropies computed in chunks of rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch.autograd.function import once_differentiable
 from ebft_mega.architecture.vocabulary_blocks import HEAD_ROWS
 from ebft_mega.parallel.vocabulary import VocabularySlice
 
+# Smaller log-probabilities belong to probabilities that are 0, in float64 too; they are cut here, as 0 times minus
+# infinity (of padding) is no number.
+_LEAST_LOGPROB = -1e4
+
 
 @dataclass(frozen=True)
 class RowScores:
@@ -20,15 +25,18 @@ class RowScores:
     logprobs: Tensor  # float32 [N, m] (float64 for float64 logits), m choices from each row of logits
     normalizers: Tensor  # [N], log of the sum of exponentials at the rows' temperature, in the same dtype
     means: Tensor | None = None  # [N, r], mean vector of the next token, in the same dtype; None: not asked for
+    entropies: Tensor | None = None  # [N], of the softmax at the rows' temperature, in nats; None: not asked for
 
     @classmethod
     def joined(cls, parts: Sequence["RowScores"]) -> "RowScores":
-        """Scores of rows behind one another."""
+        """Scores of rows behind one another; means and entropies of those that have them."""
         means = [part.means for part in parts if part.means is not None]
+        entropies = [part.entropies for part in parts if part.entropies is not None]
         return cls(
             torch.cat([part.logprobs for part in parts]),
             torch.cat([part.normalizers for part in parts]),
             torch.cat(means) if means else None,
+            torch.cat(entropies) if entropies else None,
         )
 
 
@@ -48,6 +56,8 @@ class ScoredTokens:
     temperature: Tensor  # float64 [N], > 0
     known: RowScores | None = None  # of the first rows, from the pass that sampled them
     values: LinearValues | None = None  # whose expectations under the rows' softmax are wanted, too
+    # From this row on, behind those with values, the softmax's entropy is wanted, too; None: of no row.
+    entropies_from: int | None = None
 
 
 def score_rows(
@@ -56,18 +66,21 @@ def score_rows(
     temperature: Tensor,
     own_slice: VocabularySlice,
     table: Tensor | None = None,
+    with_entropy: bool = False,
 ) -> RowScores:
-    """Log-probability of chosen tokens under the softmax at a temperature.
+    """Log-probability of chosen tokens under the softmax at a temperature, and its entropy if asked for.
 
     Args:
         logits: [N, width], this rank's columns, any float dtype, without gradient.
         tokens: int64 [N, m], the same on all ranks. Tokens that a nucleus left out are scored by the full softmax, too.
         temperature: float64 [N]; that of the sampling for rollouts, 1 for targets.
         table: [width, r], a vector of each of this rank's tokens, 0 for padding; None: no means are wanted.
+        with_entropy: whether the entropies are wanted.
     Returns:
         RowScores, the same on all ranks; NaN for a row with a logit that is not finite on any of them.
     Communication: with several tensor-parallel ranks two all-reduces, of 4 and of 4 * (1 + m) bytes per row, with a
-        table 4 * (1 + m + r) (8 bytes a number for float64); none for one rank.
+        table 4 * (1 + m + r), with entropies 4 more (8 bytes a number for float64); none for one rank.
+    Memory: a float32 copy of the logits; with entropies for a moment two.
     Source: EBFT paper (arXiv 2603.12248); the authors' code scores at the sampling temperature, in float32.
     """
     assert logits.shape[-1] == own_slice.width, "logits of another vocabulary"
@@ -81,9 +94,13 @@ def score_rows(
     exponentials = scaled.exp_()
     mass = exponentials.sum(dim=-1, keepdim=True).masked_fill(marked[:, None], torch.nan)
     parts = [mass, chosen] if table is None else [mass, chosen, exponentials @ table.to(scaled.dtype)]
+    if with_entropy:
+        parts.append(torch.special.entr(exponentials).sum(dim=-1, keepdim=True))  # -e log e, and 0 where e is 0
     mass, chosen, *weighted = own_slice.sum(torch.cat(parts, dim=-1)).split([part.shape[-1] for part in parts], dim=-1)
+    # Of p = e / mass: the sum of -p log p.
+    entropies = (weighted.pop() / mass + mass.log())[:, 0] if with_entropy else None
     means = weighted[0] / mass if weighted else None
-    return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0], means)
+    return RowScores(chosen - mass.log(), (largest + mass.log())[:, 0], means, entropies)
 
 
 def gradient_of_logits(
@@ -94,20 +111,29 @@ def gradient_of_logits(
     gradient: Tensor,
     own_slice: VocabularySlice,
     slopes: Tensor | None = None,
+    entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Gradient of logits from that of log-probabilities and of expectations.
+    """Gradient of logits from that of log-probabilities, of expectations and of entropies.
+
+    An entropy is the expectation of -log p, whose own change has no mean: values that are constants to the derivative.
 
     Args:
         logits, tokens, temperature: as for `score_rows`, which gave the `normalizers` [N].
         gradient: [N, m], the whole one on every rank.
         slopes: [N, width], of each row's expectation of a value under the softmax: the expectation's own gradient times
             (value - expectation); None: there are none.
+        entropy: the rows' entropies [N] and their gradient [N]; None: there are none, as there are with slopes.
     Returns:
         [N, width] in the logits' dtype, exactly 0 for padding.
     Communication: none.
     """
     column, is_own = own_columns(tokens, own_slice)
-    result = _scaled(logits, temperature, own_slice).sub_(normalizers[:, None]).exp_()  # the softmax
+    result = _scaled(logits, temperature, own_slice).sub_(normalizers[:, None])  # log-probabilities
+    if entropy is not None:
+        assert slopes is None, "a row has a value or an entropy"
+        of_rows, towards_entropy = (part.to(result.dtype)[:, None] for part in entropy)
+        slopes = result.clamp(min=_LEAST_LOGPROB).add_(of_rows).mul_(-towards_entropy)
+    result.exp_()  # the softmax
     weights = -gradient.sum(dim=-1, keepdim=True)
     result *= weights if slopes is None else slopes.add_(weights)
     result.scatter_add_(-1, column, gradient.masked_fill(~is_own, 0.0))
@@ -139,8 +165,8 @@ class VocabularyHead(nn.Module):
         Returns:
             Logits [N, width] of this rank's slice in the dtype of the weight, without gradient; or log-probabilities
             float32 [N, m], the same on all ranks, with gradient; with `ScoredTokens.values` one more column, each row's
-            expectation. Every rank computes the same loss from them, so each rank's own upstream gradient is the whole
-            one.
+            expectation, and with `entropies_from` a last one, entropies. Every rank computes the same loss from them,
+            so each rank's own upstream gradient is the whole one.
         Communication: for logits none. For log-probabilities that of `score_rows` for the rows that are not known,
             and one all-reduce of the rows' gradient in the backward pass.
         """
@@ -159,11 +185,11 @@ def logprobs_of_rows(rows: Tensor, weight: Tensor, scored: ScoredTokens, own_sli
         rows: [N, H]; weight: [width, H].
     Returns:
         float32 [N, m] (float64 for float64 weights). With `ScoredTokens.values` [N, m + 1]: behind them the expectation
-        of z(v) . q under each row's softmax, 0 for rows without a direction. Rows that are known are not computed in
-        the forward pass.
+        of z(v) . q under each row's softmax, 0 for rows without a direction. With `entropies_from` one more: the
+        entropies in nats, 0 for rows before. Rows that are known are not computed in the forward pass.
     Communication: see `VocabularyHead.forward`.
-    Memory: logits of at most `HEAD_ROWS` rows, in the dtype of the weight and in float32 (with values once more for the
-        backward pass); a normaliser per row for the backward pass, which makes the logits again; there also one buffer
+    Memory: logits of at most `HEAD_ROWS` rows, in the dtype of the weight and in float32 (with values or entropies once
+        more); a normaliser per row for the backward pass, which makes the logits again; there also one buffer
         of the weight's size.
     """
     logprobs: Tensor = _ChunkedLogprobs.apply(rows, weight, scored, own_slice)
@@ -177,20 +203,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, scored: ScoredTokens, own_slice: VocabularySlice) -> Tensor:
         known, values = scored.known, scored.values
         first, valued = 0 if known is None else len(known.normalizers), 0 if values is None else len(values.directions)
+        entropic = len(rows) if scored.entropies_from is None else scored.entropies_from
+        assert max(first, valued) <= entropic, "entropies are those of the last rows"
         parts = [] if known is None else [known]
-        for chunk in (*_chunks(first, valued), *_chunks(max(first, valued), len(rows))):
+        for chunk in _runs(first, valued, entropic, len(rows)):
             table = values.table if values is not None and chunk.start < valued else None
             logits = F.linear(rows[chunk], weight)
-            parts.append(score_rows(logits, scored.tokens[chunk], scored.temperature[chunk], own_slice, table))
+            wanted = table, chunk.start >= entropic
+            parts.append(score_rows(logits, scored.tokens[chunk], scored.temperature[chunk], own_slice, *wanted))
         scores = RowScores.joined(parts or [_no_scores(scored)])
         ctx.save_for_backward(rows, weight, scored.tokens, scored.temperature, scores.normalizers)
-        ctx.own_slice, ctx.values, ctx.expectations = own_slice, values, None
-        if values is None:
-            return scores.logprobs
-        assert scores.means is not None, "rows with a direction have a mean"
-        expectations = (scores.means[:valued] * values.directions.to(scores.means.dtype)).sum(dim=-1)
-        ctx.expectations = expectations
-        return torch.cat((scores.logprobs, F.pad(expectations, (0, len(rows) - valued))[:, None]), dim=-1)
+        ctx.own_slice, ctx.values, ctx.expectations, ctx.entropies = own_slice, values, None, scores.entropies
+        ctx.entropic, columns = entropic, [scores.logprobs]
+        if values is not None:
+            assert scores.means is not None, "rows with a direction have a mean"
+            ctx.expectations = (scores.means[:valued] * values.directions.to(scores.means.dtype)).sum(dim=-1)
+            columns.append(F.pad(ctx.expectations, (0, len(rows) - valued))[:, None])
+        if scored.entropies_from is not None:
+            of_last = scores.logprobs.new_empty(0) if scores.entropies is None else scores.entropies
+            columns.append(F.pad(of_last, (entropic, 0))[:, None])
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     @staticmethod
     @once_differentiable
@@ -203,11 +235,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         num_choices = tokens.shape[1]
         valued = 0 if values is None else len(values.directions)
-        for chunk in (*_chunks(0, valued), *_chunks(valued, len(rows))):
+        for chunk in _runs(0, valued, ctx.entropic, len(rows)):
             logits = F.linear(rows[chunk], weight)
-            slopes = None
+            slopes = entropy = None
             if values is not None and chunk.start < valued:
                 slopes = _slopes(values, chunk, ctx.expectations[chunk], gradient[chunk, num_choices])
+            if chunk.start >= ctx.entropic:
+                own = slice(chunk.start - ctx.entropic, chunk.stop - ctx.entropic)
+                entropy = ctx.entropies[own], gradient[chunk, -1]
             towards_logits = gradient_of_logits(
                 logits,
                 tokens[chunk],
@@ -216,6 +251,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 gradient[chunk, :num_choices],
                 ctx.own_slice,
                 slopes,
+                entropy,
             )
             row_gradient[chunk] = towards_logits @ weight
             if weight_gradient is not None:
@@ -235,6 +271,12 @@ def _slopes(values: LinearValues, chunk: slice, expectations: Tensor, gradient: 
     dtype = expectations.dtype
     own = values.directions[chunk].to(dtype) @ values.table.to(dtype).T
     return own.sub_(expectations[:, None]).mul_(gradient[:, None].to(dtype))
+
+
+def _runs(first: int, *ends: int) -> list[slice]:
+    """Chunks of the rows from `first` on, none of them across one of the `ends`."""
+    bounds = [first, *(max(first, end) for end in ends)]
+    return [chunk for start, end in pairwise(bounds) for chunk in _chunks(start, end)]
 
 
 def _chunks(first: int, end: int) -> list[slice]:

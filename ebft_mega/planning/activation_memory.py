@@ -50,8 +50,8 @@ def key_value_width(architecture: Architecture, tensor_parallel: int) -> int:
 
 
 def document_length(config: RunConfig) -> int:
-    """Document positions of the policy's pass: up to the last anchor, or P - 1 with `ce_coef` > 0."""
-    return config.block_plan.document_length(with_targets=config.ebft.ce_coef > 0)
+    """Document positions of the policy's pass: up to the last anchor, or P - 1 where its own tokens are scored."""
+    return config.block_plan.document_length(with_targets=config.uses_targets)
 
 
 def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
@@ -67,11 +67,11 @@ def learn_tokens_per_row(config: RunConfig) -> tuple[int, int]:
 def scored_rows(config: RunConfig) -> int:
     """Count the positions of a row that go through the language-model head in the gradient pass.
 
-    The document's P - 1 positions if `ce_coef` > 0, else the K positions before the anchors; and K*n*(G - 1) generated
-    ones.
+    The document's P - 1 positions if its own tokens are scored, else the K positions before the anchors; and
+    K*n*(G - 1) generated ones.
     """
     document, generated = learn_tokens_per_row(config)
-    return (document if config.ebft.ce_coef > 0 else config.block_plan.num_blocks) + generated
+    return (document if config.uses_targets else config.block_plan.num_blocks) + generated
 
 
 def learn_pass(config: RunConfig) -> Pass:

@@ -145,6 +145,16 @@ def head_chunk_bytes(rows: int, dtype: str) -> int:
     return min(rows, HEAD_ROWS) * (width + copies * FLOAT32_BYTES)
 
 
+def largest_chunk_bytes(config: RunConfig, rows: int) -> int:
+    """The same of a micro-batch's scored rows; entropies are of other chunks, with a float32 copy more."""
+    dtype = config.train.dtype
+    if config.ebft.entropy_coef == 0:
+        return head_chunk_bytes(rows, dtype)
+    targets = config.train.micro_batch_size * document_length(config)
+    of_targets = head_chunk_bytes(targets, dtype) + min(targets, HEAD_ROWS) * FLOAT32_BYTES
+    return max(of_targets, head_chunk_bytes(rows - targets, dtype))
+
+
 def plan_memory(config: RunConfig, plan: RunPlan, choices: Choices, stage: int = 0) -> MemoryPlan:
     """Estimate the bytes of one rank of a pipeline stage; all slices of a stage need the same.
 
@@ -336,7 +346,7 @@ def _learn_needs(config: RunConfig, plan: RunPlan, stage: int, reuse: Reuse) -> 
         head: Needs = {
             name: held * of_each,
             "scored rows and their gradient": 4 * rows * row_bytes,
-            "a chunk of logits": columns * head_chunk_bytes(rows, config.train.dtype),
+            "a chunk of logits": columns * largest_chunk_bytes(config, rows),
             "gradient of the head's matrix": matrix,
         }
         if critic is not None:

@@ -29,15 +29,16 @@ class ScoreRequest:
     # Values of the rollouts' next tokens whose expectations are to be added up: a direction for each row that tokens
     # are drawn from, as in `Sampled.means`, those of the rollouts that share it added up; None: none.
     values: LinearValues | None = None
+    entropies: bool = False  # whether the entropies of the distributions that predict the row's own tokens are wanted
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the log-probabilities, rollouts before targets, and of the sum of expectations behind them."""
+        """Shapes of the log-probabilities, rollouts before targets, of entropies, and of the sum of expectations."""
         rows, length = self.tokens.shape
         shapes: list[tuple[int, ...]] = []
         if self.forest is not None:
             shapes.append((rows, self.forest.num_samples, self.forest.num_blocks, len(self.forest.levels)))
         if self.targets:
-            shapes.append((rows, length - 1))
+            shapes += [(rows, length - 1)] * (1 + self.entropies)
         return shapes if self.values is None else [*shapes, ()]
 
     def logprobs(self, values: Sequence[Tensor]) -> PolicyLogprobs:
@@ -46,6 +47,7 @@ class ScoreRequest:
         return PolicyLogprobs(
             rollout=remaining.pop(0) if self.forest is not None else None,
             target=remaining.pop(0) if self.targets else None,
+            entropies=remaining.pop(0) if self.targets and self.entropies else None,
             expected_values=remaining.pop(0) if self.values is not None else None,
         )
 
@@ -81,9 +83,9 @@ def score(
         saved: the forward pass that the rollout was; None computes it.
     Returns:
         On the last stage: rollout log-probabilities float32 [B, n, K, G] if `request.forest`, then target
-        log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`, then the sum of all expectations
-        float32 [] if `request.values`. Before: the hidden states alone. A tuple of tensors, as an engine's forward
-        needs it.
+        log-probabilities float32 [B, P - 1] of `tokens[:, 1:]` if `request.targets`, then as many entropies in nats if
+        `request.entropies`, too, then the sum of all expectations float32 [] if `request.values`. Before: the hidden
+        states alone. A tuple of tensors, as an engine's forward needs it.
     Communication: that of the layers (of `SavedForward.hidden_states`) and of `VocabularyHead.forward`.
     Source: EBFT paper (arXiv 2603.12248), strided mode; label pairing of the authors' `prepare_logprobs`.
     """
@@ -156,9 +158,14 @@ def _scored(
             for size, value in zip(sizes, temperatures, strict=True)
         ]
     )
-    scored = ScoredTokens(torch.cat(choices), temperature, known, request.values)
+    with_entropies = request.targets and request.entropies
+    entropies_from = sum(sizes[:-1]) if with_entropies else None
+    scored = ScoredTokens(torch.cat(choices), temperature, known, request.values, entropies_from)
     found = stage.logprobs(hidden[torch.cat(rows)], scored)
-    expectations = []
+    expectations, entropies = [], []
+    if with_entropies:
+        entropies = [found[-sizes[-1] :, -1].unflatten(0, (len(tokens), -1))]
+        found = found[:, :-1]
     if request.values is not None:
         expectations = [found[:, -1].sum()]
         found = found[:, :-1]
@@ -168,7 +175,7 @@ def _scored(
         scores.append(logprobs_of_rollouts(parts[: len(forest.levels)], forest))
     if request.targets:
         scores.append(parts[-1][:, 0].unflatten(0, (len(tokens), -1)))
-    return (*scores, *expectations)
+    return (*scores, *entropies, *expectations)
 
 
 @torch.no_grad()

@@ -64,10 +64,11 @@ class _GradientPass:
             ScoreRequest(
                 tokens=rows.tokens,
                 forest=experiences[index].rollout.forest if experiences else None,
-                targets=ebft.ce_coef > 0,
+                targets=trainer.config.uses_targets,
                 temperature=ebft.temperature,
                 documents=rows.documents,
                 values=self._values(experiences[index]) if experiences else None,
+                entropies=ebft.entropy_coef > 0,
             )
             for index, rows in enumerate(micro_batches)
         ]
@@ -75,7 +76,7 @@ class _GradientPass:
         if masks is not None:
             num_rows, num_blocks, num_targets = masks.num_rows, masks.num_blocks, masks.num_targets
         self.counts: TokenCounts = count_tokens(
-            trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks, num_targets
+            trainer.plan, num_rows, ebft.rl_coef, ebft.ce_coef, num_blocks, num_targets, ebft.entropy_coef
         )
         self.values: list[Tensor] = []  # last stage: log-probabilities and loss shares, detached
 
@@ -93,10 +94,10 @@ class _GradientPass:
         if not trainer.groups.is_last_stage:
             return scores[0]
         advantages = self.experiences[index].advantages if self.experiences else None
-        masks = () if self.masks is None else self.masks.of(index)
-        logprobs = request.logprobs(scores)
-        terms = loss_terms(logprobs, advantages, self.counts, ebft.rl_coef, ebft.ce_coef, *masks)
-        self.values.extend(value.detach() for value in (*scores, terms.rl, terms.ce, terms.total))
+        rows, blocks, targets = (None, None, None) if self.masks is None else self.masks.of(index)
+        logprobs, coefficients = request.logprobs(scores), (ebft.rl_coef, ebft.ce_coef)
+        terms = loss_terms(logprobs, advantages, self.counts, *coefficients, rows, blocks, targets, ebft.entropy_coef)
+        self.values.extend(value.detach() for value in (*scores, *_values_of(terms)))
         return guarded(terms.total, self.experiences[index].loss_inputs if self.experiences else ())
 
     def backward(self, output: Tensor, gradient: Tensor | None) -> None:
@@ -123,10 +124,17 @@ class _GradientPass:
 
     def learned(self) -> list[Learned]:
         """Log-probabilities and loss shares of all micro-batches, on every stage; one broadcast."""
-        shapes = [shape for request in self.requests for shape in (*request.shapes(), (), (), ())]
+        entropies = self.trainer.config.ebft.entropy_coef > 0
+        of_terms: list[tuple[int, ...]] = [()] * (3 + entropies)
+        shapes = [shape for request in self.requests for shape in (*request.shapes(), *of_terms)]
         shared = iter(share_from_last_stage(self.values, shapes, torch.float32, self.trainer.groups))
         learned = []
         for request in self.requests:
             logprobs = request.logprobs([next(shared) for _ in request.shapes()])
-            learned.append(Learned(logprobs, LossTerms(rl=next(shared), ce=next(shared), total=next(shared))))
+            learned.append(Learned(logprobs, LossTerms(*(next(shared) for _ in of_terms))))
         return learned
+
+
+def _values_of(terms: LossTerms) -> list[Tensor]:
+    """Those that are computed, in the order of the fields."""
+    return [value for value in (terms.rl, terms.ce, terms.total, terms.entropy) if value is not None]

@@ -45,7 +45,7 @@ def loss_masks(
         raise ValueError("data.document_masking needs rows with masked documents (TokenBatch.with_document_masking)")
     # Without rollouts there are no blocks, and document masking drops nothing else.
     drops_blocks = config.data.document_masking and config.uses_rollouts
-    drops_targets = not config.data.train_on_first_token and config.ebft.ce_coef > 0
+    drops_targets = not config.data.train_on_first_token and config.uses_targets
     if not drops_blocks and not drops_targets and config.data.on_error != "skip" and not config.data.skip_rows:
         return None
     rows = tuple(batch.row_indices >= 0 for batch in micro_batches)

@@ -46,7 +46,7 @@ def train_step(
     judged: CriticStep | None = None
     if trainer.feature_network is not None:
         reuse = trainer.reuse
-        with_targets = reuse != "off" and config.ebft.ce_coef > 0
+        with_targets = reuse != "off" and config.uses_targets
         with timers.phase("rollout"), trainer.policy(recording=reuse == "activations") as policy:
             with_logprobs = "logprobs" in trainer.rewarding.needs
             table = None if trainer.critic is None else trainer.critic.table

@@ -43,6 +43,8 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         "ebft/rl_loss": torch.stack([item.terms.rl for item in result.learned]).sum(),
         "ebft/ce_loss": torch.stack([item.terms.ce for item in result.learned]).sum(),
     }
+    if entropies := [item.terms.entropy for item in result.learned if item.terms.entropy is not None]:
+        sums["train/entropy"] = torch.stack(entropies).sum()
     has_blocks = bool(result.experiences) and (result.masks is None or result.masks.num_blocks > 0)
     if has_blocks:
         rewards = [experience.rewards for experience in result.experiences]
@@ -78,11 +80,10 @@ def step_metrics(trainer: Trainer, result: StepResult, learning_rate: float) -> 
         metrics["ebft/advantages_std"] = 0.0 if variance <= 0 else math.sqrt(variance)
     if not result.experiences:
         del metrics["ebft/rl_loss"]
-    if ebft.ce_coef == 0:
+    if not trainer.config.uses_targets:
         del metrics["ebft/ce_loss"]
-    metrics["train/loss"] = ebft.rl_coef * metrics.get("ebft/rl_loss", 0.0) + ebft.ce_coef * metrics.get(
-        "ebft/ce_loss", 0.0
-    )
+    weights = {"ebft/rl_loss": ebft.rl_coef, "ebft/ce_loss": ebft.ce_coef, "train/entropy": -ebft.entropy_coef}
+    metrics["train/loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
     metrics["train/grad_norm"] = result.update.grad_norm
     metrics["train/lr"] = learning_rate
     return metrics | _mask_metrics(trainer, result.masks)

@@ -85,7 +85,7 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
         if not config.data.train_on_first_token:
             learned &= rows.document_ids.diff(dim=1) == 0
         numbers = (int(counted.sum()), int(learned.sum()))
-        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, *numbers)
+        counts = count_tokens(plan, int(real.sum()), ebft.rl_coef, ebft.ce_coef, *numbers, ebft.entropy_coef)
         rollout = advantages = values = None
         if ebft.rl_coef > 0:
             table = None if critic is None else critic.table
@@ -101,9 +101,13 @@ def plain_steps(case: Case, groups, directory: str, followed: Sequence[Mapping[s
             truth.rollouts.append(rollout.tokens)
             truth.grams.append(gram)
         forest = rollout.forest if rollout else None
-        request = ScoreRequest(rows.tokens, forest, ebft.ce_coef > 0, ebft.temperature, rows.documents, values)
+        request = ScoreRequest(
+            rows.tokens, forest, config.uses_targets, ebft.temperature, rows.documents, values, ebft.entropy_coef > 0
+        )
         logprobs = request.logprobs(score(stage, request, plan))
-        terms = loss_terms(logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, counted_targets=learned)
+        terms = loss_terms(
+            logprobs, advantages, counts, ebft.rl_coef, ebft.ce_coef, None, None, learned, ebft.entropy_coef
+        )
         optimizer.zero_grad()
         terms.total.backward()
         truth.projections.append(projections_of(stage))

@@ -25,7 +25,7 @@ SHORT_KEYS = {
 OPTIMAL_TOKEN_BASELINE, PREFIX_VALUES = "optimal_token_baseline", "prefix_values"
 OTHERS = (OPTIMAL_TOKEN_BASELINE, PREFIX_VALUES)
 # Keys in which estimators of one gradient may differ: how it is estimated, not what it is the gradient of.
-HOW = ("advantage_estimator", "n_samples_per_prompt", "merge_equal_prefixes", "ce_coef")
+HOW = ("advantage_estimator", "n_samples_per_prompt", "merge_equal_prefixes", "ce_coef", "entropy_coef")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def measured_config(config: RunConfig, data: Path) -> RunConfig:
         "data": config.data.model_copy(update={"shards": data, "sources": None, "workers": 0, "on_error": "raise"}),
         "evaluation": EvaluationConfig(),
         "parallel": ParallelConfig(),
-        "ebft": config.ebft.model_copy(update={"ce_coef": 0.0, "rl_coef": 1.0}),
+        "ebft": config.ebft.model_copy(update={"ce_coef": 0.0, "entropy_coef": 0.0, "rl_coef": 1.0}),
         "train": config.train.model_copy(update={"dtype": "float32"}),
         "zero": ZeroConfig(stage=0),
         "checkpoint": CheckpointConfig(resume="never"),

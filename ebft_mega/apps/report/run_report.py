@@ -31,6 +31,12 @@ TRAINING_CHARTS = (
         (("train/loss", "loss"), ("ebft/ce_loss", "cross-entropy")),
     ),
     Chart(
+        "entropy",
+        "Entropy of the next token",
+        "On the same rows, at temperature 1 (nats per token); the loss subtracts it, times `ebft.entropy_coef`.",
+        (("train/entropy", "entropy"),),
+    ),
+    Chart(
         "rl_loss",
         "RL loss",
         "Mean of -advantage x log-probability. Its value says little; its gradient is what trains.",

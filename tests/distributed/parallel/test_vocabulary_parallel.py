@@ -93,16 +93,19 @@ def results_of(case: Case, garbage: float, groups) -> dict[str, Any]:
     nucleus = keep_nucleus(own_slice.exclude_padding_(at_temperature(own, TEMPERATURE)), 0.9, own_slice)
     rows, tokens_of_rows = own.flatten(0, 2), choices.flatten(0, 2)
     temperature = torch.full((len(rows),), TEMPERATURE, dtype=torch.float64)
-    scores = score_rows(rows, tokens_of_rows, temperature, own_slice)
-    gradient = gradient_of_logits(
-        rows, tokens_of_rows, temperature, scores.normalizers, upstream.flatten(0, 2), own_slice
-    )
+    scores = score_rows(rows, tokens_of_rows, temperature, own_slice, with_entropy=True)
+    of_rows = rows, tokens_of_rows, temperature, scores.normalizers
+    gradient = gradient_of_logits(*of_rows, upstream.flatten(0, 2), own_slice)
+    none, towards_entropies = torch.zeros_like(upstream.flatten(0, 2)), upstream.flatten(0, 2)[:, 0]
+    of_entropies = gradient_of_logits(*of_rows, none, own_slice, entropy=(scores.entropies, towards_entropies))
     return {
         "tokens": tokens,
         "shared": shared,
         "kept": nucleus.isfinite(),
         "logprobs": scores.logprobs.view(choices.shape),
         "gradient": gradient.view(own.shape),
+        "entropies": scores.entropies.view(choices.shape[:-1]),
+        "gradient_of_entropies": of_entropies.view(own.shape),
     }
 
 
@@ -150,6 +153,27 @@ def test_logprobs_and_gradients_equal_torch_s_log_softmax(case, garbage, of_rank
         torch.testing.assert_close(own["logprobs"].double(), expected, atol=tolerance, rtol=tolerance)
     gradient = torch.cat([own["gradient"] for own in found], dim=-1)
     assert gradient.dtype == case.dtype
+    assert gradient[..., case.vocabulary :].eq(0).all()
+    tolerance = 4e-3 if case.dtype == torch.bfloat16 else tolerance
+    torch.testing.assert_close(
+        gradient[..., : case.vocabulary].double(), expected_gradient, atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("garbage", [str(value) for value in GARBAGE])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_entropies_and_their_gradients_equal_those_of_torch(case, garbage, of_ranks):
+    logits, _, _, upstream = inputs_of(case)
+    logits = logits.double().requires_grad_()
+    logprobs = (logits / TEMPERATURE).log_softmax(dim=-1)
+    expected = -(logprobs.exp() * logprobs).sum(dim=-1)
+    (expected_gradient,) = torch.autograd.grad(expected, logits, upstream[..., 0].double())
+    found = [results[case.name, garbage] for results in of_ranks]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}[case.dtype]
+    for own in found:
+        torch.testing.assert_close(own["entropies"].double(), expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(own["entropies"], found[0]["entropies"])
+    gradient = torch.cat([own["gradient_of_entropies"] for own in found], dim=-1)
     assert gradient[..., case.vocabulary :].eq(0).all()
     tolerance = 4e-3 if case.dtype == torch.bfloat16 else tolerance
     torch.testing.assert_close(

@@ -27,7 +27,7 @@ H, LAYERS, DEPTH, ANCHOR = 32, 5, 3, 20
 
 PLAIN = Case("rollouts only", ("ebft.ce_coef=0",))
 MEAN = Case("mean pooling", ("ebft.ce_coef=0", "ebft.embed_method=mean_pooling"))
-PER_LAYER = Case("per layer", ("ebft.ce_coef=0", "ebft.feature_norm=per_layer"))
+PER_LAYER = Case("per layer, entropy", ("ebft.ce_coef=0", "ebft.entropy_coef=0.1", "ebft.feature_norm=per_layer"))
 SEPARATE = Case("a separate forward pass", ("ebft.ce_coef=0", "learn.reuse_rollout=off"))
 ACTIVATIONS = Case(
     "saved activations", ("ebft.ce_coef=0", "learn.reuse_rollout=activations", "zero.hold_parameters=step")
@@ -52,9 +52,9 @@ class Nodes:
     predicting: int  # prefixes of 1, 2, ..., G - 1 tokens, those too that the document holds
 
     @classmethod
-    def of(cls, rollouts: Tensor, batch: TokenBatch) -> "Nodes":
+    def of(cls, rollouts: Tensor, batch: TokenBatch, document: int) -> "Nodes":
         """Of rollouts [B, n, K, G], counted one prefix at a time."""
-        levels = prefixes_by_level(rollouts, batch, BlockPlan(P, 4, 4, G, N), ANCHOR)
+        levels = prefixes_by_level(rollouts, batch, BlockPlan(P, 4, 4, G, N), document)
         predicting = sum(len(level.prefixes) for level in levels[:-1])
         return cls(tuple(len(level.nodes) for level in levels), predicting)
 
@@ -82,7 +82,7 @@ def one_step(layout: Layout, case: Case, directory: str) -> tuple[dict, dict, li
     with Traffic(groups, phases) as traffic:
         result = train_step(trainer, rows_of_step(1, groups), 1, LEARNING_RATE)
     nodes = [
-        Nodes.of(experience.rollout.tokens, batch)
+        Nodes.of(experience.rollout.tokens, batch, P - 1 if case is PER_LAYER else ANCHOR)
         for experience, batch in zip(result.experiences, result.micro_batches, strict=True)
     ]
     return dict(traffic.calls), dict(traffic.bytes), nodes
@@ -116,7 +116,9 @@ def expected_bytes_of_micro_batch(
     many_slices, many_stages = layout.tensor > 1, layout.pipeline > 1
     is_mean, is_per_layer = "mean_pooling" in str(case.overrides), "per_layer" in str(case.overrides)
     tokens_read = G if is_mean else 1
-    decoded, packed, read = B * ANCHOR + nodes.fed_back, B * P + sum(nodes.by_level), nodes.read(tokens_read)
+    # With entropies the document is read up to its end, and the head scores it.
+    targets, document = (B * (P - 1), P - 1) if case is PER_LAYER else (0, ANCHOR)
+    decoded, packed, read = B * document + nodes.fed_back, B * P + sum(nodes.by_level), nodes.read(tokens_read)
     head_rows, block_features = B * K + nodes.predicting, K * (N + 1)
     is_separate, has_graph, vector = case is SEPARATE, case is ACTIVATIONS, RANK * (case is CRITIC)
     # Two numbers for each row, and one for the choice of each sample of its anchor; with a critic a mean vector.
@@ -151,12 +153,14 @@ def expected_bytes_of_micro_batch(
         ("learn", "tensor_parallel", "all-reduce"): many_slices
         * (
             hidden(decoded) * (back_and_forth * layers + first * (not has_graph))
-            + last * (hidden(head_rows) + is_separate * FLOAT32 * scored)
+            + last * (hidden(head_rows + targets) + FLOAT32 * (is_separate * scored + targets * (2 + N + 1)))
         ),
         ("learn", "pipeline_parallel", "send"): many_stages
         * hidden(decoded)
         * ((not last) * is_separate + (not first)),
-        ("learn", "pipeline_parallel", "broadcast"): many_stages * FLOAT32 * (B * N * K * G + 3 + bool(vector)),
+        ("learn", "pipeline_parallel", "broadcast"): many_stages
+        * FLOAT32
+        * (B * N * K * G + 3 + bool(vector) + 2 * targets + bool(targets)),
     }
     return found
 

@@ -14,7 +14,8 @@ LLAMA = Case("llama tied")
 QWEN2 = Case("qwen2 untied", model_type="qwen2", tied=False)
 QWEN3 = Case("qwen3", model_type="qwen3", tied=False)
 ACTIVATIONS = Case(
-    "saved activations, with cross-entropy", ("learn.reuse_rollout=activations", "zero.hold_parameters=step")
+    "saved activations, with cross-entropy and entropy",
+    ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.entropy_coef=0.2"),
 )
 # Used from the second step on, as the step before has fitted it.
 FITTED = ("ebft.advantage_estimator=token_critic", "ebft.use_whitening=false", "options.token_critic.warmup_batches=1")
@@ -22,7 +23,7 @@ CRITIC = Case(
     "token critic", (*FITTED, "ebft.alignment=inner_product", "ebft.embed_method=mean_pooling", "ebft.temperature=0.6")
 )
 MASKED = (
-    Case("masked documents", (MASKING, "train.micro_batch_size=2"), "qwen3"),
+    Case("masked documents, entropy", (MASKING, "train.micro_batch_size=2", "ebft.entropy_coef=0.2"), "qwen3"),
     Case(
         "masked documents, separate forward pass",
         (MASKING, "learn.reuse_rollout=off", "train.attention=dense"),
@@ -71,11 +72,14 @@ VARIANTS = {
         "rollouts only", ("ebft.ce_coef=0", "ebft.temperature=0.8", "train.grad_clip=0", "train.weight_decay=0.1")
     ),
     "parameters held for a step": Case("parameters held for a step", ("zero.hold_parameters=step",)),
-    "a separate forward pass": Case("a separate forward pass", ("learn.reuse_rollout=off",)),
+    "a separate forward pass": Case(
+        "a separate forward pass, entropy without cross-entropy",
+        ("learn.reuse_rollout=off", "ebft.ce_coef=0", "ebft.entropy_coef=0.5"),
+    ),
     "saved activations": Case(
         "saved activations", ("learn.reuse_rollout=activations", "zero.hold_parameters=step", "ebft.ce_coef=0")
     ),
-    "saved activations, with cross-entropy": ACTIVATIONS,
+    "saved activations, with cross-entropy and entropy": ACTIVATIONS,
     "much merged": Case("much merged", ("ebft.temperature=0.25", "train.micro_batch_size=2")),
     "nothing merged": Case("nothing merged", ("ebft.merge_equal_prefixes=false",)),
     "parameters never held": Case("parameters never held", ("zero.hold_parameters=none",)),
@@ -90,7 +94,7 @@ VARIANTS = {
 }
 # What slices and what stages have most to do with; the others are slow.
 OFTEN_TENSOR = (
-    *("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy"),
+    *("nucleus and joint mean pooling", "rollouts only", "saved activations, with cross-entropy and entropy"),
     *("much merged", "token critic"),
 )
 OFTEN_PIPELINE = (

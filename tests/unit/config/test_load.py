@@ -114,7 +114,7 @@ def test_unknown_key_text(problems):
         "stride, context_length, generate_max_len, n_samples_per_prompt, temperature, top_p, "
         "merge_equal_prefixes, feature_layers, embed_method, layer_weights, feature_norm, use_whitening, whitening, "
         "alignment, alignment_coef, diversity_coef, "
-        "reward_terms, rl_coef, ce_coef, advantage_estimator, feature_model, noise_interval. "
+        "reward_terms, rl_coef, ce_coef, entropy_coef, advantage_estimator, feature_model, noise_interval. "
         "Did you mean 'ebft.stride'?"
     ]
 
@@ -418,6 +418,8 @@ def test_sequence_parallel_needs_tensor_parallel(problems):
 
 def test_neither_loss_or_no_reward(problems, load):
     assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0")[0]
+    assert "ebft.ce_coef is 0 too" in problems(BASE, "ebft.rl_coef=0", "ebft.entropy_coef=0.1")[0]
+    assert "ebft.entropy_coef" in problems(BASE, "ebft.entropy_coef=-0.1")[0]
     none = ("ebft.alignment_coef=0", "ebft.diversity_coef=0")
     assert "ebft.diversity_coef is 0 too; expected" in problems(BASE, *none)[0]
     with in_registries():

@@ -39,6 +39,7 @@ EXPECTED = {
     (INNER, "ebft.top_p=0.9"): "no function (rollouts of a nucleus)",
     (INNER, "ebft.use_whitening=true", "ebft.ce_coef=0.1"): "no function (whitened rewards) + 0.1 (cross-entropy)",
     ("ebft.rl_coef=0", "ebft.ce_coef=1"): "cross-entropy",
+    ("ebft.rl_coef=0", "ebft.ce_coef=1", "ebft.entropy_coef=0.1"): "cross-entropy - 0.1 (entropy of the next token)",
 }
 
 

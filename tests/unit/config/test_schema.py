@@ -52,6 +52,7 @@ INTERFACE_DEFAULTS = {
     "ebft.diversity_coef": 1.0,
     "ebft.reward_terms": {},
     "ebft.rl_coef": 1.0,
+    "ebft.entropy_coef": 0.0,
     "ebft.ce_coef": 0.0,
     "ebft.advantage_estimator": "rloo",
     "ebft.feature_model": None,

@@ -1,4 +1,7 @@
-"""Log-probabilities of chosen tokens equal the softmax written out; so do gradients; chunks change nothing."""
+"""Log-probabilities of chosen tokens and entropies equal the softmax written out, gradients too, however chunked."""
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_mega.model import head
-from ebft_mega.model.head import RowScores, ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
+from ebft_mega.model.head import LinearValues, RowScores, ScoredTokens, gradient_of_logits, logprobs_of_rows, score_rows
 from ebft_mega.parallel.vocabulary import VocabularySlice
 
 VOCABULARY, TEMPERATURE, HIDDEN = 11, 0.6, 6
@@ -148,6 +151,90 @@ def test_the_gradient_equals_finite_differences(whole):
     assert torch.autograd.gradcheck(
         lambda rows, matrix: logprobs_of_rows(rows, matrix, fewer, whole(VOCABULARY)), (hidden, small)
     )
+
+
+def expected_entropies(hidden: Tensor, weight: Tensor, scored: ScoredTokens) -> Tensor:
+    """All logits at once, recorded by autograd; 0 for rows whose entropy is not asked for."""
+    logprobs = (F.linear(hidden, weight) / scored.temperature[:, None]).log_softmax(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return entropies.masked_fill(torch.arange(len(hidden)) < scored.entropies_from, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("entropic", "known", "valued"), [(0, 0, 0), (20, 20, 0), (20, 20, 13), (33, 0, 20), (50, 0, 0)]
+)
+def test_entropies_and_their_gradients_are_those_of_autograd(whole, monkeypatch, entropic, known, valued):
+    """Beside known rows and rows with values of their own; rows before have no part in it."""
+    monkeypatch.setattr(head, "HEAD_ROWS", 8)
+    hidden, weight, scored, upstream = head_case()
+    generator = torch.Generator().manual_seed(1)
+    table, directions = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (131, valued))
+    logits = F.linear(hidden, weight).detach()[:known]
+    of_known = score_rows(logits, scored.tokens[:known], scored.temperature[:known], whole(131), table)
+    scored = replace(
+        scored,
+        known=of_known if known else None,
+        values=LinearValues(table, directions) if valued else None,
+        entropies_from=entropic,
+    )
+    found = logprobs_of_rows(hidden, weight, scored, whole(131))
+    expected = [expected_logprobs(hidden, weight, scored), expected_entropies(hidden, weight, scored)[:, None]]
+    if valued:
+        softmax = (F.linear(hidden, weight) / scored.temperature[:, None]).softmax(-1)[:valued]
+        expectations = (softmax @ table * directions).sum(-1)
+        expected.insert(1, F.pad(expectations, (0, 50 - valued))[:, None])
+    expected = torch.cat(expected, dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for own, other in zip(
+        torch.autograd.grad(found, (hidden, weight), upstream),
+        torch.autograd.grad(expected, (hidden, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, atol=1e-11, rtol=0)
+
+
+def test_the_gradient_of_entropies_equals_finite_differences(whole):
+    hidden, weight, scored, _ = head_case(5)
+    small = weight[:VOCABULARY].detach().requires_grad_()
+    fewer = ScoredTokens(scored.tokens % VOCABULARY, scored.temperature, entropies_from=2)
+    assert torch.autograd.gradcheck(
+        lambda rows, matrix: logprobs_of_rows(rows, matrix, fewer, whole(VOCABULARY))[:, -1], (hidden, small)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropies_of_certain_and_of_even_distributions(whole, dtype):
+    """Where probabilities underflow there is no 0 times minus infinity, in the entropy or in its gradient."""
+    logits = torch.zeros(3, 131, dtype=dtype)
+    logits[1, 5], logits[2] = 3000.0, -1e6  # certain; even again
+    tokens, temperature = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, dtype=torch.float64)
+    scores = score_rows(logits, tokens, temperature, whole(131), with_entropy=True)
+    expected = torch.tensor([math.log(131), 0.0, math.log(131)], dtype=dtype)
+    torch.testing.assert_close(scores.entropies, expected, atol=1e-6, rtol=0)
+    none, one = torch.zeros(3, 1, dtype=dtype), torch.ones(3, dtype=dtype)
+    gradient = gradient_of_logits(
+        logits, tokens, temperature, scores.normalizers, none, whole(131), entropy=(scores.entropies, one)
+    )
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
+    logits[1, 7] = torch.nan
+    assert score_rows(logits, tokens, temperature, whole(131), with_entropy=True).entropies.isnan().tolist() == [
+        *(False, True, False)
+    ]
+
+
+def test_without_entropies_nothing_changes(whole):
+    """Not a bit of values and gradients, nor what is kept."""
+    hidden, weight, scored, upstream = head_case()
+    plain = logprobs_of_rows(hidden, weight, scored, whole(131))
+    with_entropies = logprobs_of_rows(hidden, weight, replace(scored, entropies_from=0), whole(131))
+    assert torch.equal(plain, with_entropies[:, :-1])
+    for own, other in zip(
+        torch.autograd.grad(plain, (hidden, weight), upstream),
+        torch.autograd.grad(with_entropies, (hidden, weight), F.pad(upstream, (0, 1))),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, atol=1e-15, rtol=1e-12)
 
 
 def test_no_logits_are_kept_for_the_backward_pass(whole):

@@ -1,5 +1,7 @@
 """Losses: their values, their gradients, and that shares of micro-batches add up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,6 +41,7 @@ def test_counts():
     assert TokenCounts(5 * 3 * 4 * 2, 5 * 11) == COUNTS
     assert count_tokens(PLAN, 5, 0.0, 1.0) == TokenCounts(0, 55)
     assert count_tokens(PLAN, 5, 1.0, 0.0) == TokenCounts(120, 0)
+    assert count_tokens(PLAN, 5, 1.0, 0.0, entropy_coef=0.1) == TokenCounts(120, 55)
 
 
 @pytest.mark.parametrize("by_token", [False, True])
@@ -78,6 +81,40 @@ def test_gradient_of_a_token_is_that_of_the_softmax_at_temperature():
     onehot = torch.nn.functional.one_hot(rollouts, VOCABULARY)
     expected = advantages[..., None, None] * (probabilities - onehot) / TEMPERATURE / rollouts.numel()
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("coefficients", [(0.7, 0.3), (0.7, 0.0), (0.0, 0.3)])
+@pytest.mark.parametrize("masked", [None, "rows", "targets"])
+def test_entropies_are_subtracted_over_what_the_cross_entropy_counts(coefficients, masked):
+    *logits, rollouts, targets, advantages = random_case()
+    rl_coef, ce_coef = coefficients
+    logprobs = logits[1].log_softmax(dim=-1)
+    ours = replace(logprobs_of(*logits, rollouts, targets), entropies=-(logprobs.exp() * logprobs).sum(dim=-1))
+    if not rl_coef:
+        ours = replace(ours, rollout=None)
+    counted = torch.ones(NUM_ROWS, 11, dtype=torch.bool)
+    masks = {}
+    if masked == "rows":
+        counted[1:3] = False
+        masks = {"counted_rows": counted[:, 0]}
+    elif masked:
+        counted[1, 2:5] = counted[4] = False
+        masks = {"counted_rows": counted[:, 0], "counted_targets": counted}
+    entropy = ours.entropies[counted].mean()
+    ours = replace(ours, entropies=ours.entropies.masked_fill(~counted, torch.nan))  # may be anything
+    counts = count_tokens(PLAN, NUM_ROWS, rl_coef, ce_coef, num_targets=int(counted.sum()), entropy_coef=0.2)
+    assert counts.target_tokens == counted.sum()
+    terms = loss_terms(ours, advantages, counts, rl_coef, ce_coef, **masks, entropy_coef=0.2)
+    torch.testing.assert_close(terms.entropy, entropy.detach())
+    expected = rl_coef * terms.rl + ce_coef * terms.ce - 0.2 * terms.entropy
+    torch.testing.assert_close(terms.total.detach(), expected)
+    torch.testing.assert_close(terms.ce, -ours.target[counted].mean().detach())
+    plain = loss_terms(replace(ours, entropies=None), advantages, counts, rl_coef, ce_coef, **masks)
+    assert plain.entropy is None
+    (found,) = torch.autograd.grad(terms.total, logits[1], retain_graph=True)
+    (of_entropy,) = torch.autograd.grad(entropy, logits[1], retain_graph=True)
+    (of_plain,) = torch.autograd.grad(plain.total, logits[1])
+    torch.testing.assert_close(found, of_plain - 0.2 * of_entropy)
 
 
 @settings(max_examples=20)

@@ -148,6 +148,8 @@ SETTINGS = {
     "critic-activations": ("activations", (*CRITIC, *ONE_ROW)),
     "critic-concat": ("checkpoints", (*CRITIC, "ebft.embed_method=concat", "ebft.generate_max_len=4", "ebft.stride=4")),
     "critic-many-samples": ("off", (*MEAN_CRITIC, "ebft.n_samples_per_prompt=12")),
+    # Of 254 rows, more than rollouts have.
+    "entropies": ("off", (*MANY_LOGITS[:1], "ebft.stride=56", "ebft.ce_coef=0.1", "ebft.entropy_coef=0.1")),
     "layers-not-head": ("checkpoints", ("model.config.vocab_size=64",)),
 }
 CASES = [

@@ -31,7 +31,7 @@ from tests.explicit_features import explicit_feature
 from tests.unit.model.test_against_transformers import random_hf_model
 
 SAMPLING = SamplingSettings(seed=7, temperature=0.8, top_p=1.0)
-RL_COEF, CE_COEF, ALIGNMENT_COEF, DIVERSITY_COEF = 1.0, 0.3, 1.0, 0.7
+RL_COEF, CE_COEF, ENTROPY_COEF, ALIGNMENT_COEF, DIVERSITY_COEF = 1.0, 0.3, 0.2, 1.0, 0.7
 NUM_ROWS = 2
 
 
@@ -148,14 +148,25 @@ def naive_rollouts(s) -> Tensor:
     return rollouts
 
 
+def naive_target_logits(s) -> Tensor:
+    """[B, P - 1, V]: what predicts each row's own tokens, every document by itself, with gradient."""
+    logits = []
+    for row, tokens in enumerate(s.batch.tokens):
+        documents = sorted({document_of(s, row, position) for position in range(s.plan.sequence_length)})
+        logits.append(torch.cat([s.hf_policy(tokens[start:end][None]).logits[0] for start, end in documents]))
+    return torch.stack(logits)[:, :-1]
+
+
+def naive_entropy(logits: Tensor) -> Tensor:
+    """Of each distribution [..., V] at temperature 1, in nats: its expectation of minus its log-probabilities."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 def naive_logprobs(s, rollouts: Tensor) -> tuple[Tensor, Tensor]:
     """[B, n, K, G] at the sampling temperature and [B, P - 1] at temperature 1, with gradient."""
-    plan, tokens = s.plan, s.batch.tokens
-    logits = []
-    for row in range(NUM_ROWS):
-        documents = sorted({document_of(s, row, position) for position in range(plan.sequence_length)})
-        logits.append(torch.cat([s.hf_policy(tokens[row, start:end][None]).logits[0] for start, end in documents]))
-    targets = torch.stack(logits)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    plan = s.plan
+    targets = naive_target_logits(s).log_softmax(-1).gather(-1, s.batch.tokens[:, 1:, None])[..., 0]
     scored = torch.zeros(rollouts.shape, dtype=torch.float64)
     parts = []
     for row in range(NUM_ROWS):

@@ -18,13 +18,14 @@ from ebft_mega.rollout.generate import generate_rollouts
 from ebft_mega.rollout.packed_order import counted_blocks
 from ebft_mega.rollout.score import ScoreRequest, score
 from ebft_mega.train.loss_masks import loss_masks
-from ebft_mega.types import PolicyLogprobs, Rollout
+from ebft_mega.types import Rollout
 from tests.explicit_features import NORMS
 from tests.unit.reward.rewards import advantages_of, rewards_of
 from tests.unit.train.naive_blocks import (
     ALIGNMENT_COEF,
     CE_COEF,
     DIVERSITY_COEF,
+    ENTROPY_COEF,
     NUM_ROWS,
     RL_COEF,
     SAMPLING,
@@ -34,9 +35,11 @@ from tests.unit.train.naive_blocks import (
     document_of,
     naive_advantage,
     naive_block,
+    naive_entropy,
     naive_features,
     naive_logprobs,
     naive_rollouts,
+    naive_target_logits,
     setting_of,
 )
 
@@ -135,15 +138,20 @@ def test_packed_step_equals_naive_step(setting, reuse):
     assert (advantages - naive_advantages).abs().max() <= 1e-6
 
     # Log-probabilities, loss and gradient, both sides with our advantages so that only the policy is compared.
-    request = ScoreRequest(s.batch.tokens, rollout.forest, True, SAMPLING.temperature, s.batch.documents)
-    ours = PolicyLogprobs(*score(s.policy, request, plan, saved=sampled.saved))
+    request = ScoreRequest(
+        s.batch.tokens, rollout.forest, True, SAMPLING.temperature, s.batch.documents, entropies=True
+    )
+    ours = request.logprobs(score(s.policy, request, plan, saved=sampled.saved))
     expected_logprobs, expected_targets = naive_logprobs(s, rollout.tokens)
     assert (ours.rollout - expected_logprobs).abs().max() <= 1e-9
     assert (ours.target - expected_targets).abs().max() <= 1e-9
 
+    expected_entropies = naive_entropy(naive_target_logits(s))
+    assert (ours.entropies - expected_entropies).abs().max() <= 1e-9
+
     counts = count_tokens(plan, NUM_ROWS, RL_COEF, CE_COEF, int(counted.sum()))
-    terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF)
-    expected_loss = -CE_COEF * expected_targets.mean()
+    terms = loss_terms(ours, advantages, counts, RL_COEF, CE_COEF, entropy_coef=ENTROPY_COEF)
+    expected_loss = -CE_COEF * expected_targets.mean() - ENTROPY_COEF * expected_entropies.mean()
     if counted.any():
         of_tokens = (-advantages[..., None] * expected_logprobs).transpose(1, 2)[counted]  # [counted blocks, n, G]
         expected_loss = expected_loss + RL_COEF * of_tokens.mean()
@@ -164,23 +172,25 @@ def test_without_the_first_tokens_of_documents_the_loss_is_of_all_others(setting
     s = setting
     batch = s.batch if masked else replace(s.batch, documents=None)
     data = SimpleNamespace(document_masking=False, on_error="raise", skip_rows=(), train_on_first_token=False)
-    config = SimpleNamespace(data=data, uses_rollouts=False, ebft=SimpleNamespace(ce_coef=CE_COEF))
+    config = SimpleNamespace(data=data, uses_rollouts=False, uses_targets=True)
     masks = loss_masks([batch], s.plan, config, groups)
-    (target,) = score(s.policy, ScoreRequest(batch.tokens, None, True, 0.8, batch.documents), s.plan)
+    request = ScoreRequest(batch.tokens, None, True, 0.8, batch.documents, entropies=True)
+    ours = request.logprobs(score(s.policy, request, s.plan))
     counts = count_tokens(s.plan, masks.num_rows, 0.0, CE_COEF, masks.num_blocks, masks.num_targets)
-    terms = loss_terms(PolicyLogprobs(None, target), None, counts, 0.0, CE_COEF, *masks.of(0))
+    terms = loss_terms(ours, None, counts, 0.0, CE_COEF, *masks.of(0), entropy_coef=ENTROPY_COEF)
 
-    parts = []
+    parts, entropies = [], []
     for row in range(NUM_ROWS):
         for start, end in sorted({document_of(s, row, position) for position in range(s.plan.sequence_length)}):
             seen = start if masked else 0
             logits = s.hf_policy(batch.tokens[row, seen:end][None]).logits[0, start - seen : -1]
             parts.append(logits.log_softmax(-1).gather(-1, batch.tokens[row, start + 1 : end, None])[:, 0])
-    expected = -torch.cat(parts).mean()
+            entropies.append(naive_entropy(logits))
+    expected, entropy = -torch.cat(parts).mean(), torch.cat(entropies).mean()
     assert masks.num_targets == len(torch.cat(parts)) < NUM_ROWS * (s.plan.sequence_length - 1)
-    assert abs(terms.ce.item() - expected.item()) <= 1e-9
+    assert abs(terms.ce.item() - expected.item()) <= 1e-9 and abs(terms.entropy.item() - entropy.item()) <= 1e-9
     terms.total.backward()
-    (CE_COEF * expected).backward()
+    (CE_COEF * expected - ENTROPY_COEF * entropy).backward()
     compared = dict(hf_tensors(((name, parameter.grad) for name, parameter in s.policy.named_parameters()), s.policy))
     scale = max(parameter.grad.abs().max() for parameter in s.hf_policy.parameters())
     for name, parameter in s.hf_policy.named_parameters():
