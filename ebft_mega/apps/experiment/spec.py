@@ -48,6 +48,9 @@ class Arm(Section):
     seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = key(
         None, "Seeds of its runs (default: those of the experiment)."
     )
+    directory: str | None = key(
+        None, "Run directory of its only run, within `output_dir` (default: one below `output_dir`/runs)."
+    )
     about: str = key("", "What a reader of the report should know of it.")
     reported: bool = key(True, "Whether it is evaluated; an arm may be there only for others to start from.")
 

@@ -100,12 +100,26 @@ def _of_arm(spec: ExperimentSpec, name: str, arm: Arm) -> Iterator[Problem]:
         if len(values) < 2 or len(set(map(repr, values))) < len(values):
             expected = "two values or more, all different"
             yield Problem("", f"{key}.tune.{setting}", f"{len(values)} values: {describe(list(values))}", expected)
+    yield from _of_directory(spec, key, arm)
     if (
         not arm.reported
         and not any(name in (each.start, each.like) for each in spec.arms.values())
         and name != spec.start
     ):
         yield Problem("", f"{key}.reported", "false, and nothing starts from this arm", "an arm that is of use")
+
+
+def _of_directory(spec: ExperimentSpec, key: str, arm: Arm) -> Iterator[Problem]:
+    if arm.directory is None:
+        return
+    seeds = arm.seeds if arm.seeds is not None else spec.seeds
+    if len(seeds) != 1 or arm.model is not None:
+        yield Problem("", f"{key}.directory", f"{len(seeds)} runs or none", "an arm of one seed that is trained")
+    elif is_expandable(arm.directory) is None and is_expandable(spec.output_dir) is None:
+        place, output = place_of(arm.directory), place_of(spec.output_dir)
+        others = [each.directory for each in spec.arms.values() if each is not arm]
+        if output not in place.parents or arm.directory in others:
+            yield Problem("", f"{key}.directory", describe(arm.directory), "a directory of its own within `output_dir`")
 
 
 def _of_setting(key: str, setting: str) -> Iterator[Problem]:

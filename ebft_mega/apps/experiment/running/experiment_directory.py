@@ -13,6 +13,7 @@ from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
 
 LOCK_NAME = ".experiment.lock"
 EVALUATIONS = "evaluations"
+DATA = "data"  # where an experiment's file may let its commands put datasets, which have stamps of their own
 
 
 @contextmanager
@@ -35,14 +36,17 @@ def experiment_lock(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def set_aside(output: Path, say: Callable[[str], None], names: Sequence[str] = ()) -> None:
+def set_aside(
+    output: Path, say: Callable[[str], None], names: Sequence[str] = (), but: Sequence[str] = ()
+) -> None:
     """Move what is in an experiment's directory into a folder of `previous/`; nothing is deleted.
 
     Args:
         names: what is moved; empty: everything.
+        but: what stays.
     """
     items = list(output.iterdir()) if output.is_dir() else []
-    found = [item for item in items if item.name not in (PREVIOUS, LOCK_NAME) and (not names or item.name in names)]
+    found = [item for item in items if item.name not in (PREVIOUS, LOCK_NAME, *but) and (not names or item.name in names)]
     if not found:
         return
     aside = output / PREVIOUS / f"{datetime.now(UTC):{DATE_FORMAT}}"

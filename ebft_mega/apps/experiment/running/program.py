@@ -9,7 +9,7 @@ from pathlib import Path
 from ebft_mega.apps.experiment.declared.spec_file import SpecFile, read_spec
 from ebft_mega.apps.experiment.declared.spec_rules import names_in, spec_problems
 from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, record_uses
-from ebft_mega.apps.experiment.running.experiment_directory import EVALUATIONS, experiment_lock, set_aside
+from ebft_mega.apps.experiment.running.experiment_directory import DATA, EVALUATIONS, experiment_lock, set_aside
 from ebft_mega.apps.experiment.running.experiment_runner import ExperimentRunner
 from ebft_mega.apps.experiment.running.job_pool import JobPool
 from ebft_mega.apps.experiment.running.start_checks import (
@@ -46,6 +46,9 @@ class ExperimentOptions:
     has_fresh_evaluations: bool = False
     may_reuse_report_split: bool = False
     overrides: tuple[str, ...] = ()
+    steps_share: float = 1.0  # of the configured steps of every run
+    rows: int | None = None  # of the report split, in place of the file's
+    sets_changes_aside: bool = False  # results that were made from something else are no error
 
 
 def say(text: str) -> None:
@@ -71,6 +74,8 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
             set_aside(setup.output, say)
         elif options.has_fresh_evaluations:
             set_aside(setup.output, say, [EVALUATIONS])
+        if options.sets_changes_aside and has_changed(experiment):
+            set_aside(setup.output, say, but=[DATA])
         require_unchanged(experiment)
         for note in seed_notes(setup):
             say(note)
@@ -82,6 +87,15 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
                 require_unchanged(experiment)
                 runner.notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=True)
             record_next_uses(setup, wanted, stage)
+
+
+def has_changed(experiment: DeclaredExperiment) -> bool:
+    """Whether results are there that were made from something else."""
+    try:
+        require_unchanged(experiment)
+    except InputError:
+        return True
+    return False
 
 
 def record_next_uses(setup: ExperimentSetup, wanted: list[Stage], done: Stage) -> None:
@@ -100,7 +114,10 @@ def read_setup(options: ExperimentOptions) -> ExperimentSetup:
     if options.output is not None:
         spec = file.spec.model_copy(update={"output_dir": written_path(options.output)})
         file = SpecFile(file.path, spec, file.lines)
-    setup = ExperimentSetup(file, options.overrides, options.num_ranks)
+    if options.rows is not None:
+        evaluation = file.spec.evaluation.model_copy(update={"rows": options.rows})
+        file = SpecFile(file.path, file.spec.model_copy(update={"evaluation": evaluation}), file.lines)
+    setup = ExperimentSetup(file, options.overrides, options.num_ranks, options.steps_share)
     problems = [*names_in(options.only, setup.spec), *configuration_problems(setup)]
     if problems:
         raise ConfigError(problems)

@@ -48,5 +48,7 @@ class ToolCommands:
             for name, choice in measured.feature_maps.items():
                 keys = choice.model_dump(mode="json", exclude_none=True)
                 arguments += ["--feature-map", name, *(f"{key}={write_value(value)}" for key, value in keys.items())]
-        arguments += ["--set", *setup.overrides] if setup.overrides else []
+        # One process evaluates, whatever the layout of the runs.
+        overrides = [each for each in setup.overrides if not each.startswith("parallel.")]
+        arguments += ["--set", *overrides] if overrides else []
         return tool_command("evaluate.py", arguments)

@@ -30,6 +30,7 @@ class ExperimentSetup:
     file: SpecFile
     overrides: tuple[str, ...] = ()  # `key=value` texts for every run and evaluation
     num_ranks: int = 1  # processes of a run
+    steps_share: float = 1.0  # of the configured steps of every run
     _loaded: dict[tuple[str, ...], RunConfig] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -88,6 +89,9 @@ def _folder(trial: Trial) -> Path:
 
 def run_directory(setup: ExperimentSetup, trial: Trial) -> Path:
     """Run directory of a trial that is trained."""
+    own = setup.spec.arms[trial.arm].directory
+    if own is not None and trial.purpose == "main":
+        return place_of(own)
     return setup.output / "runs" / _folder(trial)
 
 
@@ -144,7 +148,17 @@ def trial_overrides(setup: ExperimentSetup, trial: Trial, chosen: Mapping[str, C
     given = replace_overrides(replace_overrides(of_split, own), setup.overrides)
     if "evaluation.shards" not in map(key_of, given):
         given = [f"evaluation.shards={_path_value(split_place(setup, 'tuning'))}", *given]
-    return replace_overrides(given, decided)
+    return replace_overrides(given, [*decided, *_fewer_steps(setup, place_of(plan.config), given)])
+
+
+def _fewer_steps(setup: ExperimentSetup, config: Path, given: list[str]) -> list[str]:
+    """`key=value` texts for the share of the steps that is asked for, at least 2 (a first and a last one)."""
+    if setup.steps_share == 1:
+        return []
+    configured = load_config(config, given)
+    steps = max(2, round(configured.total_steps * setup.steps_share))
+    warmup = min(configured.train.warmup_steps, steps - 1)
+    return [f"train.max_steps={steps}", "train.max_tokens=null", f"train.warmup_steps={warmup}"]
 
 
 def trial_config(setup: ExperimentSetup, trial: Trial, chosen: Mapping[str, Choice]) -> RunConfig:
