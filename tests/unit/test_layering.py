@@ -60,7 +60,7 @@ LIGHT_MODULES = (
     *("evaluation.multiple_comparisons", "evaluation.student_t"),
     *("apps.noise.estimator_specs", "apps.noise.noise_request"),
     "apps.evaluation_request",
-    *("apps.report.arm_comparison", "apps.report.run_report", "apps.report.seeds", "apps.study.arms"),
+    *("apps.report.arm_comparison", "apps.report.run_report"),
     *("apps.experiment.arm_values", "apps.experiment.choosing", "apps.report.condition_evaluations"),
     *("apps.experiment.experiment_findings", "apps.experiment.experiment_report", "apps.report.experiment_plots"),
 )

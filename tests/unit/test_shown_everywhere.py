@@ -26,8 +26,6 @@ PRINTED = {
     },
     "ebft_mega/apps/written_evaluation.py": {"blocks", "rows"},
     "tools/convert_hf.py": {"result", "usage", "comparison", "verdict"},
-    "tools/quickstart.py": {"runner.summary()", "page.relative_to(ROOT)"},
-    "tools/study.py": {"runner.summary()"},
     "tools/bench_step.py": {"words", "tables"},
     "tools/bench_data.py": {"what", "options.processes", "processes"},
     "tools/fuzz.py": {"TITLES", "figures(tally)"},

@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 
 from ebft_mega.apps.experiment.declared.spec_file import place_of
 from ebft_mega.apps.experiment.spec import Preparation
-from ebft_mega.apps.study.arms import DATA_CODE
 from ebft_mega.apps.study.phases import PhaseRunner, source_fingerprint
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
 
+# All that a dataset's contents depend on, below `ebft_mega/`.
+DATA_CODE = ("config", "data", "extension", "io", "registry", "errors.py")
 MOST_HASHED_BYTES = 2**26  # of a file that a command names
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from ebft_mega.apps.report.arm_comparison import write_comparison
 from ebft_mega.apps.report.evaluation_plot import plot_evaluation
-from ebft_mega.apps.report.seeds import write_study
 from ebft_mega.errors import InputError
 
 ROWS = 64
@@ -117,10 +116,6 @@ def test_rows_without_figures_are_left_out_of_pairs(tmp_path):
     assert found["by_group"]["low"] > 0
     assert "with masked documents" in summary["conditions"]
 
-    write_study({0: arms, 1: arms}, tmp_path / "study", "warm start")
-    study = {entry["metric"]: entry for entry in json.loads((tmp_path / "study" / "study.json").read_text())}
-    assert set(study) == {"eval/ce_loss", "eval/alignment"}
-    assert study["eval/alignment"]["by_seed"] == pytest.approx([np.mean(pairs)] * 2)
     assert plot_evaluation(arms["EBFT"] / "evaluation.json").read_bytes().startswith(b"\x89PNG")
 
 
@@ -142,8 +137,6 @@ def test_what_an_evaluation_left_out_is_no_pair_and_the_pages_say_so(tmp_path, a
     assert directions["EBFT", "warm start", "eval/ce_loss"] == "lower"
     assert ("EBFT", "warm start", "eval/alignment") not in directions
     assert summary["values"]["EBFT"]["eval/alignment"] is None
-    page = write_study({0: arms, 1: arms}, tmp_path / "study", "warm start").read_text()
-    assert f"Seed 1, EBFT: {sentence}" in page
     content["per_row"] = {"eval/alignment": [None] * ROWS}
     path.write_text(json.dumps(content))
     assert plot_evaluation(path).read_bytes().startswith(b"\x89PNG")
@@ -242,39 +235,3 @@ def test_damaged_file(tmp_path, arms, change, key):
 def test_missing_file(tmp_path, arms):
     with pytest.raises(InputError, match="no such file"):
         write_comparison(arms | {"lost": tmp_path / "lost.json"}, tmp_path / "out")
-
-
-def test_study_needs_every_seed_to_agree(tmp_path):
-    seeds = {}
-    for seed, alignment in ((0, 0.3), (1, 0.3), (2, -0.05)):
-        shifts = {"eval/ce_loss": -0.2 - 0.01 * seed, "eval/alignment": alignment}
-        flat = {"eval/ce_loss": 0.0, "eval/alignment": 0.0}
-        seeds[seed] = {
-            "warm start": write_evaluation(tmp_path / f"w{seed}", flat, seed=10 + seed),
-            "EBFT": write_evaluation(tmp_path / f"e{seed}", shifts, seed=20 + seed),
-        }
-    html = write_study(seeds, tmp_path / "out", "warm start").read_text()
-    found = {entry["metric"]: entry for entry in json.loads((tmp_path / "out" / "study.json").read_text())}
-    assert found["eval/ce_loss"]["shown"] == "lower"
-    assert found["eval/alignment"]["interval"]["low"] > 0
-    assert found["eval/alignment"]["shown"] == "no difference shown"
-    assert found["eval/ce_loss"]["by_seed"] == pytest.approx([-0.2, -0.21, -0.22], abs=0.01)
-    assert f"{np.std(found['eval/ce_loss']['by_seed'], ddof=1):.4f}" in html
-
-
-def test_a_study_in_which_nothing_was_measured_by_row(tmp_path):
-    arms = {}
-    for name in ("warm start", "EBFT"):
-        arms[name] = write_evaluation(tmp_path / name, {"eval/ce_loss": 0.0})
-        path = arms[name] / "evaluation.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "per_row": {}}))
-    html = write_study({0: arms, 1: arms}, tmp_path / "out", "warm start").read_text()
-    assert "nothing to compare" in html and "differences.png" not in html
-    assert json.loads((tmp_path / "out" / "study.json").read_text()) == []
-
-
-def test_study_refuses_other_rows(tmp_path):
-    one = {"a": write_evaluation(tmp_path / "a", {"eval/ce_loss": 0.0})}
-    other = {"b": write_evaluation(tmp_path / "b", {"eval/ce_loss": 0.0})}
-    with pytest.raises(InputError, match="the arms of seed 0"):
-        write_study({0: one, 1: other}, tmp_path / "out", "a")

@@ -13,7 +13,6 @@ from ebft_mega.apps.report import page, plots
 from ebft_mega.apps.report.arm_comparison import write_comparison
 from ebft_mega.apps.report.evaluation_plot import plot_evaluation
 from ebft_mega.apps.report.run_report import write_run_report
-from ebft_mega.apps.report.seeds import write_study
 from ebft_mega.evaluation.bootstrap import Interval
 from ebft_mega.shown_text import escaped
 from tests.unit.apps.experiment.written_experiment import TEMPERATURES, Truth, spec_of, write_results
@@ -62,11 +61,6 @@ def hostile_comparison(directory):
     return write_comparison(arms, output, arm_facts=facts, links=links, notes=[HOSTILE])
 
 
-def hostile_study(directory):
-    arms = hostile_arms(directory)
-    return write_study({0: arms, 1: arms}, directory / f"study {HOSTILE}", HOSTILE, [HOSTILE])
-
-
 def hostile_experiment(directory):
     """Write the report of an experiment whose file and evaluations are hostile."""
     other = f"other {TEXT}"
@@ -94,7 +88,6 @@ def place(address):
 PAGES = {
     "run": (hostile_run, 11),
     "comparison": (hostile_comparison, 16),
-    "study": (hostile_study, 5),
     "experiment": (hostile_experiment, 40),
 }
 
@@ -159,5 +152,5 @@ def test_a_value_that_a_template_lacks_is_an_error(tmp_path):
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError, match="'plot' is undefined"):
-        page.write_page(tmp_path / "report.html", "study.html", title="", subtitle="")
+        page.write_page(tmp_path / "report.html", "comparison.html", title="", subtitle="")
     assert not (tmp_path / "report.html").exists()

@@ -51,21 +51,17 @@ def quickstart():
 
 
 def test_the_default_budget_runs_the_configured_steps(quickstart):
-    scale = quickstart["scale_for"](quickstart["FULL_SECONDS"])
-    assert scale.steps(100) == 100
-    assert scale.evaluation_rows == quickstart["FULL_ROWS"]
+    share = quickstart["share_of_steps"](quickstart["FULL_SECONDS"])
+    assert share == 1
+    assert quickstart["evaluation_rows"](share) == quickstart["FULL_ROWS"]
 
 
 def test_budgets_scale_what_is_not_fixed(quickstart):
     full, fixed = quickstart["FULL_SECONDS"], quickstart["FIXED_SECONDS"]
-    half = quickstart["scale_for"]((full + fixed) / 2)
-    assert half.steps(100) == 50
-    assert half.evaluation_rows == quickstart["FULL_ROWS"] // 2
-    assert quickstart["scale_for"](0).steps(100) == 2
-    assert quickstart["scale_for"](0).evaluation_rows == quickstart["LEAST_ROWS"]
-    more = quickstart["scale_for"](2 * full - fixed)
-    assert more.steps(100) == 200
-    assert more.evaluation_rows == quickstart["FULL_ROWS"]
+    share, rows = quickstart["share_of_steps"], quickstart["evaluation_rows"]
+    assert share((full + fixed) / 2) == 0.5 and rows(0.5) == quickstart["FULL_ROWS"] // 2
+    assert share(0) == 0 and rows(0) == quickstart["LEAST_ROWS"]
+    assert share(2 * full - fixed) == 2 and rows(2) == quickstart["FULL_ROWS"]
 
 
 def test_evaluation_refuses_overrides_of_a_file_that_is_not_given():
