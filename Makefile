@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## train a small model on real code with strided EBFT and write a report (about 10 minutes)
 	$(BIN)/python tools/quickstart.py $(QUICKSTART_FLAGS)
 
-study: $(STAMP) ## the quickstart's three arms over several seeds (not part of the quickstart; an hour or more)
-	$(BIN)/python tools/study.py $(STUDY_FLAGS)
+study: $(STAMP) ## the quickstart's question over several seeds, with every control (hours; not part of the quickstart)
+	$(BIN)/python tools/experiment.py configs/experiments/code.yaml $(STUDY_FLAGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
