@@ -40,6 +40,12 @@ def evaluation_content(
             }
             for condition, found in sorted(figures.conditions.items())
         ],
+        # The configuration's temperature and feature map, for whoever looks for a length alone.
+        "by_completion_length": {
+            str(condition.completion_length): _means(found)
+            for condition, found in sorted(figures.conditions.items())
+            if (condition.temperature, condition.features) == (grid.own.temperature, grid.own.features)
+        },
         "feature_maps": {choice.name: choice.words for choice in grid.maps},
         "calibration": [
             {"temperature": temperature, "means": _calibration_means(found), "per_row": found.per_row}

@@ -36,6 +36,7 @@ class Condition:
 #     "per_position": {metric key: [R][POSITION_BINS] numbers or null}, by the anchor's place in the row
 #   with the metric keys of rollouts: eval/feature_matching_loss, eval/cfm_loss, eval/alignment, eval/raw_cosine,
 #   eval/duplicate_share. The old top-level means and "per_row" are those of the configuration's own condition.
+# "by_completion_length": {length: means}, of the configuration's own temperature and feature map
 # "feature_maps": {name: what it is, in the words of the configuration's keys}
 # "calibration": a list of objects, one for each temperature of the next-token distribution, each with
 #     "temperature"

@@ -104,6 +104,9 @@ def test_models_differ_and_share_rows(files):
     conditions = [(each["temperature"], each["completion_length"], each["features"]) for each in a["conditions"]]
     assert conditions == [(t, g, name) for t in (0.8, 1.2) for g in (2, 4) for name in ("last", "trained")]
     own = a["conditions"][conditions.index((0.8, 4, "trained"))]
+    assert a["by_completion_length"] == {
+        str(length): a["conditions"][conditions.index((0.8, length, "trained"))]["means"] for length in (2, 4)
+    }
     assert own["means"] == {key: a[key] for key in own["means"]} and len(own["means"]) == 5
     assert own["per_row"] == {key: a["per_row"][key] for key in own["per_row"]}
     last = a["conditions"][conditions.index((0.8, 4, "last"))]

@@ -36,9 +36,7 @@ def experiment_lock(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def set_aside(
-    output: Path, say: Callable[[str], None], names: Sequence[str] = (), but: Sequence[str] = ()
-) -> None:
+def set_aside(output: Path, say: Callable[[str], None], names: Sequence[str] = (), but: Sequence[str] = ()) -> None:
     """Move what is in an experiment's directory into a folder of `previous/`; nothing is deleted.
 
     Args:
@@ -46,7 +44,8 @@ def set_aside(
         but: what stays.
     """
     items = list(output.iterdir()) if output.is_dir() else []
-    found = [item for item in items if item.name not in (PREVIOUS, LOCK_NAME, *but) and (not names or item.name in names)]
+    stays = {PREVIOUS, LOCK_NAME, *but}
+    found = [item for item in items if item.name not in stays and (not names or item.name in names)]
     if not found:
         return
     aside = output / PREVIOUS / f"{datetime.now(UTC):{DATE_FORMAT}}"
