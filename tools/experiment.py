@@ -34,9 +34,20 @@ def parse_arguments() -> ExperimentOptions:
         action="store_true",
         help="report on a split that was reported on before, in another experiment; the report says so",
     )
+    slurm = parser.add_argument_group("as Slurm arrays, a job for each stage and a task for each run")
+    slurm.add_argument("--slurm", action="store_true", help="write the batch scripts; options of sbatch may follow --")
+    slurm.add_argument("--submit", action="store_true", help="with --slurm: submit them, too")
+    slurm.add_argument("--stage", metavar="STAGE", help="run one task of a stage, as the scripts do")
+    slurm.add_argument("--task", type=whole_number(0), metavar="K", help="with --stage: its number")
     add_overrides_option(parser, "set a key of every run and evaluation, such as train.max_steps=2")
     add_permissions_option(parser)
-    arguments = parser.parse_args()
+    given, separator, sbatch_options = split_at_dashes(sys.argv[1:])
+    arguments = parser.parse_args(given)
+    for name, needed in (("submit", "slurm"), ("task", "stage")):
+        if getattr(arguments, name) not in (None, False) and not getattr(arguments, needed):
+            parser.error(f"--{name} goes with --{needed}")
+    if separator and not arguments.slurm:
+        parser.error("options of sbatch, after --, go with --slurm")
     return ExperimentOptions(
         spec=arguments.spec,
         output=arguments.output,
@@ -49,7 +60,19 @@ def parse_arguments() -> ExperimentOptions:
         has_fresh_evaluations=arguments.fresh_evaluations,
         may_reuse_report_split=arguments.reuse_report_split,
         overrides=tuple(arguments.overrides),
+        stage=arguments.stage,
+        task=arguments.task,
+        sbatch_options=tuple(sbatch_options) if arguments.slurm else None,
+        submits=arguments.submit,
     )
+
+
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """What stands before `--` on a command line, whether there is one, and what stands after it."""
+    if "--" not in arguments:
+        return arguments, False, []
+    place = arguments.index("--")
+    return arguments[:place], True, arguments[place + 1 :]
 
 
 def main() -> None:

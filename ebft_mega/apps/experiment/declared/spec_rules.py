@@ -1,11 +1,11 @@
 """What an experiment's file may not say, beyond the kinds of its values. No torch; reads no dataset."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebft_mega.apps.experiment.declared.spec_file import SpecFile, is_expandable, place_of
-from ebft_mega.apps.experiment.runs.arm_plans import lineage
+from ebft_mega.apps.experiment.runs.arm_plans import ArmPlan, arm_plans, lineage, needed_arms
 from ebft_mega.apps.experiment.spec import Arm, ExperimentSpec, Preparation
 from ebft_mega.config.schema import SECTIONS
 from ebft_mega.config.section_values import describe
@@ -56,7 +56,7 @@ def _names(spec: ExperimentSpec) -> Iterator[Problem]:
 
 
 def _circles(spec: ExperimentSpec) -> Iterator[Problem]:
-    """Circles of `like`, and of `start` with what arms take over from those that they are like."""
+    """Circles of `like`, and arms whose runs or choices need their own."""
     for name, arm in spec.arms.items():
         if arm.like is not None and lineage(spec.arms, name)[-1] != name:
             last = spec.arms[lineage(spec.arms, name)[-1]].like
@@ -64,18 +64,29 @@ def _circles(spec: ExperimentSpec) -> Iterator[Problem]:
                 yield Problem("", f"arms.{name}.like", _way(lineage(spec.arms, name), name), "arms that end somewhere")
         elif arm.like == name:
             yield Problem("", f"arms.{name}.like", f"{name!r}, the arm itself", "another arm")
+    plans = arm_plans(spec)
+    seen: set[frozenset[str]] = set()
     for name in spec.arms:
-        way, each = [name], _start(spec, name)
-        while each in spec.arms and each not in way:
-            way.append(each)
-            each = _start(spec, each)
-        if each == name:
-            yield Problem("", f"arms.{name}.start", _way(way, name), "a way that ends at a model")
+        way = _way_back(name, plans)
+        if way and frozenset(way) not in seen:
+            seen.add(frozenset(way))
+            key = "like" if plans[name].start not in way else "start"
+            yield Problem("", f"arms.{name}.{key}", _way(way, name), "runs that can be made one after the other")
 
 
-def _start(spec: ExperimentSpec, name: str) -> str:
-    own = (spec.arms[each].start for each in lineage(spec.arms, name))
-    return next((start for start in own if start is not None), "")
+def _way_back(name: str, plans: Mapping[str, ArmPlan]) -> list[str]:
+    """The arms over which an arm needs itself, from it on; none where it does not."""
+    ways = [[name]]
+    seen = {name}
+    while ways:
+        way = ways.pop(0)
+        for each in needed_arms(plans[way[-1]], plans):
+            if each == name:
+                return way
+            if each not in seen:
+                seen.add(each)
+                ways.append([*way, each])
+    return []
 
 
 def _way(names: list[str], end: str) -> str:

@@ -71,7 +71,7 @@ def identity(spec: ExperimentSpec, overrides: Sequence[str]) -> str:
     shown = {"question", "output_dir", "prepare", "secondary", "fronts", "limits"}
     content = spec.model_dump(mode="json", exclude=shown)
     for arm in content["arms"].values():
-        del arm["about"]
+        del arm["about"], arm["directory"]
     text = json.dumps([content, sorted(overrides)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

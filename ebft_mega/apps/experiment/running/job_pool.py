@@ -14,9 +14,9 @@ from ebft_mega.apps.experiment.runs.stamps import Stamp, Start, read_stamp, writ
 from ebft_mega.apps.study.phases import ask_to_stop
 from ebft_mega.errors import EXIT_STOPPED, EbftError
 from ebft_mega.io.expanded_paths import REPOSITORY
-from ebft_mega.io.process_signals import uninterrupted
+from ebft_mega.io.process_signals import SHELL_OFFSET, uninterrupted
 from ebft_mega.metrics.console import format_duration
-from ebft_mega.runtime.run_files import STATUS_NAME
+from ebft_mega.runtime.run_files import STATUS_NAME, failure_on_record, stop_on_record
 
 LOOK_SECONDS = 0.05  # between two looks at the processes
 LEAVE_SECONDS = 2.5  # that children have to save and end when this process is asked to stop
@@ -160,8 +160,7 @@ class JobPool:
             JobFailed: the job that has ended has failed.
         """
         if not each.stamp.is_done:
-            code = each.process.returncode
-            raise JobFailed(each.job, code or 1)
+            raise JobFailed(each.job, _code_of(each))
         if each.waiting and may_start:
             self._start(each.chain, each.waiting, each.seconds)
 
@@ -182,3 +181,12 @@ class JobPool:
             with contextlib.suppress(ChildProcessError):
                 self._running = [each for each in self._running if not self._has_ended(each)]
             time.sleep(LOOK_SECONDS)
+
+
+def _code_of(each: _Running) -> int:
+    """The exit code of a process that has failed; of a run what its ranks have recorded, as launchers change codes."""
+    recorded = None
+    if each.job.kind == "train":
+        recorded = failure_on_record(each.job.output) or stop_on_record(each.job.output)
+    code = each.process.returncode
+    return recorded or (SHELL_OFFSET - code if code < 0 else code) or 1

@@ -1,9 +1,10 @@
 """What `tools/experiment.py` does: check everything, then run the stages. No torch."""
 
 import os
+import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ebft_mega.apps.experiment.declared.spec_file import SpecFile, read_spec
@@ -12,6 +13,8 @@ from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, record_
 from ebft_mega.apps.experiment.running.experiment_directory import DATA, EVALUATIONS, experiment_lock, set_aside
 from ebft_mega.apps.experiment.running.experiment_runner import ExperimentRunner
 from ebft_mega.apps.experiment.running.job_pool import JobPool
+from ebft_mega.apps.experiment.running.plan_table import plan_lines
+from ebft_mega.apps.experiment.running.slurm_arrays import write_arrays
 from ebft_mega.apps.experiment.running.start_checks import (
     configuration_problems,
     require_own_splits,
@@ -19,7 +22,7 @@ from ebft_mega.apps.experiment.running.start_checks import (
     seed_notes,
 )
 from ebft_mega.apps.experiment.runs.command_lines import CommandLines, ToolCommands
-from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
+from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment, changes_of
 from ebft_mega.apps.experiment.runs.split_roles import uses_of
 from ebft_mega.apps.experiment.runs.stages import Stage
 from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup
@@ -49,6 +52,10 @@ class ExperimentOptions:
     steps_share: float = 1.0  # of the configured steps of every run
     rows: int | None = None  # of the report split, in place of the file's
     sets_changes_aside: bool = False  # results that were made from something else are no error
+    stage: str | None = None  # with `task`: run one trial of one stage
+    task: int | None = None
+    sbatch_options: tuple[str, ...] | None = None  # None: run here
+    submits: bool = False
 
 
 def say(text: str) -> None:
@@ -68,6 +75,13 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
     setup = read_setup(options)
     experiment = DeclaredExperiment(setup, commands or ToolCommands(), options.only)
     wanted = stages_until(experiment, options.until)
+    if options.is_plan:
+        for line in plan_lines(experiment):
+            print_line(line, sys.stdout)
+        return
+    if options.stage is not None:
+        run_task(experiment, options)
+        return
     with experiment_lock(setup.output):
         notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=False)
         if options.is_fresh:
@@ -79,6 +93,9 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
         require_unchanged(experiment)
         for note in seed_notes(setup):
             say(note)
+        if options.sbatch_options is not None:
+            submit_arrays(experiment, wanted, options)
+            return
         runner = make_runner(experiment, options)
         runner.notes = notes
         for stage in wanted:
@@ -96,6 +113,56 @@ def has_changed(experiment: DeclaredExperiment) -> bool:
     except InputError:
         return True
     return False
+
+
+def run_task(experiment: DeclaredExperiment, options: ExperimentOptions) -> None:
+    """Run one trial of a stage, as a task of a Slurm array does; others may run at the same time.
+
+    Raises:
+        InputProblems: something is wrong; nothing was started.
+        JobFailed, PhaseFailed: a command failed.
+    """
+    setup = experiment.setup
+    stage = stages_until(experiment, options.stage)[-1]
+    notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=stage.kind == "report")
+    runner = make_runner(experiment, replace(options, jobs=1))
+    runner.notes = notes
+    if not stage.arms:
+        runner.run(stage)
+        if stage.kind == "prepare":
+            require_own_splits(setup, options.may_reuse_report_split, reads_documents=True)
+        return
+    try:
+        chains = experiment.chains(stage)
+    except KeyError as error:
+        found = f"a stage that needs what is chosen for {error.args[0]}, which is not tuned yet"
+        raise InputError([Problem("--stage", stage.name, found, "the stages before it first")]) from None
+    if options.task is None or options.task >= len(chains):
+        found = "none" if options.task is None else str(options.task)
+        raise InputError([Problem("--task", "K", found, f"a number from 0 to {len(chains) - 1}")])
+    chain = chains[options.task]
+    if problems := [problem for job in chain.jobs for problem in changes_of(job)]:
+        raise InputError(problems)
+    record_uses(ledger_path(setup.output), uses_of(setup, stage.kind))
+    runner.pool.run([chain])
+
+
+def submit_arrays(experiment: DeclaredExperiment, stages: list[Stage], options: ExperimentOptions) -> None:
+    """Write the batch scripts, and submit them if that is asked for.
+
+    Raises:
+        PhaseFailed: `sbatch` refused a job.
+    """
+    command = [sys.executable, "tools/experiment.py", str(options.spec), "--ranks", str(options.num_ranks)]
+    command += ["--output", str(options.output)] if options.output is not None else []
+    command += ["--only", *options.only] if options.only else []
+    command += ["--reuse-report-split"] * options.may_reuse_report_split
+    command += ["--set", *options.overrides] if options.overrides else []
+    submit = write_arrays(experiment, stages, command, options.sbatch_options or ())
+    if options.submits:
+        PhaseRunner(REPOSITORY, say).run("submit", ["bash", str(submit)])
+    else:
+        say(f"bash {shlex.quote(str(submit))} submits the stages")
 
 
 def record_next_uses(setup: ExperimentSetup, wanted: list[Stage], done: Stage) -> None:

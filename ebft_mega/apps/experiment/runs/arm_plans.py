@@ -157,6 +157,11 @@ def _choices(plan: ArmPlan) -> list[str]:
     return [name for name in plan.chosen_as if name != plan.name]
 
 
+def needed_arms(plan: ArmPlan, plans: Mapping[str, ArmPlan]) -> list[str]:
+    """The arms without which an arm cannot be run: that it starts from, and those whose choices it takes."""
+    return [*_starts(plan, plans), *_choices(plan)]
+
+
 def closure(names: Sequence[str], plans: Mapping[str, ArmPlan]) -> set[str]:
     """Arms, and all that have to be run before them."""
     found: set[str] = set()
@@ -165,7 +170,7 @@ def closure(names: Sequence[str], plans: Mapping[str, ArmPlan]) -> set[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [*_starts(plans[name], plans), *_choices(plans[name])]
+            waiting += needed_arms(plans[name], plans)
     return found
 
 

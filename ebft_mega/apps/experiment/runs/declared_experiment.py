@@ -53,6 +53,10 @@ class DeclaredExperiment:
             found.append(Chain(trial_text(trial), tuple(jobs)))
         return found
 
+    def is_trained(self, trial: Trial) -> bool:
+        """Whether a trial's run is done."""
+        return training_job(self.setup, trial, self.chosen(), self.commands).is_done()
+
     def trials(self, stage: Stage, chosen: Mapping[str, Choice]) -> list[Trial]:
         """The trials of a stage.
 
@@ -106,7 +110,7 @@ class DeclaredExperiment:
                 for job in self._jobs_of(stage, trial, chosen):
                     if job.output not in seen:
                         seen.add(job.output)
-                        problems += _changes(job)
+                        problems += changes_of(job)
         roots = [problem for problem in problems if problem.key not in FOLLOWING]
         return roots or problems
 
@@ -120,7 +124,8 @@ class DeclaredExperiment:
             yield make("report")
 
 
-def _changes(job: Job) -> Iterator[Problem]:
+def changes_of(job: Job) -> Iterator[Problem]:
+    """What a job's result that is there was not made from, and would be now."""
     stamp = read_stamp(job.output)
     if stamp is not None:
         yield from differences(job.name, stamp.inputs, job.inputs)

@@ -33,7 +33,8 @@ def known_fingerprints(setup: ExperimentSetup) -> dict[Role, str]:
 
 def identity_of(setup: ExperimentSetup) -> str:
     """What decides an experiment's figures, as the ledger knows it."""
-    return identity(setup.spec, setup.overrides)
+    rehearsal = [f"steps={setup.steps_share}"] * (setup.steps_share != 1)
+    return identity(setup.spec, [*setup.overrides, *rehearsal])
 
 
 def own_configs(setup: ExperimentSetup) -> dict[str, RunConfig]:
