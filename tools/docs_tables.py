@@ -19,6 +19,16 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from ebft_mega.apps.experiment.spec import (
+    Arm,
+    Comparison,
+    EvaluationSection,
+    ExperimentSpec,
+    FeatureMapChoice,
+    Preparation,
+    Splits,
+    Tuning,
+)
 from ebft_mega.architecture.hf_config import Architecture
 from ebft_mega.config.axolotl.axolotl_keys import AXOLOTL_KEYS, OTHER_KEYS
 from ebft_mega.config.fields import allowed_text, default_text, registry_of, registry_of_names
@@ -50,6 +60,9 @@ ENTRIES_END = "<!-- End of the written entries. -->"
 AXOLOTL_PAGE = ROOT / "docs" / "axolotl.md"
 AXOLOTL_START = "<!-- Written by `make docs-tables` from ebft_mega/config/axolotl/axolotl_keys.py; edit it there. -->"
 AXOLOTL_END = "<!-- End of the written keys. -->"
+EXPERIMENTS_PAGE = ROOT / "docs" / "experiments.md"
+EXPERIMENTS_START = "<!-- Written by `make docs-tables` from ebft_mega/apps/experiment/spec.py; edit it there. -->"
+EXPERIMENTS_END = "<!-- End of the written keys. -->"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 
 
@@ -73,7 +86,7 @@ def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = default_text(field)
+    default = default_text(field) or '""'
     if not field.is_required() and field.default is not None:
         default = f"`{default}`"
     return f"| `{key}` | {default} | {allowed_text(field)} | {field.description} |"
@@ -172,12 +185,38 @@ def with_foreign_keys(page: str) -> str:
     return f"{before}{AXOLOTL_START}\n\n{foreign_keys()}\n{AXOLOTL_END}{after}"
 
 
+def experiment_keys() -> str:
+    """The keys of an experiment's file, one table per section."""
+    # The others have tables of their own.
+    own = {name: field for name, field in ExperimentSpec.model_fields.items() if field.description}
+    parts = [f"{inspect.getdoc(ExperimentSpec)}\n\n{_table('', own)}"]
+    for prefix, section in (
+        ("splits.", Splits),
+        ("prepare.", Preparation),
+        ("arms.NAME.", Arm),
+        ("tuning.", Tuning),
+        ("evaluation.", EvaluationSection),
+        ("evaluation.feature_maps.NAME.", FeatureMapChoice),
+        ("primary.", Comparison),
+    ):
+        parts.append(f"### `{prefix.removesuffix('.')}`\n\n{_section(prefix, section)}")
+    return "\n".join(parts)
+
+
+def with_experiment_keys(page: str) -> str:
+    """Replace the tables of the page about experiments; the rest stays."""
+    before, rest = page.split(f"{EXPERIMENTS_START}\n")
+    _, after = rest.split(EXPERIMENTS_END)
+    return f"{before}{EXPERIMENTS_START}\n\n{experiment_keys()}\n{EXPERIMENTS_END}{after}"
+
+
 def main() -> int:
     """Command line."""
     parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     AXOLOTL_PAGE.write_text(with_foreign_keys(AXOLOTL_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    EXPERIMENTS_PAGE.write_text(with_experiment_keys(EXPERIMENTS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

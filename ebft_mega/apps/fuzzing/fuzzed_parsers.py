@@ -228,5 +228,20 @@ PARSERS = tuple(
             is_json,
             readings.evaluations,
         ),
+        (
+            "experiment",
+            lambda: {"experiment.yaml": valid_files.EXPERIMENT.encode()},
+            {"experiment.yaml": either(_yaml_file, bytes_share=0.1)},
+            _is_yaml,
+            readings.experiment,
+        ),
+        ("stamp", lambda: {".run.json": valid_files.stamp()}, {".run.json": _JSON}, is_json, readings.stamp),
+        (
+            "split-ledger",
+            lambda: {"split_uses.json": valid_files.split_ledger()},
+            {"split_uses.json": _JSON},
+            is_json,
+            readings.ledger,
+        ),
     )
 )

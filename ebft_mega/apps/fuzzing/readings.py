@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+from ebft_mega.apps.experiment.declared.spec_file import read_spec
+from ebft_mega.apps.experiment.declared.spec_rules import spec_problems
+from ebft_mega.apps.experiment.declared.split_ledger import read_ledger, refused_uses, reuse_notes
+from ebft_mega.apps.experiment.runs.stamps import differences as differences_of_inputs
+from ebft_mega.apps.experiment.runs.stamps import read_stamp
 from ebft_mega.apps.report.evaluations import differences, read_evaluations
 from ebft_mega.apps.report.run_records import curves, read_good_lines
 from ebft_mega.checkpoint.run_state import RunState
@@ -107,6 +112,26 @@ def run_directory(directory: Path) -> None:
         own = Holder.of_this_process()
         str(holder), holder.lives_beside(own), holder.was_requeued_as(own)
     str(look(directory).words)
+
+
+def experiment(directory: Path) -> None:
+    """Read an experiment's file, and say everything that is wrong with it."""
+    read_spec(directory / "experiment.yaml", spec_problems)
+
+
+def stamp(directory: Path) -> None:
+    """Read what a run was made from, and compare it."""
+    found = read_stamp(directory / "run")
+    assert found is not None, "there is one"
+    list(differences_of_inputs("run", found.inputs, {"settings": {"train.lr": 1.0}, "code": "a", "start": None}))
+    str((found.cpu_seconds, found.wall_seconds))
+
+
+def ledger(directory: Path) -> None:
+    """Read what splits were used for."""
+    found = read_ledger(directory / "split_uses.json")
+    refused_uses(found, "a" * 64, "b" * 64, may_reuse=False)
+    reuse_notes(found, "a" * 64, "b" * 64)
 
 
 def evaluations(directory: Path) -> None:

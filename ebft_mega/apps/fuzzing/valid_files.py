@@ -265,6 +265,46 @@ def evaluation_file() -> bytes:
     return plain_json(content)
 
 
+# Its paths are there, so that nothing is wrong with it.
+EXPERIMENT = """\
+question: Does it?
+output_dir: out
+config: pyproject.toml
+splits: {train: made/train, tuning: made/tuning, report: made/report}
+prepare:
+- {makes: made, run: [tools/build_shards.py, --output, made]}
+start: warm
+arms:
+  warm: {seeds: [0], config: pyproject.toml}
+  ce: {tune: {train.lr: [0.001, 0.002]}, about: first}
+  ebft: {like: ce, set: {ebft.rl_coef: 1.0, ebft.feature_layers: [0.5, 1.0]}}
+  as it is: {model: tools}
+seeds: [0, 1]
+tuning: {seeds: [7], metric: alignment, rows: 8}
+evaluation:
+  temperatures: [0.6, 1.0]
+  completion_lengths: [4, 8]
+  feature_maps: {last: {embed_method: last_token}}
+primary: [{arm: ebft, against: ce, metric: brier, at: equal_temperature}]
+fronts: {mixtures: [ce, ebft]}
+limits: [none]
+"""
+
+
+def stamp() -> bytes:
+    """What a run was made from."""
+    inputs = {"settings": {"train.lr": 0.1, "ebft.feature_layers": [0.5]}, "code": "a" * 64, "start": None}
+    starts = [{"wall_seconds": 2.5, "cpu_seconds": 2.0, "exit_code": 0}]
+    return plain_json({"version": 1, "inputs": inputs, "is_done": True, "starts": starts})
+
+
+def split_ledger() -> bytes:
+    """Uses of a split by two experiments."""
+    use = {"fingerprint": "a" * 64, "role": "report", "experiment": "out", "spec": "c" * 64, "place": "data"}
+    uses = [use | {"date": "2026-01-01T00:00:00+00:00"}, use | {"role": "tuning", "date": "2026-01-02T00:00:00+00:00"}]
+    return plain_json({"version": 1, "uses": uses})
+
+
 def write_files(directory: Path, files: Files) -> None:
     """Write files of a directory, and make it."""
     for name, content in files.items():

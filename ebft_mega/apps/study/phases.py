@@ -120,7 +120,7 @@ class PhaseRunner:
         Raises:
             PhaseFailed: as in `run`.
         """
-        stamp = output.parent / f".{output.name}.inputs.json"
+        stamp = inputs_stamp(output)
         fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         reason = self._why_not_reusable(output, stamp, inputs)
         if not reason:
@@ -170,6 +170,11 @@ class PhaseRunner:
             reason = f"state {status.get('state')!r} after step {status.get('step')}; see {directory / 'logs'}"
             recorded = status.get("exit_code")
             raise PhaseFailed(name, command, recorded if type(recorded) is int and 0 < recorded < 256 else 1, reason)
+
+
+def inputs_stamp(output: Path) -> Path:
+    """Where it stands what `PhaseRunner.run_once` has made a directory from."""
+    return output.parent / f".{output.name}.inputs.json"
 
 
 def ask_to_stop(pid: int) -> None:

@@ -30,6 +30,13 @@ def test_the_page_about_axolotl_is_written_from_its_table():
     assert write(page.replace("`base_model`", "`base`")) == page
 
 
+def test_the_page_about_experiments_is_written_from_their_schema():
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    write = runpy.run_path(str(ROOT / "tools" / "docs_tables.py"))["with_experiment_keys"]
+    assert write(page) == page, "run `make docs-tables`"
+    assert write(page.replace("`arms.NAME.like`", "`arms.NAME.as`")) == page
+
+
 def test_an_edited_table_is_written_anew_and_the_rest_stays(with_tables):
     edited = PAGE.replace("| `train.lr` | `1e-06` |", "| `train.lr` | `1e-05` |")
     assert edited != PAGE and with_tables(edited) == PAGE

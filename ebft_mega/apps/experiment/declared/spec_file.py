@@ -17,6 +17,7 @@ from ebft_mega.apps.experiment.spec import (
     Splits,
     Tuning,
 )
+from ebft_mega.config.fields import is_possible_path
 from ebft_mega.config.section_values import MAX_EXPLAINED, describe, explain
 from ebft_mega.config.yaml_source import MAX_TEXT_BYTES, read_yaml
 from ebft_mega.errors import ConfigError, Problem
@@ -113,7 +114,8 @@ def _build(tree: Mapping[str, Any]) -> tuple[ExperimentSpec, list[Problem]]:
     problems += [replace(each, suggestion=each.suggestion.removeprefix("the file.")) for each in found]
     if spec is None:
         wrong = {problem.key.partition(".")[0] for problem in found}
-        good = {name: value for name, value in values.items() if name not in wrong}
+        known = set(ExperimentSpec.model_fields) - wrong
+        good = {name: value for name, value in values.items() if name in known}
         needed = {"question": "", "output_dir": "unset", "config": "unset", "splits": Splits(**_STAND_INS), "arms": {}}
         spec = ExperimentSpec.model_validate({**needed, **_tuples(good)})
     return spec, problems
@@ -139,10 +141,15 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def is_expandable(text: str) -> PathTextError | None:
+def path_error(text: str) -> PathTextError | None:
     """What is wrong with a path's text, if anything is."""
     try:
-        place_of(text)
+        place = place_of(text)
     except PathTextError as error:
         return error
-    return None
+    try:
+        str(place).encode()
+        is_possible = bool(text) and "://" not in text and is_possible_path(str(place))
+    except UnicodeEncodeError:
+        is_possible = False
+    return None if is_possible else PathTextError(describe(text), "a local path")

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ebft_mega.apps.experiment.declared.spec_file import SpecFile, is_expandable, place_of
+from ebft_mega.apps.experiment.declared.spec_file import SpecFile, path_error, place_of
 from ebft_mega.apps.experiment.runs.arm_plans import ArmPlan, arm_plans, lineage, needed_arms
 from ebft_mega.apps.experiment.spec import Arm, ExperimentSpec, Preparation
 from ebft_mega.config.schema import SECTIONS
@@ -126,7 +126,7 @@ def _of_directory(spec: ExperimentSpec, key: str, arm: Arm) -> Iterator[Problem]
     seeds = arm.seeds if arm.seeds is not None else spec.seeds
     if len(seeds) != 1 or arm.model is not None:
         yield Problem("", f"{key}.directory", f"{len(seeds)} runs or none", "an arm of one seed that is trained")
-    elif is_expandable(arm.directory) is None and is_expandable(spec.output_dir) is None:
+    elif path_error(arm.directory) is None and path_error(spec.output_dir) is None:
         place, output = place_of(arm.directory), place_of(spec.output_dir)
         others = [each.directory for each in spec.arms.values() if each is not arm]
         if output not in place.parents or arm.directory in others:
@@ -194,9 +194,7 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
 
 def _unexpandable(spec: ExperimentSpec) -> Iterator[Problem]:
     for key, text in _paths(spec):
-        if not text:
-            yield Problem("", key, "an empty text", "a path")
-        elif error := is_expandable(text):
+        if error := path_error(text):
             yield Problem("", key, error.found, error.expected, error.suggestion)
 
 
@@ -204,7 +202,7 @@ def _of_places(spec: ExperimentSpec) -> Iterator[Problem]:
     """Files and directories that are not there and that nothing makes."""
     made = [place_of(each.makes) for each in spec.prepare]
     for number, each in enumerate(spec.prepare):
-        tool = place_of(each.run[0]) if each.run else Path("/")
+        tool = place_of(each.run[0]) if each.run and path_error(each.run[0]) is None else Path("/")
         if not each.run or not (tool.is_file() and tool.suffix == ".py"):
             found = describe(each.run[0]) if each.run else "nothing"
             yield Problem("", f"prepare.{number}.run", found, "a tool of this repository and its arguments")

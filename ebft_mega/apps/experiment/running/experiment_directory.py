@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ebft_mega.apps.study.phases import inputs_stamp
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.lifecycle.findings import PREVIOUS
 from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
@@ -44,7 +45,8 @@ def set_aside(output: Path, say: Callable[[str], None], names: Sequence[str] = (
         but: what stays.
     """
     items = list(output.iterdir()) if output.is_dir() else []
-    stays = {PREVIOUS, LOCK_NAME, *but}
+    # What stays is there with the stamp of what it was made from.
+    stays = {PREVIOUS, LOCK_NAME, *but, *(inputs_stamp(output / name).name for name in but)}
     found = [item for item in items if item.name not in stays and (not names or item.name in names)]
     if not found:
         return

@@ -1,14 +1,16 @@
 """Make an experiment's inputs by its commands, each once. No torch."""
 
+import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from ebft_mega.apps.experiment.declared.spec_file import place_of
 from ebft_mega.apps.experiment.spec import Preparation
-from ebft_mega.apps.study.phases import PhaseRunner, source_fingerprint
-from ebft_mega.io.expanded_paths import REPOSITORY
+from ebft_mega.apps.study.phases import PhaseRunner, inputs_stamp, source_fingerprint
+from ebft_mega.io.expanded_paths import REPOSITORY, PathTextError, expanded
 from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
 
 # All that a dataset's contents depend on, below `ebft_mega/`.
@@ -36,8 +38,7 @@ def prepare(preparations: Sequence[Preparation], runner: PhaseRunner) -> None:
             "files": _files(each.run),
             "prepared": {name: mark for name, mark in made.items() if any(name in word for word in each.run)},
         }
-        stamp = output.parent / f".{output.name}.inputs.json"
-        if output.exists() and not stamp.exists():
+        if output.exists() and not inputs_stamp(output).exists():
             aside = output.with_name(f"{output.name}.{datetime.now(UTC):{DATE_FORMAT}}")
             runner.say(f"{output} was made by something else: it is renamed to {aside}")
             output.rename(aside)
@@ -49,6 +50,8 @@ def _files(words: Sequence[str]) -> dict[str, str]:
     """sha256 of the files that a command names, so that another text in their place is noticed."""
     found = {}
     for word in words[1:]:
+        with contextlib.suppress(PathTextError):  # the tool says so
+            word = expanded(word, os.environ)
         path = REPOSITORY / word
         if len(word) < 256 and path.is_file() and path.stat().st_size <= MOST_HASHED_BYTES:
             found[word] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -85,7 +85,7 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
     with experiment_lock(setup.output):
         notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=False)
         if options.is_fresh:
-            set_aside(setup.output, say)
+            set_aside(setup.output, say, but=[DATA])
         elif options.has_fresh_evaluations:
             set_aside(setup.output, say, [EVALUATIONS])
         if options.sets_changes_aside and has_changed(experiment):
