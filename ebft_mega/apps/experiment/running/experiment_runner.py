@@ -8,8 +8,9 @@ from ebft_mega.apps.experiment.running.job_pool import JobPool
 from ebft_mega.apps.experiment.running.preparing import prepare
 from ebft_mega.apps.experiment.running.results_file import write_results
 from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
+from ebft_mega.apps.experiment.runs.evaluation_batches import evaluation_batches
 from ebft_mega.apps.experiment.runs.stages import Stage
-from ebft_mega.apps.experiment.runs.trial_runs import trial_text
+from ebft_mega.apps.experiment.runs.trial_runs import Split, trial_text
 from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.errors import InputError, Problem
 
@@ -41,10 +42,23 @@ class ExperimentRunner:
         elif stage.kind == "report":
             self.report()
         else:
-            chains = self.experiment.chains(stage)
-            self.say(f"== {stage.name}: {len(chains)} " + ("run" if len(chains) == 1 else "runs"))
-            self.pool.run(chains)
+            self.run_trials(stage)
             self.show_choices(stage)
+
+    def run_trials(self, stage: Stage) -> None:
+        """Train what a stage trains, then evaluate what it evaluates, several models in one process."""
+        experiment = self.experiment
+        if stage.kind != "evaluate":
+            chains = experiment.training_chains(stage)
+            self.say(f"== {stage.name}: {len(chains)} {'run' if len(chains) == 1 else 'runs'}")
+            self.pool.run(chains)
+        splits: dict[str, tuple[Split, ...]] = {"tune": ("tuning",), "evaluate": ("tuning", "report")}
+        chosen = experiment.chosen()
+        trials = experiment.trials(stage, chosen)
+        for split in splits.get(stage.kind, ()):
+            self.say(f"== {stage.name}: {len(trials)} {'model' if len(trials) == 1 else 'models'} on the {split} split")
+            arguments = (experiment.setup, trials, split, chosen, experiment.commands, self.pool.jobs)
+            self.pool.run(evaluation_batches(*arguments))
 
     def show_choices(self, stage: Stage) -> None:
         """Say what was chosen in a stage of tuning."""

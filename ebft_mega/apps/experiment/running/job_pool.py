@@ -150,6 +150,7 @@ class JobPool:
             changes: dict[str, Any] = {"starts": (*each.stamp.starts[:-1], start), "is_done": is_done}
             each.stamp = each.stamp.model_copy(update=changes)
             write_stamp(each.job.output, each.stamp)
+            each.job.settle(each.stamp)
             each.seconds[each.job.kind] = each.seconds.get(each.job.kind, 0.0) + seconds
             return True
 

@@ -1,6 +1,7 @@
 """The command lines of an experiment's runs and evaluations. No torch."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,15 @@ class CommandLines(Protocol):
     def train(self, setup: ExperimentSetup, config: Path, overrides: list[str]) -> list[str]:
         """The command of a training run."""
 
-    def evaluate(self, setup: ExperimentSetup, split: Split, model: Path, features: Path | None) -> list[str]:
-        """The command of an evaluation, all but its `--output`."""
+    def evaluate(
+        self, setup: ExperimentSetup, split: Split, models: Mapping[str, Path], features: Path | None
+    ) -> list[str]:
+        """The command of an evaluation, all but its `--output`.
+
+        Args:
+            models: directories by name; one alone has none.
+            features: directory of the frozen network; None: as the configuration says.
+        """
 
 
 class ToolCommands:
@@ -32,11 +40,16 @@ class ToolCommands:
         command += ["launcher/train.py", "--config", str(config)]
         return [*command, "--set", *overrides] if overrides else command
 
-    def evaluate(self, setup: ExperimentSetup, split: Split, model: Path, features: Path | None) -> list[str]:
+    def evaluate(
+        self, setup: ExperimentSetup, split: Split, models: Mapping[str, Path], features: Path | None
+    ) -> list[str]:
         """Everything is measured in one sampling; lengths and maps of the report split alone."""
         spec = setup.spec
         rows = spec.evaluation.rows if split == "report" else spec.tuning.rows
-        arguments = ["--model", str(model), "--data", str(split_place(setup, split)), "--rows", str(rows)]
+        arguments = [
+            word for name, model in models.items() for word in ("--model", f"{name}={model}" if name else str(model))
+        ]
+        arguments += ["--data", str(split_place(setup, split)), "--rows", str(rows)]
         arguments += ["--config", str(place_of(spec.config))]
         arguments += ["--feature-model", str(features)] if features is not None else []
         measured = spec.evaluation

@@ -53,6 +53,12 @@ class DeclaredExperiment:
             found.append(Chain(trial_text(trial), tuple(jobs)))
         return found
 
+    def training_chains(self, stage: Stage) -> list[Chain]:
+        """The training runs of a stage, each by itself."""
+        chosen = self.chosen()
+        jobs = [training_job(self.setup, trial, chosen, self.commands) for trial in self.trials(stage, chosen)]
+        return [Chain(job.name.removeprefix("train "), (job,)) for job in jobs]
+
     def is_trained(self, trial: Trial) -> bool:
         """Whether a trial's run is done."""
         return training_job(self.setup, trial, self.chosen(), self.commands).is_done()

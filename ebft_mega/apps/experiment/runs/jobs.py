@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ebft_mega.apps.experiment.declared.spec_file import place_of
 from ebft_mega.apps.experiment.runs.command_lines import CommandLines
 from ebft_mega.apps.experiment.runs.job_inputs import evaluation_inputs, training_inputs
-from ebft_mega.apps.experiment.runs.stamps import differences, read_stamp
+from ebft_mega.apps.experiment.runs.stamps import Stamp, differences, read_stamp
 from ebft_mega.apps.experiment.runs.trial_runs import (
     ExperimentSetup,
     Split,
@@ -64,6 +64,9 @@ class Job:
             return False
         return bool(read_contained_json(self.output, STATUS_NAME, "the outcome of a run").get("state") == "done")
 
+    def settle(self, stamp: Stamp) -> None:
+        """Do what remains when the command has ended, as the stamp says."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -102,6 +105,6 @@ def evaluation_job(
 
     def command() -> list[str]:
         features = feature_model(setup, trial, chosen)
-        return [*commands.evaluate(setup, split, model_of(setup, trial), features), "--output", str(output)]
+        return [*commands.evaluate(setup, split, {"": model_of(setup, trial)}, features), "--output", str(output)]
 
     return Job(f"evaluate {trial_text(trial)} on {split}", "evaluate", output, command, inputs)

@@ -92,10 +92,13 @@ class SmallExperiment:
         script = f"mkdir -p {output}/{MODEL_FOLDER}; echo {shlex.quote(status)} > {output}/{STATUS_NAME}"
         return self._command(f"train {name}", script)
 
-    def evaluate(self, setup, split, model, features):
+    def evaluate(self, setup, split, models, features):
         template = shlex.quote(str(self.folder / "templates" / "evaluation.json"))
-        name = str(model).removeprefix(f"{self.output}/runs/").removesuffix(f"/{MODEL_FOLDER}")
-        return self._command(f"evaluate {name} on {split}", f'cp {template} "$2/evaluation.json"')
+        names = [
+            str(path).removeprefix(f"{self.output}/runs/").removesuffix(f"/{MODEL_FOLDER}") for path in models.values()
+        ]
+        places = [f'mkdir -p "$2/{each}" && cp {template} "$2/{each}/evaluation.json"' for each in models]
+        return self._command(f"evaluate {' and '.join(names)} on {split}", " && ".join(places))
 
     def _command(self, name, script):
         self.started.append(name)

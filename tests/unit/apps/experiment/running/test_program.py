@@ -19,7 +19,10 @@ def test_a_whole_experiment(small, capsys):
     assert sorted(trained) == sorted(TRAINED)
     assert trained[0] == TRAINED[0] and set(trained[1:3]) == set(TRAINED[1:3])  # what others need comes first
     evaluated = [name for name in small.started if name.endswith("on report")]
-    assert len(evaluated) == 5 and len(set(evaluated)) == 5  # each main run once, and none of the tuning
+    models = [each for name in evaluated for each in name.removesuffix(" on report").split()[1::2]]
+    # Each main run once, and none of the tuning; several in one process.
+    assert sorted(models) == sorted(name.removeprefix("train ") for name in TRAINED if "1000" not in name)
+    assert len(evaluated) == 2 and small.started[-2:] == evaluated
     results = json.loads((small.output / "results.json").read_text())
     assert results["chosen"] == {"ce": [["train.lr", 0.001]]}
     assert len(results["trials"]) == 7 and all(each["cost"]["cpu_seconds"] is not None for each in results["trials"])
@@ -62,7 +65,26 @@ def test_a_failed_run_is_named_with_its_last_words_and_the_rest_stays(small):
     assert "this is why" in str(caught.value) and caught.value.exit_code == 7
     small.fails = set()
     small.run(until="tune")
-    assert small.started == ["train ce/train.lr-0.002/seed-1000", "evaluate ce/train.lr-0.002/seed-1000 on tuning"]
+    assert small.started[0] == "train ce/train.lr-0.002/seed-1000"
+    assert len(small.started) == 3 and all(name.startswith("evaluate ce") for name in small.started[1:])
+
+
+def test_evaluations_that_share_a_process_are_each_their_own(small):
+    small.run(until="train")
+    small.fails = {" on report"}
+    with pytest.raises(JobFailed, match=r"evaluate on report: .*ce train.lr=0.001 seed 0.*exit code 7"):
+        small.run()
+    small.fails = set()
+    assert not list((small.output / "evaluations" / "report").glob("ce"))
+    small.run()
+    places = sorted((small.output / "evaluations" / "report").rglob("evaluation.json"))
+    assert len(places) == 5 and not list(small.output.rglob(".batch-*/*"))
+    stamps = [json.loads((each.parent.parent / f".{each.parent.name}.json").read_text()) for each in places]
+    assert all(stamp["is_done"] and stamp["starts"][-1]["exit_code"] == 0 for stamp in stamps)
+    assert len({json.dumps(stamp["inputs"]["model"]) for stamp in stamps}) == 5
+    (small.output / "evaluations" / "report" / "warm" / "seed-5" / "evaluation.json").unlink()
+    small.run()
+    assert small.started == ["evaluate warm/seed-5 on report"]
 
 
 def test_a_changed_setting_is_named_and_nothing_starts(small):
