@@ -151,6 +151,6 @@ def test_a_name_in_a_plot_is_no_formula(tmp_path, text):
 def test_a_value_that_a_template_lacks_is_an_error(tmp_path):
     from jinja2 import UndefinedError
 
-    with pytest.raises(UndefinedError, match="'plot' is undefined"):
+    with pytest.raises(UndefinedError, match="'statements' is undefined"):
         page.write_page(tmp_path / "report.html", "comparison.html", title="", subtitle="")
     assert not (tmp_path / "report.html").exists()
