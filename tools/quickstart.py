@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ebft_mega.apps.experiment.running.commands import default_num_ranks
 from ebft_mega.apps.experiment.running.program import ExperimentOptions, run_experiment
-from ebft_mega.apps.study.commands import default_num_ranks
 from ebft_mega.io.arguments import ToolParser, real_number, whole_number
 from ebft_mega.io.command import add_overrides_option, run_command
 

@@ -26,7 +26,7 @@ OTHERWISE = {
     "apps/fuzzing/syntax.py": "the syntax is judged, and nothing is read",
     "apps/fuzzing/valid_files.py": "valid files of this program",
     "apps/report/run_records.py": "a line that is none is left out and counted",
-    "apps/study/phases.py": "a value that was just written as JSON",
+    "apps/experiment/running/phases.py": "a value that was just written as JSON",
     "apps/written_evaluation.py": "an earlier file that is none is called so in a note",
     "checkpoint/describing_files.py": "a file that is none is left out with a note",
     "checkpoint/tensors.py": "its errors are those of a broken checkpoint",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ebft_mega.apps.study.phases import inputs_stamp
+from ebft_mega.apps.experiment.running.phases import inputs_stamp
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.lifecycle.findings import PREVIOUS
 from ebft_mega.lifecycle.setting_aside import DATE_FORMAT

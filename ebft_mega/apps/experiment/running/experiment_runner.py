@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 
 from ebft_mega.apps.experiment.running.gathered_results import gather
 from ebft_mega.apps.experiment.running.job_pool import JobPool
+from ebft_mega.apps.experiment.running.phases import PhaseRunner
 from ebft_mega.apps.experiment.running.preparing import prepare
 from ebft_mega.apps.experiment.running.results_file import write_results
 from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
 from ebft_mega.apps.experiment.runs.evaluation_batches import evaluation_batches
 from ebft_mega.apps.experiment.runs.stages import Stage
 from ebft_mega.apps.experiment.runs.trial_runs import Split, trial_text
-from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.errors import InputError, Problem
 
 

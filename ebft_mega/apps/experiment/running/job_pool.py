@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ebft_mega.apps.experiment.running.phases import ask_to_stop
 from ebft_mega.apps.experiment.runs.jobs import Chain, Job
 from ebft_mega.apps.experiment.runs.stamps import Stamp, Start, read_stamp, write_stamp
-from ebft_mega.apps.study.phases import ask_to_stop
 from ebft_mega.errors import EXIT_STOPPED, EbftError
 from ebft_mega.io.expanded_paths import REPOSITORY
 from ebft_mega.io.process_signals import SHELL_OFFSET, uninterrupted

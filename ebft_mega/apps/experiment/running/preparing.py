@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from ebft_mega.apps.experiment.declared.spec_file import place_of
+from ebft_mega.apps.experiment.running.phases import PhaseRunner, inputs_stamp, source_fingerprint
 from ebft_mega.apps.experiment.spec import Preparation
-from ebft_mega.apps.study.phases import PhaseRunner, inputs_stamp, source_fingerprint
 from ebft_mega.io.expanded_paths import REPOSITORY, PathTextError, expanded
 from ebft_mega.lifecycle.setting_aside import DATE_FORMAT
 

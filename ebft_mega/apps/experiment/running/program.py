@@ -10,9 +10,11 @@ from pathlib import Path
 from ebft_mega.apps.experiment.declared.spec_file import SpecFile, read_spec
 from ebft_mega.apps.experiment.declared.spec_rules import names_in, spec_problems
 from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, record_uses
+from ebft_mega.apps.experiment.running.commands import thread_environment
 from ebft_mega.apps.experiment.running.experiment_directory import DATA, EVALUATIONS, experiment_lock, set_aside
 from ebft_mega.apps.experiment.running.experiment_runner import ExperimentRunner
 from ebft_mega.apps.experiment.running.job_pool import JobPool
+from ebft_mega.apps.experiment.running.phases import PhaseRunner
 from ebft_mega.apps.experiment.running.plan_table import plan_lines
 from ebft_mega.apps.experiment.running.slurm_arrays import write_arrays
 from ebft_mega.apps.experiment.running.start_checks import (
@@ -26,8 +28,6 @@ from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperimen
 from ebft_mega.apps.experiment.runs.split_roles import uses_of
 from ebft_mega.apps.experiment.runs.stages import Stage
 from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup
-from ebft_mega.apps.study.commands import thread_environment
-from ebft_mega.apps.study.phases import PhaseRunner
 from ebft_mega.config.paths import written_path
 from ebft_mega.errors import ConfigError, InputError, Problem
 from ebft_mega.io.expanded_paths import REPOSITORY

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ebft_mega.apps.experiment.declared.spec_file import place_of
+from ebft_mega.apps.experiment.running.commands import find_program, free_port, tool_command
 from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup, Split, split_place
-from ebft_mega.apps.study.commands import find_program, free_port, tool_command
 from ebft_mega.config.yaml_source import write_value
 
 

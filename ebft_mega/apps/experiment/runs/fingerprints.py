@@ -4,7 +4,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from ebft_mega.apps.study.phases import source_fingerprint
+from ebft_mega.apps.experiment.running.phases import source_fingerprint
 from ebft_mega.config.schema import RunConfig
 from ebft_mega.data.store.checks import read_manifest
 from ebft_mega.data.store.format import MANIFEST_NAME

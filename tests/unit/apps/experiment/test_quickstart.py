@@ -1,6 +1,7 @@
 """The quickstart as an experiment: what its arms have in common, where its runs lie, what a small budget does."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,22 @@ def test_datasets_are_made_anew_when_any_code_that_builds_them_changes():
     sources = [path.read_text() for room in rooms for path in room.glob("*.py")]
     imported = {name for source in sources for name in re.findall(r"from ebft_mega\.(\w+)", source)}
     assert imported == {name.removesuffix(".py") for name in DATA_CODE}
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return runpy.run_path(str(ROOT / "tools" / "quickstart.py"), run_name="quickstart")
+
+
+def test_the_default_budget_runs_the_configured_steps(quickstart):
+    share = quickstart["share_of_steps"](quickstart["FULL_SECONDS"])
+    assert share == 1
+    assert quickstart["evaluation_rows"](share) == quickstart["FULL_ROWS"]
+
+
+def test_budgets_scale_what_is_not_fixed(quickstart):
+    full, fixed = quickstart["FULL_SECONDS"], quickstart["FIXED_SECONDS"]
+    share, rows = quickstart["share_of_steps"], quickstart["evaluation_rows"]
+    assert share((full + fixed) / 2) == 0.5 and rows(0.5) == quickstart["FULL_ROWS"] // 2
+    assert share(0) == 0 and rows(0) == quickstart["LEAST_ROWS"]
+    assert share(2 * full - fixed) == 2 and rows(2) == quickstart["FULL_ROWS"]

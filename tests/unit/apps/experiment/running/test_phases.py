@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ebft_mega.apps.study.phases import PhaseFailed, PhaseRunner, source_fingerprint
+from ebft_mega.apps.experiment.running.phases import PhaseFailed, PhaseRunner, source_fingerprint
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ STOPPED_IN_MID_START = """
 import os, signal, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from ebft_mega.apps.study import phases
+from ebft_mega.apps.experiment.running import phases
 from ebft_mega.io.command import run_command
 start = subprocess.Popen
 def start_and_be_stopped(*arguments, **options):
@@ -137,7 +137,7 @@ sys.exit(run_command(lambda: phases.PhaseRunner(Path.cwd(), print).run("sleep", 
 
 
 def test_a_command_that_is_just_being_started_is_asked_to_stop(tmp_path):
-    program = STOPPED_IN_MID_START.format(root=str(Path(__file__).resolve().parents[4]))
+    program = STOPPED_IN_MID_START.format(root=str(Path(__file__).resolve().parents[5]))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ebft_mega.apps.study.phases import PhaseRunner
+from ebft_mega.apps.experiment.running.phases import PhaseRunner
 from ebft_mega.errors import InputError, Problem
 from ebft_mega.io.arguments import whole_number
 from ebft_mega.io.standard_streams import print_line

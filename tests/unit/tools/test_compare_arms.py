@@ -1,14 +1,13 @@
-"""The command lines around experiments and comparisons."""
+"""`tools/compare_arms.py`: a page of paired intervals, every problem of the command line at once."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def compare_arms(*arguments):
@@ -43,30 +42,3 @@ def test_compare_arms_names_every_problem(tmp_path):
     for expected in ("NAME=PATH", "at least two", "'lost'"):
         assert expected in answer.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    return runpy.run_path(str(ROOT / "tools" / "quickstart.py"), run_name="quickstart")
-
-
-def test_the_default_budget_runs_the_configured_steps(quickstart):
-    share = quickstart["share_of_steps"](quickstart["FULL_SECONDS"])
-    assert share == 1
-    assert quickstart["evaluation_rows"](share) == quickstart["FULL_ROWS"]
-
-
-def test_budgets_scale_what_is_not_fixed(quickstart):
-    full, fixed = quickstart["FULL_SECONDS"], quickstart["FIXED_SECONDS"]
-    share, rows = quickstart["share_of_steps"], quickstart["evaluation_rows"]
-    assert share((full + fixed) / 2) == 0.5 and rows(0.5) == quickstart["FULL_ROWS"] // 2
-    assert share(0) == 0 and rows(0) == quickstart["LEAST_ROWS"]
-    assert share(2 * full - fixed) == 2 and rows(2) == quickstart["FULL_ROWS"]
-
-
-def test_evaluation_refuses_overrides_of_a_file_that_is_not_given():
-    command = [sys.executable, "tools/evaluate.py", "--model", "m", "--data", "d", "--output", "o"]
-    completed = subprocess.run(
-        [*command, "--set", "data.document_masking=true"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert completed.returncode == 2 and "keys of --config, which is not given" in completed.stderr
