@@ -39,12 +39,12 @@ def interval_text(interval: Interval | None) -> str:
     """A mean with its interval: `-0.0030 [-0.0053, -0.0007]`."""
     if interval is None:
         return NOTHING
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return f"{interval.mean:+.5f} [{interval.low:+.5f}, {interval.high:+.5f}]"
 
 
 def ends_text(interval: Interval | None) -> str:
     """The ends of an interval alone."""
-    return NOTHING if interval is None else f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+    return NOTHING if interval is None else f"[{interval.low:+.5f}, {interval.high:+.5f}]"
 
 
 def p_text(p: float | None) -> str:
@@ -138,7 +138,7 @@ def arms_table(findings: Findings, chosen: dict[str, Choice]) -> TitledTable:
         row = [arm.arm, seeds_text(arm.seeds), choice_text(chosen.get(arm.arm, ()))]
         for metric in metrics:
             value = arm.values.get(metric)
-            row.append(NOTHING if value is None else f"{value.mean:.4f} (T {arm.temperatures[metric]:g})")
+            row.append(NOTHING if value is None else f"{value.mean:.5f} (T {arm.temperatures[metric]:g})")
         rows.append(row)
     set_up = (
         f"Means over seeds on {extent(findings)}; T: each arm's best temperature for the metric on the tuning split."
@@ -150,7 +150,7 @@ def curve_table(findings: Findings) -> TitledTable:
     """The feature-matching loss of each arm at each temperature."""
     temperatures = sorted({temperature for arm in findings.arms for temperature in arm.curve})
     rows = [
-        [arm.arm, *(f"{arm.curve[each].mean:.4f}" if each in arm.curve else NOTHING for each in temperatures)]
+        [arm.arm, *(f"{arm.curve[each].mean:.5f}" if each in arm.curve else NOTHING for each in temperatures)]
         for arm in findings.arms
     ]
     set_up = f"Means over seeds on {extent(findings)}."
@@ -174,7 +174,7 @@ def condition_table(found: Iterable[Finding], findings: Findings, kind: str) -> 
         column = _column(each.measures[0], kind)
         text = interval_text(each.evidence.quoted)
         if kind == "position":
-            text = f"{each.evidence.interval.mean:+.4f}{' *' if each.evidence.sign else ''}"
+            text = f"{each.evidence.interval.mean:+.5f}{' *' if each.evidence.sign else ''}"
         elif kind == "features":
             text = f"{text} (T {_temperatures(each)})"
         label = metric_named(each.metric).label
@@ -215,8 +215,8 @@ def matched_table(findings: Findings) -> TitledTable:
         row = [each.arm, each.front, "outside of the line's range" if each.is_outside else NOTHING]
         if each.evidence is not None:
             row[-1] = _told(each.evidence)[1]
-        row += [f"{each.ce:.4f}", f"{each.ends[0]:.4f} … {each.ends[1]:.4f}", f"{each.fm:.4f}"]
-        row.append(NOTHING if each.on_line is None else f"{each.on_line:.4f}")
+        row += [f"{each.ce:.5f}", f"{each.ends[0]:.5f} … {each.ends[1]:.5f}", f"{each.fm:.5f}"]
+        row.append(NOTHING if each.on_line is None else f"{each.on_line:.5f}")
         row.append(NOTHING if each.evidence is None else interval_text(each.evidence.quoted))
         rows.append([*row, NOTHING if each.evidence is None else str(len(each.evidence.seeds))])
     set_up = (
@@ -296,7 +296,7 @@ def _column(measure: Measure, kind: str) -> str:
 
 
 def _plain(interval: Interval) -> str:
-    return f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    return f"{interval.mean:.5f} [{interval.low:.5f}, {interval.high:.5f}]"
 
 
 def _cost_ratios(ours: ArmCost, theirs: ArmCost) -> tuple[str, str]:

@@ -90,7 +90,7 @@ def test_the_page_holds_everything_within_itself(written):
         assert words in reader.text
     for each in found["primary"]:
         quoted = each["finding"]["evidence"]["quoted"]
-        assert f"{quoted['mean']:+.4f} [{quoted['low']:+.4f}, {quoted['high']:+.4f}]" in reader.text
+        assert f"{quoted['mean']:+.5f} [{quoted['low']:+.5f}, {quoted['high']:+.5f}]" in reader.text
     assert "single: one seed (0)" in reader.text
     assert "ebft: optim.lr = 0.001 is at the edge of what was tried, the largest of 0.0001, 0.001." in reader.text
     assert "its best temperature for feature-matching loss, 0.6, is at the edge" in reader.text
