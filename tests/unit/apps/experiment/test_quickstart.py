@@ -9,6 +9,7 @@ import pytest
 from ebft_mega.apps.experiment.declared.spec_file import read_spec
 from ebft_mega.apps.experiment.declared.spec_rules import spec_problems
 from ebft_mega.apps.experiment.running.preparing import DATA_CODE
+from ebft_mega.apps.experiment.running.start_checks import configuration_problems
 from ebft_mega.apps.experiment.runs.arm_plans import main_trials
 from ebft_mega.apps.experiment.runs.command_lines import ToolCommands
 from ebft_mega.apps.experiment.runs.jobs import evaluation_job
@@ -109,3 +110,17 @@ def test_budgets_scale_what_is_not_fixed(quickstart):
     assert share((full + fixed) / 2) == 0.5 and rows(0.5) == quickstart["FULL_ROWS"] // 2
     assert share(0) == 0 and rows(0) == quickstart["LEAST_ROWS"]
     assert share(2 * full - fixed) == 2 and rows(2) == quickstart["FULL_ROWS"]
+
+
+@pytest.mark.parametrize("name", ["stories", "code", "headers", "few_data", "quickstart"])
+def test_declared_experiments_are_right_but_for_what_is_not_made_yet(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("EBFT_STORIES", str(tmp_path))
+    path = SPEC.with_name(f"{name}.yaml")
+    try:
+        experiment = setup(path)
+    except ConfigError as error:
+        # The model of another experiment.
+        found = [problem.key for problem in error.problems]
+        assert name == "few_data" and found == ["start", "arms.warm_start.model"]
+        return
+    assert not configuration_problems(experiment)
