@@ -128,11 +128,11 @@ def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, ra
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(summary, "_mask_metrics", lambda trainer, masks: {})
-    terms = SimpleNamespace(terms=SimpleNamespace(rl=torch.tensor(1.0), ce=torch.tensor(2.0)))
+    terms = SimpleNamespace(terms=SimpleNamespace(rl=torch.tensor(1.0), ce=torch.tensor(2.0), entropy=None))
     result = result_of(BRANCHING, DIFFERENT)
     result.learned, result.update = [terms], SimpleNamespace(grad_norm=0.0)
     result.masks = SimpleNamespace(num_blocks=0)  # the sums over blocks are left out
-    ebft = SimpleNamespace(rl_coef=1.0, ce_coef=1.0)
+    ebft = SimpleNamespace(rl_coef=1.0, ce_coef=1.0, entropy_coef=0.0, uses_targets=True)
     given = SimpleNamespace(groups=groups, config=SimpleNamespace(ebft=ebft))
     metrics = step_metrics(given, result, 0.1)
     found = {key: value for key, value in metrics.items() if key.startswith("perf/")}
