@@ -132,8 +132,8 @@ def test_shares_of_distinct_rows_over_micro_batches_and_replicas(monkeypatch, ra
     result = result_of(BRANCHING, DIFFERENT)
     result.learned, result.update = [terms], SimpleNamespace(grad_norm=0.0)
     result.masks = SimpleNamespace(num_blocks=0)  # the sums over blocks are left out
-    ebft = SimpleNamespace(rl_coef=1.0, ce_coef=1.0, entropy_coef=0.0, uses_targets=True)
-    given = SimpleNamespace(groups=groups, config=SimpleNamespace(ebft=ebft))
+    ebft = SimpleNamespace(rl_coef=1.0, ce_coef=1.0, entropy_coef=0.0)
+    given = SimpleNamespace(groups=groups, config=SimpleNamespace(ebft=ebft, uses_targets=True))
     metrics = step_metrics(given, result, 0.1)
     found = {key: value for key, value in metrics.items() if key.startswith("perf/")}
     expected = {}
