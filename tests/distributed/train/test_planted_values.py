@@ -235,12 +235,13 @@ def spoil_what_does_not_count(function, owner, spoiled):
         return [gram.masked_fill(~blocks[..., None, None], torch.nan) for gram, blocks in pairs]
 
     def loss_terms(logprobs, *others):
-        rows, blocks, _ = others[-3:]
+        rows, blocks, _, _ = others[-4:]
         return function(
             dataclasses.replace(
                 logprobs,
                 rollout=logprobs.rollout.masked_fill(~blocks[:, None, :, None], torch.nan),
                 target=logprobs.target.masked_fill(~rows[:, None], torch.nan),
+                entropies=logprobs.entropies.masked_fill(~rows[:, None], torch.nan),
             ),
             *others,
         )
@@ -252,7 +253,7 @@ def take_steps_with_spoiled_filler(directory, tensor, pipeline):
     """State after two steps of a trainer with, and of one without NaN in what does not count."""
     found, spoiled = [], []
     for spoils in (False, True):
-        trainer = build(directory, tensor, pipeline, *DEFAULTS, MASKING, "data.on_error=skip")
+        trainer = build(directory, tensor, pipeline, *DEFAULTS, MASKING, "data.on_error=skip", "ebft.entropy_coef=.1")
         for owner, name in ((FeatureNetwork, "grams"), (gradient_pass, "loss_terms")) if spoils else ():
             setattr(owner, name, spoil_what_does_not_count(getattr(owner, name), owner, spoiled))
         for number in range(2):
