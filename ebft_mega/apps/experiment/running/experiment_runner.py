@@ -20,12 +20,13 @@ class ExperimentRunner:
     """Run the stages of an experiment.
 
     Args:
-        pool: runs jobs; phases: runs the commands of the preparation.
+        pool: trains; evaluators: evaluates; phases: runs the commands of the preparation.
         notes: for the report, by name.
     """
 
     experiment: DeclaredExperiment
     pool: JobPool
+    evaluators: JobPool
     phases: PhaseRunner
     say: Callable[[str], None]
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -57,8 +58,8 @@ class ExperimentRunner:
         trials = experiment.trials(stage, chosen)
         for split in splits.get(stage.kind, ()):
             self.say(f"== {stage.name}: {len(trials)} {'model' if len(trials) == 1 else 'models'} on the {split} split")
-            arguments = (experiment.setup, trials, split, chosen, experiment.commands, self.pool.jobs)
-            self.pool.run(evaluation_batches(*arguments))
+            arguments = (experiment.setup, trials, split, chosen, experiment.commands, self.evaluators.jobs)
+            self.evaluators.run(evaluation_batches(*arguments))
 
     def show_choices(self, stage: Stage) -> None:
         """Say what was chosen in a stage of tuning."""

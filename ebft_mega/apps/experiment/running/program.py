@@ -192,13 +192,18 @@ def read_setup(options: ExperimentOptions) -> ExperimentSetup:
 
 
 def make_runner(experiment: DeclaredExperiment, options: ExperimentOptions) -> ExperimentRunner:
-    """The runner that the options ask for: on a CPU each process has one thread, and the runs share the cores."""
+    """The runner that the options ask for: on a CPU each process has one thread, and the runs share the cores.
+
+    A model is evaluated by one process, so that on a CPU as many are evaluated at a time as runs have processes.
+    """
     cores = os.cpu_count() or 1
     jobs, environment = options.jobs or max(1, cores // options.num_ranks), {"OMP_NUM_THREADS": "1"}
+    evaluators = jobs * options.num_ranks
     if shutil.which("nvidia-smi"):
         jobs, environment = options.jobs or 1, thread_environment(options.num_ranks)
-    pool = JobPool(jobs, say, environment)
-    return ExperimentRunner(experiment, pool, PhaseRunner(REPOSITORY, say), say)
+        evaluators = jobs
+    pools = JobPool(jobs, say, environment), JobPool(evaluators, say, environment)
+    return ExperimentRunner(experiment, *pools, PhaseRunner(REPOSITORY, say), say)
 
 
 def stages_until(experiment: DeclaredExperiment, name: str | None) -> list[Stage]:
