@@ -24,7 +24,7 @@ SPEC = ROOT / "configs" / "experiments" / "quickstart.yaml"
 # (starting processes, building the data).
 FULL_SECONDS = 600.0
 FIXED_SECONDS = 140.0
-FULL_ROWS = 192
+FULL_ROWS = 160
 LEAST_ROWS = 16
 
 

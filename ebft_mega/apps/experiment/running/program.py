@@ -18,6 +18,7 @@ from ebft_mega.apps.experiment.running.phases import PhaseRunner
 from ebft_mega.apps.experiment.running.plan_table import plan_lines
 from ebft_mega.apps.experiment.running.slurm_arrays import write_arrays
 from ebft_mega.apps.experiment.running.start_checks import (
+    concerns_evaluations_alone,
     configuration_problems,
     require_own_splits,
     require_unchanged,
@@ -88,8 +89,11 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
             set_aside(setup.output, say, but=[DATA])
         elif options.has_fresh_evaluations:
             set_aside(setup.output, say, [EVALUATIONS])
-        if options.sets_changes_aside and has_changed(experiment):
-            set_aside(setup.output, say, but=[DATA])
+        if options.sets_changes_aside and (changes := experiment.changes()):
+            if concerns_evaluations_alone(changes):
+                set_aside(setup.output, say, [EVALUATIONS])
+            else:
+                set_aside(setup.output, say, but=[DATA])
         require_unchanged(experiment)
         for note in seed_notes(setup):
             say(note)
@@ -104,15 +108,6 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
                 require_unchanged(experiment)
                 runner.notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=True)
             record_next_uses(setup, wanted, stage)
-
-
-def has_changed(experiment: DeclaredExperiment) -> bool:
-    """Whether results are there that were made from something else."""
-    try:
-        require_unchanged(experiment)
-    except InputError:
-        return True
-    return False
 
 
 def run_task(experiment: DeclaredExperiment, options: ExperimentOptions) -> None:

@@ -1,6 +1,6 @@
 """What is checked before anything of an experiment starts, and again once its inputs are made. No torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, read_ledger, refused_uses, reuse_notes
@@ -53,11 +53,16 @@ def require_unchanged(experiment: DeclaredExperiment) -> None:
         return
     setup = experiment.setup
     option, what = "--fresh", str(setup.output)
-    if all(problem.where.startswith("evaluate ") for problem in problems):
+    if concerns_evaluations_alone(problems):
         option, what = "--fresh-evaluations", f"the evaluations of {setup.output}"
     found = f"{setup.output} with results that were made from something else"
     expected = f"what they were made from, or {option}, which sets {what} aside in {PREVIOUS}/"
     raise InputError([*problems, Problem(str(setup.file.path), "output_dir", found, expected)])
+
+
+def concerns_evaluations_alone(changes: Sequence[Problem]) -> bool:
+    """Whether only results of evaluations were made from something else."""
+    return all(problem.where.startswith("evaluate ") for problem in changes)
 
 
 def require_own_splits(setup: ExperimentSetup, may_reuse: bool, reads_documents: bool) -> Mapping[str, str]:

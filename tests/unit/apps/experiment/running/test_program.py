@@ -117,6 +117,13 @@ def test_other_conditions_need_other_evaluations_alone(small):
         small.run(may_reuse_report_split=True)
     small.run(may_reuse_report_split=True, has_fresh_evaluations=True)
     assert small.started and all(name.startswith("evaluate") for name in small.started)
+    # The quickstart sets aside by itself what has changed, and no more.
+    small.spec["tuning"]["rows"] = 24
+    small.run(may_reuse_report_split=True, sets_changes_aside=True)
+    assert small.started and all(name.startswith("evaluate") for name in small.started)
+    small.spec["arms"]["ebft"]["set"]["ebft.alignment_coef"] = 2.0
+    small.run(may_reuse_report_split=True, sets_changes_aside=True)
+    assert sorted(name for name in small.started if name.startswith("train")) == sorted(TRAINED)
 
 
 def test_keys_that_a_run_refuses_are_named_before_anything_starts(small):
