@@ -1,8 +1,11 @@
 """Run the stages of an experiment; each resumes where it stopped. No torch."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from ebft_mega.apps.experiment.running.commands import thread_environment
 from ebft_mega.apps.experiment.running.gathered_results import gather
 from ebft_mega.apps.experiment.running.job_pool import JobPool
 from ebft_mega.apps.experiment.running.phases import PhaseRunner
@@ -13,6 +16,7 @@ from ebft_mega.apps.experiment.runs.evaluation_batches import evaluation_batches
 from ebft_mega.apps.experiment.runs.stages import Stage
 from ebft_mega.apps.experiment.runs.trial_runs import Split, trial_text
 from ebft_mega.errors import InputError, Problem
+from ebft_mega.io.expanded_paths import REPOSITORY
 
 
 @dataclass
@@ -93,3 +97,24 @@ class ExperimentRunner:
         from ebft_mega.apps.experiment.experiment_report import write_report
 
         self.say(f"report: {write_report(setup.spec, results, setup.output)}")
+
+
+def make_runner(
+    experiment: DeclaredExperiment, say: Callable[[str], None], jobs: int | None, num_ranks: int
+) -> ExperimentRunner:
+    """A runner: on a CPU each process has one thread, and the runs share the cores.
+
+    A model is evaluated by one process, so that on a CPU as many are evaluated at a time as runs have processes.
+
+    Args:
+        jobs: runs at a time; None: as many as the cores have room for, or one where there is a GPU.
+        num_ranks: processes of a run.
+    """
+    cores = os.cpu_count() or 1
+    at_a_time, environment = jobs or max(1, cores // num_ranks), {"OMP_NUM_THREADS": "1"}
+    evaluators = at_a_time * num_ranks
+    if shutil.which("nvidia-smi"):
+        at_a_time, environment = jobs or 1, thread_environment(num_ranks)
+        evaluators = at_a_time
+    pools = JobPool(at_a_time, say, environment), JobPool(evaluators, say, environment)
+    return ExperimentRunner(experiment, *pools, PhaseRunner(REPOSITORY, say), say)

@@ -1,19 +1,15 @@
 """What `tools/experiment.py` does: check everything, then run the stages. No torch."""
 
-import os
 import shlex
-import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_mega.apps.experiment.declared.spec_file import SpecFile, read_spec
 from ebft_mega.apps.experiment.declared.spec_rules import names_in, spec_problems
 from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, record_uses
-from ebft_mega.apps.experiment.running.commands import thread_environment
 from ebft_mega.apps.experiment.running.experiment_directory import DATA, EVALUATIONS, experiment_lock, set_aside
-from ebft_mega.apps.experiment.running.experiment_runner import ExperimentRunner
-from ebft_mega.apps.experiment.running.job_pool import JobPool
+from ebft_mega.apps.experiment.running.experiment_runner import make_runner
 from ebft_mega.apps.experiment.running.phases import PhaseRunner
 from ebft_mega.apps.experiment.running.plan_table import plan_lines
 from ebft_mega.apps.experiment.running.slurm_arrays import write_arrays
@@ -100,7 +96,7 @@ def run_experiment(options: ExperimentOptions, commands: CommandLines | None = N
         if options.sbatch_options is not None:
             submit_arrays(experiment, wanted, options)
             return
-        runner = make_runner(experiment, options)
+        runner = make_runner(experiment, say, options.jobs, options.num_ranks)
         runner.notes = notes
         for stage in wanted:
             runner.run(stage)
@@ -120,7 +116,7 @@ def run_task(experiment: DeclaredExperiment, options: ExperimentOptions) -> None
     setup = experiment.setup
     stage = stages_until(experiment, options.stage)[-1]
     notes = require_own_splits(setup, options.may_reuse_report_split, reads_documents=stage.kind == "report")
-    runner = make_runner(experiment, replace(options, jobs=1))
+    runner = make_runner(experiment, say, 1, options.num_ranks)
     runner.notes = notes
     if not stage.arms:
         runner.run(stage)
@@ -184,21 +180,6 @@ def read_setup(options: ExperimentOptions) -> ExperimentSetup:
     if problems:
         raise ConfigError(problems)
     return setup
-
-
-def make_runner(experiment: DeclaredExperiment, options: ExperimentOptions) -> ExperimentRunner:
-    """The runner that the options ask for: on a CPU each process has one thread, and the runs share the cores.
-
-    A model is evaluated by one process, so that on a CPU as many are evaluated at a time as runs have processes.
-    """
-    cores = os.cpu_count() or 1
-    jobs, environment = options.jobs or max(1, cores // options.num_ranks), {"OMP_NUM_THREADS": "1"}
-    evaluators = jobs * options.num_ranks
-    if shutil.which("nvidia-smi"):
-        jobs, environment = options.jobs or 1, thread_environment(options.num_ranks)
-        evaluators = jobs
-    pools = JobPool(jobs, say, environment), JobPool(evaluators, say, environment)
-    return ExperimentRunner(experiment, *pools, PhaseRunner(REPOSITORY, say), say)
 
 
 def stages_until(experiment: DeclaredExperiment, name: str | None) -> list[Stage]:
