@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import UTC, datetime
+from pathlib import Path
 
 from ebft_mega.apps.experiment.declared.spec_file import place_of
 from ebft_mega.apps.experiment.running.phases import PhaseRunner, inputs_stamp, source_fingerprint
@@ -35,7 +36,7 @@ def prepare(preparations: Sequence[Preparation], runner: PhaseRunner) -> None:
             "code": code,
             "command": list(each.run),
             "tool": source_fingerprint([REPOSITORY / each.run[0]]),
-            "files": _files(each.run),
+            "files": _files(each.run, made.keys() | {each.makes}),
             "prepared": {name: mark for name, mark in made.items() if any(name in word for word in each.run)},
         }
         if output.exists() and not inputs_stamp(output).exists():
@@ -46,13 +47,32 @@ def prepare(preparations: Sequence[Preparation], runner: PhaseRunner) -> None:
         made[each.makes] = runner.run_once(f"prepare {each.makes}", command, output, inputs)
 
 
-def _files(words: Sequence[str]) -> dict[str, str]:
-    """sha256 of the files that a command names, so that another text in their place is noticed."""
+def _files(words: Sequence[str], made: Set[str]) -> dict[str, str]:
+    """A mark of each file and directory that a command names, so that another text in its place is noticed.
+
+    Args:
+        made: places that preparations make; what they are made from has marks of its own.
+    """
     found = {}
     for word in words[1:]:
         with contextlib.suppress(PathTextError):  # the tool says so
             word = expanded(word, os.environ)
         path = REPOSITORY / word
-        if len(word) < 256 and path.is_file() and path.stat().st_size <= MOST_HASHED_BYTES:
+        if len(word) >= 256 or any(name in word for name in made):
+            continue
+        if path.is_file() and path.stat().st_size <= MOST_HASHED_BYTES:
             found[word] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.is_dir() and not REPOSITORY.is_relative_to(path):
+            found[word] = _directory_mark(path)
     return found
+
+
+def _directory_mark(directory: Path) -> str:
+    """One sha256 over names, sizes and times of change of all files below a directory: their contents may be large."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.lstat()
+            if not path.is_dir():
+                digest.update(f"{path.relative_to(directory)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
