@@ -6,7 +6,13 @@ from dataclasses import replace
 from ebft_mega.apps.experiment.declared.split_ledger import ledger_path, read_ledger, refused_uses, reuse_notes
 from ebft_mega.apps.experiment.runs.arm_plans import combinations, main_trials
 from ebft_mega.apps.experiment.runs.declared_experiment import DeclaredExperiment
-from ebft_mega.apps.experiment.runs.split_roles import identity_of, known_fingerprints, role_problems, shared_documents
+from ebft_mega.apps.experiment.runs.split_roles import (
+    ROLES,
+    identity_of,
+    known_fingerprints,
+    role_problems,
+    shared_documents,
+)
 from ebft_mega.apps.experiment.runs.trial_runs import ExperimentSetup, evaluation_config, trial_config
 from ebft_mega.apps.experiment.trials import Choice
 from ebft_mega.errors import ConfigError, InputError, Problem
@@ -77,6 +83,13 @@ def require_own_splits(setup: ExperimentSetup, may_reuse: bool, reads_documents:
         InputError: everything that is wrong with the splits that are there.
     """
     problems = list(role_problems(setup))
+    if reads_documents:  # everything is made
+        lacking = [role for role in ROLES if role not in known_fingerprints(setup)]
+        found = "{!r}, which is not there and which no preparation has made"
+        problems += [
+            Problem("", f"splits.{role}", found.format(getattr(setup.spec.splits, role)), "a dataset directory")
+            for role in lacking
+        ]
     if reads_documents and not problems:
         problems += shared_documents(setup)
     notes: Mapping[str, str] = {}

@@ -59,3 +59,13 @@ def test_the_same_experiment_elsewhere_is_no_second_look(small):
     small.run()
     small.run(output=small.output.parent / "again")
     assert any(name.endswith("on report") for name in small.started)
+
+
+def test_a_split_that_no_preparation_has_made(small):
+    made, tool = small.folder / "made", small.folder / "copy_tree.py"
+    tool.write_text("import shutil, sys\nshutil.copytree(sys.argv[1], sys.argv[2])\n")
+    small.spec["prepare"] = [{"makes": str(made), "run": [str(tool), str(small.folder / "data"), str(made)]}]
+    small.spec["splits"] = {split: str(made / split) for split in small.spec["splits"]}
+    small.run()  # as it should be
+    small.spec["splits"]["report"] = str(made / "reprot")
+    assert "splits.report: found" in (text := refusal(small)) and "no preparation has made" in text
