@@ -110,7 +110,7 @@ class Comparison(Section):
     arm: str = key(..., "An arm.")
     against: str = key(..., "Another arm.")
     metric: MetricName = key("feature_matching_loss", "What is compared.")
-    at: At = key("best_temperature", "At which temperature each arm is sampled.")
+    at: At = key("best_temperature", "At which temperature each arm is sampled; cross-entropy is at 1 either way.")
 
 
 class ExperimentSpec(Section):

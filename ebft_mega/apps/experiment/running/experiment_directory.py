@@ -38,7 +38,7 @@ def experiment_lock(output: Path) -> Iterator[None]:
 
 
 def set_aside(output: Path, say: Callable[[str], None], names: Sequence[str] = (), but: Sequence[str] = ()) -> None:
-    """Move what is in an experiment's directory into a folder of `previous/`; nothing is deleted.
+    """Move what is in an experiment's directory into a new folder of `previous/`; nothing is deleted.
 
     Args:
         names: what is moved; empty: everything.
@@ -50,8 +50,10 @@ def set_aside(output: Path, say: Callable[[str], None], names: Sequence[str] = (
     found = [item for item in items if item.name not in stays and (not names or item.name in names)]
     if not found:
         return
-    aside = output / PREVIOUS / f"{datetime.now(UTC):{DATE_FORMAT}}"
-    aside.mkdir(parents=True, exist_ok=True)
+    date, number = f"{datetime.now(UTC):{DATE_FORMAT}}", 1
+    while (aside := output / PREVIOUS / (date if number == 1 else f"{date}-{number}")).exists():
+        number += 1  # twice within a second
+    aside.mkdir(parents=True)
     for item in found:
         item.rename(aside / item.name)
     say(f"{', '.join(sorted(item.name for item in found))} of {output} set aside in {aside}")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ebft_mega.apps.experiment.running.experiment_directory import set_aside
 from ebft_mega.apps.experiment.running.job_pool import JobFailed
 from ebft_mega.errors import InputProblems
 
@@ -124,6 +125,15 @@ def test_other_conditions_need_other_evaluations_alone(small):
     small.spec["arms"]["ebft"]["set"]["ebft.alignment_coef"] = 2.0
     small.run(may_reuse_report_split=True, sets_changes_aside=True)
     assert sorted(name for name in small.started if name.startswith("train")) == sorted(TRAINED)
+
+
+def test_what_is_set_aside_twice_within_a_second_lies_in_two_folders(tmp_path):
+    for number in range(3):
+        (tmp_path / "evaluations").mkdir()
+        (tmp_path / "evaluations" / str(number)).touch()
+        set_aside(tmp_path, lambda text: None)
+    found = sorted(path.name for path in (tmp_path / "previous").glob("*/evaluations/*"))
+    assert found == ["0", "1", "2"] and len(list((tmp_path / "previous").iterdir())) == 3
 
 
 def test_keys_that_a_run_refuses_are_named_before_anything_starts(small):
